@@ -1,0 +1,574 @@
+"""Wan2.1's video diffusion transformer at any size, a byte-level text encoder, and their folders on disk.
+
+Parameter names and arithmetic are those of Wan2.1 (github.com/Wan-Video/Wan2.1, wan/modules/model.py), so that
+official checkpoints, diffusers' `WanTransformer3DModel` folders and ours are one model in three spellings:
+
+    dit = load_transformer("Wan2.1-T2V-1.3B")                 # or a folder of ours, or of diffusers
+    velocity = dit(x, t, context)                             # x [b, c, f, h, w], t [b] in [0, 1], 1 = noise
+    export_transformer(dit, "out", layout="diffusers")
+
+Axes: b batch, c channels, f frames, h height, w width, n video tokens, d model width, l text tokens,
+      k attention heads, e channels of one head.
+
+Deliberate differences from the released code:
+ 1. t lives in [0, 1]; the sinusoid of the time embedding takes 1000 t, the released timestep.
+ 2. All items of a batch share one grid, so there is no sequence padding and no per-item loop.
+ 3. RoPE is real-valued, in the dtype of the queries (at least float32), not complex128.
+ 4. The residual stream is float32 (or wider) from the first block to the head, also under autocast.
+"""
+import json
+import math
+import os
+import shutil
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from common import InputError
+
+_tiny = dict(model_type="t2v", patch_size=(1, 2, 2), in_dim=16, out_dim=16, dim=192, ffn_dim=768, num_heads=6,
+             num_layers=8, freq_dim=64, text_dim=128, text_len=8)
+_wan = dict(model_type="t2v", patch_size=(1, 2, 2), in_dim=16, out_dim=16, freq_dim=256, text_dim=4096, text_len=512)
+_wan_14b = _wan | dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+
+PRESETS = {
+    "tiny-t2v": _tiny,
+    "tiny-i2v": _tiny | dict(model_type="i2v", in_dim=36),  # 16 noisy + 4 mask + 16 first frame
+    "small-t2v": _tiny | dict(dim=384, ffn_dim=1536, num_heads=6, num_layers=10),
+    "wan2.1-t2v-1.3b": _wan | dict(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
+    "wan2.1-t2v-14b": _wan_14b,
+    "wan2.1-i2v-14b": _wan_14b | dict(model_type="i2v", in_dim=36, image_dim=1280),
+}
+
+
+def wide(dtype):
+    """The dtype that norms, modulation and the residual stream use: float32, or float64 in a float64 model."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def wide_linear(layer, x):
+    """`layer(x)` in the dtype of x, whatever dtype the weights are stored in. [..., d] -> [..., d']"""
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+
+
+# ---------------------------------------------------------------------------------------------------- position
+@lru_cache(maxsize=64)
+def rope_table(grid, head_dim, device, dtype):
+    """cos and signed sin of the rotary angles of a grid (f, h, w), each [n, 1, e], pairs (2i, 2i + 1) adjacent.
+
+    Wan gives e - 4 (e // 6) channels of each head to time and 2 (e // 6) to each of height and width.
+    """
+    per_space = 2 * (head_dim // 6)
+    channels = (head_dim - 2 * per_space, per_space, per_space)
+    with torch.inference_mode(False):  # a table first built while sampling is used in training later
+        position = torch.cartesian_prod(*(torch.arange(s, dtype=torch.float64) for s in grid)).view(-1, 3)  # [n, 3]
+        angle = torch.cat([
+            position[:, axis, None] * 10000.0 ** (-torch.arange(0, c, 2, dtype=torch.float64) / c)
+            for axis, c in enumerate(channels)], dim=1)                                                 # [n, e/2]
+        cos = angle.cos().repeat_interleave(2, dim=1)                                                   # [n, e]
+        sin = torch.stack([-angle.sin(), angle.sin()], dim=2).flatten(1)                                # [n, e]
+        return cos[:, None].to(device, dtype), sin[:, None].to(device, dtype)
+
+
+def apply_rope(x, cos, sin):
+    """Rotate the adjacent channel pairs of x [b, n, k, e] by the angles of `rope_table`."""
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * cos, swapped, sin)
+
+
+# ---------------------------------------------------------------------------------------------------- blocks
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight across the full width, all heads together, in float32 or wider."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        x = x.to(wide(x.dtype))
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+
+
+def modulated_norm(x, shift, scale, eps):
+    """LayerNorm without affine, then scale and shift of each example. x [b, n, d], shift and scale [b, 1, d]"""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+
+
+def attend(q, k, v):
+    """q [b, n, k, e] against keys and values [b, m, k, e], every key seen -> [b, n, d]"""
+    q, k, v = (y.transpose(1, 2) for y in (q.to(v.dtype), k.to(v.dtype), v))             # [b, k, n, e]
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)            # [b, n, d]
+
+
+class Attention(nn.Module):
+    """Self-attention over video tokens, or cross-attention to text and, with `image`, to CLIP tokens as well."""
+
+    def __init__(self, dim, num_heads, eps, image=False):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        if image:
+            self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
+            self.norm_k_img = RMSNorm(dim, eps)
+
+    def forward(self, x, source=None, image=None, rope=None):
+        """x [b, n, d]; source [b, l, d] or None for x itself; image [b, m, d]; rope as in `rope_table`."""
+        x = x.to(self.q.weight.dtype)
+        source = x if source is None else source
+        split = partial(torch.unflatten, dim=2, sizes=(self.num_heads, -1))              # [b, ., d] -> [b, ., k, e]
+        q, k, v = split(self.norm_q(self.q(x))), split(self.norm_k(self.k(source))), split(self.v(source))
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        out = attend(q, k, v)
+        if image is not None:
+            out = out + attend(q, split(self.norm_k_img(self.k_img(image))), split(self.v_img(image)))
+        return self.o(out)
+
+
+class Block(nn.Module):
+    def __init__(self, dim, ffn_dim, num_heads, eps, image):
+        super().__init__()
+        self.eps = eps
+        self.self_attn = Attention(dim, num_heads, eps)
+        self.norm3 = nn.LayerNorm(dim, eps)  # the norm before cross-attention; the other two have no parameters
+        self.cross_attn = Attention(dim, num_heads, eps, image)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim ** 0.5)
+
+    def forward(self, x, e, context, image, rope):
+        """x [b, n, d] float32, e [b, 6, d] float32 (shared by all blocks), context [b, l, d] -> [b, n, d]"""
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.modulation.to(x.dtype) + e).split(1, dim=1)
+        y = self.self_attn(modulated_norm(x, shift_a, scale_a, self.eps), rope=rope)
+        x = torch.addcmul(x, y.to(x.dtype), gate_a)
+        y = F.layer_norm(x, x.shape[-1:], self.norm3.weight.to(x.dtype), self.norm3.bias.to(x.dtype), self.eps)
+        x = x + self.cross_attn(y, context, image)
+        y = self.ffn(modulated_norm(x, shift_f, scale_f, self.eps).to(self.ffn[0].weight.dtype))
+        return torch.addcmul(x, y.to(x.dtype), gate_f)
+
+
+class Head(nn.Module):
+    def __init__(self, dim, out_features, eps):
+        super().__init__()
+        self.eps = eps
+        self.head = nn.Linear(dim, out_features)
+        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim ** 0.5)
+
+    def forward(self, x, e):
+        """x [b, n, d], e [b, 1, d] the time embedding itself -> [b, n, c * patch volume]"""
+        shift, scale = (self.modulation.to(x.dtype) + e).split(1, dim=1)
+        return wide_linear(self.head, modulated_norm(x, shift, scale, self.eps))
+
+
+class ImageEmbedding(nn.Module):
+    def __init__(self, image_dim, dim):
+        super().__init__()
+        self.proj = nn.Sequential(nn.LayerNorm(image_dim), nn.Linear(image_dim, image_dim), nn.GELU(),
+                                  nn.Linear(image_dim, dim), nn.LayerNorm(dim))
+
+    def forward(self, clip):
+        """CLIP tokens [b, m, image_dim] -> [b, m, d]"""
+        return self.proj(clip)
+
+
+class VideoDiT(nn.Module):
+    """Velocity of a latent video at time t given text, and in image-to-video models its first frame.
+
+    Config, in Wan's spelling: model_type "t2v" or "i2v"; patch_size (f, h, w); in_dim channels entering the patch
+    embedding (16, or 36 in i2v: 16 noisy + 20 of `y`); out_dim; dim; ffn_dim; freq_dim of the sinusoid; text_dim
+    and text_len of the context; num_heads; num_layers; eps of all norms; image_dim of CLIP tokens, None for none.
+    Set `dit.gradient_checkpointing = True` to recompute each block in the backward pass.
+    """
+
+    def __init__(self, *, model_type="t2v", patch_size=(1, 2, 2), in_dim=16, out_dim=16, dim=1536, ffn_dim=8960,
+                 freq_dim=256, text_dim=4096, text_len=512, num_heads=12, num_layers=30, eps=1e-6, image_dim=None):
+        super().__init__()
+        if model_type not in ("t2v", "i2v"):
+            raise InputError(f"model_type is {model_type!r}; this model knows t2v and i2v")
+        if dim % num_heads or dim // num_heads % 2 or dim // num_heads < 6:
+            raise InputError(f"dim {dim} must give each of {num_heads} heads an even number of channels, at least 6")
+        if freq_dim % 2:
+            raise InputError(f"freq_dim is {freq_dim}; it must be even (cosines and sines)")
+        self.config = dict(model_type=model_type, patch_size=tuple(patch_size), in_dim=in_dim, out_dim=out_dim,
+                           dim=dim, ffn_dim=ffn_dim, freq_dim=freq_dim, text_dim=text_dim, text_len=text_len,
+                           num_heads=num_heads, num_layers=num_layers, eps=eps, image_dim=image_dim)
+        self.gradient_checkpointing = False
+        patch = self.config["patch_size"]
+        self.patch_embedding = nn.Conv3d(in_dim, dim, kernel_size=patch, stride=patch)
+        self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(
+            Block(dim, ffn_dim, num_heads, eps, image_dim is not None) for _ in range(num_layers))
+        self.head = Head(dim, out_dim * math.prod(patch), eps)
+        if image_dim is not None:
+            self.img_emb = ImageEmbedding(image_dim, dim)
+        self.init_weights()
+
+    def init_weights(self):
+        """Wan's own initialisation: the velocity starts at zero because the head does."""
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        for layer in (*self.text_embedding, *self.time_embedding):
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+        nn.init.zeros_(self.head.head.weight)
+
+    def forward(self, x, t, context, y=None, clip=None):
+        """Velocity of x at time t.
+
+        x [b, c, f, h, w] latent; t [b] in [0, 1], 1 = noise; context [b, l <= text_len, text_dim], padded here with
+        zeros to text_len and attended without a mask; y [b, in_dim - c, f, h, w] in i2v (mask and first-frame
+        latent); clip [b, m, image_dim] when the model has image tokens (Wan2.1: m = 257).
+        Returns [b, out_dim, f, h, w] in float32 (float64 in a float64 model). Raises InputError on a wrong shape.
+        """
+        tokens, e, grid = self.run_blocks(x, t, context, len(self.blocks), y, clip)
+        with torch.autocast(x.device.type, enabled=False):
+            out = self.head(tokens, e[:, None])                                             # [b, n, c * patch volume]
+        f, h, w = grid
+        pf, ph, pw = self.config["patch_size"]
+        return rearrange(out, "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)",
+                         f=f, h=h, w=w, pf=pf, ph=ph, pw=pw)                                # [b, c, f, h, w]
+
+    def features(self, x, t, context, *, depth, y=None, clip=None):
+        """Tokens [b, n, d] after the first `depth` blocks, 0 <= depth <= num_layers; the rest is not run."""
+        return self.run_blocks(x, t, context, depth, y, clip)[0]
+
+    def run_blocks(self, x, t, context, depth, y, clip):
+        """-> tokens [b, n, d], time embedding [b, d], token grid (f, h, w)"""
+        if not 0 <= depth <= len(self.blocks):
+            raise InputError(f"depth is {depth}; this model has 0 to {len(self.blocks)} blocks")
+        x = x if y is None else torch.cat([x, self.checked_y(x, y)], dim=1)                  # [b, in_dim, f, h, w]
+        grid = self.check_inputs(x, t, context, clip)
+        dtype = self.patch_embedding.weight.dtype
+        tokens = self.patchify(x.to(dtype)).to(wide(dtype))                                  # [b, n, d]
+        with torch.autocast(x.device.type, enabled=False):
+            e, e_blocks = self.embed_time(t.to(wide(dtype)))                                 # [b, d], [b, 6, d]
+        context = F.pad(context.to(dtype), (0, 0, 0, self.config["text_len"] - context.shape[1]))
+        context = self.text_embedding(context)                                               # [b, l, d]
+        image = None if clip is None else self.img_emb(clip.to(dtype)).to(dtype)             # [b, m, d]
+        rope = rope_table(grid, self.config["dim"] // self.config["num_heads"], x.device, wide(dtype))
+        for block in self.blocks[:depth]:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                # no dropout inside, so there is no random state to preserve
+                tokens = checkpoint(block, tokens, e_blocks, context, image, rope,
+                                    use_reentrant=False, preserve_rng_state=False)
+            else:
+                tokens = block(tokens, e_blocks, context, image, rope)
+        return tokens, e, grid
+
+    def patchify(self, x):
+        """The patch embedding, whose stride is its kernel, as one matrix product. [b, c, f, h, w] -> [b, n, d]"""
+        pf, ph, pw = self.config["patch_size"]
+        x = rearrange(x, "b c (f pf) (h ph) (w pw) -> b (f h w) (c pf ph pw)", pf=pf, ph=ph, pw=pw)
+        return F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+
+    def embed_time(self, t):
+        half = self.config["freq_dim"] // 2
+        frequency = 10000.0 ** (-torch.arange(half, device=t.device, dtype=t.dtype) / half)
+        angle = 1000 * t[:, None] * frequency                                                # [b, freq_dim / 2]
+        e = wide_linear(self.time_embedding[0], torch.cat([angle.cos(), angle.sin()], dim=1))
+        e = wide_linear(self.time_embedding[2], F.silu(e))                                   # [b, d]
+        return e, wide_linear(self.time_projection[1], F.silu(e)).unflatten(1, (6, -1))      # [b, 6, d]
+
+    def checked_y(self, x, y):
+        if y.shape[0] != x.shape[0] or y.shape[2:] != x.shape[2:]:
+            raise InputError(f"y has shape {list(y.shape)}; beside x {list(x.shape)} only its channels may differ")
+        return y.to(x.dtype)
+
+    def check_inputs(self, x, t, context, clip):
+        """The token grid (f, h, w) of x (with y already concatenated), or InputError."""
+        config, b = self.config, x.shape[0]
+        if x.dim() != 5 or x.shape[1] != config["in_dim"]:
+            raise InputError(f"x with y has shape {list(x.shape)}; this model takes [b, {config['in_dim']}, f, h, w]")
+        if any(size % p for size, p in zip(x.shape[2:], config["patch_size"])):
+            raise InputError(f"latent size {list(x.shape[2:])} must divide by the patch size {config['patch_size']}")
+        if t.shape != (b,):
+            raise InputError(f"t has shape {list(t.shape)}; it must be [{b}], one time for each example")
+        if context.dim() != 3 or context.shape[0] != b or context.shape[2] != config["text_dim"] \
+                or context.shape[1] > config["text_len"]:
+            raise InputError(f"context has shape {list(context.shape)}; this model takes "
+                             f"[{b}, at most {config['text_len']}, {config['text_dim']}]")
+        if (clip is None) != (config["image_dim"] is None):
+            raise InputError("clip image tokens must be given exactly when the model has image_dim")
+        if clip is not None and (clip.dim() != 3 or clip.shape[0] != b or clip.shape[2] != config["image_dim"]):
+            raise InputError(f"clip has shape {list(clip.shape)}; this model takes [{b}, m, {config['image_dim']}]")
+        return tuple(size // p for size, p in zip(x.shape[2:], config["patch_size"]))
+
+
+# ---------------------------------------------------------------------------------------------------- text
+class TextLayer(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.ffn = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x, padding):
+        """x [b, n, width], padding [b, n] bool, True = not text"""
+        y = self.norm1(x)
+        x = x + self.attention(y, y, y, key_padding_mask=padding, need_weights=False)[0]
+        return x + self.ffn(self.norm2(x))
+
+
+class TextEncoder(nn.Module):
+    """Prompt -> UTF-8 bytes -> 2 transformer layers -> text_len learned queries -> context.
+
+    Bytes beyond max_bytes are dropped. Every string has an encoding, the empty one and lone surrogates included.
+    """
+
+    START, PAD = 256, 257  # a start token, so that the empty prompt has something to attend to
+
+    def __init__(self, *, text_len=8, text_dim=128, width=128, heads=4, layers=2, max_bytes=128):
+        super().__init__()
+        self.config = dict(text_len=text_len, text_dim=text_dim, width=width, heads=heads, layers=layers,
+                           max_bytes=max_bytes)
+        self.bytes = nn.Embedding(258, width)
+        self.positions = nn.Parameter(0.02 * torch.randn(max_bytes + 1, width))
+        self.layers = nn.ModuleList(TextLayer(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.queries = nn.Parameter(torch.randn(text_len, width))
+        self.pool = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.project = nn.Linear(width, text_dim)
+        self.norm_out = nn.LayerNorm(text_dim)
+        nn.init.normal_(self.bytes.weight, std=0.02)
+
+    def encode(self, prompts):
+        """list of b strings -> context [b, text_len, text_dim]; an item does not depend on its neighbours."""
+        device = self.positions.device
+        rows = [[self.START, *p.encode("utf-8", "surrogatepass")[:self.config["max_bytes"]]] for p in prompts]
+        n = max(map(len, rows))
+        ids = torch.tensor([row + [self.PAD] * (n - len(row)) for row in rows], device=device)  # [b, n]
+        return self(ids)
+
+    def forward(self, ids):
+        """ids [b, n] in 0..257 -> context [b, text_len, text_dim]"""
+        padding = ids == self.PAD
+        x = self.bytes(ids) + self.positions[:ids.shape[1]]                                 # [b, n, width]
+        for layer in self.layers:
+            x = layer(x, padding)
+        x = self.norm(x)
+        queries = self.queries.expand(len(ids), -1, -1)                                     # [b, l, width]
+        x = self.pool(queries, x, x, key_padding_mask=padding, need_weights=False)[0]       # [b, l, width]
+        return self.norm_out(self.project(x))                                               # [b, l, text_dim]
+
+
+# ---------------------------------------------------------------------------------------------------- folders
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def write_folder(path, config, tensors):
+    """config.json and one safetensors file, complete under a temporary name first, then renamed to `path`."""
+    path = Path(path)
+    new, old = path.with_name(f"{path.name}.tmp{os.getpid()}"), path.with_name(f"{path.name}.old{os.getpid()}")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, new / WEIGHTS, {"format": "pt"})
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_config(path):
+    """The dict in path/config.json, or InputError."""
+    if not Path(path).is_dir():
+        raise InputError(f"{path} is not a folder; give one that holds config.json and {WEIGHTS}")
+    try:
+        config = json.loads((Path(path) / "config.json").read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path} holds no config.json") from None
+    except ValueError as error:
+        raise InputError(f"{path}/config.json is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path}/config.json holds no JSON object")
+    return config
+
+
+class WeightFiles:
+    """The tensors of a folder's safetensors file or shards, by name; read one at a time."""
+
+    def __init__(self, path):
+        path = Path(path)
+        index = path / f"{WEIGHTS}.index.json"
+        if (path / WEIGHTS).is_file():
+            files = [path / WEIGHTS]
+        elif index.is_file():
+            try:
+                files = [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise InputError(f"{index} is not a shard index: {error!r}") from None
+        else:
+            raise InputError(f"{path} holds no {WEIGHTS}, nor {index.name}")
+        self.handle = {}  # name -> open file
+        for file in files:
+            try:
+                handle = safe_open(file, "pt")
+            except FileNotFoundError:
+                raise InputError(f"{file} is missing; {index.name} names it") from None
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{file} is not a whole safetensors file: {error}".replace("\n", " ")) from None
+            self.handle |= dict.fromkeys(handle.keys(), handle)
+
+    def shape(self, name):
+        return tuple(self.handle[name].get_slice(name).get_shape())
+
+    def tensor(self, name):
+        return self.handle[name].get_tensor(name)
+
+
+def read_state(path, shapes, rename=lambda name: name, ignore=()):
+    """The tensors of a folder for `shapes` (name -> shape), strictly: all of them, nothing else, as stored.
+
+    rename: our name -> the name in the file. Names in the file that contain a word of `ignore` are dropped.
+    """
+    weights = WeightFiles(path)
+    want = {rename(name): tuple(shape) for name, shape in shapes.items()}
+    have = {name for name in weights.handle if not any(word in name for word in ignore)}
+    problems = {
+        "missing": sorted(want.keys() - have),
+        "unexpected": sorted(have - want.keys()),
+        "of another shape": [f"{name} {weights.shape(name)} instead of {want[name]}"
+                             for name in sorted(want.keys() & have) if weights.shape(name) != want[name]],
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+                           for kind, names in problems.items() if names)
+        raise InputError(f"the weights in {path} do not fit: {listed}")
+    return {name: weights.tensor(rename(name)) for name in shapes}
+
+
+def save_module(module, path, dtype=None):
+    """Write module.config and its weights (cast to dtype if given) as a folder, atomically."""
+    write_folder(path, module.config, {n: v.to(dtype or v.dtype) for n, v in module.state_dict().items()})
+
+
+def load_weights(module, path):
+    """Fill `module`, keeping its dtype and device, from a folder that `save_module` wrote; returns the module.
+
+    InputError when the folder was written for another config or its weights are not exactly the module's.
+    """
+    stored, mine = read_config(path), json.loads(json.dumps(module.config))
+    differing = [f"{key} {stored.get(key)!r} instead of {mine.get(key)!r}"
+                 for key in sorted(stored.keys() | mine.keys()) if stored.get(key) != mine.get(key)]
+    if differing:
+        raise InputError(f"{path}/config.json is of another {type(module).__name__}: {', '.join(differing)}")
+    module.load_state_dict(read_state(path, {n: v.shape for n, v in module.state_dict().items()}))
+    return module
+
+
+# Wan's words and diffusers', applied in this order; the two libraries number the block's norms differently.
+DIFFUSERS_WORDS = (
+    ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
+    ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
+    ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
+    ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
+    ("time_projection.1", "condition_embedder.time_proj"),
+    ("img_emb.proj.0", "condition_embedder.image_embedder.norm1"),
+    ("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
+    ("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
+    ("img_emb.proj.4", "condition_embedder.image_embedder.norm2"),
+    ("head.modulation", "scale_shift_table"), ("head.head", "proj_out"), ("modulation", "scale_shift_table"),
+    ("self_attn", "attn1"), ("cross_attn", "attn2"), ("norm3", "norm2"), ("norm_k_img", "norm_added_k"),
+    (".q.", ".to_q."), (".k.", ".to_k."), (".v.", ".to_v."), (".o.", ".to_out.0."),
+    (".k_img.", ".add_k_proj."), (".v_img.", ".add_v_proj."), ("ffn.0", "ffn.net.0.proj"), ("ffn.2", "ffn.net.2"),
+)
+
+
+def diffusers_name(name):
+    for ours, theirs in DIFFUSERS_WORDS:
+        name = name.replace(ours, theirs)
+    return name
+
+
+def diffusers_config(config):
+    """Our config in the words of `WanTransformer3DModel`, which knows no text_len (512 is Wan's)."""
+    image_dim, dim, heads = config["image_dim"], config["dim"], config["num_heads"]
+    return dict(_class_name="WanTransformer3DModel", _text_len=config["text_len"], patch_size=config["patch_size"],
+                num_attention_heads=heads, attention_head_dim=dim // heads, in_channels=config["in_dim"],
+                out_channels=config["out_dim"], text_dim=config["text_dim"], freq_dim=config["freq_dim"],
+                ffn_dim=config["ffn_dim"], num_layers=config["num_layers"], cross_attn_norm=True,
+                qk_norm="rms_norm_across_heads", eps=config["eps"], image_dim=image_dim,
+                added_kv_proj_dim=None if image_dim is None else dim, rope_max_seq_len=1024)
+
+
+def from_diffusers_config(theirs):
+    """The inverse of `diffusers_config`; KeyError or InputError where that model is not Wan2.1's."""
+    if theirs.get("qk_norm", "rms_norm_across_heads") != "rms_norm_across_heads" \
+            or not theirs.get("cross_attn_norm", True) or theirs.get("pos_embed_seq_len") is not None:
+        raise InputError("qk_norm, cross_attn_norm or pos_embed_seq_len is not that of Wan2.1's t2v and i2v models")
+    config = {key: theirs[key] for key in ("patch_size", "text_dim", "freq_dim", "ffn_dim", "num_layers", "eps")}
+    in_dim, out_dim, heads = theirs["in_channels"], theirs["out_channels"], theirs["num_attention_heads"]
+    return config | dict(model_type="i2v" if in_dim > out_dim else "t2v", in_dim=in_dim, out_dim=out_dim,
+                         dim=heads * theirs["attention_head_dim"], num_heads=heads,
+                         text_len=theirs.get("_text_len", 512), image_dim=theirs.get("image_dim"))
+
+
+def from_wan_config(theirs, path):
+    """A config.json in Wan's words, ours or official; the official one leaves image_dim to the weights."""
+    if not (theirs.get("qk_norm", True) and theirs.get("cross_attn_norm", True)) \
+            or list(theirs.get("window_size", (-1, -1))) != [-1, -1]:
+        raise InputError("qk_norm, cross_attn_norm or window_size is not that of Wan2.1's t2v and i2v models")
+    config = {key: value for key, value in theirs.items()
+              if not key.startswith("_") and key not in ("qk_norm", "cross_attn_norm", "window_size")}
+    if "image_dim" not in config:
+        weights = WeightFiles(path)
+        name = "img_emb.proj.0.weight"
+        config["image_dim"] = weights.shape(name)[0] if name in weights.handle else None
+    return config
+
+
+def load_transformer(path, dtype=torch.float32):
+    """VideoDiT from our folder, an official Wan2.1 folder, a diffusers one, or a folder that holds `transformer/`.
+
+    dtype of the parameters: float32 master weights, or None for each as stored. The stored dtypes are remembered
+    for `export_transformer`. Raises InputError (one line, naming the file) for anything missing or unexpected.
+    """
+    path = Path(path)
+    if not (path / "config.json").exists() and (path / "transformer").is_dir():
+        path = path / "transformer"
+    theirs = read_config(path)
+    is_diffusers = theirs.get("_class_name") == "WanTransformer3DModel" or "num_attention_heads" in theirs
+    try:
+        config = from_diffusers_config(theirs) if is_diffusers else from_wan_config(theirs, path)
+        with torch.device("meta"):
+            dit = VideoDiT(**config)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (TypeError, KeyError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path}/config.json does not describe a Wan2.1 transformer: {error}"
+                         .replace("\n", " ")) from None
+    # diffusers' published i2v folders carry norm_added_q weights, which no model reads
+    state = read_state(path, {name: p.shape for name, p in dit.state_dict().items()},
+                       diffusers_name if is_diffusers else str, ("norm_added_q",) if is_diffusers else ())
+    dit.stored_dtypes = {name: tensor.dtype for name, tensor in state.items()}
+    # copy: a parameter must not stay a view of a file that may be replaced
+    dit.load_state_dict({n: v.to(dtype or v.dtype, copy=True) for n, v in state.items()}, assign=True)
+    return dit
+
+
+def export_transformer(dit, path, layout="wan", dtype=None):
+    """Write dit as an official Wan2.1 folder ("wan") or as one of diffusers' WanTransformer3DModel ("diffusers").
+
+    Each weight goes back in the dtype it was loaded from, if it was; `dtype` overrides that.
+    """
+    if layout not in ("wan", "diffusers"):
+        raise InputError(f"layout is {layout!r}; choose wan or diffusers")
+    stored = getattr(dit, "stored_dtypes", {})
+    state = {name: p.to(dtype or stored.get(name, p.dtype)) for name, p in dit.state_dict().items()}
+    if layout == "diffusers":
+        write_folder(path, diffusers_config(dit.config), {diffusers_name(n): p for n, p in state.items()})
+    else:
+        write_folder(path, {"_class_name": "WanModel"} | dit.config, state)
