@@ -50,7 +50,7 @@ def parse(Config, doc, argv=None, prog=None):
         rules = ("above", operator.gt), ("at_least", operator.ge), ("at_most", operator.le)
         bounds = [(name.replace('_', ' '), f.metadata[name], holds) for name, holds in rules]
         for v in values[f.name] if isinstance(values[f.name], tuple) else [values[f.name]]:
-            broken = [f" {text} {limit}" for text, limit, holds in bounds if None not in (v, limit) and not holds(v, limit)]
+            broken = [f" {word} {x}" for word, x, holds in bounds if None not in (v, x) and not holds(v, x)]
             if broken or isinstance(v, float) and not math.isfinite(v):
                 raise InputError(f"--{f.name} must be a finite number{''.join(broken)}, got {v}")
     return Config(**values)
