@@ -61,7 +61,7 @@ def wide_linear(layer, x):
 # ---------------------------------------------------------------------------------------------------- position
 @lru_cache(maxsize=64)
 def rope_table(grid, head_dim, device, dtype):
-    """cos and signed sin of the rotary angles of a grid (f, h, w), each [n, 1, e], pairs (2i, 2i + 1) adjacent.
+    """Unit complex numbers [n, 1, e / 2]: the rotary angles of a grid (f, h, w), in the precision of `dtype`.
 
     Wan gives e - 4 (e // 6) channels of each head to time and 2 (e // 6) to each of height and width.
     """
@@ -71,16 +71,14 @@ def rope_table(grid, head_dim, device, dtype):
         position = torch.cartesian_prod(*(torch.arange(s, dtype=torch.float64) for s in grid)).view(-1, 3)  # [n, 3]
         angle = torch.cat([
             position[:, axis, None] * 10000.0 ** (-torch.arange(0, c, 2, dtype=torch.float64) / c)
-            for axis, c in enumerate(channels)], dim=1)                                                 # [n, e/2]
-        cos = angle.cos().repeat_interleave(2, dim=1)                                                   # [n, e]
-        sin = torch.stack([-angle.sin(), angle.sin()], dim=2).flatten(1)                                # [n, e]
-        return cos[:, None].to(device, dtype), sin[:, None].to(device, dtype)
+            for axis, c in enumerate(channels)], dim=1)                                      # [n, e / 2]
+        table = torch.polar(torch.ones_like(angle), angle)[:, None]
+        return table.to(device, dtype.to_complex())
 
 
-def apply_rope(x, cos, sin):
-    """Rotate the adjacent channel pairs of x [b, n, k, e] by the angles of `rope_table`."""
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return torch.addcmul(x * cos, swapped, sin)
+def apply_rope(x, table):
+    """Rotate the adjacent channel pairs of x [b, n, k, e]; one complex product takes half the time of real ones."""
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * table).flatten(-2)
 
 
 # ---------------------------------------------------------------------------------------------------- blocks
@@ -94,7 +92,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         x = x.to(wide(x.dtype))
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+        # F.rms_norm has no kernel of its own on CPU; a norm reads x once and its backward is short
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
+        return x * (square + self.eps).rsqrt() * self.weight.to(x.dtype)
 
 
 def modulated_norm(x, shift, scale, eps):
@@ -127,7 +127,7 @@ class Attention(nn.Module):
         split = partial(torch.unflatten, dim=2, sizes=(self.num_heads, -1))              # [b, ., d] -> [b, ., k, e]
         q, k, v = split(self.norm_q(self.q(x))), split(self.norm_k(self.k(source))), split(self.v(source))
         if rope is not None:
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
         out = attend(q, k, v)
         if image is not None:
             out = out + attend(q, split(self.norm_k_img(self.k_img(image))), split(self.v_img(image)))
