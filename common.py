@@ -159,7 +159,7 @@ def start_run(config, resume_step=None):
         folder.mkdir(parents=True, exist_ok=True)
         for step, path in checkpoints(folder):
             if resume_step is None or step > resume_step:
-                path.rename(folder / f"earlier-{int(time.time())}-{path.name}")
+                path.rename(folder / f"earlier-{time.time_ns()}-{path.name}")
         (folder / "args.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
@@ -172,8 +172,9 @@ def save_checkpoint(output_dir, step, folders, state, config, keep=None):
         return final
     for leftover in Path(output_dir).glob("checkpoint-*.tmp"):
         shutil.rmtree(leftover)
+    temporary.mkdir(parents=True)
     for name, write in folders.items():
-        (temporary / name).mkdir(parents=True)
+        (temporary / name).mkdir()
         write(temporary / name)
     torch.save({"step": step, **state}, temporary / "train_state.pt")
     (temporary / "args.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")

@@ -1,0 +1,342 @@
+"""common.py against what it promises: draws, checkpoints, resume, and one-line errors."""
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Optional
+
+import pytest
+import torch
+
+import common
+from common import InputError, arg
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass
+class Config:
+    output_dir: str = arg("run", "run folder")
+    learning_rate: float = arg(1e-4, "100 % of it", above=0)
+    max_train_steps: int = arg(10, "steps", at_least=1)
+    ema: float = arg(0.9, "decay", at_least=0, at_most=1)
+    resume_from_checkpoint: Optional[str] = arg(None, "where from", alias="resume")
+    seeds: tuple[int, ...] = arg((0, 1), "seeds", at_least=0)
+    method: str = arg("prfl", "which", choices=("prfl", "sft"))
+    gradient_checkpointing: bool = arg(False, "less memory")
+
+
+def parse(*argv):
+    return common.parse(Config, "doc", list(argv))
+
+
+# ---- command line
+def test_parse_types_aliases_and_defaults():
+    assert parse() == Config()
+    got = parse("--learning_rate", "3e-4", "--resume", "latest", "--seeds", "4", "5", "--gradient_checkpointing")
+    assert got == Config(learning_rate=3e-4, resume_from_checkpoint="latest", seeds=(4, 5), gradient_checkpointing=True)
+    assert parse("--resume_from_checkpoint", "x").resume_from_checkpoint == "x"
+    assert parse("--no-gradient_checkpointing").gradient_checkpointing is False
+
+
+@pytest.mark.parametrize("argv, wanted", [
+    (["--learning_rate", "nan"], "--learning_rate must be a finite number above 0, got nan"),
+    (["--learning_rate", "inf"], "--learning_rate must be a finite number, got inf"),
+    (["--learning_rate", "-1"], "--learning_rate must be a finite number above 0, got -1.0"),
+    (["--max_train_steps", "0"], "--max_train_steps must be a finite number at least 1, got 0"),
+    (["--max_train_steps", "2.5"], "--max_train_steps: invalid int value: '2.5'"),
+    (["--ema", "1.5"], "--ema must be a finite number at most 1, got 1.5"),
+    (["--seeds", "1", "-2"], "--seeds must be a finite number at least 0, got -2"),
+    (["--learnin_rate", "1"], "unknown flag: --learnin_rate 1"),
+    (["--learning", "1"], "unknown flag: --learning 1"),  # no abbreviations
+    (["--max_train_steps"], "--max_train_steps: expected one argument"),
+])
+def test_parse_errors_name_the_flag(argv, wanted):
+    with pytest.raises(InputError) as error:
+        parse(*argv)
+    assert str(error.value) == wanted
+
+
+def test_parse_choice_error():
+    with pytest.raises(InputError, match="--method: invalid choice: 'pfl' .*prfl.*sft"):
+        parse("--method", "pfl")
+
+
+SCRIPT = '''
+import sys
+sys.path.insert(0, {root!r})
+import dataclasses, common
+from common import arg
+
+@dataclasses.dataclass
+class Config:
+    learning_rate: float = arg(1e-4, "lr", above=0)
+    raises: str = arg("none", "what main raises", choices=("none", "input", "number", "access", "interrupt", "bug"))
+
+def main(config):
+    if config.raises == "input": raise common.InputError("data/x.mp4: no good,\\nsee there")
+    if config.raises == "number": raise FloatingPointError("step 17: loss is nan")
+    if config.raises == "access": raise PermissionError(13, "Permission denied", "/there")
+    if config.raises == "interrupt": raise KeyboardInterrupt
+    if config.raises == "bug": raise KeyError("a bug")
+    print("ran", config.learning_rate)
+
+if __name__ == "__main__":
+    common.cli(main, Config, "doc")
+'''
+
+
+def test_cli_exit_codes_and_one_line(tmp_path):
+    """One process does them all: importing torch costs more than the test."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(root=str(ROOT)))
+    cases = [(["--raises", "none"], 0, ""), (["--raises", "input"], 2, "error: data/x.mp4: no good, see there\n"),
+             (["--raises", "number"], 1, "error: step 17: loss is nan\n"), (["--raises", "interrupt"], 130, "error: interrupted\n"),
+             (["--raises", "access"], 2, "error: [Errno 13] Permission denied: '/there'\n"),
+             (["--bogus"], 2, "error: unknown flag: --bogus\n"),
+             (["--learning_rate", "nan"], 2, "error: --learning_rate must be a finite number above 0, got nan\n")]
+    driver = tmp_path / "driver.py"
+    driver.write_text(textwrap.dedent(f"""
+        import contextlib, io, json, sys
+        sys.path.insert(0, {str(tmp_path)!r})
+        import script, common
+        for argv in {[c[0] for c in cases]!r}:
+            err, code = io.StringIO(), 0
+            with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+                try:
+                    common.cli(script.main, script.Config, "doc", argv)
+                except SystemExit as e:
+                    code = e.code
+            print(json.dumps([code, err.getvalue()]))
+    """))
+    done = subprocess.run([sys.executable, driver], capture_output=True, text=True, check=True)
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [[code, text] for _, code, text in cases]
+    # The real thing, once: exit status and streams of a process; and a bug keeps its traceback.
+    done = subprocess.run([sys.executable, script, "--learning_rate", "nan"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", cases[-1][2])
+    done = subprocess.run([sys.executable, script, "--raises", "bug"], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+# ---- random draws
+def test_draws_depend_on_seed_purpose_step_and_index_only():
+    alone = common.noise((3, 4), 0, "x1", 5, [7])
+    among = common.noise((3, 4), 0, "x1", 5, torch.tensor([2, 7, 3]))
+    assert torch.equal(alone[0], among[1])
+    assert torch.equal(common.uniform(0, "t", 5, [7]), common.uniform(0, "t", 5, [1, 7])[1:])
+    others = [common.noise((3, 4), 1, "x1", 5, [7]), common.noise((3, 4), 0, "x2", 5, [7]),
+              common.noise((3, 4), 0, "x1", 6, [7]), common.noise((3, 4), 0, "x1", 5, [8])]
+    assert not any(torch.equal(alone, other) for other in others)
+
+
+def test_draws_have_the_right_distribution():
+    x = common.noise((16,), 0, "x", 0, range(1000)).flatten()
+    u = common.uniform(0, "u", 0, range(4000))
+    assert abs(x.mean()) < 4 / math.sqrt(16000) and abs(x.var() - 1) < 4 * math.sqrt(2 / 16000)
+    assert 0 <= u.min() and u.max() < 1
+    bins = torch.histc(u, 10, 0, 1)
+    assert (bins - 400).abs().max() < 5 * math.sqrt(400 * 0.9)
+
+
+def test_two_ranks_cover_the_global_batch_of_one():
+    one = common.Runtime(0, 1, torch.device("cpu"), torch.float32)
+    two = [common.Runtime(r, 2, torch.device("cpu"), torch.float32) for r in range(2)]
+    assert one.indices(8) == two[0].indices(4) + two[1].indices(4)
+    assert sorted(i for r in two for m in range(3) for i in r.indices(4, m)) == list(range(24))
+
+
+def test_two_processes_average_gradients_as_one_with_both_halves(tmp_path):
+    """torchrun with two ranks of batch 4 gives the gradients, norm and weights of one process with batch 8."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(textwrap.dedent(f"""
+        import sys; sys.path.insert(0, {str(ROOT)!r})
+        import torch, common
+        runtime = common.setup("no", 3)
+        model = torch.nn.Linear(6, 2)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        norms = []
+        for step in range(3):
+            x = common.noise((6,), 0, "x", step, runtime.indices(8 // runtime.world_size))
+            loss = model(x).square().mean()
+            loss.backward()
+            norms.append(common.clip_gradients(model.parameters(), 0.5, step))
+            optimizer.step(); optimizer.zero_grad()
+        value = torch.tensor(float(runtime.rank)); common.average([value])
+        if runtime.rank == 0:
+            torch.save([[p.detach() for p in model.parameters()], norms, value], sys.argv[1])
+        common.teardown()
+    """))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", worker, tmp_path / "2.pt"]
+    subprocess.run([sys.executable, worker, tmp_path / "1.pt"], check=True)
+    subprocess.run(launch, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    one, two = torch.load(tmp_path / "1.pt"), torch.load(tmp_path / "2.pt")
+    torch.testing.assert_close(one[:2], two[:2])
+    assert one[2] == 0 and two[2] == 0.5
+
+
+# ---- gradients
+def test_clip_gradients_returns_the_norm_before_and_scales_to_the_limit():
+    p = torch.nn.Parameter(torch.zeros(2))
+    p.grad = torch.tensor([3.0, 4.0])
+    assert common.clip_gradients([p], 1.0) == 5.0
+    torch.testing.assert_close(p.grad, torch.tensor([0.6, 0.8]))
+    assert abs(common.clip_gradients([p], None) - 1) < 1e-5
+    p.grad[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="step 17: .*norm is nan"):
+        common.clip_gradients([p], 1.0, 17)
+
+
+# ---- checkpoints
+def write_weights(value):
+    return lambda path: (Path(path) / "w.safetensors").write_bytes(value)
+
+
+def save(folder, step, content=b"weights", **more):
+    return common.save_checkpoint(folder, step, {"transformer": write_weights(content)}, {"position": step},
+                                  Config(output_dir=str(folder)), **more)
+
+
+def test_checkpoint_layout_and_resolution(tmp_path):
+    save(tmp_path, 9), save(tmp_path, 200)
+    path = tmp_path / "checkpoint-000200"
+    assert sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()) == [
+        "args.json", "train_state.pt", "transformer/w.safetensors"]
+    assert Config(**{**json.loads((path / "args.json").read_text()), "seeds": (0, 1)}) == Config(output_dir=str(tmp_path))
+    for spec in ("latest", str(path), "checkpoint-000200", str(tmp_path)):
+        assert common.resolve_checkpoint(tmp_path, spec) == path
+    assert common.load_state(path) == {"step": 200, "position": 200}
+    save(tmp_path, 300, keep=2)
+    assert [step for step, _ in common.checkpoints(tmp_path)] == [200, 300]
+
+
+def test_resolve_says_what_is_wrong(tmp_path):
+    with pytest.raises(InputError, match="latest: there is no .*empty"):
+        common.resolve_checkpoint(tmp_path / "empty", "latest")
+    with pytest.raises(InputError, match="--resume_from_checkpoint nowhere"):
+        common.resolve_checkpoint(tmp_path, "nowhere")
+    path = save(tmp_path, 1)
+    state = (path / "train_state.pt").read_bytes()
+    for broken in (state[:len(state) // 2], b"", b"not a checkpoint"):
+        (path / "train_state.pt").write_bytes(broken)
+        with pytest.raises(InputError, match="train_state.pt is truncated or damaged") as error:
+            common.load_state(path)
+        assert "\n" not in str(error.value)
+    (path / "train_state.pt").unlink()
+    with pytest.raises(InputError, match="there is no .*checkpoint-000001/train_state.pt"):
+        common.resolve_checkpoint(tmp_path, "latest")
+
+
+@pytest.mark.parametrize("name, at", [("rename", 0), ("rename", 1), ("fsync", 0), ("fsync", 2)])
+def test_a_kill_while_saving_leaves_the_previous_checkpoint(tmp_path, monkeypatch, name, at):
+    """rename 0 and 1 on a step that exists already: before it is set aside, and between the two renames."""
+    for step in (1, 2):
+        save(tmp_path, step, b"old")
+    calls, real = [], getattr(os, name)
+
+    def die(*args):
+        calls.append(args)
+        if len(calls) == at + 1:
+            raise KeyboardInterrupt  # what a kill leaves behind, as no handler of ours runs
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, die)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 2, b"new")
+    latest = common.resolve_checkpoint(tmp_path, "latest")
+    assert (latest / "transformer/w.safetensors").read_bytes() == b"old" and common.load_state(latest)["step"] == 2
+    final = save(tmp_path, 3, b"next")
+    assert common.resolve_checkpoint(tmp_path, "latest") == final and not list(tmp_path.glob("*.tmp"))
+    save(tmp_path, 2, b"new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"checkpoint-00000{n}" for n in (1, 2, 3)]
+
+
+def test_kill_9_at_a_random_moment(tmp_path):
+    """A process that saves without pause is killed; whatever `latest` then names is whole."""
+    script = tmp_path / "saver.py"
+    script.write_text(textwrap.dedent(f"""
+        import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
+        import test_common, torch
+        for step in range(1, 10 ** 6):
+            test_common.save({str(tmp_path / 'run')!r}, step % 7 + 1, bytes([step % 7 + 1]) * 20000)
+    """))
+    for pause in (0.05, 0.13):
+        process = subprocess.Popen([sys.executable, script])
+        try:
+            deadline = time.time() + 20
+            while len(common.checkpoints(tmp_path / "run")) < 2 and time.time() < deadline:
+                time.sleep(0.01)
+            time.sleep(pause)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        latest = common.resolve_checkpoint(tmp_path / "run", "latest")
+        step = common.load_state(latest)["step"]
+        assert (latest / "transformer/w.safetensors").read_bytes() == bytes([step]) * 20000
+
+
+def test_resumed_adamw_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
+    def run(first, last, state=None):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(5, 3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        if state:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+        for step in range(first, last):
+            model(common.noise((5,), 0, "x", step, range(4))).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+
+    whole = run(0, 6)
+    path = common.save_checkpoint(tmp_path, 3, {}, run(0, 3), Config())
+    resumed = run(3, 6, common.load_state(path))
+    assert all(torch.equal(whole["model"][k], resumed["model"][k]) for k in whole["model"])
+    for i, slot in whole["optimizer"]["state"].items():
+        assert all(torch.equal(v, resumed["optimizer"]["state"][i][k]) for k, v in slot.items())
+
+
+def test_a_fresh_run_sets_earlier_checkpoints_aside(tmp_path):
+    config = Config(output_dir=str(tmp_path / "run"))
+    common.start_run(config)
+    for step in (1, 2, 3):
+        save(config.output_dir, step)
+    common.start_run(config, resume_step=2)
+    assert [step for step, _ in common.checkpoints(config.output_dir)] == [1, 2]
+    common.start_run(config)
+    assert common.checkpoints(config.output_dir) == [] and json.loads((tmp_path / "run/args.json").read_text())
+    assert len(list((tmp_path / "run").glob("earlier-*/train_state.pt"))) == 3  # nothing is deleted
+
+
+# ---- metrics
+def test_metrics_are_flushed_and_cut_back_on_resume(tmp_path):
+    log = common.MetricsLog(tmp_path)
+    for step in range(1, 5):
+        log.log(step, loss=torch.tensor(0.5), note="a")
+    read = lambda: [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert read() == [1, 2, 3, 4]
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0]) == {"step": 1, "loss": 0.5, "note": "a"}
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # a kill in the middle of a line
+    common.MetricsLog(tmp_path, resume_step=2).log(3, loss=1.0)
+    assert read() == [1, 2, 3]
+    with pytest.raises(FloatingPointError, match="step 4: loss is nan"):
+        common.MetricsLog(tmp_path, resume_step=3).log(4, loss=torch.tensor(float("nan")))
+    assert read() == [1, 2, 3]
+    common.MetricsLog(tmp_path)
+    assert read() == []
+
+
+def test_progress_counts_iterables_and_numbers(capsys):
+    assert list(common.progress([1, 2], "work")) == [1, 2]
+    bar = common.progress(10, "work", initial=4)
+    bar.update(6)
+    bar.close()
+    assert bar.n == bar.total == 10 and "10/10" in capsys.readouterr().err
