@@ -163,7 +163,7 @@ def read_metadata(folder):
 def write_shards(folder, latents, contexts, labels, prompts, file_names=None, fps=8.0, settings=None,
                  append=False):
     """Writes one shard: latents [n, c, f, h, w] and contexts [n, l, d] as float32, labels (0, 1, None or -1),
-    prompts. append: after the shards there, else in place of them. A kill at any moment leaves whole shards."""
+    prompts. append: after the shards there, else in their place. A kill at any moment leaves whole shards."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shapes = {"latent_shape": list(latents.shape[1:]), "context_shape": list(contexts.shape[1:])}
@@ -226,7 +226,7 @@ class Shards:
             raise InputError(f"{folder}: shards.json counts {self.index['count']} clips, the shards hold "
                              f"{len(self)}, metadata.jsonl {len(self.rows)}: encode again")
         if [-1 if row["label"] is None else row["label"] for row in self.rows] != self.labels.tolist():
-            raise InputError(f"{folder}: labels in metadata.jsonl differ from the shards': change them beside "
+            raise InputError(f"{folder}: metadata.jsonl and shards differ in labels: change them beside "
                              "the clips and encode again")
 
     def __len__(self):
@@ -315,20 +315,21 @@ class Check:
     fps: float | None = arg(None, "frames per second, or the clip's own; faster clips drop frames", above=0)
 
 
-def parse_size(text):
-    """'832*480' or '832x480' -> (832, 480), None -> None. Raises InputError."""
-    parts = (text or "16*16").replace("x", "*").split("*")
-    if len(parts) != 2 or not all(p.isdecimal() and int(p) and int(p) % 16 == 0 for p in parts):
-        raise InputError(f"--size must be W*H, both multiples of 16, got {text}")
-    return tuple(map(int, parts)) if text else None
-
-
-def load_clips(rows, config, kind=None):
-    """Yields (row, uint8 [F, H, W, 3] or None, kind, problem or None), in order. Clips are cut to 4k + 1
-    frames, and all must be of one kind [W, H, F, fps]: the given one, or that of the first usable clip."""
-    size, seen = parse_size(config.size), set()
+def parse_size(config):
+    """--size '832*480' or '832x480' -> (832, 480) or None; --frames is checked too. Raises InputError."""
+    sides = (config.size or "16*16").replace("x", "*").split("*")
+    sides = [int(side) if side.isdecimal() else 0 for side in sides]
+    if len(sides) != 2 or not all(side and side % 16 == 0 for side in sides):
+        raise InputError(f"--size must be W*H, both multiples of 16, got {config.size}")
     if config.frames and config.frames % 4 != 1:
         raise InputError(f"--frames must be 4k + 1, as {config.frames // 4 * 4 + 1} is, got {config.frames}")
+    return tuple(sides) if config.size else None
+
+
+def load_clips(rows, config, size, kind=None):
+    """Yields (row, uint8 [F, H, W, 3] or None, kind, problem or None), in order. Clips are cut to 4k + 1
+    frames, and all must be of one kind [W, H, F, fps]: the given one, or that of the first usable clip."""
+    seen = set()
 
     def load(row):
         path = Path(config.folder) / row["file_name"]
@@ -360,10 +361,10 @@ def show(kind):
 
 
 def check_command(config):
-    listed, usable = list(read_rows(config.folder)), []
+    size, listed, usable = parse_size(config), list(read_rows(config.folder)), []
     problems = [f"{place}: {problem}" for place, _, problem in listed if problem]
     bar = common.progress(len(listed) - len(problems), "check")
-    for row, _, kind, problem in load_clips([row for _, row, problem in listed if not problem], config):
+    for row, _, kind, problem in load_clips([row for _, row, bad in listed if not bad], config, size):
         problems += [f"{row['file_name']}: {problem}"] if problem else []
         usable += [] if problem else [(row["label"], show(kind))]
         bar.update()
@@ -388,7 +389,7 @@ class Encode(Check):
 def encode_command(config):
     from model import load_text_encoder
     from vae import load_vae
-    out, rows = Path(config.out), read_metadata(config.folder)
+    size, out, rows = parse_size(config), Path(config.out), read_metadata(config.folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = {name: getattr(config, name) for name in ("size", "frames", "fps", "vae", "text_encoder")}
     before = Shards(out) if (out / "shards.json").exists() else None
@@ -403,7 +404,7 @@ def encode_command(config):
     todo, batch, ready, skipped = [row for row in rows if row["file_name"] not in done], [], [], 0
     bar = common.progress(len(rows), "encode", initial=len(rows) - len(todo))
     with (out / "report.jsonl").open("w", buffering=1) as report:
-        for row, video, kind, problem in itertools.chain(load_clips(todo, config, kind), [(None,) * 4]):
+        for row, video, kind, problem in itertools.chain(load_clips(todo, config, size, kind), [(None,) * 4]):
             if problem:
                 skipped += 1
                 bar.write(f"skipped {row['file_name']}: {problem}")

@@ -39,8 +39,8 @@ def parse(*argv):
 # ---- command line
 def test_parse_types_aliases_and_defaults():
     assert parse() == Config()
-    got = parse("--learning_rate", "3e-4", "--resume", "latest", "--seeds", "4", "5", "--gradient_checkpointing")
-    assert got == Config(learning_rate=3e-4, resume_from_checkpoint="latest", seeds=(4, 5), gradient_checkpointing=True)
+    got = parse("--learning_rate", "3e-4", "--resume", "a", "--seeds", "4", "5", "--gradient_checkpointing")
+    assert got == Config(learning_rate=3e-4, resume_from_checkpoint="a", seeds=(4, 5), gradient_checkpointing=True)
     assert parse("--resume_from_checkpoint", "x").resume_from_checkpoint == "x"
     assert parse("--no-gradient_checkpointing").gradient_checkpointing is False
 
@@ -77,7 +77,7 @@ from common import arg
 @dataclasses.dataclass
 class Config:
     learning_rate: float = arg(1e-4, "lr", above=0)
-    raises: str = arg("none", "what main raises", choices=("none", "input", "number", "access", "interrupt", "bug"))
+    raises: str = arg("none", "what main raises")
 
 def main(config):
     if config.raises == "input": raise common.InputError("data/x.mp4: no good,\\nsee there")
@@ -96,11 +96,14 @@ def test_cli_exit_codes_and_one_line(tmp_path):
     """One process does them all: importing torch costs more than the test."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(root=str(ROOT)))
-    cases = [(["--raises", "none"], 0, ""), (["--raises", "input"], 2, "error: data/x.mp4: no good, see there\n"),
-             (["--raises", "number"], 1, "error: step 17: loss is nan\n"), (["--raises", "interrupt"], 130, "error: interrupted\n"),
+    cases = [(["--raises", "none"], 0, ""),
+             (["--raises", "input"], 2, "error: data/x.mp4: no good, see there\n"),
+             (["--raises", "number"], 1, "error: step 17: loss is nan\n"),
+             (["--raises", "interrupt"], 130, "error: interrupted\n"),
              (["--raises", "access"], 2, "error: [Errno 13] Permission denied: '/there'\n"),
              (["--bogus"], 2, "error: unknown flag: --bogus\n"),
-             (["--learning_rate", "nan"], 2, "error: --learning_rate must be a finite number above 0, got nan\n")]
+             (["--learning_rate", "nan"], 2,
+              "error: --learning_rate must be a finite number above 0, got nan\n")]
     driver = tmp_path / "driver.py"
     driver.write_text(textwrap.dedent(f"""
         import contextlib, io, json, sys
@@ -116,7 +119,7 @@ def test_cli_exit_codes_and_one_line(tmp_path):
             print(json.dumps([code, err.getvalue()]))
     """))
     done = subprocess.run([sys.executable, driver], capture_output=True, text=True, check=True)
-    assert [json.loads(line) for line in done.stdout.splitlines()] == [[code, text] for _, code, text in cases]
+    assert list(map(json.loads, done.stdout.splitlines())) == [[code, text] for _, code, text in cases]
     # The real thing, once: exit status and streams of a process; and a bug keeps its traceback.
     done = subprocess.run([sys.executable, script, "--learning_rate", "nan"], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", cases[-1][2])
@@ -152,7 +155,7 @@ def test_two_ranks_cover_the_global_batch_of_one():
 
 
 def test_two_processes_average_gradients_as_one_with_both_halves(tmp_path):
-    """torchrun with two ranks of batch 4 gives the gradients, norm and weights of one process with batch 8."""
+    """torchrun with two ranks of batch 4 gives the gradient norms and weights of one process of batch 8."""
     worker = tmp_path / "worker.py"
     worker.write_text(textwrap.dedent(f"""
         import sys; sys.path.insert(0, {str(ROOT)!r})
@@ -172,9 +175,10 @@ def test_two_processes_average_gradients_as_one_with_both_halves(tmp_path):
             torch.save([[p.detach() for p in model.parameters()], norms, value], sys.argv[1])
         common.teardown()
     """))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", worker, tmp_path / "2.pt"]
-    subprocess.run([sys.executable, worker, tmp_path / "1.pt"], check=True)
-    subprocess.run(launch, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, worker, tmp_path / "1.pt"], check=True, env=environment)
+    subprocess.run([*torchrun, worker, tmp_path / "2.pt"], check=True, capture_output=True, env=environment)
     one, two = torch.load(tmp_path / "1.pt"), torch.load(tmp_path / "2.pt")
     torch.testing.assert_close(one[:2], two[:2])
     assert one[2] == 0 and two[2] == 0.5
@@ -207,7 +211,8 @@ def test_checkpoint_layout_and_resolution(tmp_path):
     path = tmp_path / "checkpoint-000200"
     assert sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()) == [
         "args.json", "train_state.pt", "transformer/w.safetensors"]
-    assert Config(**{**json.loads((path / "args.json").read_text()), "seeds": (0, 1)}) == Config(output_dir=str(tmp_path))
+    saved = json.loads((path / "args.json").read_text())
+    assert Config(**saved | {"seeds": (0, 1)}) == Config(output_dir=str(tmp_path))
     for spec in ("latest", str(path), "checkpoint-000200", str(tmp_path)):
         assert common.resolve_checkpoint(tmp_path, spec) == path
     assert common.load_state(path) == {"step": 200, "position": 200}
@@ -250,7 +255,8 @@ def test_a_kill_while_saving_leaves_the_previous_checkpoint(tmp_path, monkeypatc
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path, 2, b"new")
     latest = common.resolve_checkpoint(tmp_path, "latest")
-    assert (latest / "transformer/w.safetensors").read_bytes() == b"old" and common.load_state(latest)["step"] == 2
+    assert (latest / "transformer/w.safetensors").read_bytes() == b"old"
+    assert common.load_state(latest)["step"] == 2
     final = save(tmp_path, 3, b"next")
     assert common.resolve_checkpoint(tmp_path, "latest") == final and not list(tmp_path.glob("*.tmp"))
     save(tmp_path, 2, b"new")
@@ -311,7 +317,7 @@ def test_a_fresh_run_sets_earlier_checkpoints_aside(tmp_path):
     common.start_run(config, resume_step=2)
     assert [step for step, _ in common.checkpoints(config.output_dir)] == [1, 2]
     common.start_run(config)
-    assert common.checkpoints(config.output_dir) == [] and json.loads((tmp_path / "run/args.json").read_text())
+    assert common.checkpoints(config.output_dir) == [] and (tmp_path / "run/args.json").exists()
     assert len(list((tmp_path / "run").glob("earlier-*/train_state.pt"))) == 3  # nothing is deleted
 
 
@@ -320,9 +326,9 @@ def test_metrics_are_flushed_and_cut_back_on_resume(tmp_path):
     log = common.MetricsLog(tmp_path)
     for step in range(1, 5):
         log.log(step, loss=torch.tensor(0.5), note="a")
-    read = lambda: [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert read() == [1, 2, 3, 4]
-    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0]) == {"step": 1, "loss": 0.5, "note": "a"}
+    lines = lambda: list(map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()))
+    read = lambda: [line["step"] for line in lines()]
+    assert read() == [1, 2, 3, 4] and lines()[0] == {"step": 1, "loss": 0.5, "note": "a"}
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # a kill in the middle of a line
     common.MetricsLog(tmp_path, resume_step=2).log(3, loss=1.0)
