@@ -256,7 +256,7 @@ def test_broken_shards_are_one_line(tmp_path):
     edit = lambda folder, **change: (folder / "shards.json").write_text(
         json.dumps(json.loads((folder / "shards.json").read_text()) | change))
     for length in (0, 5, 100, 3000):
-        broken(lambda f: cut(f / "shard-00001.safetensors", length), "00001.safetensors: truncated or damaged")
+        broken(lambda f: cut(f / "shard-00001.safetensors", length), "00001.safetensors: truncated or dam")
     broken(lambda f: (f / "shard-00000.safetensors").unlink(), "shard-00000.safetensors")
     broken(lambda f: (f / "shards.json").unlink(), "shards.json is missing")
     broken(lambda f: cut(f / "shards.json", 40), "shards.json: damaged")
