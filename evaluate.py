@@ -1,0 +1,188 @@
+"""Checkpoints side by side on held-out prompts, with the same noise: quality, motion, hacking panel, intervals.
+
+    python evaluate.py checkpoints runs/sft runs/prfl --output_dir results/mine
+    python evaluate.py base=checkpoints prfl=runs/prfl --num_videos 512
+
+Each folder holds transformer/ (or is one); `name=folder` names it in the tables. The first is the one the others are
+compared with. Prompts and seeds are disjoint from all training. Writes table.md, table.json, videos.png (a row a
+prompt, a band a checkpoint) and side_by_side.mp4. The judge is the embedded world's annotator, which sees pixels only.
+
+Metrics, all means over videos, with 95 % intervals from a bootstrap over videos:
+  qualified            both axes qualified and the prompt followed
+  physical, deformity  share qualified on that axis
+  adherent             colour, shape and direction are the prompt's
+  motion smoothness    odd frames against the mean of their neighbours: 1 - mean absolute error, pixels in [0, 1]
+  dynamic degree       share that moves at more than half of the world's slowest speed
+  subject consistency  cosine similarity of the subject's cut-out to that of the first and of the previous frame
+  I2V subject          the same, to the given first frame (image-to-video only)
+  PAVRM score          share the reward model calls good at one random t
+  speed, brightness, saturation   against reward hacking; clean renders stand in the last row
+
+Axes: b batch, c channels, f frames, h height, w width.
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import common
+import data
+import flow
+import world
+from common import InputError, arg
+from model import first_frame_condition, load_text_encoder, load_transformer
+from pavrm import load_pavrm
+from vae import from_pixels, load_vae, to_pixels
+
+TABLE = {"qualified": "qualified", "physical_qualified": "physical", "deformity_qualified": "deformity",
+         "adherent": "adherent", "smoothness": "motion smoothness", "dynamic": "dynamic degree",
+         "consistency": "subject consistency", "i2v_subject": "I2V subject", "pavrm": "PAVRM score",
+         "speed": "speed", "brightness": "brightness", "saturation": "saturation"}
+
+
+@dataclass
+class Config:
+    checkpoints: tuple[str, ...] = arg(..., "folders, or name=folder; the first is compared with", positional=True)
+    output_dir: str = arg("runs/evaluate", "where tables and pictures go")
+    model: str = arg(str(Path(__file__).parent / "checkpoints"), "folder with text_encoder/, vae/ and reward/")
+    reward: str | None = arg(None, "reward model of the PAVRM score; without, <model>/reward if there is one")
+    size: str = arg("tiny", "size of the world", choices=tuple(world.SIZES))
+    num_videos: int = arg(512, "held-out prompts, one video each", above=0)
+    num_inference_steps: int = arg(16, "Euler steps", above=0)
+    guidance_scale: float = arg(1.0, "classifier-free guidance; 1 is none", at_least=0)
+    seed: int = arg(0, "of the noise and of the prompts, among the held-out ones", at_least=0)
+    mixed_precision: str = arg("bf16", "autocast dtype", choices=("no", "bf16"))
+
+
+def cutouts(videos, centers, side):
+    """The subject of every frame, centred, background subtracted: float [b, f, side, side, 3].
+
+    videos: uint8 [b, f, h, w, 3]; centers: [b, f, 2] in fractions, as `world.annotate` tracks them.
+    """
+    b, f, h, w, _ = videos.shape
+    frames = (videos.float() / 255 - torch.tensor(world.BACKGROUND)).permute(0, 1, 4, 2, 3).flatten(0, 1)
+    steps = (torch.arange(side) - (side - 1) / 2) * 2 / w                                       # in [-1, 1] units
+    x = (2 * centers.flatten(0, 1)[:, 0] - 1)[:, None, None] + steps[None, None, :]
+    y = (2 * centers.flatten(0, 1)[:, 1] - 1)[:, None, None] + steps[None, :, None]
+    grid = torch.stack(torch.broadcast_tensors(x, y), -1)                                       # [b f, side, side, 2]
+    crops = F.grid_sample(frames, grid, align_corners=False)                                    # [b f, 3, side, side]
+    return crops.unflatten(0, (b, f)).permute(0, 1, 3, 4, 2)
+
+
+def measure(videos, prompts, first_frames=None):
+    """Per-video values [b] of every pixel metric (see the top). videos: uint8 [b, f, h, w, 3]."""
+    judged = world.annotate(videos, prompts)
+    pixels = videos.float() / 255
+    guess = (pixels[:, :-2:2] + pixels[:, 2::2]) / 2                                            # of the odd frames
+    side = round(2.6 * world.RADIUS[1] * videos.shape[2])
+    subjects = cutouts(videos, judged["center"], side).flatten(2)                               # [b, f, side side 3]
+    similar = lambda a, b: F.cosine_similarity(a, b, dim=-1, eps=1e-4).clamp_min(0)
+    out = {"qualified": judged["qualified"], "physical_qualified": judged["physical"] == 2,
+           "deformity_qualified": judged["deformity"] == 2,
+           "smoothness": 1 - (guess - pixels[:, 1:-1:2]).abs().flatten(1).mean(1),
+           "consistency": 0.5 * (similar(subjects[:, 1:], subjects[:, :1])
+                                 + similar(subjects[:, 1:], subjects[:, :-1])).mean(1),
+           **{name: judged[name] for name in world.PANEL}}
+    if first_frames is not None:
+        given = cutouts(first_frames, world.annotate(first_frames, prompts)["center"], side).flatten(2)
+        out["i2v_subject"] = similar(subjects, given).mean(1)
+    # What a person would rank by: axes first, then the prompt.
+    grade = judged["physical"] + judged["deformity"] + 2 * judged["adherent"].long()
+    return {name: values.double().numpy() for name, values in out.items()} | {"grade": grade.numpy()}
+
+
+def bootstrap(values, seed=0, rounds=2000):
+    """95 % interval of the mean of values [m]: resampled videos."""
+    picks = np.random.default_rng(seed).integers(0, len(values), (rounds, len(values)))
+    return tuple(float(x) for x in np.quantile(values[picks].mean(1), (0.025, 0.975)))
+
+
+def compare(a, b):
+    """b against a, video by video: difference in qualified rate with its paired 95 % interval, win / tie / lose."""
+    difference = b["qualified"] - a["qualified"]
+    return {"qualified_difference": float(difference.mean()), "interval": bootstrap(difference),
+            "win": float((b["grade"] > a["grade"]).mean()), "tie": float((b["grade"] == a["grade"]).mean()),
+            "lose": float((b["grade"] < a["grade"]).mean())}
+
+
+def markdown(rows, pairs):
+    """The tables of table.md: metrics with intervals, then the comparisons with the first row."""
+    names = [name for name in TABLE if any(name in row for row in rows.values())]
+    lines = ["| | " + " | ".join(TABLE[n] for n in names) + " |", "|---" * (len(names) + 1) + "|"]
+    for label, row in rows.items():
+        cells = [f"{row[n]['mean']:.3f} [{row[n]['interval'][0]:.3f}, {row[n]['interval'][1]:.3f}]" if n in row else ""
+                 for n in names]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    if pairs:
+        first = next(iter(rows))
+        lines += ["", f"| against {first} | qualified, difference | win | tie | lose |", "|---|---|---|---|---|"]
+        for label, pair in pairs.items():
+            low, high = pair["interval"]
+            lines.append(f"| {label} | {pair['qualified_difference']:+.3f} [{low:+.3f}, {high:+.3f}] | "
+                         + " | ".join(f"{pair[k]:.3f}" for k in ("win", "tie", "lose")) + " |")
+    return "\n".join(lines) + "\n"
+
+
+@torch.no_grad()
+def main(config):
+    runtime = common.setup(config.mixed_precision, config.seed)
+    named = dict(part.split("=", 1) if "=" in part else (Path(part).name, part) for part in config.checkpoints)
+    if len(named) < len(config.checkpoints):
+        raise InputError("two checkpoints have one name: give them as name=folder")
+    generators = {name: load_transformer(folder) for name, folder in named.items()}             # fails before any work
+    text = load_text_encoder(f"{config.model}/text_encoder").to(runtime.device).eval()
+    vae = load_vae(f"{config.model}/vae").to(runtime.device)
+    reward = config.reward or (f"{config.model}/reward" if Path(f"{config.model}/reward").is_dir() else None)
+    n = config.num_videos
+    seed = 7_000 + config.seed
+    clean, prompts, _ = world.make(n, seed, "clean", config.size, split="test")
+    context = text.encode(prompts)                                                              # [n, l, d]
+    given = vae.encode(from_pixels(clean.to(runtime.device)))                                   # [n, c, f, h, w]
+    t = common.uniform(seed, "pavrm t", 0, range(n)).to(runtime.device)
+    x1 = common.noise(given.shape[1:], seed, "pavrm x1", 0, range(n)).to(runtime.device)
+
+    found, videos = {}, {}
+    for name, dit in generators.items():
+        dit = dit.to(runtime.device).eval()
+        y = first_frame_condition(given) if dit.config["model_type"] == "i2v" else None
+        latents = torch.cat([
+            flow.sample(dit, given.shape[1:], context[i:i + 128], seed, range(i, min(n, i + 128)),
+                        config.num_inference_steps, guidance_scale=config.guidance_scale,
+                        y=None if y is None else y[i:i + 128], autocast=runtime.autocast)
+            for i in common.progress(range(0, n, 128), f"{name} (x128)")])
+        videos[name] = torch.cat([to_pixels(vae.decode(x)).cpu() for x in latents.split(128)])
+        found[name] = measure(videos[name], prompts, clean[:, :1] if y is not None else None)
+        if reward:
+            pavrm = load_pavrm(reward, dit).to(runtime.device)
+            with runtime.autocast():
+                logits = pavrm(flow.add_noise(latents, x1, t), t, context, y=y)
+            found[name]["pavrm"] = (logits >= 0).double().cpu().numpy()
+    videos["clean renders"] = torch.cat([to_pixels(vae.decode(x)).cpu() for x in given.split(128)])
+    found["clean renders"] = measure(videos["clean renders"], prompts)
+
+    rows = {name: {metric: {"mean": float(values.mean()), "interval": bootstrap(values)}
+                   for metric, values in metrics.items() if metric != "grade"} for name, metrics in found.items()}
+    first = next(iter(named))
+    pairs = {name: compare(found[first], found[name]) for name in named if name != first}
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    table = markdown(rows, pairs)
+    (folder / "table.md").write_text(
+        f"{n} held-out prompts, same noise, {config.num_inference_steps} Euler steps; 95 % bootstrap intervals.\n\n" + table)
+    common.write_json(folder / "table.json", {"config": {k: v for k, v in vars(config).items()}, "rows": rows,
+                                              "against_first": pairs})
+    shown = torch.cat([videos[name][i:i + 1] for i in range(min(6, n)) for name in named])
+    data.contact_sheet(shown, folder / "videos.png")
+    wall = torch.stack([videos[name][:min(8, n)] for name in named])                            # [m, 8, f, h, w, 3]
+    wall = wall.permute(2, 0, 3, 1, 4, 5).flatten(3, 4).flatten(1, 2)                           # [f, m h, 8 w, 3]
+    data.write_video(folder / "side_by_side.mp4", wall.repeat_interleave(3, 1).repeat_interleave(3, 2), fps=world.FPS)
+    if runtime.rank == 0:
+        print(table)
+        print(f"wrote {folder}/table.md, table.json, videos.png and side_by_side.mp4")
+    common.teardown()
+
+
+if __name__ == "__main__":
+    common.cli(main, Config, __doc__)

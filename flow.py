@@ -1,0 +1,90 @@
+"""Rectified flow: the straight path between data and noise, its velocity, and the Euler rollout.
+
+Time runs from t = 0 (clean data) to t = 1 (pure noise), as in the paper. Differences from the released code, on
+purpose: (1) the rollout is Euler with one dt, as in Eq. 7, where the release uses a second-order multistep solver;
+(2) the grid is uniform unless a shift is asked for, where the release always shifts by 5.
+
+Axes: b batch, c channels, f frames, h height, w width, l text tokens.
+"""
+import torch
+
+import common
+
+
+def shift_time(u, shift):
+    """Warp times u in [0, 1] towards the noisy end (shift > 1); 0 and 1 stay. Wan samples with shift 3 to 8."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def schedule(num_steps, shift=1.0, device=None):
+    """The num_steps + 1 times of a rollout, from 1 down to 0; uniform (dt = 1 / N) at shift 1."""
+    return shift_time(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), shift).float().to(device)
+
+
+def _like(t, x):
+    return t.to(x.dtype).view(-1, *[1] * (x.ndim - 1))           # [b] -> [b, 1, 1, 1, 1]
+
+
+def add_noise(x0, x1, t):
+    """Eq. 1: x_t = (1 - t) x_0 + t x_1, for x0, x1 [b, c, f, h, w] and t [b]."""
+    t = _like(t, x0)
+    return (1 - t) * x0 + t * x1
+
+
+def flow_matching_loss(v, x0, x1, weight=None):
+    """Eq. 2 and 10: mean squared error between the predicted velocity v and x_1 - x_0.
+
+    weight: [b] per-example factors (RWR), mean 1; None weighs all alike. Returns a scalar.
+    """
+    per_example = (v.float() - (x1 - x0).float()).square().flatten(1).mean(1)       # [b]
+    return (per_example if weight is None else weight * per_example).mean()
+
+
+def euler_step(x, v, t, t_next):
+    """Eq. 7: x_{t - dt} = x_t - dt v, with dt = t - t_next; t, t_next: [b]."""
+    return x - _like(t - t_next, x) * v.to(x.dtype)
+
+
+def predict_x0(x, v, t):
+    """The clean latent that velocity v at (x, t) points to: x_0 = x_t - t v."""
+    return x - _like(t, x) * v.to(x.dtype)
+
+
+def guided_velocity(dit, x, t, context, guidance_scale=1.0, y=None):
+    """Velocity with classifier-free guidance against the null prompt (all-zero context); 1 switches it off."""
+    v = dit(x, t, context, y=y)
+    if guidance_scale == 1.0:
+        return v
+    v_null = dit(x, t, torch.zeros_like(context), y=y)
+    return v_null + guidance_scale * (v - v_null)
+
+
+@torch.no_grad()
+def rollout(dit, x, context, num_steps, *, first=0, last=None, shift=1.0, guidance_scale=1.0, y=None):
+    """Integrate from noise towards data without gradients.
+
+    x: [b, c, f, h, w] at schedule(num_steps)[first]; runs steps first .. last - 1 (last = num_steps: to t = 0), so
+    the result is at schedule(num_steps)[last]. The state stays float32 whatever autocast does.
+    """
+    times = schedule(num_steps, shift, x.device)
+    for i in range(first, num_steps if last is None else last):
+        t, t_next = times[i].expand(len(x)), times[i + 1].expand(len(x))
+        x = euler_step(x, guided_velocity(dit, x, t, context, guidance_scale, y), t, t_next)
+    return x
+
+
+@torch.no_grad()
+def sample(dit, latent_shape, context, seed, indices, num_steps, *, shift=1.0, guidance_scale=1.0, y=None,
+           batch_size=128, autocast=None):
+    """Finished latents [m, c, f, h, w] of examples `indices`, whose noise depends only on (seed, index).
+
+    latent_shape: (c, f, h, w); context [m, l, d_text] and y [m, ...] belong to the indices, on the model's device.
+    """
+    latents = []
+    for i in range(0, len(indices), batch_size):
+        j = slice(i, i + batch_size)
+        x_T = common.noise(latent_shape, seed, "sample", 0, indices[j]).to(context.device)
+        with autocast() if autocast else torch.autocast(context.device.type, enabled=False):
+            latents.append(rollout(dit, x_T, context[j], num_steps, shift=shift, guidance_scale=guidance_scale,
+                                   y=None if y is None else y[j]))
+    return torch.cat(latents)

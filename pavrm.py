@@ -1,0 +1,187 @@
+"""PAVRM, the process-aware video reward model: is the video that this noisy latent will become a good one?
+
+The first K blocks of the pretrained generator, one learnable query that attends over all their tokens, a three-layer
+MLP, one logit; trained with the label of the finished video at every noise level t (Eq. 4-6).
+
+Where this differs, on purpose:
+1. From the released code: one attention head with scale sqrt(D), as Eq. 5 has it (there: 8 heads); the query is added
+   per example, so batches work (there [B, 1, D] + [B, D] broadcasts to [B, B, D]); t ~ U(0, 1) (there a shift-5 grid).
+2. As in the released code: patch, text and time embeddings stay frozen. The paper names only blocks, query and head as
+   trained, and frozen embeddings keep the reward's idea of x_t and t equal to the generator's.
+3. From the paper: "bad" is unqualified on at least one axis, not on both, because the flaws of the embedded world are
+   mostly on one axis; a user's own labels are taken as they are.
+
+Axes: b batch, c channels, f frames, h height, w width, n tokens, d model width, l text tokens.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import InputError, uniform, noise
+from flow import add_noise
+from model import VideoDiT, load_weights, read_config
+
+INTERVALS = 5                                                   # of t, in the paper's reward-model tables
+
+
+class QueryAttention(nn.Module):
+    """Eq. 5: z = softmax(q (h W_K)^T / sqrt(D)) (h W_V) + q.
+
+    residual=False is the ablation "attention without query"; heads > 1 is the released code's variant.
+    """
+
+    def __init__(self, dim, residual=True, heads=1):
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(1, dim) / dim ** 0.5)
+        self.w_k = nn.Linear(dim, dim, bias=False)
+        self.w_v = nn.Linear(dim, dim, bias=False)
+        self.residual, self.heads = residual, heads
+
+    def forward(self, h):                                       # [b, n, d]
+        b, _, d = h.shape
+        split = lambda x: x.unflatten(-1, (self.heads, d // self.heads)).transpose(1, 2)        # [b, heads, n, d/heads]
+        q = self.query.expand(b, 1, d)
+        z = F.scaled_dot_product_attention(split(q), split(self.w_k(h)), split(self.w_v(h)))
+        z = z.transpose(1, 2).reshape(b, d)
+        return z + self.query if self.residual else z           # [b, d]
+
+
+class MeanPool(nn.Module):
+    def forward(self, h):
+        return h.mean(1)
+
+
+class MaxPool(nn.Module):
+    def forward(self, h):
+        return h.amax(1)
+
+
+POOLINGS = {
+    "query_attention": QueryAttention,                                                  # Eq. 5
+    "attention": lambda dim: QueryAttention(dim, residual=False),                       # Table 5
+    "mean": lambda dim: MeanPool(), "max": lambda dim: MaxPool(),                       # Table 5
+    "multihead": lambda dim: QueryAttention(dim, heads=8 if dim % 8 == 0 else 4),       # the released code
+}
+
+
+class PAVRM(nn.Module):
+    """Reward logit r(x_t, t, p) of the video that x_t is on its way to.
+
+    trunk: a VideoDiT without head, cut to K blocks. Build one with `PAVRM.from_generator` or `load_pavrm`.
+    """
+
+    def __init__(self, transformer, pooling="query_attention"):
+        super().__init__()
+        if pooling not in POOLINGS:
+            raise InputError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+        self.config = {"transformer": dict(transformer), "pooling": pooling}
+        self.trunk = VideoDiT(**transformer)
+        del self.trunk.head
+        d = transformer["dim"]
+        self.pool = POOLINGS[pooling](d)
+        self.mlp = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d), nn.SiLU(), nn.Linear(d, 1))
+
+    @classmethod
+    def from_generator(cls, dit, depth, pooling="query_attention"):
+        """Copy the first `depth` blocks and the embeddings of a VideoDiT (Eq. 4); the rest starts fresh."""
+        if not 1 <= depth <= dit.config["num_layers"]:
+            raise InputError(f"--depth must be 1 to {dit.config['num_layers']}, the generator's blocks; got {depth}")
+        model = cls({**dit.config, "num_layers": depth}, pooling).to(next(dit.parameters()).device)
+        wanted = model.trunk.state_dict()
+        model.trunk.load_state_dict({name: value for name, value in dit.state_dict().items() if name in wanted})
+        return model
+
+    def forward(self, x, t, context, y=None, clip=None):
+        """x [b, c, f, h, w] at times t [b], context [b, l, d_text] -> logits [b], float32; >= 0 means good."""
+        h = self.trunk.features(x, t, context, depth=len(self.trunk.blocks), y=y, clip=clip)        # [b, n, d]
+        with torch.autocast(x.device.type, enabled=False):
+            h = h.to(self.mlp[0].weight.dtype)
+            return self.mlp(self.pool(h))[:, 0]                                                     # [b]
+
+    def parameter_groups(self, trunk_lr, head_lr):
+        """AdamW groups: the trunk's blocks (unless trunk_lr is 0: a frozen probe), and query and head."""
+        self.requires_grad_(False)
+        self.trunk.blocks.requires_grad_(trunk_lr > 0)
+        heads = [*self.pool.parameters(), *self.mlp.parameters()]
+        for p in heads:
+            p.requires_grad_(True)
+        groups = [{"params": heads, "lr": head_lr}]
+        return groups + ([{"params": list(self.trunk.blocks.parameters()), "lr": trunk_lr}] if trunk_lr > 0 else [])
+
+    def freeze(self):
+        """Eval mode and no gradients on any weight: in alignment the gradient passes through, to x_s only."""
+        return self.eval().requires_grad_(False)
+
+
+def load_pavrm(path, generator=None):
+    """The PAVRM saved in `path`. generator: the VideoDiT it is to reward; a reward model whose trunk is not the first
+    blocks of such a generator is an InputError that names the difference."""
+    config = read_config(path)
+    if set(config) != {"transformer", "pooling"}:
+        raise InputError(f"{path}/config.json is not a reward model's (wants transformer and pooling); "
+                         "make one with train_reward.py")
+    config["transformer"]["patch_size"] = tuple(config["transformer"]["patch_size"])
+    if generator is not None:
+        differs = [f"{key} {config['transformer'].get(key)} instead of {value}"
+                   for key, value in generator.config.items()
+                   if key != "num_layers" and config["transformer"].get(key) != value]
+        if differs or config["transformer"]["num_layers"] > generator.config["num_layers"]:
+            raise InputError(f"the reward model in {path} has another trunk than the generator: "
+                             + ", ".join(differs or ["more blocks"]) + "; train one with train_reward.py")
+    try:
+        model = PAVRM(**config)
+    except TypeError as error:
+        raise InputError(f"{path}/config.json is not a reward model's: {error}") from None
+    load_weights(model, path)
+    return model.freeze()
+
+
+def bce_loss(logits, labels):
+    """Eq. 6: binary cross-entropy of sigmoid(r) with the label in {0, 1} of the clean video; both [b]."""
+    return F.binary_cross_entropy_with_logits(logits, labels.float())
+
+
+def bradley_terry_loss(logits, labels):
+    """Table 7's variant: -log sigmoid(r_good - r_bad), over every (good, bad) pair of the batch."""
+    good, bad = logits[labels == 1], logits[labels == 0]
+    if not len(good) or not len(bad):
+        return logits.sum() * 0.0                               # a batch of one kind has no pairs
+    return F.softplus(-(good[:, None] - bad[None])).mean()
+
+
+LOSSES = {"bce": bce_loss, "bt": bradley_terry_loss}
+
+
+def auc(scores, labels):
+    """Probability that a good one scores above a bad one, ties counted half; nan if one kind is missing."""
+    good, bad = scores[labels == 1], scores[labels == 0]
+    wins = (good[:, None] > bad[None]).double() + 0.5 * (good[:, None] == bad[None]).double()
+    return wins.mean().item() if wins.numel() else float("nan")
+
+
+@torch.no_grad()
+def interval_metrics(model, latents, context, labels, seed=0, y=None, batch_size=256, autocast=None):
+    """Section 4's measure: one random t per video in each fifth of (0, 1].
+
+    latents [m, c, f, h, w], context [m, l, d_text], labels [m] in {0, 1}. Returns {"accuracy", "balanced_accuracy",
+    "auc"}: lists of five numbers, from [0, .2] to (.8, 1]. Accuracy counts logit >= 0 as good; balanced accuracy is
+    the mean over the two labels, .5 for a constant answer whatever the share of good videos.
+    """
+    out = {"accuracy": [], "balanced_accuracy": [], "auc": []}
+    device, m = latents.device, len(latents)
+    for k in range(INTERVALS):
+        t = ((k + uniform(seed, "interval t", k, range(m))) / INTERVALS).to(device)
+        x1 = noise(latents.shape[1:], seed, "interval noise", k, range(m)).to(device)
+        logits = []
+        for i in range(0, m, batch_size):
+            j = slice(i, i + batch_size)
+            with autocast() if autocast else torch.autocast(device.type, enabled=False):
+                logits.append(model(add_noise(latents[j], x1[j], t[j]), t[j], context[j],
+                                    y=None if y is None else y[j]))
+        logits = torch.cat(logits)
+        right = ((logits >= 0) == (labels == 1)).float()
+        out["accuracy"].append(right.mean().item())
+        out["balanced_accuracy"].append((right[labels == 1].mean() + right[labels == 0].mean()).item() / 2)
+        out["auc"].append(auc(logits, labels))
+    return out

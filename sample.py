@@ -1,0 +1,77 @@
+"""Sample videos for a prompt, to mp4.
+
+    python sample.py --prompt "a red circle moving to the right"
+    python sample.py --prompt "a blue square moves up" --transformer runs/align/transformer --num_videos 4 \\
+        --contact_sheet sheet.png
+    python sample.py --model i2v_folder --prompt "a red circle moving to the right" --image first.png
+
+Axes: b batch, c channels, f frames, h height, w width, l text tokens.
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import common
+import data
+import flow
+import world
+from common import InputError, arg
+from model import first_frame_condition, load_text_encoder, load_transformer
+from vae import from_pixels, load_vae, to_pixels
+
+
+@dataclass
+class Config:
+    prompt: str = arg(..., "what the video shows, in plain words")
+    output: str = arg("sample.mp4", "mp4 to write; with several videos, sample-0.mp4, sample-1.mp4, ...")
+    model: str = arg(str(Path(__file__).parent / "checkpoints"), "folder with transformer/, text_encoder/ and vae/")
+    transformer: str | None = arg(None, "another generator, e.g. runs/align/transformer")
+    image: str | None = arg(None, "first frame (png, jpg, or a video's first frame), for image-to-video models")
+    size: str = arg("tiny", "size of the video", choices=tuple(world.SIZES))
+    num_videos: int = arg(1, "videos to make", above=0)
+    num_inference_steps: int = arg(32, "Euler steps from noise to video", above=0)
+    guidance_scale: float = arg(1.0, "classifier-free guidance; 1 is none", at_least=0)
+    seed: int = arg(0, "of the noise", at_least=0)
+    contact_sheet: str | None = arg(None, "also write all frames of all videos as one PNG")
+    mixed_precision: str = arg("no", "autocast dtype", choices=("no", "bf16"))
+
+
+@torch.no_grad()
+def main(config):
+    if not config.prompt.strip():
+        raise InputError("--prompt is empty: say what the video shows")
+    if Path(config.output).suffix.lower() != ".mp4":
+        raise InputError(f"--output {config.output}: the name must end in .mp4")
+    runtime = common.setup(config.mixed_precision, config.seed)
+    dit = load_transformer(config.transformer or config.model).to(runtime.device).eval()
+    text = load_text_encoder(f"{config.model}/text_encoder").to(runtime.device).eval()
+    vae = load_vae(f"{config.model}/vae").to(runtime.device)
+    b = config.num_videos
+    shape = world.LATENT_SHAPES[config.size]
+    if (dit.config["model_type"] == "i2v") != (config.image is not None):
+        raise InputError("--image is needed by image-to-video models, and by those alone; this one is "
+                         + dit.config["model_type"])
+    y = None
+    if config.image:
+        side = world.SIZES[config.size]["resolution"]
+        frame = data.read_clip(config.image, size=(side, side), frames=1)[0]                    # [1, h, w, 3]
+        first = vae.encode(from_pixels(frame[None].to(runtime.device)))                         # [1, c, 1, h, w]
+        y = first_frame_condition(first.expand(b, -1, shape[1], -1, -1))                        # [b, 4 + c, f, h, w]
+    context = text.encode([config.prompt] * b)                                                  # [b, l, d]
+    latents = flow.sample(dit, shape, context, config.seed, range(b), config.num_inference_steps,
+                          guidance_scale=config.guidance_scale, y=y, autocast=runtime.autocast)
+    videos = to_pixels(vae.decode(latents)).cpu()                                               # [b, F, H, W, 3]
+
+    output = Path(config.output)
+    for i, video in enumerate(videos):
+        path = output if b == 1 else output.with_name(f"{output.stem}-{i}{output.suffix}")
+        data.write_video(path, video, fps=world.FPS)
+        print(f"wrote {path}")
+    if config.contact_sheet:
+        data.contact_sheet(videos, config.contact_sheet)
+        print(f"wrote {config.contact_sheet}")
+
+
+if __name__ == "__main__":
+    common.cli(main, Config, __doc__)
