@@ -1,0 +1,27 @@
+# Two commands. Each makes its own .venv first (about a minute, once).
+#   make demo   base model -> reward model -> SFT and PRFL -> table, interval and picture in runs/demo
+#   make test   every test
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := runs/demo
+
+demo: .venv/core
+	$(BIN)/python train_reward.py --output_dir $(DEMO)/reward --num_samples 3072 --max_train_steps 400
+	$(BIN)/python train_align.py --method prfl --reward $(DEMO)/reward/reward --output_dir $(DEMO)/prfl
+	$(BIN)/python train_align.py --method sft --max_train_steps 160 --output_dir $(DEMO)/sft
+	$(BIN)/python evaluate.py base=checkpoints sft=$(DEMO)/sft prfl=$(DEMO)/prfl --reward $(DEMO)/reward/reward \
+		--num_videos 256 --output_dir $(DEMO)/evaluation
+
+test: .venv/test
+	$(BIN)/python -m pytest -q tests
+
+.venv/core: requirements.txt
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/test: requirements-test.txt .venv/core
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	touch $@
+
+.PHONY: demo test
