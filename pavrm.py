@@ -121,18 +121,18 @@ def load_pavrm(path, generator=None):
     if set(config) != {"transformer", "pooling"}:
         raise InputError(f"{path}/config.json is not a reward model's (wants transformer and pooling); "
                          "make one with train_reward.py")
-    config["transformer"]["patch_size"] = tuple(config["transformer"]["patch_size"])
-    if generator is not None:
-        differs = [f"{key} {config['transformer'].get(key)} instead of {value}"
-                   for key, value in generator.config.items()
-                   if key != "num_layers" and config["transformer"].get(key) != value]
-        if differs or config["transformer"]["num_layers"] > generator.config["num_layers"]:
-            raise InputError(f"the reward model in {path} has another trunk than the generator: "
-                             + ", ".join(differs or ["more blocks"]) + "; train one with train_reward.py")
     try:
+        config["transformer"]["patch_size"] = tuple(config["transformer"]["patch_size"])
+        if generator is not None:
+            differs = [f"{key} {config['transformer'].get(key)} instead of {value}"
+                       for key, value in generator.config.items()
+                       if key != "num_layers" and config["transformer"].get(key) != value]
+            if differs or config["transformer"]["num_layers"] > generator.config["num_layers"]:
+                raise InputError(f"the reward model in {path} has another trunk than the generator: "
+                                 + ", ".join(differs or ["more blocks"]) + "; train one with train_reward.py")
         model = PAVRM(**config)
-    except TypeError as error:
-        raise InputError(f"{path}/config.json is not a reward model's: {error}") from None
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}/config.json is not a reward model's: {error!r}") from None
     load_weights(model, path)
     return model.freeze()
 

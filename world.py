@@ -294,7 +294,8 @@ def annotate(videos, prompts):
 
     # Shape: soft IoU with each ideal shape of the same centre and area.
     ideal = coverage(torch.eye(3)[:, None, None], center, radius, R)                    # [3, b, f, h, w]
-    iou = (torch.minimum(ideal, alpha).flatten(3).sum(3) / torch.maximum(ideal, alpha).flatten(3).sum(3))
+    union = torch.maximum(ideal, alpha).flatten(3).sum(3).clamp_min(1e-3)               # not 0 in a vanished frame
+    iou = torch.minimum(ideal, alpha).flatten(3).sum(3) / union                         # [3, b, f]
     shape = iou.mean(2).argmax(0)                                                       # [b]
     fit = iou.gather(0, shape[None, :, None].expand(1, b, F))[0]                        # [b, f]
     odd_one = (iou.argmax(0) != shape[:, None]) & (iou.amax(0) - fit > 0.03)            # another shape in this frame
