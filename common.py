@@ -131,6 +131,21 @@ def average(tensors):
         torch._foreach_div_(tensors, dist.get_world_size())
 
 
+def gather(value):
+    """[value of rank 0, value of rank 1, ...], on every rank; picklable Python values and CPU tensors."""
+    parts = [value]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, value)
+    return parts
+
+
+def check_finite(value, name, step):
+    """Raises FloatingPointError naming the step and the value if a scalar tensor is not finite."""
+    if not torch.isfinite(value):
+        raise FloatingPointError(f"step {step}: {name} is {value.item()}; lower --learning_rate, or look at the data")
+
+
 def clip_gradients(params, max_norm, step=None):
     """Averages gradients over ranks, clips in place (max_norm None: not) -> norm before clipping, float.
     Raises FloatingPointError naming the step if the norm is not finite."""
@@ -144,6 +159,12 @@ def clip_gradients(params, max_norm, step=None):
 
 
 # ---- run folder and checkpoints
+def write_json(path, value):
+    """Whole or not at all: a temporary name, then a rename."""
+    Path(f"{path}.tmp").write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(f"{path}.tmp", path)
+
+
 def checkpoints(output_dir):
     """[(step, path)] of whole checkpoints, oldest first; `.old`: a kill came while that step was replaced."""
     paths = sorted(Path(output_dir).glob("checkpoint-*"), reverse=True)  # the plain name comes last and wins
@@ -160,7 +181,7 @@ def start_run(config, resume_step=None):
         for step, path in checkpoints(folder):
             if resume_step is None or step > resume_step:
                 path.rename(folder / f"earlier-{time.time_ns()}-{path.name}")
-        (folder / "args.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        write_json(folder / "args.json", dataclasses.asdict(config))
 
 
 def save_checkpoint(output_dir, step, folders, state, config, keep=None):
@@ -177,7 +198,7 @@ def save_checkpoint(output_dir, step, folders, state, config, keep=None):
         (temporary / name).mkdir()
         write(temporary / name)
     torch.save({"step": step, **state}, temporary / "train_state.pt")
-    (temporary / "args.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    write_json(temporary / "args.json", dataclasses.asdict(config))
     for path in [*temporary.rglob("*"), temporary]:  # on the disk before the name is
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)

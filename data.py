@@ -116,6 +116,26 @@ def write_video(path, video, fps=8):
         temporary.unlink(missing_ok=True)
 
 
+# ---- pictures
+def write_png(path, image):
+    """Writes uint8 [h, w, 3] as PNG, whole or not at all."""
+    image = np.ascontiguousarray(image)
+    codec = av.CodecContext.create("png", "w")
+    codec.height, codec.width, codec.pix_fmt, codec.time_base = *image.shape[:2], "rgb24", Fraction(1, 1)
+    packets = codec.encode(av.VideoFrame.from_ndarray(image, format="rgb24")) + codec.encode(None)
+    temporary = Path(f"{path}.tmp")
+    temporary.write_bytes(b"".join(bytes(packet) for packet in packets))
+    os.replace(temporary, path)
+
+
+def contact_sheet(videos, path, scale=3, every=1):
+    """Writes uint8 videos [n, f, h, w, 3] as one PNG: a row a video, time to the right, every `every`-th frame."""
+    frames = np.asarray(videos)[:, ::every].repeat(scale, 2).repeat(scale, 3)                   # [n, f, H, W, 3]
+    frames = np.pad(frames, ((0, 0), (0, 0), (0, scale), (0, scale), (0, 0)), constant_values=255)
+    n, f, h, w, _ = frames.shape
+    write_png(path, frames.transpose(0, 2, 1, 3, 4).reshape(n * h, f * w, 3))
+
+
 # ---- metadata
 def read_rows(folder):
     """Yields (place, {file_name, prompt, label} or None, problem or None) for each row of the metadata."""
@@ -276,6 +296,52 @@ def split(n, holdout, seed):
         raise InputError(f"a holdout of {holdout} leaves nothing to train on: there are {n} examples")
     shuffled = torch.randperm(n, generator=common.generator(seed, "split"))
     return shuffled[count:].sort().values, shuffled[:count].sort().values
+
+
+# ---- the generator's own samples
+@torch.no_grad()
+def own_samples(folder, generator, model, count, num_steps, size, seed, runtime):
+    """Shards of `count` samples of a VideoDiT, judged by the embedded world's annotator; made once and kept.
+
+    Label 1: qualified on both axes and true to the prompt; 0: unqualified on an axis or against the prompt; none in
+    between. model: the folder with its vae/ and text_encoder/. Every rank makes its share. Raises InputError if
+    `folder` was made with other settings.
+    """
+    import flow
+    import world
+    from model import first_frame_condition, load_text_encoder
+    from vae import load_vae
+    settings = {"model": str(model), "count": count, "num_steps": num_steps, "size": size, "seed": seed}
+    if (Path(folder) / "shards.json").exists():
+        shards = Shards(folder)
+        if shards.settings != settings:
+            raise InputError(f"{folder}: was made with {shards.settings}; use another --output_dir, or remove it")
+        return shards
+    vae = load_vae(f"{model}/vae").to(runtime.device)
+    text = load_text_encoder(f"{model}/text_encoder").to(runtime.device)
+    prompts = world.draw_prompts(count, seed + 11)
+    image_to_video = generator.config["model_type"] == "i2v"
+    first_frames = world.make(count, seed + 10, "clean", size)[0] if image_to_video else None
+    mine = range(runtime.rank, count, runtime.world_size)
+    made = []
+    for i in common.progress(range(0, len(mine), 128), "own samples (x128)"):
+        indices = list(mine[i:i + 128])
+        wanted = [prompts[j] for j in indices]
+        context = text.encode(wanted)                                                               # [b, l, d]
+        y = first_frame_condition(vae.encode(to_float(first_frames[indices]).to(runtime.device))) \
+            if image_to_video else None
+        x0 = flow.sample(generator, world.LATENT_SHAPES[size], context, seed, indices, num_steps, y=y,
+                         autocast=runtime.autocast)                                                 # [b, c, f, h, w]
+        judged = world.annotate(to_uint8(vae.decode(x0)).cpu(), wanted)
+        labels = [1 if good else 0 if bad else None for good, bad in
+                  zip(judged["qualified"].tolist(), judged["unqualified"].tolist())]
+        made += zip(indices, x0.cpu(), context.cpu(), labels)
+    made = sorted(itertools.chain(*common.gather(made)), key=lambda row: row[0])
+    if runtime.rank == 0:
+        _, latents, contexts, labels = zip(*made)
+        write_shards(folder, torch.stack(latents), torch.stack(contexts), labels, prompts, settings=settings)
+    common.gather(None)                                         # the others wait for the file
+    return Shards(folder)
 
 
 # ---- commands

@@ -4,8 +4,8 @@
     python evaluate.py base=checkpoints prfl=runs/prfl --num_videos 512
 
 Each folder holds transformer/ (or is one); `name=folder` names it in the tables. The first is the one the others are
-compared with. Prompts and seeds are disjoint from all training. Writes table.md, table.json, videos.png (a row a
-prompt, a band a checkpoint) and side_by_side.mp4. The judge is the embedded world's annotator, which sees pixels only.
+compared with. Prompts and seeds are disjoint from all training. Writes table.md, table.json, per_video.json, videos.png (for
+each prompt a row a checkpoint) and side_by_side.mp4. The judge is the embedded world's annotator, which sees pixels only.
 
 Metrics, all means over videos, with 95 % intervals from a bootstrap over videos:
   qualified            both axes qualified and the prompt followed
@@ -173,6 +173,9 @@ def main(config):
         f"{n} held-out prompts, same noise, {config.num_inference_steps} Euler steps; 95 % bootstrap intervals.\n\n" + table)
     common.write_json(folder / "table.json", {"config": {k: v for k, v in vars(config).items()}, "rows": rows,
                                               "against_first": pairs})
+    common.write_json(folder / "per_video.json", {name: {metric: [round(v, 4) for v in values.astype(float).tolist()]
+                                                         for metric, values in metrics.items()}
+                                                  for name, metrics in found.items()})
     shown = torch.cat([videos[name][i:i + 1] for i in range(min(6, n)) for name in named])
     data.contact_sheet(shown, folder / "videos.png")
     wall = torch.stack([videos[name][:min(8, n)] for name in named])                            # [m, 8, f, h, w, 3]

@@ -20,7 +20,8 @@ from torch import nn
 
 from common import InputError, uniform, noise
 from flow import add_noise
-from model import VideoDiT, load_weights, read_config
+from model import VideoDiT
+from weights import load_weights, read_config
 
 INTERVALS = 5                                                   # of t, in the paper's reward-model tables
 

@@ -18,14 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import common
 import flow
 import world
 from common import arg
-from model import PRESETS, TextEncoder, VideoDiT, first_frame_condition, save_module
+from model import PRESETS, TextEncoder, VideoDiT, first_frame_condition
 from vae import VideoVAE, from_pixels, load_vae, to_pixels
+from weights import save_module
 
 
 @dataclass
@@ -45,6 +48,8 @@ class Config:
     decay_steps: int = arg(6000, "last steps, over which both learning rates fall linearly to zero", at_least=0)
     ema: float = arg(0.999, "decay of the averaged weights that are sampled and saved", at_least=0, at_most=1)
     timestep_shift: float = arg(3.0, "t = s u / (1 + (s - 1) u), u ~ U(0,1): above 1, more of the noisy end", above=0)
+    word_weight: float = arg(0.1, "weight of an auxiliary loss: a linear head names the caption's words from its context",
+                             at_least=0)
     text_dropout: float = arg(0.1, "share of examples without text, for guidance", at_least=0, at_most=1)
     vae_dim: int = arg(128, "width of the VAE", above=0)
     kl_weight: float = arg(0.02, "weight of the KL term in the second half; a twentieth of it before", at_least=0)
@@ -249,6 +254,13 @@ def train_dit(config, runtime):
     of_clip = torch.tensor([number[prompt] for prompt in prompts])
     by_prompt = [(of_clip == i).nonzero()[:, 0] for i in range(len(distinct))]
 
+    # Without it the encoder tells colours apart at once, but shapes and directions only after thousands of steps:
+    # the generator must draw a shape well before its word can lower the loss.
+    words = sorted({word for prompt in distinct for word in prompt.replace(",", "").split()})
+    has_word = torch.tensor([[word in prompt.replace(",", "").split() for word in words] for prompt in distinct]).float()
+    word_head = nn.Linear(preset["text_len"] * preset["text_dim"], len(words)).to(runtime.device)
+    others += list(word_head.parameters())
+
     def loss_fn(step):
         indices = runtime.indices(config.batch_size)
         g = common.generator(config.seed, "dit", step)
@@ -264,9 +276,14 @@ def train_dit(config, runtime):
         t = flow.shift_time(u, config.timestep_shift).to(runtime.device)
         with runtime.autocast():
             unique, row = rows[indices].unique(return_inverse=True)
-            context = text.encode([distinct[r] for r in unique.tolist()])[row] * keep[:, None, None]    # [b, l, d]
+            context = text.encode([distinct[r] for r in unique.tolist()])                           # [u, l, d]
+            named = word_head(context.flatten(1))                                                   # [u, words]
+            context = context[row] * keep[:, None, None]                                            # [b, l, d]
             v = dit(flow.add_noise(x0, x1, t), t, context, y=first_frame_condition(x0) if image_to_video else None)
-        return {"loss": flow.flow_matching_loss(v, x0, x1)}
+        flow_loss = flow.flow_matching_loss(v, x0, x1)
+        word_loss = F.binary_cross_entropy_with_logits(named.float(), has_word[unique].to(named.device))
+        return {"loss": flow_loss + config.word_weight * word_loss, "flow_loss": flow_loss.detach(),
+                "word_loss": word_loss.detach()}
 
     @torch.no_grad()
     def validate(averaged, step):
@@ -285,11 +302,11 @@ def train_dit(config, runtime):
                "deformity_ok": (judged["deformity"] == 2).float().mean().item()} \
             | {k: judged[k].median().item() for k in world.LIMITS}
 
-    averaged = train(config, runtime, {"transformer": dit, "text_encoder": text},
+    averaged = train(config, runtime, {"transformer": dit, "text_encoder": text, "word_head": word_head},
                      make_optimizers(config, matrices, others), loss_fn, validate, ("transformer", "text_encoder"))
     if runtime.rank == 0:
-        for name, module in averaged.items():
-            save_module(module, Path(config.output_dir) / name, torch.bfloat16)
+        for name in ("transformer", "text_encoder"):
+            save_module(averaged[name], Path(config.output_dir) / name, torch.float16)
             print(f"wrote {Path(config.output_dir) / name}")
 
 

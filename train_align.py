@@ -24,7 +24,7 @@ import data
 import flow
 import prfl
 import world
-from common import arg
+from common import InputError, arg
 from model import export_transformer, first_frame_condition, load_text_encoder, load_transformer
 from pavrm import load_pavrm
 from vae import from_pixels, load_vae, to_pixels
@@ -139,14 +139,19 @@ def main(config):
 
     shards = curated_shards(config, runtime)
     shards.require(channels=policy.config["out_dim"],
-                   context_shape=(shards.context_shape[0], policy.config["text_dim"]))
+                   context_shape=(min(shards.context_shape[0], policy.config["text_len"]),
+                                  policy.config["text_dim"]))
     if config.method == "rwr":
         own_x0, own_context, own_weights, own_y = weighted_samples(config, runtime, policy, pavrm, shards,
                                                                    image_to_video)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     if resume:
-        policy.load_state_dict(state["policy"])
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            policy.load_state_dict(state["policy"])
+            optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, ValueError, RuntimeError):
+            raise InputError(f"--resume_from_checkpoint {resume}: not a checkpoint of this script with this "
+                             "--model") from None
     common.start_run(config, state["step"] if resume else None)
     log = common.MetricsLog(config.output_dir, state["step"] if resume else None)
     validate = make_validation(config, runtime) if config.num_validation and not config.data else None

@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 
 import common
+import data
 import flow
 import world
 from common import InputError, arg
-from data import Shards, order, split, write_shards
-from model import first_frame_condition, load_text_encoder, load_transformer, save_module
+from model import first_frame_condition, load_transformer
 from pavrm import LOSSES, POOLINGS, PAVRM, interval_metrics
-from vae import from_pixels, load_vae, to_pixels
+from weights import save_module
 
 
 @dataclass
@@ -56,60 +56,23 @@ class Config:
     seed: int = arg(0, "seed of weights, samples, order, t and noise", at_least=0)
 
 
-def own_samples(config, runtime, generator):
-    """Make and label the generator's own samples; kept as shards in <output_dir>/samples and reused from there."""
-    folder = Path(config.output_dir) / "samples"
-    settings = {"model": config.model, "num_samples": config.num_samples, "seed": config.seed,
-                "num_inference_steps": config.num_inference_steps}
-    if (folder / "shards.json").exists():
-        shards = Shards(folder)
-        if shards.settings == settings:
-            return shards
-        raise InputError(f"{folder} was made with {shards.settings}; use another --output_dir, or remove that folder")
-    vae = load_vae(f"{config.model}/vae").to(runtime.device)
-    text = load_text_encoder(f"{config.model}/text_encoder").to(runtime.device).eval()
-    prompts = world.draw_prompts(config.num_samples, config.seed + 11)
-    mine = list(range(runtime.rank, config.num_samples, runtime.world_size))
-    image_to_video = generator.config["model_type"] == "i2v"
-    clips = world.make(config.num_samples, config.seed + 10, "clean", config.size)[0] if image_to_video else None
-    latents, contexts, labels = [], [], []
-    for i in common.progress(range(0, len(mine), 128), "own samples (x128)"):
-        indices = mine[i:i + 128]
-        wanted = [prompts[j] for j in indices]
-        with torch.no_grad():
-            context = text.encode(wanted)                                                   # [b, l, d]
-            y = first_frame_condition(vae.encode(from_pixels(clips[indices].to(runtime.device)))) if image_to_video else None
-            x0 = flow.sample(generator, world.LATENT_SHAPES[config.size], context, config.seed, indices,
-                             config.num_inference_steps, y=y, autocast=runtime.autocast)   # [b, c, f, h, w]
-            judged = world.annotate(to_pixels(vae.decode(x0)).cpu(), wanted)
-        latents.append(x0.cpu())
-        contexts.append(context.cpu())
-        labels += [1 if good else 0 if bad else None for good, bad in
-                   zip(judged["qualified"].tolist(), judged["unqualified"].tolist())]
-    parts = common.gather((mine, torch.cat(latents), torch.cat(contexts), labels))
-    if runtime.rank == 0:
-        place = torch.tensor([i for part in parts for i in part[0]]).argsort()
-        labels = [label for part in parts for label in part[3]]
-        write_shards(folder, torch.cat([p[1] for p in parts])[place], torch.cat([p[2] for p in parts])[place],
-                     [labels[i] for i in place.tolist()], prompts, settings=settings)
-    common.gather(None)                                         # the others wait for the file
-    return Shards(folder)
-
-
 def main(config):
     runtime = common.setup(config.mixed_precision, config.seed)
     generator = load_transformer(config.model).to(runtime.device).eval().requires_grad_(False)
     resume = config.resume_from_checkpoint and common.resolve_checkpoint(config.output_dir,
                                                                          config.resume_from_checkpoint)
     state = common.load_state(resume) if resume else None
-    shards = Shards(config.data) if config.data else own_samples(config, runtime, generator)
+    shards = data.Shards(config.data) if config.data else data.own_samples(
+        Path(config.output_dir) / "samples", generator, config.model, config.num_samples, config.num_inference_steps,
+        config.size, config.seed, runtime)
     shards.require(channels=generator.config["out_dim"], labelled=bool(config.data),
-                   context_shape=(shards.context_shape[0], generator.config["text_dim"]))
+                   context_shape=(min(shards.context_shape[0], generator.config["text_len"]),
+                                  generator.config["text_dim"]))
     labelled = (shards.labels >= 0).nonzero()[:, 0]
     if config.holdout >= len(labelled):
         raise InputError(f"--holdout {config.holdout} leaves nothing to train on: there are {len(labelled)} labelled "
                          "videos")
-    train, held = (labelled[part] for part in split(len(labelled), config.holdout, config.seed))
+    train, held = (labelled[part] for part in data.split(len(labelled), config.holdout, config.seed))
     if any(len(shards.labels[part].unique()) < 2 for part in (train, held)):
         raise InputError(f"{shards.folder}: training or held-out videos are all of one label; a reward model needs "
                          "both 0 and 1")
@@ -128,8 +91,12 @@ def main(config):
     params = [p for p in pavrm.parameters() if p.requires_grad]
     start = 0
     if resume:
-        pavrm.load_state_dict(state["pavrm"])
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            pavrm.load_state_dict(state["pavrm"])
+            optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, ValueError, RuntimeError):
+            raise InputError(f"--resume_from_checkpoint {resume}: not a checkpoint of this script with these "
+                             "--model, --depth and --pooling") from None
         start = state["step"]
     common.start_run(config, start if resume else None)
     log = common.MetricsLog(config.output_dir, start if resume else None)
@@ -138,10 +105,17 @@ def main(config):
     bar = common.progress(config.max_train_steps, "reward model", initial=start)
     report = {}
 
+    def measure():
+        found = interval_metrics(
+            pavrm, held_batch["latents"], held_batch["context"], held_batch["label"], config.seed,
+            y=first_frame_condition(held_batch["latents"]) if image_to_video else None, autocast=runtime.autocast)
+        show(found, bar)
+        return found
+
     for step in range(start, config.max_train_steps):
         clock = time.perf_counter()
         indices = runtime.indices(config.batch_size)                    # places in the global batch
-        batch = shards.batch(train[order(len(train), config.seed, step, indices, global_batch)])
+        batch = shards.batch(train[data.order(len(train), config.seed, step, indices, global_batch)])
         x0, context = batch["latents"].to(runtime.device), batch["context"].to(runtime.device)
         labels = batch["label"].to(runtime.device)                      # [b]
         t = common.uniform(config.seed, "t", step, indices).to(runtime.device)                      # Eq. 6: U(0, 1)
@@ -162,19 +136,18 @@ def main(config):
         accuracy = ((logits >= 0) == (labels == 1)).float().mean()
         means = torch.stack([loss.detach(), accuracy])
         common.average([means])
-        if done % config.validation_steps == 0 or done == config.max_train_steps:
-            report = interval_metrics(
-                pavrm, held_batch["latents"], held_batch["context"], held_batch["label"], config.seed,
-                y=first_frame_condition(held_batch["latents"]) if image_to_video else None, autocast=runtime.autocast)
-            show(report, bar)
+        measured = done % config.validation_steps == 0 or done == config.max_train_steps
+        if measured:
+            report = measure()
         log.log(done, loss=means[0], accuracy=means[1], grad_norm=grad_norm, learning_rate=config.learning_rate,
                 seconds=time.perf_counter() - clock,
-                **{f"held_out_{name}": sum(values) / len(values) for name, values in report.items()})
+                **{f"held_out_{name}": sum(values) / len(values) for name, values in report.items() if measured})
         bar.set_postfix(loss=f"{means[0]:.3f}", accuracy=f"{means[1]:.2f}")
         bar.update()
         if done % config.checkpointing_steps == 0 or done == config.max_train_steps:
             common.save_checkpoint(config.output_dir, done, {"reward": lambda path: save_module(pavrm, path)},
                                    {"pavrm": pavrm.state_dict(), "optimizer": optimizer.state_dict()}, config, keep=2)
+    report = report or measure()                                # resumed at its last step: nothing was left to train
     bar.close()
     if runtime.rank == 0:
         save_module(pavrm, Path(config.output_dir) / "reward")

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import nn
 
 from common import InputError
-from model import load_weights, read_config
+from weights import load_weights, read_config
 
 TIME, SPACE, CHANNELS = 4, 8, 16
 

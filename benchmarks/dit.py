@@ -43,15 +43,15 @@ def build(config, device):
     return ours.to(device), theirs.to(device).train()
 
 
-def seconds(step, device):
-    start = time.perf_counter()
+def seconds(step, device, clock):
+    start = clock()
     step()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def compare(name, rounds, device, dtype):
+def compare(name, rounds, device, dtype, clock):
     """One row of the table: medians in milliseconds, and the median over rounds of ours / theirs."""
     config, b, size = SHAPES[name]
     ours, theirs = build(config, device)
@@ -78,7 +78,7 @@ def compare(name, rounds, device, dtype):
     times = {"ours": [], "diffusers": []}
     for i in range(rounds + 2):  # the first two rounds warm up
         for who, model_ in (("ours", ours), ("diffusers", theirs)):
-            spent = seconds(lambda: train_step(calls[who], model_), device)
+            spent = seconds(lambda: train_step(calls[who], model_), device, clock)
             if i >= 2:
                 times[who].append(1000 * spent)
     ratios = [a / b for a, b in zip(*times.values())]
@@ -98,6 +98,9 @@ def main():
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="no",
                         help="bf16: autocast, float32 weights (default: %(default)s)")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall",
+                        help="cpu: time this process spent computing, for a machine shared with other work; "
+                             "use it with --threads 1, as waiting threads count too (default: %(default)s)")
     parser.add_argument("--output", help="write the rows and the machine as JSON to this file")
     args = parser.parse_args()
     if args.rounds < 1:
@@ -108,10 +111,11 @@ def main():
         torch.set_num_threads(args.threads)
     device, dtype = torch.device(args.device), torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
 
+    clock = time.process_time if args.clock == "cpu" else time.perf_counter
     print("forward + backward, ms             ours  diffusers  ratio  (lowest-highest)  relative error")
     rows = []
     for name in args.shapes:
-        row = compare(name, args.rounds, device, dtype)
+        row = compare(name, args.rounds, device, dtype, clock)
         rows.append(row)
         print(f"{name:6} dim {row['dim']:4} batch {row['batch']:3} n {row['tokens']:4} {row['ours_ms']:9.1f} "
               f"{row['diffusers_ms']:10.1f} {row['ratio']:6.2f}  ({row['ratio_low']:.2f}-{row['ratio_high']:.2f})"
@@ -119,7 +123,7 @@ def main():
     if args.output:
         Path(args.output).write_text(json.dumps(dict(
             command=" ".join(["python", *sys.argv]), torch=torch.__version__, machine=platform.processor(),
-            threads=torch.get_num_threads(), device=args.device, mixed_precision=args.mixed_precision, rows=rows,
+            threads=torch.get_num_threads(), clock=args.clock, device=args.device, mixed_precision=args.mixed_precision, rows=rows,
         ), indent=2) + "\n")
 
 

@@ -62,7 +62,7 @@ def test_flow_matching_loss():
     assert flow.flow_matching_loss(x1 - x0, x0, x1) == 0
     torch.testing.assert_close(flow.flow_matching_loss(v, x0, x1), ((v - x1 + x0) ** 2).mean())
     assert flow.flow_matching_loss(x1 - x0 + 3, x0, x1) == pytest.approx(9, rel=1e-5)
-    weight = torch.tensor([0.0, 0.0, 4.0, 0.0])                                    # only the third example counts
+    weight = torch.tensor([0.0, 0.0, 4.0, 0.0])  # only the third example counts
     torch.testing.assert_close(flow.flow_matching_loss(v, x0, x1, weight), ((v - x1 + x0)[2] ** 2).mean())
 
 

@@ -8,7 +8,8 @@ from torch import nn
 
 import pavrm as P
 from common import InputError
-from model import VideoDiT, save_module
+from model import VideoDiT
+from weights import save_module
 
 DIM = 24
 TINY = dict(in_dim=4, out_dim=4, dim=DIM, ffn_dim=32, num_heads=2, num_layers=3, freq_dim=16, text_dim=8, text_len=3)
@@ -43,8 +44,8 @@ def attention_in_numpy(q, w_k, w_v, h, heads=1):
                                                       ("multihead", 8, 1)])
 def test_attention_pooling_is_equation_5(pooling, heads, residual):
     torch.manual_seed(0)
-    pool, h = P.POOLINGS[pooling](DIM), torch.randn(5, 7, DIM)                     # more than one video at once
-    nn.init.normal_(pool.query, std=2.0)                                           # far from uniform attention
+    pool, h = P.POOLINGS[pooling](DIM), torch.randn(5, 7, DIM)  # more than one video at once
+    nn.init.normal_(pool.query, std=2.0)  # far from uniform attention
     q, w_k, w_v = (w.detach().double().numpy() for w in (pool.query, pool.w_k.weight.T, pool.w_v.weight.T))
     wanted = attention_in_numpy(q, w_k, w_v, h.double().numpy(), heads) + residual * q
     got = pool(h).detach().numpy()
@@ -71,7 +72,7 @@ def test_logit_is_the_mlp_of_the_pooled_trunk_features(dit, inputs, pooling):
     x, t, context = inputs
     r = model(x, t, context)
     assert r.shape == (3,) and r.dtype == torch.float32
-    z = model.pool(dit.features(x, t, context, depth=2))                           # the generator's own features
+    z = model.pool(dit.features(x, t, context, depth=2))  # the generator's own features
     a, b, c = model.mlp[0], model.mlp[2], model.mlp[4]
     silu = lambda v: v / (1 + torch.exp(-v))
     torch.testing.assert_close(r, c(silu(b(silu(a(z)))))[:, 0])
@@ -109,7 +110,7 @@ def test_embeddings_are_frozen_and_trunk_rate_zero_is_a_probe(dit, inputs, trunk
     assert trained == {name for name in before if name.startswith(wanted)}
     assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in model.parameters() if p.requires_grad}
     assert [g["lr"] for g in groups] == ([1e-3, trunk_lr] if trunk_lr else [1e-3])
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.1)                        # decay must not move them either
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.1)  # decay must not move them either
     P.bce_loss(model(*inputs), torch.tensor([1, 0, 1])).backward()
     optimizer.step()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
@@ -154,7 +155,7 @@ def test_a_folder_that_is_no_reward_model(dit, tmp_path):
 def test_bce_is_equation_6():
     r, y = np.array([-3.0, -0.2, 0.0, 1.5, 40.0]), np.array([1, 0, 1, 1, 0])
     p = 1 / (1 + np.exp(-r))
-    wanted = -np.log([p[0], 1 - p[1], p[2], p[3]]).sum() + 40.0                    # -log(1 - sigmoid(40)) = 40
+    wanted = -np.log([p[0], 1 - p[1], p[2], p[3]]).sum() + 40.0  # -log(1 - sigmoid(40)) = 40
     got = P.bce_loss(torch.tensor(r), torch.tensor(y, dtype=torch.int8))
     assert got.item() == pytest.approx(wanted / 5, rel=1e-6)
 
@@ -164,7 +165,7 @@ def test_bradley_terry_is_the_mean_over_pairs():
     pairs = [-math.log(1 / (1 + math.exp(-(r[i] - r[j])))) for i in range(9) for j in range(9) if y[i] > y[j]]
     assert P.bradley_terry_loss(r, y).item() == pytest.approx(sum(pairs) / 20)
     alone = r.clone().requires_grad_()
-    P.bradley_terry_loss(alone, torch.ones(9)).backward()                          # no pairs: nothing to learn
+    P.bradley_terry_loss(alone, torch.ones(9)).backward()  # no pairs: nothing to learn
     assert torch.equal(alone.grad, torch.zeros_like(r))
 
 
@@ -208,6 +209,6 @@ def test_interval_metrics_visits_each_fifth_of_t():
     t = torch.cat([t for _, t in seen]).view(5, 30)
     for k in range(5):
         assert k / 5 <= t[k].min() and t[k].max() <= (k + 1) / 5 and t[k].unique().numel() == 30
-    x = torch.cat([x for x, _ in seen])                                            # latents 0: x_t is t times noise
+    x = torch.cat([x for x, _ in seen])  # latents 0: x_t is t times noise
     spread = (x.flatten(1) / t.view(-1, 1)).std()
     assert spread == pytest.approx(1, abs=0.05)

@@ -63,7 +63,7 @@ def test_gradient_is_the_finite_difference_of_the_one_step(models, batch, step):
     loss, _ = prfl.reward_update_loss(policy, pavrm, x_T, context, step, N)
     grads = gradients(policy, loss)
     times = flow.schedule(N)
-    x = flow.rollout(policy, x_T, context, N, last=step - 1)            # x_{s+dt}: held while the weights move
+    x = flow.rollout(policy, x_T, context, N, last=step - 1)  # x_{s+dt}: held while the weights move
     t, s = times[step - 1].expand(3), times[step].expand(3)
 
     @torch.no_grad()
@@ -171,7 +171,7 @@ def test_the_rewarded_step_is_uniform_over_its_part(part, steps):
     counts = Counter(prfl.draw_step(0, i, 40, part) for i in range(expected * len(steps)))
     assert set(counts) == set(steps)
     chi2, free = sum((counts[s] - expected) ** 2 / expected for s in steps), len(steps) - 1
-    assert abs(chi2 - free) < 4 * math.sqrt(2 * free)                    # neither skewed nor too even for chance
+    assert abs(chi2 - free) < 4 * math.sqrt(2 * free)  # neither skewed nor too even for chance
 
 
 def test_the_rewarded_step_depends_on_seed_and_iteration_only():

@@ -4,7 +4,7 @@ import torch
 
 from common import InputError
 from vae import CHANNELS, VideoVAE, from_pixels, load_vae, to_pixels
-from model import save_module
+from weights import save_module
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def vae():
     vae = VideoVAE(dim=32, num_blocks=2, latents_mean=torch.randn(CHANNELS).tolist(),
                    latents_std=(0.5 + torch.rand(CHANNELS)).tolist()).eval()
     for name, p in vae.named_parameters():
-        if "temporal" in name:                                     # they start at zero, where causality is trivial
+        if "temporal" in name:  # they start at zero, where causality is trivial
             torch.nn.init.normal_(p, std=0.1)
     return vae
 
@@ -92,11 +92,11 @@ def test_examples_do_not_mix(vae):
 
 
 def test_pixels_there_and_back():
-    every = torch.arange(256, dtype=torch.uint8).repeat(3)[:3 * 4 * 4 * 4].view(1, 4, 4, 4, 3)   # [b, F, H, W, 3]
+    every = torch.arange(256, dtype=torch.uint8).repeat(3)[:3 * 4 * 4 * 4].view(1, 4, 4, 4, 3)  # [b, F, H, W, 3]
     video = from_pixels(every)
     assert video.shape == (1, 3, 4, 4, 4) and video.dtype == torch.float32
     assert torch.equal(to_pixels(video), every)
-    assert video[0, 2, 3, 1, 0] == every[0, 3, 1, 0, 2] / 127.5 - 1                  # channels, not frames, moved
+    assert video[0, 2, 3, 1, 0] == every[0, 3, 1, 0, 2] / 127.5 - 1  # channels, not frames, moved
     ends = to_pixels(torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0]).view(1, 1, 1, 1, 5).expand(1, 3, 1, 1, 5))
     assert ends[0, 0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
 

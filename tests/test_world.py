@@ -44,7 +44,7 @@ def test_rendered_subjects_have_the_area_and_centre_they_should(shape):
     grid = (torch.arange(64) + 0.5) / 64
     found = torch.stack([(alpha * grid).sum(), (alpha * grid[:, None]).sum()]) / alpha.sum()
     torch.testing.assert_close(found, center, atol=0.003, rtol=0)
-    inside = (alpha > 0.5).nonzero() / 64                                          # its extents are where walls are
+    inside = (alpha > 0.5).nonzero() / 64  # its extents are where walls are
     low, high = world.walls(torch.tensor(shape), radius)
     for axis, (first, last) in enumerate(zip(inside.min(0).values.flip(0), inside.max(0).values.flip(0))):
         assert low[axis] == pytest.approx((center[axis] - first).item(), abs=0.025)
@@ -99,7 +99,7 @@ def test_test_prompts_are_never_trained_on():
     flat = lambda prompts: {s for sentences in prompts.values() for s in sentences}
     assert flat(train).isdisjoint(flat(test))
     assert len(flat(train)) + len(flat(test)) == len(COMBINATIONS) * len(world.WORDINGS) * 2
-    assert set(train) == COMBINATIONS and all(train.values())                      # nothing is unseen, only unsaid
+    assert set(train) == COMBINATIONS and all(train.values())  # nothing is unseen, only unsaid
     assert set(world.make(64, 5, "mixture")[1]) <= flat(train)
     assert set(world.make(64, 5, split="test")[1]) <= flat(test)
 
@@ -143,7 +143,7 @@ def test_motion_outside_the_worlds_speeds_fails(factor, monkeypatch):
                                           ("direction", world.DIRECTIONS)])
 def test_contradicting_prompts_fail(clean, field, names):
     videos, prompts, _ = clean
-    for shift in range(1, len(names)):                                             # every other value it could be
+    for shift in range(1, len(names)):  # every other value it could be
         asked = [world.parse_prompt(prompt) for prompt in prompts]
         for a in asked:
             a[field] = list(names)[(list(names).index(a[field]) + shift) % len(names)]
@@ -187,7 +187,7 @@ def test_the_panel_sees_what_hacking_changes(clean):
 
 
 def test_a_clip_is_judged_alone(clean):
-    videos, prompts, judged = clean                                                # 300: two parts of at most 256
+    videos, prompts, judged = clean  # 300: two parts of at most 256
     videos = torch.cat([videos[:40], world.make(40, 9, "flawed")[0]])
     prompts = prompts[:40] + world.make(40, 9, "flawed")[1]
     together = world.annotate(videos, prompts)

@@ -1,0 +1,388 @@
+"""train_reward.py and train_align.py: Algorithm 1 by hand, two ranks against one, kill and resume, bad inputs.
+
+Everything runs on the CPU, on a tiny random generator and random labelled shards.
+"""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import common
+import data
+import prfl
+import sample
+import train_align
+import train_reward
+from model import VideoDiT, export_transformer, load_transformer
+from weights import WEIGHTS, save_module
+from pavrm import PAVRM, load_pavrm
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = dict(in_dim=4, out_dim=4, dim=24, ffn_dim=48, num_heads=2, num_layers=2, freq_dim=16, text_dim=8, text_len=3)
+STEPS = 5
+RUNS = {"reward": ("train_reward", "reward", ["--holdout", "8", "--depth", "2"]),
+        "prfl": ("train_align", "transformer", ["--method", "prfl"]),
+        "sft": ("train_align", "transformer", ["--method", "sft"]),
+        "rwr": ("train_align", "transformer", ["--method", "rwr", "--num_samples", "24"])}
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+
+
+def generator(**changes):
+    torch.manual_seed(0)
+    dit = VideoDiT(**TINY | changes)
+    torch.nn.init.normal_(dit.head.head.weight, std=0.1)        # Wan's own start is zero
+    return dit
+
+
+def write_data(folder, channels=4, context=(3, 8), labels=None):
+    g = torch.Generator().manual_seed(1)
+    labels = [i % 2 for i in range(32)] if labels is None else labels
+    data.write_shards(folder, torch.randn(32, channels, 2, 4, 4, generator=g),
+                      torch.randn(32, *context, generator=g), labels, [f"prompt {i}" for i in range(32)])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with generator/, reward/ and data/; the runs of this file go beside them."""
+    folder = tmp_path_factory.mktemp("training")
+    export_transformer(generator(), folder / "generator/transformer")
+    save_module(PAVRM.from_generator(generator(), 1), folder / "generator/reward")
+    write_data(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+
+
+def command(folder, name, output, *more, batch_size=8):
+    """(script, flags) of a run of RUNS."""
+    script, _, flags = RUNS[name]
+    steps = [] if name == "reward" else ["--num_inference_steps", "4"]
+    return script, [*flags, *steps, "--model", str(folder / "generator"), "--data", str(folder / "data"),
+                    "--output_dir", str(folder / output), "--mixed_precision", "no", "--batch_size", str(batch_size),
+                    "--max_train_steps", str(STEPS), "--checkpointing_steps", "2", *more]
+
+
+def run(script, argv):
+    """In this process: importing torch costs more than such a run."""
+    module = {"train_reward": train_reward, "train_align": train_align, "sample": sample}[script]
+    common.cli(module.main, module.Config, module.__doc__, argv)
+
+
+def weights(folder, name, output):
+    return load_file(folder / output / RUNS[name][1] / WEIGHTS)
+
+
+def metrics(folder, output):
+    rows = [json.loads(line) for line in (folder / output / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in rows]
+
+
+def distance(a, b):
+    """Largest difference of any weight."""
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+@pytest.fixture(scope="module")
+def one_rank(folder):
+    """Every run of RUNS, uninterrupted on one rank; -> the first part of their folders' names."""
+    for name in RUNS:
+        run(*command(folder, name, f"one-{name}"))
+    return "one-"
+
+
+# ---- the loop
+def test_one_iteration_is_algorithm_1_by_hand(folder):
+    run(*command(folder, "prfl", "hand", "--max_train_steps", "1"))
+    policy, pavrm = load_transformer(folder / "generator"), load_pavrm(folder / "generator/reward")
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4, weight_decay=0)
+    shards, indices = data.Shards(folder / "data"), range(8)
+
+    def update(loss):
+        for p in policy.parameters():
+            p.grad = None
+        loss.backward()
+        norm = torch.stack([p.grad.norm() for p in policy.parameters()]).norm()
+        for p in policy.parameters():
+            p.grad.mul_(min(1.0, 1.0 / norm.item()))                                # clipped to norm 1
+        optimizer.step()
+        return norm.item()
+
+    curated = shards.batch(data.order(32, 0, 0, indices, 8))
+    x0, x1 = curated["latents"], common.noise((4, 2, 4, 4), 0, "sft x1", 0, indices)
+    t = common.uniform(0, "sft t", 0, indices)
+    t_ = t.view(-1, 1, 1, 1, 1)
+    sft = ((policy((1 - t_) * x0 + t_ * x1, t, curated["context"]) - (x1 - x0)) ** 2).mean()     # Eq. 10
+    sft_norm = update(sft)
+    context = shards.batch(data.order(32, 1, 0, indices, 8))["context"]
+    x, step = common.noise((4, 2, 4, 4), 0, "x_T", 0, indices), prfl.draw_step(0, 0, 4)
+    for i in range(step):                                                           # dt = 1 / 4
+        x = x.detach() - policy(x.detach(), torch.full((8,), 1 - i / 4), context) / 4
+    reward = pavrm(x, torch.full((8,), 1 - step / 4), context).mean()
+    reward_norm = update(-reward)
+
+    row, = metrics(folder, "hand")
+    wanted = {"sft_loss": sft.item(), "sft_grad_norm": sft_norm, "reward": reward.item(),
+              "reward_loss": -reward.item(), "reward_grad_norm": reward_norm, "rewarded_step": step}
+    assert {k: row[k] for k in wanted} == pytest.approx(wanted, rel=1e-4)
+    start = load_transformer(folder / "generator").state_dict()
+    moved = distance(weights(folder, "prfl", "hand"), start)
+    assert 1e-4 < moved < 3e-4 and distance(weights(folder, "prfl", "hand"), policy.state_dict()) < 0.01 * moved
+
+
+def test_updates_and_what_they_move(folder, one_rank):
+    for name, updates in (("prfl", 2), ("sft", 1), ("rwr", 1)):                     # per iteration
+        state = torch.load(folder / f"one-{name}/checkpoint-000005/train_state.pt", weights_only=True)
+        assert state["step"] == STEPS and state["optimizer"]["state"][0]["step"] == STEPS * updates
+        saved = load_file(folder / f"one-{name}/checkpoint-000005/transformer" / WEIGHTS)
+        assert distance(saved, weights(folder, name, f"one-{name}")) == 0
+        assert [row["step"] for row in metrics(folder, f"one-{name}")] == [1, 2, 3, 4, 5]
+    start, trained = generator().state_dict(), weights(folder, "reward", "one-reward")
+    for name, value in trained.items():  # the embeddings are frozen
+        mine = name.removeprefix("trunk.")
+        moves = mine == name or mine.startswith("blocks.")
+        assert mine == name or torch.equal(value, start[mine]) != moves, name
+    report = json.loads((folder / "one-reward/report.json").read_text())
+    assert (report["trained_on"], report["held_out"], len(report["accuracy"])) == (24, 8, 5)
+
+
+@pytest.mark.parametrize("name", ["prfl", "rwr"])
+def test_accumulation_and_checkpointing_change_nothing(folder, one_rank, name):
+    wanted = weights(folder, name, f"one-{name}")
+    moved = distance(wanted, generator().state_dict())
+    run(*command(folder, name, f"micro-{name}", "--gradient_accumulation_steps", "2", "--gradient_checkpointing",
+                 batch_size=4))
+    assert distance(weights(folder, name, f"micro-{name}"), wanted) < 0.005 * moved
+
+
+def test_lambda_and_the_sft_updates_are_switches(folder):
+    run(*command(folder, "prfl", "no-sft", "--no-sft_updates", "--reward_weight", "3", "--max_train_steps", "2"))
+    for row in metrics(folder, "no-sft"):
+        assert "sft_loss" not in row and row["reward_loss"] == pytest.approx(-3 * row["reward"], rel=1e-5)
+
+
+def test_smoke_image_to_video(folder):
+    """Runs image-to-video once, from the first frame of each clip; that numbers are right is tested elsewhere."""
+    dit = generator(model_type="i2v", in_dim=12)  # 4 noisy + 4 mask + 4 first frame
+    export_transformer(dit, folder / "i2v/transformer")
+    run(*command(folder, "reward", "i2v-reward", "--model", str(folder / "i2v"), "--max_train_steps", "1"))
+    for name in ("prfl", "rwr"):
+        run(*command(folder, name, f"i2v-{name}", "--model", str(folder / "i2v"), "--max_train_steps", "1",
+                     "--reward", str(folder / "i2v-reward/reward")))
+        assert 0 < distance(weights(folder, name, f"i2v-{name}"), dit.state_dict()) < 1e-3
+
+
+# ---- two ranks against one
+DRIVER = """
+import json, sys, common, train_align, train_reward
+leave, common.teardown = common.teardown, lambda: None          # one process group for all runs
+for script, argv in json.loads(sys.argv[1]):
+    common.cli(sys.modules[script].main, sys.modules[script].Config, "", argv)
+leave()
+"""
+
+
+@pytest.fixture(scope="module")
+def two_ranks(folder):
+    """The same runs under torchrun, 2 ranks with batch 4: PRFL as a user starts it, the others in one go."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    (folder / "driver.py").write_text(DRIVER)
+    jobs = {name: command(folder, name, f"two-{name}", batch_size=4) for name in RUNS}
+    script, argv = jobs.pop("prfl")
+    for argv in ([str(ROOT / f"{script}.py"), *argv], [str(folder / "driver.py"), json.dumps(list(jobs.values()))]):
+        done = subprocess.run([*torchrun, *argv], env=ENV, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return "two-"
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_ranks_are_one_rank_with_twice_the_batch(folder, one_rank, two_ranks, name):
+    alone, together = (weights(folder, name, f"{ranks}{name}") for ranks in (one_rank, two_ranks))
+    start = load_transformer(folder / "generator")
+    if name == "reward":
+        torch.manual_seed(0)                                                        # as the script seeds it
+        start = PAVRM.from_generator(start, 2)
+    moved = distance(alone, start.state_dict())
+    assert distance(alone, together) < 0.005 * moved
+    run(*command(folder, name, f"half-{name}", batch_size=4))  # half the data is another run
+    assert distance(weights(folder, name, f"half-{name}"), alone) > 0.2 * moved
+    for row, other in zip(metrics(folder, f"one-{name}"), metrics(folder, f"two-{name}"), strict=True):
+        assert row == pytest.approx(other, rel=1e-3, abs=1e-5)
+
+
+# ---- kill and resume
+KILLED = """
+import os, signal, sys, torch, common, train_align, train_reward
+save, count = torch.save, 0
+
+def save_or_die(state, path):
+    global count
+    count += 1
+    if count == 2:                                              # half way through the second checkpoint
+        open(path, "wb").write(b"PK")
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(state, path)
+
+torch.save = save_or_die
+script = sys.modules[sys.argv[1]]
+common.cli(script.main, script.Config, "", sys.argv[2:])
+"""
+
+
+def same(a, b):
+    """Bit for bit, for tensors in dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, (list, tuple)) else a == b
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_killed_and_resumed_is_uninterrupted_bit_for_bit(folder, one_rank, name):
+    script, argv = command(folder, name, f"killed-{name}")
+    done = subprocess.run([sys.executable, "-c", KILLED, script, *argv], env=ENV, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    out, whole = folder / f"killed-{name}", folder / f"one-{name}"
+    assert (out / "checkpoint-000004.tmp").is_dir() and not (out / RUNS[name][1]).exists()
+    assert metrics(folder, out.name)[-1]["step"] == 4
+    run(script, [*argv, "--resume", "latest"])
+    assert same(weights(folder, name, out.name), weights(folder, name, whole.name))
+    states = [common.load_state(path / "checkpoint-000005") for path in (out, whole)]
+    assert same(*states) and states[0]["step"] == STEPS
+    assert metrics(folder, out.name) == metrics(folder, whole.name)
+    assert not [*out.rglob("*.tmp*"), *out.glob("earlier-*")]
+    if name == "reward":
+        assert (out / "report.json").read_text() == (whole / "report.json").read_text()
+        (out / "report.json").unlink()  # a run that was complete writes its report again
+        run(script, [*argv, "--resume", str(out / "checkpoint-000005")])
+        assert (out / "report.json").read_text() == (whole / "report.json").read_text()
+
+
+# ---- bad inputs
+@pytest.fixture(scope="module")
+def broken(folder, one_rank):
+    """Folders with one thing wrong each, by name."""
+    copy = lambda name, source="generator": shutil.copytree(folder / source, folder / "bad" / name)
+    (folder / "bad/empty").mkdir(parents=True)
+    (copy("no_weights") / "transformer" / WEIGHTS).unlink()
+    (copy("no_config") / "transformer/config.json").unlink()
+    for name, source, file in (("cut", "generator", f"transformer/{WEIGHTS}"),
+                               ("cut_reward", "generator/reward", WEIGHTS),
+                               ("cut_data", "data", "shard-00000.safetensors")):
+        path = copy(name, source) / file
+        path.write_bytes(path.read_bytes()[:-100])
+    config = copy("other_config") / "transformer/config.json"
+    config.write_text(config.read_text().replace('"ffn_dim": 48', '"ffn_dim": 64'))
+    save_module(PAVRM.from_generator(generator(dim=36), 1), folder / "bad/other_reward")
+    write_data(folder / "bad/channels", channels=5)
+    write_data(folder / "bad/width", context=(3, 9))
+    write_data(folder / "bad/long", context=(4, 8))
+    write_data(folder / "bad/unlabelled", labels=[None, 1, 0, None] * 8)
+    write_data(folder / "bad/one_label", labels=[1] * 32)
+    return folder / "bad"
+
+
+BAD = [
+    ("train_align", "--model {bad}/absent", "bad/absent is not a folder"),
+    ("train_align", "--model {bad}/empty", "bad/empty holds no config.json"),
+    ("train_align", "--model {bad}/no_config", "transformer holds no config.json"),
+    ("train_align", "--model {bad}/no_weights", f"holds no {WEIGHTS}"),
+    ("train_align", "--model {bad}/cut", f"cut/transformer/{WEIGHTS} is not a whole safetensors file"),
+    ("train_align", "--model {bad}/other_config", "do not fit: 6 of another shape: blocks.0.ffn.0.bias (48,)"),
+    ("train_align", "--reward {bad}/absent", "bad/absent is not a folder"),
+    ("train_align", "--reward {bad}/cut_reward", f"cut_reward/{WEIGHTS} is not a whole safetensors file"),
+    ("train_align", "--reward {bad}/other_reward", "another trunk than the generator: dim 36 instead of 24"),
+    ("train_align", "--method rwr --reward {bad}/other_reward", "dim 36 instead of 24"),
+    ("train_align", "--reward {folder}/generator/transformer", "config.json is not a reward model's"),
+    ("train_align", "--data {bad}/absent", "bad/absent/shards.json is missing"),
+    ("train_align", "--data {bad}/empty", "bad/empty/shards.json is missing"),
+    ("train_align", "--data {bad}/cut_data", "shard-00000.safetensors: truncated or damaged"),
+    ("train_align", "--data {bad}/channels", "latents have 5 channels, the model has 4"),
+    ("train_align", "--data {bad}/width", "context is [3, 9] (tokens, width), not [3, 8]"),
+    ("train_align", "--data {bad}/long", "context is [4, 8] (tokens, width), not [3, 8]"),
+    ("train_align", "--bogus 1", "unknown flag: --bogus"),
+    ("train_align", "--method dpo", "--method: invalid choice: 'dpo'"),
+    ("train_align", "--max_train_steps 0", "--max_train_steps must be a finite number above 0, got 0"),
+    ("train_align", "--learning_rate nan", "--learning_rate must be a finite number above 0, got nan"),
+    ("train_align", "--num_inference_steps 2 --trajectory_part early", "--num_inference_steps 2 leaves the early"),
+    ("train_align", "--resume latest", "--resume_from_checkpoint latest: there is no"),
+    ("train_align", "--resume {bad}/empty", "bad/empty: there is no"),
+    ("train_align", "--resume {folder}/one-reward/checkpoint-000004", "checkpoint-000004: not a checkpoint of this"),
+    ("train_reward", "--resume {folder}/one-sft/checkpoint-000004", "checkpoint-000004: not a checkpoint of this"),
+    ("train_reward", "--resume {folder}/one-reward --depth 1", "checkpoint-000005: not a checkpoint of this"),
+    ("train_reward", "--model {bad}/cut", f"cut/transformer/{WEIGHTS} is not a whole safetensors file"),
+    ("train_reward", "--data {bad}/unlabelled", "labels missing for 16 of 32 clips"),
+    ("train_reward", "--data {bad}/one_label", "every label is 1: a reward model needs 0 and 1"),
+    ("train_reward", "--data {bad}/channels", "latents have 5 channels, the model has 4"),
+    ("train_reward", "--data {bad}/long", "context is [4, 8] (tokens, width), not [3, 8]"),
+    ("train_reward", "--holdout 32", "--holdout 32 leaves nothing to train on"),
+    ("train_reward", "--depth 3", "--depth must be 1 to 2, the generator's blocks; got 3"),
+    ("train_reward", "--pooling sum", "--pooling: invalid choice: 'sum'"),
+    ("train_reward", "--fixed_t 1.5", "--fixed_t must be a finite number at most 1, got 1.5"),
+    ("train_reward", "--max_train_steps 0", "--max_train_steps must be"),
+    ("train_reward", "--resume latest", "--resume_from_checkpoint latest: there is no"),
+    ("sample", "--prompt=", "--prompt is empty"),
+    ("sample", "--prompt red --output x.gif", "--output x.gif: the name must end in .mp4"),
+    ("sample", "--output {folder}/x.mp4", "required: --prompt"),
+]
+ids = [f"{script} {flags}" for script, flags, _ in BAD]
+
+
+def bad_command(folder, script, flags):
+    name = {"train_align": "prfl", "train_reward": "reward"}.get(script)
+    argv = command(folder, name, "bad-run")[1] if name else []
+    return argv + flags.format(folder=folder, bad=folder / "bad").split()
+
+
+def one_line(stderr):
+    return stderr.count("\n") == 1 and stderr.startswith("error: ") and len(stderr) < 600
+
+
+@pytest.mark.parametrize("script, flags, words", BAD, ids=ids)
+def test_bad_inputs_are_one_line_and_leave_nothing_behind(folder, broken, capsys, script, flags, words):
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        run(script, bad_command(folder, script, flags))
+    stderr = capsys.readouterr().err
+    assert stop.value.code == 2 and one_line(stderr) and words in stderr, stderr
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_bad_inputs_of_real_processes(folder, broken):
+    picked = [BAD[ids.index(name)] for name in ("train_align --model {bad}/cut", "sample --prompt=",
+                                                "train_reward --data {bad}/unlabelled")]
+    before = sorted(folder.rglob("*"))
+    started = [subprocess.Popen([sys.executable, ROOT / f"{script}.py", *bad_command(folder, script, flags)], env=ENV,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder / "bad/empty")
+               for script, flags, _ in picked]
+    for process, (_, _, words) in zip(started, picked):
+        stdout, stderr = process.communicate(timeout=120)
+        assert (process.returncode, stdout) == (2, "") and one_line(stderr) and words in stderr, stderr
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_number_that_is_not_finite_ends_the_run(folder, capsys):
+    """Data with a NaN: exit code 1, the step named, and no weights written."""
+    write_data(folder / "nan")
+    shards = load_file(folder / "nan/shard-00000.safetensors")
+    latents = shards["latents"].clone()
+    latents[:, 0, 0, 0, 0] = torch.nan
+    data.write_shards(folder / "nan", latents, shards["context"], shards["label"].tolist(), [""] * 32)
+    with pytest.raises(SystemExit) as stop:
+        run(*command(folder, "sft", "nan-run", "--data", str(folder / "nan")))
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 1 and last.startswith("error: step 1: the sft loss is nan")
+    assert not [*(folder / "nan-run").glob("checkpoint*"), *(folder / "nan-run").glob("transformer*")]
