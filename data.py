@@ -344,6 +344,18 @@ def own_samples(folder, generator, model, count, num_steps, size, seed, runtime)
     return Shards(folder)
 
 
+def clean_clips(folder, model, count, size, seed, runtime):
+    """Shards of clean clips of the embedded world, through the same door as anybody's: mp4 files, then encoded with
+    the vae/ and text_encoder/ in `model`. Made once (by rank 0) and kept in `folder`."""
+    clips, latents = Path(folder) / "clips", Path(folder) / "latents"
+    if runtime.rank == 0:
+        if not (clips / "metadata.jsonl").exists():
+            world_command(World(str(clips), count=count, seed=seed, kind="clean", size=size))
+        encode_command(Encode(str(clips), out=str(latents), vae=f"{model}/vae", text_encoder=f"{model}/text_encoder"))
+    common.gather(None)                                         # the others wait for the files
+    return Shards(latents)
+
+
 # ---- commands
 @dataclass
 class World:

@@ -1,14 +1,18 @@
 """Stage 0: the shipped small weights, from nothing but the embedded world.
 
-First the VAE, then the base generator (DiT and text encoder together) with the flow-matching loss of Eq. 2 on a
-mixture of clean and flawed clips, so that it makes both kinds, as generators trained on web video do.
+The VAE; then a text encoder, which learns to name the words of captions; then the base generator with the
+flow-matching loss of Eq. 2 on a mixture of clean and flawed clips, so that it makes both kinds, as generators trained
+on web video do.
 
-    python pretrain.py vae --output_dir runs/vae
-    python pretrain.py dit --vae runs/vae/vae --output_dir runs/base
-    torchrun --nproc_per_node=8 pretrain.py dit --vae runs/vae/vae --preset small-t2v --size small
+    python pretrain.py vae --output_dir runs/vae --max_train_steps 4500 --batch_size 32
+    python pretrain.py text --output_dir runs/text --max_train_steps 400 --batch_size 64
+    python pretrain.py dit --vae runs/vae/vae --text_encoder runs/text/text_encoder --output_dir runs/base
+    torchrun --nproc_per_node=8 pretrain.py dit --preset small-t2v --size small --vae ... --output_dir ...
 
-Both stages can be stopped at any time and continued with --resume latest. Muon on the matrices of the blocks and
-AdamW on the rest learns several times faster here than AdamW alone.
+Every stage can be stopped at any time and continued with --resume latest. Muon on the matrices of the blocks and AdamW
+on the rest learns several times faster here than AdamW alone. The text encoder is trained first and then frozen: trained
+together with the generator it collapses, because a word cannot lower the generator's loss before the generator can draw
+what the word means (it told colours apart, but after 3,000 steps neither shapes nor directions).
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 """
@@ -26,16 +30,19 @@ import common
 import flow
 import world
 from common import arg
-from model import PRESETS, TextEncoder, VideoDiT, first_frame_condition
+from model import (PRESETS, TextEncoder, VideoDiT, first_frame_condition, load_text_encoder,
+                   load_transformer)
 from vae import VideoVAE, from_pixels, load_vae, to_pixels
 from weights import save_module
 
 
 @dataclass
 class Config:
-    stage: str = arg(..., "what to train", choices=("vae", "dit"), positional=True)
+    stage: str = arg(..., "what to train", choices=("vae", "text", "dit"), positional=True)
     output_dir: str = arg("runs/pretrain", "run folder: metrics.jsonl, checkpoints, and the final weights")
     vae: str = arg("checkpoints/vae", "folder of the VAE that the DiT stage encodes with")
+    text_encoder: str = arg("checkpoints/text_encoder", "folder of the text encoder of the DiT stage")
+    init: str | None = arg(None, "transformer folder that the DiT stage starts from, in place of random weights")
     preset: str = arg("tiny-t2v", "size and task of the DiT", choices=tuple(p for p in PRESETS if "wan" not in p))
     size: str = arg("tiny", "size of the world's clips", choices=tuple(world.SIZES))
     clips: int = arg(131072, "clips rendered once and revisited epoch after epoch",
@@ -48,8 +55,6 @@ class Config:
     decay_steps: int = arg(6000, "last steps, over which both learning rates fall linearly to zero", at_least=0)
     ema: float = arg(0.999, "decay of the averaged weights that are sampled and saved", at_least=0, at_most=1)
     timestep_shift: float = arg(3.0, "t = s u / (1 + (s - 1) u), u ~ U(0,1): above 1, more of the noisy end", above=0)
-    word_weight: float = arg(0.1, "weight of an auxiliary loss: a linear head names the caption's words from its context",
-                             at_least=0)
     text_dropout: float = arg(0.1, "share of examples without text, for guidance", at_least=0, at_most=1)
     vae_dim: int = arg(128, "width of the VAE", above=0)
     kl_weight: float = arg(0.02, "weight of the KL term in the second half; a twentieth of it before", at_least=0)
@@ -98,8 +103,9 @@ def orthogonalise(m):
 
 
 def make_optimizers(config, matrices, others):
-    return [Muon(matrices, lr=config.muon_learning_rate),
-            torch.optim.AdamW(others, lr=config.adam_learning_rate, betas=(0.9, 0.98), weight_decay=0.0)]
+    """[AdamW for the rest, Muon for the matrices]."""
+    return [torch.optim.AdamW(others, lr=config.adam_learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
+            Muon(matrices, lr=config.muon_learning_rate)]
 
 
 def learning_rate_factor(config, step):
@@ -140,9 +146,10 @@ def train(config, runtime, modules, optimizers, loss_fn, validate, folders):
         for optimizer in optimizers:
             optimizer.zero_grad()
         losses["loss"].backward()
+        losses = {name: value.detach() for name, value in losses.items()}
         norm = common.clip_gradients(params, 1.0, step)
         factor = learning_rate_factor(config, step)
-        for optimizer, peak in zip(optimizers, (config.muon_learning_rate, config.adam_learning_rate)):
+        for optimizer, peak in zip(optimizers, (config.adam_learning_rate, config.muon_learning_rate)):
             for group in optimizer.param_groups:
                 group["lr"] = peak * factor
             optimizer.step()
@@ -164,6 +171,13 @@ def train(config, runtime, modules, optimizers, loss_fn, validate, folders):
             save(done)
     bar.close()
     return averaged
+
+
+def save_final(config, runtime, averaged, names):
+    """The averaged weights, in half precision: what is shipped."""
+    for name in names if runtime.rank == 0 else ():
+        save_module(averaged[name], Path(config.output_dir) / name, torch.float16)
+        print(f"wrote {Path(config.output_dir) / name}")
 
 
 # ---------------------------------------------------------------------------------------------- VAE
@@ -206,9 +220,38 @@ def train_vae(config, runtime):
                            for i in range(0, min(len(pool), 4096), 256)])
         averaged.config["latents_mean"] = means.mean((0, 2, 3, 4)).tolist()
         averaged.config["latents_std"] = means.std((0, 2, 3, 4)).tolist()
-    if runtime.rank == 0:
-        save_module(averaged, Path(config.output_dir) / "vae")
-        print(f"wrote {Path(config.output_dir) / 'vae'}")
+    save_final(config, runtime, {"vae": averaged}, ("vae",))
+
+
+# ---------------------------------------------------------------------------------------------- text encoder
+
+def train_text(config, runtime):
+    preset = PRESETS[config.preset]
+    text = TextEncoder(text_len=preset["text_len"], text_dim=preset["text_dim"]).to(runtime.device)
+    prompts = [sentence for sentences in world.all_prompts("train").values() for sentence in sentences]
+    held = [sentence for sentences in world.all_prompts("test").values() for sentence in sentences]
+    words_of = lambda prompt: prompt.replace(",", "").split()
+    words = sorted({word for prompt in prompts for word in words_of(prompt)})
+    present = lambda batch: torch.tensor([[word in words_of(p) for word in words] for p in batch]).float()
+    head = nn.Linear(preset["text_len"] * preset["text_dim"], len(words)).to(runtime.device)
+
+    def loss_fn(step):
+        picked = torch.randint(len(prompts), (config.batch_size * runtime.world_size,),
+                               generator=common.generator(config.seed, "text", step))[runtime.indices(config.batch_size)]
+        batch = [prompts[i] for i in picked.tolist()]
+        logits = head(text.encode(batch).flatten(1))                                            # [b, words]
+        return {"loss": F.binary_cross_entropy_with_logits(logits, present(batch).to(runtime.device))}
+
+    @torch.no_grad()
+    def validate(averaged, step):
+        logits = averaged["head"](averaged["text_encoder"].encode(held).flatten(1)).cpu()
+        return {"held_out_sentences_right": ((logits > 0) == (present(held) > 0)).all(1).float().mean().item()}
+
+    optimizer = torch.optim.AdamW([*text.parameters(), *head.parameters()], lr=config.adam_learning_rate,
+                                  betas=(0.9, 0.98), weight_decay=0.0)
+    averaged = train(config, runtime, {"text_encoder": text, "head": head}, [optimizer], loss_fn, validate,
+                     ("text_encoder",))
+    save_final(config, runtime, averaged, ("text_encoder",))
 
 
 # ---------------------------------------------------------------------------------------------- DiT
@@ -240,10 +283,12 @@ def train_dit(config, runtime):
     latents, prompts = world_latents(config, vae, runtime)
     preset = PRESETS[config.preset]
     dit = VideoDiT(**preset).to(runtime.device)
-    text = TextEncoder(text_len=preset["text_len"], text_dim=preset["text_dim"]).to(runtime.device)
+    if config.init:
+        dit.load_state_dict(load_transformer(config.init).state_dict())
+    text = load_text_encoder(config.text_encoder).to(runtime.device)
     matrices = [p for n, p in dit.named_parameters() if n.startswith("blocks.") and p.ndim == 2]
     chosen = set(map(id, matrices))
-    others = [p for m in (dit, text) for p in m.parameters() if id(p) not in chosen]
+    others = [p for p in dit.parameters() if id(p) not in chosen]
     image_to_video = preset["model_type"] == "i2v"
     world_batch = config.batch_size * runtime.world_size
     held_prompts = world.draw_prompts(256, config.seed + 5, split="test")
@@ -251,44 +296,28 @@ def train_dit(config, runtime):
 
     distinct = sorted(set(prompts))
     number = {prompt: i for i, prompt in enumerate(distinct)}
-    of_clip = torch.tensor([number[prompt] for prompt in prompts])
-    by_prompt = [(of_clip == i).nonzero()[:, 0] for i in range(len(distinct))]
-
-    # Without it the encoder tells colours apart at once, but shapes and directions only after thousands of steps:
-    # the generator must draw a shape well before its word can lower the loss.
-    words = sorted({word for prompt in distinct for word in prompt.replace(",", "").split()})
-    has_word = torch.tensor([[word in prompt.replace(",", "").split() for word in words] for prompt in distinct]).float()
-    word_head = nn.Linear(preset["text_len"] * preset["text_dim"], len(words)).to(runtime.device)
-    others += list(word_head.parameters())
+    of_clip = torch.tensor([number[prompt] for prompt in prompts])                              # [n]
+    contexts = torch.cat([text.encode(distinct[i:i + 64]) for i in range(0, len(distinct), 64)])   # [prompts, l, d]
 
     def loss_fn(step):
         indices = runtime.indices(config.batch_size)
         g = common.generator(config.seed, "dit", step)
-        # Four clips share a prompt, because encoding text is a third of a step's cost.
-        rows = torch.randint(len(by_prompt), (-(-world_batch // 4),), generator=g).repeat_interleave(4)[:world_batch]
-        picked = torch.stack([by_prompt[r][int(u * len(by_prompt[r]))] for r, u in
-                              zip(rows.tolist(), torch.rand(world_batch, generator=g).tolist())])[indices]
+        picked = torch.randint(len(latents), (world_batch,), generator=g)[indices]
         # Stratified t: one draw in each of the batch's equal slices of (0, 1), in random order.
         u = (torch.randperm(world_batch, generator=g) + torch.rand(world_batch, generator=g))[indices] / world_batch
         keep = (torch.rand(world_batch, generator=g)[indices] >= config.text_dropout).to(runtime.device)
         x0 = latents[picked].float().to(runtime.device)                                         # [b, c, f, h, w]
         x1 = torch.randn(world_batch, *x0.shape[1:], generator=g)[indices].to(runtime.device)
         t = flow.shift_time(u, config.timestep_shift).to(runtime.device)
+        context = contexts[of_clip[picked].to(runtime.device)] * keep[:, None, None]             # [b, l, d]
         with runtime.autocast():
-            unique, row = rows[indices].unique(return_inverse=True)
-            context = text.encode([distinct[r] for r in unique.tolist()])                           # [u, l, d]
-            named = word_head(context.flatten(1))                                                   # [u, words]
-            context = context[row] * keep[:, None, None]                                            # [b, l, d]
             v = dit(flow.add_noise(x0, x1, t), t, context, y=first_frame_condition(x0) if image_to_video else None)
-        flow_loss = flow.flow_matching_loss(v, x0, x1)
-        word_loss = F.binary_cross_entropy_with_logits(named.float(), has_word[unique].to(named.device))
-        return {"loss": flow_loss + config.word_weight * word_loss, "flow_loss": flow_loss.detach(),
-                "word_loss": word_loss.detach()}
+        return {"loss": flow.flow_matching_loss(v, x0, x1)}
 
     @torch.no_grad()
     def validate(averaged, step):
         with runtime.autocast():
-            context = averaged["text_encoder"].encode(held_prompts).float()
+            context = text.encode(held_prompts).float()
             y = first_frame_condition(vae.encode(from_pixels(held_clips[0].to(runtime.device)))) if image_to_video \
                 else None
             x1 = common.noise(latents.shape[1:], config.seed, "validation", 0, range(256)).to(runtime.device)
@@ -302,17 +331,14 @@ def train_dit(config, runtime):
                "deformity_ok": (judged["deformity"] == 2).float().mean().item()} \
             | {k: judged[k].median().item() for k in world.LIMITS}
 
-    averaged = train(config, runtime, {"transformer": dit, "text_encoder": text, "word_head": word_head},
-                     make_optimizers(config, matrices, others), loss_fn, validate, ("transformer", "text_encoder"))
-    if runtime.rank == 0:
-        for name in ("transformer", "text_encoder"):
-            save_module(averaged[name], Path(config.output_dir) / name, torch.float16)
-            print(f"wrote {Path(config.output_dir) / name}")
+    averaged = train(config, runtime, {"transformer": dit}, make_optimizers(config, matrices, others), loss_fn, validate,
+                     ("transformer",))
+    save_final(config, runtime, averaged, ("transformer",))
 
 
 def main(config):
     runtime = common.setup(config.mixed_precision, config.seed)
-    (train_vae if config.stage == "vae" else train_dit)(config, runtime)
+    {"vae": train_vae, "text": train_text, "dit": train_dit}[config.stage](config, runtime)
     common.teardown()
 
 

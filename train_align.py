@@ -65,21 +65,6 @@ class Config:
     seed: int = arg(0, "seed of order, t, noise and steps", at_least=0)
 
 
-def curated_shards(config, runtime):
-    """The user's shards, or clean clips of the world through the same door: mp4, then VAE latents."""
-    if config.data:
-        return data.Shards(config.data)
-    folder = Path(config.output_dir) / "curated"
-    if runtime.rank == 0:
-        clips = folder / "clips"
-        if not (clips / "metadata.jsonl").exists():
-            data.world_command(data.World(str(clips), config.num_curated, config.seed + 500, "clean", config.size))
-        data.encode_command(data.Encode(str(clips), out=str(folder / "latents"), vae=f"{config.model}/vae",
-                                        text_encoder=f"{config.model}/text_encoder"))
-    common.gather(None)                                         # the others wait for the files
-    return data.Shards(folder / "latents")
-
-
 def weighted_samples(config, runtime, policy, pavrm, shards, image_to_video):
     """RWR's data: the untrained policy's own samples of the curated prompts, and exp(reward) of each, mean 1."""
     picked = data.order(len(shards), config.seed + 1, 0, range(config.num_samples), config.num_samples)
@@ -137,7 +122,8 @@ def main(config):
     state = common.load_state(resume) if resume else {"step": 0}
     prfl.draw_step(config.seed, 0, config.num_inference_steps, config.trajectory_part)     # fails early if it must
 
-    shards = curated_shards(config, runtime)
+    shards = data.Shards(config.data) if config.data else data.clean_clips(
+        Path(config.output_dir) / "curated", config.model, config.num_curated, config.size, config.seed + 500, runtime)
     shards.require(channels=policy.config["out_dim"],
                    context_shape=(min(shards.context_shape[0], policy.config["text_len"]),
                                   policy.config["text_dim"]))
