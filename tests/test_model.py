@@ -455,7 +455,8 @@ def test_velocity_starts_at_zero():
     (dict(context=(2, 5, 9)), "context"), (dict(context=(2, 6, 8)), "at most 5"),
     (dict(context=(1, 5, 8)), "context"), (dict(context=(5, 8)), "context"),
     (dict(y=(2, 1, 3, 4, 6)), "x with y"), (dict(y=(1, 8, 3, 4, 6)), "y has shape"),
-    (dict(y=(2, 8, 2, 4, 6)), "y has shape"), (dict(clip=(2, 7, 10)), "clip"), (dict(depth=4), "depth is 4"), (dict(depth=-1), "depth is -1")])
+    (dict(y=(2, 8, 2, 4, 6)), "y has shape"), (dict(clip=(2, 7, 10)), "clip"),
+    (dict(depth=4), "depth is 4"), (dict(depth=-1), "depth is -1")])
 def test_wrong_inputs_are_named(changes, words):
     args = inputs() | {k: v if k == "depth" else torch.zeros(v) for k, v in changes.items()}
     dit = make_dit()
