@@ -4,8 +4,8 @@
     python evaluate.py base=checkpoints prfl=runs/prfl --num_videos 512
 
 Each folder holds transformer/ (or is one); `name=folder` names it in the tables. The first is the one the others are
-compared with. Prompts and seeds are disjoint from all training. Writes table.md, table.json, per_video.json, videos.png (for
-each prompt a row a checkpoint) and side_by_side.mp4. The judge is the embedded world's annotator, which sees pixels only.
+compared with. Prompts and seeds are disjoint from all training. Writes table.md, table.json, per_video.json, videos.png (a
+row a prompt, the checkpoints from left to right, every other frame) and side_by_side.mp4. The judge is the embedded world's annotator, which sees pixels only.
 
 Metrics, all means over videos, with 95 % intervals from a bootstrap over videos:
   qualified            both axes qualified and the prompt followed
@@ -176,8 +176,9 @@ def main(config):
     common.write_json(folder / "per_video.json", {name: {metric: [round(v, 4) for v in values.astype(float).tolist()]
                                                          for metric, values in metrics.items()}
                                                   for name, metrics in found.items()})
-    shown = torch.cat([videos[name][i:i + 1] for i in range(min(6, n)) for name in named])
-    data.contact_sheet(shown, folder / "videos.png")
+    gap = torch.full_like(next(iter(videos.values()))[:8, :1], 255)                             # a white frame between
+    bands = [part for name in named for part in (videos[name][:8, ::2], gap)][:-1]
+    data.contact_sheet(torch.cat(bands, 1), folder / "videos.png", scale=2)
     wall = torch.stack([videos[name][:min(8, n)] for name in named])                            # [m, 8, f, h, w, 3]
     wall = wall.permute(2, 0, 3, 1, 4, 5).flatten(3, 4).flatten(1, 2)                           # [f, m h, 8 w, 3]
     data.write_video(folder / "side_by_side.mp4", wall.repeat_interleave(3, 1).repeat_interleave(3, 2), fps=world.FPS)

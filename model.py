@@ -193,7 +193,7 @@ class VideoDiT(nn.Module):
         super().__init__()
         if model_type not in ("t2v", "i2v"):
             raise InputError(f"model_type is {model_type!r}; this model knows t2v and i2v")
-        if dim % num_heads or dim // num_heads % 2 or dim // num_heads < 6:
+        if num_heads < 1 or dim % num_heads or dim // num_heads % 2 or dim // num_heads < 6:
             raise InputError(f"dim {dim} must give each of {num_heads} heads an even number of channels, at least 6")
         if freq_dim % 2:
             raise InputError(f"freq_dim is {freq_dim}; it must be even (cosines and sines)")

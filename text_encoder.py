@@ -69,8 +69,9 @@ class TextEncoder(nn.Module):
 
 def load_text_encoder(path):
     """The TextEncoder saved in folder `path`, in eval mode and without gradients on its weights."""
+    config = read_config(path)
     try:
-        text = TextEncoder(**read_config(path))
-    except TypeError as error:
+        text = TextEncoder(**config)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise InputError(f"{path}/config.json is not a TextEncoder's: {error}") from None
     return load_weights(text, path).eval().requires_grad_(False)
