@@ -225,7 +225,7 @@ def parse_prompt(prompt):
 
 # The firm annotator's limits: (qualified up to, unqualified from); what lies between is "partially qualified".
 LIMITS = {
-    "track_error": (0.030, 0.055),      # largest distance from the fitted path, of the width
+    "track_error": (0.040, 0.065),      # largest distance from the fitted path, of the width
     "speed_error": (0.15, 0.30),        # shortfall or excess over the world's speeds, relative
     "area_error": (0.20, 0.30),         # largest relative departure from the clip's median area
     "shape_error": (0.205, 0.27),        # 1 - soft IoU with the best fitting ideal shape, worst frame
