@@ -123,14 +123,15 @@ def write_png(path, image):
     codec = av.CodecContext.create("png", "w")
     codec.height, codec.width, codec.pix_fmt, codec.time_base = *image.shape[:2], "rgb24", Fraction(1, 1)
     packets = codec.encode(av.VideoFrame.from_ndarray(image, format="rgb24")) + codec.encode(None)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(f"{path}.tmp")
     temporary.write_bytes(b"".join(bytes(packet) for packet in packets))
     os.replace(temporary, path)
 
 
-def contact_sheet(videos, path, scale=3, every=1):
-    """Writes uint8 videos [n, f, h, w, 3] as one PNG: a row a video, time to the right, every `every`-th frame."""
-    frames = np.asarray(videos)[:, ::every].repeat(scale, 2).repeat(scale, 3)                   # [n, f, H, W, 3]
+def contact_sheet(videos, path, scale=3):
+    """Writes uint8 videos [n, f, h, w, 3] as one PNG: a row a video, time to the right."""
+    frames = np.asarray(videos).repeat(scale, 2).repeat(scale, 3)                   # [n, f, H, W, 3]
     frames = np.pad(frames, ((0, 0), (0, 0), (0, scale), (0, scale), (0, 0)), constant_values=255)
     n, f, h, w, _ = frames.shape
     write_png(path, frames.transpose(0, 2, 1, 3, 4).reshape(n * h, f * w, 3))
@@ -347,8 +348,14 @@ def own_samples(folder, generator, model, count, num_steps, size, seed, runtime)
 def clean_clips(folder, model, count, size, seed, runtime):
     """Shards of clean clips of the embedded world, through the same door as anybody's: mp4 files, then encoded with
     the vae/ and text_encoder/ in `model`. Made once (by rank 0) and kept in `folder`."""
-    clips, latents = Path(folder) / "clips", Path(folder) / "latents"
+    clips, latents, mark = Path(folder) / "clips", Path(folder) / "latents", Path(folder) / "world.json"
+    settings = {"count": count, "size": size, "seed": seed}
+    if mark.exists() and json.loads(mark.read_text()) != settings:
+        raise InputError(f"{folder}: was made with {mark.read_text().split()}; use another --output_dir, or remove it")
+    common.gather(None)                                         # every rank has looked
     if runtime.rank == 0:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        common.write_json(mark, settings)
         if not (clips / "metadata.jsonl").exists():
             world_command(World(str(clips), count=count, seed=seed, kind="clean", size=size))
         encode_command(Encode(str(clips), out=str(latents), vae=f"{model}/vae", text_encoder=f"{model}/text_encoder"))

@@ -71,8 +71,11 @@ def cutouts(videos, centers, side):
     return crops.unflatten(0, (b, f)).permute(0, 1, 3, 4, 2)
 
 
-def measure(videos, prompts, first_frames=None):
-    """Per-video values [b] of every pixel metric (see the top). videos: uint8 [b, f, h, w, 3]."""
+def measure(videos, prompts, given=None):
+    """Per-video values [b] of every pixel metric (see the top). videos: uint8 [b, f, h, w, 3].
+
+    given: clips [b, f, h, w, 3] whose first frames were the input of an image-to-video model.
+    """
     judged = world.annotate(videos, prompts)
     pixels = videos.float() / 255
     guess = (pixels[:, :-2:2] + pixels[:, 2::2]) / 2                                            # of the odd frames
@@ -85,9 +88,9 @@ def measure(videos, prompts, first_frames=None):
            "consistency": 0.5 * (similar(subjects[:, 1:], subjects[:, :1])
                                  + similar(subjects[:, 1:], subjects[:, :-1])).mean(1),
            **{name: judged[name] for name in world.PANEL}}
-    if first_frames is not None:
-        given = cutouts(first_frames, world.annotate(first_frames, prompts)["center"], side).flatten(2)
-        out["i2v_subject"] = similar(subjects, given).mean(1)
+    if given is not None:
+        centers = world.annotate(given, prompts)["center"][:, :1]
+        out["i2v_subject"] = similar(subjects, cutouts(given[:, :1], centers, side).flatten(2)).mean(1)
     # What a person would rank by: axes first, then the prompt.
     grade = judged["physical"] + judged["deformity"] + 2 * judged["adherent"].long()
     return {name: values.double().numpy() for name, values in out.items()} | {"grade": grade.numpy()}
@@ -128,13 +131,16 @@ def markdown(rows, pairs):
 @torch.no_grad()
 def main(config):
     runtime = common.setup(config.mixed_precision, config.seed)
+    if runtime.world_size > 1:
+        raise InputError("evaluate.py runs on one process: start it without torchrun")
     named = dict(part.split("=", 1) if "=" in part else (Path(part).name, part) for part in config.checkpoints)
     if len(named) < len(config.checkpoints):
         raise InputError("two checkpoints have one name: give them as name=folder")
-    generators = {name: load_transformer(folder) for name, folder in named.items()}             # fails before any work
+    generators = {name: load_transformer(folder) for name, folder in named.items()}     # fails before any work
     text = load_text_encoder(f"{config.model}/text_encoder").to(runtime.device).eval()
     vae = load_vae(f"{config.model}/vae").to(runtime.device)
     reward = config.reward or (f"{config.model}/reward" if Path(f"{config.model}/reward").is_dir() else None)
+    pavrms = {name: load_pavrm(reward, dit).to(runtime.device) for name, dit in generators.items()} if reward else {}
     n = config.num_videos
     seed = 7_000 + config.seed
     clean, prompts, _ = world.make(n, seed, "clean", config.size, split="test")
@@ -153,12 +159,13 @@ def main(config):
                         y=None if y is None else y[i:i + 128], autocast=runtime.autocast)
             for i in common.progress(range(0, n, 128), f"{name} (x128)")])
         videos[name] = torch.cat([to_pixels(vae.decode(x)).cpu() for x in latents.split(128)])
-        found[name] = measure(videos[name], prompts, clean[:, :1] if y is not None else None)
+        found[name] = measure(videos[name], prompts, clean if y is not None else None)
         if reward:
-            pavrm = load_pavrm(reward, dit).to(runtime.device)
+            x_t = flow.add_noise(latents, x1, t)
             with runtime.autocast():
-                logits = pavrm(flow.add_noise(latents, x1, t), t, context, y=y)
-            found[name]["pavrm"] = (logits >= 0).double().cpu().numpy()
+                logits = [pavrms[name](x_t[i:i + 128], t[i:i + 128], context[i:i + 128],
+                                       y=None if y is None else y[i:i + 128]) for i in range(0, n, 128)]
+            found[name]["pavrm"] = (torch.cat(logits) >= 0).double().cpu().numpy()
     videos["clean renders"] = torch.cat([to_pixels(vae.decode(x)).cpu() for x in given.split(128)])
     found["clean renders"] = measure(videos["clean renders"], prompts)
 
@@ -182,9 +189,8 @@ def main(config):
     wall = torch.stack([videos[name][:min(8, n)] for name in named])                            # [m, 8, f, h, w, 3]
     wall = wall.permute(2, 0, 3, 1, 4, 5).flatten(3, 4).flatten(1, 2)                           # [f, m h, 8 w, 3]
     data.write_video(folder / "side_by_side.mp4", wall.repeat_interleave(3, 1).repeat_interleave(3, 2), fps=world.FPS)
-    if runtime.rank == 0:
-        print(table)
-        print(f"wrote {folder}/table.md, table.json, videos.png and side_by_side.mp4")
+    print(table)
+    print(f"wrote {folder}/table.md, table.json, per_video.json, videos.png and side_by_side.mp4")
     common.teardown()
 
 

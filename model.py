@@ -15,6 +15,7 @@ Deliberate differences from the released code:
  2. All items of a batch share one grid, so there is no sequence padding and no per-item loop.
  3. RoPE is real-valued, in the dtype of the queries (at least float32), not complex128.
  4. The residual stream is float32 (or wider) from the first block to the head, also under autocast.
+ 5. Image-to-video: latent frames behind the first are zero in `y`, not the VAE's code of blank frames.
 """
 import math
 from functools import lru_cache, partial

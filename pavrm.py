@@ -144,7 +144,7 @@ def bce_loss(logits, labels):
 
 
 def bradley_terry_loss(logits, labels):
-    """Table 7's variant: -log sigmoid(r_good - r_bad), over every (good, bad) pair of the batch."""
+    """Table 7's variant: -log sigmoid(r_good - r_bad), over every (good, bad) pair of this rank's batch."""
     good, bad = logits[labels == 1], logits[labels == 0]
     if not len(good) or not len(bad):
         return logits.sum() * 0.0                               # a batch of one kind has no pairs

@@ -4,8 +4,8 @@ The VAE; then a text encoder, which learns to name the words of captions; then t
 flow-matching loss of Eq. 2 on a mixture of clean and flawed clips, so that it makes both kinds, as generators trained
 on web video do.
 
-    python pretrain.py vae --output_dir runs/vae --max_train_steps 4500 --batch_size 32
-    python pretrain.py text --output_dir runs/text --max_train_steps 400 --batch_size 64
+    python pretrain.py vae --output_dir runs/vae --max_train_steps 4500 --decay_steps 2500 --batch_size 32
+    python pretrain.py text --output_dir runs/text --max_train_steps 400 --decay_steps 200 --batch_size 64
     python pretrain.py dit --vae runs/vae/vae --text_encoder runs/text/text_encoder --output_dir runs/base
     torchrun --nproc_per_node=8 pretrain.py dit --preset small-t2v --size small --vae ... --output_dir ...
 
@@ -17,6 +17,7 @@ what the word means (it told colours apart, but after 3,000 steps neither shapes
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 """
 import copy
+import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,19 +30,19 @@ from torch import nn
 import common
 import flow
 import world
-from common import arg
+from common import InputError, arg
 from model import (PRESETS, TextEncoder, VideoDiT, first_frame_condition, load_text_encoder,
                    load_transformer)
 from vae import VideoVAE, from_pixels, load_vae, to_pixels
-from weights import save_module
+from weights import WEIGHTS, save_module
 
 
 @dataclass
 class Config:
     stage: str = arg(..., "what to train", choices=("vae", "text", "dit"), positional=True)
     output_dir: str = arg("runs/pretrain", "run folder: metrics.jsonl, checkpoints, and the final weights")
-    vae: str = arg("checkpoints/vae", "folder of the VAE that the DiT stage encodes with")
-    text_encoder: str = arg("checkpoints/text_encoder", "folder of the text encoder of the DiT stage")
+    vae: str = arg(str(Path(__file__).parent / "checkpoints/vae"), "folder of the VAE that the DiT stage encodes with")
+    text_encoder: str = arg(str(Path(__file__).parent / "checkpoints/text_encoder"), "folder of the text encoder of the DiT stage")
     init: str | None = arg(None, "transformer folder that the DiT stage starts from, in place of random weights")
     preset: str = arg("tiny-t2v", "size and task of the DiT", choices=tuple(p for p in PRESETS if "wan" not in p))
     size: str = arg("tiny", "size of the world's clips", choices=tuple(world.SIZES))
@@ -114,8 +115,8 @@ def learning_rate_factor(config, step):
     return min(warmup, (config.max_train_steps - step) / max(1, config.decay_steps))
 
 
-def train(config, runtime, modules, optimizers, loss_fn, validate, folders):
-    """The loop of both stages. modules: {name: module} to train; loss_fn(step) -> {"loss": ..., ...};
+def train(config, modules, optimizers, loss_fn, validate, folders):
+    """The loop of every stage. modules: {name: module} to train; loss_fn(step) -> {"loss": ..., ...};
     validate(averaged modules) -> metrics; folders: names of the modules that are also saved as weight folders."""
     params = [p for module in modules.values() for p in module.parameters()]
     averaged = {name: copy.deepcopy(module).requires_grad_(False) for name, module in modules.items()}
@@ -124,11 +125,14 @@ def train(config, runtime, modules, optimizers, loss_fn, validate, folders):
         resume = common.resolve_checkpoint(config.output_dir, config.resume_from_checkpoint)
         state = common.load_state(resume)
         start = state["step"]
-        for name in modules:
-            modules[name].load_state_dict(state["modules"][name])
-            averaged[name].load_state_dict(state["averaged"][name])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
+        try:
+            for name in modules:
+                modules[name].load_state_dict(state["modules"][name])
+                averaged[name].load_state_dict(state["averaged"][name])
+            for optimizer, saved in zip(optimizers, state["optimizers"]):
+                optimizer.load_state_dict(saved)
+        except (KeyError, ValueError, RuntimeError):
+            raise InputError(f"--resume_from_checkpoint {resume}: not a checkpoint of this stage") from None
     common.start_run(config, start if resume else None)
     log = common.MetricsLog(config.output_dir, start if resume else None)
     bar = common.progress(config.max_train_steps, config.stage, initial=start)
@@ -139,7 +143,7 @@ def train(config, runtime, modules, optimizers, loss_fn, validate, folders):
                  "averaged": {n: m.state_dict() for n, m in averaged.items()},
                  "optimizers": [o.state_dict() for o in optimizers]}
         writers = {n: (lambda path, m=averaged[n]: save_module(m, path)) for n in folders}
-        return common.save_checkpoint(config.output_dir, step, writers, state, config, keep=2)
+        common.save_checkpoint(config.output_dir, step, writers, state, config, keep=2)
 
     for step in range(start, config.max_train_steps):
         losses = loss_fn(step)
@@ -214,7 +218,7 @@ def train_vae(config, runtime):
         return {"clean_pass": judged["qualified"].float().mean().item(),
                 **{k: judged[k].quantile(0.99).item() for k in world.LIMITS}}
 
-    averaged = train(config, runtime, {"vae": vae}, make_optimizers(config, inner, rest), loss_fn, validate, ("vae",))["vae"]
+    averaged = train(config, {"vae": vae}, make_optimizers(config, inner, rest), loss_fn, validate, ("vae",))["vae"]
     with torch.no_grad():                                        # per-channel statistics: latents of unit scale
         means = torch.cat([averaged.posterior(from_pixels(pool[i:i + 256].to(runtime.device)))[0]
                            for i in range(0, min(len(pool), 4096), 256)])
@@ -249,7 +253,7 @@ def train_text(config, runtime):
 
     optimizer = torch.optim.AdamW([*text.parameters(), *head.parameters()], lr=config.adam_learning_rate,
                                   betas=(0.9, 0.98), weight_decay=0.0)
-    averaged = train(config, runtime, {"text_encoder": text, "head": head}, [optimizer], loss_fn, validate,
+    averaged = train(config, {"text_encoder": text, "head": head}, [optimizer], loss_fn, validate,
                      ("text_encoder",))
     save_final(config, runtime, averaged, ("text_encoder",))
 
@@ -259,7 +263,8 @@ def train_text(config, runtime):
 @torch.no_grad()
 def world_latents(config, vae, runtime):
     """Latents [n, c, f, h, w] (float16) and prompts of config.clips mixture clips; kept in the run folder."""
-    path = Path(config.output_dir) / f"latents-{config.size}-{config.seed}-{config.clips}.safetensors"
+    digest = hashlib.blake2b((Path(config.vae) / WEIGHTS).read_bytes(), digest_size=4).hexdigest()
+    path = Path(config.output_dir) / f"latents-{config.size}-{config.seed}-{config.clips}-{digest}.safetensors"
     chunk = min(1024, config.clips)
     starts = range(0, config.clips, chunk)
     prompts = [p for i in starts for p in world.draw_prompts(chunk, config.seed + 100_000 + i + 1)]
@@ -284,7 +289,10 @@ def train_dit(config, runtime):
     preset = PRESETS[config.preset]
     dit = VideoDiT(**preset).to(runtime.device)
     if config.init:
-        dit.load_state_dict(load_transformer(config.init).state_dict())
+        try:
+            dit.load_state_dict(load_transformer(config.init).state_dict())
+        except RuntimeError:
+            raise InputError(f"--init {config.init}: not a {config.preset} transformer") from None
     text = load_text_encoder(config.text_encoder).to(runtime.device)
     matrices = [p for n, p in dit.named_parameters() if n.startswith("blocks.") and p.ndim == 2]
     chosen = set(map(id, matrices))
@@ -331,7 +339,7 @@ def train_dit(config, runtime):
                "deformity_ok": (judged["deformity"] == 2).float().mean().item()} \
             | {k: judged[k].median().item() for k in world.LIMITS}
 
-    averaged = train(config, runtime, {"transformer": dit}, make_optimizers(config, matrices, others), loss_fn, validate,
+    averaged = train(config, {"transformer": dit}, make_optimizers(config, matrices, others), loss_fn, validate,
                      ("transformer",))
     save_final(config, runtime, averaged, ("transformer",))
 

@@ -55,6 +55,7 @@ def reward_update_loss(policy, pavrm, x_T, context, step, num_steps, *, reward_w
     times = schedule(num_steps, shift, x_T.device)
     first = max(0, step - grad_steps)
     x = rollout(policy, x_T, context, num_steps, last=first, shift=shift, y=y)         # x_{s+dt}, without gradients
+    torch.clear_autocast_cache()        # on torch < 2.13, weights it cast without gradients would be used below
     for i in range(first, step):
         t, s = times[i].expand(len(x)), times[i + 1].expand(len(x))
         x = euler_step(x, policy(x, t, context, y=y), t, s)                             # Eq. 7, with gradients: x_s

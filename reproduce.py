@@ -1,13 +1,13 @@
-"""The paper's comparisons on the embedded world, one command each. Finished parts are kept; run again to go on.
+"""The paper's comparisons on the embedded world, a command each. Finished parts are kept; run again to go on.
 
     python reproduce.py table1                    three seeds, learning-rate sweep, 512 videos
     python reproduce.py table1 --preset quick     one seed, no sweep, 256 videos
     python reproduce.py annotator                 the judge itself, after mp4 and VAE: clean pass rate, each flaw's fail rate
 
 table1: the base, SFT and RWR at PRFL's number of optimizer updates, SFT at PRFL's wall time, and PRFL. Every method
-gets the same three learning rates; the best one on a validation set of prompts (other than the reported ones, seed 0)
-is kept for all seeds. Each part is a plain call of this repository's own scripts, printed as it is run.
-Writes results/<name>.md and .json (and .png).
+gets the same three learning rates; the best one of seed 0, on other draws of held-out prompts and noise than those
+reported, is kept for all seeds. The paper's other tables, and RGB ReFL, are not here yet. Each part is a plain call of this repository's own scripts, printed as it is run.
+Writes results/<name>.md and .json.
 """
 import json
 import os
@@ -43,7 +43,7 @@ class Config:
 
 
 def run(*command):
-    """One of our own scripts, printed as a reader would type it; its failure ends this one with its exit code."""
+    """One of our own scripts, printed as a reader would type it."""
     print("\n$ python " + " ".join(map(str, command)), flush=True)
     done = subprocess.run([sys.executable, str(HERE / command[0]), *map(str, command[1:])])
     if done.returncode:
@@ -73,7 +73,7 @@ def write_results(config, text, values):
 def align(folder, method, rate, steps, seed, shards, reward=None):
     """One alignment run, unless it is finished; returns its folder."""
     if not (folder / "transformer" / "config.json").exists():
-        resume = ["--resume", "latest"] if list(folder.glob("checkpoint-*")) else []
+        resume = ["--resume", "latest"] if common.checkpoints(folder) else []
         run("train_align.py", "--method", method, "--learning_rate", rate, "--max_train_steps", steps, "--seed", seed,
             "--data", shards, *(["--reward", reward] if reward else []), "--output_dir", folder, *resume)
     return folder
@@ -84,10 +84,11 @@ def rows_of(folder):
 
 
 def steps_of_equal_time(prfl, sft):
-    """SFT updates that take as long as a whole PRFL run: ratio of seconds measured in the two runs."""
-    spent = sum(row["sft_seconds"] + row["reward_seconds"] for row in rows_of(prfl)[2:])
-    return round(len(rows_of(prfl)) * spent / (len(rows_of(prfl)) - 2)
-                 / np.median([row["sft_seconds"] for row in rows_of(sft)[2:]]))
+    """SFT updates that take as long as PRFL's iterations, by the median seconds of each (the reward model's own
+    training is not counted)."""
+    iteration = np.median([row["sft_seconds"] + row["reward_seconds"] for row in rows_of(prfl) if "reward" in row])
+    update = np.median([row["sft_seconds"] for row in rows_of(sft) if "sft_seconds" in row])
+    return round(ITERATIONS * iteration / update)
 
 
 def evaluate(folder, named, seed, videos, reward):
@@ -111,42 +112,44 @@ def table1(config, preset, started):
     clips, shards = work / "curated" / "clips", work / "curated" / "latents"
     if not (clips / "metadata.jsonl").exists():
         run("data.py", "world", clips, "--count", 1024, "--seed", 500, "--kind", "clean")
-    if not (shards / "shards.json").exists():
-        run("data.py", "encode", clips, "--out", shards)
+    run("data.py", "encode", clips, "--out", shards)             # goes on where it stopped; quick when complete
     rewards = {seed: work / f"seed-{seed}" / "reward" for seed in seeds}
     for seed, folder in rewards.items():
         if not (folder / "report.json").exists():
-            resume = ["--resume", "latest"] if list(folder.glob("checkpoint-*")) else []
+            resume = ["--resume", "latest"] if common.checkpoints(folder) else []
             run("train_reward.py", "--seed", seed, "--num_samples", preset["samples"], "--max_train_steps",
                 preset["reward_steps"], "--output_dir", folder, *resume)
 
-    def candidates(seed, rate):
-        """{method: folder} of one seed and one learning rate; SFT's long run needs PRFL's measured time."""
-        base, reward = work / f"seed-{seed}", rewards[seed] / "reward"
-        made = {"PRFL": align(base / f"prfl-{rate:g}", "prfl", rate, ITERATIONS, seed, shards, reward),
-                "SFT": align(base / f"sft-{rate:g}", "sft", rate, 2 * ITERATIONS, seed, shards),
-                "RWR": align(base / f"rwr-{rate:g}", "rwr", rate, 2 * ITERATIONS, seed, shards, reward)}
-        longer = work / "equal-time.json"
-        if not longer.exists():
-            common.write_json(longer, {"sft_steps": steps_of_equal_time(made["PRFL"], made["SFT"])})
-        steps = json.loads(longer.read_text())["sft_steps"]
-        made["SFT, equal time"] = align(base / f"sft-long-{rate:g}", "sft", rate, steps, seed, shards)
-        return made
+    def equal_time_steps():
+        """Decided once, from the runs of seed 0 at the middle rate."""
+        path, rate = work / "equal-time.json", preset["rates"][len(preset["rates"]) // 2]
+        if not path.exists():
+            common.write_json(path, {"sft_steps": steps_of_equal_time(aligned("PRFL", 0, rate), aligned("SFT", 0, rate))})
+        return json.loads(path.read_text())["sft_steps"]
 
-    sweep, best = {}, {}
+    def aligned(method, seed, rate):
+        """The folder of one alignment run."""
+        base, reward = work / f"seed-{seed}", rewards[seed] / "reward"
+        if method == "PRFL":
+            return align(base / f"prfl-{rate:g}", "prfl", rate, ITERATIONS, seed, shards, reward)
+        if method == "RWR":
+            return align(base / f"rwr-{rate:g}", "rwr", rate, 2 * ITERATIONS, seed, shards, reward)
+        if method == "SFT":
+            return align(base / f"sft-{rate:g}", "sft", rate, 2 * ITERATIONS, seed, shards)
+        return align(base / f"sft-long-{rate:g}", "sft", rate, equal_time_steps(), seed, shards)
+
+    methods, sweep, best = ("RWR", "SFT", "SFT, equal time", "PRFL"), {}, {}
     for rate in preset["rates"]:
-        made = candidates(0, rate)
-        found = evaluate(work / f"sweep-{rate:g}", made, 50, 256, rewards[0] / "reward")       # validation prompts
-        for method in made:
+        found = evaluate(work / f"sweep-{rate:g}", {method: aligned(method, 0, rate) for method in methods}, 50, 256,
+                         rewards[0] / "reward")                  # other draws and noise than the reported ones
+        for method in methods:
             sweep.setdefault(method, {})[rate] = float(np.mean(found[method]["qualified"]))
     for method, rates in sweep.items():
         best[method] = max(rates, key=rates.get)
 
     per_seed = []
     for seed in seeds:
-        named = {"base": HERE / "checkpoints"}
-        for method, rate in best.items():
-            named[method] = candidates(seed, rate)[method]
+        named = {"base": HERE / "checkpoints"} | {method: aligned(method, seed, rate) for method, rate in best.items()}
         per_seed.append(evaluate(work / f"seed-{seed}" / "evaluation", named, 0, preset["videos"],
                                  rewards[seed] / "reward"))
     order = ["base", "RWR", "SFT", "SFT, equal time", "PRFL", "clean renders"]

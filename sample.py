@@ -43,7 +43,11 @@ def main(config):
         raise InputError("--prompt is empty: say what the video shows")
     if Path(config.output).suffix.lower() != ".mp4":
         raise InputError(f"--output {config.output}: the name must end in .mp4")
+    if config.contact_sheet and Path(config.contact_sheet).suffix.lower() != ".png":
+        raise InputError(f"--contact_sheet {config.contact_sheet}: the name must end in .png")
     runtime = common.setup(config.mixed_precision, config.seed)
+    if runtime.world_size > 1:
+        raise InputError("sample.py runs on one process: start it without torchrun")
     dit = load_transformer(config.transformer or config.model).to(runtime.device).eval()
     text = load_text_encoder(f"{config.model}/text_encoder").to(runtime.device).eval()
     vae = load_vae(f"{config.model}/vae").to(runtime.device)

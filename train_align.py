@@ -1,14 +1,15 @@
 """Stage 2: align the generator. `--method prfl` is Algorithm 1; `sft` and `rwr` are the baselines beside it.
 
     python train_align.py                                               PRFL on the embedded world
-    python train_align.py --method sft --max_train_steps 160            as many optimizer updates as 80 PRFL iterations
-    torchrun --nproc_per_node=8 train_align.py --data curated_encoded --model Wan2.1-T2V-1.3B --reward runs/reward/reward
+    python train_align.py --method sft --max_train_steps 160            as many updates as 80 iterations of PRFL
+    torchrun --nproc_per_node=8 train_align.py --data clips_encoded --reward runs/reward/reward
     python train_align.py --resume latest
 
 prfl: each iteration an SFT update on curated videos, then a reward update at a random step of a rollout.
 sft:  each iteration one flow-matching update on curated videos (Eq. 10).
 rwr:  each iteration one flow-matching update on the generator's own samples, weighted by exp(reward).
-Without --data the curated set is clean clips of the embedded world, written as mp4 and encoded like anybody's clips.
+Without --data the curated set is clean clips of the embedded world, written as mp4 and encoded like anybody's clips;
+with it, the shards' clips that are not labelled 0.
 Writes <output_dir>/transformer, metrics.jsonl, and at each validation samples/step-*.png: fixed prompts, fixed noise.
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
@@ -65,9 +66,10 @@ class Config:
     seed: int = arg(0, "seed of order, t, noise and steps", at_least=0)
 
 
-def weighted_samples(config, runtime, policy, pavrm, shards, image_to_video):
-    """RWR's data: the untrained policy's own samples of the curated prompts, and exp(reward) of each, mean 1."""
-    picked = data.order(len(shards), config.seed + 1, 0, range(config.num_samples), config.num_samples)
+def weighted_samples(config, runtime, policy, pavrm, shards, curated, image_to_video):
+    """RWR's data: the untrained policy's own samples of the curated prompts x0 [m, c, f, h, w], their context
+    [m, l, d], exp(reward) of each with mean 1 [m], and y or None."""
+    picked = curated[data.order(len(curated), config.seed + 1, 0, range(config.num_samples), config.num_samples)]
     batch = shards.batch(picked)
     context = batch["context"].to(runtime.device)
     y = first_frame_condition(batch["latents"].to(runtime.device)) if image_to_video else None
@@ -127,9 +129,12 @@ def main(config):
     shards.require(channels=policy.config["out_dim"],
                    context_shape=(min(shards.context_shape[0], policy.config["text_len"]),
                                   policy.config["text_dim"]))
+    curated = (shards.labels != 0).nonzero()[:, 0]              # good or unlabelled: what is called bad is not curated
+    if not len(curated):
+        raise InputError(f"{shards.folder}: every clip is labelled 0; alignment needs good ones")
     if config.method == "rwr":
         own_x0, own_context, own_weights, own_y = weighted_samples(config, runtime, policy, pavrm, shards,
-                                                                   image_to_video)
+                                                                   curated, image_to_video)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     if resume:
         try:
@@ -138,6 +143,8 @@ def main(config):
         except (KeyError, ValueError, RuntimeError):
             raise InputError(f"--resume_from_checkpoint {resume}: not a checkpoint of this script with this "
                              "--model") from None
+        for group in optimizer.param_groups:                    # the flags of this call hold, not the saved ones
+            group["lr"], group["weight_decay"] = config.learning_rate, config.weight_decay
     common.start_run(config, state["step"] if resume else None)
     log = common.MetricsLog(config.output_dir, state["step"] if resume else None)
     validate = make_validation(config, runtime) if config.num_validation and not config.data else None
@@ -151,7 +158,7 @@ def main(config):
             j = data.order(len(own_x0), config.seed, step, indices, global_batch).to(runtime.device)
             x0, context, weight, y = own_x0[j], own_context[j], own_weights[j], own_y[j] if image_to_video else None
         else:
-            batch = shards.batch(data.order(len(shards), config.seed, step, indices, global_batch))
+            batch = shards.batch(curated[data.order(len(curated), config.seed, step, indices, global_batch)])
             x0, context, weight = batch["latents"].to(runtime.device), batch["context"].to(runtime.device), None
             y = first_frame_condition(x0) if image_to_video else None
         t = common.uniform(config.seed, "sft t", step, indices).to(runtime.device)
@@ -161,7 +168,7 @@ def main(config):
 
     def reward_loss(step, indices):
         """Alg. 1's reward update on the prompts of the curated set."""
-        batch = shards.batch(data.order(len(shards), config.seed + 1, step, indices, global_batch))
+        batch = shards.batch(curated[data.order(len(curated), config.seed + 1, step, indices, global_batch)])
         context = batch["context"].to(runtime.device)
         y = first_frame_condition(batch["latents"].to(runtime.device)) if image_to_video else None
         x_T = common.noise(shards.latent_shape, config.seed, "x_T", step, indices).to(runtime.device)
@@ -182,7 +189,8 @@ def main(config):
             common.check_finite(loss.detach(), f"the {name} loss", step + 1)
             (loss / accumulation).backward()
             for key, value in {f"{name}_loss": loss.detach(), **extra}.items():
-                total[key] = total.get(key, 0) + torch.as_tensor(value, dtype=torch.float32) / accumulation
+                total[key] = total.get(key, 0) + torch.as_tensor(
+                    value, dtype=torch.float32, device=runtime.device) / accumulation
         norm = common.clip_gradients(params, config.max_grad_norm, step + 1)
         optimizer.step()
         common.average(list(total.values()))
@@ -203,7 +211,8 @@ def main(config):
         if validate and (done % config.validation_steps == 0 or done == config.max_train_steps):
             found = validate(policy, done)
             metrics |= {f"validation_{k}": v for k, v in found.items()}
-            bar.write("  ".join([f"iteration {done}"] + [f"{k} {v:.3f}" for k, v in found.items()]))
+            if found:                                           # rank 0
+                bar.write("  ".join([f"iteration {done}"] + [f"{k} {v:.3f}" for k, v in found.items()]))
         log.log(done, **metrics)
         bar.set_postfix({k: f"{metrics[k]:.3f}" for k in ("reward", "sft_loss", "rwr_loss") if k in metrics})
         bar.update()

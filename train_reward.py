@@ -1,7 +1,7 @@
 """Stage 1: train PAVRM, the latent reward model, on labelled videos noised to random t (Eq. 4-6).
 
     python train_reward.py                                          the embedded world: samples, labels, trains
-    torchrun --nproc_per_node=8 train_reward.py --data clips_encoded --model Wan2.1-T2V-1.3B --depth 8
+    torchrun --nproc_per_node=8 train_reward.py --data clips_encoded --holdout 100
     python train_reward.py --trunk_learning_rate 0                  a probe on frozen features
     python train_reward.py --resume latest
 
@@ -98,6 +98,8 @@ def main(config):
             raise InputError(f"--resume_from_checkpoint {resume}: not a checkpoint of this script with these "
                              "--model, --depth and --pooling") from None
         start = state["step"]
+        for group, rate in zip(optimizer.param_groups, (config.learning_rate, config.trunk_learning_rate)):
+            group["lr"], group["weight_decay"] = rate, config.weight_decay      # the flags of this call hold
     common.start_run(config, start if resume else None)
     log = common.MetricsLog(config.output_dir, start if resume else None)
     held_batch = {k: v.to(runtime.device) for k, v in shards.batch(held).items() if k != "prompt"}
@@ -109,7 +111,8 @@ def main(config):
         found = interval_metrics(
             pavrm, held_batch["latents"], held_batch["context"], held_batch["label"], config.seed,
             y=first_frame_condition(held_batch["latents"]) if image_to_video else None, autocast=runtime.autocast)
-        show(found, bar)
+        if runtime.rank == 0:
+            show(found, bar)
         return found
 
     for step in range(start, config.max_train_steps):
@@ -159,7 +162,8 @@ def main(config):
 
 def show(report, bar):
     """The paper's table: the five intervals of t and their average."""
-    bar.write(f"{'held out, t in':18}" + "".join(f"  ({k / 5:.1f},{(k + 1) / 5:.1f}]" for k in range(5)) + "   average")
+    ranges = "".join(f"  ({k / 5:.1f},{(k + 1) / 5:.1f}]" for k in range(5))
+    bar.write(f"{'held out, t in':18}{ranges}   average")
     for name, values in report.items():
         bar.write(f"{name:18}" + "".join(f"{v:11.3f}" for v in values) + f"{sum(values) / len(values):10.3f}")
 

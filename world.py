@@ -267,8 +267,9 @@ def annotate(videos, prompts):
     panel that exposes reward hacking: "speed" (fraction of the width per frame), "dynamic" (bool), "brightness",
     "saturation"; and "center" [b, f, 2], the tracked subject. Raises InputError for a video of another dtype or layout.
     """
-    if videos.dtype != torch.uint8 or videos.ndim != 5 or videos.shape[-1] != 3 or len(prompts) != len(videos):
-        raise InputError(f"annotate wants uint8 videos [b, f, h, w, 3] and b prompts, got {videos.dtype} "
+    if videos.dtype != torch.uint8 or videos.ndim != 5 or videos.shape[-1] != 3 or videos.shape[1] < 4 \
+            or videos.shape[2] != videos.shape[3] or len(prompts) != len(videos):
+        raise InputError(f"annotate wants uint8 videos [b, f >= 4, h, w = h, 3] and b prompts, got {videos.dtype} "
                          f"{list(videos.shape)} and {len(prompts)} prompts")
     if len(videos) > 256:                                        # bounded memory
         parts = [annotate(videos[i:i + 256], prompts[i:i + 256]) for i in range(0, len(videos), 256)]
