@@ -4,8 +4,9 @@
     python evaluate.py base=checkpoints prfl=runs/prfl --num_videos 512
 
 Each folder holds transformer/ (or is one); `name=folder` names it in the tables. The first is the one the others are
-compared with. Prompts and seeds are disjoint from all training. Writes table.md, table.json, per_video.json, videos.png (a
-row a prompt, the checkpoints from left to right, every other frame) and side_by_side.mp4. The judge is the embedded world's annotator, which sees pixels only.
+compared with. Prompts and seeds are disjoint from all training. Writes table.md, table.json, per_video.json,
+videos.png (a row a prompt, the checkpoints from left to right, every other frame) and side_by_side.mp4. The judge is
+the embedded world's annotator, which sees pixels only.
 
 Metrics, all means over videos, with 95 % intervals from a bootstrap over videos:
   qualified            both axes qualified and the prompt followed
@@ -176,8 +177,8 @@ def main(config):
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     table = markdown(rows, pairs)
-    (folder / "table.md").write_text(
-        f"{n} held-out prompts, same noise, {config.num_inference_steps} Euler steps; 95 % bootstrap intervals.\n\n" + table)
+    (folder / "table.md").write_text(f"{n} held-out prompts, same noise, {config.num_inference_steps} Euler steps; "
+                                     "95 % bootstrap intervals.\n\n" + table)
     common.write_json(folder / "table.json", {"config": {k: v for k, v in vars(config).items()}, "rows": rows,
                                               "against_first": pairs})
     common.write_json(folder / "per_video.json", {name: {metric: [round(v, 4) for v in values.astype(float).tolist()]

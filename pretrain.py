@@ -41,8 +41,8 @@ from weights import WEIGHTS, save_module
 class Config:
     stage: str = arg(..., "what to train", choices=("vae", "text", "dit"), positional=True)
     output_dir: str = arg("runs/pretrain", "run folder: metrics.jsonl, checkpoints, and the final weights")
-    vae: str = arg(str(Path(__file__).parent / "checkpoints/vae"), "folder of the VAE that the DiT stage encodes with")
-    text_encoder: str = arg(str(Path(__file__).parent / "checkpoints/text_encoder"), "folder of the text encoder of the DiT stage")
+    vae: str = arg(str(Path(__file__).parent / "checkpoints/vae"), "VAE folder of the DiT stage")
+    text_encoder: str = arg(str(Path(__file__).parent / "checkpoints/text_encoder"), "text encoder of the DiT stage")
     init: str | None = arg(None, "transformer folder that the DiT stage starts from, in place of random weights")
     preset: str = arg("tiny-t2v", "size and task of the DiT", choices=tuple(p for p in PRESETS if "wan" not in p))
     size: str = arg("tiny", "size of the world's clips", choices=tuple(world.SIZES))

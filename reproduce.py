@@ -2,11 +2,12 @@
 
     python reproduce.py table1                    three seeds, learning-rate sweep, 512 videos
     python reproduce.py table1 --preset quick     one seed, no sweep, 256 videos
-    python reproduce.py annotator                 the judge itself, after mp4 and VAE: clean pass rate, each flaw's fail rate
+    python reproduce.py annotator                 the judge itself after mp4 and VAE: clean clips that pass, flaws that fail
 
 table1: the base, SFT and RWR at PRFL's number of optimizer updates, SFT at PRFL's wall time, and PRFL. Every method
 gets the same three learning rates; the best one of seed 0, on other draws of held-out prompts and noise than those
-reported, is kept for all seeds. The paper's other tables, and RGB ReFL, are not here yet. Each part is a plain call of this repository's own scripts, printed as it is run.
+reported, is kept for all seeds. The paper's other tables, and RGB ReFL, are not here yet. Each part is a plain call of
+this repository's own scripts, printed as it is run.
 Writes results/<name>.md and .json.
 """
 import json
