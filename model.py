@@ -1,6 +1,6 @@
 """Wan2.1's video diffusion transformer at any size, and its folders on disk.
 
-Parameter names and arithmetic are those of Wan2.1 (github.com/Wan-Video/Wan2.1, wan/modules/model.py), so that
+Parameter names and arithmetic are those of Wan2.1 (github.com/Wan-Video/Wan2.1, wan/modules/model.py), so
 official checkpoints, diffusers' `WanTransformer3DModel` folders and ours are one model in three spellings:
 
     dit = load_transformer("Wan2.1-T2V-1.3B")                 # or a folder of ours, or of diffusers
@@ -13,8 +13,8 @@ Axes: b batch, c channels, f frames, h height, w width, n video tokens, d model 
 Deliberate differences from the released code:
  1. t lives in [0, 1]; the sinusoid of the time embedding takes 1000 t, the released timestep.
  2. All items of a batch share one grid, so there is no sequence padding and no per-item loop.
- 3. RoPE is real-valued, in the dtype of the queries (at least float32), not complex128.
- 4. The residual stream is float32 (or wider) from the first block to the head, also under autocast.
+ 3. RoPE multiplies in complex64 (complex128 in a float64 model), not always in complex128.
+ 4. The residual stream and the query and key norms are float32 (or wider) throughout, also under autocast.
  5. Image-to-video: latent frames behind the first are zero in `y`, not the VAE's code of blank frames.
 """
 import math
@@ -32,7 +32,8 @@ from weights import diffusers_config, diffusers_name, read_state, transformer_fo
 
 _tiny = dict(model_type="t2v", patch_size=(1, 2, 2), in_dim=16, out_dim=16, dim=192, ffn_dim=768, num_heads=6,
              num_layers=8, freq_dim=64, text_dim=128, text_len=8)
-_wan = dict(model_type="t2v", patch_size=(1, 2, 2), in_dim=16, out_dim=16, freq_dim=256, text_dim=4096, text_len=512)
+_wan = dict(model_type="t2v", patch_size=(1, 2, 2), in_dim=16, out_dim=16, freq_dim=256, text_dim=4096,
+            text_len=512)
 _wan_14b = _wan | dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 
 PRESETS = {
@@ -46,7 +47,7 @@ PRESETS = {
 
 
 def wide(dtype):
-    """The dtype that norms, modulation and the residual stream use: float32, or float64 in a float64 model."""
+    """The dtype of norms, modulation and the residual stream: float32, or float64 in a float64 model."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -55,7 +56,7 @@ def wide_linear(layer, x):
     return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
 
-# ---------------------------------------------------------------------------------------------------- position
+# ---------------------------------------- position
 @lru_cache(maxsize=64)
 def rope_table(grid, head_dim, device, dtype):
     """Unit complex numbers [n, 1, e / 2]: the rotary angles of a grid (f, h, w), in the precision of `dtype`.
@@ -65,7 +66,8 @@ def rope_table(grid, head_dim, device, dtype):
     per_space = 2 * (head_dim // 6)
     channels = (head_dim - 2 * per_space, per_space, per_space)
     with torch.inference_mode(False):  # a table first built while sampling is used in training later
-        position = torch.cartesian_prod(*(torch.arange(s, dtype=torch.float64) for s in grid)).view(-1, 3)  # [n, 3]
+        position = torch.cartesian_prod(*(torch.arange(s, dtype=torch.float64) for s in grid))
+        position = position.view(-1, 3)                                              # [n, 3]
         angle = torch.cat([
             position[:, axis, None] * 10000.0 ** (-torch.arange(0, c, 2, dtype=torch.float64) / c)
             for axis, c in enumerate(channels)], dim=1)                                      # [n, e / 2]
@@ -74,11 +76,11 @@ def rope_table(grid, head_dim, device, dtype):
 
 
 def apply_rope(x, table):
-    """Rotate the adjacent channel pairs of x [b, n, k, e]; one complex product takes half the time of real ones."""
+    """Rotate adjacent channel pairs of x [b, n, k, e]; a complex product takes half the time of real ones."""
     return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * table).flatten(-2)
 
 
-# ---------------------------------------------------------------------------------------------------- blocks
+# ---------------------------------------- blocks
 class RMSNorm(nn.Module):
     """x / rms(x) * weight across the full width, all heads together, in float32 or wider."""
 
@@ -95,22 +97,31 @@ class RMSNorm(nn.Module):
 
 
 def modulated_norm(x, shift, scale, eps):
-    """LayerNorm without affine, then scale and shift of each example. x [b, n, d], shift and scale [b, 1, d]"""
+    """LayerNorm without affine, then each example's scale and shift. x [b, n, d], shift, scale [b, 1, d]"""
     return (F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale)).add_(shift)
 
 
 def attend(q, k, v):
-    """q [b, n, k, e] against keys and values [b, m, k, e], every key seen -> [b, n, d]"""
-    q, k, v = (y.transpose(1, 2) for y in (q.to(v.dtype), k.to(v.dtype), v))             # [b, k, n, e]
-    if q.device.type == "cpu" and q.shape[2] * k.shape[2] <= 1024:
-        # for a handful of tokens two products are up to ten times faster than PyTorch's fused CPU kernel
-        weights = torch.softmax(q @ (k * k.shape[-1] ** -0.5).mT, dim=-1)                # [b, k, n, m]
-        return (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)                      # [b, n, d]
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)            # [b, n, d]
+    """q [b, n, k, e] against keys and values [b, m, k, e], every key seen -> [b, n, d]
+
+    On CPU in float32, and a few keys by plain products: for 12 of them PyTorch's fused CPU kernel takes 1.4
+    times as long in float32 and ten times in bfloat16; for 80, bfloat16 takes it twice as long as float32.
+    """
+    if v.device.type != "cpu":
+        q, k, v = (y.to(v.dtype).transpose(1, 2) for y in (q, k, v))                 # [b, k, n, e]
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)    # [b, n, d]
+    with torch.autocast("cpu", enabled=False):
+        q, k, v = (y.to(wide(y.dtype)).transpose(1, 2) for y in (q, k, v))           # [b, k, n, e]
+        if k.shape[2] > 64:
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        heads = q.shape[1]
+        q, k, v = q.flatten(0, 1), (k * k.shape[3] ** -0.5).flatten(0, 1), v.flatten(0, 1)  # [b k, n, e]
+        weight = torch.bmm(k, q.mT).softmax(1)  # [b k, m, n]: over rows, as a short last axis is slow
+        return torch.bmm(weight.mT, v).unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)  # [b, n, d]
 
 
 class Attention(nn.Module):
-    """Self-attention over video tokens, or cross-attention to text and, with `image`, to CLIP tokens as well."""
+    """Self-attention over video tokens, or cross-attention to text and, with `image`, to CLIP tokens too."""
 
     def __init__(self, dim, num_heads, eps, image=False):
         super().__init__()
@@ -125,14 +136,14 @@ class Attention(nn.Module):
         """x [b, n, d]; source [b, l, d] or None for x itself; image [b, m, d]; rope as in `rope_table`."""
         x = x.to(self.q.weight.dtype)
         source = x if source is None else source
-        split = partial(torch.unflatten, dim=2, sizes=(self.num_heads, -1))              # [b, ., d] -> [b, ., k, e]
+        split = partial(torch.unflatten, dim=2, sizes=(self.num_heads, -1))        # [b, ., d] -> [b, ., k, e]
         q, k, v = split(self.norm_q(self.q(x))), split(self.norm_k(self.k(source))), split(self.v(source))
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         out = attend(q, k, v)
         if image is not None:
             out = out + attend(q, split(self.norm_k_img(self.k_img(image))), split(self.v_img(image)))
-        return self.o(out)
+        return self.o(out.to(self.o.weight.dtype))
 
 
 class Block(nn.Module):
@@ -140,9 +151,10 @@ class Block(nn.Module):
         super().__init__()
         self.eps = eps
         self.self_attn = Attention(dim, num_heads, eps)
-        self.norm3 = nn.LayerNorm(dim, eps)  # the norm before cross-attention; the other two have no parameters
+        self.norm3 = nn.LayerNorm(dim, eps)  # before cross-attention; the other two norms have no parameters
         self.cross_attn = Attention(dim, num_heads, eps, image)
-        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim ** 0.5)
 
     def forward(self, x, e, context, image, rope):
@@ -150,7 +162,8 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.modulation.to(x.dtype) + e).split(1, dim=1)
         y = self.self_attn(modulated_norm(x, shift_a, scale_a, self.eps), rope=rope)
         x = (y * gate_a).add_(x)
-        y = F.layer_norm(x, x.shape[-1:], self.norm3.weight.to(x.dtype), self.norm3.bias.to(x.dtype), self.eps)
+        weight, bias = self.norm3.weight.to(x.dtype), self.norm3.bias.to(x.dtype)
+        y = F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
         x = x + self.cross_attn(y, context, image)
         y = self.ffn(modulated_norm(x, shift_f, scale_f, self.eps).to(self.ffn[0].weight.dtype))
         return (y * gate_f).add_(x)
@@ -183,28 +196,33 @@ class ImageEmbedding(nn.Module):
 class VideoDiT(nn.Module):
     """Velocity of a latent video at time t given text, and in image-to-video models its first frame.
 
-    Config, in Wan's spelling: model_type "t2v" or "i2v"; patch_size (f, h, w); in_dim channels entering the patch
-    embedding (16, or 36 in i2v: 16 noisy + 20 of `y`); out_dim; dim; ffn_dim; freq_dim of the sinusoid; text_dim
-    and text_len of the context; num_heads; num_layers; eps of all norms; image_dim of CLIP tokens, None for none.
+    Config, in Wan's spelling: model_type "t2v" or "i2v"; patch_size (f, h, w); in_dim channels entering the
+    patch embedding (16, or 36 in i2v: 16 noisy + 20 of `y`); out_dim; dim; ffn_dim; freq_dim of the sinusoid;
+    text_dim and text_len of the context; num_heads; num_layers; eps of the norms; image_dim of CLIP tokens
+    or None.
     Set `dit.gradient_checkpointing = True` to recompute each block in the backward pass.
     """
 
-    def __init__(self, *, model_type="t2v", patch_size=(1, 2, 2), in_dim=16, out_dim=16, dim=1536, ffn_dim=8960,
-                 freq_dim=256, text_dim=4096, text_len=512, num_heads=12, num_layers=30, eps=1e-6, image_dim=None):
+    def __init__(self, *, model_type="t2v", patch_size=(1, 2, 2), in_dim=16, out_dim=16, dim=1536,
+                 ffn_dim=8960, freq_dim=256, text_dim=4096, text_len=512, num_heads=12, num_layers=30,
+                 eps=1e-6, image_dim=None):
         super().__init__()
         if model_type not in ("t2v", "i2v"):
             raise InputError(f"model_type is {model_type!r}; this model knows t2v and i2v")
         if num_heads < 1 or dim % num_heads or dim // num_heads % 2 or dim // num_heads < 6:
-            raise InputError(f"dim {dim} must give each of {num_heads} heads an even number of channels, at least 6")
+            raise InputError(
+                f"dim {dim} must give each of {num_heads} heads an even number of channels, at least 6")
         if freq_dim % 2:
             raise InputError(f"freq_dim is {freq_dim}; it must be even (cosines and sines)")
-        self.config = dict(model_type=model_type, patch_size=tuple(patch_size), in_dim=in_dim, out_dim=out_dim,
-                           dim=dim, ffn_dim=ffn_dim, freq_dim=freq_dim, text_dim=text_dim, text_len=text_len,
-                           num_heads=num_heads, num_layers=num_layers, eps=eps, image_dim=image_dim)
+        self.config = dict(model_type=model_type, patch_size=tuple(patch_size), in_dim=in_dim,
+                           out_dim=out_dim, dim=dim, ffn_dim=ffn_dim, freq_dim=freq_dim, text_dim=text_dim,
+                           text_len=text_len, num_heads=num_heads, num_layers=num_layers, eps=eps,
+                           image_dim=image_dim)
         self.gradient_checkpointing = False
         patch = self.config["patch_size"]
         self.patch_embedding = nn.Conv3d(in_dim, dim, kernel_size=patch, stride=patch)
-        self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
+        self.text_embedding = nn.Sequential(
+            nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(
@@ -229,14 +247,14 @@ class VideoDiT(nn.Module):
     def forward(self, x, t, context, y=None, clip=None):
         """Velocity of x at time t.
 
-        x [b, c, f, h, w] latent; t [b] in [0, 1], 1 = noise; context [b, l <= text_len, text_dim], padded here with
-        zeros to text_len and attended without a mask; y [b, in_dim - c, f, h, w] in i2v (mask and first-frame
-        latent); clip [b, m, image_dim] when the model has image tokens (Wan2.1: m = 257).
-        Returns [b, out_dim, f, h, w] in float32 (float64 in a float64 model). Raises InputError on a wrong shape.
+        x [b, c, f, h, w] latent; t [b] in [0, 1], 1 = noise; context [b, l <= text_len, text_dim], padded
+        here with zeros to text_len and attended without a mask; y [b, in_dim - c, f, h, w] in i2v (mask and
+        first-frame latent); clip [b, m, image_dim] when the model has image tokens (Wan2.1: m = 257).
+        Returns [b, out_dim, f, h, w], float32 (float64 in a float64 model). InputError on a wrong shape.
         """
         tokens, e, grid = self.run_blocks(x, t, context, len(self.blocks), y, clip)
         with torch.autocast(x.device.type, enabled=False):
-            out = self.head(tokens, e[:, None])                                             # [b, n, c * patch volume]
+            out = self.head(tokens, e[:, None])                                     # [b, n, c * patch volume]
         f, h, w = grid
         pf, ph, pw = self.config["patch_size"]
         return rearrange(out, "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)",
@@ -250,12 +268,12 @@ class VideoDiT(nn.Module):
         """-> tokens [b, n, d], time embedding [b, d], token grid (f, h, w)"""
         if not 0 <= depth <= len(self.blocks):
             raise InputError(f"depth is {depth}; this model has 0 to {len(self.blocks)} blocks")
-        x = x if y is None else torch.cat([x, self.checked_y(x, y)], dim=1)                  # [b, in_dim, f, h, w]
+        x = x if y is None else torch.cat([x, self.checked_y(x, y)], dim=1)             # [b, in_dim, f, h, w]
         grid = self.check_inputs(x, t, context, clip)
         dtype = self.patch_embedding.weight.dtype
         tokens = self.patchify(x.to(dtype)).to(wide(dtype))                                  # [b, n, d]
         with torch.autocast(x.device.type, enabled=False):
-            e, e_blocks = self.embed_time(t.to(wide(dtype)))                                 # [b, d], [b, 6, d]
+            e, e_blocks = self.embed_time(t.to(wide(dtype)))                               # [b, d], [b, 6, d]
         context = F.pad(context.to(dtype), (0, 0, 0, self.config["text_len"] - context.shape[1]))
         context = self.text_embedding(context)                                               # [b, l, d]
         image = None if clip is None else self.img_emb(clip.to(dtype)).to(dtype)             # [b, m, d]
@@ -270,7 +288,7 @@ class VideoDiT(nn.Module):
         return tokens, e, grid
 
     def patchify(self, x):
-        """The patch embedding, whose stride is its kernel, as one matrix product. [b, c, f, h, w] -> [b, n, d]"""
+        """The patch embedding (its stride is its kernel) as one product. [b, c, f, h, w] -> [b, n, d]"""
         pf, ph, pw = self.config["patch_size"]
         x = rearrange(x, "b c (f pf) (h ph) (w pw) -> b (f h w) (c pf ph pw)", pf=pf, ph=ph, pw=pw)
         return F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
@@ -278,23 +296,26 @@ class VideoDiT(nn.Module):
     def embed_time(self, t):
         half = self.config["freq_dim"] // 2
         frequency = 10000.0 ** (-torch.arange(half, device=t.device, dtype=t.dtype) / half)
-        angle = 1000 * t[:, None] * frequency                                                # [b, freq_dim / 2]
+        angle = 1000 * t[:, None] * frequency                                              # [b, freq_dim / 2]
         e = wide_linear(self.time_embedding[0], torch.cat([angle.cos(), angle.sin()], dim=1))
         e = wide_linear(self.time_embedding[2], F.silu(e))                                   # [b, d]
         return e, wide_linear(self.time_projection[1], F.silu(e)).unflatten(1, (6, -1))      # [b, 6, d]
 
     def checked_y(self, x, y):
         if y.shape[0] != x.shape[0] or y.shape[2:] != x.shape[2:]:
-            raise InputError(f"y has shape {list(y.shape)}; beside x {list(x.shape)} only its channels may differ")
+            raise InputError(
+                f"y has shape {list(y.shape)}; beside x {list(x.shape)} only its channels may differ")
         return y.to(x.dtype)
 
     def check_inputs(self, x, t, context, clip):
         """The token grid (f, h, w) of x (with y already concatenated), or InputError."""
         config, b = self.config, x.shape[0]
         if x.dim() != 5 or x.shape[1] != config["in_dim"]:
-            raise InputError(f"x with y has shape {list(x.shape)}; this model takes [b, {config['in_dim']}, f, h, w]")
+            raise InputError(
+                f"x with y has shape {list(x.shape)}; this model takes [b, {config['in_dim']}, f, h, w]")
         if any(size % p for size, p in zip(x.shape[2:], config["patch_size"])):
-            raise InputError(f"latent size {list(x.shape[2:])} must divide by the patch size {config['patch_size']}")
+            raise InputError(
+                f"latent size {list(x.shape[2:])} must divide by the patch size {config['patch_size']}")
         if t.shape != (b,):
             raise InputError(f"t has shape {list(t.shape)}; it must be [{b}], one time for each example")
         if context.dim() != 3 or context.shape[0] != b or context.shape[2] != config["text_dim"] \
@@ -303,8 +324,9 @@ class VideoDiT(nn.Module):
                              f"[{b}, at most {config['text_len']}, {config['text_dim']}]")
         if (clip is None) != (config["image_dim"] is None):
             raise InputError("clip image tokens must be given exactly when the model has image_dim")
-        if clip is not None and (clip.dim() != 3 or clip.shape[0] != b or clip.shape[2] != config["image_dim"]):
-            raise InputError(f"clip has shape {list(clip.shape)}; this model takes [{b}, m, {config['image_dim']}]")
+        if clip is not None and (clip.dim() != 3 or clip[:, 0].shape != (b, config["image_dim"])):
+            raise InputError(
+                f"clip has shape {list(clip.shape)}; this model takes [{b}, m, {config['image_dim']}]")
         return tuple(size // p for size, p in zip(x.shape[2:], config["patch_size"]))
 
 
@@ -319,20 +341,20 @@ def first_frame_condition(x0):
     return y
 
 
-# ---------------------------------------------------------------------------------------------------- folders
+# ---------------------------------------- folders
 def load_transformer(path, dtype=torch.float32):
-    """VideoDiT from our folder, an official Wan2.1 folder, a diffusers one, or a folder that holds `transformer/`.
+    """VideoDiT from our folder, an official Wan2.1 or diffusers one, or a folder that holds `transformer/`.
 
-    dtype of the parameters: float32 master weights, or None for each as stored. The stored dtypes are remembered
-    for `export_transformer`. Raises InputError (one line, naming the file) for anything missing or unexpected.
+    dtype of the parameters: float32 master weights, or None for each as stored. `export_transformer` finds
+    the stored dtypes again. Raises InputError (one line, naming the file) for anything missing or unexpected.
     """
     path, config, rename, ignore = transformer_folder(path)
     try:
         with torch.device("meta"):
             dit = VideoDiT(**config)
     except (InputError, TypeError, KeyError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}/config.json does not describe a Wan2.1 transformer: {error}".replace("\n", " ")) \
-            from None
+        reason = f"{path}/config.json does not describe a Wan2.1 transformer: {error}"
+        raise InputError(reason.replace("\n", " ")) from None
     state = read_state(path, {name: p.shape for name, p in dit.state_dict().items()}, rename, ignore)
     dit.stored_dtypes = {name: tensor.dtype for name, tensor in state.items()}
     # copy: a parameter must not stay a view of a file that may be replaced
@@ -341,7 +363,7 @@ def load_transformer(path, dtype=torch.float32):
 
 
 def export_transformer(dit, path, layout="wan", dtype=None):
-    """Write dit as an official Wan2.1 folder ("wan") or as one of diffusers' WanTransformer3DModel ("diffusers").
+    """Write dit as an official Wan2.1 folder ("wan") or a diffusers WanTransformer3DModel one ("diffusers").
 
     Each weight goes back in the dtype it was loaded from, if it was; `dtype` overrides that.
     """

@@ -1,13 +1,16 @@
-"""Forward and backward of our VideoDiT beside diffusers' WanTransformer3DModel: same weights, same inputs, one run.
+"""Forward and backward of our VideoDiT beside diffusers' WanTransformer3DModel: same weights, same inputs.
 
-    python benchmarks/dit.py                                  # every shape, table on the terminal
+    python benchmarks/dit.py                                  # every shape and precision, about 3 minutes
     python benchmarks/dit.py --shapes tiny --rounds 40 --output dit.json
+    python benchmarks/dit.py --threads 1 --clock cpu          # on a machine shared with other work
 
 The two models alternate A B A B; a round's ratio is ours / theirs, and the table shows the median of those
-ratios, which load on a shared machine disturbs less than the two medians. Outputs and the gradients of the input
-are asserted equal before anything is timed. The training loss is a plain mean square.
+ratios, which load on a shared machine disturbs less than the two medians. The outputs and the gradients of
+the input are asserted equal (in bf16 as far as its 8 bits go) before anything is timed. The loss is a mean
+square.
 """
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -24,8 +27,8 @@ import model
 
 TINY = model.PRESETS["tiny-t2v"]
 SHAPES = {  # name: (config, batch, latent f h w)
-    "tiny": (TINY, 64, (3, 4, 4)),                                                         # 12 tokens
-    "small": (model.PRESETS["small-t2v"], 8, (5, 8, 8)),                                   # 80 tokens
+    "tiny": (TINY, 64, (3, 4, 4)),                                                            # 12 tokens
+    "small": (model.PRESETS["small-t2v"], 8, (5, 8, 8)),                                      # 80 tokens
     "wide": (TINY | dict(dim=512, ffn_dim=2048, num_heads=8, num_layers=4), 2, (4, 20, 20)),  # 400 tokens
 }
 
@@ -56,7 +59,8 @@ def compare(name, rounds, device, dtype, clock):
     config, b, size = SHAPES[name]
     ours, theirs = build(config, device)
     x = torch.randn(b, config["in_dim"], *size, device=device)
-    t, context = torch.rand(b, device=device), torch.randn(b, config["text_len"], config["text_dim"], device=device)
+    t = torch.rand(b, device=device)
+    context = torch.randn(b, config["text_len"], config["text_dim"], device=device)
     calls = {"ours": lambda x: ours(x, t, context),
              "diffusers": lambda x: theirs(x, 1000 * t, context, return_dict=False)[0].float()}
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -64,7 +68,8 @@ def compare(name, rounds, device, dtype, clock):
     def train_step(call, model_):
         model_.zero_grad(set_to_none=True)
         with autocast:
-            call(x).square().mean().backward()
+            loss = call(x).square().mean()
+        loss.backward()
 
     results = {}
     for who, call in calls.items():
@@ -83,21 +88,23 @@ def compare(name, rounds, device, dtype, clock):
                 times[who].append(1000 * spent)
     ratios = [a / b for a, b in zip(*times.values())]
     tokens = size[0] * size[1] * size[2] // 4
-    return dict(shape=name, dim=config["dim"], layers=config["num_layers"], batch=b, tokens=tokens, rounds=rounds,
+    return dict(shape=name, precision=str(dtype).removeprefix("torch."), dim=config["dim"],
+                layers=config["num_layers"], batch=b, tokens=tokens, rounds=rounds,
                 ours_ms=statistics.median(times["ours"]), diffusers_ms=statistics.median(times["diffusers"]),
                 ratio=statistics.median(ratios), ratio_low=min(ratios), ratio_high=max(ratios), error=error)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="NAME",
                         help=f"which shapes to time, of {', '.join(SHAPES)} (default: all)")
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds per shape (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds a row (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="no",
-                        help="bf16: autocast, float32 weights (default: %(default)s)")
+    parser.add_argument("--mixed_precision", nargs="+", choices=("no", "bf16"),
+                        default=["no", "bf16"], metavar="P", help="no: float32; bf16: autocast over float32 "
+                        "weights (default: both)")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall",
                         help="cpu: time this process spent computing, for a machine shared with other work; "
                              "use it with --threads 1, as waiting threads count too (default: %(default)s)")
@@ -109,21 +116,21 @@ def main():
         parser.error("--device cuda: torch sees no GPU")
     if args.threads:
         torch.set_num_threads(args.threads)
-    device, dtype = torch.device(args.device), torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
-
+    device = torch.device(args.device)
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
-    print("forward + backward, ms             ours  diffusers  ratio  (lowest-highest)  relative error")
+    dtypes = [dict(no=torch.float32, bf16=torch.bfloat16)[p] for p in args.mixed_precision]
+    print("forward + backward, ms                     ours  diffusers  ratio  (low-high)   relative error")
     rows = []
-    for name in args.shapes:
+    for name, dtype in itertools.product(args.shapes, dtypes):
         row = compare(name, args.rounds, device, dtype, clock)
         rows.append(row)
-        print(f"{name:6} dim {row['dim']:4} batch {row['batch']:3} n {row['tokens']:4} {row['ours_ms']:9.1f} "
-              f"{row['diffusers_ms']:10.1f} {row['ratio']:6.2f}  ({row['ratio_low']:.2f}-{row['ratio_high']:.2f})"
-              f"       {row['error']:.1e}", flush=True)
+        print(f"{name:6} {row['precision']:8} dim {row['dim']:3} batch {row['batch']:3} n {row['tokens']:3}"
+              f"{row['ours_ms']:10.1f} {row['diffusers_ms']:10.1f} {row['ratio']:6.2f}"
+              f"  ({row['ratio_low']:.2f}-{row['ratio_high']:.2f})       {row['error']:.1e}", flush=True)
     if args.output:
         Path(args.output).write_text(json.dumps(dict(
             command=" ".join(["python", *sys.argv]), torch=torch.__version__, machine=platform.processor(),
-            threads=torch.get_num_threads(), clock=args.clock, device=args.device, mixed_precision=args.mixed_precision, rows=rows,
+            threads=torch.get_num_threads(), clock=args.clock, device=args.device, rows=rows,
         ), indent=2) + "\n")
 
 
