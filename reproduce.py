@@ -26,9 +26,9 @@ import common
 from common import InputError, arg
 
 HERE = Path(__file__).resolve().parent
-RATES = (3e-5, 1e-4, 3e-4)
+RATES = (1e-5, 3e-5, 1e-4)
 PRESETS = {
-    "quick": {"seeds": 1, "rates": (1e-4,), "videos": 256, "samples": 3072, "reward_steps": 400, "clips": 400},
+    "quick": {"seeds": 1, "rates": (3e-5,), "videos": 256, "samples": 3072, "reward_steps": 400, "clips": 400},
     "full": {"seeds": 3, "rates": RATES, "videos": 512, "samples": 4096, "reward_steps": 600, "clips": 2000},
 }
 ITERATIONS = 80                                                  # of PRFL: 160 optimizer updates
@@ -122,8 +122,8 @@ def table1(config, preset, started):
                 preset["reward_steps"], "--output_dir", folder, *resume)
 
     def equal_time_steps():
-        """Decided once, from the runs of seed 0 at the middle rate."""
-        path, rate = work / "equal-time.json", preset["rates"][len(preset["rates"]) // 2]
+        """Decided once, from the runs of seed 0 at the last rate."""
+        path, rate = work / "equal-time.json", preset["rates"][-1]
         if not path.exists():
             common.write_json(path, {"sft_steps": steps_of_equal_time(aligned("PRFL", 0, rate), aligned("SFT", 0, rate))})
         return json.loads(path.read_text())["sft_steps"]

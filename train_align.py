@@ -50,7 +50,7 @@ class Config:
     trajectory_part: str = arg("full", "which steps can be rewarded (Table 3)", choices=tuple(prfl.PARTS))
     grad_steps: int = arg(1, "steps with gradients before the reward; 1 is Alg. 1", above=0)
     sft_updates: bool = arg(True, "prfl's SFT update, which keeps the reward from being hacked (Alg. 1)")
-    learning_rate: float = arg(1e-4, "AdamW's; the paper has 5e-6 at 14B", above=0)
+    learning_rate: float = arg(3e-5, "AdamW's, the best for prfl in results/table1.md; the paper has 5e-6 at 14B", above=0)
     weight_decay: float = arg(0.0, "AdamW's", at_least=0)
     max_train_steps: int = arg(80, "iterations", above=0)
     batch_size: int = arg(32, "videos, and prompts, per update and rank (30 in all in the paper)", above=0)

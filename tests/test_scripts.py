@@ -1,0 +1,136 @@
+"""sample.py, evaluate.py, pretrain.py and reproduce.py: what they write, their arithmetic, their refusals."""
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import data
+import evaluate
+import pretrain
+import reproduce
+import sample
+import world
+from model import load_text_encoder, load_transformer
+from pavrm import load_pavrm
+from vae import load_vae, from_pixels, to_pixels
+
+SHIPPED = str(sample.Path(sample.__file__).parent / "checkpoints")
+
+
+def run(script, *flags):
+    common.cli(script.main, script.Config, script.__doc__, [str(flag) for flag in flags])
+
+
+def refused(capsys, script, *flags):
+    """The one line a script ends with for flags it cannot use."""
+    with pytest.raises(SystemExit) as end:
+        run(script, *flags)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2 and lines[-1].startswith("error:"), lines
+    return lines[-1]
+
+
+def test_the_shipped_weights_fit_each_other_and_40_megabytes():
+    dit = load_transformer(SHIPPED)
+    assert load_pavrm(f"{SHIPPED}/reward", dit).config["transformer"]["num_layers"] < dit.config["num_layers"]
+    assert load_text_encoder(f"{SHIPPED}/text_encoder").config["text_dim"] == dit.config["text_dim"]
+    files = list(sample.Path(SHIPPED).rglob("*.safetensors"))
+    assert len(files) == 4 and sum(f.stat().st_size for f in files) < 40e6
+
+
+def test_the_shipped_vae_keeps_clean_clips_clean():
+    videos, prompts, _ = world.make(200, 31, "clean")
+    vae = load_vae(f"{SHIPPED}/vae")
+    with torch.no_grad():
+        decoded = to_pixels(vae.decode(vae.encode(from_pixels(videos))))
+    assert world.annotate(decoded, prompts)["qualified"].float().mean() >= 0.985
+
+
+def test_sample_writes_a_film_of_the_asked_colour(tmp_path, capsys):
+    run(sample, "--prompt", "a red circle moving to the right", "--num_videos", 4, "--output", tmp_path / "x.mp4",
+        "--contact_sheet", tmp_path / "sheets" / "x.png")
+    films = torch.stack([data.read_video(tmp_path / f"x-{i}.mp4") for i in range(4)])
+    assert films.shape == (4, 9, 32, 32, 3)
+    assert world.annotate(films, ["red"] * 4)["adherent"].sum() >= 3
+    assert (tmp_path / "sheets" / "x.png").read_bytes().startswith(b"\x89PNG")
+    first = films.clone()
+    run(sample, "--prompt", "a red circle moving to the right", "--num_videos", 2, "--output", tmp_path / "x.mp4")
+    again = data.read_video(tmp_path / "x-1.mp4").float()        # noise depends on seed and index alone; codec rounding
+    assert (again - first[1].float()).abs().mean() < 2 < (again - first[0].float()).abs().mean()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--prompt", " "), "--prompt"), (("--prompt", "a", "--output", "x.avi"), ".mp4"),
+    (("--prompt", "a", "--transformer", "nowhere"), "nowhere"), (("--prompt", "a", "--image", "x.png"), "--image"),
+    (("--prompt", "a", "--contact_sheet", "x.gif"), ".png"), (("--prompt", "a", "--num_videos", "0"), "--num_videos"),
+    ((), "--prompt")])
+def test_sample_refuses(capsys, tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    assert words in refused(capsys, sample, *flags)
+    assert not list(tmp_path.iterdir())
+
+
+def test_evaluate_of_one_model_twice_is_a_tie(tmp_path, capsys):
+    run(evaluate, f"a={SHIPPED}", f"b={SHIPPED}", "--num_videos", 16, "--num_inference_steps", 4, "--output_dir", tmp_path)
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert table["against_first"]["b"] == {"qualified_difference": 0.0, "interval": [0.0, 0.0], "win": 0.0, "tie": 1.0,
+                                           "lose": 0.0}
+    assert table["rows"]["a"] == table["rows"]["b"]
+    assert table["rows"]["clean renders"]["qualified"]["mean"] > 0.9
+    per_video = json.loads((tmp_path / "per_video.json").read_text())
+    assert np.mean(per_video["a"]["qualified"]) == pytest.approx(table["rows"]["a"]["qualified"]["mean"])
+    assert {f.name for f in tmp_path.iterdir()} == {"table.md", "table.json", "per_video.json", "videos.png",
+                                                    "side_by_side.mp4"}
+
+
+def test_evaluate_refuses(capsys, tmp_path):
+    assert "one name" in refused(capsys, evaluate, "a=x", "a=y")
+    assert str(tmp_path) in refused(capsys, evaluate, tmp_path)
+
+
+def test_motion_smoothness_and_consistency_of_known_films():
+    videos, prompts, _ = world.make(8, 5, "clean")
+    still = videos[:, :1].expand(-1, 9, -1, -1, -1).contiguous()
+    found = evaluate.measure(still, prompts)
+    assert np.all(found["smoothness"] == 1) and np.allclose(found["consistency"], 1, atol=1e-5)
+    flicker = still.clone()
+    flicker[:, 1::2] = 255 - flicker[:, 1::2]
+    expected = (still.float() - (255 - still.float())).abs().mean((1, 2, 3, 4)) / 255
+    assert np.allclose(1 - evaluate.measure(flicker, prompts)["smoothness"], expected.numpy(), atol=1e-4)
+
+
+def test_bootstrap_covers_the_mean_as_the_normal_interval_does():
+    values = np.random.default_rng(0).normal(size=400)
+    low, high = evaluate.bootstrap(values)
+    spread = 1.96 * values.std() / 20
+    assert low == pytest.approx(values.mean() - spread, abs=0.02) and high == pytest.approx(values.mean() + spread, abs=0.02)
+    low, high = reproduce.seeds_and_videos_interval(np.full((3, 10), 0.5))
+    assert low == high == 0.5
+
+
+def test_orthogonalise_gives_singular_values_near_one():
+    m = torch.randn(3, 24, 60, generator=torch.Generator().manual_seed(0))
+    for matrix in pretrain.orthogonalise(m).float(), pretrain.orthogonalise(m.mT).float():
+        values = torch.linalg.svdvals(matrix)
+        assert values.min() > 0.5 and values.max() < 1.4
+
+
+def test_pretraining_stages_run_and_resume_bit_for_bit(tmp_path, capsys):
+    small = ("--clips", 32, "--batch_size", 4, "--validation_steps", 100, "--checkpointing_steps", 2, "--warmup_steps", 0,
+             "--decay_steps", 4, "--mixed_precision", "no", "--vae_dim", 16, "--max_train_steps", 4)
+    for stage, name in (("vae", "vae"), ("text", "text_encoder"), ("dit", "transformer")):
+        whole, parts = tmp_path / stage / "whole", tmp_path / stage / "parts"
+        run(pretrain, stage, *small, "--output_dir", whole)
+        shutil.copytree(whole / "checkpoint-000002", parts / "checkpoint-000002")      # as if killed after step 2
+        run(pretrain, stage, *small, "--output_dir", parts, "--resume", "latest")
+        a, b = (folder / name / "diffusion_pytorch_model.safetensors" for folder in (whole, parts))
+        assert a.read_bytes() == b.read_bytes(), stage
+
+
+def test_pretrain_refuses(capsys, tmp_path):
+    assert "stage" in refused(capsys, pretrain, "everything")
+    assert "--init" in refused(capsys, pretrain, "dit", "--preset", "tiny-i2v", "--init", SHIPPED, "--clips", 4,
+                               "--output_dir", tmp_path)
