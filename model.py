@@ -32,8 +32,7 @@ from weights import diffusers_config, diffusers_name, read_state, transformer_fo
 
 _tiny = dict(model_type="t2v", patch_size=(1, 2, 2), in_dim=16, out_dim=16, dim=192, ffn_dim=768, num_heads=6,
              num_layers=8, freq_dim=64, text_dim=128, text_len=8)
-_wan = dict(model_type="t2v", patch_size=(1, 2, 2), in_dim=16, out_dim=16, freq_dim=256, text_dim=4096,
-            text_len=512)
+_wan = dict(model_type="t2v", patch_size=(1, 2, 2), in_dim=16, out_dim=16, freq_dim=256, text_dim=4096, text_len=512)
 _wan_14b = _wan | dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 
 PRESETS = {
@@ -66,8 +65,7 @@ def rope_table(grid, head_dim, device, dtype):
     per_space = 2 * (head_dim // 6)
     channels = (head_dim - 2 * per_space, per_space, per_space)
     with torch.inference_mode(False):  # a table first built while sampling is used in training later
-        position = torch.cartesian_prod(*(torch.arange(s, dtype=torch.float64) for s in grid))
-        position = position.view(-1, 3)                                              # [n, 3]
+        position = torch.cartesian_prod(*(torch.arange(s, dtype=torch.float64) for s in grid)).view(-1, 3)  # [n, 3]
         angle = torch.cat([
             position[:, axis, None] * 10000.0 ** (-torch.arange(0, c, 2, dtype=torch.float64) / c)
             for axis, c in enumerate(channels)], dim=1)                                      # [n, e / 2]
@@ -153,8 +151,7 @@ class Block(nn.Module):
         self.self_attn = Attention(dim, num_heads, eps)
         self.norm3 = nn.LayerNorm(dim, eps)  # before cross-attention; the other two norms have no parameters
         self.cross_attn = Attention(dim, num_heads, eps, image)
-        self.ffn = nn.Sequential(
-            nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim ** 0.5)
 
     def forward(self, x, e, context, image, rope):
@@ -210,8 +207,7 @@ class VideoDiT(nn.Module):
         if model_type not in ("t2v", "i2v"):
             raise InputError(f"model_type is {model_type!r}; this model knows t2v and i2v")
         if num_heads < 1 or dim % num_heads or dim // num_heads % 2 or dim // num_heads < 6:
-            raise InputError(
-                f"dim {dim} must give each of {num_heads} heads an even number of channels, at least 6")
+            raise InputError(f"dim {dim} must give each of {num_heads} heads an even number of channels, at least 6")
         if freq_dim % 2:
             raise InputError(f"freq_dim is {freq_dim}; it must be even (cosines and sines)")
         self.config = dict(model_type=model_type, patch_size=tuple(patch_size), in_dim=in_dim,
@@ -221,8 +217,7 @@ class VideoDiT(nn.Module):
         self.gradient_checkpointing = False
         patch = self.config["patch_size"]
         self.patch_embedding = nn.Conv3d(in_dim, dim, kernel_size=patch, stride=patch)
-        self.text_embedding = nn.Sequential(
-            nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
+        self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(
@@ -303,19 +298,16 @@ class VideoDiT(nn.Module):
 
     def checked_y(self, x, y):
         if y.shape[0] != x.shape[0] or y.shape[2:] != x.shape[2:]:
-            raise InputError(
-                f"y has shape {list(y.shape)}; beside x {list(x.shape)} only its channels may differ")
+            raise InputError(f"y has shape {list(y.shape)}; beside x {list(x.shape)} only its channels may differ")
         return y.to(x.dtype)
 
     def check_inputs(self, x, t, context, clip):
         """The token grid (f, h, w) of x (with y already concatenated), or InputError."""
         config, b = self.config, x.shape[0]
         if x.dim() != 5 or x.shape[1] != config["in_dim"]:
-            raise InputError(
-                f"x with y has shape {list(x.shape)}; this model takes [b, {config['in_dim']}, f, h, w]")
+            raise InputError(f"x with y has shape {list(x.shape)}; this model takes [b, {config['in_dim']}, f, h, w]")
         if any(size % p for size, p in zip(x.shape[2:], config["patch_size"])):
-            raise InputError(
-                f"latent size {list(x.shape[2:])} must divide by the patch size {config['patch_size']}")
+            raise InputError(f"latent size {list(x.shape[2:])} must divide by the patch size {config['patch_size']}")
         if t.shape != (b,):
             raise InputError(f"t has shape {list(t.shape)}; it must be [{b}], one time for each example")
         if context.dim() != 3 or context.shape[0] != b or context.shape[2] != config["text_dim"] \
@@ -325,8 +317,7 @@ class VideoDiT(nn.Module):
         if (clip is None) != (config["image_dim"] is None):
             raise InputError("clip image tokens must be given exactly when the model has image_dim")
         if clip is not None and (clip.dim() != 3 or clip[:, 0].shape != (b, config["image_dim"])):
-            raise InputError(
-                f"clip has shape {list(clip.shape)}; this model takes [{b}, m, {config['image_dim']}]")
+            raise InputError(f"clip has shape {list(clip.shape)}; this model takes [{b}, m, {config['image_dim']}]")
         return tuple(size // p for size, p in zip(x.shape[2:], config["patch_size"]))
 
 
