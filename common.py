@@ -103,6 +103,7 @@ def setup(mixed_precision="no", seed=0):
 
 def teardown():
     if dist.is_initialized():
+        dist.barrier()  # a rank that leaves while another still talks to it can abort that one
         dist.destroy_process_group()
 
 

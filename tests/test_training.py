@@ -105,7 +105,7 @@ def one_rank(folder):
 
 # ---- the loop
 def test_one_iteration_is_algorithm_1_by_hand(folder):
-    run(*command(folder, "prfl", "hand", "--max_train_steps", "1"))
+    run(*command(folder, "prfl", "hand", "--max_train_steps", "1", "--learning_rate", "1e-4"))
     policy, pavrm = load_transformer(folder / "generator"), load_pavrm(folder / "generator/reward")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4, weight_decay=0)
     shards, indices = data.Shards(folder / "data"), range(8)
@@ -120,13 +120,14 @@ def test_one_iteration_is_algorithm_1_by_hand(folder):
         optimizer.step()
         return norm.item()
 
-    curated = shards.batch(data.order(32, 0, 0, indices, 8))
+    good = (shards.labels != 0).nonzero()[:, 0]                                     # what is called bad is not curated
+    curated = shards.batch(good[data.order(len(good), 0, 0, indices, 8)])
     x0, x1 = curated["latents"], common.noise((4, 2, 4, 4), 0, "sft x1", 0, indices)
     t = common.uniform(0, "sft t", 0, indices)
     t_ = t.view(-1, 1, 1, 1, 1)
     sft = ((policy((1 - t_) * x0 + t_ * x1, t, curated["context"]) - (x1 - x0)) ** 2).mean()     # Eq. 10
     sft_norm = update(sft)
-    context = shards.batch(data.order(32, 1, 0, indices, 8))["context"]
+    context = shards.batch(good[data.order(len(good), 1, 0, indices, 8)])["context"]
     x, step = common.noise((4, 2, 4, 4), 0, "x_T", 0, indices), prfl.draw_step(0, 0, 4)
     for i in range(step):                                                           # dt = 1 / 4
         x = x.detach() - policy(x.detach(), torch.full((8,), 1 - i / 4), context) / 4
