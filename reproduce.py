@@ -172,7 +172,7 @@ def table1(config, preset, started):
                          "lose": float(np.mean(np.array(grades) < 0)),
                          "verdict": "holds" if low > 0 else "does not hold" if high < 0 else "cannot be told"}
     reports = [json.loads((folder / "report.json").read_text()) for folder in rewards.values()]
-    lines = [f"# Table 1: PRFL and its baselines ({len(list(seeds))} seeds, {preset['videos']} held-out prompts, same noise)", "",
+    lines = [f"# Table 1: PRFL and its baselines ({len(list(seeds))} seeds, {preset['videos']} videos, same noise)", "",
              "Mean over seeds and videos, 95 % interval from resampling both.", "",
              "| | " + " | ".join(columns.values()) + " | qualified, by seed |", "|---" * (len(columns) + 2) + "|"]
     for name, row in rows.items():

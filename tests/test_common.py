@@ -179,10 +179,7 @@ def test_two_processes_average_gradients_as_one_with_both_halves(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, worker, tmp_path / "1.pt"], check=True, env=environment)
-    for _ in range(3):  # on a loaded machine a rank sometimes aborts while the interpreter exits, all work done
-        done = subprocess.run([*torchrun, worker, tmp_path / "2.pt"], capture_output=True, text=True, env=environment)
-        if "terminate called without an active exception" not in done.stderr:
-            break
+    done = subprocess.run([*torchrun, worker, tmp_path / "2.pt"], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     one, two = torch.load(tmp_path / "1.pt"), torch.load(tmp_path / "2.pt")
     torch.testing.assert_close(one[:2], two[:2])
