@@ -69,7 +69,7 @@ def cli(main, Config, doc, argv=None, prog=None):
         code, message = 130, "interrupted"
     time.sleep(3 if rank() else 0)  # a failure of every rank is told once: torchrun ends the others meanwhile
     print("error:", " ".join(message.split()), file=sys.stderr, flush=True)
-    sys.exit(code)
+    leave(code)
 
 
 # ---- processes and random draws
@@ -102,9 +102,20 @@ def setup(mixed_precision="no", seed=0):
 
 
 def teardown():
+    """The last call of a script; under torchrun it ends the process."""
     if dist.is_initialized():
         dist.barrier()  # a rank that leaves while another still talks to it can abort that one
-        dist.destroy_process_group()
+        leave(0)
+
+
+def leave(code):
+    """sys.exit; under torchrun at once, because a thread of the process group that is still letting go of a tensor
+    while the interpreter shuts down aborts it (exit code -6, seen on a loaded machine)."""
+    if not dist.is_initialized():
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def generator(seed, *keys):
@@ -257,6 +268,8 @@ class MetricsLog:
                 raise FloatingPointError(f"step {step}: {name} is {value}; lower --learning_rate")
             if self.board and not isinstance(value, str):
                 self.board.add_scalar(name, value, step)
+        if self.board:
+            self.board.flush()
         if self.file:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
 
