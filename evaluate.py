@@ -53,6 +53,8 @@ class Config:
     num_videos: int = arg(512, "held-out prompts, one video each", above=0)
     num_inference_steps: int = arg(16, "Euler steps", above=0)
     guidance_scale: float = arg(1.0, "classifier-free guidance; 1 is none", at_least=0)
+    split: str = arg("test", "held-out sentences: test to report on, validation to choose on",
+                     choices=("test", "validation"))
     seed: int = arg(0, "of the noise and of the prompts, among the held-out ones", at_least=0)
     mixed_precision: str = arg("bf16", "autocast dtype", choices=("no", "bf16"))
 
@@ -144,7 +146,7 @@ def main(config):
     pavrms = {name: load_pavrm(reward, dit).to(runtime.device) for name, dit in generators.items()} if reward else {}
     n = config.num_videos
     seed = 7_000 + config.seed
-    clean, prompts, _ = world.make(n, seed, "clean", config.size, split="test")
+    clean, prompts, _ = world.make(n, seed, "clean", config.size, split=config.split)
     context = text.encode(prompts)                                                              # [n, l, d]
     given = vae.encode(from_pixels(clean.to(runtime.device)))                                   # [n, c, f, h, w]
     t = common.uniform(seed, "pavrm t", 0, range(n)).to(runtime.device)

@@ -188,7 +188,7 @@ def save_final(config, runtime, averaged, names):
 
 def train_vae(config, runtime):
     pool, prompts, _ = world.make(min(config.clips, 16384), config.seed + 1000, "mixture", config.size)
-    clean, clean_prompts, _ = world.make(256, config.seed + 7, "clean", config.size, split="test")
+    clean, clean_prompts, _ = world.make(256, config.seed + 7, "clean", config.size, split="validation")
     vae = VideoVAE(dim=config.vae_dim).to(runtime.device)
     inner = [p for n, p in vae.named_parameters() if p.ndim == 5 and p[0, 0].numel() > 1]       # not the 1x1x1 ends
     rest = [p for p in vae.parameters() if all(p is not q for q in inner)]
@@ -233,7 +233,7 @@ def train_text(config, runtime):
     preset = PRESETS[config.preset]
     text = TextEncoder(text_len=preset["text_len"], text_dim=preset["text_dim"]).to(runtime.device)
     prompts = [sentence for sentences in world.all_prompts("train").values() for sentence in sentences]
-    held = [sentence for sentences in world.all_prompts("test").values() for sentence in sentences]
+    held = [sentence for sentences in world.all_prompts("validation").values() for sentence in sentences]
     words_of = lambda prompt: prompt.replace(",", "").split()
     words = sorted({word for prompt in prompts for word in words_of(prompt)})
     present = lambda batch: torch.tensor([[word in words_of(p) for word in words] for p in batch]).float()
@@ -299,8 +299,8 @@ def train_dit(config, runtime):
     others = [p for p in dit.parameters() if id(p) not in chosen]
     image_to_video = preset["model_type"] == "i2v"
     world_batch = config.batch_size * runtime.world_size
-    held_prompts = world.draw_prompts(256, config.seed + 5, split="test")
-    held_clips = world.make(256, config.seed + 5 - 1, "clean", config.size, split="test")
+    held_prompts = world.draw_prompts(256, config.seed + 5, split="validation")
+    held_clips = world.make(256, config.seed + 5 - 1, "clean", config.size, split="validation")
 
     distinct = sorted(set(prompts))
     number = {prompt: i for i, prompt in enumerate(distinct)}

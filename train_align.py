@@ -91,7 +91,7 @@ def make_validation(config, runtime):
     n = config.num_validation
     vae = load_vae(f"{config.model}/vae").to(runtime.device)
     text = load_text_encoder(f"{config.model}/text_encoder").to(runtime.device)
-    clips, prompts, _ = world.make(n, 900, "clean", config.size, split="test")
+    clips, prompts, _ = world.make(n, 900, "clean", config.size, split="validation")
     folder = Path(config.output_dir) / "samples"
 
     @torch.no_grad()

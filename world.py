@@ -81,19 +81,23 @@ def _mid_flight(start, velocity, low, high, frames):
     return 2 + int(torch.minimum(path - low, high - path)[:, axis].argmax())
 
 
-def is_test_prompt(prompt):
-    """A fixed sixth of all sentences is kept for tests; training never sees them."""
-    return hashlib.blake2b(prompt.encode(), digest_size=4).digest()[0] % 6 == 0
+def split_of(prompt):
+    """"train", or for a fixed sixth of all sentences, which training never sees, "validation" (choices are made on
+    it) or "test" (results are reported on it)."""
+    digest = hashlib.blake2b(prompt.encode(), digest_size=4).digest()
+    if digest[0] % 6:
+        return "train"
+    return "test" if digest[1] % 3 else "validation"
 
 
 def all_prompts(split):
-    """Every caption of `split` ("train" or "test") as {(colour, shape, direction): [sentences]}."""
+    """Every caption of `split` ("train", "validation" or "test") as {(colour, shape, direction): [sentences]}."""
     prompts = {}
     for color in COLORS:
         for shape in SHAPES:
             for direction, phrases in PHRASES.items():
                 sentences = [wording.format(c=color, s=shape, d=phrase) for wording in WORDINGS for phrase in phrases]
-                prompts[color, shape, direction] = [s for s in sentences if is_test_prompt(s) == (split == "test")]
+                prompts[color, shape, direction] = [s for s in sentences if split_of(s) == split]
     return prompts
 
 

@@ -94,18 +94,20 @@ def test_unusable_arguments():
 
 
 # ---- prompts
-def test_test_prompts_are_never_trained_on():
-    train, test = world.all_prompts("train"), world.all_prompts("test")
-    flat = lambda prompts: {s for sentences in prompts.values() for s in sentences}
-    assert flat(train).isdisjoint(flat(test))
-    assert len(flat(train)) + len(flat(test)) == len(COMBINATIONS) * len(world.WORDINGS) * 2
-    assert set(train) == COMBINATIONS and all(train.values())  # nothing is unseen, only unsaid
-    assert set(world.make(64, 5, "mixture")[1]) <= flat(train)
-    assert set(world.make(64, 5, split="test")[1]) <= flat(test)
+def test_prompts_of_training_validation_and_test_are_disjoint():
+    prompts = {split: world.all_prompts(split) for split in ("train", "validation", "test")}
+    flat = {split: {s for sentences in of.values() for s in sentences} for split, of in prompts.items()}
+    everything = set().union(*flat.values())
+    assert sum(map(len, flat.values())) == len(everything) == len(COMBINATIONS) * len(world.WORDINGS) * 2
+    assert len(flat["test"]) > 64 and len(flat["validation"]) > 32
+    assert set(prompts["train"]) == COMBINATIONS and all(prompts["train"].values())  # nothing is unseen, only unsaid
+    assert set(world.make(64, 5, "mixture")[1]) <= flat["train"]
+    assert set(world.make(64, 5, split="test")[1]) <= flat["test"]
+    assert set(world.draw_prompts(64, 5, split="validation")) <= flat["validation"]
 
 
 def test_prompts_are_read_back():
-    for split in ("train", "test"):
+    for split in ("train", "validation", "test"):
         for (c, s, d), sentences in world.all_prompts(split).items():
             for sentence in sentences:
                 assert world.parse_prompt(sentence) == {"color": c, "shape": s, "direction": d}
