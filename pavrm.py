@@ -162,27 +162,27 @@ def auc(scores, labels):
 
 
 @torch.no_grad()
-def interval_metrics(model, latents, context, labels, seed=0, y=None, batch_size=256, autocast=None):
-    """Section 4's measure: one random t per video in each fifth of (0, 1].
+def interval_logits(model, latents, context, seed=0, y=None, batch_size=256, autocast=None):
+    """Section 4's test: logits [5, m] of m videos, each noised to one random t in every fifth of (0, 1].
 
-    latents [m, c, f, h, w], context [m, l, d_text], labels [m] in {0, 1}. Returns {"accuracy", "balanced_accuracy",
-    "auc"}: lists of five numbers, from [0, .2] to (.8, 1]. Accuracy counts logit >= 0 as good; balanced accuracy is
-    the mean over the two labels, .5 for a constant answer whatever the share of good videos.
+    latents [m, c, f, h, w], context [m, l, d_text]. t and noise depend on seed, interval and place only.
     """
-    out = {"accuracy": [], "balanced_accuracy": [], "auc": []}
-    device, m = latents.device, len(latents)
+    rows, (device, m) = [], (latents.device, len(latents))
     for k in range(INTERVALS):
         t = ((k + uniform(seed, "interval t", k, range(m))) / INTERVALS).to(device)
         x1 = noise(latents.shape[1:], seed, "interval noise", k, range(m)).to(device)
-        logits = []
         for i in range(0, m, batch_size):
             j = slice(i, i + batch_size)
             with autocast() if autocast else torch.autocast(device.type, enabled=False):
-                logits.append(model(add_noise(latents[j], x1[j], t[j]), t[j], context[j],
-                                    y=None if y is None else y[j]))
-        logits = torch.cat(logits)
-        right = ((logits >= 0) == (labels == 1)).float()
-        out["accuracy"].append(right.mean().item())
-        out["balanced_accuracy"].append((right[labels == 1].mean() + right[labels == 0].mean()).item() / 2)
-        out["auc"].append(auc(logits, labels))
-    return out
+                rows.append(model(add_noise(latents[j], x1[j], t[j]), t[j], context[j], y=None if y is None else y[j]))
+    return torch.cat(rows).view(INTERVALS, m)
+
+
+def interval_metrics(logits, labels):
+    """{"accuracy", "balanced_accuracy", "auc"} of logits [5, m] and labels [m] in {0, 1}: lists of five numbers, from
+    [0, .2] to (.8, 1]. Accuracy counts logit >= 0 as good; balanced accuracy is the mean over the two labels, .5 for a
+    constant answer whatever the share of good videos."""
+    right = ((logits >= 0) == (labels == 1)).float()                                                # [5, m]
+    balanced = (right[:, labels == 1].mean(1) + right[:, labels == 0].mean(1)) / 2
+    return {"accuracy": right.mean(1).tolist(), "balanced_accuracy": balanced.tolist(),
+            "auc": [auc(row, labels) for row in logits]}

@@ -23,7 +23,7 @@ import flow
 import world
 from common import InputError, arg
 from model import first_frame_condition, load_transformer
-from pavrm import LOSSES, POOLINGS, PAVRM, interval_metrics
+from pavrm import LOSSES, POOLINGS, PAVRM, interval_logits, interval_metrics
 from weights import save_module
 
 
@@ -35,6 +35,7 @@ class Config:
     output_dir: str = arg("runs/reward", "run folder")
     size: str = arg("tiny", "size of the embedded world (without --data)", choices=tuple(world.SIZES))
     num_samples: int = arg(4096, "own samples to make and label (without --data)", above=0)
+    samples_dir: str | None = arg(None, "where own samples are kept, or found; without, <output_dir>/samples")
     num_inference_steps: int = arg(16, "Euler steps of each own sample", above=0)
     holdout: int = arg(400, "labelled videos kept for the report", above=0)
     depth: int = arg(4, "K, blocks of the generator in the trunk; the paper has 8 of 40, Table 8", above=0)
@@ -63,8 +64,8 @@ def main(config):
                                                                          config.resume_from_checkpoint)
     state = common.load_state(resume) if resume else None
     shards = data.Shards(config.data) if config.data else data.own_samples(
-        Path(config.output_dir) / "samples", generator, config.model, config.num_samples, config.num_inference_steps,
-        config.size, config.seed, runtime)
+        config.samples_dir or Path(config.output_dir) / "samples", generator, config.model, config.num_samples,
+        config.num_inference_steps, config.size, config.seed, runtime)
     shards.require(channels=generator.config["out_dim"], labelled=bool(config.data),
                    context_shape=(min(shards.context_shape[0], generator.config["text_len"]),
                                   generator.config["text_dim"]))
@@ -108,9 +109,9 @@ def main(config):
     report = {}
 
     def measure():
-        found = interval_metrics(
-            pavrm, held_batch["latents"], held_batch["context"], held_batch["label"], config.seed,
-            y=first_frame_condition(held_batch["latents"]) if image_to_video else None, autocast=runtime.autocast)
+        y = first_frame_condition(held_batch["latents"]) if image_to_video else None
+        found = interval_metrics(interval_logits(pavrm, held_batch["latents"], held_batch["context"], config.seed, y,
+                                                 autocast=runtime.autocast), held_batch["label"])
         if runtime.rank == 0:
             show(found, bar)
         return found

@@ -190,7 +190,7 @@ def measured(answer, m=30):
         seen.append((x, t))
         return answer(context[:, 0, 0])
 
-    return P.interval_metrics(model, latents, context, labels, batch_size=8), seen
+    return P.interval_metrics(P.interval_logits(model, latents, context, batch_size=8), labels), seen
 
 
 def test_interval_metrics_of_known_models():
