@@ -1,14 +1,25 @@
-"""The paper's comparisons on the embedded world, a command each. Finished parts are kept; run again to go on.
+"""The paper's comparisons on the embedded world, one command each. Finished parts are kept; run again to go on.
 
-    python reproduce.py table1                    three seeds, learning-rate sweep, 512 videos
-    python reproduce.py table1 --preset quick     one seed, no sweep, 256 videos
-    python reproduce.py annotator                 the judge itself after mp4 and VAE: clean clips that pass, flaws that fail
+    python reproduce.py table1                    PRFL against the base, SFT, RWR and RGB ReFL
+    python reproduce.py table3 --preset quick     one seed, fewer videos
+    python reproduce.py all --preset quick        everything
 
-table1: the base, SFT and RWR at PRFL's number of optimizer updates, SFT at PRFL's wall time, and PRFL. Every method
-gets the same three learning rates; the best one of seed 0, on other draws of held-out prompts and noise than those
-reported, is kept for all seeds. The paper's other tables, and RGB ReFL, are not here yet. Each part is a plain call of
-this repository's own scripts, printed as it is run.
-Writes results/<name>.md and .json.
+table1     base, RWR, SFT (at equal updates, at equal time), RGB ReFL (first frame, all frames), PRFL
+table3     which part of the trajectory PRFL rewards
+table5     how PAVRM pools its tokens, beside the pixel rewards
+table7     binary cross-entropy or Bradley-Terry
+table8     how many blocks K the trunk has
+fig3       a reward model of pixels on one-step-denoised states; frozen probes by depth; probes against fine-tuning
+fig5       wins, ties and losses of PRFL, the annotator in the place of people
+labels     how many samples PAVRM learns from
+loss       PRFL's loss form, lambda, steps with gradients, with and without SFT updates
+hacking    proxy reward, quality, speed, brightness, saturation while aligning, with and without SFT updates
+annotator  the judge itself, after mp4 and VAE: clean clips that pass, flaws that fail
+
+Every part is a plain call of this repository's own scripts, printed as it starts; what it said is in log.txt in its
+folder. Writes results/<name>.md and .json, and a .png where a curve says more (if matplotlib is there). Intervals are
+95 %, from resampling seeds and videos together; a claim of the paper holds if the interval of the paired difference is
+above zero, does not hold if it is below, and cannot be told otherwise.
 """
 import json
 import os
@@ -17,201 +28,445 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import common
+import data
+import flow
+import world
 from common import InputError, arg
+from model import load_transformer
+from pavrm import auc, interval_logits, load_pavrm
+from vae import from_pixels, load_vae, to_pixels
 
 HERE = Path(__file__).resolve().parent
-RATES = (1e-5, 3e-5, 1e-4)
+BASE = HERE / "checkpoints"
+RATES = (1e-5, 3e-5, 1e-4, 3e-4)                                 # of every method in table1's sweep
+TUNED = {"prfl": 3e-5, "sft": 1e-4, "rwr": 1e-4, "refl": 3e-5}   # the best of the sweep in results/table1.md
+ITERATIONS = 80                                                  # of PRFL and ReFL: 160 optimizer updates
+TRUNK = json.loads((BASE / "transformer" / "config.json").read_text())["num_layers"]
 PRESETS = {
-    "quick": {"seeds": 1, "rates": (3e-5,), "videos": 256, "samples": 3072, "reward_steps": 400, "clips": 400},
-    "full": {"seeds": 3, "rates": RATES, "videos": 512, "samples": 4096, "reward_steps": 600, "clips": 2000},
+    "quick": {"seeds": 1, "sweep": False, "videos": 256, "samples": 3072, "reward_steps": 400, "tested": 1024,
+              "clips": 400},
+    "full": {"seeds": 3, "sweep": True, "videos": 512, "samples": 4096, "reward_steps": 600, "tested": 2048,
+             "clips": 2000},
 }
-ITERATIONS = 80                                                  # of PRFL: 160 optimizer updates
+METRICS = {"qualified": "qualified", "physical_qualified": "physical", "deformity_qualified": "deformity",
+           "adherent": "adherent", "smoothness": "smoothness", "dynamic": "dynamic", "consistency": "consistency",
+           "speed": "speed", "brightness": "brightness", "saturation": "saturation"}
 
 
-@dataclass
-class Config:
-    name: str = arg(..., "what to reproduce", choices=("table1", "annotator"), positional=True)
-    preset: str = arg("full", "full is what results/ holds", choices=tuple(PRESETS))
-    seeds: int | None = arg(None, "seeds; without, the preset's", above=0)
-    output_dir: str = arg("runs/reproduce", "where the parts are kept")
-    results_dir: str = arg("results", "where the tables go")
+# ---- parts: calls of the other scripts, kept
+class Work:
+    """Where the parts of a preset lie, and how they are run."""
+
+    def __init__(self, config):
+        self.config, self.preset = config, PRESETS[config.preset]
+        self.folder = Path(config.output_dir) / config.preset
+        self.seeds = range(config.seeds or self.preset["seeds"])
+        # Small models gain little from a second thread: on CPU every part has one, and there are as many parts at a time.
+        on_gpu = torch.cuda.is_available()
+        self.jobs = 1 if on_gpu else os.cpu_count()
+        self.environment = os.environ | ({} if on_gpu else {"OMP_NUM_THREADS": "1"})
+        self.started = time.time()
+
+    def run(self, parts):
+        """Runs the unfinished ones of parts [(folder, file that it ends with, script, *flags)], side by side; training
+        goes on from its last checkpoint. Raises InputError with the last line of one that fails."""
+        parts = {folder / last: command for folder, last, *command in parts if not (folder / last).exists()}
+        bar = common.progress(len(parts), "parts")
+        with ThreadPoolExecutor(self.jobs) as pool:
+            running = [pool.submit(self._run, path, command, bar) for path, command in parts.items()]
+            try:
+                for part in running:
+                    part.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        bar.close()
+
+    def _run(self, path, command, bar):
+        folder, (script, *flags) = path.parent, map(str, command)
+        flags += ["--output_dir", str(folder)] + (["--resume", "latest"] if common.checkpoints(folder) else [])
+        bar.write("$ python " + " ".join([script, *flags]))
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "log.txt").open("a") as log:
+            code = subprocess.run([sys.executable, HERE / script, *flags], stdout=log, stderr=log, env=self.environment).returncode
+        if code:
+            said = (folder / "log.txt").read_text().strip().splitlines()[-1:]
+            raise InputError(f"`python {' '.join([script, *flags])}` ended with code {code}: {' '.join(said)}")
+        bar.update()
 
 
-def run(*command):
-    """One of our own scripts, printed as a reader would type it."""
-    print("\n$ python " + " ".join(map(str, command)), flush=True)
-    done = subprocess.run([sys.executable, str(HERE / command[0]), *map(str, command[1:])])
-    if done.returncode:
-        raise InputError(f"`python {' '.join(map(str, command))}` ended with code {done.returncode}")
+def named(prefix, flags):
+    """A folder name that says what was run, so that two tables that need the same part share it."""
+    return "-".join([prefix, *(str(flag).removeprefix("--").replace("/", "_") for flag in flags)])
 
 
-def provenance(config, started):
-    """What a results file says of its making."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout
-    minutes = (time.time() - started) / 60
-    return {"command": f"python reproduce.py {config.name} --preset {config.preset}", "commit": commit.strip(),
-            "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()})", "minutes": round(minutes, 1)}
+def reward_folder(work, seed, flags=()):
+    return work.folder / f"seed-{seed}" / named("reward", flags)
 
 
-def write_results(config, text, values):
-    folder = Path(config.results_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    about = values["provenance"]
-    (folder / f"{config.name}.md").write_text(
-        text + f"\n`{about['command']}` at {about['commit']}, {about['hardware']}, {about['minutes']} minutes "
-        "(of this last call; finished parts are reused).\n")
-    common.write_json(folder / f"{config.name}.json", values)
-    print(text + f"\nwrote {folder / config.name}.md and .json")
+def train_rewards(work, variants):
+    """A reward model per seed and entry of variants (train_reward flags), all on the seed's own samples."""
+    def part(seed, flags):
+        count = () if "--num_samples" in flags else (
+            "--num_samples", work.preset["samples"], "--samples_dir", work.folder / f"seed-{seed}" / "samples")
+        return (reward_folder(work, seed, flags), "report.json", "train_reward.py", "--seed", seed, *count,
+                "--max_train_steps", work.preset["reward_steps"], *flags)
+
+    work.run([part(seed, ()) for seed in work.seeds])            # makes the samples
+    work.run([part(seed, flags) for seed in work.seeds for flags in variants])
 
 
-# ---- table 1
-def align(folder, method, rate, steps, seed, shards, reward=None):
-    """One alignment run, unless it is finished; returns its folder."""
-    if not (folder / "transformer" / "config.json").exists():
-        resume = ["--resume", "latest"] if common.checkpoints(folder) else []
-        run("train_align.py", "--method", method, "--learning_rate", rate, "--max_train_steps", steps, "--seed", seed,
-            "--data", shards, *(["--reward", reward] if reward else []), "--output_dir", folder, *resume)
-    return folder
+def curated(work):
+    """Shards of the curated set: 1,024 clean clips, as mp4 and then as latents."""
+    clips, shards = work.folder / "curated" / "clips", work.folder / "curated" / "latents"
+    if not (shards / "shards.json").exists():
+        for command in (("world", clips, "--count", 1024, "--seed", 500, "--kind", "clean"),
+                        ("encode", clips, "--out", shards)):
+            subprocess.run([sys.executable, HERE / "data.py", *map(str, command)], check=True)
+    return shards
 
 
-def rows_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def align_folder(work, seed, method, flags=()):
+    return work.folder / f"seed-{seed}" / named(method, flags)
 
 
-def steps_of_equal_time(prfl, sft):
-    """SFT updates that take as long as PRFL's iterations, by the median seconds of each (the reward model's own
-    training is not counted)."""
-    iteration = np.median([row["sft_seconds"] + row["reward_seconds"] for row in rows_of(prfl) if "reward" in row])
-    update = np.median([row["sft_seconds"] for row in rows_of(sft) if "sft_seconds" in row])
-    return round(ITERATIONS * iteration / update)
+def train_aligned(work, runs):
+    """runs: [(seed, method, train_align flags)]. prfl and refl make ITERATIONS of two updates, sft and rwr as many
+    updates, at the rates of TUNED, unless the flags say otherwise. refl's flags begin with --frames first | all."""
+    shards, parts = curated(work), []
+    for seed, method, flags in runs:
+        twice = method in ("prfl", "refl")
+        default = {"--max_train_steps": ITERATIONS if twice else 2 * ITERATIONS, "--learning_rate": TUNED[method]}
+        if method != "sft":
+            judge = ("--space", "rgb", *flags[:2]) if method == "refl" else ()
+            default["--reward"] = reward_folder(work, seed, judge) / "reward"
+        added = [word for flag, value in default.items() if flag not in flags for word in (flag, value)]
+        parts.append((align_folder(work, seed, method, flags), "transformer/config.json", "train_align.py", "--method",
+                      method, "--seed", seed, "--data", shards, *added, *flags))
+    work.run([(folder, last, *command) for folder, last, *command in parts])
 
 
-def evaluate(folder, named, seed, videos, reward):
-    """Per-video values of each named checkpoint; kept."""
-    if not (folder / "per_video.json").exists():
-        run("evaluate.py", *[f"{name}={path}" for name, path in named.items()], "--seed", seed, "--num_videos", videos,
-            "--reward", reward, "--output_dir", folder)
-    return json.loads((folder / "per_video.json").read_text())
+def evaluations(work, tasks):
+    """tasks: [(name, seed, {row: checkpoint folder}, evaluate flags)] -> [{row: {metric: array over videos}}]."""
+    parts = [(work.folder / f"seed-{seed}" / f"evaluation-{name}", "per_video.json", "evaluate.py",
+              *[f"{row}={folder}" for row, folder in rows.items()], "--num_videos", work.preset["videos"],
+              "--reward", reward_folder(work, seed) / "reward", *flags) for name, seed, rows, flags in tasks]
+    work.run(parts)
+    return [{row: {metric: np.array(values) for metric, values in metrics.items()}
+             for row, metrics in json.loads((folder / last).read_text()).items()} for folder, last, *_ in parts]
 
 
-def seeds_and_videos_interval(values, rounds=2000):
-    """95 % interval of the mean of values [seeds][videos]: seeds and videos are resampled, each with replacement."""
+# ---- statistics and tables
+def interval(values, rounds=2000):
+    """95 % interval of the mean of values [seeds, videos]: both are resampled, with replacement."""
     values, rng = np.asarray(values, float), np.random.default_rng(0)
     s, m = values.shape
     means = [values[rng.integers(0, s, s)][:, rng.integers(0, m, m)].mean() for _ in range(rounds)]
     return [float(x) for x in np.quantile(means, (0.025, 0.975))]
 
 
-def table1(config, preset, started):
-    work, seeds = Path(config.output_dir) / f"table1-{config.preset}", range(config.seeds or preset["seeds"])
-    clips, shards = work / "curated" / "clips", work / "curated" / "latents"
-    if not (clips / "metadata.jsonl").exists():
-        run("data.py", "world", clips, "--count", 1024, "--seed", 500, "--kind", "clean")
-    run("data.py", "encode", clips, "--out", shards)             # goes on where it stopped; quick when complete
-    rewards = {seed: work / f"seed-{seed}" / "reward" for seed in seeds}
-    for seed, folder in rewards.items():
-        if not (folder / "report.json").exists():
-            resume = ["--resume", "latest"] if common.checkpoints(folder) else []
-            run("train_reward.py", "--seed", seed, "--num_samples", preset["samples"], "--max_train_steps",
-                preset["reward_steps"], "--output_dir", folder, *resume)
+def summary(values):
+    """values [seeds, videos] -> {"mean", "interval", "seeds"}."""
+    return {"mean": float(np.mean(values)), "interval": interval(values), "seeds": np.mean(values, 1).tolist()}
 
-    def equal_time_steps():
-        """Decided once, from the runs of seed 0 at the last rate."""
-        path, rate = work / "equal-time.json", preset["rates"][-1]
-        if not path.exists():
-            common.write_json(path, {"sft_steps": steps_of_equal_time(aligned("PRFL", 0, rate), aligned("SFT", 0, rate))})
-        return json.loads(path.read_text())["sft_steps"]
 
-    def aligned(method, seed, rate):
-        """The folder of one alignment run."""
-        base, reward = work / f"seed-{seed}", rewards[seed] / "reward"
-        if method == "PRFL":
-            return align(base / f"prfl-{rate:g}", "prfl", rate, ITERATIONS, seed, shards, reward)
-        if method == "RWR":
-            return align(base / f"rwr-{rate:g}", "rwr", rate, 2 * ITERATIONS, seed, shards, reward)
-        if method == "SFT":
-            return align(base / f"sft-{rate:g}", "sft", rate, 2 * ITERATIONS, seed, shards)
-        return align(base / f"sft-long-{rate:g}", "sft", rate, equal_time_steps(), seed, shards)
+def show(cell):
+    return f"{cell['mean']:.3f} [{cell['interval'][0]:.3f}, {cell['interval'][1]:.3f}]"
 
-    methods, sweep, best = ("RWR", "SFT", "SFT, equal time", "PRFL"), {}, {}
-    for rate in preset["rates"]:
-        found = evaluate(work / f"sweep-{rate:g}", {method: aligned(method, 0, rate) for method in methods}, 50, 256,
-                         rewards[0] / "reward")                  # other draws and noise than the reported ones
-        for method in methods:
-            sweep.setdefault(method, {})[rate] = float(np.mean(found[method]["qualified"]))
-    for method, rates in sweep.items():
-        best[method] = max(rates, key=rates.get)
 
-    per_seed = []
-    for seed in seeds:
-        named = {"base": HERE / "checkpoints"} | {method: aligned(method, seed, rate) for method, rate in best.items()}
-        per_seed.append(evaluate(work / f"seed-{seed}" / "evaluation", named, 0, preset["videos"],
-                                 rewards[seed] / "reward"))
-    order = ["base", "RWR", "SFT", "SFT, equal time", "PRFL", "clean renders"]
-    columns = {"qualified": "qualified", "physical_qualified": "physical", "deformity_qualified": "deformity",
-               "adherent": "adherent", "smoothness": "smoothness", "dynamic": "dynamic", "consistency": "consistency",
-               "speed": "speed", "brightness": "brightness", "saturation": "saturation"}
-    rows = {}
-    for name in order:
-        rows[name] = {c: {"mean": float(np.mean([found[name][c] for found in per_seed])),
-                          "interval": seeds_and_videos_interval([found[name][c] for found in per_seed]),
-                          "seeds": [float(np.mean(found[name][c])) for found in per_seed]} for c in columns}
-    against = {}
-    for name in order[:4]:
-        gaps = [np.subtract(found["PRFL"]["qualified"], found[name]["qualified"]) for found in per_seed]
-        grades = [np.subtract(found["PRFL"]["grade"], found[name]["grade"]) for found in per_seed]
-        low, high = seeds_and_videos_interval(gaps)
-        against[name] = {"difference": float(np.mean(gaps)), "interval": [low, high],
-                         "win": float(np.mean(np.array(grades) > 0)), "tie": float(np.mean(np.array(grades) == 0)),
-                         "lose": float(np.mean(np.array(grades) < 0)),
-                         "verdict": "holds" if low > 0 else "does not hold" if high < 0 else "cannot be told"}
-    reports = [json.loads((folder / "report.json").read_text()) for folder in rewards.values()]
-    lines = [f"# Table 1: PRFL and its baselines ({len(list(seeds))} seeds, {preset['videos']} videos, same noise)", "",
-             "Mean over seeds and videos, 95 % interval from resampling both.", "",
-             "| | " + " | ".join(columns.values()) + " | qualified, by seed |", "|---" * (len(columns) + 2) + "|"]
-    for name, row in rows.items():
-        low, high = row["qualified"]["interval"]
-        cells = [f"**{row['qualified']['mean']:.3f}** [{low:.3f}, {high:.3f}]"] + [f"{row[c]['mean']:.3f}" for c in
-                                                                            list(columns)[1:]]
-        lines.append(f"| {name} | " + " | ".join(cells) + " | " + " ".join(f"{v:.3f}" for v in
-                                                                           row["qualified"]["seeds"]) + " |")
-    lines += ["", "| PRFL against | difference in qualified rate | win / tie / lose | PRFL above it (paper: yes) |",
-              "|---|---|---|---|"]
-    for name, pair in against.items():
-        lines.append(f"| {name} | {pair['difference']:+.3f} [{pair['interval'][0]:+.3f}, {pair['interval'][1]:+.3f}] | "
-                     f"{pair['win']:.2f} / {pair['tie']:.2f} / {pair['lose']:.2f} | {pair['verdict']} |")
-    lines += ["", "Learning rates tried, qualified rate of 256 validation prompts, seed 0 (kept: the best of each row):", "",
-              "| | " + " | ".join(f"{rate:g}" for rate in preset["rates"]) + " |", "|---" * (len(preset["rates"]) + 1) + "|"]
-    lines += [f"| {method} | " + " | ".join(f"{value:.3f}" for value in rates.values()) + " |"
-              for method, rates in sweep.items()]
-    steps = json.loads((work / "equal-time.json").read_text())["sft_steps"]
-    lines += ["", f"PRFL: {ITERATIONS} iterations, {2 * ITERATIONS} updates. SFT and RWR: {2 * ITERATIONS} updates. SFT, "
-              f"equal time: {steps} updates.", "", "Reward model on 400 held-out own samples, by t (mean over seeds):", "",
-              "| | [0, .2] | (.2, .4] | (.4, .6] | (.6, .8] | (.8, 1] | average |", "|---|---|---|---|---|---|---|"]
-    for metric in ("accuracy", "balanced_accuracy", "auc"):
-        values = np.mean([report[metric] for report in reports], 0)
-        lines.append(f"| {metric.replace('_', ' ')} | " + " | ".join(f"{v:.3f}" for v in (*values, values.mean())) + " |")
-    write_results(config, "\n".join(lines) + "\n", {
-        "provenance": provenance(config, started), "rows": rows, "prfl_against": against, "sweep":
-        {method: {str(k): v for k, v in rates.items()} for method, rates in sweep.items()}, "best_rate": best,
-        "reward_reports": reports, "sft_steps_of_equal_time": steps})
+def table(head, rows):
+    """A Markdown table. rows: lists of cells, the first the row's name."""
+    return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|",
+            *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
+
+
+def judge_claims(claims, values):
+    """claims [(better, worse)] of the paper, values {row: [seeds, videos]}, paired -> [{...}] with verdicts."""
+    found = []
+    for better, worse in claims:
+        gap = np.subtract(values[better], values[worse])
+        low, high = interval(gap)
+        found.append({"claim": f"{better} above {worse}", "difference": float(gap.mean()), "interval": [low, high],
+                      "verdict": "holds" if low > 0 else "does not hold" if high < 0 else "cannot be told"})
+    return found
+
+
+def claims_table(found):
+    return table(["the paper's ordering", "difference", "verdict"],
+                 [[c["claim"], f"{c['difference']:+.3f} [{c['interval'][0]:+.3f}, {c['interval'][1]:+.3f}]", c["verdict"]]
+                  for c in found])
+
+
+def write_results(work, name, title, lines, values):
+    """results/<name>.md and .json, with the command, the commit, the machine and the minutes."""
+    git = lambda *words: subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True).stdout.strip()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    seeds = f" --seeds {work.config.seeds}" if work.config.seeds else ""
+    about = {"command": f"python reproduce.py {name} --preset {work.config.preset}{seeds}",
+             "commit": git("rev-parse", "--short", "HEAD"), "hardware": device,
+             "minutes": round((time.time() - work.started) / 60, 1)}
+    folder = Path(work.config.results_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "\n".join([f"# {title}", "", *lines, f"`{about['command']}` at {about['commit']}, {about['hardware']}, "
+                      f"{about['minutes']} minutes since this call began (finished parts are reused).", ""])
+    (folder / f"{name}.md").write_text(text)
+    common.write_json(folder / f"{name}.json", {"provenance": about, **values})
+    print(text + f"\nwrote {folder / name}.md and .json")
+
+
+def plot(work, name, panels, x_label):
+    """results/<name>.png: panels {title: {curve: (x, y)}} side by side."""
+    try:
+        import matplotlib
+    except ImportError:
+        return print(f"no {name}.png: `pip install matplotlib` draws the curves")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3), squeeze=False, layout="constrained")
+    for axis, (title, curves) in zip(axes[0], panels.items()):
+        for label, (x, y) in curves.items():
+            axis.plot(x, y, marker=".", label=label)
+        axis.set(title=title, xlabel=x_label)
+    axes[0][-1].legend()
+    figure.savefig(Path(work.config.results_dir) / f"{name}.png", dpi=110)
+    pyplot.close(figure)
+
+
+# ---- studies of alignment
+def alignment_study(work, name, title, variants, claims, paper, notes=()):
+    """variants: {row: (method, train_align flags)}; claims: [(better, worse)] rows; paper: {row: published value}."""
+    train_rewards(work, [("--space", "rgb", *flags[:2]) for method, flags in variants.values() if method == "refl"])
+    train_aligned(work, [(seed, method, flags) for seed in work.seeds for method, flags in variants.values()])
+    found = evaluations(work, [(name, seed, {"base": BASE} | {row: align_folder(work, seed, *run)
+                                                              for row, run in variants.items()}, ()) for seed in work.seeds])
+    rows = {row: {metric: summary([f[row][metric] for f in found]) for metric in METRICS} for row in found[0]}
+    claims = judge_claims(claims, {row: [f[row]["qualified"] for f in found] for row in rows})
+    lines = [f"{len(found)} seeds, {work.preset['videos']} held-out videos each, same prompts and noise in every row. The "
+             "paper's column is its average metric (another scale: compare orderings).", ""]
+    lines += table(["", "paper", *METRICS.values(), "qualified, by seed"],
+                   [[row, paper.get(row, ""), f"**{show(cells['qualified'])}**",
+                     *(f"{cells[m]['mean']:.3f}" for m in list(METRICS)[1:]),
+                     " ".join(f"{v:.3f}" for v in cells["qualified"]["seeds"])] for row, cells in rows.items()])
+    write_results(work, name, title, [*lines, *claims_table(claims), *notes], {"rows": rows, "claims": claims, "paper": paper})
+    return found
+
+
+def steps_of_equal_time(work):
+    """SFT updates that take as long as PRFL's iterations, by the median seconds of each on seed 0 (the reward model's
+    own training is not counted)."""
+    train_aligned(work, [(0, "prfl", ()), (0, "sft", ())])
+    rows = {method: [json.loads(line) for line in (align_folder(work, 0, method) / "metrics.jsonl").read_text().splitlines()]
+            for method in ("prfl", "sft")}
+    iteration = np.median([row["sft_seconds"] + row["reward_seconds"] for row in rows["prfl"] if "reward" in row])
+    update = np.median([row["sft_seconds"] for row in rows["sft"] if "sft_seconds" in row])
+    return round(ITERATIONS * iteration / update)
+
+
+def table1_variants(work):
+    """{row: (method, flags)}; the number of updates of equal time is measured once and kept."""
+    path = work.folder / "equal_time.json"
+    if not path.exists():
+        train_rewards(work, [()])
+        common.write_json(path, {"sft_steps": steps_of_equal_time(work)})
+    steps = json.loads(path.read_text())["sft_steps"]
+    return {"RWR": ("rwr", ()), "SFT": ("sft", ()), "SFT, equal time": ("sft", ("--max_train_steps", steps)),
+            "RGB ReFL, first frame": ("refl", ("--frames", "first")), "RGB ReFL, all frames": ("refl", ("--frames", "all")),
+            "PRFL": ("prfl", ())}
+
+
+def table1(work):
+    variants, notes = table1_variants(work), []
+    paper = {"base": 81.03, "RWR": 84.17, "SFT": 84.79, "RGB ReFL, first frame": 83.97, "PRFL": 89.58}
+    train_rewards(work, [("--space", "rgb", "--frames", frames) for frames in ("first", "all")])
+    if work.preset["sweep"]:
+        runs = {(row, rate): (method, (*flags, "--learning_rate", rate)) for row, (method, flags) in variants.items()
+                for rate in RATES}
+        train_aligned(work, [(0, *run) for run in runs.values()])
+        judged = evaluations(work, [(f"sweep-{rate:g}", 0, {row: align_folder(work, 0, *runs[row, rate]) for row in variants},
+                                     ("--split", "validation", "--seed", 50)) for rate in RATES])
+        sweep = {row: {rate: float(found[row]["qualified"].mean()) for rate, found in zip(RATES, judged)} for row in variants}
+        best = {row: max(rates, key=rates.get) for row, rates in sweep.items()}
+        variants = {row: runs[row, best[row]] for row in variants}
+        notes = ["Learning rates tried: qualified rate on validation sentences, which training and the table above never "
+                 "see, seed 0. The best of each row is the one above.", "",
+                 *table(["", *(f"{rate:g}" for rate in RATES)],
+                        [[row, *(f"**{v:.3f}**" if rate == best[row] else f"{v:.3f}" for rate, v in rates.items())]
+                         for row, rates in sweep.items()])]
+    reports = {label: [json.loads((reward_folder(work, seed, flags) / "report.json").read_text()) for seed in work.seeds]
+               for label, flags in (("PAVRM", ()), ("pixels, first frame", ("--space", "rgb", "--frames", "first")),
+                                    ("pixels, all frames", ("--space", "rgb", "--frames", "all")))}
+    notes += ["Reward models on 400 held-out own samples, mean over seeds. Pixel rewards see the finished video.", "",
+              *table(["", "[0, .2]", "(.2, .4]", "(.4, .6]", "(.6, .8]", "(.8, 1]"],
+                     [[f"{label}, {metric.replace('_', ' ')}", *(f"{v:.3f}" for v in np.mean([r[metric] for r in found], 0))]
+                      for label, found in reports.items() for metric in ("accuracy", "balanced_accuracy", "auc")])]
+    alignment_study(work, "table1", "Table 1: PRFL and what it is compared with", variants,
+                    [("PRFL", other) for other in ("base", *list(variants)[:-1])], paper, notes)
+
+
+def table3(work):
+    alignment_study(work, "table3", "Table 3: the rewarded part of the trajectory",
+                    {part: ("prfl", ("--trajectory_part", part)) for part in ("early", "middle", "late")}
+                    | {"full": ("prfl", ())},
+                    [("full", "early"), ("full", "middle"), ("full", "late"), ("middle", "late"), ("late", "early")],
+                    {"early": 82.25, "middle": 87.02, "late": 85.01, "full": 89.58})
+
+
+def loss(work):
+    variants = {"PRFL: linear, lambda 1, 1 step": ("prfl", ()),
+                "-log sigmoid": ("prfl", ("--reward_loss", "logsigmoid")),
+                "sigmoid hinge (released code)": ("prfl", ("--reward_loss", "sigmoid_hinge")),
+                "sigmoid hinge, lambda 30": ("prfl", ("--reward_loss", "sigmoid_hinge", "--reward_weight", 30.0)),
+                "lambda 0.1": ("prfl", ("--reward_weight", 0.1)), "lambda 5": ("prfl", ("--reward_weight", 5.0)),
+                "2 steps with gradients": ("prfl", ("--grad_steps", 2)),
+                "4 steps with gradients": ("prfl", ("--grad_steps", 4)),
+                "without SFT updates": ("prfl", ("--no-sft_updates",))}
+    first = next(iter(variants))
+    alignment_study(work, "loss", "PRFL's own choices: loss form, lambda, steps with gradients, SFT updates", variants,
+                    [(first, "sigmoid hinge (released code)"), (first, "without SFT updates")], {},
+                    ["The paper has no table of these; the two orderings are what it argues for.", ""])
+
+
+def fig5(work):
+    variants = {row: run for row, run in table1_variants(work).items() if row != "SFT, equal time"}
+    train_rewards(work, [("--space", "rgb", "--frames", frames) for frames in ("first", "all")])
+    train_aligned(work, [(seed, *run) for seed in work.seeds for run in variants.values()])
+    found = evaluations(work, [("fig5", seed, {row: align_folder(work, seed, *run) for row, run in variants.items()}, ())
+                               for seed in work.seeds])
+    paper = {"SFT": (59.33, 18.53, 22.13), "RWR": (63.20, 16.27, 20.53), "RGB ReFL, first frame": (67.47, 13.73, 18.80)}
+    rows, values = [], {}
+    for row in list(variants)[:-1]:
+        gap = np.array([f["PRFL"]["grade"] - f[row]["grade"] for f in found])
+        share = [summary(gap > 0), summary(gap == 0), summary(gap < 0)]
+        low, high = interval(np.sign(gap))
+        verdict = "holds" if low > 0 else "does not hold" if high < 0 else "cannot be told"
+        values[row] = {"win": share[0], "tie": share[1], "lose": share[2], "verdict": verdict}
+        rows.append([row, " / ".join(f"{v:.1f}" for v in paper.get(row, ())), *map(show, share), verdict])
+    write_results(work, "fig5", "Figure 5: PRFL against each, video by video", [
+        "Same prompt, same noise; the better grade (both axes, then the prompt) wins. The annotator judges, not people.", "",
+        *table(["PRFL against", "paper, % win / tie / lose", "win", "tie", "lose", "more wins than losses"], rows)], values)
+
+
+def hacking(work):
+    """The panel over alignment, with and without SFT updates: checkpoints are validated as they train."""
+    variants = {"PRFL": (), "without SFT updates": ("--no-sft_updates",)}
+    train_rewards(work, [()])
+    parts, watch = [], ("--validation_steps", 10, "--num_validation", work.preset["videos"] // 2)
+    for label, flags in variants.items():                        # without --data: validation is the embedded world's
+        parts.append((work.folder / "seed-0" / named("hacking", flags), "transformer/config.json", "train_align.py",
+                      "--reward", reward_folder(work, 0) / "reward", "--learning_rate", TUNED["prfl"],
+                      "--max_train_steps", 2 * ITERATIONS, *watch, *flags))
+    work.run(parts)
+    curves = {}
+    for (label, _), (folder, *_) in zip(variants.items(), parts):
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        validated = [row for row in rows if "validation_qualified" in row]
+        at = [row["step"] for row in validated]
+        curves[label] = {key: (at, [row[f"validation_{key}"] for row in validated])
+                         for key in ("qualified", "speed", "brightness", "saturation")}
+        rewards = [np.mean([r["reward"] for r in rows if "reward" in r and s - 10 < r["step"] <= s]) for s in at[1:]]
+        curves[label]["proxy reward"] = (at[1:], rewards)
+    keys = ("proxy reward", "qualified", "speed", "brightness", "saturation")
+    plot(work, "hacking", {key: {label: found[key] for label, found in curves.items()} for key in keys}, "iteration")
+    rows = [[f"{label}, iteration {step}", *(f"{dict(zip(*found[key])).get(step, float('nan')):.3f}" for key in keys)]
+            for label, found in curves.items() for step in found["qualified"][0][::4]]
+    write_results(work, "hacking", "What the reward does to the videos, while aligning", [
+        "Proxy reward: mean logit of the last ten reward updates. The others: validation videos, seed 0.", "",
+        *table(["", *keys], rows)], {"curves": curves})
+
+
+# ---- studies of the reward model
+@torch.no_grad()
+def test_set(work):
+    """Own samples of the base that no reward model of any seed saw: latents, contexts, labels, without the in-between."""
+    runtime = common.setup("no")
+    shards = data.own_samples(work.folder / "test_samples", load_transformer(BASE).to(runtime.device).eval(), str(BASE),
+                              work.preset["tested"], 16, "tiny", 9_999, runtime)
+    kept = shards.batch((shards.labels >= 0).nonzero()[:, 0])
+    return kept["latents"], kept["context"], kept["label"]
+
+
+def reward_study(work, name, title, variants, claims, paper, notes=()):
+    """variants: {row: train_reward flags}; like alignment_study. Accuracy on one test set, t in each fifth of (0, 1]."""
+    train_rewards(work, variants.values())
+    latents, context, labels = test_set(work)
+    logits = {row: torch.stack([interval_logits(load_pavrm(reward_folder(work, seed, flags) / "reward"), latents, context)
+                                for seed in work.seeds]) for row, flags in variants.items()}        # [seeds, 5, m]
+    right = {row: ((values >= 0) == (labels == 1)).double().numpy() for row, values in logits.items()}
+    rows = {row: {"average": summary(values.mean(1)), "intervals": values.mean((0, 2)).tolist(),
+                  "auc": np.mean([[auc(x, labels) for x in seed] for seed in logits[row]], 0).tolist()}
+            for row, values in right.items()}
+    claims = judge_claims(claims, {row: values.mean(1) for row, values in right.items()})
+    lines = [f"Accuracy on {len(labels)} own samples that no reward model was trained on ({(labels == 1).double().mean():.0%} "
+             f"good), one random t in each fifth of (0, 1]; {len(work.seeds)} seeds.", ""]
+    lines += table(["", "paper", "average", "[0, .2]", "(.2, .4]", "(.4, .6]", "(.6, .8]", "(.8, 1]", "AUC, average"],
+                   [[row, paper.get(row, ""), f"**{show(cells['average'])}**", *(f"{v:.3f}" for v in cells["intervals"]),
+                     f"{np.mean(cells['auc']):.3f}"] for row, cells in rows.items()])
+    write_results(work, name, title, [*lines, *claims_table(claims), *notes], {"rows": rows, "claims": claims, "paper": paper})
+    return rows
+
+
+def table5(work):
+    eq5 = "attention with query"
+    reward_study(work, "table5", "Table 5: how tokens become one vector",
+                 {"mean": ("--pooling", "mean"), "max": ("--pooling", "max"),
+                  "attention without query": ("--pooling", "attention"), eq5: (),
+                  "8 heads (released code)": ("--pooling", "multihead")},
+                 [(eq5, "mean"), (eq5, "max"), (eq5, "attention without query"), ("mean", "max")],
+                 {"mean": 83.37, "max": 78.47, "attention without query": 83.42, eq5: 84.18})
+
+
+def table7(work):
+    reward_study(work, "table7", "Table 7: binary cross-entropy or Bradley-Terry", {"BCE": (), "BT": ("--loss", "bt")},
+                 [("BCE", "BT")], {"BCE": 80.05, "BT": 79.85},
+                 ["Bradley-Terry learns differences only; its logit has no zero, so look at its AUC too.", ""])
+
+
+def table8(work):
+    depths = {f"K = {k}": () if k == 4 else ("--depth", k) for k in range(1, TRUNK + 1) if k in (1, 2, 4, 6, 8)}
+    reward_study(work, "table8", "Table 8: blocks in the trunk", depths, [("K = 4", "K = 1"), ("K = 4", f"K = {TRUNK}")],
+                 {}, [f"The paper, of 40 blocks: K = 8 84.18, 16 85.51, 24 85.25, 32 84.03, 40 83.27. The generator here has "
+                      f"{TRUNK}; the orderings asked for are: a middle depth above the least and above all blocks.", ""])
+
+
+def labels(work):
+    counts = [n for n in (512, 1024, 2048) if n < work.preset["samples"]]
+    most = f"{work.preset['samples']} samples"
+    reward_study(work, "labels", "How many labelled samples PAVRM learns from",
+                 {f"{n} samples": ("--num_samples", n, "--holdout", n // 8) for n in counts} | {most: ()},
+                 [(most, f"{n} samples") for n in counts], {}, ["Not in the paper. Held-out and in-between ones are "
+                                                                "subtracted from these numbers before training.", ""])
+
+
+def fig3(work):
+    frozen = ("--trunk_learning_rate", 0)
+    probes = {f"probe, K = {k}": (*frozen, "--fixed_t", 0.2, "--depth", k) for k in (1, 2, 4, 6, 8) if k <= TRUNK}
+    rows = reward_study(
+        work, "fig3", "Figure 3: where a reward can be read",
+        probes | {"probe, random t": frozen, "fine-tuned, t = 0.2": ("--fixed_t", 0.2), "fine-tuned, random t": ()},
+        [("fine-tuned, random t", "probe, random t"), ("fine-tuned, random t", "fine-tuned, t = 0.2"),
+         ("fine-tuned, random t", "probe, K = 4")],
+        {"fine-tuned, random t": 85.46}, ["Probes: frozen trunk, only query and head learn; by depth at t = 0.2 (the paper: "
+                                          "78.1 to 78.8 at every depth), then at random t.", ""])
+    at = [0.1, 0.3, 0.5, 0.7, 0.9]
+    plot(work, "fig3", {"accuracy by t": {row: (at, cells["intervals"]) for row, cells in rows.items()
+                                          if row in ("probe, K = 4", "probe, random t", "fine-tuned, t = 0.2",
+                                                     "fine-tuned, random t")},
+                        "AUC by t": {row: (at, cells["auc"]) for row, cells in rows.items()
+                                     if row in ("probe, K = 4", "probe, random t", "fine-tuned, t = 0.2",
+                                                "fine-tuned, random t")}}, "t")
 
 
 # ---- the annotator
-def annotator(config, preset, started):
-    import torch
-
-    import data
-    import world
-    from vae import from_pixels, load_vae, to_pixels
-
-    vae, count = load_vae(HERE / "checkpoints" / "vae"), preset["clips"]
+def annotator(work):
+    vae, count = load_vae(BASE / "vae"), work.preset["clips"]
 
     @torch.no_grad()
     def judge(kind, n, seed):
@@ -230,8 +485,7 @@ def annotator(config, preset, started):
     passed = rate(world.annotate(clean, prompts))
     failed = {}
     for i, flaw in enumerate(common.progress(world.PHYSICAL + world.DEFORMITY, "flaws")):
-        # "flawed" severities: 0.6 to 1, drawn
-        videos, asked = judge(flaw, count // 10, 100 + i)
+        videos, asked = judge(flaw, count // 10, 100 + i)        # severity .6 to 1, drawn
         failed[flaw] = 1 - rate(world.annotate(videos, asked))
     for key, names in (("direction", list(world.DIRECTIONS)), ("color", list(world.COLORS)), ("shape", world.SHAPES)):
         wrong = []
@@ -241,16 +495,29 @@ def annotator(config, preset, started):
             wrong.append(f"a {asked['color']} {asked['shape']} moving {world.PHRASES[asked['direction']][0]}")
         failed[f"wrong {key} in the prompt"] = 1 - rate(world.annotate(clean, wrong))
     overall = float(np.mean([failed[name] for name in world.PHYSICAL + world.DEFORMITY]))
-    lines = [f"# The annotator: {count} clean and {count} clearly flawed clips, after mp4 and VAE", "",
-             f"Clean clips that pass: **{passed:.4f}**. Flawed clips (severity .6 to 1) that fail: **{overall:.4f}**.", "",
-             "| flaw | fails |", "|---|---|", *[f"| {name.replace('_', ' ')} | {value:.4f} |" for name, value in failed.items()]]
-    write_results(config, "\n".join(lines) + "\n",
-                  {"provenance": provenance(config, started), "clean_pass": passed, "flawed_fail": overall, "fails": failed})
+    write_results(work, "annotator", f"The annotator: {count} clean and {count} clearly flawed clips, after mp4 and VAE",
+                  [f"Clean clips that pass: **{passed:.4f}**. Flawed clips (severity .6 to 1) that fail: **{overall:.4f}**.",
+                   "", *table(["flaw", "fails"], [[name.replace("_", " "), f"{v:.4f}"] for name, v in failed.items()])],
+                  {"clean_pass": passed, "flawed_fail": overall, "fails": failed})
+
+
+STUDIES = {study.__name__: study for study in (table1, table3, table5, table7, table8, fig3, fig5, labels, loss, hacking,
+                                               annotator)}
+
+
+@dataclass
+class Config:
+    name: str = arg(..., "what to reproduce", choices=(*STUDIES, "all"), positional=True)
+    preset: str = arg("full", "full is what results/ holds", choices=tuple(PRESETS))
+    seeds: int | None = arg(None, "seeds; without, the preset's", above=0)
+    output_dir: str = arg("runs/reproduce", "where the parts are kept")
+    results_dir: str = arg("results", "where the tables go")
 
 
 def main(config):
-    started = time.time()
-    {"table1": table1, "annotator": annotator}[config.name](config, PRESETS[config.preset], started)
+    work = Work(config)
+    for name in STUDIES if config.name == "all" else (config.name,):
+        STUDIES[name](work)
 
 
 if __name__ == "__main__":
