@@ -107,8 +107,6 @@ def test_bootstrap_covers_the_mean_as_the_normal_interval_does():
     low, high = evaluate.bootstrap(values)
     spread = 1.96 * values.std() / 20
     assert low == pytest.approx(values.mean() - spread, abs=0.02) and high == pytest.approx(values.mean() + spread, abs=0.02)
-    low, high = reproduce.seeds_and_videos_interval(np.full((3, 10), 0.5))
-    assert low == high == 0.5
 
 
 def test_orthogonalise_gives_singular_values_near_one():
@@ -134,3 +132,45 @@ def test_pretrain_refuses(capsys, tmp_path):
     assert "stage" in refused(capsys, pretrain, "everything")
     assert "--init" in refused(capsys, pretrain, "dit", "--preset", "tiny-i2v", "--init", SHIPPED, "--clips", 4,
                                "--output_dir", tmp_path)
+
+
+# ---- reproduce.py
+def test_interval_over_seeds_and_videos_grows_with_the_spread_of_either():
+    assert reproduce.interval(np.full((3, 10), 0.5)) == [0.5, 0.5]
+    width = lambda values: np.subtract(*reproduce.interval(values)[::-1])
+    videos = np.random.default_rng(0).normal(size=(1, 400)).repeat(3, 0)  # seeds alike
+    assert width(videos) == pytest.approx(2 * 1.96 * videos[0].std() / 20, rel=0.15)
+    seeds = videos + np.array([[-0.3], [0.0], [0.3]])
+    assert width(seeds) > 2 * width(videos)
+
+
+def test_claims_are_judged_by_the_paired_difference():
+    noise = np.random.default_rng(0).normal(size=(2, 300))
+    values = {"a": noise + 0.05, "b": noise, "c": noise + np.random.default_rng(1).normal(size=(2, 300))}
+    found = reproduce.judge_claims([("a", "b"), ("b", "a"), ("c", "b")], values)
+    assert [c["verdict"] for c in found] == ["holds", "does not hold", "cannot be told"]
+    assert found[0]["difference"] == pytest.approx(0.05)
+
+
+def test_parts_with_the_same_flags_share_a_folder_and_others_do_not(tmp_path):
+    names = [reproduce.named("prfl", flags) for flags in ((), ("--learning_rate", 3e-5), ("--learning_rate", 1e-4),
+                                                          ("--no-sft_updates",), ("--reward_weight", 5.0))]
+    assert len(set(names)) == 5 and all("/" not in name for name in names)
+
+
+def test_reproduce_keeps_finished_parts_and_names_the_one_that_fails(tmp_path, capsys, monkeypatch):
+    tiny = {"seeds": 1, "samples": 640, "reward_steps": 2, "tested": 128}
+    monkeypatch.setitem(reproduce.PRESETS, "quick", tiny)
+    argv = ["table7", "--preset", "quick", "--output_dir", str(tmp_path / "runs"), "--results_dir", str(tmp_path)]
+    run = lambda: common.cli(reproduce.main, reproduce.Config, reproduce.__doc__, argv)
+    run()
+    assert capsys.readouterr().out.count("$ python train_reward.py") == 2
+    found = json.loads((tmp_path / "table7.json").read_text())
+    assert set(found["rows"]) == {"BCE", "BT"} and "| BCE | 80.05 |" in (tmp_path / "table7.md").read_text()
+    run()
+    assert "$ python" not in capsys.readouterr().out
+    monkeypatch.setitem(tiny, "samples", 64)
+    (tmp_path / "runs/quick/seed-0/reward/report.json").unlink()
+    with pytest.raises(SystemExit) as ended:
+        run()
+    assert ended.value.code == 2 and "train_reward.py" in capsys.readouterr().err.splitlines()[-1]
