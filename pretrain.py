@@ -7,6 +7,7 @@ on web video do.
     python pretrain.py vae --output_dir runs/vae --max_train_steps 4500 --decay_steps 2500 --batch_size 32
     python pretrain.py text --output_dir runs/text --max_train_steps 400 --decay_steps 200 --batch_size 64
     python pretrain.py dit --vae runs/vae/vae --text_encoder runs/text/text_encoder --output_dir runs/base
+    python pretrain.py dit --preset tiny-i2v --init runs/base/transformer --output_dir runs/base_i2v ...
     torchrun --nproc_per_node=8 pretrain.py dit --preset small-t2v --size small --vae ... --output_dir ...
 
 Every stage can be stopped at any time and continued with --resume latest. Muon on the matrices of the blocks and AdamW
@@ -43,7 +44,8 @@ class Config:
     output_dir: str = arg("runs/pretrain", "run folder: metrics.jsonl, checkpoints, and the final weights")
     vae: str = arg(str(Path(__file__).parent / "checkpoints/vae"), "VAE folder of the DiT stage")
     text_encoder: str = arg(str(Path(__file__).parent / "checkpoints/text_encoder"), "text encoder of the DiT stage")
-    init: str | None = arg(None, "transformer folder that the DiT stage starts from, in place of random weights")
+    init: str | None = arg(None, "transformer folder that the DiT stage starts from, in place of random weights; a "
+                                 "text-to-video one may start tiny-i2v")
     preset: str = arg("tiny-t2v", "size and task of the DiT", choices=tuple(p for p in PRESETS if "wan" not in p))
     size: str = arg("tiny", "size of the world's clips", choices=tuple(world.SIZES))
     clips: int = arg(131072, "clips rendered once and revisited epoch after epoch",
@@ -283,6 +285,15 @@ def world_latents(config, vae, runtime):
     return load_file(path)["latents"], prompts
 
 
+def widened(weights, in_dim):
+    """A text-to-video generator as the start of an image-to-video one, as Wan2.1's was: the patch embedding gets the
+    channels of the first frame, with zeros, so that both compute the same at first."""
+    patch = weights["patch_embedding.weight"]                                                   # [d, c, *patch]
+    weights["patch_embedding.weight"] = F.pad(patch, (0, 0) * 3 + (0, in_dim - patch.shape[1])) \
+        if in_dim > patch.shape[1] else patch
+    return weights
+
+
 def train_dit(config, runtime):
     vae = load_vae(config.vae).to(runtime.device)
     latents, prompts = world_latents(config, vae, runtime)
@@ -290,7 +301,7 @@ def train_dit(config, runtime):
     dit = VideoDiT(**preset).to(runtime.device)
     if config.init:
         try:
-            dit.load_state_dict(load_transformer(config.init).state_dict())
+            dit.load_state_dict(widened(load_transformer(config.init).state_dict(), dit.config["in_dim"]))
         except RuntimeError:
             raise InputError(f"--init {config.init}: not a {config.preset} transformer") from None
     text = load_text_encoder(config.text_encoder).to(runtime.device)

@@ -1,6 +1,7 @@
 """sample.py, evaluate.py, pretrain.py and reproduce.py: what they write, their arithmetic, their refusals."""
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import pretrain
 import reproduce
 import sample
 import world
-from model import load_text_encoder, load_transformer
+from model import PRESETS, VideoDiT, load_text_encoder, load_transformer
 from pavrm import load_pavrm
 from vae import load_vae, from_pixels, to_pixels
 
@@ -132,6 +133,16 @@ def test_pretrain_refuses(capsys, tmp_path):
     assert "stage" in refused(capsys, pretrain, "everything")
     assert "--init" in refused(capsys, pretrain, "dit", "--preset", "tiny-i2v", "--init", SHIPPED, "--clips", 4,
                                "--output_dir", tmp_path)
+
+
+def test_a_text_to_video_generator_starts_an_image_to_video_one_that_computes_the_same():
+    t2v = load_transformer(Path(__file__).parents[1] / "checkpoints").double()
+    i2v = VideoDiT(**PRESETS["tiny-i2v"]).double()
+    i2v.load_state_dict(pretrain.widened(t2v.state_dict(), 36))
+    g = torch.Generator().manual_seed(0)
+    x, y, context = (torch.randn(2, *shape, generator=g).double() for shape in ((16, 3, 4, 4), (20, 3, 4, 4), (8, 128)))
+    t = torch.tensor([0.2, 0.7])
+    torch.testing.assert_close(i2v(x, t, context, y=y), t2v(x, t, context))
 
 
 # ---- reproduce.py
