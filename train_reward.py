@@ -34,7 +34,7 @@ class Config:
     data: str | None = arg(None, "labelled shards from `data.py encode`; without, the generator's own samples")
     output_dir: str = arg("runs/reward", "run folder")
     size: str = arg("tiny", "size of the embedded world (without --data)", choices=tuple(world.SIZES))
-    num_samples: int = arg(4096, "own samples to make and label (without --data)", above=0)
+    num_samples: int = arg(6144, "own samples to make and label (without --data)", above=0)
     samples_dir: str | None = arg(None, "where own samples are kept, or found; without, <output_dir>/samples")
     num_inference_steps: int = arg(16, "Euler steps of each own sample", above=0)
     holdout: int = arg(400, "labelled videos kept for the report", above=0)
@@ -43,10 +43,11 @@ class Config:
                        choices=tuple(POOLINGS))
     loss: str = arg("bce", "Eq. 6, or Bradley-Terry on the batch's pairs (Table 7)", choices=tuple(LOSSES))
     fixed_t: float | None = arg(None, "train at this one t in place of t ~ U(0, 1) (Fig. 3c)", at_least=0, at_most=1)
-    learning_rate: float = arg(1e-3, "AdamW's for query and head; the paper has 1e-5 at 14B", above=0)
-    trunk_learning_rate: float = arg(3e-4, "AdamW's for the trunk's blocks (1e-6 at 14B); 0 freezes them", at_least=0)
+    learning_rate: float = arg(2e-3, "AdamW's for query and head, falling linearly to 0; the paper has 1e-5 at 14B",
+                               above=0)
+    trunk_learning_rate: float = arg(1e-3, "the same for the trunk's blocks (1e-6 at 14B); 0 freezes them", at_least=0)
     weight_decay: float = arg(0.01, "AdamW's", at_least=0)
-    max_train_steps: int = arg(600, "optimizer steps", above=0)
+    max_train_steps: int = arg(1000, "optimizer steps", above=0)
     batch_size: int = arg(64, "videos per step and rank", above=0)
     max_grad_norm: float = arg(1.0, "gradients are clipped to this norm", above=0)
     mixed_precision: str = arg("bf16", "autocast dtype", choices=("no", "bf16"))
@@ -99,8 +100,8 @@ def main(config):
             raise InputError(f"--resume_from_checkpoint {resume}: not a checkpoint of this script with these "
                              "--model, --depth and --pooling") from None
         start = state["step"]
-        for group, rate in zip(optimizer.param_groups, (config.learning_rate, config.trunk_learning_rate)):
-            group["lr"], group["weight_decay"] = rate, config.weight_decay      # the flags of this call hold
+        for group in optimizer.param_groups:
+            group["weight_decay"] = config.weight_decay                         # the flags of this call hold
     common.start_run(config, start if resume else None)
     log = common.MetricsLog(config.output_dir, start if resume else None)
     held_batch = {k: v.to(runtime.device) for k, v in shards.batch(held).items() if k != "prompt"}
@@ -134,6 +135,9 @@ def main(config):
         optimizer.zero_grad()
         loss.backward()
         grad_norm = common.clip_gradients(params, config.max_grad_norm, step + 1)
+        left = 1 - step / config.max_train_steps                        # of the learning rate
+        for group, rate in zip(optimizer.param_groups, (config.learning_rate, config.trunk_learning_rate)):
+            group["lr"] = rate * left
         optimizer.step()
 
         done = step + 1
@@ -143,7 +147,7 @@ def main(config):
         measured = done % config.validation_steps == 0 or done == config.max_train_steps
         if measured:
             report = measure()
-        log.log(done, loss=means[0], accuracy=means[1], grad_norm=grad_norm, learning_rate=config.learning_rate,
+        log.log(done, loss=means[0], accuracy=means[1], grad_norm=grad_norm, learning_rate=config.learning_rate * left,
                 seconds=time.perf_counter() - clock,
                 **{f"held_out_{name}": sum(values) / len(values) for name, values in report.items() if measured})
         bar.set_postfix(loss=f"{means[0]:.3f}", accuracy=f"{means[1]:.2f}")
