@@ -366,3 +366,8 @@ def export_transformer(dit, path, layout="wan", dtype=None):
         write_folder(path, diffusers_config(dit.config), {diffusers_name(n): p for n, p in state.items()})
     else:
         write_folder(path, {"_class_name": "WanModel"} | dit.config, state)
+
+
+if __name__ == "__main__":  # python model.py plan PRESET: what an update costs
+    import plan
+    plan.main()
