@@ -49,7 +49,7 @@ class Config:
     batch_size: int = arg(1, "videos per update and GPU", above=0)
     num_inference_steps: int = arg(40, "N, Euler steps of a rollout", above=0)
     depth: int = arg(8, "K, blocks of the reward model (prfl, rwr)", above=0)
-    lora_rank: int = arg(0, "train adapters of this rank on q, k, v, o over bf16 weights; 0 trains all", at_least=0)
+    lora_rank: int = arg(0, "train adapters of this rank on q, k, v, o of frozen weights; 0 trains all", at_least=0)
     frames_decoded: str = arg("first", "what refl decodes: the first latent frame, or all", choices=("first", "all"))
     pixel_reward_parameters: int = arg(986_000_000, "refl's reward model, kept in bf16; PickScore's CLIP ViT-H has 986 M",
                                        above=0)
@@ -130,24 +130,24 @@ def update_flops(forward, trained=True, checkpointing=True):
 def block_bytes(c, n, trained="all", batch=1):
     """Bytes that the backward pass keeps of one block on n tokens, without its weights; {part: bytes}.
 
-    trained: "all", "lora" (adapters on frozen bf16 weights), "none" (frozen; the gradient passes through). fp32 takes
+    trained: "all", "lora" (adapters on q, k, v, o of frozen weights), "none" (frozen; the gradient passes through). fp32 takes
     4 bytes and bf16 2, so these are sums of 4s and 2s; a frozen weight needs no input kept.
     """
     d, l, k = c["dim"], c["text_len"], c["num_heads"]
     m = IMAGE_TOKENS if c.get("image_dim") else 0
-    full, lora = trained == "all", trained == "lora"
+    full, learns = trained == "all", trained != "none"
     per_token = {
         # x; normed x; its bf16 copies for q, k, v; q and k normed (before and after the scale); rotated q, k and v, out;
         # out as o's input; o's output, which the gate needs
-        "self-attention": 4 + 4 * full + (6 * full + 2 * lora) + (16 if full else 8) + 8 + 2 * full + 2 * full,
+        "self-attention": 4 + 4 * full + 6 * learns + (16 if full else 8) + 8 + 2 * learns + 2 * full,
         # x; q's input; q normed; q and out; o's input; with image tokens q and out once more
-        "cross-attention": 4 + 2 * (full or lora) + (8 if full else 4) + 4 + 2 * (full or (lora and m > 0)) + 4 * (m > 0),
+        "cross-attention": 4 + 2 * learns + (8 if full else 4) + 4 + 2 * learns + 4 * (m > 0),
         # x; normed x; its bf16 copy; the output, which the gate needs
         "feed-forward": 4 + 4 * full + 2 * full + 2 * full}
     kept = {part: batch * n * d * size for part, size in per_token.items()}
     kept["hidden"] = batch * n * c["ffn_dim"] * (4 if full else 2)              # before GELU, and after it
     # softmax sums; norms; k and v of text and image in bf16, and of k what its norm needs
-    kept["small"] = batch * (n * (8 * k + 4 * k * bool(m) + 48) + (l + m) * d * (4 + 8 * full + 4 * lora))
+    kept["small"] = batch * (n * (8 * k + 4 * k * bool(m) + 48) + (l + m) * d * (4 + (8 if full else 4 * learns)))
     return kept
 
 
@@ -190,7 +190,7 @@ def costs(config, c):
     one = dict(n=n, f=f, h=h, w=w, parameters=count, reward_parameters=reward, trained=trained, parts=parts)
 
     # bytes that stay
-    one["weights"] = (2 * count["total"] * bool(lora) + 4 * trained) / parts
+    one["weights"] = 4 * (count["total"] + lora) / parts
     one["optimizer"] = 8 * trained / parts
     one["gradients"] = 4 * trained / parts
     one["reward_weights"] = 2 * reward if refl else 4 * reward / parts
@@ -203,7 +203,6 @@ def costs(config, c):
     hidden = 2 * b * n * c["ffn_dim"]                                           # bf16
     passing, passing_frozen = edge + (2 if lora else 1) * hidden, edge + 2 * hidden
     copy = 2 * ((10 if c.get("image_dim") else 8) * d * d + 2 * d * c["ffn_dim"])   # a block's matrices in bf16
-    own_copy = 0 if lora and not fsdp else copy                                 # LoRA's frozen weights are bf16 already
     gathered = 4 * count["block"] * (not lora) + copy if fsdp else 0            # next block; whole gradients of this one
     not_yet = 0 if lora else 4 * (count["block"] + count["embeddings"]) / parts     # gradients that come last
     one["decoder"] = {key: b * value for key, value in
@@ -211,9 +210,9 @@ def costs(config, c):
     for checkpointing in (True, False):
         layers = lambda count, each, copy: (                                    # what `count` blocks keep until they are due
             count * edge + each - edge + copy if checkpointing else count * (each + (0 if fsdp else copy)) + fsdp * copy)
-        waiting = L * edge if checkpointing else layers(L, block, own_copy)
-        moments = {"generator": layers(L, block, own_copy) + passing + gathered,
-                   "gradients": one["gradients"] - not_yet + block + own_copy + passing + gathered,
+        waiting = L * edge if checkpointing else layers(L, block, copy)
+        moments = {"generator": layers(L, block, copy) + passing + gathered,
+                   "gradients": one["gradients"] - not_yet + block + copy + passing + gathered,
                    "optimizer": one["gradients"] + 4 * trained / parts}
         if prfl:        # behind the generator's head (3 edges) and under the reward's pooling (keys and values)
             moments["reward"] = waiting + 3 * edge + layers(K, frozen, copy) + 2 * edge + passing_frozen + fsdp * copy
@@ -223,7 +222,7 @@ def costs(config, c):
         one["with" if checkpointing else "without"] = dict(
             waiting=waiting, moments=moments, worst=worst, peak=one["static"] + moments[worst])
     one |= dict(edge=edge, block=block, block_parts=block_bytes(c, n, how, b), frozen=frozen, hidden=hidden,
-                passing=passing, passing_frozen=passing_frozen, copy=copy, own_copy=own_copy, gathered=gathered)
+                passing=passing, passing_frozen=passing_frozen, copy=copy, gathered=gathered)
 
     # FLOPs
     forward, judging = forward_flops(c, n, L, b), forward_flops(c, n, K, b, ends=False)
@@ -289,7 +288,7 @@ def report(config, c):
          if lora else "all of P")
 
     print("\nbytes on each GPU that stay")
-    row("weights", one["weights"], f"(2 P + 4 T){cut}" if lora else f"4 T{cut}")
+    row("weights", one["weights"], f"4 (P + T){cut}" if lora else f"4 T{cut}")
     row("AdamW's two moments", one["optimizer"], f"8 T{cut}")
     if prfl or rwr:
         row("reward model", one["reward_weights"], f"4 R{cut}")
@@ -308,8 +307,7 @@ def report(config, c):
         row("kept by a frozen block", one["frozen"], "36 b n d + 2 b n F + ..., in the reward model" if not image else
             "40 b n d + 2 b n F + ..., in the reward model")
     row("passing through", one["passing"], f"4 b n d + {4 if lora else 2} b n F, gradients inside a block")
-    row("a block's bf16 copy", one["own_copy"], "0: LoRA's frozen weights are bf16 already" if not one["own_copy"] else
-        f"2 x ({10 if image else 8} d^2 + 2 d F)")
+    row("a block's bf16 copy", one["copy"], f"2 x ({10 if image else 8} d^2 + 2 d F)")
     if parts > 1:
         row("gathered by fsdp", one["gathered"], "the next block's bf16 copy" +
             ("" if lora else ", whole fp32 gradients of this one"))
