@@ -114,7 +114,7 @@ def saved_bytes(call, exclude):
 
 
 def costs(config, **flags):
-    return plan.costs(plan.Config("plan", "tiny-t2v", **flags), config)
+    return plan.costs(plan.Config("plan", "tiny-t2v", **dict(depth=min(8, config["num_layers"])) | flags), config)
 
 
 # ---- counts
@@ -191,7 +191,7 @@ def test_peak_of_live_tensors(width, layers, size, method, checkpointing):
             reward.trunk.gradient_checkpointing = checkpointing
         optimizer = torch.optim.AdamW(dit.parameters(), foreach=True)         # as it is on a GPU
         for p in dit.parameters():
-            optimizer.state[p] = dict(step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            optimizer.state[p] = dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         x, t, context = inputs(config, (found["f"], found["h"], found["w"])).values()
         live.peak = live.now
         with torch.autocast("cpu", torch.bfloat16):
