@@ -51,8 +51,8 @@ class Config:
     depth: int = arg(8, "K, blocks of the reward model (prfl, rwr)", above=0)
     lora_rank: int = arg(0, "train adapters of this rank on q, k, v, o of frozen weights; 0 trains all", at_least=0)
     frames_decoded: str = arg("first", "what refl decodes: the first latent frame, or all", choices=("first", "all"))
-    pixel_reward_parameters: int = arg(986_000_000, "refl's reward model, kept in bf16; PickScore's CLIP ViT-H has 986 M",
-                                       above=0)
+    pixel_reward_parameters: int = arg(986_000_000, "refl's reward model, in bf16; PickScore's CLIP ViT-H has "
+                                       "986 M", above=0)
     gradient_checkpointing: bool = arg(True, "recompute each block in the backward pass")
     num_samples: int = arg(2048, "own samples that rwr draws and weights once", above=0)
     mfu: float = arg(0.4, "share of --tflops that the work reaches, recomputed products counted as work", above=0,
@@ -81,7 +81,7 @@ def parameters(c):
     image = c.get("image_dim") or 0
     count = {
         "embeddings": (c["in_dim"] * patch * d + d) + (c["text_dim"] * d + d) + (d * d + d)     # patch, text
-        + (c["freq_dim"] * d + d) + (d * d + d) + (6 * d * d + 6 * d),                          # time and its projection
+        + (c["freq_dim"] * d + d) + (d * d + d) + (6 * d * d + 6 * d),                # time
         "image": bool(image) * (2 * image + image ** 2 + image + image * d + d + 2 * d),        # CLIP tokens
         "block": (10 if image else 8) * d * d + 2 * d * F + (24 if image else 21) * d + F,
         "head": d * c["out_dim"] * patch + c["out_dim"] * patch + 2 * d}
@@ -110,7 +110,7 @@ def forward_flops(c, n, layers, batch=1, ends=True):
     """
     d, l, patch = c["dim"], c["text_len"], math.prod(c["patch_size"])
     m = IMAGE_TOKENS if c.get("image_dim") else 0
-    block = 2 * n * (6 * d * d + 2 * d * c["ffn_dim"]) + 4 * (l + m) * d * d    # q k v o, q o, ffn; k v of text and image
+    block = 2 * n * (6 * d * d + 2 * d * c["ffn_dim"]) + 4 * (l + m) * d * d    # video; text, image
     attention = 4 * n * (n + l + m) * d                                         # scores and their weighted sum
     outside = 2 * n * d * c["in_dim"] * patch + 2 * l * (c["text_dim"] * d + d * d)
     outside += 2 * m * (c["image_dim"] ** 2 + c["image_dim"] * d) if m else 0
@@ -120,7 +120,7 @@ def forward_flops(c, n, layers, batch=1, ends=True):
 
 def update_flops(forward, trained=True, checkpointing=True):
     """One forward and backward pass. Backward: two products for each linear one, or one where weights are frozen; five
-    for the two of attention, as flash attention computes its scores again. Checkpointing: the forward pass once more."""
+    for the two of attention, as flash attention computes its scores again. Checkpointing: forward once more."""
     linear, attention = forward
     passes = 2 if checkpointing else 1
     return linear * (passes + (2 if trained else 1)) + attention * (passes + 2.5)
@@ -130,15 +130,15 @@ def update_flops(forward, trained=True, checkpointing=True):
 def block_bytes(c, n, trained="all", batch=1):
     """Bytes that the backward pass keeps of one block on n tokens, without its weights; {part: bytes}.
 
-    trained: "all", "lora" (adapters on q, k, v, o of frozen weights), "none" (frozen; the gradient passes through). fp32 takes
-    4 bytes and bf16 2, so these are sums of 4s and 2s; a frozen weight needs no input kept.
+    trained: "all", "lora" (adapters on q, k, v, o of frozen weights), "none" (frozen; the gradient passes through).
+    fp32 takes 4 bytes and bf16 2, so these are sums of 4s and 2s; a frozen weight needs no input kept.
     """
     d, l, k = c["dim"], c["text_len"], c["num_heads"]
     m = IMAGE_TOKENS if c.get("image_dim") else 0
     full, learns = trained == "all", trained != "none"
     per_token = {
-        # x; normed x; its bf16 copies for q, k, v; q and k normed (before and after the scale); rotated q, k and v, out;
-        # out as o's input; o's output, which the gate needs
+        # x; normed x; its bf16 copies for q, k, v; q and k before and after their norm's division; rotated q, k
+        # and v, out; out as o's input; o's output, which the gate needs
         "self-attention": 4 + 4 * full + 6 * learns + (16 if full else 8) + 8 + 2 * learns + 2 * full,
         # x; q's input; q normed; q and out; o's input; with image tokens q and out once more
         "cross-attention": 4 + 2 * learns + (8 if full else 4) + 4 + 2 * learns + 4 * (m > 0),
@@ -203,13 +203,14 @@ def costs(config, c):
     hidden = 2 * b * n * c["ffn_dim"]                                           # bf16
     passing, passing_frozen = edge + (2 if lora else 1) * hidden, edge + 2 * hidden
     copy = 2 * ((10 if c.get("image_dim") else 8) * d * d + 2 * d * c["ffn_dim"])   # a block's matrices in bf16
-    gathered = 4 * count["block"] * (not lora) + copy if fsdp else 0            # next block; whole gradients of this one
+    gathered = 4 * count["block"] * (not lora) + copy if fsdp else 0    # next block; whole gradients of this one
     not_yet = 0 if lora else 4 * (count["block"] + count["embeddings"]) / parts     # gradients that come last
     one["decoder"] = {key: b * value for key, value in
                       decoder_costs(f, h, w, config.frames_decoded == "first").items()} if refl else None
     for checkpointing in (True, False):
-        layers = lambda count, each, copy: (                                    # what `count` blocks keep until they are due
-            count * edge + each - edge + copy if checkpointing else count * (each + (0 if fsdp else copy)) + fsdp * copy)
+        layers = lambda count, each, copy: (                                    # what `count` blocks keep
+            count * edge + each - edge + copy if checkpointing else
+            count * (each + (0 if fsdp else copy)) + fsdp * copy)
         waiting = L * edge if checkpointing else layers(L, block, copy)
         moments = {"generator": layers(L, block, copy) + passing + gathered,
                    "gradients": one["gradients"] - not_yet + block + copy + passing + gathered,
@@ -301,8 +302,8 @@ def report(config, c):
     row("input of a block", one["edge"], f"4 b n d = 4 x {b} x {n} x {d}")
     per = {part: round(size / (b * n * d)) for part, size in one["block_parts"].items()}
     row("kept by a block", one["block"],
-        f"({per['self-attention']} + {per['cross-attention']} + {per['feed-forward']}) b n d + {2 if lora else 4} b n F + "
-        f"{gb(one['block_parts']['small'])} GB (attention, cross-attention, feed-forward; norms, text)")
+        f"({per['self-attention']} + {per['cross-attention']} + {per['feed-forward']}) b n d + "
+        f"{2 if lora else 4} b n F + {gb(one['block_parts']['small'])} GB (attention, cross-attention, feed-forward; norms, text)")
     if prfl:
         row("kept by a frozen block", one["frozen"], "36 b n d + 2 b n F + ..., in the reward model" if not image else
             "40 b n d + 2 b n F + ..., in the reward model")
@@ -313,8 +314,8 @@ def report(config, c):
             ("" if lora else ", whole fp32 gradients of this one"))
     if refl:
         row("kept by the decoder", one["decoder"]["kept"],
-            f"{config.frames_decoded} frame{'s' * (config.frames_decoded == 'all')}: norm 4, SiLU 2, padded input 2 bytes "
-            "a channel and pixel of every convolution")
+            f"{config.frames_decoded} frame{'s' * (config.frames_decoded == 'all')}: norm 4, SiLU 2, padded input 2 "
+            "bytes a channel and pixel of every convolution")
 
     names = {"generator": "generator's backward", "gradients": "its end", "optimizer": "optimizer step",
              "reward": "reward's backward", "decoder": "decoder's backward"}
@@ -327,11 +328,13 @@ def report(config, c):
         rewarding = f"K x {gb(one['frozen'])}" + (" + copy" if parts > 1 else " + K copies") if kept else \
             f"(K - 1) x {gb(one['edge'])} + {gb(one['frozen'])} + copy"
         formulas = {
-            "reward": f"{waiting} + 5 x {gb(one['edge'])} + {rewarding} + {gb(one['passing_frozen'])} passing{fsdp_reward}",
+            "reward": f"{waiting} + 5 x {gb(one['edge'])} + {rewarding} + {gb(one['passing_frozen'])} passing"
+            + fsdp_reward,
             "decoder": f"{waiting} + 3 x {gb(one['edge'])} + decoder" if refl else "",
             "generator": (waiting if kept else f"(L - 1) x {gb(one['edge'])} + {gb(one['block'])} + copy")
             + f" + passing{fsdp_own}",
-            "gradients": f"gradients, but the first block's and the embeddings' + {gb(one['block'])} + copy + passing{fsdp_own}",
+            "gradients": f"gradients, but the first block's and the embeddings' + {gb(one['block'])} + copy + passing"
+            + fsdp_own,
             "optimizer": f"gradients + 4 T{cut} (square roots)"}
         for name in ("reward", "decoder", "generator", "gradients", "optimizer"):
             if name in found["moments"]:
@@ -341,11 +344,13 @@ def report(config, c):
 
     linear, attention = one["forward"]
     print(f"\nFLOPs of one GPU, checkpointing {'on' if config.gradient_checkpointing else 'off'}")
-    work("linear layers, forward", linear, f"2 b n (6 d^2 + 2 d F) L + text{', image' if image else ''}, embeddings, head")
+    work("linear layers, forward", linear, f"2 b n (6 d^2 + 2 d F) L + text{', image' if image else ''}, "
+         "embeddings, head")
     work("attention, forward", attention, f"4 b n (n + l{' + m' if image else ''}) d L")
     passes = 2 if config.gradient_checkpointing else 1
     work("forward and backward", one["update_flops"],
-         f"{passes + (1 if lora else 2)} x linear + {passes + 2.5} x attention (forward {'twice' if passes == 2 else 'once'})")
+         f"{passes + (1 if lora else 2)} x linear + {passes + 2.5} x attention "
+         f"(forward {'twice' if passes == 2 else 'once'})")
     total = "as above" if not (prfl or refl) else "SFT update + rollout + step with gradients + reward"
     if prfl or refl:
         work("rollout", one["rollout_flops"], f"{one['rollout_steps']:g} forward passes on average: "
