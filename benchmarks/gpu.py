@@ -107,7 +107,8 @@ def measure(name, config, c, runtime):
         return {"update": name, "note": refl}
     planned = plan.costs(plan.Config("plan", config.preset, method=method, frames=config.frames, size=config.size,
                                      parallel="ddp", batch_size=b, num_inference_steps=N, depth=config.depth,
-                                     frames_decoded=decoded or "first"), c)
+                                     frames_decoded=decoded or "first", pixel_reward_parameters=sum(
+                                         p.numel() for p in refl[1].parameters()) if refl else 1), c)
     with torch.device(device):
         dit = VideoDiT(**c)
         torch.nn.init.normal_(dit.head.head.weight, std=0.02)                       # else nothing below it has a gradient
