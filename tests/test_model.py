@@ -149,8 +149,8 @@ def test_unread_weights_of_published_i2v_folders_are_ignored(tmp_path):
     assert "1 unexpected: blocks.0.attn2.norm_other.weight" in error_of(load_transformer, tmp_path / "out")
 
 
-@pytest.mark.parametrize("preset, count", [("wan2.1-t2v-1.3b", 1_418_996_800), ("wan2.1-t2v-14b", None),
-                                           ("wan2.1-i2v-14b", None)])
+@pytest.mark.parametrize("preset, count", [("wan2.1-t2v-1.3b", 1_418_996_800), ("wan2.1-t2v-14b", 14_288_491_584),
+                                           ("wan2.1-i2v-14b", 16_394_878_784)])
 def test_presets_have_the_published_number_of_parameters(Wan, preset, count):
     with torch.device("meta"):
         ours = VideoDiT(**PRESETS[preset])
@@ -158,7 +158,18 @@ def test_presets_have_the_published_number_of_parameters(Wan, preset, count):
     shapes = {name: p.shape for name, p in theirs.named_parameters()}
     assert {diffusers_name(name): p.shape for name, p in ours.named_parameters()} == shapes
     total = sum(p.numel() for p in ours.parameters())
-    assert total == sum(p.numel() for p in theirs.parameters()) and total == (count or total)
+    assert total == sum(p.numel() for p in theirs.parameters()) and total == count
+
+
+def test_official_names_are_those_that_diffusers_converts(Wan):
+    """diffusers' own converter of official checkpoints, image tokens (img_emb, k_img, v_img) included."""
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+    official = make_dit(CLIP).state_dict()
+    assert {"img_emb.proj.1.weight", "blocks.0.cross_attn.k_img.weight", "blocks.0.cross_attn.v_img.bias",
+            "blocks.0.cross_attn.norm_k_img.weight"} <= official.keys()
+    converted = convert_wan_transformer_to_diffusers(dict(official))
+    assert converted.keys() == make_theirs(Wan, CLIP).state_dict().keys()
+    assert all(torch.equal(converted[diffusers_name(name)], p) for name, p in official.items())
 
 
 # ---- official folders
@@ -180,6 +191,23 @@ def test_round_trip_is_bit_for_bit(tmp_path, layout, dtypes):
     assert {p.dtype for p in as_stored.parameters()} == set(dtypes)
     export_transformer(dit, tmp_path / "c", layout, dtype=torch.float32)
     assert {p.dtype for p in load_file(tmp_path / "c" / WEIGHTS).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("layout", ["wan", "diffusers"])
+def test_sharded_image_to_video_folder_round_trip_is_bit_for_bit(tmp_path, layout):
+    """The 14B models are published in shards, in bfloat16."""
+    export_transformer(make_dit(CLIP), tmp_path / "a", layout, dtype=torch.bfloat16)
+    state = load_file(tmp_path / "a" / WEIGHTS)
+    (tmp_path / "a" / WEIGHTS).unlink()
+    names = sorted(state)
+    weight_map = {name: f"part-{i % 3}.safetensors" for i, name in enumerate(names)}
+    for file in set(weight_map.values()):
+        save_file({name: state[name] for name in names if weight_map[name] == file}, tmp_path / "a" / file)
+    (tmp_path / "a" / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    export_transformer(load_transformer(tmp_path / "a"), tmp_path / "b", layout)
+    again = load_file(tmp_path / "b" / WEIGHTS)
+    assert again.keys() == state.keys() and any("img" in name or "image" in name for name in again)
+    assert all(again[name].dtype == torch.bfloat16 and torch.equal(again[name], p) for name, p in state.items())
 
 
 @pytest.mark.parametrize("config", [T2V, I2V, CLIP])
