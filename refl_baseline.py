@@ -18,6 +18,8 @@ Where this differs, on purpose:
 
 Axes: b batch, c channels, f latent frames, h w latents, F video frames (4 (f - 1) + 1), H W pixels, l text tokens.
 """
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -65,6 +67,8 @@ class PixelReward(nn.Module):
 def load_pixel_reward(path, frames, text_dim):
     """The frozen PixelReward saved in `path`. One for other frames or another text encoder is an InputError."""
     how = f"train one with `python train_reward.py --space rgb --frames {frames}`"
+    if not Path(path).is_dir():
+        raise InputError(f"{path} is not a folder; {how} and name it with --reward")
     config = read_config(path)
     if set(config) != {"frames", "text_dim", "width"}:
         raise InputError(f"{path}/config.json is not a pixel reward's (wants frames, text_dim and width); {how}")
