@@ -89,8 +89,8 @@ def main(config):
         reward.trunk.gradient_checkpointing = config.gradient_checkpointing
         groups, fixed_t = reward.parameter_groups(config.trunk_learning_rate, config.learning_rate), config.fixed_t
     else:
-        vae = refl_baseline.load_decoder(config.model, generator.config["out_dim"]).to(runtime.device)
         reward = refl_baseline.PixelReward(config.frames, generator.config["text_dim"]).to(runtime.device)
+        vae = refl_baseline.load_decoder(config.model, generator.config["out_dim"]).to(runtime.device)
         judge = partial(refl_baseline.judge, reward, vae, generator)
         groups, fixed_t = [{"params": list(reward.parameters()), "lr": config.learning_rate}], 0.0
     del generator

@@ -184,6 +184,36 @@ def test_lambda_and_the_sft_updates_are_switches(folder, name):
         assert "sft_loss" not in row and row["reward_loss"] == pytest.approx(-3 * row["reward"], rel=1e-5)
 
 
+def test_the_rewarded_steps_are_those_of_the_part(folder, one_rank):
+    steps = lambda output: {row["rewarded_step"] for row in metrics(folder, output)}
+    assert steps("one-prfl") - {3, 4} and steps("one-refl") <= {3, 4}               # full; late, of N = 4 steps
+    for name, part, wanted in (("prfl", "early", {1}), ("prfl", "middle", {2}), ("prfl", "late", {3, 4}),
+                               ("refl", "early", {1})):
+        run(*command(folder, name, "part", "--trajectory_part", part, "--max_train_steps", "3"))
+        assert steps("part") <= wanted
+
+
+def test_two_steps_with_gradients_and_block_checkpointing(folder):
+    run(*command(folder, "prfl", "k1", "--trajectory_part", "late", "--max_train_steps", "1"))
+    run(*command(folder, "prfl", "k2", "--trajectory_part", "late", "--max_train_steps", "1", "--grad_steps", "2"))
+    run(*command(folder, "prfl", "k2c", "--trajectory_part", "late", "--max_train_steps", "1", "--grad_steps", "2",
+                 "--gradient_checkpointing"))
+    norm = {name: metrics(folder, name)[0]["reward_grad_norm"] for name in ("k1", "k2", "k2c")}
+    assert norm["k2c"] == pytest.approx(norm["k2"], rel=1e-5) != pytest.approx(norm["k1"], rel=1e-3)
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("reward", "--pooling mean"), ("reward", "--pooling max"), ("reward", "--pooling attention"),
+    ("reward", "--pooling multihead"), ("reward", "--loss bt"), ("reward", "--depth 1"),
+    ("reward", "--trunk_learning_rate 0"), ("reward", "--fixed_t 0.2"), ("reward", "--gradient_checkpointing"),
+    ("reward_rgb", "--frames first"), ("reward_rgb", "--loss bt"), ("prfl", "--reward_loss logsigmoid"),
+    ("prfl", "--reward_loss sigmoid_hinge"), ("refl", "--frames all")])
+def test_smoke_ablations(folder, name, flags):
+    """Runs each option once, in bfloat16 as by default; what it computes is tested elsewhere."""
+    run(*command(folder, name, "ablation", *flags.split(), "--max_train_steps", "1", "--mixed_precision", "bf16"))
+    assert metrics(folder, "ablation")[0]["step"] == 1
+
+
 def test_smoke_image_to_video(folder):
     """Runs image-to-video once, from the first frame of each clip; that numbers are right is tested elsewhere."""
     dit = generator(model_type="i2v", in_dim=36)  # 16 noisy + 4 mask + 16 first frame
