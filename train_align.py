@@ -41,7 +41,7 @@ class Config:
     method: str = arg("prfl", "what to train with", choices=METHODS)
     model: str = arg(str(Path(__file__).parent / "checkpoints"),
                      "generator: a folder with transformer/ (and text_encoder/, vae/ for the embedded world)")
-    reward: str | None = arg(None, "folder of the reward model; without, <model>/reward, or <model>/reward_rgb_<frames>")
+    reward: str | None = arg(None, "folder of the reward model; without, <model>/reward; refl: /reward_rgb_<frames>")
     data: str | None = arg(None, "curated shards from `data.py encode`; without, clean clips of the embedded world")
     output_dir: str = arg("runs/align", "run folder")
     size: str = arg("tiny", "size of the embedded world (without --data)", choices=tuple(world.SIZES))
@@ -81,8 +81,8 @@ def main(config):
     image_to_video = policy.config["model_type"] == "i2v"
     if config.method == "refl":
         vae = refl_baseline.load_decoder(config.model, policy.config["out_dim"]).to(runtime.device)
-        path = config.reward or f"{config.model}/reward_rgb_{config.frames}"
-        reward_model = refl_baseline.load_pixel_reward(path, config.frames, policy.config["text_dim"]).to(runtime.device)
+        reward_model = refl_baseline.load_pixel_reward(config.reward or f"{config.model}/reward_rgb_{config.frames}",
+                                                       config.frames, policy.config["text_dim"]).to(runtime.device)
     elif config.method != "sft":
         reward_model = load_pavrm(config.reward or f"{config.model}/reward", policy).to(runtime.device)
         reward_model.trunk.gradient_checkpointing = config.gradient_checkpointing

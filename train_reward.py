@@ -3,7 +3,7 @@
     python train_reward.py                                          the embedded world: samples, labels, trains
     torchrun --nproc_per_node=8 train_reward.py --data clips_encoded --holdout 100
     python train_reward.py --trunk_learning_rate 0                  a probe on frozen features
-    python train_reward.py --space rgb --frames all                 the pixel reward of refl_baseline.py, on clean videos
+    python train_reward.py --space rgb --frames all                 a pixel reward for refl_baseline.py, on clean videos
     python train_reward.py --resume latest
 
 Without --data the base generator makes its own samples, the annotator labels them from pixels (good: qualified on both
@@ -36,7 +36,7 @@ from weights import save_module
 class Config:
     model: str = arg(str(Path(__file__).parent / "checkpoints"),
                      "generator: a folder with transformer/ (and text_encoder/, vae/ when it makes the samples)")
-    space: str = arg("latent", "what is judged: noisy latents (PAVRM), or pixels (RGB ReFL's)", choices=("latent", "rgb"))
+    space: str = arg("latent", "noisy latents are judged (PAVRM), or pixels (RGB ReFL)", choices=("latent", "rgb"))
     frames: str = arg("first", "rgb: the first frame alone, or all", choices=refl_baseline.FRAMES)
     data: str | None = arg(None, "labelled shards from `data.py encode`; without, the generator's own samples")
     output_dir: str = arg("runs/reward", "run folder")
@@ -92,7 +92,8 @@ def main(config):
         reward = refl_baseline.PixelReward(config.frames, generator.config["text_dim"]).to(runtime.device)
         vae = refl_baseline.load_decoder(config.model, generator.config["out_dim"]).to(runtime.device)
         judge = partial(refl_baseline.judge, reward, vae, generator)
-        groups, fixed_t = [{"params": list(reward.parameters()), "lr": config.learning_rate}], 0.0
+        groups = [{"params": list(reward.parameters()), "lr": config.learning_rate}]
+        fixed_t = 0.0                                                   # it learns from clean videos
     del generator
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
     params = [p for p in reward.parameters() if p.requires_grad]
@@ -119,7 +120,7 @@ def main(config):
         x0, context = batch["latents"].to(runtime.device), batch["context"].to(runtime.device)
         labels = batch["label"].to(runtime.device)                      # [b]
         t = common.uniform(config.seed, "t", step, indices).to(runtime.device)                      # Eq. 6: U(0, 1)
-        t = t if fixed_t is None else torch.full_like(t, fixed_t)                                   # 0 for pixel rewards
+        t = t if fixed_t is None else torch.full_like(t, fixed_t)                                   # 0 for pixels
         x1 = common.noise(x0.shape[1:], config.seed, "x1", step, indices).to(runtime.device)
         with runtime.autocast():
             logits = judge(flow.add_noise(x0, x1, t), t, context,

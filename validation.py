@@ -1,5 +1,5 @@
-"""What the training scripts report while they train: a reward model's accuracy on held-out videos, and, on the embedded
-world, the annotator's view of a generator's samples of held-out prompts.
+"""What the training scripts report while they train: a reward model's accuracy on held-out videos, and, on the
+embedded world, what the annotator says of a generator's samples of held-out prompts.
 
 Axes: b batch, m held-out videos, c channels, f frames, h height, w width, l text tokens.
 """
@@ -17,9 +17,10 @@ from vae import from_pixels, load_vae, to_pixels
 
 
 def make_validation(config, runtime):
-    """-> validate(policy, step) -> {validation_<name>: value} of config.num_validation samples (rank 0; {} on the others).
+    """-> validate(policy, step) -> {validation_<name>: value}, on rank 0; {} on the others. config: train_align.py's.
 
-    It prints them, and draws the first eight samples in <output_dir>/samples/step-<step>.png. config: train_align.py's.
+    Samples num_validation fixed prompts from fixed noise, prints what the annotator says of them, and draws the
+    first eight in <output_dir>/samples/step-<step>.png.
     """
     n = config.num_validation
     vae = load_vae(f"{config.model}/vae").to(runtime.device)
@@ -48,11 +49,12 @@ def make_validation(config, runtime):
 def make_reward_report(judge, batch, image_to_video, seed, runtime):
     """-> measure() -> (report, its averages over t for the log); rank 0 prints it as the paper's table.
 
-    judge(x_t, t, context, y=) -> logits [b]; batch: held-out latents [m, c, f, h, w], context [m, l, d_text] and label
-    [m]. The report holds accuracy, balanced_accuracy and auc: five numbers each, by t (see pavrm.interval_metrics), and
-    under "clean" one each, of the videos at t = 0.
+    judge(x_t, t, context, y=) -> logits [b]; batch: held-out latents [m, c, f, h, w], context [m, l, d_text] and
+    label [m]. The report holds accuracy, balanced_accuracy and auc: five numbers each, by t (pavrm.interval_metrics),
+    and under "clean" one each, of the videos at t = 0.
     """
     x0, context, labels = (batch[name].to(runtime.device) for name in ("latents", "context", "label"))
+    zero = torch.zeros(len(x0), device=runtime.device)                                                  # t
     y = first_frame_condition(x0) if image_to_video else None
 
     @torch.no_grad()
@@ -62,7 +64,7 @@ def make_reward_report(judge, batch, image_to_video, seed, runtime):
         for i in range(0, len(x0), 256):
             j = slice(i, i + 256)
             with runtime.autocast():
-                clean.append(judge(x0[j], torch.zeros_like(x0[j, 0, 0, 0, 0]), context[j], y=None if y is None else y[j]))
+                clean.append(judge(x0[j], zero[j], context[j], y=None if y is None else y[j]))
         clean = {name: row[0] for name, row in interval_metrics(torch.cat(clean)[None], labels).items()}
         averages = {name: sum(row) / len(row) for name, row in found.items()}
         if runtime.rank == 0:

@@ -207,7 +207,7 @@ def test_two_steps_with_gradients_and_block_checkpointing(folder):
     ("reward", "--pooling multihead"), ("reward", "--loss bt"), ("reward", "--depth 1"),
     ("reward", "--trunk_learning_rate 0"), ("reward", "--fixed_t 0.2"), ("reward", "--gradient_checkpointing"),
     ("reward_rgb", "--frames first"), ("reward_rgb", "--loss bt"), ("prfl", "--reward_loss logsigmoid"),
-    ("prfl", "--reward_loss sigmoid_hinge"), ("refl", "--frames all")])
+    ("prfl", "--reward_loss sigmoid_hinge"), ("refl", "--frames all"), ("refl", "--decoder_checkpointing")])
 def test_smoke_ablations(folder, name, flags):
     """Runs each option once, in bfloat16 as by default; what it computes is tested elsewhere."""
     run(*command(folder, name, "ablation", *flags.split(), "--max_train_steps", "1", "--mixed_precision", "bf16"))
