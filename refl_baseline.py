@@ -14,9 +14,10 @@ a video reward (the paper ran out of memory here: 81 frames, 14B).
 Where this differs, on purpose, from the paper:
 1. Both rewards are small networks of our own, trained on the same labelled samples as PAVRM: what is compared is
    where a reward looks, not what it has learned from. They judge the prompt too, as the labels do.
-2. "t near 0" is the late third of the steps (Table 3's word): for N = 16, t from 6/16 to 1/16. There one step
-   predicts a video close enough to a finished one for a reward that has seen only finished ones; the report of
-   train_reward.py says how its accuracy falls with t (Fig. 3a). --trajectory_part takes the steps from elsewhere.
+2. "t near 0" is the late third of the steps (Table 3's word): for N = 16, t from 6/16 to 1/16. The reward has seen
+   finished videos only, so the prediction must be close to one, yet the very last step alone would leave the
+   generator little to change. train_reward.py reports the reward's accuracy on predictions from every t (Fig. 3a);
+   --trajectory_part takes the steps from elsewhere.
 
 Axes: b batch, c channels, f latent frames, h w latents, F video frames (4 (f - 1) + 1), H W pixels, l text tokens.
 """
