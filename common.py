@@ -56,6 +56,13 @@ def parse(Config, doc, argv=None, prog=None):
     return Config(**values)
 
 
+def refuse(config, names, why):
+    """Raises InputError for a flag of `names` that was given (is not its default) where it would be ignored."""
+    for f in dataclasses.fields(config):
+        if f.name in names and getattr(config, f.name) != f.default:
+            raise InputError(f"--{f.name} means nothing {why}: leave it out")
+
+
 def cli(main, Config, doc, argv=None, prog=None):
     """main(Config from the command line), expected failures as one line on stderr. Exit code 2: unusable
     input, 1: non-finite numbers or out of memory, 130: interrupted. Other exceptions are bugs: traceback."""

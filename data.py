@@ -278,6 +278,12 @@ class Shards:
             raise InputError(f"{self.folder}: every label is {self.labels[0]}: a reward model needs 0 and 1")
 
 
+    def require_fit(self, dit, labelled=False):
+        """`require` what the VideoDiT wants; its context may be shorter than text_len, as it pads."""
+        length = min(self.context_shape[0], dit.config["text_len"])
+        self.require(dit.config["out_dim"], (length, dit.config["text_dim"]), labelled)
+
+
 @functools.lru_cache(maxsize=4)
 def _permutation(n, seed, epoch):
     return torch.randperm(n, generator=common.generator(seed, "order", epoch))
@@ -297,6 +303,18 @@ def split(n, holdout, seed):
         raise InputError(f"a holdout of {holdout} leaves nothing to train on: there are {n} examples")
     shuffled = torch.randperm(n, generator=common.generator(seed, "split"))
     return shuffled[count:].sort().values, shuffled[:count].sort().values
+
+
+def labelled_split(shards, holdout, seed):
+    """`split` of the labelled clips, holdout in number. Raises InputError if a part is empty or all of one label."""
+    labelled = (shards.labels >= 0).nonzero()[:, 0]
+    if holdout >= len(labelled):
+        raise InputError(f"--holdout {holdout} leaves nothing to train on: there are {len(labelled)} labelled videos")
+    train, held = (labelled[part] for part in split(len(labelled), holdout, seed))
+    if any(len(shards.labels[part].unique()) < 2 for part in (train, held)):
+        raise InputError(f"{shards.folder}: training or held-out videos are all of one label; a reward model needs "
+                         "both 0 and 1")
+    return train, held
 
 
 # ---- the generator's own samples

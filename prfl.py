@@ -66,16 +66,6 @@ def reward_update_loss(policy, pavrm, x_T, context, step, num_steps, *, reward_w
 def sft_loss(policy, x0, x1, t, context, weight=None, y=None):
     """Alg. 1, the SFT update (Eq. 10): flow matching on curated latents x0 [b, c, f, h, w] noised by x1 to t [b].
 
-    weight [b]: RWR passes exp(reward) here, with the policy's own samples as x0.
+    weight [b]: RWR passes exp(reward) here, with the policy's own samples as x0 (rwr_baseline.py).
     """
     return flow_matching_loss(policy(add_noise(x0, x1, t), t, context, y=y), x0, x1, weight)
-
-
-def rwr_weights(rewards):
-    """exp(reward), scaled to mean 1 over the data set, and the effective sample size as a share of it.
-
-    rewards [m]: logits. The largest is subtracted first; a constant reward gives plain SFT on own samples.
-    """
-    weights = torch.exp(rewards.double() - rewards.max().double())
-    weights = weights / weights.mean()
-    return weights.float(), (weights.sum() ** 2 / weights.square().sum() / len(weights)).item()

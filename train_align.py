@@ -1,11 +1,13 @@
-"""Stage 2: align the generator. `--method prfl` is Algorithm 1; `sft` and `rwr` are the baselines beside it.
+"""Stage 2: align the generator. `--method prfl` is Algorithm 1; `refl`, `sft` and `rwr` are the baselines beside it.
 
     python train_align.py                                               PRFL on the embedded world
     python train_align.py --method sft --max_train_steps 160            as many updates as 80 iterations of PRFL
+    python train_align.py --method refl --frames first --reward runs/reward_rgb/reward
     torchrun --nproc_per_node=8 train_align.py --data clips_encoded --reward runs/reward/reward
     python train_align.py --resume latest
 
 prfl: each iteration an SFT update on curated videos, then a reward update at a random step of a rollout.
+refl: the same, but the reward judges decoded pixels of the clean video predicted at a late step.
 sft:  each iteration one flow-matching update on curated videos (Eq. 10).
 rwr:  each iteration one flow-matching update on the generator's own samples, weighted by exp(reward).
 Without --data the curated set is clean clips of the embedded world, written as mp4 and encoded like anybody's clips;
@@ -22,15 +24,16 @@ import torch
 
 import common
 import data
-import flow
 import prfl
+import refl_baseline
+import rwr_baseline
 import world
 from common import InputError, arg
-from model import export_transformer, first_frame_condition, load_text_encoder, load_transformer
+from model import export_transformer, first_frame_condition, load_transformer
 from pavrm import load_pavrm
-from vae import from_pixels, load_vae, to_pixels
+from validation import make_validation
 
-METHODS = ("prfl", "sft", "rwr")
+METHODS = ("prfl", "refl", "sft", "rwr")
 
 
 @dataclass
@@ -38,7 +41,7 @@ class Config:
     method: str = arg("prfl", "what to train with", choices=METHODS)
     model: str = arg(str(Path(__file__).parent / "checkpoints"),
                      "generator: a folder with transformer/ (and text_encoder/, vae/ for the embedded world)")
-    reward: str | None = arg(None, "folder of the reward model (prfl, rwr); without, <model>/reward")
+    reward: str | None = arg(None, "folder of the reward model; without, <model>/reward; refl: /reward_rgb_<frames>")
     data: str | None = arg(None, "curated shards from `data.py encode`; without, clean clips of the embedded world")
     output_dir: str = arg("runs/align", "run folder")
     size: str = arg("tiny", "size of the embedded world (without --data)", choices=tuple(world.SIZES))
@@ -46,10 +49,13 @@ class Config:
     num_samples: int = arg(2048, "own samples that rwr weights", above=0)
     num_inference_steps: int = arg(16, "N, Euler steps of a rollout; the paper has 40", above=0)
     reward_weight: float = arg(1.0, "lambda of Alg. 1; Adam and clipping make its size matter little", above=0)
-    reward_loss: str = arg("linear", "-lambda r (Alg. 1), or a variant", choices=tuple(prfl.REWARD_LOSSES))
-    trajectory_part: str = arg("full", "which steps can be rewarded (Table 3)", choices=tuple(prfl.PARTS))
-    grad_steps: int = arg(1, "steps with gradients before the reward; 1 is Alg. 1", above=0)
-    sft_updates: bool = arg(True, "prfl's SFT update, which keeps the reward from being hacked (Alg. 1)")
+    reward_loss: str = arg("linear", "prfl: -lambda r (Alg. 1), or a variant", choices=tuple(prfl.REWARD_LOSSES))
+    trajectory_part: str | None = arg(None, "steps that can be rewarded (Table 3); without, full, and late for refl",
+                                      choices=tuple(prfl.PARTS))
+    grad_steps: int = arg(1, "prfl: steps with gradients before the reward; 1 is Alg. 1", above=0)
+    frames: str = arg("first", "refl: what is decoded and judged", choices=refl_baseline.FRAMES)
+    decoder_checkpointing: bool = arg(False, "refl: decode one video at a time, again in the backward pass")
+    sft_updates: bool = arg(True, "prfl's and refl's SFT update, which keeps the reward from being hacked (Alg. 1)")
     learning_rate: float = arg(3e-5, "AdamW's, the best for prfl in results/table1.md; the paper has 5e-6 at 14B", above=0)
     weight_decay: float = arg(0.0, "AdamW's", at_least=0)
     max_train_steps: int = arg(80, "iterations", above=0)
@@ -66,75 +72,34 @@ class Config:
     seed: int = arg(0, "seed of order, t, noise and steps", at_least=0)
 
 
-def weighted_samples(config, runtime, policy, pavrm, shards, curated, image_to_video):
-    """RWR's data: the untrained policy's own samples of the curated prompts x0 [m, c, f, h, w], their context
-    [m, l, d], exp(reward) of each with mean 1 [m], and y or None."""
-    picked = curated[data.order(len(curated), config.seed + 1, 0, range(config.num_samples), config.num_samples)]
-    batch = shards.batch(picked)
-    context = batch["context"].to(runtime.device)
-    y = first_frame_condition(batch["latents"].to(runtime.device)) if image_to_video else None
-    x0 = flow.sample(policy, shards.latent_shape, context, config.seed + 2, range(config.num_samples),
-                     config.num_inference_steps, y=y, autocast=runtime.autocast)
-    with torch.no_grad(), runtime.autocast():
-        rewards = torch.cat([pavrm(x0[i:i + 128], torch.zeros(len(x0[i:i + 128]), device=runtime.device),
-                                   context[i:i + 128], y=None if y is None else y[i:i + 128])
-                             for i in range(0, len(x0), 128)])
-    common.check_finite(rewards.sum(), "the reward", 0)
-    weights, effective = prfl.rwr_weights(rewards)
-    if runtime.rank == 0:
-        print(f"rwr: {len(x0)} own samples, effective sample size {effective:.0%}")
-    return x0, context, weights, y
-
-
-def make_validation(config, runtime):
-    """-> validate(policy, step) -> metrics of fixed held-out prompts and noise, with a strip of samples (rank 0)."""
-    n = config.num_validation
-    vae = load_vae(f"{config.model}/vae").to(runtime.device)
-    text = load_text_encoder(f"{config.model}/text_encoder").to(runtime.device)
-    clips, prompts, _ = world.make(n, 900, "clean", config.size, split="validation")
-    folder = Path(config.output_dir) / "samples"
-
-    @torch.no_grad()
-    def validate(policy, step):
-        if runtime.rank > 0:
-            return {}
-        image_to_video = policy.config["model_type"] == "i2v"
-        y = first_frame_condition(vae.encode(from_pixels(clips.to(runtime.device)))) if image_to_video else None
-        latents = flow.sample(policy, world.LATENT_SHAPES[config.size], text.encode(prompts), 900, range(n),
-                              config.num_inference_steps, y=y, autocast=runtime.autocast)
-        videos = to_pixels(vae.decode(latents)).cpu()
-        folder.mkdir(parents=True, exist_ok=True)
-        data.contact_sheet(videos[:8], folder / f"step-{step:06d}.png")
-        return world.summary(world.annotate(videos, prompts))
-
-    return validate
-
-
 def main(config):
+    unused = ("reward_loss", "grad_steps") if config.method == "refl" else ("frames", "decoder_checkpointing")
+    common.refuse(config, unused, f"with --method {config.method}")
     runtime = common.setup(config.mixed_precision, config.seed)
     policy = load_transformer(config.model).to(runtime.device).train()
     policy.gradient_checkpointing = config.gradient_checkpointing
     image_to_video = policy.config["model_type"] == "i2v"
-    rewarded = config.method in ("prfl", "rwr")
-    pavrm = load_pavrm(config.reward or f"{config.model}/reward", policy).to(runtime.device) if rewarded else None
-    if pavrm is not None:
-        pavrm.trunk.gradient_checkpointing = config.gradient_checkpointing
+    if config.method == "refl":
+        vae = refl_baseline.load_decoder(config.model, policy.config["out_dim"]).to(runtime.device)
+        reward_model = refl_baseline.load_pixel_reward(config.reward or f"{config.model}/reward_rgb_{config.frames}",
+                                                       config.frames, policy.config["text_dim"]).to(runtime.device)
+    elif config.method != "sft":
+        reward_model = load_pavrm(config.reward or f"{config.model}/reward", policy).to(runtime.device)
+        reward_model.trunk.gradient_checkpointing = config.gradient_checkpointing
     resume = config.resume_from_checkpoint and common.resolve_checkpoint(config.output_dir,
                                                                          config.resume_from_checkpoint)
     state = common.load_state(resume) if resume else {"step": 0}
-    prfl.draw_step(config.seed, 0, config.num_inference_steps, config.trajectory_part)     # fails early if it must
+    part = config.trajectory_part or ("late" if config.method == "refl" else "full")
+    prfl.draw_step(config.seed, 0, config.num_inference_steps, part)                       # fails early if it must
 
     shards = data.Shards(config.data) if config.data else data.clean_clips(
         Path(config.output_dir) / "curated", config.model, config.num_curated, config.size, config.seed + 500, runtime)
-    shards.require(channels=policy.config["out_dim"],
-                   context_shape=(min(shards.context_shape[0], policy.config["text_len"]),
-                                  policy.config["text_dim"]))
+    shards.require_fit(policy)
     curated = (shards.labels != 0).nonzero()[:, 0]              # good or unlabelled: what is called bad is not curated
     if not len(curated):
         raise InputError(f"{shards.folder}: every clip is labelled 0; alignment needs good ones")
     if config.method == "rwr":
-        own_x0, own_context, own_weights, own_y = weighted_samples(config, runtime, policy, pavrm, shards,
-                                                                   curated, image_to_video)
+        own = rwr_baseline.weighted_samples(config, runtime, policy, reward_model, shards, curated)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     if resume:
         try:
@@ -148,36 +113,42 @@ def main(config):
     common.start_run(config, state["step"] if resume else None)
     log = common.MetricsLog(config.output_dir, state["step"] if resume else None)
     validate = make_validation(config, runtime) if config.num_validation and not config.data else None
-    params = list(policy.parameters())
     accumulation = config.gradient_accumulation_steps
     global_batch = config.batch_size * runtime.world_size * accumulation
+
+    def curated_batch(seed, step, indices):
+        """-> x0 [b, c, f, h, w], context [b, l, d_text], and y of its first frames or None"""
+        batch = shards.batch(curated[data.order(len(curated), seed, step, indices, global_batch)])
+        x0, context = batch["latents"].to(runtime.device), batch["context"].to(runtime.device)
+        return x0, context, first_frame_condition(x0) if image_to_video else None
 
     def sft_loss(step, indices):
         """Eq. 10 on curated videos, or RWR's weighted version on own samples."""
         if config.method == "rwr":
-            j = data.order(len(own_x0), config.seed, step, indices, global_batch).to(runtime.device)
-            x0, context, weight, y = own_x0[j], own_context[j], own_weights[j], own_y[j] if image_to_video else None
+            j = data.order(len(own[0]), config.seed, step, indices, global_batch).to(runtime.device)
+            x0, context, weight, y = [None if values is None else values[j] for values in own]
         else:
-            batch = shards.batch(curated[data.order(len(curated), config.seed, step, indices, global_batch)])
-            x0, context, weight = batch["latents"].to(runtime.device), batch["context"].to(runtime.device), None
-            y = first_frame_condition(x0) if image_to_video else None
+            (x0, context, y), weight = curated_batch(config.seed, step, indices), None
         t = common.uniform(config.seed, "sft t", step, indices).to(runtime.device)
         x1 = common.noise(x0.shape[1:], config.seed, "sft x1", step, indices).to(runtime.device)
         with runtime.autocast():
             return prfl.sft_loss(policy, x0, x1, t, context, weight, y), {}
 
     def reward_loss(step, indices):
-        """Alg. 1's reward update on the prompts of the curated set."""
-        batch = shards.batch(curated[data.order(len(curated), config.seed + 1, step, indices, global_batch)])
-        context = batch["context"].to(runtime.device)
-        y = first_frame_condition(batch["latents"].to(runtime.device)) if image_to_video else None
+        """Alg. 1's reward update, or ReFL's, on the prompts of the curated set."""
+        _, context, y = curated_batch(config.seed + 1, step, indices)
         x_T = common.noise(shards.latent_shape, config.seed, "x_T", step, indices).to(runtime.device)
-        s = prfl.draw_step(config.seed, step, config.num_inference_steps, config.trajectory_part)
+        s = prfl.draw_step(config.seed, step, config.num_inference_steps, part)
         with runtime.autocast():
-            loss, reward = prfl.reward_update_loss(
-                policy, pavrm, x_T, context, s, config.num_inference_steps, reward_weight=config.reward_weight,
-                loss=config.reward_loss, grad_steps=config.grad_steps, y=y)
-        return loss, {"reward": reward.mean(), "rewarded_step": float(s)}
+            if config.method == "refl":
+                loss, reward = refl_baseline.refl_update_loss(
+                    policy, reward_model, vae, x_T, context, s, config.num_inference_steps,
+                    reward_weight=config.reward_weight, y=y, checkpointing=config.decoder_checkpointing)
+            else:
+                loss, reward = prfl.reward_update_loss(
+                    policy, reward_model, x_T, context, s, config.num_inference_steps,
+                    reward_weight=config.reward_weight, loss=config.reward_loss, grad_steps=config.grad_steps, y=y)
+        return loss, {"reward": reward.mean(), "rewarded_step": torch.tensor(s, device=runtime.device)}
 
     def update(name, loss_fn, step):
         """One optimizer update: backward over the accumulated batches, one clip, one step."""
@@ -189,9 +160,8 @@ def main(config):
             common.check_finite(loss.detach(), f"the {name} loss", step + 1)
             (loss / accumulation).backward()
             for key, value in {f"{name}_loss": loss.detach(), **extra}.items():
-                total[key] = total.get(key, 0) + torch.as_tensor(
-                    value, dtype=torch.float32, device=runtime.device) / accumulation
-        norm = common.clip_gradients(params, config.max_grad_norm, step + 1)
+                total[key] = total.get(key, 0) + value.float() / accumulation
+        norm = common.clip_gradients(policy.parameters(), config.max_grad_norm, step + 1)
         optimizer.step()
         common.average(list(total.values()))
         return {**{k: v.item() for k, v in total.items()}, f"{name}_grad_norm": norm,
@@ -199,20 +169,17 @@ def main(config):
 
     bar = common.progress(config.max_train_steps, config.method, initial=state["step"])
     if validate and not resume:
-        log.log(0, **{f"validation_{k}": v for k, v in validate(policy, 0).items()})
+        log.log(0, **validate(policy, 0))
     for step in range(state["step"], config.max_train_steps):
         metrics = {"learning_rate": config.learning_rate}
-        if config.method != "prfl" or config.sft_updates:
+        if config.method in ("sft", "rwr") or config.sft_updates:
             metrics |= update("rwr" if config.method == "rwr" else "sft", sft_loss, step)
-        if config.method == "prfl":
+        if config.method in ("prfl", "refl"):
             metrics |= update("reward", reward_loss, step)
 
         done = step + 1
         if validate and (done % config.validation_steps == 0 or done == config.max_train_steps):
-            found = validate(policy, done)
-            metrics |= {f"validation_{k}": v for k, v in found.items()}
-            if found:                                           # rank 0
-                bar.write("  ".join([f"iteration {done}"] + [f"{k} {v:.3f}" for k, v in found.items()]))
+            metrics |= validate(policy, done)
         log.log(done, **metrics)
         bar.set_postfix({k: f"{metrics[k]:.3f}" for k in ("reward", "sft_loss", "rwr_loss") if k in metrics})
         bar.update()

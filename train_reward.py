@@ -3,16 +3,19 @@
     python train_reward.py                                          the embedded world: samples, labels, trains
     torchrun --nproc_per_node=8 train_reward.py --data clips_encoded --holdout 100
     python train_reward.py --trunk_learning_rate 0                  a probe on frozen features
+    python train_reward.py --space rgb --frames all                 a pixel reward for refl_baseline.py, on clean videos
     python train_reward.py --resume latest
 
 Without --data the base generator makes its own samples, the annotator labels them from pixels (good: qualified on both
 axes and true to the prompt; bad: unqualified; in between: dropped), and they stay in <output_dir>/samples. With --data
-they are your shards, every clip labelled 0 or 1. Writes <output_dir>/reward, metrics.jsonl and report.json.
+they are your shards, every clip labelled 0 or 1. Writes <output_dir>/reward, metrics.jsonl and report.json: held-out
+accuracy on clean videos and by t, where a pixel reward judges the clean video that the generator predicts from x_t.
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 """
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,10 +23,12 @@ import torch
 import common
 import data
 import flow
+import refl_baseline
 import world
 from common import InputError, arg
 from model import first_frame_condition, load_transformer
-from pavrm import LOSSES, POOLINGS, PAVRM, interval_logits, interval_metrics
+from pavrm import LOSSES, POOLINGS, PAVRM
+from validation import make_reward_report
 from weights import save_module
 
 
@@ -31,6 +36,8 @@ from weights import save_module
 class Config:
     model: str = arg(str(Path(__file__).parent / "checkpoints"),
                      "generator: a folder with transformer/ (and text_encoder/, vae/ when it makes the samples)")
+    space: str = arg("latent", "noisy latents are judged (PAVRM), or pixels (RGB ReFL)", choices=("latent", "rgb"))
+    frames: str = arg("first", "rgb: the first frame alone, or all", choices=refl_baseline.FRAMES)
     data: str | None = arg(None, "labelled shards from `data.py encode`; without, the generator's own samples")
     output_dir: str = arg("runs/reward", "run folder")
     size: str = arg("tiny", "size of the embedded world (without --data)", choices=tuple(world.SIZES))
@@ -59,76 +66,65 @@ class Config:
 
 
 def main(config):
+    pavrm_only = ("depth", "pooling", "fixed_t", "trunk_learning_rate", "gradient_checkpointing")
+    common.refuse(config, ("frames",) if config.space == "latent" else pavrm_only, f"with --space {config.space}")
     runtime = common.setup(config.mixed_precision, config.seed)
     generator = load_transformer(config.model).to(runtime.device).eval().requires_grad_(False)
     resume = config.resume_from_checkpoint and common.resolve_checkpoint(config.output_dir,
                                                                          config.resume_from_checkpoint)
-    state = common.load_state(resume) if resume else None
+    state = common.load_state(resume) if resume else {"step": 0}
     shards = data.Shards(config.data) if config.data else data.own_samples(
         config.samples_dir or Path(config.output_dir) / "samples", generator, config.model, config.num_samples,
         config.num_inference_steps, config.size, config.seed, runtime)
-    shards.require(channels=generator.config["out_dim"], labelled=bool(config.data),
-                   context_shape=(min(shards.context_shape[0], generator.config["text_len"]),
-                                  generator.config["text_dim"]))
-    labelled = (shards.labels >= 0).nonzero()[:, 0]
-    if config.holdout >= len(labelled):
-        raise InputError(f"--holdout {config.holdout} leaves nothing to train on: there are {len(labelled)} labelled "
-                         "videos")
-    train, held = (labelled[part] for part in data.split(len(labelled), config.holdout, config.seed))
-    if any(len(shards.labels[part].unique()) < 2 for part in (train, held)):
-        raise InputError(f"{shards.folder}: training or held-out videos are all of one label; a reward model needs "
-                         "both 0 and 1")
+    shards.require_fit(generator, labelled=bool(config.data))
+    train, held = data.labelled_split(shards, config.holdout, config.seed)
     share = (shards.labels[train] == 1).float().mean().item()
     if runtime.rank == 0:
         print(f"{len(train)} videos to train on ({share:.0%} good), {len(held)} held out, "
-              f"{len(shards) - len(labelled)} in between dropped")
+              f"{len(shards) - len(train) - len(held)} in between dropped")
 
     torch.manual_seed(config.seed)
-    pavrm = PAVRM.from_generator(generator, config.depth, config.pooling).to(runtime.device)
-    pavrm.trunk.gradient_checkpointing = config.gradient_checkpointing
     image_to_video = generator.config["model_type"] == "i2v"
+    if config.space == "latent":
+        reward = judge = PAVRM.from_generator(generator, config.depth, config.pooling).to(runtime.device)
+        reward.trunk.gradient_checkpointing = config.gradient_checkpointing
+        groups, fixed_t = reward.parameter_groups(config.trunk_learning_rate, config.learning_rate), config.fixed_t
+    else:
+        reward = refl_baseline.PixelReward(config.frames, generator.config["text_dim"]).to(runtime.device)
+        vae = refl_baseline.load_decoder(config.model, generator.config["out_dim"]).to(runtime.device)
+        judge = partial(refl_baseline.judge, reward, vae, generator)
+        groups = [{"params": list(reward.parameters()), "lr": config.learning_rate}]
+        fixed_t = 0.0                                                   # it learns from clean videos
     del generator
-    optimizer = torch.optim.AdamW(pavrm.parameter_groups(config.trunk_learning_rate, config.learning_rate),
-                                  weight_decay=config.weight_decay)
-    params = [p for p in pavrm.parameters() if p.requires_grad]
-    start = 0
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    params = [p for p in reward.parameters() if p.requires_grad]
     if resume:
         try:
-            pavrm.load_state_dict(state["pavrm"])
+            reward.load_state_dict(state["reward"])
             optimizer.load_state_dict(state["optimizer"])
         except (KeyError, ValueError, RuntimeError):
             raise InputError(f"--resume_from_checkpoint {resume}: not a checkpoint of this script with these "
-                             "--model, --depth and --pooling") from None
-        start = state["step"]
+                             "--model, --space, --frames, --depth and --pooling") from None
         for group in optimizer.param_groups:
             group["weight_decay"] = config.weight_decay                         # the flags of this call hold
-    common.start_run(config, start if resume else None)
-    log = common.MetricsLog(config.output_dir, start if resume else None)
-    held_batch = {k: v.to(runtime.device) for k, v in shards.batch(held).items() if k != "prompt"}
+    common.start_run(config, state["step"] if resume else None)
+    log = common.MetricsLog(config.output_dir, state["step"] if resume else None)
     global_batch = config.batch_size * runtime.world_size
-    bar = common.progress(config.max_train_steps, "reward model", initial=start)
-    report = {}
+    bar = common.progress(config.max_train_steps, "reward model", initial=state["step"])
+    measure = make_reward_report(judge, shards.batch(held), image_to_video, config.seed, runtime)
+    report = None
 
-    def measure():
-        y = first_frame_condition(held_batch["latents"]) if image_to_video else None
-        found = interval_metrics(interval_logits(pavrm, held_batch["latents"], held_batch["context"], config.seed, y,
-                                                 autocast=runtime.autocast), held_batch["label"])
-        if runtime.rank == 0:
-            show(found, bar)
-        return found
-
-    for step in range(start, config.max_train_steps):
+    for step in range(state["step"], config.max_train_steps):
         clock = time.perf_counter()
         indices = runtime.indices(config.batch_size)                    # places in the global batch
         batch = shards.batch(train[data.order(len(train), config.seed, step, indices, global_batch)])
         x0, context = batch["latents"].to(runtime.device), batch["context"].to(runtime.device)
         labels = batch["label"].to(runtime.device)                      # [b]
         t = common.uniform(config.seed, "t", step, indices).to(runtime.device)                      # Eq. 6: U(0, 1)
-        if config.fixed_t is not None:
-            t = torch.full_like(t, config.fixed_t)
+        t = t if fixed_t is None else torch.full_like(t, fixed_t)                                   # 0 for pixels
         x1 = common.noise(x0.shape[1:], config.seed, "x1", step, indices).to(runtime.device)
         with runtime.autocast():
-            logits = pavrm(flow.add_noise(x0, x1, t), t, context,
+            logits = judge(flow.add_noise(x0, x1, t), t, context,
                            y=first_frame_condition(x0) if image_to_video else None)                 # [b]
         loss = LOSSES[config.loss](logits, labels)
         common.check_finite(loss, "the loss", step + 1)
@@ -144,33 +140,24 @@ def main(config):
         accuracy = ((logits >= 0) == (labels == 1)).float().mean()
         means = torch.stack([loss.detach(), accuracy])
         common.average([means])
-        measured = done % config.validation_steps == 0 or done == config.max_train_steps
-        if measured:
-            report = measure()
-        log.log(done, loss=means[0], accuracy=means[1], grad_norm=grad_norm, learning_rate=config.learning_rate * left,
-                seconds=time.perf_counter() - clock,
-                **{f"held_out_{name}": sum(values) / len(values) for name, values in report.items() if measured})
+        metrics = {}
+        if done % config.validation_steps == 0 or done == config.max_train_steps:
+            report, metrics = measure()
+        log.log(done, loss=means[0], accuracy=means[1], grad_norm=grad_norm,
+                learning_rate=config.learning_rate * left, seconds=time.perf_counter() - clock, **metrics)
         bar.set_postfix(loss=f"{means[0]:.3f}", accuracy=f"{means[1]:.2f}")
         bar.update()
         if done % config.checkpointing_steps == 0 or done == config.max_train_steps:
-            common.save_checkpoint(config.output_dir, done, {"reward": lambda path: save_module(pavrm, path)},
-                                   {"pavrm": pavrm.state_dict(), "optimizer": optimizer.state_dict()}, config, keep=2)
-    report = report or measure()                                # resumed at its last step: nothing was left to train
+            common.save_checkpoint(config.output_dir, done, {"reward": lambda path: save_module(reward, path)},
+                                   {"reward": reward.state_dict(), "optimizer": optimizer.state_dict()}, config, keep=2)
+    report = report or measure()[0]                             # resumed at its last step: nothing was left to train
     bar.close()
     if runtime.rank == 0:
-        save_module(pavrm, Path(config.output_dir) / "reward")
+        save_module(reward, Path(config.output_dir) / "reward")
         common.write_json(Path(config.output_dir) / "report.json",
                           {**report, "trained_on": len(train), "held_out": len(held), "good_share": share})
         print(f"wrote {Path(config.output_dir) / 'reward'} and report.json")
     common.teardown()
-
-
-def show(report, bar):
-    """The paper's table: the five intervals of t and their average."""
-    ranges = "".join(f"  ({k / 5:.1f},{(k + 1) / 5:.1f}]" for k in range(5))
-    bar.write(f"{'held out, t in':18}{ranges}   average")
-    for name, values in report.items():
-        bar.write(f"{name:18}" + "".join(f"{v:11.3f}" for v in values) + f"{sum(values) / len(values):10.3f}")
 
 
 if __name__ == "__main__":

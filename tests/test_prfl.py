@@ -1,4 +1,4 @@
-"""prfl.py against Algorithm 1 written out by hand, finite differences, and the formulas of its losses."""
+"""prfl.py and rwr_baseline.py against Algorithm 1 written out by hand, finite differences, and the formulas of its losses."""
 import math
 from collections import Counter
 
@@ -7,6 +7,7 @@ import torch
 
 import flow
 import prfl
+import rwr_baseline
 from common import InputError
 from model import VideoDiT
 from pavrm import PAVRM
@@ -191,14 +192,14 @@ def test_a_part_without_steps():
 # ---- the other updates
 def test_rwr_weights():
     rewards = torch.tensor([-2.0, 0.0, 1.0, 3.0])
-    weights, effective = prfl.rwr_weights(rewards)
+    weights, effective = rwr_baseline.rwr_weights(rewards)
     wanted = rewards.double().exp() / rewards.double().exp().mean()
     torch.testing.assert_close(weights, wanted.float())
     assert weights.mean().item() == pytest.approx(1)
     assert effective == pytest.approx((wanted.sum() ** 2 / (wanted ** 2).sum() / 4).item())
-    constant, effective = prfl.rwr_weights(torch.full((7,), 1.3))
+    constant, effective = rwr_baseline.rwr_weights(torch.full((7,), 1.3))
     assert torch.equal(constant, torch.ones(7)) and effective == pytest.approx(1)
-    large, effective = prfl.rwr_weights(torch.tensor([1000.0, 0.0]))     # exp(1000) is no number
+    large, effective = rwr_baseline.rwr_weights(torch.tensor([1000.0, 0.0]))     # exp(1000) is no number
     assert torch.equal(large, torch.tensor([2.0, 0.0])) and effective == pytest.approx(0.5)
 
 

@@ -21,14 +21,18 @@ import sample
 import train_align
 import train_reward
 from model import VideoDiT, export_transformer, load_transformer
-from weights import WEIGHTS, save_module
 from pavrm import PAVRM, load_pavrm
+from refl_baseline import FRAMES, PixelReward
+from vae import VideoVAE
+from weights import WEIGHTS, save_module
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = dict(in_dim=4, out_dim=4, dim=24, ffn_dim=48, num_heads=2, num_layers=2, freq_dim=16, text_dim=8, text_len=3)
+TINY = dict(in_dim=16, out_dim=16, dim=24, ffn_dim=48, num_heads=2, num_layers=2, freq_dim=16, text_dim=8, text_len=3)
 STEPS = 5
 RUNS = {"reward": ("train_reward", "reward", ["--holdout", "8", "--depth", "2"]),
+        "reward_rgb": ("train_reward", "reward", ["--holdout", "8", "--space", "rgb", "--frames", "all"]),
         "prfl": ("train_align", "transformer", ["--method", "prfl"]),
+        "refl": ("train_align", "transformer", ["--method", "refl"]),
         "sft": ("train_align", "transformer", ["--method", "sft"]),
         "rwr": ("train_align", "transformer", ["--method", "rwr", "--num_samples", "24"])}
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
@@ -41,7 +45,7 @@ def generator(**changes):
     return dit
 
 
-def write_data(folder, channels=4, context=(3, 8), labels=None):
+def write_data(folder, channels=16, context=(3, 8), labels=None):
     g = torch.Generator().manual_seed(1)
     labels = [i % 2 for i in range(32)] if labels is None else labels
     data.write_shards(folder, torch.randn(32, channels, 2, 4, 4, generator=g),
@@ -50,10 +54,13 @@ def write_data(folder, channels=4, context=(3, 8), labels=None):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with generator/, reward/ and data/; the runs of this file go beside them."""
+    """A folder with generator/ (with its VAE and reward models) and data/; the runs of this file go beside them."""
     folder = tmp_path_factory.mktemp("training")
     export_transformer(generator(), folder / "generator/transformer")
     save_module(PAVRM.from_generator(generator(), 1), folder / "generator/reward")
+    save_module(VideoVAE(dim=8, num_blocks=1), folder / "generator/vae")
+    for frames in FRAMES:
+        save_module(PixelReward(frames, TINY["text_dim"], width=8), folder / f"generator/reward_rgb_{frames}")
     write_data(folder / "data")
     return folder
 
@@ -68,7 +75,7 @@ def cpu():
 def command(folder, name, output, *more, batch_size=8):
     """(script, flags) of a run of RUNS."""
     script, _, flags = RUNS[name]
-    steps = [] if name == "reward" else ["--num_inference_steps", "4"]
+    steps = [] if script == "train_reward" else ["--num_inference_steps", "4"]
     return script, [*flags, *steps, "--model", str(folder / "generator"), "--data", str(folder / "data"),
                     "--output_dir", str(folder / output), "--mixed_precision", "no", "--batch_size", str(batch_size),
                     "--max_train_steps", str(STEPS), "--checkpointing_steps", "2", *more]
@@ -122,13 +129,13 @@ def test_one_iteration_is_algorithm_1_by_hand(folder):
 
     good = (shards.labels != 0).nonzero()[:, 0]                                     # what is called bad is not curated
     curated = shards.batch(good[data.order(len(good), 0, 0, indices, 8)])
-    x0, x1 = curated["latents"], common.noise((4, 2, 4, 4), 0, "sft x1", 0, indices)
+    x0, x1 = curated["latents"], common.noise((16, 2, 4, 4), 0, "sft x1", 0, indices)
     t = common.uniform(0, "sft t", 0, indices)
     t_ = t.view(-1, 1, 1, 1, 1)
     sft = ((policy((1 - t_) * x0 + t_ * x1, t, curated["context"]) - (x1 - x0)) ** 2).mean()     # Eq. 10
     sft_norm = update(sft)
     context = shards.batch(good[data.order(len(good), 1, 0, indices, 8)])["context"]
-    x, step = common.noise((4, 2, 4, 4), 0, "x_T", 0, indices), prfl.draw_step(0, 0, 4)
+    x, step = common.noise((16, 2, 4, 4), 0, "x_T", 0, indices), prfl.draw_step(0, 0, 4)
     for i in range(step):                                                           # dt = 1 / 4
         x = x.detach() - policy(x.detach(), torch.full((8,), 1 - i / 4), context) / 4
     reward = pavrm(x, torch.full((8,), 1 - step / 4), context).mean()
@@ -144,7 +151,7 @@ def test_one_iteration_is_algorithm_1_by_hand(folder):
 
 
 def test_updates_and_what_they_move(folder, one_rank):
-    for name, updates in (("prfl", 2), ("sft", 1), ("rwr", 1)):                     # per iteration
+    for name, updates in (("prfl", 2), ("refl", 2), ("sft", 1), ("rwr", 1)):                     # per iteration
         state = torch.load(folder / f"one-{name}/checkpoint-000005/train_state.pt", weights_only=True)
         assert state["step"] == STEPS and state["optimizer"]["state"][0]["step"] == STEPS * updates
         saved = load_file(folder / f"one-{name}/checkpoint-000005/transformer" / WEIGHTS)
@@ -155,33 +162,69 @@ def test_updates_and_what_they_move(folder, one_rank):
         mine = name.removeprefix("trunk.")
         moves = mine == name or mine.startswith("blocks.")
         assert mine == name or torch.equal(value, start[mine]) != moves, name
-    report = json.loads((folder / "one-reward/report.json").read_text())
-    assert (report["trained_on"], report["held_out"], len(report["accuracy"])) == (24, 8, 5)
+    for name in ("reward", "reward_rgb"):
+        report = json.loads((folder / f"one-{name}/report.json").read_text())
+        assert (report["trained_on"], report["held_out"], len(report["accuracy"])) == (24, 8, 5)
+        assert report["clean"].keys() == {"accuracy", "balanced_accuracy", "auc"}
 
 
-@pytest.mark.parametrize("name", ["prfl", "rwr"])
+@pytest.mark.parametrize("name", ["prfl", "refl", "rwr"])
 def test_accumulation_and_checkpointing_change_nothing(folder, one_rank, name):
     wanted = weights(folder, name, f"one-{name}")
     moved = distance(wanted, generator().state_dict())
     run(*command(folder, name, f"micro-{name}", "--gradient_accumulation_steps", "2", "--gradient_checkpointing",
-                 batch_size=4))
+                 *["--decoder_checkpointing"][:name == "refl"], batch_size=4))
     assert distance(weights(folder, name, f"micro-{name}"), wanted) < 0.005 * moved
 
 
-def test_lambda_and_the_sft_updates_are_switches(folder):
-    run(*command(folder, "prfl", "no-sft", "--no-sft_updates", "--reward_weight", "3", "--max_train_steps", "2"))
-    for row in metrics(folder, "no-sft"):
+@pytest.mark.parametrize("name", ["prfl", "refl"])
+def test_lambda_and_the_sft_updates_are_switches(folder, name):
+    run(*command(folder, name, f"no-sft-{name}", "--no-sft_updates", "--reward_weight", "3", "--max_train_steps", "2"))
+    for row in metrics(folder, f"no-sft-{name}"):
         assert "sft_loss" not in row and row["reward_loss"] == pytest.approx(-3 * row["reward"], rel=1e-5)
+
+
+def test_the_rewarded_steps_are_those_of_the_part(folder, one_rank):
+    steps = lambda output: {row["rewarded_step"] for row in metrics(folder, output)}
+    assert steps("one-prfl") - {3, 4} and steps("one-refl") <= {3, 4}               # full; late, of N = 4 steps
+    for name, part, wanted in (("prfl", "early", {1}), ("prfl", "middle", {2}), ("prfl", "late", {3, 4}),
+                               ("refl", "early", {1})):
+        run(*command(folder, name, "part", "--trajectory_part", part, "--max_train_steps", "3"))
+        assert steps("part") <= wanted
+
+
+def test_two_steps_with_gradients_and_block_checkpointing(folder):
+    run(*command(folder, "prfl", "k1", "--trajectory_part", "late", "--max_train_steps", "1"))
+    run(*command(folder, "prfl", "k2", "--trajectory_part", "late", "--max_train_steps", "1", "--grad_steps", "2"))
+    run(*command(folder, "prfl", "k2c", "--trajectory_part", "late", "--max_train_steps", "1", "--grad_steps", "2",
+                 "--gradient_checkpointing"))
+    norm = {name: metrics(folder, name)[0]["reward_grad_norm"] for name in ("k1", "k2", "k2c")}
+    assert norm["k2c"] == pytest.approx(norm["k2"], rel=1e-5) != pytest.approx(norm["k1"], rel=1e-3)
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("reward", "--pooling mean"), ("reward", "--pooling max"), ("reward", "--pooling attention"),
+    ("reward", "--pooling multihead"), ("reward", "--loss bt"), ("reward", "--depth 1"),
+    ("reward", "--trunk_learning_rate 0"), ("reward", "--fixed_t 0.2"), ("reward", "--gradient_checkpointing"),
+    ("reward_rgb", "--frames first"), ("reward_rgb", "--loss bt"), ("prfl", "--reward_loss logsigmoid"),
+    ("prfl", "--reward_loss sigmoid_hinge"), ("refl", "--frames all"), ("refl", "--decoder_checkpointing")])
+def test_smoke_ablations(folder, name, flags):
+    """Runs each option once, in bfloat16 as by default; what it computes is tested elsewhere."""
+    run(*command(folder, name, "ablation", *flags.split(), "--max_train_steps", "1", "--mixed_precision", "bf16"))
+    assert metrics(folder, "ablation")[0]["step"] == 1
 
 
 def test_smoke_image_to_video(folder):
     """Runs image-to-video once, from the first frame of each clip; that numbers are right is tested elsewhere."""
-    dit = generator(model_type="i2v", in_dim=12)  # 4 noisy + 4 mask + 4 first frame
+    dit = generator(model_type="i2v", in_dim=36)  # 16 noisy + 4 mask + 16 first frame
+    shutil.copytree(folder / "generator", folder / "i2v")
     export_transformer(dit, folder / "i2v/transformer")
-    run(*command(folder, "reward", "i2v-reward", "--model", str(folder / "i2v"), "--max_train_steps", "1"))
-    for name in ("prfl", "rwr"):
-        run(*command(folder, name, f"i2v-{name}", "--model", str(folder / "i2v"), "--max_train_steps", "1",
-                     "--reward", str(folder / "i2v-reward/reward")))
+    for name in ("reward", "reward_rgb"):
+        run(*command(folder, name, f"i2v-{name}", "--model", str(folder / "i2v"), "--max_train_steps", "1"))
+    for name, flags in (("prfl", ["--reward", str(folder / "i2v-reward/reward")]),
+                        ("rwr", ["--reward", str(folder / "i2v-reward/reward")]),
+                        ("refl", ["--frames", "all", "--reward", str(folder / "i2v-reward_rgb/reward")])):
+        run(*command(folder, name, f"i2v-{name}", "--model", str(folder / "i2v"), "--max_train_steps", "1", *flags))
         assert 0 < distance(weights(folder, name, f"i2v-{name}"), dit.state_dict()) < 1e-3
 
 
@@ -212,9 +255,9 @@ def two_ranks(folder):
 def test_two_ranks_are_one_rank_with_twice_the_batch(folder, one_rank, two_ranks, name):
     alone, together = (weights(folder, name, f"{ranks}{name}") for ranks in (one_rank, two_ranks))
     start = load_transformer(folder / "generator")
-    if name == "reward":
-        torch.manual_seed(0)                                                        # as the script seeds it
-        start = PAVRM.from_generator(start, 2)
+    torch.manual_seed(0)                                                            # as the scripts seed them
+    if name.startswith("reward"):
+        start = PAVRM.from_generator(start, 2) if name == "reward" else PixelReward("all", TINY["text_dim"])
     moved = distance(alone, start.state_dict())
     assert distance(alone, together) < 0.005 * moved
     run(*command(folder, name, f"half-{name}", batch_size=4))  # half the data is another run
@@ -265,7 +308,7 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(folder, one_rank, name)
     assert same(*states) and states[0]["step"] == STEPS
     assert metrics(folder, out.name) == metrics(folder, whole.name)
     assert not [*out.rglob("*.tmp*"), *out.glob("earlier-*")]
-    if name == "reward":
+    if name.startswith("reward"):
         assert (out / "report.json").read_text() == (whole / "report.json").read_text()
         (out / "report.json").unlink()  # a run that was complete writes its report again
         run(script, [*argv, "--resume", str(out / "checkpoint-000005")])
@@ -280,6 +323,9 @@ def broken(folder, one_rank):
     (folder / "bad/empty").mkdir(parents=True)
     (copy("no_weights") / "transformer" / WEIGHTS).unlink()
     (copy("no_config") / "transformer/config.json").unlink()
+    shutil.rmtree(copy("no_vae") / "vae")
+    export_transformer(generator(in_dim=4, out_dim=4), copy("four_channels") / "transformer")
+    save_module(PixelReward("first", 9), folder / "bad/other_text")
     for name, source, file in (("cut", "generator", f"transformer/{WEIGHTS}"),
                                ("cut_reward", "generator/reward", WEIGHTS),
                                ("cut_data", "data", "shard-00000.safetensors")):
@@ -308,10 +354,21 @@ BAD = [
     ("train_align", "--reward {bad}/other_reward", "another trunk than the generator: dim 36 instead of 24"),
     ("train_align", "--method rwr --reward {bad}/other_reward", "dim 36 instead of 24"),
     ("train_align", "--reward {folder}/generator/transformer", "config.json is not a reward model's"),
+    ("train_align", "--reward {folder}/generator/reward_rgb_first", "reward_rgb_first/config.json is not a reward model's"),
+    ("train_align", "--method refl --reward {folder}/generator/reward", "reward/config.json is not a pixel reward's"),
+    ("train_align", "--method refl --frames all --reward {folder}/generator/reward_rgb_first",
+     "reward_rgb_first has frames 'first' instead of 'all'; train one with `python train_reward.py --space rgb --frames all`"),
+    ("train_align", "--method refl --reward {bad}/other_text", "other_text has text_dim 9 instead of 8"),
+    ("train_align", "--method refl --reward {bad}/absent", "absent is not a folder; train one with `python train_reward.py"),
+    ("train_align", "--method refl --model {bad}/no_vae", "no_vae/vae is not a folder"),
+    ("train_align", "--method refl --model {bad}/four_channels", "decodes latents of 16 channels, the generator makes 4"),
+    ("train_align", "--method refl --grad_steps 2", "--grad_steps means nothing with --method refl: leave it out"),
+    ("train_align", "--frames all", "--frames means nothing with --method prfl: leave it out"),
+    ("train_align", "--method sft --decoder_checkpointing", "--decoder_checkpointing means nothing with --method sft"),
     ("train_align", "--data {bad}/absent", "bad/absent/shards.json is missing"),
     ("train_align", "--data {bad}/empty", "bad/empty/shards.json is missing"),
     ("train_align", "--data {bad}/cut_data", "shard-00000.safetensors: truncated or damaged"),
-    ("train_align", "--data {bad}/channels", "latents have 5 channels, the model has 4"),
+    ("train_align", "--data {bad}/channels", "latents have 5 channels, the model has 16"),
     ("train_align", "--data {bad}/width", "context is [3, 9] (tokens, width), not [3, 8]"),
     ("train_align", "--data {bad}/long", "context is [4, 8] (tokens, width), not [3, 8]"),
     ("train_align", "--bogus 1", "unknown flag: --bogus"),
@@ -327,10 +384,14 @@ BAD = [
     ("train_reward", "--model {bad}/cut", f"cut/transformer/{WEIGHTS} is not a whole safetensors file"),
     ("train_reward", "--data {bad}/unlabelled", "labels missing for 16 of 32 clips"),
     ("train_reward", "--data {bad}/one_label", "every label is 1: a reward model needs 0 and 1"),
-    ("train_reward", "--data {bad}/channels", "latents have 5 channels, the model has 4"),
+    ("train_reward", "--data {bad}/channels", "latents have 5 channels, the model has 16"),
     ("train_reward", "--data {bad}/long", "context is [4, 8] (tokens, width), not [3, 8]"),
     ("train_reward", "--holdout 32", "--holdout 32 leaves nothing to train on"),
     ("train_reward", "--depth 3", "--depth must be 1 to 2, the generator's blocks; got 3"),
+    ("train_reward", "--space rgb", "--depth means nothing with --space rgb: leave it out"),
+    ("train_reward", "--space latent --frames all", "--frames means nothing with --space latent: leave it out"),
+    ("train_reward", "--resume {folder}/one-reward_rgb/checkpoint-000004", "checkpoint-000004: not a checkpoint of this"),
+    ("train_reward", "--space hsv", "--space: invalid choice: 'hsv'"),
     ("train_reward", "--pooling sum", "--pooling: invalid choice: 'sum'"),
     ("train_reward", "--fixed_t 1.5", "--fixed_t must be a finite number at most 1, got 1.5"),
     ("train_reward", "--max_train_steps 0", "--max_train_steps must be"),
