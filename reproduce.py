@@ -30,6 +30,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ import torch
 
 import common
 import data
-import flow
+import refl_baseline
 import world
 from common import InputError, arg
 from model import load_transformer
@@ -48,6 +49,8 @@ HERE = Path(__file__).resolve().parent
 BASE = HERE / "checkpoints"
 RATES = (1e-5, 3e-5, 1e-4, 3e-4)                                 # of every method in table1's sweep
 TUNED = {"prfl": 3e-5, "sft": 1e-4, "rwr": 1e-4, "refl": 3e-5}   # the best of the sweep in results/table1.md
+PIXELS = {f"pixels, {name}": ("--space", "rgb", "--frames", frames)
+          for name, frames in (("first frame", "first"), ("all frames", "all"))}     # rows: train_reward flags
 ITERATIONS = 80                                                  # of PRFL and ReFL: 160 optimizer updates
 TRUNK = json.loads((BASE / "transformer" / "config.json").read_text())["num_layers"]
 PRESETS = {
@@ -285,7 +288,7 @@ def table1_variants(work):
 def table1(work):
     variants, notes = table1_variants(work), []
     paper = {"base": 81.03, "RWR": 84.17, "SFT": 84.79, "RGB ReFL, first frame": 83.97, "PRFL": 89.58}
-    train_rewards(work, [("--space", "rgb", "--frames", frames) for frames in ("first", "all")])
+    train_rewards(work, PIXELS.values())
     if work.preset["sweep"]:
         runs = {(row, rate): (method, (*flags, "--learning_rate", rate)) for row, (method, flags) in variants.items()
                 for rate in RATES}
@@ -301,11 +304,12 @@ def table1(work):
                         [[row, *(f"**{v:.3f}**" if rate == best[row] else f"{v:.3f}" for rate, v in rates.items())]
                          for row, rates in sweep.items()])]
     reports = {label: [json.loads((reward_folder(work, seed, flags) / "report.json").read_text()) for seed in work.seeds]
-               for label, flags in (("PAVRM", ()), ("pixels, first frame", ("--space", "rgb", "--frames", "first")),
-                                    ("pixels, all frames", ("--space", "rgb", "--frames", "all")))}
-    notes += ["Reward models on 400 held-out own samples, mean over seeds. Pixel rewards see the finished video.", "",
-              *table(["", "[0, .2]", "(.2, .4]", "(.4, .6]", "(.6, .8]", "(.8, 1]"],
-                     [[f"{label}, {metric.replace('_', ' ')}", *(f"{v:.3f}" for v in np.mean([r[metric] for r in found], 0))]
+               for label, flags in ({"PAVRM": ()} | PIXELS).items()}
+    notes += ["Reward models on 400 held-out own samples, mean over seeds; t = 0 is the finished video, and at t > 0 pixels are "
+              "decoded from the x_0 predicted in one step.", "",
+              *table(["", "[0, .2]", "(.2, .4]", "(.4, .6]", "(.6, .8]", "(.8, 1]", "t = 0"],
+                     [[f"{label}, {metric.replace('_', ' ')}", *(f"{v:.3f}" for v in np.mean(
+                         [[*report[metric], report["clean"][metric]] for report in found], 0))]
                       for label, found in reports.items() for metric in ("accuracy", "balanced_accuracy", "auc")])]
     alignment_study(work, "table1", "Table 1: PRFL and what it is compared with", variants,
                     [("PRFL", other) for other in ("base", *list(variants)[:-1])], paper, notes)
@@ -336,7 +340,7 @@ def loss(work):
 
 def fig5(work):
     variants = {row: run for row, run in table1_variants(work).items() if row != "SFT, equal time"}
-    train_rewards(work, [("--space", "rgb", "--frames", frames) for frames in ("first", "all")])
+    train_rewards(work, PIXELS.values())
     train_aligned(work, [(seed, *run) for seed in work.seeds for run in variants.values()])
     found = evaluations(work, [("fig5", seed, {row: align_folder(work, seed, *run) for row, run in variants.items()}, ())
                                for seed in work.seeds])
@@ -393,11 +397,22 @@ def test_set(work):
     return kept["latents"], kept["context"], kept["label"]
 
 
+def judge_of(work, seed, flags):
+    """What a reward run trained, as judge(x_t, t, context, y=) -> logits; pixels judge the x_0 predicted from x_t."""
+    folder = reward_folder(work, seed, flags) / "reward"
+    if "--space" not in flags:
+        return load_pavrm(folder)
+    base = load_transformer(BASE).eval().requires_grad_(False)
+    reward = refl_baseline.load_pixel_reward(folder, flags[3], base.config["text_dim"])
+    return partial(refl_baseline.judge, reward, refl_baseline.load_decoder(str(BASE), base.config["out_dim"]), base)
+
+
+@torch.no_grad()
 def reward_study(work, name, title, variants, claims, paper, notes=()):
     """variants: {row: train_reward flags}; like alignment_study. Accuracy on one test set, t in each fifth of (0, 1]."""
     train_rewards(work, variants.values())
     latents, context, labels = test_set(work)
-    logits = {row: torch.stack([interval_logits(load_pavrm(reward_folder(work, seed, flags) / "reward"), latents, context)
+    logits = {row: torch.stack([interval_logits(judge_of(work, seed, flags), latents, context)
                                 for seed in work.seeds]) for row, flags in variants.items()}        # [seeds, 5, m]
     right = {row: ((values >= 0) == (labels == 1)).double().numpy() for row, values in logits.items()}
     rows = {row: {"average": summary(values.mean(1)), "intervals": values.mean((0, 2)).tolist(),
@@ -418,9 +433,9 @@ def table5(work):
     reward_study(work, "table5", "Table 5: how tokens become one vector",
                  {"mean": ("--pooling", "mean"), "max": ("--pooling", "max"),
                   "attention without query": ("--pooling", "attention"), eq5: (),
-                  "8 heads (released code)": ("--pooling", "multihead")},
-                 [(eq5, "mean"), (eq5, "max"), (eq5, "attention without query"), ("mean", "max")],
-                 {"mean": 83.37, "max": 78.47, "attention without query": 83.42, eq5: 84.18})
+                  "8 heads (released code)": ("--pooling", "multihead")} | PIXELS,
+                 [(eq5, "mean"), (eq5, "max"), (eq5, "attention without query"), ("mean", "max"), (eq5, "pixels, all frames")],
+                 {"pixels, all frames": "78.83 (VLM)", "mean": 83.37, "max": 78.47, "attention without query": 83.42, eq5: 84.18})
 
 
 def table7(work):
@@ -447,21 +462,19 @@ def labels(work):
 
 def fig3(work):
     frozen = ("--trunk_learning_rate", 0)
-    probes = {f"probe, K = {k}": (*frozen, "--fixed_t", 0.2, "--depth", k) for k in (1, 2, 4, 6, 8) if k <= TRUNK}
+    probes = {f"probe, t = 0.2, K = {k}": (*frozen, "--fixed_t", 0.2, *(() if k == 4 else ("--depth", k)))
+              for k in (1, 2, 4, 6, 8) if k <= TRUNK}
+    curves = PIXELS | {"probe, t = 0.2, K = 4": (*frozen, "--fixed_t", 0.2), "probe, random t": frozen,
+                       "fine-tuned, t = 0.2": ("--fixed_t", 0.2), "fine-tuned, random t": ()}
+    ours = "fine-tuned, random t"
     rows = reward_study(
-        work, "fig3", "Figure 3: where a reward can be read",
-        probes | {"probe, random t": frozen, "fine-tuned, t = 0.2": ("--fixed_t", 0.2), "fine-tuned, random t": ()},
-        [("fine-tuned, random t", "probe, random t"), ("fine-tuned, random t", "fine-tuned, t = 0.2"),
-         ("fine-tuned, random t", "probe, K = 4")],
-        {"fine-tuned, random t": 85.46}, ["Probes: frozen trunk, only query and head learn; by depth at t = 0.2 (the paper: "
-                                          "78.1 to 78.8 at every depth), then at random t.", ""])
+        work, "fig3", "Figure 3: where a reward can be read", probes | curves,
+        [(ours, other) for other in ("probe, random t", "fine-tuned, t = 0.2", "pixels, all frames", "pixels, first frame")],
+        {ours: 85.46, "probe, t = 0.2, K = 4": "78.1 to 78.8 at every K"},
+        ["Pixels are judged on the x_0 predicted in one step from x_t. Probes: frozen trunk, only query and head learn.", ""])
     at = [0.1, 0.3, 0.5, 0.7, 0.9]
-    plot(work, "fig3", {"accuracy by t": {row: (at, cells["intervals"]) for row, cells in rows.items()
-                                          if row in ("probe, K = 4", "probe, random t", "fine-tuned, t = 0.2",
-                                                     "fine-tuned, random t")},
-                        "AUC by t": {row: (at, cells["auc"]) for row, cells in rows.items()
-                                     if row in ("probe, K = 4", "probe, random t", "fine-tuned, t = 0.2",
-                                                "fine-tuned, random t")}}, "t")
+    plot(work, "fig3", {f"{title} by t": {row: (at, rows[row][key]) for row in curves}
+                        for title, key in (("accuracy", "intervals"), ("AUC", "auc"))}, "t")
 
 
 # ---- the annotator
