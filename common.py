@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 
@@ -151,12 +152,13 @@ def clip_gradients(params, max_norm, step=None):
     """Averages gradients over ranks, clips in place (max_norm None: not) -> norm before clipping, float.
     Raises FloatingPointError naming the step if the norm is not finite."""
     params = [p for p in params if p.grad is not None]
-    average([p.grad for p in params])
+    average([p.grad for p in params if not isinstance(p, DTensor)])     # FSDP has averaged its pieces in backward
     norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-    if not torch.isfinite(norm):
-        raise FloatingPointError(f"step {step}: the gradient norm is {norm.item()}; lower --learning_rate")
+    value = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    if not math.isfinite(value):
+        raise FloatingPointError(f"step {step}: the gradient norm is {value}; lower --learning_rate")
     torch.nn.utils.clip_grads_with_norm_(params, max_norm or math.inf, norm)
-    return norm.item()
+    return value
 
 
 # ---- run folder and checkpoints

@@ -2,7 +2,7 @@
 
     python train_align.py                                               PRFL on the embedded world
     python train_align.py --method sft --max_train_steps 160            as many updates as 80 iterations of PRFL
-    torchrun --nproc_per_node=8 train_align.py --data clips_encoded --reward runs/reward/reward
+    torchrun --nproc_per_node=8 train_align.py --data clips_encoded --reward runs/reward/reward --parallel fsdp
     python train_align.py --resume latest
 
 prfl: each iteration an SFT update on curated videos, then a reward update at a random step of a rollout.
@@ -23,6 +23,8 @@ import torch
 import common
 import data
 import flow
+import lora
+import parallel
 import prfl
 import world
 from common import InputError, arg
@@ -59,6 +61,11 @@ class Config:
     mixed_precision: str = arg("bf16", "autocast dtype; weights, optimizer and rollout state are fp32",
                                choices=("no", "bf16"))
     gradient_checkpointing: bool = arg(False, "recompute each block in the backward pass")
+    parallel: str = arg("ddp", "under torchrun: ddp, all of the policy and reward model on each GPU, 16 bytes per "
+                        "trained weight; fsdp, 1 / GPUs of that and a block at a time", choices=parallel.KINDS)
+    lora_rank: int = arg(0, "train adapters of this rank on the attentions' q, k, v, o (8 to 128; try 10 times the "
+                         "learning rate); 0 trains every weight", at_least=0)
+    lora_alpha: float | None = arg(None, "adapters are scaled by this / lora_rank; without, by 1", above=0)
     checkpointing_steps: int = arg(40, "iterations between checkpoints", above=0)
     validation_steps: int = arg(40, "iterations between validations (embedded world)", above=0)
     num_validation: int = arg(128, "videos of a validation; 0 for none", at_least=0)
@@ -96,12 +103,12 @@ def make_validation(config, runtime):
 
     @torch.no_grad()
     def validate(policy, step):
-        if runtime.rank > 0:
-            return {}
         image_to_video = policy.config["model_type"] == "i2v"
         y = first_frame_condition(vae.encode(from_pixels(clips.to(runtime.device)))) if image_to_video else None
         latents = flow.sample(policy, world.LATENT_SHAPES[config.size], text.encode(prompts), 900, range(n),
                               config.num_inference_steps, y=y, autocast=runtime.autocast)
+        if runtime.rank > 0:                                    # sampled with the others: FSDP gathers
+            return {}
         videos = to_pixels(vae.decode(latents)).cpu()
         folder.mkdir(parents=True, exist_ok=True)
         data.contact_sheet(videos[:8], folder / f"step-{step:06d}.png")
@@ -112,12 +119,16 @@ def make_validation(config, runtime):
 
 def main(config):
     runtime = common.setup(config.mixed_precision, config.seed)
-    policy = load_transformer(config.model).to(runtime.device).train()
+    policy = load_transformer(config.model).train()
+    if config.lora_rank:
+        lora.add(policy, config.lora_rank, config.lora_alpha, config.seed)
+    parallel.shard(policy, runtime, config.parallel)
     policy.gradient_checkpointing = config.gradient_checkpointing
     image_to_video = policy.config["model_type"] == "i2v"
     rewarded = config.method in ("prfl", "rwr")
-    pavrm = load_pavrm(config.reward or f"{config.model}/reward", policy).to(runtime.device) if rewarded else None
+    pavrm = load_pavrm(config.reward or f"{config.model}/reward", policy) if rewarded else None
     if pavrm is not None:
+        parallel.shard(pavrm, runtime, config.parallel)
         pavrm.trunk.gradient_checkpointing = config.gradient_checkpointing
     resume = config.resume_from_checkpoint and common.resolve_checkpoint(config.output_dir,
                                                                          config.resume_from_checkpoint)
@@ -135,20 +146,13 @@ def main(config):
     if config.method == "rwr":
         own_x0, own_context, own_weights, own_y = weighted_samples(config, runtime, policy, pavrm, shards,
                                                                    curated, image_to_video)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    params = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=config.learning_rate, weight_decay=config.weight_decay)
     if resume:
-        try:
-            policy.load_state_dict(state["policy"])
-            optimizer.load_state_dict(state["optimizer"])
-        except (KeyError, ValueError, RuntimeError):
-            raise InputError(f"--resume_from_checkpoint {resume}: not a checkpoint of this script with this "
-                             "--model") from None
-        for group in optimizer.param_groups:                    # the flags of this call hold, not the saved ones
-            group["lr"], group["weight_decay"] = config.learning_rate, config.weight_decay
+        parallel.load_state(resume, state, policy, optimizer)
     common.start_run(config, state["step"] if resume else None)
     log = common.MetricsLog(config.output_dir, state["step"] if resume else None)
     validate = make_validation(config, runtime) if config.num_validation and not config.data else None
-    params = list(policy.parameters())
     accumulation = config.gradient_accumulation_steps
     global_batch = config.batch_size * runtime.world_size * accumulation
 
@@ -197,6 +201,12 @@ def main(config):
         return {**{k: v.item() for k, v in total.items()}, f"{name}_grad_norm": norm,
                 f"{name}_seconds": time.perf_counter() - clock}
 
+    def export(path, weights):
+        """Writes the transformer, adapters merged, into folder `path`, and the adapters beside it."""
+        export_transformer(policy, path, dtype=torch.float32, state=lora.merge(weights, config.lora_alpha))
+        if config.lora_rank:
+            lora.save(weights, path.parent, config.lora_alpha)
+
     bar = common.progress(config.max_train_steps, config.method, initial=state["step"])
     if validate and not resume:
         log.log(0, **{f"validation_{k}": v for k, v in validate(policy, 0).items()})
@@ -217,12 +227,11 @@ def main(config):
         bar.set_postfix({k: f"{metrics[k]:.3f}" for k in ("reward", "sft_loss", "rwr_loss") if k in metrics})
         bar.update()
         if done % config.checkpointing_steps == 0 or done == config.max_train_steps:
-            common.save_checkpoint(
-                config.output_dir, done, {"transformer": lambda path: export_transformer(policy, path, dtype=torch.float32)},
-                {"policy": policy.state_dict(), "optimizer": optimizer.state_dict()}, config, keep=2)
+            parallel.save_checkpoint(config.output_dir, done, {"transformer": export}, policy, optimizer, config)
     bar.close()
+    weights = parallel.full_state(policy)
     if runtime.rank == 0:
-        export_transformer(policy, Path(config.output_dir) / "transformer", dtype=torch.float32)
+        export(Path(config.output_dir) / "transformer", weights)
         print(f"wrote {Path(config.output_dir) / 'transformer'}")
     common.teardown()
 

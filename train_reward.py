@@ -20,6 +20,7 @@ import torch
 import common
 import data
 import flow
+import parallel
 import world
 from common import InputError, arg
 from model import first_frame_condition, load_transformer
@@ -50,6 +51,8 @@ class Config:
     max_grad_norm: float = arg(1.0, "gradients are clipped to this norm", above=0)
     mixed_precision: str = arg("bf16", "autocast dtype", choices=("no", "bf16"))
     gradient_checkpointing: bool = arg(False, "recompute the trunk's blocks in the backward pass")
+    parallel: str = arg("ddp", "under torchrun: ddp, the whole reward model on each GPU; fsdp, 1 / GPUs of it and a "
+                        "block at a time", choices=parallel.KINDS)
     checkpointing_steps: int = arg(200, "steps between checkpoints", above=0)
     validation_steps: int = arg(200, "steps between reports on the held-out videos", above=0)
     resume_from_checkpoint: str | None = arg(None, "'latest' or a checkpoint folder", alias="resume")
@@ -58,12 +61,12 @@ class Config:
 
 def main(config):
     runtime = common.setup(config.mixed_precision, config.seed)
-    generator = load_transformer(config.model).to(runtime.device).eval().requires_grad_(False)
+    generator = load_transformer(config.model).eval().requires_grad_(False)
     resume = config.resume_from_checkpoint and common.resolve_checkpoint(config.output_dir,
                                                                          config.resume_from_checkpoint)
     state = common.load_state(resume) if resume else None
     shards = data.Shards(config.data) if config.data else data.own_samples(
-        Path(config.output_dir) / "samples", generator, config.model, config.num_samples, config.num_inference_steps,
+        Path(config.output_dir) / "samples", generator.to(runtime.device), config.model, config.num_samples, config.num_inference_steps,
         config.size, config.seed, runtime)
     shards.require(channels=generator.config["out_dim"], labelled=bool(config.data),
                    context_shape=(min(shards.context_shape[0], generator.config["text_len"]),
@@ -82,24 +85,16 @@ def main(config):
               f"{len(shards) - len(labelled)} in between dropped")
 
     torch.manual_seed(config.seed)
-    pavrm = PAVRM.from_generator(generator, config.depth, config.pooling).to(runtime.device)
+    pavrm = PAVRM.from_generator(generator, config.depth, config.pooling)
     pavrm.trunk.gradient_checkpointing = config.gradient_checkpointing
     image_to_video = generator.config["model_type"] == "i2v"
     del generator
     optimizer = torch.optim.AdamW(pavrm.parameter_groups(config.trunk_learning_rate, config.learning_rate),
                                   weight_decay=config.weight_decay)
     params = [p for p in pavrm.parameters() if p.requires_grad]
-    start = 0
+    start = state["step"] if resume else 0
     if resume:
-        try:
-            pavrm.load_state_dict(state["pavrm"])
-            optimizer.load_state_dict(state["optimizer"])
-        except (KeyError, ValueError, RuntimeError):
-            raise InputError(f"--resume_from_checkpoint {resume}: not a checkpoint of this script with these "
-                             "--model, --depth and --pooling") from None
-        start = state["step"]
-        for group, rate in zip(optimizer.param_groups, (config.learning_rate, config.trunk_learning_rate)):
-            group["lr"], group["weight_decay"] = rate, config.weight_decay      # the flags of this call hold
+        parallel.load_state(resume, state, pavrm, optimizer)
     common.start_run(config, start if resume else None)
     log = common.MetricsLog(config.output_dir, start if resume else None)
     held_batch = {k: v.to(runtime.device) for k, v in shards.batch(held).items() if k != "prompt"}
@@ -114,6 +109,9 @@ def main(config):
         if runtime.rank == 0:
             show(found, bar)
         return found
+
+    def export(path, weights):
+        save_module(pavrm, path, state=weights)
 
     for step in range(start, config.max_train_steps):
         clock = time.perf_counter()
@@ -148,12 +146,12 @@ def main(config):
         bar.set_postfix(loss=f"{means[0]:.3f}", accuracy=f"{means[1]:.2f}")
         bar.update()
         if done % config.checkpointing_steps == 0 or done == config.max_train_steps:
-            common.save_checkpoint(config.output_dir, done, {"reward": lambda path: save_module(pavrm, path)},
-                                   {"pavrm": pavrm.state_dict(), "optimizer": optimizer.state_dict()}, config, keep=2)
+            parallel.save_checkpoint(config.output_dir, done, {"reward": export}, pavrm, optimizer, config)
     report = report or measure()                                # resumed at its last step: nothing was left to train
     bar.close()
+    weights = parallel.full_state(pavrm)
     if runtime.rank == 0:
-        save_module(pavrm, Path(config.output_dir) / "reward")
+        export(Path(config.output_dir) / "reward", weights)
         common.write_json(Path(config.output_dir) / "report.json",
                           {**report, "trained_on": len(train), "held_out": len(held), "good_share": share})
         print(f"wrote {Path(config.output_dir) / 'reward'} and report.json")
