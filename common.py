@@ -127,7 +127,7 @@ def uniform(seed, purpose, step, indices):
 
 def average(tensors):
     """Mean over ranks, in place, of a list of tensors, e.g. of losses before they are logged."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if tensors and dist.is_initialized() and dist.get_world_size() > 1:
         for work in [dist.all_reduce(x, async_op=True) for x in tensors]:
             work.wait()
         torch._foreach_div_(tensors, dist.get_world_size())

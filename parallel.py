@@ -13,6 +13,7 @@ them in float32); and all ranks must make the same forward calls, since each of 
 A checkpoint of either kind resumes under either kind, on any number of ranks.
 """
 import shutil
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -30,16 +31,23 @@ KINDS = ("ddp", "fsdp")
 PIECES = "sharded_state"  # of torch.distributed.checkpoint, inside a checkpoint folder of fsdp
 
 
+def check(kind):
+    """Raises InputError where there are no processes to shard over; for a script to call before it works."""
+    if kind == "fsdp" and not dist.is_initialized():
+        raise InputError("--parallel fsdp shards over processes: start it with torchrun --nproc_per_node=<GPUs>")
+
+
 def shard(model, runtime, kind):
     """Puts a VideoDiT or a PAVRM, in place, on this rank's device: whole (ddp) or its piece (fsdp) -> model.
 
     Before the optimizer is made. For fsdp give it on the CPU: one block at a time is whole on the device. Every rank
     must hold the same weights. Raises InputError where there are no processes to shard over.
     """
+    check(kind)
     if kind == "ddp":
         return model.to(runtime.device)
-    if not dist.is_initialized():
-        raise InputError("--parallel fsdp shards over processes: start it with torchrun --nproc_per_node=<GPUs>")
+    # PAVRM's logits are a view; no caller writes into them
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
     # inputs are not cast: the residual stream stays float32, and the model casts where it multiplies
     half = MixedPrecisionPolicy(runtime.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -127,6 +135,7 @@ def load_state(path, state, model, optimizer):
             whole = saved[name]
             x.copy_(distribute_tensor(whole, x.device_mesh, x.placements) if isinstance(x, DTensor) else whole)
         return
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs none
     try:
         dcp.load(mine, checkpoint_id=pieces)                    # in place; ranks read what they hold
     except (Exception, dcp.api.CheckpointException) as e:       # the latter is no Exception

@@ -61,6 +61,7 @@ class Config:
 
 def main(config):
     runtime = common.setup(config.mixed_precision, config.seed)
+    parallel.check(config.parallel)
     generator = load_transformer(config.model).eval().requires_grad_(False)
     resume = config.resume_from_checkpoint and common.resolve_checkpoint(config.output_dir,
                                                                          config.resume_from_checkpoint)
@@ -86,6 +87,7 @@ def main(config):
 
     torch.manual_seed(config.seed)
     pavrm = PAVRM.from_generator(generator, config.depth, config.pooling)
+    parallel.shard(pavrm, runtime, config.parallel)
     pavrm.trunk.gradient_checkpointing = config.gradient_checkpointing
     image_to_video = generator.config["model_type"] == "i2v"
     del generator
