@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from common import generator
+from common import InputError, generator
 from weights import diffusers_name
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -32,7 +32,14 @@ class LoRALinear(nn.Module):
 
 
 def add(dit, rank, alpha=None, seed=0):
-    """Freezes a VideoDiT, in place, and gives its attentions adapters that train. alpha None: rank, scale 1."""
+    """Freezes a VideoDiT, in place, and gives its attentions adapters that train. rank 0: changes nothing.
+
+    alpha None: as rank, scale 1. Call it before parallel.shard. Raises InputError on an alpha without a rank.
+    """
+    if not rank:
+        if alpha:
+            raise InputError("--lora_alpha scales adapters: give --lora_rank too, or leave it out")
+        return
     dit.requires_grad_(False)
     draws = generator(seed, "lora")
     for block in dit.blocks:
@@ -63,11 +70,12 @@ def merge(state, alpha=None):
 
 
 def save(state, folder, alpha=None):
-    """Writes the adapters of a state_dict as diffusers' pytorch_lora_weights.safetensors, whole or not at all."""
+    """Writes the adapters of a state_dict as diffusers' pytorch_lora_weights.safetensors, if it has any."""
     adapters = {}
     for layer, (A, B) in scaled(state, alpha).items():
         theirs = diffusers_name(f"transformer.{layer}.")
         adapters |= {f"{theirs}lora_A.weight": A.contiguous(), f"{theirs}lora_B.weight": B.contiguous()}
-    temporary = Path(folder) / f"{FILE}.tmp"
-    save_file(adapters, temporary, {"format": "pt"})
-    os.replace(temporary, Path(folder) / FILE)
+    if adapters:
+        temporary = Path(folder) / f"{FILE}.tmp"
+        save_file(adapters, temporary, {"format": "pt"})
+        os.replace(temporary, Path(folder) / FILE)              # whole or not at all

@@ -10,7 +10,8 @@ fsdp: every rank holds 1 / ranks of each weight, gradient and optimizer state (P
 Two things differ under fsdp with bf16: a block's norms and modulation are bf16 as well while it runs (autocast reads
 them in float32); and all ranks must make the same forward calls, since each of them gathers.
 
-A checkpoint of either kind resumes under either kind, on any number of ranks.
+A checkpoint of either kind resumes under either kind, on any number of ranks: ddp's train_state.pt holds whole
+tensors, fsdp's sharded_state/ the ranks' pieces. (Torch unpickles sharded_state/.metadata: resume only what you wrote.)
 """
 import shutil
 import warnings
@@ -85,13 +86,14 @@ def named_state(model, optimizer):
 def save_checkpoint(output_dir, step, folders, model, optimizer, config, keep=2):
     """common.save_checkpoint of a model in training; every rank must call it, and under fsdp writes its piece.
 
-    folders: {name: function(path, full_state(model))}, called on rank 0.
+    folders: {name: function(path, state)}, called on rank 0 with state=full_state(model).
     """
-    whole = full_state(model)
-    folders = {name: partial(write, weights=whole) for name, write in folders.items()}
-    state = {"model": trained(model), "optimizer": optimizer.state_dict()}
-    if any(isinstance(p, DTensor) for p in model.parameters()):
-        pieces, state = Path(output_dir) / f"{PIECES}.tmp", {}
+    whole, state = full_state(model), {}
+    folders = {name: partial(write, state=whole) for name, write in folders.items()}
+    if not any(isinstance(p, DTensor) for p in model.parameters()):
+        state = {"model": trained(model), "optimizer": optimizer.state_dict()}
+    else:
+        pieces = Path(output_dir) / f"{PIECES}.tmp"
         if common.rank() == 0:
             shutil.rmtree(pieces, ignore_errors=True)
         common.gather(None)                                     # a killed run's pieces are gone

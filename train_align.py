@@ -61,11 +61,11 @@ class Config:
     mixed_precision: str = arg("bf16", "autocast dtype; weights, optimizer and rollout state are fp32",
                                choices=("no", "bf16"))
     gradient_checkpointing: bool = arg(False, "recompute each block in the backward pass")
-    parallel: str = arg("ddp", "under torchrun: ddp, all of the policy and reward model on each GPU, 16 bytes per "
-                        "trained weight; fsdp, 1 / GPUs of that and a block at a time", choices=parallel.KINDS)
-    lora_rank: int = arg(0, "train adapters of this rank on the attentions' q, k, v, o (8 to 128; try 10 times the "
-                         "learning rate); 0 trains every weight", at_least=0)
-    lora_alpha: float | None = arg(None, "adapters are scaled by this / lora_rank; without, by 1", above=0)
+    parallel: str = arg("ddp", "under torchrun: ddp keeps policy (16 bytes a weight: itself, gradient, Adam) and reward "
+                        "model whole on each GPU; fsdp, 1 / GPUs of them", choices=parallel.KINDS)
+    lora_rank: int = arg(0, "train adapters of this rank beside the frozen q, k, v, o of each attention, such as 16, at "
+                         "a higher learning rate (1e-4); 0 trains every weight", at_least=0)
+    lora_alpha: float | None = arg(None, "adapters are scaled by lora_alpha / lora_rank; without, by 1", above=0)
     checkpointing_steps: int = arg(40, "iterations between checkpoints", above=0)
     validation_steps: int = arg(40, "iterations between validations (embedded world)", above=0)
     num_validation: int = arg(128, "videos of a validation; 0 for none", at_least=0)
@@ -120,8 +120,7 @@ def make_validation(config, runtime):
 def main(config):
     runtime = common.setup(config.mixed_precision, config.seed)
     policy = load_transformer(config.model).train()
-    if config.lora_rank:
-        lora.add(policy, config.lora_rank, config.lora_alpha, config.seed)
+    lora.add(policy, config.lora_rank, config.lora_alpha, config.seed)
     parallel.shard(policy, runtime, config.parallel)
     policy.gradient_checkpointing = config.gradient_checkpointing
     image_to_video = policy.config["model_type"] == "i2v"
@@ -201,11 +200,9 @@ def main(config):
         return {**{k: v.item() for k, v in total.items()}, f"{name}_grad_norm": norm,
                 f"{name}_seconds": time.perf_counter() - clock}
 
-    def export(path, weights):
-        """Writes the transformer, adapters merged, into folder `path`, and the adapters beside it."""
-        export_transformer(policy, path, dtype=torch.float32, state=lora.merge(weights, config.lora_alpha))
-        if config.lora_rank:
-            lora.save(weights, path.parent, config.lora_alpha)
+    def export(path, state):
+        export_transformer(policy, path, dtype=torch.float32, state=lora.merge(state, config.lora_alpha))
+        lora.save(state, path.parent, config.lora_alpha)        # the adapters, if there are any
 
     bar = common.progress(config.max_train_steps, config.method, initial=state["step"])
     if validate and not resume:

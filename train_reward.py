@@ -51,8 +51,7 @@ class Config:
     max_grad_norm: float = arg(1.0, "gradients are clipped to this norm", above=0)
     mixed_precision: str = arg("bf16", "autocast dtype", choices=("no", "bf16"))
     gradient_checkpointing: bool = arg(False, "recompute the trunk's blocks in the backward pass")
-    parallel: str = arg("ddp", "under torchrun: ddp, the whole reward model on each GPU; fsdp, 1 / GPUs of it and a "
-                        "block at a time", choices=parallel.KINDS)
+    parallel: str = arg("ddp", "under torchrun: a copy on each GPU (ddp), or 1 / GPUs (fsdp)", choices=parallel.KINDS)
     checkpointing_steps: int = arg(200, "steps between checkpoints", above=0)
     validation_steps: int = arg(200, "steps between reports on the held-out videos", above=0)
     resume_from_checkpoint: str | None = arg(None, "'latest' or a checkpoint folder", alias="resume")
@@ -67,8 +66,8 @@ def main(config):
                                                                          config.resume_from_checkpoint)
     state = common.load_state(resume) if resume else None
     shards = data.Shards(config.data) if config.data else data.own_samples(
-        Path(config.output_dir) / "samples", generator.to(runtime.device), config.model, config.num_samples, config.num_inference_steps,
-        config.size, config.seed, runtime)
+        Path(config.output_dir) / "samples", generator.to(runtime.device), config.model, config.num_samples,
+        config.num_inference_steps, config.size, config.seed, runtime)
     shards.require(channels=generator.config["out_dim"], labelled=bool(config.data),
                    context_shape=(min(shards.context_shape[0], generator.config["text_len"]),
                                   generator.config["text_dim"]))
@@ -112,9 +111,6 @@ def main(config):
             show(found, bar)
         return found
 
-    def export(path, weights):
-        save_module(pavrm, path, state=weights)
-
     for step in range(start, config.max_train_steps):
         clock = time.perf_counter()
         indices = runtime.indices(config.batch_size)                    # places in the global batch
@@ -148,12 +144,13 @@ def main(config):
         bar.set_postfix(loss=f"{means[0]:.3f}", accuracy=f"{means[1]:.2f}")
         bar.update()
         if done % config.checkpointing_steps == 0 or done == config.max_train_steps:
-            parallel.save_checkpoint(config.output_dir, done, {"reward": export}, pavrm, optimizer, config)
+            export = {"reward": lambda path, state: save_module(pavrm, path, state=state)}
+            parallel.save_checkpoint(config.output_dir, done, export, pavrm, optimizer, config)
     report = report or measure()                                # resumed at its last step: nothing was left to train
     bar.close()
     weights = parallel.full_state(pavrm)
     if runtime.rank == 0:
-        export(Path(config.output_dir) / "reward", weights)
+        save_module(pavrm, Path(config.output_dir) / "reward", state=weights)
         common.write_json(Path(config.output_dir) / "report.json",
                           {**report, "trained_on": len(train), "held_out": len(held), "good_share": share})
         print(f"wrote {Path(config.output_dir) / 'reward'} and report.json")
