@@ -152,7 +152,7 @@ def clip_gradients(params, max_norm, step=None):
     """Averages gradients over ranks, clips in place (max_norm None: not) -> norm before clipping, float.
     Raises FloatingPointError naming the step if the norm is not finite."""
     params = [p for p in params if p.grad is not None]
-    average([p.grad for p in params if not isinstance(p, DTensor)])     # FSDP has averaged its pieces in backward
+    average([p.grad for p in params if not isinstance(p, DTensor)])     # FSDP averages in the backward pass
     norm = torch.nn.utils.get_total_norm([p.grad for p in params])
     value = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     if not math.isfinite(value):

@@ -1,8 +1,10 @@
-"""LoRA: train y = W x + b + alpha / r * B A x, with W and b frozen, on q, k, v, o of every attention of the policy.
+"""LoRA: y = W x + b + alpha / r * B A x, with W and b frozen, on q, k, v, o of every attention of the policy.
 
 A [r, d] starts random and B [d, r] at zero, so training starts at the base model. Only A and B have gradients and
-optimizer state. Files are those diffusers reads: `pipeline.load_lora_weights(output_dir)`; alpha / r is in B there, so
-that every reader finds scale 1. `merge` gives plain weights again.
+optimizer state. The file is what diffusers reads, `pipeline.load_lora_weights(output_dir)`; alpha / r is multiplied
+into B there, so that every reader finds scale 1. `merge` gives plain weights again.
+
+Axes: d model width, r rank.
 """
 import os
 from pathlib import Path
@@ -62,15 +64,16 @@ def scaled(state, alpha):
 
 
 def merge(state, alpha=None):
-    """The state_dict of a plain VideoDiT: W + alpha / r * B A, without A and B. One without adapters stays as it is."""
+    """The state_dict of a plain VideoDiT, W + alpha / r * B A; one that has no adapters stays as it is."""
     merged = {name: x for name, x in state.items() if ".lora_" not in name}
     for layer, (A, B) in scaled(state, alpha).items():
-        merged[f"{layer}.weight"] = (merged[f"{layer}.weight"].float() + B @ A).to(merged[f"{layer}.weight"].dtype)
+        W = merged[f"{layer}.weight"]
+        merged[f"{layer}.weight"] = (W.float() + B @ A).to(W.dtype)
     return merged
 
 
 def save(state, folder, alpha=None):
-    """Writes the adapters of a state_dict as diffusers' pytorch_lora_weights.safetensors, if it has any."""
+    """Writes the adapters of a state_dict, if it has any, as folder/pytorch_lora_weights.safetensors."""
     adapters = {}
     for layer, (A, B) in scaled(state, alpha).items():
         theirs = diffusers_name(f"transformer.{layer}.")

@@ -1,17 +1,18 @@
 """One model over many processes: `--parallel ddp`, a copy on each, or `--parallel fsdp`, a piece on each.
 
 ddp:  every rank holds all weights; common.clip_gradients averages the gradients.
-fsdp: every rank holds 1 / ranks of each weight, gradient and optimizer state (PyTorch's fully_shard, "FSDP2"), in
-      float32. A block is gathered in the dtype of autocast when it runs, and freed after; its gradients are averaged
-      in float32, and a rank keeps its piece. Nothing in the loops changes: weights, gradients and optimizer state are
-      DTensors, and the backward pass does the averaging. Each backward averages, so accumulated batches add up in
-      the pieces, and gradients of another update are gone with optimizer.zero_grad() as ever.
+fsdp: every rank holds 1 / ranks of each weight, gradient and optimizer state, in float32 (PyTorch's fully_shard,
+      "FSDP2"). A block is gathered in the dtype of autocast when it runs, and freed after; its gradients are
+      averaged in float32, and each rank keeps its piece. The training loops are the same: weights, gradients and
+      optimizer state are DTensors there, and every backward pass averages. So accumulated batches add up in the
+      pieces, and optimizer.zero_grad() keeps SFT and reward gradients apart as ever.
 
-Two things differ under fsdp with bf16: a block's norms and modulation are bf16 as well while it runs (autocast reads
-them in float32); and all ranks must make the same forward calls, since each of them gathers.
+What differs under fsdp: with bf16, a block's norms and modulation are bf16 too while it runs (autocast reads them in
+float32); and each forward call gathers, so all ranks must make the same ones.
 
 A checkpoint of either kind resumes under either kind, on any number of ranks: ddp's train_state.pt holds whole
-tensors, fsdp's sharded_state/ the ranks' pieces. (Torch unpickles sharded_state/.metadata: resume only what you wrote.)
+tensors, fsdp's sharded_state/ the ranks' pieces. (PyTorch unpickles sharded_state/.metadata: resume from what you
+wrote yourself.)
 """
 import shutil
 import warnings
@@ -35,14 +36,14 @@ PIECES = "sharded_state"  # of torch.distributed.checkpoint, inside a checkpoint
 def check(kind):
     """Raises InputError where there are no processes to shard over; for a script to call before it works."""
     if kind == "fsdp" and not dist.is_initialized():
-        raise InputError("--parallel fsdp shards over processes: start it with torchrun --nproc_per_node=<GPUs>")
+        raise InputError("--parallel fsdp shards over processes: start with torchrun --nproc_per_node=<GPUs>")
 
 
 def shard(model, runtime, kind):
     """Puts a VideoDiT or a PAVRM, in place, on this rank's device: whole (ddp) or its piece (fsdp) -> model.
 
-    Before the optimizer is made. For fsdp give it on the CPU: one block at a time is whole on the device. Every rank
-    must hold the same weights. Raises InputError where there are no processes to shard over.
+    Call it before the optimizer is made. For fsdp give the model on the CPU, so that one block at a time is whole on
+    the device; every rank must hold the same weights. Raises InputError where there are no processes.
     """
     check(kind)
     if kind == "ddp":
@@ -54,8 +55,8 @@ def shard(model, runtime, kind):
     half = MixedPrecisionPolicy(runtime.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in getattr(model, "trunk", model).blocks:
         fully_shard(block, mesh=mesh, mp_policy=half)
-    # the rest (embeddings, head) in float32, as autocast leaves it; freed after each forward, or a sampled model
-    # would stay gathered and its parameters() be others than the optimizer's
+    # the rest, embeddings and head, in float32, as autocast has it; freed after each forward, or a model that only
+    # sampled would stay gathered, and its parameters() would not be the optimizer's
     fully_shard(model, mesh=mesh, reshard_after_forward=True,
                 mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     return model
@@ -84,7 +85,7 @@ def named_state(model, optimizer):
 
 
 def save_checkpoint(output_dir, step, folders, model, optimizer, config, keep=2):
-    """common.save_checkpoint of a model in training; every rank must call it, and under fsdp writes its piece.
+    """common.save_checkpoint of a model in training; every rank must call it: under fsdp each writes its pieces.
 
     folders: {name: function(path, state)}, called on rank 0 with state=full_state(model).
     """
@@ -118,8 +119,8 @@ def load_state(path, state, model, optimizer):
     if "model" in state:                                        # whole tensors; the optimizer numbers its own
         name_of = {p: name for name, p in model.named_parameters()}
         names = {i: name_of[p] for i, p in enumerate(params)}
-        saved = state["model"] | {f"{names.get(i)}/{key}": x for i, values in state["optimizer"]["state"].items()
-                                  for key, x in values.items()}
+        saved = state["model"] | {f"{names.get(i)}/{key}": x for i, values in
+                                  state["optimizer"]["state"].items() for key, x in values.items()}
         sizes = {name: x.shape for name, x in saved.items()}
     elif pieces.is_dir():
         try:
@@ -130,12 +131,12 @@ def load_state(path, state, model, optimizer):
     # a weight that never had a gradient has no optimizer state: it starts at zero
     mine = {name: x for name, x in mine.items() if name in sizes or "/" not in name}
     if sizes != {name: x.shape for name, x in mine.items()}:
-        raise InputError(f"--resume_from_checkpoint {path}: not a checkpoint of this script with these flags of "
-                         "model and reward model (--model, --depth, --pooling, --lora_rank)")
+        raise InputError(f"--resume_from_checkpoint {path}: not a checkpoint of this script with the same --model, "
+                         "--depth, --pooling, --lora_rank")
     if saved:
         for name, x in mine.items():
-            whole = saved[name]
-            x.copy_(distribute_tensor(whole, x.device_mesh, x.placements) if isinstance(x, DTensor) else whole)
+            y = saved[name]
+            x.copy_(distribute_tensor(y, x.device_mesh, x.placements) if isinstance(x, DTensor) else y)
         return
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs none
     try:
