@@ -356,8 +356,7 @@ def load_transformer(path, dtype=torch.float32):
 def export_transformer(dit, path, layout="wan", dtype=None, state=None):
     """Write dit as an official Wan2.1 folder ("wan") or a diffusers WanTransformer3DModel one ("diffusers").
 
-    Each weight goes back in the dtype it was loaded from, if it was; `dtype` overrides that. state: the weights to
-    write in the place of dit's own, where those are sharded or adapted.
+    Each weight goes back in the dtype it was loaded from, or in `dtype`. state: weights to write in place of dit's.
     """
     if layout not in ("wan", "diffusers"):
         raise InputError(f"layout is {layout!r}; choose wan or diffusers")

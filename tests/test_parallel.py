@@ -45,7 +45,7 @@ common.cli(train_align.main, train_align.Config, "", sys.argv[1:])
 def torchrun(folder, code, *argv):
     (folder / "driver.py").write_text(code)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return subprocess.run([*start, folder / "driver.py", *argv], env=ENV, capture_output=True, text=True, timeout=300)
+    return subprocess.run([*start, folder / "driver.py", *argv], env=ENV, capture_output=True, text=True, timeout=900)
 
 
 @pytest.fixture(scope="module")
