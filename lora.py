@@ -1,8 +1,8 @@
 """LoRA: y = W x + b + alpha / r * B A x, with W and b frozen, on q, k, v, o of every attention of the policy.
 
-A [r, d] starts random and B [d, r] at zero, so training starts at the base model. Only A and B have gradients and
-optimizer state. The file is what diffusers reads, `pipeline.load_lora_weights(output_dir)`; alpha / r is multiplied
-into B there, so that every reader finds scale 1. `merge` gives plain weights again.
+A [r, d] starts random and B [d, r] at zero, so training starts at the base model. Only A and B have
+gradients and optimizer state. The file is what diffusers reads, `pipeline.load_lora_weights(output_dir)`;
+alpha / r is multiplied into B there, so that every reader finds scale 1. `merge` gives plain weights again.
 
 Axes: d model width, r rank.
 """

@@ -1,18 +1,19 @@
 """One model over many processes: `--parallel ddp`, a copy on each, or `--parallel fsdp`, a piece on each.
 
 ddp:  every rank holds all weights; common.clip_gradients averages the gradients.
-fsdp: every rank holds 1 / ranks of each weight, gradient and optimizer state, in float32 (PyTorch's fully_shard,
-      "FSDP2"). A block is gathered in the dtype of autocast when it runs, and freed after; its gradients are
-      averaged in float32, and each rank keeps its piece. The training loops are the same: weights, gradients and
-      optimizer state are DTensors there, and every backward pass averages. So accumulated batches add up in the
-      pieces, and optimizer.zero_grad() keeps SFT and reward gradients apart as ever.
+fsdp: every rank holds 1 / ranks of each weight, gradient and optimizer state, in float32 (fully_shard of
+      PyTorch, "FSDP2"). A block is gathered in the dtype of autocast when it runs, and freed after; its
+      gradients are averaged in float32, and each rank keeps its piece. The training loops are the same:
+      weights, gradients and optimizer state are DTensors there, and every backward pass averages. So
+      accumulated batches add up in the pieces, and optimizer.zero_grad() keeps SFT and reward gradients
+      apart as ever.
 
-What differs under fsdp: with bf16, a block's norms and modulation are bf16 too while it runs (autocast reads them in
-float32); and each forward call gathers, so all ranks must make the same ones.
+What differs under fsdp: with bf16, a block's norms and modulation are bf16 too while it runs (autocast
+reads them in float32); and each forward call gathers, so all ranks must make the same ones.
 
-A checkpoint of either kind resumes under either kind, on any number of ranks: ddp's train_state.pt holds whole
-tensors, fsdp's sharded_state/ the ranks' pieces. (PyTorch unpickles sharded_state/.metadata: resume from what you
-wrote yourself.)
+A checkpoint of either kind resumes under either kind, on any number of ranks: ddp's train_state.pt holds
+whole tensors, fsdp's sharded_state/ the ranks' pieces. (PyTorch unpickles sharded_state/.metadata: resume
+from what you wrote yourself.)
 """
 import shutil
 import warnings
@@ -42,8 +43,8 @@ def check(kind):
 def shard(model, runtime, kind):
     """Puts a VideoDiT or a PAVRM, in place, on this rank's device: whole (ddp) or its piece (fsdp) -> model.
 
-    Call it before the optimizer is made. For fsdp give the model on the CPU, so that one block at a time is whole on
-    the device; every rank must hold the same weights. Raises InputError where there are no processes.
+    Call it before the optimizer is made. For fsdp give the model on the CPU, so that one block at a time is
+    whole on the device; every rank must hold the same weights. Raises InputError without processes.
     """
     check(kind)
     if kind == "ddp":
@@ -55,8 +56,8 @@ def shard(model, runtime, kind):
     half = MixedPrecisionPolicy(runtime.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in getattr(model, "trunk", model).blocks:
         fully_shard(block, mesh=mesh, mp_policy=half)
-    # the rest, embeddings and head, in float32, as autocast has it; freed after each forward, or a model that only
-    # sampled would stay gathered, and its parameters() would not be the optimizer's
+    # the rest, embeddings and head, in float32, as autocast has it; freed after each forward, or a model that
+    # only sampled would stay gathered, and its parameters() would not be the optimizer's
     fully_shard(model, mesh=mesh, reshard_after_forward=True,
                 mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     return model
@@ -85,7 +86,7 @@ def named_state(model, optimizer):
 
 
 def save_checkpoint(output_dir, step, folders, model, optimizer, config, keep=2):
-    """common.save_checkpoint of a model in training; every rank must call it: under fsdp each writes its pieces.
+    """common.save_checkpoint of a model in training. Every rank must call it; under fsdp each writes its pieces.
 
     folders: {name: function(path, state)}, called on rank 0 with state=full_state(model).
     """
@@ -131,8 +132,8 @@ def load_state(path, state, model, optimizer):
     # a weight that never had a gradient has no optimizer state: it starts at zero
     mine = {name: x for name, x in mine.items() if name in sizes or "/" not in name}
     if sizes != {name: x.shape for name, x in mine.items()}:
-        raise InputError(f"--resume_from_checkpoint {path}: not a checkpoint of this script with the same --model, "
-                         "--depth, --pooling, --lora_rank")
+        raise InputError(f"--resume_from_checkpoint {path}: not a checkpoint of this script with the same "
+                         "--model, --depth, --pooling, --lora_rank")
     if saved:
         for name, x in mine.items():
             y = saved[name]

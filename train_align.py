@@ -63,8 +63,8 @@ class Config:
     gradient_checkpointing: bool = arg(False, "recompute each block in the backward pass")
     parallel: str = arg("ddp", "under torchrun: ddp keeps policy (16 bytes a weight: itself, gradient, Adam) and reward "
                         "model whole on each GPU; fsdp, 1 / GPUs of them", choices=parallel.KINDS)
-    lora_rank: int = arg(0, "train adapters of this rank beside the frozen q, k, v, o of each attention, such as 16, at "
-                         "10 times the learning rate; 0 trains every weight", at_least=0)
+    lora_rank: int = arg(0, "train adapters of this rank (such as 16) beside the frozen q, k, v, o of each attention, "
+                         "often at 10 times the learning rate; 0 trains every weight", at_least=0)
     lora_alpha: float | None = arg(None, "adapters are scaled by lora_alpha / lora_rank; without, by 1", above=0)
     checkpointing_steps: int = arg(40, "iterations between checkpoints", above=0)
     validation_steps: int = arg(40, "iterations between validations (embedded world)", above=0)

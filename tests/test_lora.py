@@ -6,14 +6,15 @@ from safetensors.torch import load_file
 import common
 import lora
 from model import VideoDiT, export_transformer, load_transformer
-from test_training import STEPS, command, cpu, distance, folder, generator, run, same, weights  # noqa: F401, fixtures
+from test_training import (STEPS, command, cpu, distance, folder, generator, run, same,
+                           weights)  # noqa: F401, cpu and folder are fixtures
 
 LORA = ["--lora_rank", "2", "--lora_alpha", "4", "--learning_rate", "1e-3"]
 
 
 def batch():
     g = torch.Generator().manual_seed(5)
-    return (torch.randn(3, 4, 2, 4, 4, generator=g), torch.rand(3, generator=g), torch.randn(3, 3, 8, generator=g))
+    return torch.randn(3, 4, 2, 4, 4, generator=g), torch.rand(3, generator=g), torch.randn(3, 3, 8, generator=g)
 
 
 def adapted(alpha=4):
@@ -88,16 +89,18 @@ def test_diffusers_reads_the_file(tmp_path):
 
 
 def test_training(folder):
-    """Adapters and merged weights are written and agree; no optimizer state for the base; resume is bit for bit."""
+    """Adapters and merged weights are written and agree; the base has no optimizer state; resume is bit for bit."""
     run(*command(folder, "prfl", "lora", *LORA))
     checkpoint = folder / "lora/checkpoint-000005"
     state = common.load_state(checkpoint)
-    assert len(state["optimizer"]["state"]) == len(state["model"]) == 32 and all(".lora_" in n for n in state["model"])
+    assert len(state["optimizer"]["state"]) == len(state["model"]) == 32
+    assert all(".lora_" in name for name in state["model"])
     base, merged = generator().state_dict(), weights(folder, "prfl", "lora")
     adapters = load_file(folder / "lora" / lora.FILE)
     B, A = (adapters[f"transformer.blocks.1.attn2.to_out.0.lora_{x}.weight"] for x in "BA")
     assert B.abs().max() > 1e-4
-    torch.testing.assert_close(merged["blocks.1.cross_attn.o.weight"], base["blocks.1.cross_attn.o.weight"] + B @ A)
+    name = "blocks.1.cross_attn.o.weight"
+    torch.testing.assert_close(merged[name], base[name] + B @ A)
     for name in base:
         moves = name.endswith(("attn.q.weight", "attn.k.weight", "attn.v.weight", "attn.o.weight"))
         assert torch.equal(base[name], merged[name]) != moves, name

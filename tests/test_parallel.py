@@ -1,7 +1,7 @@
 """--parallel fsdp: two ranks against one process, checkpoints across numbers of ranks, a kill, bad inputs.
 
-The generator, the data and the runs are those of test_training.py, where ddp on two ranks is held against one; here
-two FSDP ranks with accumulated, checkpointed batches of 2 are held against one process with batches of 8.
+The generator, the data and the runs are those of test_training.py, where ddp on two ranks is held against one;
+here two FSDP ranks with accumulated, checkpointed batches of 2 are held against one process with batches of 8.
 """
 import json
 import shutil
@@ -21,8 +21,8 @@ import prfl
 from lora import FILE
 from model import load_transformer
 from pavrm import PAVRM
-from test_training import (DRIVER, ENV, ROOT, STEPS, command, cpu, distance, folder, generator, metrics, one_line, run,
-                           same, weights)  # noqa: F401, cpu and folder are fixtures
+from test_training import (DRIVER, ENV, STEPS, command, cpu, distance, folder, generator, metrics, one_line,
+                           run, same, weights)  # noqa: F401, cpu and folder are fixtures
 
 MICRO = ["--gradient_accumulation_steps", "2", "--gradient_checkpointing"]
 LORA = ["--lora_rank", "2", "--lora_alpha", "4", "--learning_rate", "1e-3"]
@@ -45,7 +45,8 @@ common.cli(train_align.main, train_align.Config, "", sys.argv[1:])
 def torchrun(folder, code, *argv):
     (folder / "driver.py").write_text(code)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return subprocess.run([*start, folder / "driver.py", *argv], env=ENV, capture_output=True, text=True, timeout=900)
+    return subprocess.run([*start, folder / "driver.py", *argv], env=ENV, capture_output=True, text=True,
+                          timeout=900)
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +85,9 @@ def test_two_fsdp_ranks_are_one_process_with_twice_the_batch(folder, runs, name)
 
 
 def test_each_rank_holds_half(folder, runs):
-    for output, names in (("two-prfl", ("blocks.0.ffn.0.weight", "head.head.weight", "blocks.1.ffn.2.bias/exp_avg")),
-                          ("two-reward", ("trunk.blocks.1.ffn.0.weight", "mlp.0.weight", "pool.w_k.weight/exp_avg"))):
+    for output, *names in (
+            ("two-prfl", "blocks.0.ffn.0.weight", "head.head.weight", "blocks.1.ffn.2.bias/exp_avg"),
+            ("two-reward", "trunk.blocks.1.ffn.0.weight", "mlp.0.weight", "pool.w_k.weight/exp_avg")):
         pieces = dcp.FileSystemReader(folder / output / "checkpoint-000005" / parallel.PIECES)
         for name in names:
             whole = pieces.read_metadata().state_dict_metadata[name]
@@ -174,8 +176,8 @@ def group():
 
 
 def test_blocks_run_in_bfloat16_from_float32_pieces(group):
-    """Also: the rollout's gathered weights are given back, the frozen reward model is sharded and gets no gradients,
-    and the reward update's gradient is that of autocast to bfloat16's precision."""
+    """Also: the rollout's gathered weights are given back, the frozen reward model is sharded and gets no
+    gradients, and the reward update's gradient is that of autocast to bfloat16's precision."""
     torch.manual_seed(3)
     x_T, context, seen = torch.randn(8, 4, 2, 4, 4), torch.randn(8, 3, 8), []
     gradients = []
@@ -184,7 +186,7 @@ def test_blocks_run_in_bfloat16_from_float32_pieces(group):
         torch.nn.init.normal_(pavrm.mlp[-1].weight, generator=torch.Generator().manual_seed(4))
         for model in (policy, pavrm):
             parallel.shard(model, group, kind)
-        for layer in (policy.blocks[1].ffn[0], policy.head.head, pavrm.trunk.blocks[0].self_attn.q, pavrm.mlp[0]):
+        for layer in (policy.blocks[1].ffn[0], pavrm.trunk.blocks[0].self_attn.q, pavrm.mlp[0]):
             layer.register_forward_hook(lambda layer, x, y: seen.append(layer.weight.dtype))
         policy.head.register_forward_hook(lambda layer, x, y: seen.append(layer.head.weight.dtype))
         policy.blocks[0].register_forward_hook(lambda block, x, y: seen.append(y.dtype))
