@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 
@@ -144,7 +145,7 @@ def uniform(seed, purpose, step, indices):
 
 def average(tensors):
     """Mean over ranks, in place, of a list of tensors, e.g. of losses before they are logged."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if tensors and dist.is_initialized() and dist.get_world_size() > 1:
         for work in [dist.all_reduce(x, async_op=True) for x in tensors]:
             work.wait()
         torch._foreach_div_(tensors, dist.get_world_size())
@@ -169,12 +170,13 @@ def clip_gradients(params, max_norm, step=None):
     """Averages gradients over ranks, clips in place (max_norm None: not) -> norm before clipping, float.
     Raises FloatingPointError naming the step if the norm is not finite."""
     params = [p for p in params if p.grad is not None]
-    average([p.grad for p in params])
+    average([p.grad for p in params if not isinstance(p, DTensor)])     # FSDP averages in the backward pass
     norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-    if not torch.isfinite(norm):
-        raise FloatingPointError(f"step {step}: the gradient norm is {norm.item()}; lower --learning_rate")
+    value = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    if not math.isfinite(value):
+        raise FloatingPointError(f"step {step}: the gradient norm is {value}; lower --learning_rate")
     torch.nn.utils.clip_grads_with_norm_(params, max_norm or math.inf, norm)
-    return norm.item()
+    return value
 
 
 # ---- run folder and checkpoints

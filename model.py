@@ -352,15 +352,15 @@ def load_transformer(path, dtype=torch.float32):
     return dit
 
 
-def export_transformer(dit, path, layout="wan", dtype=None):
+def export_transformer(dit, path, layout="wan", dtype=None, state=None):
     """Write dit as an official Wan2.1 folder ("wan") or a diffusers WanTransformer3DModel one ("diffusers").
 
-    Each weight goes back in the dtype it was loaded from, if it was; `dtype` overrides that.
+    Each weight goes back in the dtype it was loaded from, or in `dtype`. state: weights to write in place of dit's.
     """
     if layout not in ("wan", "diffusers"):
         raise InputError(f"layout is {layout!r}; choose wan or diffusers")
     stored = getattr(dit, "stored_dtypes", {})
-    state = {name: p.to(dtype or stored.get(name, p.dtype)) for name, p in dit.state_dict().items()}
+    state = {name: p.to(dtype or stored.get(name, p.dtype)) for name, p in (state or dit.state_dict()).items()}
     if layout == "diffusers":
         write_folder(path, diffusers_config(dit.config), {diffusers_name(n): p for n, p in state.items()})
     else:

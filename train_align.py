@@ -3,7 +3,7 @@
     python train_align.py                                               PRFL on the embedded world
     python train_align.py --method sft --max_train_steps 160            as many updates as 80 iterations of PRFL
     python train_align.py --method refl --frames first --reward runs/reward_rgb/reward
-    torchrun --nproc_per_node=8 train_align.py --data clips_encoded --reward runs/reward/reward
+    torchrun --nproc_per_node=8 train_align.py --data clips_encoded --reward runs/reward/reward --parallel fsdp
     python train_align.py --resume latest
 
 prfl: each iteration an SFT update on curated videos, then a reward update at a random step of a rollout.
@@ -24,6 +24,8 @@ import torch
 
 import common
 import data
+import lora
+import parallel
 import prfl
 import refl_baseline
 import rwr_baseline
@@ -65,6 +67,11 @@ class Config:
     mixed_precision: str = arg("bf16", "autocast dtype; weights, optimizer and rollout state are fp32",
                                choices=("no", "bf16"))
     gradient_checkpointing: bool = arg(False, "recompute each block in the backward pass")
+    parallel: str = arg("ddp", "under torchrun: ddp keeps policy (16 bytes a weight: itself, gradient, Adam) and reward "
+                        "model whole on each GPU; fsdp, 1 / GPUs of them", choices=parallel.KINDS)
+    lora_rank: int = arg(0, "train adapters of this rank (such as 16) beside the frozen q, k, v, o of each attention, "
+                         "often at 10 times the learning rate; 0 trains every weight", at_least=0)
+    lora_alpha: float | None = arg(None, "adapters are scaled by lora_alpha / lora_rank; without, by 1", above=0)
     checkpointing_steps: int = arg(40, "iterations between checkpoints", above=0)
     validation_steps: int = arg(40, "iterations between validations (embedded world)", above=0)
     num_validation: int = arg(128, "videos of a validation; 0 for none", at_least=0)
@@ -76,7 +83,9 @@ def main(config):
     unused = ("reward_loss", "grad_steps") if config.method == "refl" else ("frames", "decoder_checkpointing")
     common.refuse(config, unused, f"with --method {config.method}")
     runtime = common.setup(config.mixed_precision, config.seed)
-    policy = load_transformer(config.model).to(runtime.device).train()
+    policy = load_transformer(config.model).train()
+    lora.add(policy, config.lora_rank, config.lora_alpha, config.seed)
+    parallel.shard(policy, runtime, config.parallel)
     policy.gradient_checkpointing = config.gradient_checkpointing
     image_to_video = policy.config["model_type"] == "i2v"
     if config.method == "refl":
@@ -84,7 +93,8 @@ def main(config):
         reward_model = refl_baseline.load_pixel_reward(config.reward or f"{config.model}/reward_rgb_{config.frames}",
                                                        config.frames, policy.config["text_dim"]).to(runtime.device)
     elif config.method != "sft":
-        reward_model = load_pavrm(config.reward or f"{config.model}/reward", policy).to(runtime.device)
+        reward_model = load_pavrm(config.reward or f"{config.model}/reward", policy)
+        parallel.shard(reward_model, runtime, config.parallel)
         reward_model.trunk.gradient_checkpointing = config.gradient_checkpointing
     resume = config.resume_from_checkpoint and common.resolve_checkpoint(config.output_dir,
                                                                          config.resume_from_checkpoint)
@@ -100,16 +110,10 @@ def main(config):
         raise InputError(f"{shards.folder}: every clip is labelled 0; alignment needs good ones")
     if config.method == "rwr":
         own = rwr_baseline.weighted_samples(config, runtime, policy, reward_model, shards, curated)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    params = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=config.learning_rate, weight_decay=config.weight_decay)
     if resume:
-        try:
-            policy.load_state_dict(state["policy"])
-            optimizer.load_state_dict(state["optimizer"])
-        except (KeyError, ValueError, RuntimeError):
-            raise InputError(f"--resume_from_checkpoint {resume}: not a checkpoint of this script with this "
-                             "--model") from None
-        for group in optimizer.param_groups:                    # the flags of this call hold, not the saved ones
-            group["lr"], group["weight_decay"] = config.learning_rate, config.weight_decay
+        parallel.load_state(resume, state, policy, optimizer)
     common.start_run(config, state["step"] if resume else None)
     log = common.MetricsLog(config.output_dir, state["step"] if resume else None)
     validate = make_validation(config, runtime) if config.num_validation and not config.data else None
@@ -167,6 +171,10 @@ def main(config):
         return {**{k: v.item() for k, v in total.items()}, f"{name}_grad_norm": norm,
                 f"{name}_seconds": time.perf_counter() - clock}
 
+    def export(path, state):
+        export_transformer(policy, path, dtype=torch.float32, state=lora.merge(state, config.lora_alpha))
+        lora.save(state, path.parent, config.lora_alpha)        # the adapters, if there are any
+
     bar = common.progress(config.max_train_steps, config.method, initial=state["step"])
     if validate and not resume:
         log.log(0, **validate(policy, 0))
@@ -184,12 +192,11 @@ def main(config):
         bar.set_postfix({k: f"{metrics[k]:.3f}" for k in ("reward", "sft_loss", "rwr_loss") if k in metrics})
         bar.update()
         if done % config.checkpointing_steps == 0 or done == config.max_train_steps:
-            common.save_checkpoint(
-                config.output_dir, done, {"transformer": lambda path: export_transformer(policy, path, dtype=torch.float32)},
-                {"policy": policy.state_dict(), "optimizer": optimizer.state_dict()}, config, keep=2)
+            parallel.save_checkpoint(config.output_dir, done, {"transformer": export}, policy, optimizer, config)
     bar.close()
+    weights = parallel.full_state(policy)
     if runtime.rank == 0:
-        export_transformer(policy, Path(config.output_dir) / "transformer", dtype=torch.float32)
+        export(Path(config.output_dir) / "transformer", weights)
         print(f"wrote {Path(config.output_dir) / 'transformer'}")
     common.teardown()
 

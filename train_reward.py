@@ -23,6 +23,7 @@ import torch
 import common
 import data
 import flow
+import parallel
 import refl_baseline
 import world
 from common import InputError, arg
@@ -59,6 +60,7 @@ class Config:
     max_grad_norm: float = arg(1.0, "gradients are clipped to this norm", above=0)
     mixed_precision: str = arg("bf16", "autocast dtype", choices=("no", "bf16"))
     gradient_checkpointing: bool = arg(False, "recompute the trunk's blocks in the backward pass")
+    parallel: str = arg("ddp", "under torchrun: a copy on each GPU (ddp), or 1 / GPUs (fsdp)", choices=parallel.KINDS)
     checkpointing_steps: int = arg(200, "steps between checkpoints", above=0)
     validation_steps: int = arg(200, "steps between reports on the held-out videos", above=0)
     resume_from_checkpoint: str | None = arg(None, "'latest' or a checkpoint folder", alias="resume")
@@ -69,13 +71,14 @@ def main(config):
     pavrm_only = ("depth", "pooling", "fixed_t", "trunk_learning_rate", "gradient_checkpointing")
     common.refuse(config, ("frames",) if config.space == "latent" else pavrm_only, f"with --space {config.space}")
     runtime = common.setup(config.mixed_precision, config.seed)
-    generator = load_transformer(config.model).to(runtime.device).eval().requires_grad_(False)
+    parallel.check(config.parallel)
+    generator = load_transformer(config.model).eval().requires_grad_(False)
     resume = config.resume_from_checkpoint and common.resolve_checkpoint(config.output_dir,
                                                                          config.resume_from_checkpoint)
     state = common.load_state(resume) if resume else {"step": 0}
     shards = data.Shards(config.data) if config.data else data.own_samples(
-        config.samples_dir or Path(config.output_dir) / "samples", generator, config.model, config.num_samples,
-        config.num_inference_steps, config.size, config.seed, runtime)
+        config.samples_dir or Path(config.output_dir) / "samples", generator.to(runtime.device), config.model,
+        config.num_samples, config.num_inference_steps, config.size, config.seed, runtime)
     shards.require_fit(generator, labelled=bool(config.data))
     train, held = data.labelled_split(shards, config.holdout, config.seed)
     share = (shards.labels[train] == 1).float().mean().item()
@@ -86,27 +89,21 @@ def main(config):
     torch.manual_seed(config.seed)
     image_to_video = generator.config["model_type"] == "i2v"
     if config.space == "latent":
-        reward = judge = PAVRM.from_generator(generator, config.depth, config.pooling).to(runtime.device)
+        reward = judge = PAVRM.from_generator(generator, config.depth, config.pooling)
+        parallel.shard(reward, runtime, config.parallel)
         reward.trunk.gradient_checkpointing = config.gradient_checkpointing
         groups, fixed_t = reward.parameter_groups(config.trunk_learning_rate, config.learning_rate), config.fixed_t
     else:
         reward = refl_baseline.PixelReward(config.frames, generator.config["text_dim"]).to(runtime.device)
         vae = refl_baseline.load_decoder(config.model, generator.config["out_dim"]).to(runtime.device)
-        judge = partial(refl_baseline.judge, reward, vae, generator)
+        judge = partial(refl_baseline.judge, reward, vae, generator.to(runtime.device))
         groups = [{"params": list(reward.parameters()), "lr": config.learning_rate}]
         fixed_t = 0.0                                                   # it learns from clean videos
     del generator
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
     params = [p for p in reward.parameters() if p.requires_grad]
     if resume:
-        try:
-            reward.load_state_dict(state["reward"])
-            optimizer.load_state_dict(state["optimizer"])
-        except (KeyError, ValueError, RuntimeError):
-            raise InputError(f"--resume_from_checkpoint {resume}: not a checkpoint of this script with these "
-                             "--model, --space, --frames, --depth and --pooling") from None
-        for group in optimizer.param_groups:
-            group["weight_decay"] = config.weight_decay                         # the flags of this call hold
+        parallel.load_state(resume, state, reward, optimizer)
     common.start_run(config, state["step"] if resume else None)
     log = common.MetricsLog(config.output_dir, state["step"] if resume else None)
     global_batch = config.batch_size * runtime.world_size
@@ -148,12 +145,13 @@ def main(config):
         bar.set_postfix(loss=f"{means[0]:.3f}", accuracy=f"{means[1]:.2f}")
         bar.update()
         if done % config.checkpointing_steps == 0 or done == config.max_train_steps:
-            common.save_checkpoint(config.output_dir, done, {"reward": lambda path: save_module(reward, path)},
-                                   {"reward": reward.state_dict(), "optimizer": optimizer.state_dict()}, config, keep=2)
+            export = {"reward": lambda path, state: save_module(reward, path, state=state)}
+            parallel.save_checkpoint(config.output_dir, done, export, reward, optimizer, config)
     report = report or measure()[0]                             # resumed at its last step: nothing was left to train
     bar.close()
+    weights = parallel.full_state(reward)
     if runtime.rank == 0:
-        save_module(reward, Path(config.output_dir) / "reward")
+        save_module(reward, Path(config.output_dir) / "reward", state=weights)
         common.write_json(Path(config.output_dir) / "report.json",
                           {**report, "trained_on": len(train), "held_out": len(held), "good_share": share})
         print(f"wrote {Path(config.output_dir) / 'reward'} and report.json")

@@ -30,12 +30,12 @@ def make_validation(config, runtime):
 
     @torch.no_grad()
     def validate(policy, step):
-        if runtime.rank > 0:
-            return {}
         image_to_video = policy.config["model_type"] == "i2v"
         y = first_frame_condition(vae.encode(from_pixels(clips.to(runtime.device)))) if image_to_video else None
         latents = flow.sample(policy, world.LATENT_SHAPES[config.size], text.encode(prompts), 900, range(n),
                               config.num_inference_steps, y=y, autocast=runtime.autocast)
+        if runtime.rank > 0:                                    # it sampled with the others: FSDP gathers
+            return {}
         videos = to_pixels(vae.decode(latents)).cpu()
         folder.mkdir(parents=True, exist_ok=True)
         data.contact_sheet(videos[:8], folder / f"step-{step:06d}.png")

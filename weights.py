@@ -99,9 +99,9 @@ def read_state(path, shapes, rename=lambda name: name, ignore=()):
     return {name: weights.tensor(rename(name)) for name in shapes}
 
 
-def save_module(module, path, dtype=None):
-    """Write module.config and its weights (cast to dtype if given) as a folder, atomically."""
-    write_folder(path, module.config, {n: v.to(dtype or v.dtype) for n, v in module.state_dict().items()})
+def save_module(module, path, dtype=None, state=None):
+    """Write module.config and its weights (or `state`; cast to dtype if given) as a folder, atomically."""
+    write_folder(path, module.config, {n: v.to(dtype or v.dtype) for n, v in (state or module.state_dict()).items()})
 
 
 def load_weights(module, path):
