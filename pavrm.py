@@ -162,7 +162,7 @@ def auc(scores, labels):
 
 
 @torch.no_grad()
-def interval_metrics(model, latents, context, labels, seed=0, y=None, batch_size=256, autocast=None):
+def interval_metrics(model, latents, context, labels, seed=0, batch_size=256, autocast=None, **image):
     """Section 4's measure: one random t per video in each fifth of (0, 1].
 
     latents [m, c, f, h, w], context [m, l, d_text], labels [m] in {0, 1}. Returns {"accuracy", "balanced_accuracy",
@@ -179,7 +179,7 @@ def interval_metrics(model, latents, context, labels, seed=0, y=None, batch_size
             j = slice(i, i + batch_size)
             with autocast() if autocast else torch.autocast(device.type, enabled=False):
                 logits.append(model(add_noise(latents[j], x1[j], t[j]), t[j], context[j],
-                                    y=None if y is None else y[j]))
+                                    **{name: z[j] for name, z in image.items() if z is not None}))
         logits = torch.cat(logits)
         right = ((logits >= 0) == (labels == 1)).float()
         out["accuracy"].append(right.mean().item())

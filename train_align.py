@@ -66,24 +66,24 @@ class Config:
     seed: int = arg(0, "seed of order, t, noise and steps", at_least=0)
 
 
-def weighted_samples(config, runtime, policy, pavrm, shards, curated, image_to_video):
+def weighted_samples(config, runtime, policy, pavrm, shards, curated):
     """RWR's data: the untrained policy's own samples of the curated prompts x0 [m, c, f, h, w], their context
-    [m, l, d], exp(reward) of each with mean 1 [m], and y or None."""
+    [m, l, d], exp(reward) of each with mean 1 [m], and {y, clip} of an image-to-video model."""
     picked = curated[data.order(len(curated), config.seed + 1, 0, range(config.num_samples), config.num_samples)]
     batch = shards.batch(picked)
     context = batch["context"].to(runtime.device)
-    y = first_frame_condition(batch["latents"].to(runtime.device)) if image_to_video else None
+    image = data.image_inputs(policy.config, batch, runtime.device)
     x0 = flow.sample(policy, shards.latent_shape, context, config.seed + 2, range(config.num_samples),
-                     config.num_inference_steps, y=y, autocast=runtime.autocast)
+                     config.num_inference_steps, autocast=runtime.autocast, **image)
     with torch.no_grad(), runtime.autocast():
         rewards = torch.cat([pavrm(x0[i:i + 128], torch.zeros(len(x0[i:i + 128]), device=runtime.device),
-                                   context[i:i + 128], y=None if y is None else y[i:i + 128])
+                                   context[i:i + 128], **{name: z[i:i + 128] for name, z in image.items()})
                              for i in range(0, len(x0), 128)])
     common.check_finite(rewards.sum(), "the reward", 0)
     weights, effective = prfl.rwr_weights(rewards)
     if runtime.rank == 0:
         print(f"rwr: {len(x0)} own samples, effective sample size {effective:.0%}")
-    return x0, context, weights, y
+    return x0, context, weights, image
 
 
 def make_validation(config, runtime):
@@ -114,7 +114,6 @@ def main(config):
     runtime = common.setup(config.mixed_precision, config.seed)
     policy = load_transformer(config.model).to(runtime.device).train()
     policy.gradient_checkpointing = config.gradient_checkpointing
-    image_to_video = policy.config["model_type"] == "i2v"
     rewarded = config.method in ("prfl", "rwr")
     pavrm = load_pavrm(config.reward or f"{config.model}/reward", policy).to(runtime.device) if rewarded else None
     if pavrm is not None:
@@ -128,13 +127,12 @@ def main(config):
         Path(config.output_dir) / "curated", config.model, config.num_curated, config.size, config.seed + 500, runtime)
     shards.require(channels=policy.config["out_dim"],
                    context_shape=(min(shards.context_shape[0], policy.config["text_len"]),
-                                  policy.config["text_dim"]))
+                                  policy.config["text_dim"]), image_dim=policy.config["image_dim"])
     curated = (shards.labels != 0).nonzero()[:, 0]              # good or unlabelled: what is called bad is not curated
     if not len(curated):
         raise InputError(f"{shards.folder}: every clip is labelled 0; alignment needs good ones")
     if config.method == "rwr":
-        own_x0, own_context, own_weights, own_y = weighted_samples(config, runtime, policy, pavrm, shards,
-                                                                   curated, image_to_video)
+        own_x0, own_context, own_weights, own_image = weighted_samples(config, runtime, policy, pavrm, shards, curated)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     if resume:
         try:
@@ -156,27 +154,27 @@ def main(config):
         """Eq. 10 on curated videos, or RWR's weighted version on own samples."""
         if config.method == "rwr":
             j = data.order(len(own_x0), config.seed, step, indices, global_batch).to(runtime.device)
-            x0, context, weight, y = own_x0[j], own_context[j], own_weights[j], own_y[j] if image_to_video else None
+            x0, context, weight, image = own_x0[j], own_context[j], own_weights[j], {k: z[j] for k, z in own_image.items()}
         else:
             batch = shards.batch(curated[data.order(len(curated), config.seed, step, indices, global_batch)])
             x0, context, weight = batch["latents"].to(runtime.device), batch["context"].to(runtime.device), None
-            y = first_frame_condition(x0) if image_to_video else None
+            image = data.image_inputs(policy.config, batch, runtime.device)
         t = common.uniform(config.seed, "sft t", step, indices).to(runtime.device)
         x1 = common.noise(x0.shape[1:], config.seed, "sft x1", step, indices).to(runtime.device)
         with runtime.autocast():
-            return prfl.sft_loss(policy, x0, x1, t, context, weight, y), {}
+            return prfl.sft_loss(policy, x0, x1, t, context, weight, **image), {}
 
     def reward_loss(step, indices):
         """Alg. 1's reward update on the prompts of the curated set."""
         batch = shards.batch(curated[data.order(len(curated), config.seed + 1, step, indices, global_batch)])
         context = batch["context"].to(runtime.device)
-        y = first_frame_condition(batch["latents"].to(runtime.device)) if image_to_video else None
         x_T = common.noise(shards.latent_shape, config.seed, "x_T", step, indices).to(runtime.device)
         s = prfl.draw_step(config.seed, step, config.num_inference_steps, config.trajectory_part)
         with runtime.autocast():
             loss, reward = prfl.reward_update_loss(
                 policy, pavrm, x_T, context, s, config.num_inference_steps, reward_weight=config.reward_weight,
-                loss=config.reward_loss, grad_steps=config.grad_steps, y=y)
+                loss=config.reward_loss, grad_steps=config.grad_steps,
+                **data.image_inputs(policy.config, batch, runtime.device))
         return loss, {"reward": reward.mean(), "rewarded_step": float(s)}
 
     def update(name, loss_fn, step):

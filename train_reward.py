@@ -22,7 +22,7 @@ import data
 import flow
 import world
 from common import InputError, arg
-from model import first_frame_condition, load_transformer
+from model import load_transformer
 from pavrm import LOSSES, POOLINGS, PAVRM, interval_metrics
 from weights import save_module
 
@@ -67,7 +67,7 @@ def main(config):
         config.size, config.seed, runtime)
     shards.require(channels=generator.config["out_dim"], labelled=bool(config.data),
                    context_shape=(min(shards.context_shape[0], generator.config["text_len"]),
-                                  generator.config["text_dim"]))
+                                  generator.config["text_dim"]), image_dim=generator.config["image_dim"])
     labelled = (shards.labels >= 0).nonzero()[:, 0]
     if config.holdout >= len(labelled):
         raise InputError(f"--holdout {config.holdout} leaves nothing to train on: there are {len(labelled)} labelled "
@@ -84,7 +84,6 @@ def main(config):
     torch.manual_seed(config.seed)
     pavrm = PAVRM.from_generator(generator, config.depth, config.pooling).to(runtime.device)
     pavrm.trunk.gradient_checkpointing = config.gradient_checkpointing
-    image_to_video = generator.config["model_type"] == "i2v"
     del generator
     optimizer = torch.optim.AdamW(pavrm.parameter_groups(config.trunk_learning_rate, config.learning_rate),
                                   weight_decay=config.weight_decay)
@@ -110,7 +109,7 @@ def main(config):
     def measure():
         found = interval_metrics(
             pavrm, held_batch["latents"], held_batch["context"], held_batch["label"], config.seed,
-            y=first_frame_condition(held_batch["latents"]) if image_to_video else None, autocast=runtime.autocast)
+            autocast=runtime.autocast, **data.image_inputs(pavrm.trunk.config, held_batch, runtime.device))
         if runtime.rank == 0:
             show(found, bar)
         return found
@@ -127,7 +126,7 @@ def main(config):
         x1 = common.noise(x0.shape[1:], config.seed, "x1", step, indices).to(runtime.device)
         with runtime.autocast():
             logits = pavrm(flow.add_noise(x0, x1, t), t, context,
-                           y=first_frame_condition(x0) if image_to_video else None)                 # [b]
+                           **data.image_inputs(pavrm.trunk.config, batch, runtime.device))          # [b]
         loss = LOSSES[config.loss](logits, labels)
         common.check_finite(loss, "the loss", step + 1)
         optimizer.zero_grad()

@@ -89,9 +89,14 @@ class VideoVAE(nn.Module):
 
 
 def load_vae(path):
-    """The VideoVAE saved in folder `path` (config.json and weights), in eval mode without gradients on its weights."""
+    """The VideoVAE saved in folder `path` (config.json and weights), in eval mode without gradients on its weights;
+    for a diffusers folder of Wan2.1's VAE, that one, with the same encode and decode."""
+    config = read_config(path)
+    if config.get("_class_name") == "AutoencoderKLWan":
+        from wan import WanVAE
+        return WanVAE(path)
     try:
-        vae = VideoVAE(**read_config(path))
+        vae = VideoVAE(**config)
     except TypeError as error:
         raise InputError(f"{path}/config.json is not a VideoVAE's: {error}") from None
     load_weights(vae, path)
@@ -105,4 +110,4 @@ def to_pixels(video):
 
 def from_pixels(video):
     """uint8 [b, F, H, W, 3] -> float [b, 3, F, H, W] in [-1, 1]."""
-    return (video.float() / 127.5 - 1).permute(0, 4, 1, 2, 3).contiguous()
+    return video.permute(0, 4, 1, 2, 3).contiguous().float().div_(127.5).sub_(1)   # in place: clips can be large
