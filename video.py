@@ -82,7 +82,7 @@ def _decoded(path, container, stream, native):
         if None not in (packet.pts, packet.duration, start):  # the last frame may be shown for long
             end = max(end, (packet.pts + packet.duration) * packet.time_base - start)
     promised = _promised(container, stream)
-    if 0 < end < promised - 0.5:
+    if end < promised - 0.5:
         raise InputError(f"{path}: damaged: ends after {float(end):.1f} of its {promised:.1f} seconds")
 
 
