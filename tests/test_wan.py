@@ -194,7 +194,7 @@ def test_clips_to_an_aligned_transformer_in_diffusers(pipelines, clips, tmp_path
     assert made.shape == (1, 9, 3, 32, 48) and made.isfinite().all()
 
 
-def test_image_tokens_reach_every_update(pipelines, clips, tmp_path, monkeypatch):
+def test_shards_without_image_tokens_are_refused(pipelines, clips, tmp_path):
     """An image-to-video model with image tokens refuses shards without them, in one line that names the flag."""
     encode(clips, tmp_path / "data", pipelines / "i2v")
     for module, more in ((train_reward, ["--holdout", 4]), (train_align, ["--method", "sft"])):
