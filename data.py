@@ -34,7 +34,7 @@ LABELS = {None: None, "0": 0, "1": 1, "0.0": 0, "1.0": 1, "False": 0, "True": 1}
 FEWEST = 5  # frames of a clip to train on: two latent frames
 SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v")
 # What encode holds in memory: clips decoded ahead, pixels of a batch, bytes of a shard, bytes of a clip whose size
-# and length no flag says. 81 frames of 832x480 are 97 MB, as float32 388 MB, and 18 MB in a shard of Wan2.1.
+# and length no flag says. 81 frames of 832x480 are 97 MB, as float32 388 MB, and 17 MB in a shard of Wan2.1.
 AHEAD, BATCH_PIXELS, SHARD_BYTES, CLIP_BYTES = 3, 2 ** 24, 2 ** 27, 2 ** 27
 
 

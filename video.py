@@ -5,6 +5,7 @@ Axes: F frames of the result, f frames, H W its pixels, h w pixels, n videos.
 """
 import math
 import os
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -90,9 +91,8 @@ def _promised(container, stream):
     """Seconds that the video should last according to the file's header, 0 if that does not say."""
     if stream.duration:
         return float(stream.duration * stream.time_base)
-    if "DURATION" in stream.metadata:  # Matroska
-        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
-        return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    if tag := re.fullmatch(r"(\d+):(\d+):(\d+(\.\d+)?)", stream.metadata.get("DURATION", "")):  # Matroska
+        return 3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3])
     return (container.duration or 0) / av.time_base if len(container.streams) == 1 else 0  # sound may last longer
 
 
