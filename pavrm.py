@@ -165,9 +165,9 @@ def auc(scores, labels):
 def interval_metrics(model, latents, context, labels, seed=0, batch_size=256, autocast=None, **image):
     """Section 4's measure: one random t per video in each fifth of (0, 1].
 
-    latents [m, c, f, h, w], context [m, l, d_text], labels [m] in {0, 1}, image: y and clip (i2v). Returns {"accuracy", "balanced_accuracy",
-    "auc"}: lists of five numbers, from [0, .2] to (.8, 1]. Accuracy counts logit >= 0 as good; balanced accuracy is
-    the mean over the two labels, .5 for a constant answer whatever the share of good videos.
+    latents [m, c, f, h, w], context [m, l, d_text], labels [m] in {0, 1}, image: y and clip (i2v). Returns
+    {"accuracy", "balanced_accuracy", "auc"}: lists of five numbers, from [0, .2] to (.8, 1]. Accuracy counts
+    logit >= 0 as good; balanced accuracy is the mean over the two labels, .5 for a constant answer.
     """
     out = {"accuracy": [], "balanced_accuracy": [], "auc": []}
     device, m = latents.device, len(latents)

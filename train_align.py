@@ -132,7 +132,8 @@ def main(config):
     if not len(curated):
         raise InputError(f"{shards.folder}: every clip is labelled 0; alignment needs good ones")
     if config.method == "rwr":
-        own_x0, own_context, own_weights, own_image = weighted_samples(config, runtime, policy, pavrm, shards, curated)
+        own_x0, own_context, own_weights, own_image = weighted_samples(
+            config, runtime, policy, pavrm, shards, curated)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     if resume:
         try:
@@ -154,7 +155,8 @@ def main(config):
         """Eq. 10 on curated videos, or RWR's weighted version on own samples."""
         if config.method == "rwr":
             j = data.order(len(own_x0), config.seed, step, indices, global_batch).to(runtime.device)
-            x0, context, weight, image = own_x0[j], own_context[j], own_weights[j], {k: z[j] for k, z in own_image.items()}
+            x0, context, weight = own_x0[j], own_context[j], own_weights[j]
+            image = {name: z[j] for name, z in own_image.items()}
         else:
             batch = shards.batch(curated[data.order(len(curated), config.seed, step, indices, global_batch)])
             x0, context, weight = batch["latents"].to(runtime.device), batch["context"].to(runtime.device), None

@@ -109,7 +109,8 @@ def main(config):
     def measure():
         found = interval_metrics(
             pavrm, held_batch["latents"], held_batch["context"], held_batch["label"], config.seed,
-            batch_size=4 * config.batch_size, autocast=runtime.autocast, **data.image_inputs(pavrm.trunk.config, held_batch, runtime.device))
+            batch_size=4 * config.batch_size, autocast=runtime.autocast,
+            **data.image_inputs(pavrm.trunk.config, held_batch, runtime.device))
         if runtime.rank == 0:
             show(found, bar)
         return found

@@ -43,9 +43,10 @@ def load(cls, path, dtype, word="dtype"):
     except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError, ... by library and version
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{path}: not a whole folder of {cls.__name__}: {reason}") from None
-    if wrong := [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info.get(key) or ()]:
+    wrong = [str(name) for kind in ("missing", "unexpected", "mismatched") for name in info.get(f"{kind}_keys") or ()]
+    if wrong:
         raise InputError(f"{path}: missing, unexpected or misshapen weights of {cls.__name__}: "
-                         f"{', '.join(map(str, sorted(wrong)[:4]))}{', ...' * (len(wrong) > 4)}")
+                         f"{', '.join(sorted(wrong)[:4])}{', ...' * (len(wrong) > 4)}")
     return model.eval().requires_grad_(False)
 
 
