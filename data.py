@@ -35,7 +35,7 @@ FEWEST = 5  # frames of a clip to train on: two latent frames
 SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v")
 # What encode holds in memory: clips decoded ahead, pixels of a batch, bytes of a shard, bytes of a clip whose size
 # and length no flag says. 81 frames of 832x480 are 97 MB, as float32 388 MB, and 17 MB in a shard of Wan2.1.
-AHEAD, BATCH_PIXELS, SHARD_BYTES, CLIP_BYTES = 3, 2 ** 24, 2 ** 27, 2 ** 27
+AHEAD, BATCH_PIXELS, SHARD_BYTES, CLIP_BYTES = 2, 2 ** 24, 2 ** 27, 2 ** 27
 
 
 # ---- metadata
@@ -418,14 +418,12 @@ class Encode(Check):
 def encode_batch(videos, prompts, vae, text, image, device):
     """uint8 videos [F, H, W, 3] and their prompts -> {name in the shards: tensor [b, ...] on the CPU}"""
     videos = torch.stack(videos).to(device)                                             # [b, F, H, W, 3]
-    out = {"context": text.encode(prompts)}                                             # [b, l, d]
+    out = {"latents": vae.encode(to_float(videos)), "context": text.encode(prompts)}    # [b, c, f, h, w], [b, l, d]
     if image is not None:
+        blank = to_float(videos)
+        blank[:, :, 1:] = 0
+        out["condition"] = vae.encode(blank)                                            # [b, c, f, h, w]
         out["clip_fea"] = image.encode(videos[:, 0])                                    # [b, m, d']
-    videos = to_float(videos)                                                           # [b, 3, F, H, W]
-    out["latents"] = vae.encode(videos)                                                 # [b, c, f, h, w]
-    if image is not None:
-        videos[:, :, 1:] = 0
-        out["condition"] = vae.encode(videos)                                           # [b, c, f, h, w]
     return {name: x.float().cpu() for name, x in out.items()}
 
 
