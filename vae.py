@@ -66,8 +66,12 @@ class VideoVAE(nn.Module):
                 or video.shape[4] % 16:
             raise InputError(f"the VAE wants video [b, 3, 4k + 1, H, W] with H and W divisible by 16, "
                              f"got {list(video.shape)}")
-        video = torch.cat([video[:, :, :1].expand(-1, -1, TIME - 1, -1, -1), video], 2)             # [b, 3, 4f, H, W]
-        return rearrange(video, "b c (f p) (h q) (w r) -> b (c p q r) f h w", p=TIME, q=SPACE, r=SPACE)
+        first, rest = video[:, :, :1].expand(-1, -1, TIME, -1, -1), video[:, :, 1:]
+        first, rest = (rearrange(v, "b c (f p) (h q) (w r) -> b c p q r f h w", p=TIME, q=SPACE, r=SPACE)
+                       for v in (first, rest))                  # views; one copy is made, as clips can be large
+        x = video.new_empty(*rest.shape[:5], 1 + rest.shape[5], *rest.shape[6:])
+        x[..., :1, :, :], x[..., 1:, :, :] = first, rest
+        return x.flatten(1, 4)
 
     def posterior(self, video):
         """Mean and log-variance of q(z | video), unnormalised: two tensors [b, 16, f, h, w]."""
