@@ -1,25 +1,23 @@
-"""Real files in and out: mp4 clips, metadata files, and the latent shards that training reads.
+"""Clips in: metadata files, the latent shards that training reads, and the loader (video.py reads the files).
 
     python data.py world clips --count 1024 --kind mixture       clips of the embedded world, with labels
     python data.py check clips                                   what is wrong, clip by clip
-    python data.py encode clips --out latents --size 832*480 --frames 81 --fps 16
+    python data.py encode clips --out latents                    with the shipped VAE and text encoder
+    python data.py encode clips --out latents --size "832*480" --frames 81 --fps 16 --vae Wan2.1/vae \
+        --text_encoder Wan2.1/text_encoder                       with Wan2.1's own (requirements-wan.txt)
 
 A data folder holds clips and metadata.jsonl (or .csv), one row a clip: file_name (or video, file), prompt (or
 text, caption), and perhaps label (or reward): 1 good, 0 bad, missing = unlabelled, which is never read as 0.
 
 Axes: b batch, c latent channels, F video frames (4k + 1), f latent frames (k + 1), H W pixels, h w latents,
-l text tokens, d text width, n clips of a shard.
+l text tokens, d text width, n clips of a shard, m CLIP image tokens.
 """
-import collections, csv, functools, itertools, json, os, sys
+import collections, csv, functools, itertools, json, math, os, sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
-import av
-import numpy as np
 import torch
-from av.video.reformatter import Interpolation, VideoReformatter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -27,114 +25,17 @@ import common
 from common import InputError, arg
 # uint8 [b, F, H, W, 3] <-> float [b, 3, F, H, W] in [-1, 1]
 from vae import from_pixels as to_float, to_pixels as to_uint8
+from video import contact_sheet, frame_rate, read_clip, read_video, write_png, write_video  # noqa: F401
 
 HERE = Path(__file__).resolve().parent
 FIELDS = {"file_name": ("file_name", "video", "file"), "prompt": ("prompt", "text", "caption"),
           "label": ("label", "reward")}
 LABELS = {None: None, "0": 0, "1": 1, "0.0": 0, "1.0": 1, "False": 0, "True": 1}
 FEWEST = 5  # frames of a clip to train on: two latent frames
-
-
-# ---- video files
-def read_video(path):
-    """-> uint8 [f, h, w, 3], upright. Raises InputError if the file cannot be decoded to its end."""
-    return read_clip(path)[0]
-
-
-def read_clip(path, size=None, frames=None, fps=None):
-    """-> (video uint8 [F, H, W, 3], its frames per second). Raises InputError if it cannot be decoded.
-
-    size (W, H): scaled to cover it, then centre-cropped. frames: reading stops after as many. fps: frames are
-    dropped, by their time stamps, down to this rate.
-    """
-    if not Path(path).is_file():
-        raise InputError(f"{path}: there is no such file")
-    images, reformatter, start = [], VideoReformatter(), None
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise InputError(f"{path}: holds no video stream")
-            stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1  # clips are small: threads cost more than they give
-            stream.codec_context.options = {"err_detect": "explode"}  # no frames made up for damaged ones
-            native = float(stream.average_rate or stream.guessed_rate or 8)
-            if fps and fps > 1.02 * native:
-                raise InputError(f"{path}: has {native:.3g} frames per second, fewer than --fps {fps:g}")
-            for count, frame in enumerate(container.decode(stream)):
-                start = frame.time if start is None else start
-                time = count / native if frame.time is None else frame.time - start
-                # Image number len(images) is due at len(images) / fps; a gap repeats the frame after it.
-                while fps is None or len(images) / fps < time + 0.5 / native:
-                    images.append(_to_rgb(frame, size, reformatter))
-                    if fps is None or len(images) == frames:
-                        break
-                if len(images) == frames:
-                    break
-    except (av.FFmpegError, OSError) as e:
-        raise InputError(f"{path}: damaged or not a video ({e.strerror or e})") from None
-    if len({image.shape for image in images}) != 1:
-        raise InputError(f"{path}: " + ("its frames differ in size" if images else "holds no frames"))
-    return torch.from_numpy(np.stack(images)), fps or native
-
-
-def _to_rgb(frame, size, reformatter):
-    """-> uint8 [H, W, 3], turned as the file asks (phones store portrait clips lying down)."""
-    turns = round(frame.rotation / 90) % 4
-    width, height = (frame.width, frame.height)[::-1 if turns % 2 else 1]
-    scale = max(size[0] / width, size[1] / height) if size else 1
-    wide, high = (round(width * scale), round(height * scale))
-    how = Interpolation.AREA if scale < 1 else Interpolation.BICUBIC if scale > 1 else Interpolation.BILINEAR
-    stored = (wide, high)[::-1 if turns % 2 else 1]
-    scaled = reformatter.reformat(frame, *stored, "rgb24", interpolation=how, threads=1)
-    image = np.rot90(scaled.to_ndarray(), turns)
-    left, top = ((wide - size[0]) // 2, (high - size[1]) // 2) if size else (0, 0)
-    return np.ascontiguousarray(image[top:top + size[1], left:left + size[0]] if size else image)
-
-
-def write_video(path, video, fps=8):
-    """Writes uint8 [f, h, w, 3] (tensor or array) as H.264, 4:2:0 (odd sizes gain a row or column), whole or
-    not at all. Raises InputError if the name does not end in .mp4."""
-    path, video, reformatter = Path(path), np.asarray(video), VideoReformatter()
-    if path.suffix.lower() != ".mp4":
-        raise InputError(f"{path}: the name of a video to write must end in .mp4")
-    if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3 or not len(video):
-        raise ValueError(f"write_video wants uint8 [f, h, w, 3], got {video.dtype} {list(video.shape)}")
-    video = np.pad(video, ((0, 0), (0, video.shape[1] % 2), (0, video.shape[2] % 2), (0, 0)), mode="edge")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with av.open(str(temporary), "w", format="mp4") as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-            stream.height, stream.width, stream.pix_fmt = *video.shape[1:3], "yuv420p"
-            stream.options = {"crf": "12", "preset": "veryfast", "threads": "1"}
-            for image in video:
-                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-                container.mux(stream.encode(reformatter.reformat(frame, format="yuv420p", threads=1)))
-            container.mux(stream.encode())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-# ---- pictures
-def write_png(path, image):
-    """Writes uint8 [h, w, 3] as PNG, whole or not at all."""
-    image = np.ascontiguousarray(image)
-    codec = av.CodecContext.create("png", "w")
-    codec.height, codec.width, codec.pix_fmt, codec.time_base = *image.shape[:2], "rgb24", Fraction(1, 1)
-    packets = codec.encode(av.VideoFrame.from_ndarray(image, format="rgb24")) + codec.encode(None)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(f"{path}.tmp")
-    temporary.write_bytes(b"".join(bytes(packet) for packet in packets))
-    os.replace(temporary, path)
-
-
-def contact_sheet(videos, path, scale=3):
-    """Writes uint8 videos [n, f, h, w, 3] as one PNG: a row a video, time to the right."""
-    frames = np.asarray(videos).repeat(scale, 2).repeat(scale, 3)                   # [n, f, H, W, 3]
-    frames = np.pad(frames, ((0, 0), (0, 0), (0, scale), (0, scale), (0, 0)), constant_values=255)
-    n, f, h, w, _ = frames.shape
-    write_png(path, frames.transpose(0, 2, 1, 3, 4).reshape(n * h, f * w, 3))
+SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v")
+# What encode holds in memory: clips decoded ahead, pixels of a batch, bytes of a shard, bytes of a clip whose size
+# and length no flag says. 81 frames of 832x480 are 97 MB, as float32 388 MB, and 17 MB in a shard of Wan2.1.
+AHEAD, BATCH_PIXELS, SHARD_BYTES, CLIP_BYTES = 2, 2 ** 24, 2 ** 27, 2 ** 27
 
 
 # ---- metadata
@@ -182,15 +83,17 @@ def read_metadata(folder):
 
 # ---- latent shards
 def write_shards(folder, latents, contexts, labels, prompts, file_names=None, fps=8.0, settings=None,
-                 append=False):
+                 append=False, **extra):
     """Writes one shard: latents [n, c, f, h, w] and contexts [n, l, d] as float32, labels (0, 1, None or -1),
-    prompts. append: after the shards there, else in their place. A kill at any moment leaves whole shards."""
+    prompts; extra: of image-to-video, clip_fea [n, m, d'] and condition [n, c, f, h, w]. append: after the shards
+    there, else in their place. A kill at any moment leaves whole shards."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    shapes = {"latent_shape": list(latents.shape[1:]), "context_shape": list(contexts.shape[1:])}
+    shapes = {"latent_shape": list(latents.shape[1:]), "context_shape": list(contexts.shape[1:]),
+              "extra_shapes": {name: list(x.shape[1:]) for name, x in extra.items()}}
     before = Shards(folder) if append and (folder / "shards.json").exists() else None
     index = before.index if before else shapes | {"fps": fps, "settings": settings, "shards": []}
-    if {key: index[key] for key in shapes} != shapes:
+    if {key: index.get(key, {}) for key in shapes} != shapes:
         raise InputError(f"{folder}: shards there have another shape than {shapes}")
     values = torch.tensor([-1 if x is None else int(x) for x in labels], dtype=torch.int8)
     name = f"shard-{len(index['shards']):05d}.safetensors"
@@ -199,8 +102,8 @@ def write_shards(folder, latents, contexts, labels, prompts, file_names=None, fp
             for file, prompt, label in zip(names, prompts, values.tolist(), strict=True)]
     if not before:
         (folder / "shards.json").unlink(missing_ok=True)
-    latents, contexts = latents.float().contiguous(), contexts.float().contiguous()
-    save_file({"latents": latents, "context": contexts, "label": values}, folder / f"{name}.tmp")
+    tensors = {name: x.float().contiguous() for name, x in (extra | dict(latents=latents, context=contexts)).items()}
+    save_file(tensors | {"label": values}, folder / f"{name}.tmp")
     os.replace(folder / f"{name}.tmp", folder / name)
     rows = (before.rows if before else []) + rows
     _replace(folder / "metadata.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -214,27 +117,27 @@ def _replace(path, text):
 
 
 class Shards:
-    """Read-only view of a folder of shards, memory-mapped: resident memory does not grow with the data.
-    Raises InputError, one line, if the folder is missing, truncated or inconsistent."""
+    """Read-only view of a folder of shards, memory-mapped for each batch: resident memory does not grow with the
+    data. Raises InputError, one line, if the folder is missing, truncated or inconsistent."""
 
     def __init__(self, folder):
         self.folder = folder = Path(folder)
-        self.tensors, self.where, labels = [], [], []
+        self.where, labels = [], []
         try:
             self.index = json.loads((folder / "shards.json").read_text())
             self.latent_shape = tuple(self.index["latent_shape"])    # (c, f, h, w)
             self.context_shape = tuple(self.index["context_shape"])  # (l, d)
+            self.shapes = {"latents": self.latent_shape, "context": self.context_shape,
+                           **{name: tuple(shape) for name, shape in self.index.get("extra_shapes", {}).items()}}
             self.fps, self.settings = self.index["fps"], self.index["settings"]
             for entry in self.index["shards"]:
                 path, n = folder / entry["file"], entry["count"]
-                file = safe_open(path, "pt")
-                views = [file.get_slice(key) for key in ("latents", "context", "label")]
-                shapes = [tuple(view.get_shape()) for view in views]
-                if shapes != [(n, *self.latent_shape), (n, *self.context_shape), (n,)]:
-                    raise InputError(f"{path}: holds {shapes}, not what shards.json says: encode again")
-                self.where += [(len(self.tensors), i) for i in range(n)]
-                self.tensors.append(views)
-                labels.append(views[2][:])
+                with safe_open(path, "pt") as file:
+                    found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+                    if found != {"label": (n,)} | {name: (n, *shape) for name, shape in self.shapes.items()}:
+                        raise InputError(f"{path}: holds {found}, not what shards.json says: encode again")
+                    labels.append(file.get_tensor("label").clone())
+                self.where += [(path, i) for i in range(n)]
         except (FileNotFoundError, NotADirectoryError) as e:
             raise InputError(f"{e.filename or path} is missing: `python data.py encode` writes it") from None
         except (OSError, SafetensorError) as e:
@@ -254,22 +157,31 @@ class Shards:
         return len(self.where)
 
     def batch(self, indices):
-        """-> {latents [b, c, f, h, w], context [b, l, d], label int8 [b] (-1: none), prompt: list of b}"""
+        """-> {latents [b, c, f, h, w], context [b, l, d], label int8 [b] (-1: none), prompt: list of b}, and in
+        shards of image-to-video clip_fea [b, m, d'] and condition [b, c, f, h, w]."""
         indices = [int(i) for i in indices]
-        places = [self.where[i] for i in indices]
-        latents, context = (torch.cat([self.tensors[s][k][i:i + 1] for s, i in places]) for k in (0, 1))
-        return {"latents": latents, "context": context, "label": self.labels[indices],
-                "prompt": [self.rows[i]["prompt"] for i in indices]}
+        batch = {name: torch.empty(len(indices), *shape) for name, shape in self.shapes.items()}
+        for path in {self.where[i][0] for i in indices}:
+            with safe_open(path, "pt") as file:  # closed again: what was read of an open map stays resident
+                for name, rows in batch.items():
+                    view = file.get_slice(name)
+                    for j, (shard, k) in enumerate(self.where[i] for i in indices):
+                        if shard == path:
+                            rows[j:j + 1] = view[k:k + 1]
+        return batch | {"label": self.labels[indices], "prompt": [self.rows[i]["prompt"] for i in indices]}
 
-    def require(self, channels=None, context_shape=None, labelled=False):
-        """Raises InputError naming the field that does not fit a model of these latent channels and contexts
-        [l, d]; labelled: every clip needs a label, and both labels must occur."""
+    def require(self, channels=None, context_shape=None, labelled=False, image_dim=None):
+        """Raises InputError naming the field that does not fit a model of these latent channels, contexts [l, d]
+        and CLIP tokens of width image_dim; labelled: every clip needs a label, and both labels must occur."""
         if channels not in (None, self.latent_shape[0]):
             raise InputError(f"{self.folder}: latents have {self.latent_shape[0]} channels, the model "
                              f"has {channels}: encode with its own VAE")
         if context_shape is not None and tuple(context_shape) != self.context_shape:
             raise InputError(f"{self.folder}: context is {list(self.context_shape)} (tokens, width), not "
                              f"{list(context_shape)} as the model's: encode with its own text encoder")
+        if image_dim not in (None, self.shapes.get("clip_fea", (0,))[-1]):
+            raise InputError(f"{self.folder}: holds no CLIP image tokens of width {image_dim}, which the model takes: "
+                             "encode with --image_encoder")
         bare = [row["file_name"] for row in self.rows if row["label"] is None]
         if labelled and bare:
             raise InputError(f"{self.folder}: labels missing for {len(bare)} of {len(self)} clips: "
@@ -281,7 +193,22 @@ class Shards:
     def require_fit(self, dit, labelled=False):
         """`require` what the VideoDiT wants; its context may be shorter than text_len, as it pads."""
         length = min(self.context_shape[0], dit.config["text_len"])
-        self.require(dit.config["out_dim"], (length, dit.config["text_dim"]), labelled)
+        self.require(dit.config["out_dim"], (length, dit.config["text_dim"]), labelled, dit.config["image_dim"])
+
+
+def image_inputs(config, batch, device):
+    """What a VideoDiT of this config takes beside x, t and context, from a batch of `Shards`, as keywords.
+
+    Text-to-video: none. Image-to-video: y [b, 4 + c, f, h, w], the mask and the first frame's latent (behind it the
+    condition in the shards, which is Wan's, or zeros), and clip [b, m, image_dim] if the model has image tokens.
+    """
+    from model import first_frame_condition
+    if config["model_type"] != "i2v":
+        return {}
+    y = first_frame_condition(batch["latents"])
+    if "condition" in batch:
+        y[:, 4:] = batch["condition"]
+    return {"y": y.to(device)} | ({"clip": batch["clip_fea"].to(device)} if config["image_dim"] else {})
 
 
 @functools.lru_cache(maxsize=4)
@@ -415,7 +342,8 @@ class Check:
     folder: str = arg(..., "folder with clips and metadata", positional=True)
     size: str | None = arg(None, "W*H: clips are scaled to cover it and centre-cropped")
     frames: int | None = arg(None, "frames of each clip, 4k + 1, or all it has", at_least=FEWEST)
-    fps: float | None = arg(None, "frames per second, or the clip's own; faster clips drop frames", above=0)
+    fps: float | None = arg(None, "frames per second (16 for Wan2.1), or the clip's own; faster clips drop frames, "
+                            "slower ones repeat them", above=0)
 
 
 def parse_size(config):
@@ -429,15 +357,17 @@ def parse_size(config):
     return tuple(sides) if config.size else None
 
 
-def load_clips(rows, config, size, kind=None):
-    """Yields (row, uint8 [F, H, W, 3] or None, kind, problem or None), in order. Clips are cut to 4k + 1
-    frames, and all must be of one kind [W, H, F, fps]: the given one, or that of the first usable clip."""
-    seen = set()
+def load_clips(rows, config, size, kind=None, seen=()):
+    """Yields (row, uint8 [F, H, W, 3] or None, kind, problem or None), in order, decoding a few clips ahead. Clips
+    are cut to 4k + 1 frames, and all must be of one kind [W, H, F, fps]: the given one, or that of the first usable
+    clip. seen: file names that were there before."""
+    seen, rows = set(seen), iter(rows)
+    largest = None if size and config.frames else CLIP_BYTES
 
     def load(row):
         path = Path(config.folder) / row["file_name"]
         try:
-            video, fps = read_clip(path, size, config.frames, config.fps)
+            video, fps = read_clip(path, size, config.frames, config.fps, largest)
         except InputError as e:
             return None, None, str(e).removeprefix(f"{path}: ")
         kind = [video.shape[2], video.shape[1], (len(video) - 1) // 4 * 4 + 1, round(fps, 1)]
@@ -447,16 +377,19 @@ def load_clips(rows, config, size, kind=None):
             return None, kind, f"size {kind[0]}x{kind[1]} is not a multiple of 16: pass --size W*H"
         return video[:kind[2]], kind, None if row["prompt"] else "empty prompt"
 
-    with ThreadPoolExecutor(8) as pool:
-        for start in range(0, len(rows), 8):  # at most 8 decoded clips at a time
-            part = rows[start:start + 8]
-            for row, (video, found, problem) in zip(part, pool.map(load, part)):
-                kind = kind or (None if problem else found)
-                if problem is None and found != kind:
-                    problem = f"is {show(found)}, the others are {show(kind)}: pass --size, --frames, --fps"
-                problem = "listed twice" if row["file_name"] in seen else problem
-                seen.add(row["file_name"])
-                yield row, None if problem else video, found, problem
+    with ThreadPoolExecutor(AHEAD) as pool:
+        waiting = collections.deque((row, pool.submit(load, row)) for row in itertools.islice(rows, AHEAD))
+        while waiting:
+            row, loading = waiting.popleft()
+            video, found, problem = loading.result()
+            waiting.extend((row, pool.submit(load, row)) for row in itertools.islice(rows, 1))
+            del loading  # it holds the video too
+            kind = kind or (None if problem else found)
+            if problem is None and found != kind:
+                problem = f"is {show(found)}, the others are {show(kind)}: pass --size, --frames, --fps"
+            problem = "listed twice" if row["file_name"] in seen else problem
+            seen.add(row["file_name"])
+            yield row, None if problem else video, found, problem
 
 
 def show(kind):
@@ -464,28 +397,52 @@ def show(kind):
 
 
 def check_command(config):
-    size, listed, usable = parse_size(config), list(read_rows(config.folder)), []
+    size, folder, listed, usable, slow = parse_size(config), Path(config.folder), list(read_rows(config.folder)), [], 0
     problems = [f"{place}: {problem}" for place, _, problem in listed if problem]
-    bar = common.progress(len(listed) - len(problems), "check")
-    for row, _, kind, problem in load_clips([row for _, row, bad in listed if not bad], config, size):
+    rows = [row for _, row, problem in listed if not problem]
+    bar = common.progress(len(rows), "check")
+    for row, _, kind, problem in load_clips(rows, config, size):
         problems += [f"{row['file_name']}: {problem}"] if problem else []
         usable += [] if problem else [(row["label"], show(kind))]
+        slow += not problem and config.fps is not None and frame_rate(folder / row["file_name"]) < config.fps / 1.02
         bar.update()
     bar.close()
     labels = collections.Counter(label for label, _ in usable)
-    print(*problems, f"{config.folder}: {len(usable)} of {len(listed)} clips usable: {labels[1]} good, "
+    print(*problems, f"{folder}: {len(usable)} of {len(listed)} clips usable: {labels[1]} good, "
           f"{labels[0]} bad, {labels[None]} unlabelled" + (f"; {usable[0][1]}" if usable else ""), sep="\n")
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES}
+    unlisted = sorted(names - {os.path.normpath(row["file_name"]) for row in rows})
+    if slow:
+        print(f"{slow} of them are slower than {config.fps:g} fps: their frames will repeat")
+    if unlisted:
+        print(f"{len(unlisted)} video files are not in the metadata: {', '.join(unlisted[:3])}"
+              + ", ..." * (len(unlisted) > 3))
     if problems or not listed:
-        raise InputError(f"{config.folder}: {len(problems)} of {len(listed)} clips cannot be used")
+        raise InputError(f"{folder}: {len(problems)} of {len(listed)} clips cannot be used")
 
 
 @dataclass
 class Encode(Check):
     out: str = arg("latents", "folder of the shards; a second run goes on where the first one stopped")
-    vae: str = arg(str(HERE / "checkpoints/vae"), "folder of the VAE")
-    text_encoder: str = arg(str(HERE / "checkpoints/text_encoder"), "folder of the text encoder")
-    batch_size: int = arg(8, "clips encoded at once", above=0)
-    shard_size: int = arg(256, "clips a shard", above=0)
+    vae: str = arg(str(HERE / "checkpoints/vae"), "folder of the VAE, or of diffusers' AutoencoderKLWan")
+    text_encoder: str = arg(str(HERE / "checkpoints/text_encoder"),
+                            "folder of the text encoder, or of transformers' UMT5 (tokenizer in it or beside it)")
+    image_encoder: str | None = arg(None, "folder of transformers' CLIPVisionModel, for Wan2.1's image-to-video: "
+                                    "shards get its tokens, and the VAE's code of frame 0 with blank ones behind it")
+    batch_size: int = arg(8, "clips encoded at once; fewer if they hold more than 16 million pixels", above=0)
+    shard_size: int = arg(256, "clips a shard; fewer if they hold more than 128 MiB", above=0)
+
+
+def encode_batch(videos, prompts, vae, text, image, device):
+    """uint8 videos [F, H, W, 3] and their prompts -> {name in the shards: tensor [b, ...] on the CPU}"""
+    videos = torch.stack(videos).to(device)                                             # [b, F, H, W, 3]
+    out = {"latents": vae.encode(to_float(videos)), "context": text.encode(prompts)}    # [b, c, f, h, w], [b, l, d]
+    if image is not None:
+        blank = to_float(videos)
+        blank[:, :, 1:] = 0
+        out["condition"] = vae.encode(blank)                                            # [b, c, f, h, w]
+        out["clip_fea"] = image.encode(videos[:, 0])                                    # [b, m, d']
+    return {name: x.float().cpu() for name, x in out.items()}
 
 
 @torch.inference_mode()
@@ -495,36 +452,47 @@ def encode_command(config):
     size, out, rows = parse_size(config), Path(config.out), read_metadata(config.folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = {name: getattr(config, name) for name in ("size", "frames", "fps", "vae", "text_encoder")}
+    settings |= {"image_encoder": config.image_encoder} if config.image_encoder else {}
     before = Shards(out) if (out / "shards.json").exists() else None
     done = {row["file_name"]: row for row in before.rows} if before else {}
     kind = (before.settings or {}).get("kind") if before else None
     if before and before.settings != settings | {"kind": kind}:
         raise InputError(f"{out}: was encoded with {before.settings}: use these flags, or another --out")
-    if changed := [row["file_name"] for row in rows if done.get(row["file_name"], row) != row]:
-        raise InputError(f"{out}: prompt or label of {changed[0]} has changed since: use another --out")
-    vae, text = load_vae(config.vae).to(device), load_text_encoder(config.text_encoder).to(device)
+    first = {row["file_name"]: row for row in reversed(rows)}  # of rows that name one file twice, the upper one
+    if changed := [name for name, row in first.items() if done.get(name, row) != row]:
+        raise InputError(f"{out}: prompt or label of {changed[-1]} has changed since: use another --out")
+    vae, text, image = load_vae(config.vae).to(device), load_text_encoder(config.text_encoder).to(device), None
+    if config.image_encoder:
+        from wan import WanImageEncoder
+        image = WanImageEncoder(config.image_encoder).to(device)
     out.mkdir(parents=True, exist_ok=True)
-    todo, batch, ready, skipped = [row for row in rows if row["file_name"] not in done], [], [], 0
+    left = dict(done)
+    todo = [row for row in rows if left.pop(row["file_name"], None) is None]
+    batch, ready, skipped = [], [], 0
     bar = common.progress(len(rows), "encode", initial=len(rows) - len(todo))
     with (out / "report.jsonl").open("w", buffering=1) as report:
-        for row, video, kind, problem in itertools.chain(load_clips(todo, config, size, kind), [(None,) * 4]):
+        clips = load_clips(todo, config, size, kind, done)
+        for row, video, kind, problem in itertools.chain(clips, [(None,) * 4]):         # None: nothing comes after
             if problem:
                 skipped += 1
                 bar.write(f"skipped {row['file_name']}: {problem}")
                 report.write(json.dumps({"file_name": row["file_name"], "reason": problem}) + "\n")
             elif row:
                 batch.append((row, video, kind))
-            bar.update(row is not None)
-            if batch and (len(batch) == config.batch_size or row is None):
-                latents = vae.encode(to_float(torch.stack([video for _, video, _ in batch]).to(device)))
-                contexts = text.encode([row["prompt"] for row, _, _ in batch])
-                ready += [(r, k, x, c) for (r, _, k), x, c in zip(batch, latents.cpu(), contexts.cpu())]
+                room = min(config.batch_size, BATCH_PIXELS // math.prod(kind[:3]))
+            if batch and (row is None or len(batch) >= room):
+                encoded = encode_batch([video for _, video, _ in batch], [row["prompt"] for row, _, _ in batch],
+                                       vae, text, image, device)
+                ready += [(r, k, {name: x[i] for name, x in encoded.items()}) for i, (r, _, k) in enumerate(batch)]
+                enough = min(config.shard_size, SHARD_BYTES // sum(4 * x[0].numel() for x in encoded.values()))
                 batch = []
-            if ready and (len(ready) >= config.shard_size or row is None):
-                kept, kinds, latents, contexts = zip(*ready)
-                write_shards(out, torch.stack(latents), torch.stack(contexts), *(
+            bar.update(row is not None)
+            if ready and (row is None or len(ready) >= enough):
+                kept, kinds, tensors = zip(*ready)
+                tensors = {name: torch.stack([x[name] for x in tensors]) for name in tensors[0]}
+                write_shards(out, tensors.pop("latents"), tensors.pop("context"), *(
                     [row[name] for row in kept] for name in ("label", "prompt", "file_name")),
-                    fps=kinds[0][3], settings=settings | {"kind": kinds[0]}, append=True)
+                    fps=kinds[0][3], settings=settings | {"kind": kinds[0]}, append=True, **tensors)
                 ready = []
     bar.close()
     print(f"{out}: {len(rows) - skipped} of {len(rows)} clips encoded"

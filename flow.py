@@ -50,18 +50,18 @@ def predict_x0(x, v, t):
     return x - _like(t, x) * v.to(x.dtype)
 
 
-def guided_velocity(dit, x, t, context, guidance_scale=1.0, y=None):
+def guided_velocity(dit, x, t, context, guidance_scale=1.0, **image):
     """Velocity with classifier-free guidance against the null prompt (all-zero context); 1 switches it off."""
-    v = dit(x, t, context, y=y)
+    v = dit(x, t, context, **image)
     if guidance_scale == 1.0:
         return v
-    v_null = dit(x, t, torch.zeros_like(context), y=y)
+    v_null = dit(x, t, torch.zeros_like(context), **image)
     return v_null + guidance_scale * (v - v_null)
 
 
 @torch.no_grad()
-def rollout(dit, x, context, num_steps, *, first=0, last=None, shift=1.0, guidance_scale=1.0, y=None):
-    """Integrate from noise towards data without gradients.
+def rollout(dit, x, context, num_steps, *, first=0, last=None, shift=1.0, guidance_scale=1.0, **image):
+    """Integrate from noise towards data without gradients. image: y and clip of an image-to-video model.
 
     x: [b, c, f, h, w] at schedule(num_steps)[first]; runs steps first .. last - 1 (last = num_steps: to t = 0), so
     the result is at schedule(num_steps)[last]. The state stays float32 whatever autocast does.
@@ -69,16 +69,16 @@ def rollout(dit, x, context, num_steps, *, first=0, last=None, shift=1.0, guidan
     times = schedule(num_steps, shift, x.device)
     for i in range(first, num_steps if last is None else last):
         t, t_next = times[i].expand(len(x)), times[i + 1].expand(len(x))
-        x = euler_step(x, guided_velocity(dit, x, t, context, guidance_scale, y), t, t_next)
+        x = euler_step(x, guided_velocity(dit, x, t, context, guidance_scale, **image), t, t_next)
     return x
 
 
 @torch.no_grad()
-def sample(dit, latent_shape, context, seed, indices, num_steps, *, shift=1.0, guidance_scale=1.0, y=None,
-           batch_size=128, autocast=None):
+def sample(dit, latent_shape, context, seed, indices, num_steps, *, shift=1.0, guidance_scale=1.0,
+           batch_size=128, autocast=None, **image):
     """Finished latents [m, c, f, h, w] of examples `indices`, whose noise depends only on (seed, index).
 
-    latent_shape: (c, f, h, w); context [m, l, d_text] and y [m, ...] belong to the indices, on the model's device.
+    latent_shape: (c, f, h, w); context [m, l, d_text], y and clip [m, ...] belong to the indices, on the model's device.
     """
     latents = []
     for i in range(0, len(indices), batch_size):
@@ -86,5 +86,5 @@ def sample(dit, latent_shape, context, seed, indices, num_steps, *, shift=1.0, g
         x_T = common.noise(latent_shape, seed, "sample", 0, indices[j]).to(context.device)
         with autocast() if autocast else torch.autocast(context.device.type, enabled=False):
             latents.append(rollout(dit, x_T, context[j], num_steps, shift=shift, guidance_scale=guidance_scale,
-                                   y=None if y is None else y[j]))
+                                   **{name: z[j] for name, z in image.items() if z is not None}))
     return torch.cat(latents)

@@ -162,10 +162,11 @@ def auc(scores, labels):
 
 
 @torch.no_grad()
-def interval_logits(model, latents, context, seed=0, y=None, batch_size=256, autocast=None):
+def interval_logits(model, latents, context, seed=0, batch_size=256, autocast=None, **image):
     """Section 4's test: logits [5, m] of m videos, each noised to one random t in every fifth of (0, 1].
 
-    latents [m, c, f, h, w], context [m, l, d_text]. t and noise depend on seed, interval and place only.
+    latents [m, c, f, h, w], context [m, l, d_text], image: y and clip [m, ...] (i2v). t and noise depend on seed,
+    interval and place only.
     """
     rows, (device, m) = [], (latents.device, len(latents))
     for k in range(INTERVALS):
@@ -174,7 +175,8 @@ def interval_logits(model, latents, context, seed=0, y=None, batch_size=256, aut
         for i in range(0, m, batch_size):
             j = slice(i, i + batch_size)
             with autocast() if autocast else torch.autocast(device.type, enabled=False):
-                rows.append(model(add_noise(latents[j], x1[j], t[j]), t[j], context[j], y=None if y is None else y[j]))
+                rows.append(model(add_noise(latents[j], x1[j], t[j]), t[j], context[j],
+                                  **{name: z[j] for name, z in image.items()}))
     return torch.cat(rows).view(INTERVALS, m)
 
 

@@ -44,28 +44,29 @@ def draw_step(seed, iteration, num_steps, part="full"):
 
 
 def reward_update_loss(policy, pavrm, x_T, context, step, num_steps, *, reward_weight=1.0, loss="linear",
-                       grad_steps=1, shift=1.0, y=None):
+                       grad_steps=1, shift=1.0, **image):
     """Alg. 1, the reward update: returns (loss, reward); call backward on the loss.
 
     policy, pavrm: the VideoDiT in training and the frozen reward model. x_T [b, c, f, h, w]: noise. context
     [b, l, d_text]. step: 1 .. num_steps, the step whose result is rewarded. reward_weight: lambda. grad_steps: how
     many of the steps up to there carry gradients; 1 is the paper's, more needs policy.gradient_checkpointing to fit.
+    image: y and clip of an image-to-video model.
     Returns a scalar loss and the logits r(x_s, s, p) [b], detached.
     """
     times = schedule(num_steps, shift, x_T.device)
     first = max(0, step - grad_steps)
-    x = rollout(policy, x_T, context, num_steps, last=first, shift=shift, y=y)         # x_{s+dt}, without gradients
+    x = rollout(policy, x_T, context, num_steps, last=first, shift=shift, **image)     # x_{s+dt}, without gradients
     torch.clear_autocast_cache()        # on torch < 2.13, weights it cast without gradients would be used below
     for i in range(first, step):
         t, s = times[i].expand(len(x)), times[i + 1].expand(len(x))
-        x = euler_step(x, policy(x, t, context, y=y), t, s)                             # Eq. 7, with gradients: x_s
-    r = pavrm(x, s, context, y=y)                                                       # [b]
+        x = euler_step(x, policy(x, t, context, **image), t, s)                         # Eq. 7, with gradients: x_s
+    r = pavrm(x, s, context, **image)                                                   # [b]
     return reward_weight * REWARD_LOSSES[loss](r).mean(), r.detach()
 
 
-def sft_loss(policy, x0, x1, t, context, weight=None, y=None):
+def sft_loss(policy, x0, x1, t, context, weight=None, **image):
     """Alg. 1, the SFT update (Eq. 10): flow matching on curated latents x0 [b, c, f, h, w] noised by x1 to t [b].
 
     weight [b]: RWR passes exp(reward) here, with the policy's own samples as x0 (rwr_baseline.py).
     """
-    return flow_matching_loss(policy(add_noise(x0, x1, t), t, context, y=y), x0, x1, weight)
+    return flow_matching_loss(policy(add_noise(x0, x1, t), t, context, **image), x0, x1, weight)

@@ -92,14 +92,14 @@ def load_decoder(model, channels):
     return load_vae(f"{model}/vae")
 
 
-def judge(reward, vae, dit, x, t, context, y=None, checkpointing=False):
+def judge(reward, vae, dit, x, t, context, checkpointing=False, **image):
     """Logits [b] of the clean video that one step of dit predicts from x [b, c, f, h, w] at times t [b].
 
     Where every t is 0, x is that video. checkpointing: each video is decoded and judged on its own, and again in the
     backward pass, so that decoder and reward take the memory of one video whatever the batch.
     """
     if t.any():
-        x = predict_x0(x, dit(x, t, context, y=y), t)
+        x = predict_x0(x, dit(x, t, context, **image), t)
     x = x[:, :, :1] if reward.config["frames"] == "first" else x                        # [b, c, 1 or f, h, w]
     of_pixels = lambda x, context: reward(vae.decode(x), context)
     if not checkpointing:
@@ -107,8 +107,8 @@ def judge(reward, vae, dit, x, t, context, y=None, checkpointing=False):
     return torch.cat([checkpoint(of_pixels, *one, use_reentrant=False) for one in zip(x.split(1), context.split(1))])
 
 
-def refl_update_loss(policy, reward, vae, x_T, context, step, num_steps, *, reward_weight=1.0, shift=1.0, y=None,
-                     checkpointing=False):
+def refl_update_loss(policy, reward, vae, x_T, context, step, num_steps, *, reward_weight=1.0, shift=1.0,
+                     checkpointing=False, **image):
     """RGB ReFL's update: returns (loss, reward); call backward on the loss.
 
     policy: the VideoDiT in training. reward, vae: frozen. x_T [b, c, f, h, w]: noise. context [b, l, d_text]. step:
@@ -116,7 +116,7 @@ def refl_update_loss(policy, reward, vae, x_T, context, step, num_steps, *, rewa
     lambda. Returns a scalar loss and the logits [b], detached.
     """
     t = schedule(num_steps, shift, x_T.device)[step - 1].expand(len(x_T))
-    x = rollout(policy, x_T, context, num_steps, last=step - 1, shift=shift, y=y)       # x_t, without gradients
+    x = rollout(policy, x_T, context, num_steps, last=step - 1, shift=shift, **image)     # x_t, without gradients
     torch.clear_autocast_cache()        # on torch < 2.13, weights it cast without gradients would be used below
-    r = judge(reward, vae, policy, x, t, context, y, checkpointing)                     # with gradients
+    r = judge(reward, vae, policy, x, t, context, checkpointing, **image)                     # with gradients
     return -reward_weight * r.mean(), r.detach()

@@ -68,8 +68,12 @@ class TextEncoder(nn.Module):
 
 
 def load_text_encoder(path):
-    """The TextEncoder saved in folder `path`, in eval mode and without gradients on its weights."""
+    """The TextEncoder saved in folder `path`, in eval mode and without gradients on its weights; for a transformers
+    folder of Wan2.1's UMT5, that one, with the same encode."""
     config = read_config(path)
+    if config.get("model_type") == "umt5":
+        from wan import WanTextEncoder
+        return WanTextEncoder(path)
     try:
         text = TextEncoder(**config)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:

@@ -31,7 +31,7 @@ import refl_baseline
 import rwr_baseline
 import world
 from common import InputError, arg
-from model import export_transformer, first_frame_condition, load_transformer
+from model import export_transformer, load_transformer
 from pavrm import load_pavrm
 from validation import make_validation
 
@@ -87,7 +87,6 @@ def main(config):
     lora.add(policy, config.lora_rank, config.lora_alpha, config.seed)
     parallel.shard(policy, runtime, config.parallel)
     policy.gradient_checkpointing = config.gradient_checkpointing
-    image_to_video = policy.config["model_type"] == "i2v"
     if config.method == "refl":
         vae = refl_baseline.load_decoder(config.model, policy.config["out_dim"]).to(runtime.device)
         reward_model = refl_baseline.load_pixel_reward(config.reward or f"{config.model}/reward_rgb_{config.frames}",
@@ -109,7 +108,8 @@ def main(config):
     if not len(curated):
         raise InputError(f"{shards.folder}: every clip is labelled 0; alignment needs good ones")
     if config.method == "rwr":
-        own = rwr_baseline.weighted_samples(config, runtime, policy, reward_model, shards, curated)
+        own_x0, own_context, own_weights, own_image = rwr_baseline.weighted_samples(
+            config, runtime, policy, reward_model, shards, curated)
     params = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=config.learning_rate, weight_decay=config.weight_decay)
     if resume:
@@ -121,37 +121,38 @@ def main(config):
     global_batch = config.batch_size * runtime.world_size * accumulation
 
     def curated_batch(seed, step, indices):
-        """-> x0 [b, c, f, h, w], context [b, l, d_text], and y of its first frames or None"""
+        """-> x0 [b, c, f, h, w], context [b, l, d_text], and {y, clip} of an image-to-video model"""
         batch = shards.batch(curated[data.order(len(curated), seed, step, indices, global_batch)])
         x0, context = batch["latents"].to(runtime.device), batch["context"].to(runtime.device)
-        return x0, context, first_frame_condition(x0) if image_to_video else None
+        return x0, context, data.image_inputs(policy.config, batch, runtime.device)
 
     def sft_loss(step, indices):
         """Eq. 10 on curated videos, or RWR's weighted version on own samples."""
         if config.method == "rwr":
-            j = data.order(len(own[0]), config.seed, step, indices, global_batch).to(runtime.device)
-            x0, context, weight, y = [None if values is None else values[j] for values in own]
+            j = data.order(len(own_x0), config.seed, step, indices, global_batch).to(runtime.device)
+            x0, context, weight = own_x0[j], own_context[j], own_weights[j]
+            image = {name: z[j] for name, z in own_image.items()}
         else:
-            (x0, context, y), weight = curated_batch(config.seed, step, indices), None
+            (x0, context, image), weight = curated_batch(config.seed, step, indices), None
         t = common.uniform(config.seed, "sft t", step, indices).to(runtime.device)
         x1 = common.noise(x0.shape[1:], config.seed, "sft x1", step, indices).to(runtime.device)
         with runtime.autocast():
-            return prfl.sft_loss(policy, x0, x1, t, context, weight, y), {}
+            return prfl.sft_loss(policy, x0, x1, t, context, weight, **image), {}
 
     def reward_loss(step, indices):
         """Alg. 1's reward update, or ReFL's, on the prompts of the curated set."""
-        _, context, y = curated_batch(config.seed + 1, step, indices)
+        _, context, image = curated_batch(config.seed + 1, step, indices)
         x_T = common.noise(shards.latent_shape, config.seed, "x_T", step, indices).to(runtime.device)
         s = prfl.draw_step(config.seed, step, config.num_inference_steps, part)
         with runtime.autocast():
             if config.method == "refl":
                 loss, reward = refl_baseline.refl_update_loss(
                     policy, reward_model, vae, x_T, context, s, config.num_inference_steps,
-                    reward_weight=config.reward_weight, y=y, checkpointing=config.decoder_checkpointing)
+                    reward_weight=config.reward_weight, checkpointing=config.decoder_checkpointing, **image)
             else:
                 loss, reward = prfl.reward_update_loss(
-                    policy, reward_model, x_T, context, s, config.num_inference_steps,
-                    reward_weight=config.reward_weight, loss=config.reward_loss, grad_steps=config.grad_steps, y=y)
+                    policy, reward_model, x_T, context, s, config.num_inference_steps, reward_weight=config.reward_weight,
+                    loss=config.reward_loss, grad_steps=config.grad_steps, **image)
         return loss, {"reward": reward.mean(), "rewarded_step": torch.tensor(s, device=runtime.device)}
 
     def update(name, loss_fn, step):

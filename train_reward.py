@@ -27,7 +27,7 @@ import parallel
 import refl_baseline
 import world
 from common import InputError, arg
-from model import first_frame_condition, load_transformer
+from model import load_transformer
 from pavrm import LOSSES, POOLINGS, PAVRM
 from validation import make_reward_report
 from weights import save_module
@@ -87,15 +87,15 @@ def main(config):
               f"{len(shards) - len(train) - len(held)} in between dropped")
 
     torch.manual_seed(config.seed)
-    image_to_video = generator.config["model_type"] == "i2v"
+    generator_config = generator.config
     if config.space == "latent":
         reward = judge = PAVRM.from_generator(generator, config.depth, config.pooling)
         parallel.shard(reward, runtime, config.parallel)
         reward.trunk.gradient_checkpointing = config.gradient_checkpointing
         groups, fixed_t = reward.parameter_groups(config.trunk_learning_rate, config.learning_rate), config.fixed_t
     else:
-        reward = refl_baseline.PixelReward(config.frames, generator.config["text_dim"]).to(runtime.device)
-        vae = refl_baseline.load_decoder(config.model, generator.config["out_dim"]).to(runtime.device)
+        reward = refl_baseline.PixelReward(config.frames, generator_config["text_dim"]).to(runtime.device)
+        vae = refl_baseline.load_decoder(config.model, generator_config["out_dim"]).to(runtime.device)
         judge = partial(refl_baseline.judge, reward, vae, generator.to(runtime.device))
         groups = [{"params": list(reward.parameters()), "lr": config.learning_rate}]
         fixed_t = 0.0                                                   # it learns from clean videos
@@ -108,7 +108,7 @@ def main(config):
     log = common.MetricsLog(config.output_dir, state["step"] if resume else None)
     global_batch = config.batch_size * runtime.world_size
     bar = common.progress(config.max_train_steps, "reward model", initial=state["step"])
-    measure = make_reward_report(judge, shards.batch(held), image_to_video, config.seed, runtime)
+    measure = make_reward_report(judge, shards.batch(held), generator_config, config, runtime)
     report = None
 
     for step in range(state["step"], config.max_train_steps):
@@ -122,7 +122,7 @@ def main(config):
         x1 = common.noise(x0.shape[1:], config.seed, "x1", step, indices).to(runtime.device)
         with runtime.autocast():
             logits = judge(flow.add_noise(x0, x1, t), t, context,
-                           y=first_frame_condition(x0) if image_to_video else None)                 # [b]
+                           **data.image_inputs(generator_config, batch, runtime.device))            # [b]
         loss = LOSSES[config.loss](logits, labels)
         common.check_finite(loss, "the loss", step + 1)
         optimizer.zero_grad()

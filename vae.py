@@ -60,21 +60,29 @@ class VideoVAE(nn.Module):
         return (torch.tensor(self.config["latents_mean"], dtype=like.dtype, device=like.device).view(shape),
                 torch.tensor(self.config["latents_std"], dtype=like.dtype, device=like.device).view(shape))
 
-    def posterior(self, video):
-        """Mean and log-variance of q(z | video), unnormalised: two tensors [b, 16, f, h, w]."""
+    def fold(self, video):
+        """Video [b, 3, F, H, W] with blocks of 4x8x8 pixels as channels: [b, 768, f, h, w]."""
         if video.ndim != 5 or video.shape[1] != 3 or video.shape[2] % TIME != 1 or video.shape[3] % 16 \
                 or video.shape[4] % 16:
             raise InputError(f"the VAE wants video [b, 3, 4k + 1, H, W] with H and W divisible by 16, "
                              f"got {list(video.shape)}")
-        video = torch.cat([video[:, :, :1].expand(-1, -1, TIME - 1, -1, -1), video], 2)             # [b, 3, 4f, H, W]
-        x = rearrange(video, "b c (f p) (h q) (w r) -> b (c p q r) f h w", p=TIME, q=SPACE, r=SPACE)
-        mean, logvar = self.encoder(x).chunk(2, dim=1)
+        first, rest = video[:, :, :1].expand(-1, -1, TIME, -1, -1), video[:, :, 1:]
+        first, rest = (rearrange(v, "b c (f p) (h q) (w r) -> b c p q r f h w", p=TIME, q=SPACE, r=SPACE)
+                       for v in (first, rest))                  # views; one copy is made, as clips can be large
+        x = video.new_empty(*rest.shape[:5], 1 + rest.shape[5], *rest.shape[6:])
+        x[..., :1, :, :], x[..., 1:, :, :] = first, rest
+        return x.flatten(1, 4)
+
+    def posterior(self, video):
+        """Mean and log-variance of q(z | video), unnormalised: two tensors [b, 16, f, h, w]."""
+        mean, logvar = self.encoder(self.fold(video)).chunk(2, dim=1)
         return mean, logvar.clamp(-12, 4)
 
     def encode(self, video):
         """video [b, 3, F, H, W] in [-1, 1] -> latents [b, 16, f, h, w]: the posterior's mean, normalised."""
         mean, std = self._statistics(video)
-        return (self.posterior(video)[0] - mean) / std
+        video = self.fold(video)                                # in its place: 81 frames of 832x480 are 388 MB
+        return (self.encoder(video).chunk(2, dim=1)[0] - mean) / std
 
     def decode(self, latents):
         """latents [b, 16, f, h, w] -> video [b, 3, 4 (f - 1) + 1, 8 h, 8 w] in [-1, 1]; differentiable."""
@@ -89,9 +97,14 @@ class VideoVAE(nn.Module):
 
 
 def load_vae(path):
-    """The VideoVAE saved in folder `path` (config.json and weights), in eval mode without gradients on its weights."""
+    """The VideoVAE saved in folder `path` (config.json and weights), in eval mode without gradients on its weights;
+    for a diffusers folder of Wan2.1's VAE, that one, with the same encode and decode."""
+    config = read_config(path)
+    if config.get("_class_name") == "AutoencoderKLWan":
+        from wan import WanVAE
+        return WanVAE(path)
     try:
-        vae = VideoVAE(**read_config(path))
+        vae = VideoVAE(**config)
     except TypeError as error:
         raise InputError(f"{path}/config.json is not a VideoVAE's: {error}") from None
     load_weights(vae, path)
@@ -105,4 +118,4 @@ def to_pixels(video):
 
 def from_pixels(video):
     """uint8 [b, F, H, W, 3] -> float [b, 3, F, H, W] in [-1, 1]."""
-    return (video.float() / 127.5 - 1).permute(0, 4, 1, 2, 3).contiguous()
+    return video.permute(0, 4, 1, 2, 3).contiguous().float().div_(127.5).sub_(1)   # in place: clips can be large

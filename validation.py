@@ -46,25 +46,26 @@ def make_validation(config, runtime):
     return validate
 
 
-def make_reward_report(judge, batch, image_to_video, seed, runtime):
+def make_reward_report(judge, batch, generator_config, config, runtime):
     """-> measure() -> (report, its averages over t for the log); rank 0 prints it as the paper's table.
 
-    judge(x_t, t, context, y=) -> logits [b]; batch: held-out latents [m, c, f, h, w], context [m, l, d_text] and
+    judge(x_t, t, context, **image) -> logits [b]; config: train_reward.py's; batch: held-out latents [m, c, f, h, w], context [m, l, d_text] and
     label [m]. The report holds accuracy, balanced_accuracy and auc: five numbers each, by t (pavrm.interval_metrics),
     and under "clean" one each, of the videos at t = 0.
     """
     x0, context, labels = (batch[name].to(runtime.device) for name in ("latents", "context", "label"))
     zero = torch.zeros(len(x0), device=runtime.device)                                                  # t
-    y = first_frame_condition(x0) if image_to_video else None
+    image = data.image_inputs(generator_config, batch, runtime.device)
 
     @torch.no_grad()
     def measure():
-        found = interval_metrics(interval_logits(judge, x0, context, seed, y, autocast=runtime.autocast), labels)
+        found = interval_metrics(interval_logits(judge, x0, context, config.seed, 4 * config.batch_size,
+                                                 runtime.autocast, **image), labels)
         clean = []
-        for i in range(0, len(x0), 256):
-            j = slice(i, i + 256)
+        for i in range(0, len(x0), 4 * config.batch_size):
+            j = slice(i, i + 4 * config.batch_size)
             with runtime.autocast():
-                clean.append(judge(x0[j], zero[j], context[j], y=None if y is None else y[j]))
+                clean.append(judge(x0[j], zero[j], context[j], **{name: z[j] for name, z in image.items()}))
         clean = {name: row[0] for name, row in interval_metrics(torch.cat(clean)[None], labels).items()}
         averages = {name: sum(row) / len(row) for name, row in found.items()}
         if runtime.rank == 0:

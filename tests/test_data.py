@@ -108,16 +108,15 @@ def test_scaling_covers_and_crops_the_centre(tmp_path):
         assert data.read_clip(tmp_path / "a.mp4", size=size)[0].shape == (5, size[1], size[0], 3)
 
 
-def test_frame_rate_is_lowered_by_time_stamps(tmp_path):
+def test_frames_are_resampled_to_the_nearest_in_time(tmp_path):
     grey = np.arange(48, dtype=np.uint8)[:, None, None, None] * np.ones((1, 32, 32, 3), np.uint8) * 5
     data.write_video(tmp_path / "a.mp4", grey, fps=24)
-    for fps, picks in ((8, np.arange(0, 48, 3)), (16, np.arange(32) * 1.5), (24, np.arange(48))):
+    for fps, picks in ((8, np.arange(0, 48, 3)), (16, np.arange(32) * 1.5), (24, np.arange(48)),
+                       (30, np.arange(60) * 0.8), (48, np.arange(95) / 2)):
         got, rate = data.read_clip(tmp_path / "a.mp4", fps=fps)
         index = got[:, 16, 16, 0].float().numpy() / 5
         assert rate == fps and len(got) == len(picks) and np.abs(index - picks).max() <= 0.75
     assert len(data.read_clip(tmp_path / "a.mp4", frames=9, fps=8)[0]) == 9
-    with pytest.raises(InputError, match="24 frames per second, fewer than --fps 30"):
-        data.read_clip(tmp_path / "a.mp4", fps=30)
 
 
 def test_portrait_clips_of_phones_stand_upright(tmp_path):
@@ -212,14 +211,14 @@ def test_resident_memory_does_not_grow_with_the_data(tmp_path):
     n = 512
     data.write_shards(tmp_path, torch.zeros(n, 16, 5, 30, 52), torch.zeros(n, 8, 32), [0] * n, ["p"] * n)
 
-    def own():  # KiB of memory that is not a view of a file
+    def resident():  # KiB, views of files included
         text = Path("/proc/self/status").read_text()
-        return int(text.split("RssAnon:")[1].split()[0])
+        return int(text.split("VmRSS:")[1].split()[0])
 
-    shards, before = data.Shards(tmp_path), own()
+    shards, before = data.Shards(tmp_path), resident()
     for step in range(64):
         shards.batch(range(8 * step, 8 * step + 8))
-    assert (tmp_path / "shard-00000.safetensors").stat().st_size > 240e6 and own() - before < 40_000
+    assert (tmp_path / "shard-00000.safetensors").stat().st_size > 240e6 and resident() - before < 40_000
 
 
 def test_a_kill_while_appending_leaves_whole_shards(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ LORA = ["--lora_rank", "2", "--lora_alpha", "4", "--learning_rate", "1e-3"]
 
 def batch():
     g = torch.Generator().manual_seed(5)
-    return torch.randn(3, 4, 2, 4, 4, generator=g), torch.rand(3, generator=g), torch.randn(3, 3, 8, generator=g)
+    return torch.randn(3, 16, 2, 4, 4, generator=g), torch.rand(3, generator=g), torch.randn(3, 3, 8, generator=g)
 
 
 def adapted(alpha=4):

@@ -179,7 +179,7 @@ def test_blocks_run_in_bfloat16_from_float32_pieces(group):
     """Also: the rollout's gathered weights are given back, the frozen reward model is sharded and gets no
     gradients, and the reward update's gradient is that of autocast to bfloat16's precision."""
     torch.manual_seed(3)
-    x_T, context, seen = torch.randn(8, 4, 2, 4, 4), torch.randn(8, 3, 8), []
+    x_T, context, seen = torch.randn(8, 16, 2, 4, 4), torch.randn(8, 3, 8), []
     gradients = []
     for kind in parallel.KINDS:
         policy, pavrm = generator(), PAVRM.from_generator(generator(), 1).freeze()

@@ -158,7 +158,7 @@ def test_judge_predicts_the_clean_video_in_one_step(models, batch):
     wanted = rewards["all"](vae.decode(x0), context)
     for t in (0.1, 0.7, 1.0):
         t = torch.full((3,), t, dtype=torch.float64)
-        knows = lambda x, t, context, y: x1 - x0
+        knows = lambda x, t, context, y=None: x1 - x0
         torch.testing.assert_close(R.judge(rewards["all"], vae, knows, flow.add_noise(x0, x1, t), t, context), wanted)
     torch.testing.assert_close(R.judge(rewards["all"], vae, None, x0, torch.zeros(3), context), wanted)
 
