@@ -47,16 +47,16 @@ from vae import from_pixels, load_vae, to_pixels
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE / "checkpoints"
-RATES = (1e-5, 3e-5, 1e-4, 3e-4)                                 # of every method in table1's sweep
-TUNED = {"prfl": 3e-5, "sft": 1e-4, "rwr": 1e-4, "refl": 3e-5}   # the best of the sweep in results/table1.md
+RATES = (3e-5, 1e-4, 3e-4)                                 # of every method in table1's sweep
+TUNED = {"prfl": 1e-4, "sft": 1e-4, "rwr": 1e-4, "refl": 1e-4}   # the best of the sweep in results/table1.md
 PIXELS = {f"pixels, {name}": ("--space", "rgb", "--frames", frames)
           for name, frames in (("first frame", "first"), ("all frames", "all"))}     # rows: train_reward flags
 ITERATIONS = 80                                                  # of PRFL and ReFL: 160 optimizer updates
 TRUNK = json.loads((BASE / "transformer" / "config.json").read_text())["num_layers"]
 PRESETS = {
-    "quick": {"seeds": 1, "sweep": False, "videos": 256, "samples": 3072, "reward_steps": 400, "tested": 1024,
+    "quick": {"seeds": 1, "sweep": False, "videos": 256, "samples": 5120, "reward_steps": 800, "tested": 1024,
               "clips": 400},
-    "full": {"seeds": 3, "sweep": True, "videos": 512, "samples": 4096, "reward_steps": 600, "tested": 2048,
+    "full": {"seeds": 3, "sweep": True, "videos": 512, "samples": 16384, "reward_steps": 1600, "tested": 2048,
              "clips": 2000},
 }
 METRICS = {"qualified": "qualified", "physical_qualified": "physical", "deformity_qualified": "deformity",
@@ -452,7 +452,7 @@ def table8(work):
 
 
 def labels(work):
-    counts = [n for n in (512, 1024, 2048) if n < work.preset["samples"]]
+    counts = [n for n in (1024, 2048, 4096, 8192) if n < work.preset["samples"]]
     most = f"{work.preset['samples']} samples"
     reward_study(work, "labels", "How many labelled samples PAVRM learns from",
                  {f"{n} samples": ("--num_samples", n, "--holdout", n // 8) for n in counts} | {most: ()},

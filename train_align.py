@@ -58,7 +58,7 @@ class Config:
     frames: str = arg("first", "refl: what is decoded and judged", choices=refl_baseline.FRAMES)
     decoder_checkpointing: bool = arg(False, "refl: decode one video at a time, again in the backward pass")
     sft_updates: bool = arg(True, "prfl's and refl's SFT update, which keeps the reward from being hacked (Alg. 1)")
-    learning_rate: float = arg(3e-5, "AdamW's, the best for prfl in results/table1.md; the paper has 5e-6 at 14B", above=0)
+    learning_rate: float = arg(1e-4, "AdamW's, the best in results/table1.md; the paper has 5e-6 at 14B", above=0)
     weight_decay: float = arg(0.0, "AdamW's", at_least=0)
     max_train_steps: int = arg(80, "iterations", above=0)
     batch_size: int = arg(32, "videos, and prompts, per update and rank (30 in all in the paper)", above=0)
