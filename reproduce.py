@@ -137,8 +137,13 @@ def curated(work):
     return shards
 
 
+def at_a_rate(method, flags):
+    """flags, with the tuned learning rate if they name none: a run is known by its rate."""
+    return flags if "--learning_rate" in flags else (*flags, "--learning_rate", TUNED[method])
+
+
 def align_folder(work, seed, method, flags=()):
-    return work.folder / f"seed-{seed}" / named(method, flags)
+    return work.folder / f"seed-{seed}" / named(method, at_a_rate(method, flags))
 
 
 def train_aligned(work, runs):
@@ -147,14 +152,15 @@ def train_aligned(work, runs):
     shards, parts = curated(work), []
     for seed, method, flags in runs:
         twice = method in ("prfl", "refl")
-        default = {"--max_train_steps": ITERATIONS if twice else 2 * ITERATIONS, "--learning_rate": TUNED[method]}
+        flags = at_a_rate(method, flags)
+        default = {"--max_train_steps": ITERATIONS if twice else 2 * ITERATIONS}
         if method != "sft":
             judge = ("--space", "rgb", *flags[:2]) if method == "refl" else ()
             default["--reward"] = reward_folder(work, seed, judge) / "reward"
         added = [word for flag, value in default.items() if flag not in flags for word in (flag, value)]
         parts.append((align_folder(work, seed, method, flags), "transformer/config.json", "train_align.py", "--method",
                       method, "--seed", seed, "--data", shards, *added, *flags))
-    work.run([(folder, last, *command) for folder, last, *command in parts])
+    work.run(parts)
 
 
 def evaluations(work, tasks):
