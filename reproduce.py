@@ -81,10 +81,10 @@ class Work:
     def run(self, parts):
         """Runs the unfinished ones of parts [(folder, file that it ends with, script, *flags)], side by side; training
         goes on from its last checkpoint. Raises InputError with the last line of one that fails."""
-        parts = {folder / last: command for folder, last, *command in parts if not (folder / last).exists()}
+        parts = {folder: command for folder, last, *command in parts if not (folder / last).exists()}
         bar = common.progress(len(parts), "parts")
         with ThreadPoolExecutor(self.jobs) as pool:
-            running = [pool.submit(self._run, path, command, bar) for path, command in parts.items()]
+            running = [pool.submit(self._run, folder, command, bar) for folder, command in parts.items()]
             try:
                 for part in running:
                     part.result()
@@ -93,8 +93,8 @@ class Work:
                 raise
         bar.close()
 
-    def _run(self, path, command, bar):
-        folder, (script, *flags) = path.parent, map(str, command)
+    def _run(self, folder, command, bar):
+        script, *flags = map(str, command)
         flags += ["--output_dir", str(folder)] + (["--resume", "latest"] if common.checkpoints(folder) else [])
         bar.write("$ python " + " ".join([script, *flags]))
         folder.mkdir(parents=True, exist_ok=True)
