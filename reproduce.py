@@ -24,6 +24,7 @@ above zero, does not hold if it is below, and cannot be told otherwise.
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -96,13 +97,14 @@ class Work:
     def _run(self, folder, command, bar):
         script, *flags = map(str, command)
         flags += ["--output_dir", str(folder)] + (["--resume", "latest"] if common.checkpoints(folder) else [])
-        bar.write("$ python " + " ".join([script, *flags]))
+        words = shlex.join([script, *flags])
+        bar.write(f"$ python {words}")
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log.txt").open("a") as log:
             code = subprocess.run([sys.executable, HERE / script, *flags], stdout=log, stderr=log, env=self.environment).returncode
         if code:
             said = (folder / "log.txt").read_text().strip().splitlines()[-1:]
-            raise InputError(f"`python {' '.join([script, *flags])}` ended with code {code}: {' '.join(said)}")
+            raise InputError(f"`python {words}` ended with code {code}: {' '.join(said)}")
         bar.update()
 
 
@@ -258,7 +260,7 @@ def alignment_study(work, name, title, variants, claims, paper, notes=()):
                                                               for row, run in variants.items()}, ()) for seed in work.seeds])
     rows = {row: {metric: summary([f[row][metric] for f in found]) for metric in METRICS} for row in found[0]}
     claims = judge_claims(claims, {row: [f[row]["qualified"] for f in found] for row in rows})
-    lines = [f"{len(found)} seeds, {work.preset['videos']} held-out videos each, same prompts and noise in every row. The "
+    lines = [f"Seeds: {len(found)}; {work.preset['videos']} held-out videos each, same prompts and noise in every row. The "
              "paper's column is its average metric (another scale: compare orderings).", ""]
     lines += table(["", "paper", *METRICS.values(), "qualified, by seed"],
                    [[row, paper.get(row, ""), f"**{show(cells['qualified'])}**",
@@ -426,7 +428,7 @@ def reward_study(work, name, title, variants, claims, paper, notes=()):
             for row, values in right.items()}
     claims = judge_claims(claims, {row: values.mean(1) for row, values in right.items()})
     lines = [f"Accuracy on {len(labels)} own samples that no reward model was trained on ({(labels == 1).double().mean():.0%} "
-             f"good), one random t in each fifth of (0, 1]; {len(work.seeds)} seeds.", ""]
+             f"good), one random t in each fifth of (0, 1]; seeds: {len(work.seeds)}.", ""]
     lines += table(["", "paper", "average", "[0, .2]", "(.2, .4]", "(.4, .6]", "(.6, .8]", "(.8, 1]", "AUC, average"],
                    [[row, paper.get(row, ""), f"**{show(cells['average'])}**", *(f"{v:.3f}" for v in cells["intervals"]),
                      f"{np.mean(cells['auc']):.3f}"] for row, cells in rows.items()])
