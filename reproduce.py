@@ -6,6 +6,7 @@
 
 table1     base, RWR, SFT (at equal updates, at equal time), RGB ReFL (first frame, all frames), PRFL
 table3     which part of the trajectory PRFL rewards
+table4     seconds and memory of an iteration, beside RGB ReFL's, for growing clips
 table5     how PAVRM pools its tokens, beside the pixel rewards
 table7     binary cross-entropy or Bradley-Terry
 table8     how many blocks K the trunk has
@@ -39,9 +40,11 @@ import torch
 
 import common
 import data
+import plan
 import refl_baseline
 import world
 from common import InputError, arg
+from model import PRESETS as MODELS
 from model import load_transformer
 from pavrm import auc, interval_logits, load_pavrm
 from vae import from_pixels, load_vae, to_pixels
@@ -56,9 +59,9 @@ ITERATIONS = 80                                                  # of PRFL and R
 TRUNK = json.loads((BASE / "transformer" / "config.json").read_text())["num_layers"]
 PRESETS = {
     "quick": {"seeds": 1, "sweep": False, "videos": 256, "samples": 5120, "reward_steps": 800, "tested": 1024,
-              "clips": 400},
+              "rounds": 8, "clips": 400},
     "full": {"seeds": 3, "sweep": True, "videos": 512, "samples": 16384, "reward_steps": 1600, "tested": 2048,
-             "clips": 2000},
+             "rounds": 32, "clips": 2000},
 }
 METRICS = {"qualified": "qualified", "physical_qualified": "physical", "deformity_qualified": "deformity",
            "adherent": "adherent", "smoothness": "smoothness", "dynamic": "dynamic", "consistency": "consistency",
@@ -394,6 +397,73 @@ def hacking(work):
         *table(["", *keys], rows)], {"curves": curves})
 
 
+# ---- cost
+def measured(work, name, *flags):
+    """What benchmarks/cost.py prints for these flags; kept. One process at a time: it measures itself."""
+    path = work.folder / "cost" / f"{name}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        words = ["benchmarks/cost.py", *map(str, flags)]
+        print("$ python " + shlex.join(words), flush=True)
+        done = subprocess.run([sys.executable, HERE / words[0], *words[1:]], capture_output=True, text=True, env=work.environment)
+        if done.returncode:
+            raise InputError(f"`python {shlex.join(words)}` ended with code {done.returncode}: {done.stderr.strip()[-300:]}")
+        common.write_json(path, json.loads(done.stdout.strip().splitlines()[-1]))
+    return json.loads(path.read_text())
+
+
+def longest(preset, method, decoded="first"):
+    """The most frames (4 k + 1) of 832x480 that plan.py fits into 80 GB, weights cut over 8 GPUs, one clip on each."""
+    fits = 0
+    for frames in range(1, 402, 4):
+        config = plan.Config("plan", preset, method=method, frames=frames, gpus=8, frames_decoded=decoded)
+        if plan.costs(config, MODELS[preset])["with"]["peak"] > 80e9:
+            break
+        fits = frames
+    return fits
+
+
+def table4(work):
+    methods = {"SFT": "sft", "PRFL": "prfl", "RGB ReFL, first frame": "refl_first", "RGB ReFL, all frames": "refl_all"}
+    rounds = work.preset["rounds"]
+    times = measured(work, f"times-{rounds}", "times", "--rounds", rounds)
+    alone = measured(work, f"times-{rounds}-without-sft", "times", "--rounds", rounds, "--no-sft_updates")
+    paper = {"RGB ReFL, first frame": (1.42, 1.49)}
+    speed, claims = [], {}
+    for row, method in methods.items():
+        # An iteration's seconds depend on the step that is drawn: the ratio of means, rounds resampled together.
+        draws = np.random.default_rng(0).integers(0, rounds, (2000, rounds))
+        ratio = [[np.mean(found[method]) / np.mean(found["prfl"]), *np.quantile(
+            np.array(found[method])[draws].mean(1) / np.array(found["prfl"])[draws].mean(1), (0.025, 0.975))]
+            for found in (times, alone)]
+        speed.append([row, f"{np.mean(times[method]):.3f}", *(f"{m:.2f} [{a:.2f}, {b:.2f}]" for m, a, b in ratio),
+                      " / ".join(map(str, paper.get(row, ())))])
+        claims[row] = ratio
+    cells = [(frames, "64*64") for frames in (17, 33, 65, 81)] + [(17, "32*32"), (17, "96*96")]
+    bytes_of = {(row, *cell): measured(work, f"{method}-{cell[0]}-{cell[1].replace('*', 'x')}", "cell", "--method", method,
+                                       "--frames", cell[0], "--size", cell[1], "--batch_size", 4, "--rounds", 2)["bytes"]
+                for row, method in methods.items() for cell in cells}
+    plot(work, "table4", {"MB of an update, 4 clips of 64x64": {
+        row: ([f for f, size in cells[:4]], [bytes_of[row, f, "64*64"] / 1e6 for f, size in cells[:4]]) for row in methods}},
+        "frames")
+    wan = [[preset, *(longest(preset, *how) for how in (("prfl",), ("refl",), ("refl", "all")))]
+           for preset in ("wan2.1-t2v-1.3b", "wan2.1-t2v-14b")]
+    write_results(work, "table4", "Table 4: what an iteration costs", [
+        "Seconds of an iteration at the world's size, batch 32, N = 16, the methods in turn in one process "
+        f"({rounds} rounds; `benchmarks/cost.py times`), as a ratio to PRFL with its 95 % interval over rounds.", "",
+        *table(["", "seconds", "ratio to PRFL", "ratio, both without SFT updates", "paper, both"], speed),
+        "Peak memory over what weights and optimizer hold, MB, 4 clips, each cell a process of its own "
+        "(`benchmarks/cost.py cell`; about 70 MB are the libraries' own buffers):", "",
+        *table(["", *(f"{f} frames, {size.replace('*', 'x')}" for f, size in cells)],
+               [[row, *(f"{bytes_of[row, f, size] / 1e6:.0f}" for f, size in cells)] for row in methods]),
+        "The most frames of 832x480 that fit 80 GB a GPU by the formulas of plan.py (8 GPUs, weights cut over them, one clip "
+        "on each, checkpointing on; a decoder without tiling or checkpointing keeps its activations, which grow with the "
+        "frames decoded). Arithmetic, not measured:", "",
+        *table(["", "PRFL", "RGB ReFL, first frame", "RGB ReFL, all frames"], wan)],
+        {"times": times, "times_without_sft": alone, "ratios": claims, "wan": wan,
+         "bytes": [{"row": k[0], "frames": k[1], "size": k[2], "bytes": v} for k, v in bytes_of.items()]})
+
+
 # ---- studies of the reward model
 @torch.no_grad()
 def test_set(work):
@@ -522,7 +592,7 @@ def annotator(work):
                   {"clean_pass": passed, "flawed_fail": overall, "fails": failed})
 
 
-STUDIES = {study.__name__: study for study in (table1, table3, table5, table7, table8, fig3, fig5, labels, loss, hacking,
+STUDIES = {study.__name__: study for study in (table1, table3, table4, table5, table7, table8, fig3, fig5, labels, loss, hacking,
                                                annotator)}
 
 

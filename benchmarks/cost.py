@@ -1,0 +1,133 @@
+"""What an update costs: SFT, PRFL, RGB ReFL with the first frame or all frames decoded, on the shipped tiny generator.
+
+    python benchmarks/cost.py times                               all methods in turn, A B C D A B C D, at the world's size
+    python benchmarks/cost.py cell --method prfl --frames 33      one method at one size, in a process of its own
+    python reproduce.py table4                                    every cell, and the table
+
+An iteration is what train_align.py makes of it: an SFT update, then the reward update at a step drawn as in training (all
+N for PRFL, the late third for ReFL). Memory: on CPU the peak resident set of this process less what it held before the
+first update, when weights and optimizer were there; on a GPU torch's peak less the same. The generator and its reward
+model are trained at 9 frames of 32x32 only: longer and larger clips cost what they cost, and mean nothing.
+"""
+import ctypes
+import dataclasses
+import gc
+import json
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+import common
+import plan
+import prfl
+import refl_baseline
+from common import arg
+from model import load_transformer
+from pavrm import load_pavrm
+from vae import load_vae
+
+BASE = Path(__file__).resolve().parents[1] / "checkpoints"
+METHODS = ("sft", "prfl", "refl_first", "refl_all")
+
+
+@dataclass
+class Config:
+    command: str = arg(..., "what to do", choices=("times", "cell"), positional=True)
+    method: str = arg("prfl", "of the cell", choices=METHODS)
+    frames: int = arg(9, "video frames, 4 k + 1", above=0)
+    size: str = arg("32*32", "width*height")
+    batch_size: int = arg(32, "videos per update", above=0)
+    num_inference_steps: int = arg(16, "N, Euler steps of a rollout", above=2)
+    rounds: int = arg(8, "timed iterations of each method, behind one that warms up", above=0)
+    decoder_checkpointing: bool = arg(False, "refl: decode one video at a time, again in the backward pass")
+    sft_updates: bool = arg(True, "the SFT update of an iteration")
+    mixed_precision: str = arg("bf16", "autocast dtype", choices=("no", "bf16"))
+    seed: int = arg(0, "seed of noise and steps", at_least=0)
+
+
+def make_iteration(method, config, runtime):
+    """-> iteration(i): one training iteration on noise in place of data; its generator and optimizer are its own."""
+    f, h, w = plan.latent_grid(config.frames, config.size)
+    policy = load_transformer(BASE).to(runtime.device).train()
+    text_len, text_dim = policy.config["text_len"], policy.config["text_dim"]
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0)
+    for p in policy.parameters():                               # its moments, which a first step would make
+        optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    if method == "prfl":
+        reward = load_pavrm(BASE / "reward", policy).to(runtime.device)
+    elif method.startswith("refl"):
+        reward = refl_baseline.PixelReward(method[5:], text_dim).to(runtime.device).eval().requires_grad_(False)
+        vae = load_vae(BASE / "vae").to(runtime.device)
+    indices, N = range(config.batch_size), config.num_inference_steps
+
+    def update(loss_fn):
+        optimizer.zero_grad()
+        with runtime.autocast():
+            loss = loss_fn()
+        loss.backward()
+        common.clip_gradients(list(policy.parameters()), 1.0)
+        optimizer.step()
+
+    def iteration(i):
+        draw = lambda purpose: common.noise((16, f, h, w), config.seed, purpose, i, indices).to(runtime.device)
+        x0, x1, x_T = draw("x0"), draw("x1"), draw("x_T")
+        context = torch.randn(config.batch_size, text_len, text_dim, device=runtime.device)
+        t = common.uniform(config.seed, "t", i, indices).to(runtime.device)
+        if config.sft_updates or method == "sft":
+            update(lambda: prfl.sft_loss(policy, x0, x1, t, context))
+        if method == "prfl":
+            step = prfl.draw_step(config.seed, i, N)
+            update(lambda: prfl.reward_update_loss(policy, reward, x_T, context, step, N)[0])
+        elif method != "sft":
+            step = prfl.draw_step(config.seed, i, N, "late")
+            update(lambda: refl_baseline.refl_update_loss(policy, reward, vae, x_T, context, step, N,
+                                                          checkpointing=config.decoder_checkpointing)[0])
+
+    return iteration
+
+
+def timed(iteration, i, device):
+    start = time.perf_counter()
+    iteration(i)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def held(device):
+    """Bytes held now: on CPU the resident set, after freed memory went back to the system."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def main(config):
+    runtime = common.setup(config.mixed_precision, config.seed)
+    if config.command == "times":
+        iterations = {method: make_iteration(method, config, runtime) for method in METHODS}
+        seconds = {method: [] for method in METHODS}
+        for i in common.progress(range(config.rounds + 1), "rounds"):
+            for method, iteration in iterations.items():        # in turn, so that all see the same machine
+                seconds[method].append(timed(iteration, i, runtime.device))
+        print(json.dumps({method: times[1:] for method, times in seconds.items()}))
+        return
+    iteration = make_iteration(config.method, config, runtime)
+    before = held(runtime.device)
+    seconds = [timed(iteration, i, runtime.device) for i in range(config.rounds + 1)][1:]
+    peak = torch.cuda.max_memory_allocated() if runtime.device.type == "cuda" else \
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({**dataclasses.asdict(config), "seconds": seconds, "bytes": peak - before}))
+
+
+if __name__ == "__main__":
+    common.cli(main, Config, __doc__)
