@@ -9,7 +9,6 @@ Axes: d model width, r rank.
 import os
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn

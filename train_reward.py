@@ -26,7 +26,7 @@ import flow
 import parallel
 import refl_baseline
 import world
-from common import InputError, arg
+from common import arg
 from model import load_transformer
 from pavrm import LOSSES, POOLINGS, PAVRM
 from validation import make_reward_report
