@@ -13,7 +13,7 @@ demo: .venv/core
 		--num_videos 256 --output_dir $(DEMO)/evaluation
 
 test: .venv/test
-	$(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests
 
 .venv/core: requirements.txt
 	test -d .venv || $(PYTHON) -m venv .venv
