@@ -204,44 +204,6 @@ def test_peak_of_live_tensors(width, layers, size, method, checkpointing):
     assert found["with" if checkpointing else "without"]["peak"] == pytest.approx(live.peak, rel=0.06)
 
 
-REAL = """
-import ctypes, gc, os, resource, sys
-sys.path[:0] = ["{root}", "{root}/tests"]
-import torch, model, pavrm, prfl, test_plan
-torch.set_num_threads(1)
-model.attend = test_plan.gpu_attend
-def update(config, batch, grid):
-    dit = model.VideoDiT(**config)
-    reward = pavrm.PAVRM(config | dict(num_layers=2)).freeze()
-    dit.gradient_checkpointing = reward.trunk.gradient_checkpointing = {checkpointing}
-    optimizer = torch.optim.AdamW(dit.parameters(), foreach=True)
-    x, t, context = test_plan.inputs(config, grid, batch).values()
-    with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = prfl.reward_update_loss(dit, reward, x, context, 1, 16)
-    loss.backward()
-    optimizer.step()
-update(model.PRESETS["tiny-t2v"], 1, (1, 16, 20))           # loads every kernel
-gc.collect()
-ctypes.CDLL(None).malloc_trim(0)
-before = int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-update(test_plan.REAL_CONFIG, 2, (5, 32, 32))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
-"""
-REAL_CONFIG = PRESETS["tiny-t2v"] | dict(dim=256, ffn_dim=1024, num_heads=4, num_layers=6)
-
-
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
-@pytest.mark.parametrize("checkpointing", [True, False])
-def test_peak_of_a_real_process(checkpointing):
-    """Resident memory of a fresh process, above what it holds once every kernel is loaded."""
-    code = REAL.format(root=ROOT, checkpointing=checkpointing)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    found = costs(REAL_CONFIG, frames=17, size="256*256", parallel="ddp", batch_size=2, depth=2)
-    assert found["with" if checkpointing else "without"]["peak"] == pytest.approx(int(done.stdout), rel=0.15)
-
-
 def test_fsdp_cuts_and_checkpointing_and_lora_save():
     config = PRESETS["wan2.1-t2v-14b"]
     whole, cut = costs(config, gpus=8, parallel="ddp"), costs(config, gpus=8, parallel="fsdp")

@@ -131,7 +131,7 @@ def test_pretraining_stages_run_and_resume_bit_for_bit(tmp_path, capsys):
 
 def test_pretrain_refuses(capsys, tmp_path):
     assert "stage" in refused(capsys, pretrain, "everything")
-    assert "--init" in refused(capsys, pretrain, "dit", "--preset", "tiny-i2v", "--init", SHIPPED, "--clips", 4,
+    assert "--init" in refused(capsys, pretrain, "dit", "--preset", "small-t2v", "--init", SHIPPED, "--clips", 4,
                                "--output_dir", tmp_path)
 
 
