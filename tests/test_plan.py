@@ -1,5 +1,5 @@
 """plan.py: its counts against the modules, its bytes against what autograd saves and tensors that live, its FLOPs against
-PyTorch's counter, one real process against its resident memory, and all of it against the paper's Table 4.
+PyTorch's counter, and all of it against the paper's Table 4.
 
 The true widths and clip sizes run under FakeTensorMode: tensors of the right shape and size without data, so that 14B
 blocks on 33 thousand tokens take seconds and no memory. Attention takes the GPU's path (bf16, fused) on the CPU too."""
