@@ -55,12 +55,11 @@ RATES = (3e-5, 1e-4, 3e-4)                                 # of every method in 
 TUNED = {"prfl": 1e-4, "sft": 1e-4, "rwr": 1e-4, "refl": 1e-4}   # the best of the sweep in results/table1.md
 PIXELS = {f"pixels, {name}": ("--space", "rgb", "--frames", frames)
           for name, frames in (("first frame", "first"), ("all frames", "all"))}     # rows: train_reward flags
-ITERATIONS = 80                                                  # of PRFL and ReFL: 160 optimizer updates
 TRUNK = json.loads((BASE / "transformer" / "config.json").read_text())["num_layers"]
 PRESETS = {
-    "quick": {"seeds": 1, "sweep": False, "videos": 256, "samples": 5120, "reward_steps": 800, "tested": 1024,
+    "quick": {"seeds": 1, "sweep": False, "videos": 256, "samples": 4096, "reward_steps": 600, "iterations": 80, "tested": 1024,
               "rounds": 8, "clips": 400},
-    "full": {"seeds": 3, "sweep": True, "videos": 512, "samples": 16384, "reward_steps": 1600, "tested": 2048,
+    "full": {"seeds": 3, "sweep": True, "videos": 512, "samples": 16384, "reward_steps": 1600, "iterations": 120, "tested": 2048,
              "rounds": 32, "clips": 2000},
 }
 METRICS = {"qualified": "qualified", "physical_qualified": "physical", "deformity_qualified": "deformity",
@@ -152,13 +151,13 @@ def align_folder(work, seed, method, flags=()):
 
 
 def train_aligned(work, runs):
-    """runs: [(seed, method, train_align flags)]. prfl and refl make ITERATIONS of two updates, sft and rwr as many
-    updates, at the rates of TUNED, unless the flags say otherwise. refl's flags begin with --frames first | all."""
+    """runs: [(seed, method, train_align flags)]. prfl and refl make the preset's iterations, of two updates each, sft and
+    rwr as many updates, at the rates of TUNED, unless the flags say otherwise. refl's flags begin with --frames first | all."""
     shards, parts = curated(work), []
     for seed, method, flags in runs:
         twice = method in ("prfl", "refl")
         flags = at_a_rate(method, flags)
-        default = {"--max_train_steps": ITERATIONS if twice else 2 * ITERATIONS}
+        default = {"--max_train_steps": work.preset["iterations"] * (1 if twice else 2)}
         if method != "sft":
             judge = ("--space", "rgb", *flags[:2]) if method == "refl" else ()
             default["--reward"] = reward_folder(work, seed, judge) / "reward"
@@ -168,14 +167,21 @@ def train_aligned(work, runs):
     work.run(parts)
 
 
-def evaluations(work, tasks):
-    """tasks: [(name, seed, {row: checkpoint folder}, evaluate flags)] -> [{row: {metric: array over videos}}]."""
-    parts = [(work.folder / f"seed-{seed}" / f"evaluation-{name}", "per_video.json", "evaluate.py",
-              *[f"{row}={folder}" for row, folder in rows.items()], "--num_videos", work.preset["videos"],
-              "--reward", reward_folder(work, seed) / "reward", *flags) for name, seed, rows, flags in tasks]
-    work.run(parts)
-    return [{row: {metric: np.array(values) for metric, values in metrics.items()}
-             for row, metrics in json.loads((folder / last).read_text()).items()} for folder, last, *_ in parts]
+def evaluations(work, name, rows_of, flags=()):
+    """rows_of: {seed: {row: checkpoint folder}} -> [{row: {metric: array over videos}}], one dict a seed, the last row
+    of each "clean renders". name: of the test videos and sampler that the evaluate.py flags stand for. A checkpoint is
+    evaluated once under a name, whichever tables ask for it."""
+    where = lambda seed, folder: work.folder / f"seed-{seed}" / f"evaluation-{name}" / folder.name
+    work.run([(where(seed, folder), "per_video.json", "evaluate.py", f"model={folder}", "--num_videos", work.preset["videos"],
+               "--reward", reward_folder(work, seed) / "reward", *flags)
+              for seed, rows in rows_of.items() for folder in rows.values()])
+
+    def read(seed, folder, row="model"):
+        metrics = json.loads((where(seed, folder) / "per_video.json").read_text())[row]
+        return {metric: np.array(values) for metric, values in metrics.items()}
+
+    return [{row: read(seed, folder) for row, folder in rows.items()}
+            | {"clean renders": read(seed, next(iter(rows.values())), "clean renders")} for seed, rows in rows_of.items()]
 
 
 # ---- statistics and tables
@@ -259,8 +265,8 @@ def alignment_study(work, name, title, variants, claims, paper, notes=()):
     """variants: {row: (method, train_align flags)}; claims: [(better, worse)] rows; paper: {row: published value}."""
     train_rewards(work, [("--space", "rgb", *flags[:2]) for method, flags in variants.values() if method == "refl"])
     train_aligned(work, [(seed, method, flags) for seed in work.seeds for method, flags in variants.values()])
-    found = evaluations(work, [(name, seed, {"base": BASE} | {row: align_folder(work, seed, *run)
-                                                              for row, run in variants.items()}, ()) for seed in work.seeds])
+    found = evaluations(work, "test", {seed: {"base": BASE} | {row: align_folder(work, seed, *run) for row, run in variants.items()}
+                                       for seed in work.seeds})
     rows = {row: {metric: summary([f[row][metric] for f in found]) for metric in METRICS} for row in found[0]}
     claims = judge_claims(claims, {row: [f[row]["qualified"] for f in found] for row in rows})
     lines = [f"Seeds: {len(found)}; {work.preset['videos']} held-out videos each, same prompts and noise in every row. The "
@@ -281,7 +287,7 @@ def steps_of_equal_time(work):
             for method in ("prfl", "sft")}
     iteration = np.median([row["sft_seconds"] + row["reward_seconds"] for row in rows["prfl"] if "reward" in row])
     update = np.median([row["sft_seconds"] for row in rows["sft"] if "sft_seconds" in row])
-    return round(ITERATIONS * iteration / update)
+    return round(work.preset["iterations"] * iteration / update)
 
 
 def table1_variants(work):
@@ -303,17 +309,23 @@ def table1(work):
     if work.preset["sweep"]:
         runs = {(row, rate): (method, (*flags, "--learning_rate", rate)) for row, (method, flags) in variants.items()
                 for rate in RATES}
-        train_aligned(work, [(0, *run) for run in runs.values()])
-        judged = evaluations(work, [(f"sweep-{rate:g}", 0, {row: align_folder(work, 0, *runs[row, rate]) for row in variants},
-                                     ("--split", "validation", "--seed", 50)) for rate in RATES])
-        sweep = {row: {rate: float(found[row]["qualified"].mean()) for rate, found in zip(RATES, judged)} for row in variants}
+        train_aligned(work, [(seed, *run) for seed in work.seeds for run in runs.values()])
+        judged = evaluations(work, "sweep", {seed: {key: align_folder(work, seed, *run) for key, run in runs.items()}
+                                             for seed in work.seeds}, ("--split", "validation", "--seed", 50))
+        sweep = {row: {rate: float(np.mean([found[row, rate]["qualified"] for found in judged])) for rate in RATES}
+                 for row in variants}
         best = {row: max(rates, key=rates.get) for row, rates in sweep.items()}
         variants = {row: runs[row, best[row]] for row in variants}
         notes = ["Learning rates tried: qualified rate on validation sentences, which training and the table above never "
-                 "see, seed 0. The best of each row is the one above.", "",
+                 "see, mean over the seeds. The best of each row is the one above.", "",
                  *table(["", *(f"{rate:g}" for rate in RATES)],
                         [[row, *(f"**{v:.3f}**" if rate == best[row] else f"{v:.3f}" for rate, v in rates.items())]
                          for row, rates in sweep.items()])]
+    finer = evaluations(work, "40-steps", {seed: {"base": BASE} | {row: align_folder(work, seed, *run)
+                                                                  for row, run in variants.items()} for seed in work.seeds},
+                        ("--num_inference_steps", 40))
+    notes += ["The same checkpoints and noise sampled in 40 Euler steps, the paper's N, in place of 16:", "",
+              *table(["", "qualified"], [[row, show(summary([f[row]["qualified"] for f in finer]))] for row in finer[0]])]
     reports = {label: [json.loads((reward_folder(work, seed, flags) / "report.json").read_text()) for seed in work.seeds]
                for label, flags in ({"PAVRM": ()} | PIXELS).items()}
     notes += ["Reward models on 400 held-out own samples, mean over seeds; t = 0 is the finished video, and at t > 0 pixels are "
@@ -353,8 +365,8 @@ def fig5(work):
     variants = {row: run for row, run in table1_variants(work).items() if row != "SFT, equal time"}
     train_rewards(work, PIXELS.values())
     train_aligned(work, [(seed, *run) for seed in work.seeds for run in variants.values()])
-    found = evaluations(work, [("fig5", seed, {row: align_folder(work, seed, *run) for row, run in variants.items()}, ())
-                               for seed in work.seeds])
+    found = evaluations(work, "test", {seed: {row: align_folder(work, seed, *run) for row, run in variants.items()}
+                                       for seed in work.seeds})
     paper = {"SFT": (59.33, 18.53, 22.13), "RWR": (63.20, 16.27, 20.53), "RGB ReFL, first frame": (67.47, 13.73, 18.80)}
     rows, values = [], {}
     for row in list(variants)[:-1]:
@@ -377,7 +389,7 @@ def hacking(work):
     for label, flags in variants.items():                        # without --data: validation is the embedded world's
         parts.append((work.folder / "seed-0" / named("hacking", flags), "transformer/config.json", "train_align.py",
                       "--reward", reward_folder(work, 0) / "reward", "--learning_rate", TUNED["prfl"],
-                      "--max_train_steps", 2 * ITERATIONS, *watch, *flags))
+                      "--max_train_steps", 2 * work.preset["iterations"], *watch, *flags))
     work.run(parts)
     curves = {}
     for (label, _), (folder, *_) in zip(variants.items(), parts):
@@ -523,7 +535,7 @@ def table7(work):
 
 
 def table8(work):
-    depths = {f"K = {k}": () if k == 4 else ("--depth", k) for k in range(1, TRUNK + 1) if k in (1, 2, 4, 6, 8)}
+    depths = {f"K = {k}": () if k == TRUNK else ("--depth", k) for k in range(1, TRUNK + 1) if k in (1, 2, 4, 6, 8)}
     reward_study(work, "table8", "Table 8: blocks in the trunk", depths, [("K = 4", "K = 1"), ("K = 4", f"K = {TRUNK}")],
                  {}, [f"The paper, of 40 blocks: K = 8 84.18, 16 85.51, 24 85.25, 32 84.03, 40 83.27. The generator here has "
                       f"{TRUNK}; the orderings asked for are: a middle depth above the least and above all blocks.", ""])
@@ -540,15 +552,15 @@ def labels(work):
 
 def fig3(work):
     frozen = ("--trunk_learning_rate", 0)
-    probes = {f"probe, t = 0.2, K = {k}": (*frozen, "--fixed_t", 0.2, *(() if k == 4 else ("--depth", k)))
+    probes = {f"probe, t = 0.2, K = {k}": (*frozen, "--fixed_t", 0.2, *(() if k == TRUNK else ("--depth", k)))
               for k in (1, 2, 4, 6, 8) if k <= TRUNK}
-    curves = PIXELS | {"probe, t = 0.2, K = 4": (*frozen, "--fixed_t", 0.2), "probe, random t": frozen,
+    curves = PIXELS | {f"probe, t = 0.2, K = {TRUNK}": (*frozen, "--fixed_t", 0.2), "probe, random t": frozen,
                        "fine-tuned, t = 0.2": ("--fixed_t", 0.2), "fine-tuned, random t": ()}
     ours = "fine-tuned, random t"
     rows = reward_study(
         work, "fig3", "Figure 3: where a reward can be read", probes | curves,
         [(ours, other) for other in ("probe, random t", "fine-tuned, t = 0.2", "pixels, all frames", "pixels, first frame")],
-        {ours: 85.46, "probe, t = 0.2, K = 4": "78.1 to 78.8 at every K"},
+        {ours: 85.46, f"probe, t = 0.2, K = {TRUNK}": "78.1 to 78.8 at every K"},
         ["Pixels are judged on the x_0 predicted in one step from x_t. Probes: frozen trunk, only query and head learn.", ""])
     at = [0.1, 0.3, 0.5, 0.7, 0.9]
     plot(work, "fig3", {f"{title} by t": {row: (at, rows[row][key]) for row in curves}

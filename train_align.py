@@ -1,7 +1,7 @@
 """Stage 2: align the generator. `--method prfl` is Algorithm 1; `refl`, `sft` and `rwr` are the baselines beside it.
 
     python train_align.py                                               PRFL on the embedded world
-    python train_align.py --method sft --max_train_steps 160            as many updates as 80 iterations of PRFL
+    python train_align.py --method sft --max_train_steps 240            as many updates as 120 iterations of PRFL
     python train_align.py --method refl --frames first --reward runs/reward_rgb/reward
     torchrun --nproc_per_node=8 train_align.py --data clips_encoded --reward runs/reward/reward --parallel fsdp
     python train_align.py --resume latest
@@ -60,7 +60,7 @@ class Config:
     sft_updates: bool = arg(True, "prfl's and refl's SFT update, which keeps the reward from being hacked (Alg. 1)")
     learning_rate: float = arg(1e-4, "AdamW's, the best in results/table1.md; the paper has 5e-6 at 14B", above=0)
     weight_decay: float = arg(0.0, "AdamW's", at_least=0)
-    max_train_steps: int = arg(80, "iterations", above=0)
+    max_train_steps: int = arg(120, "iterations; of prfl and refl, each is two updates", above=0)
     batch_size: int = arg(32, "videos, and prompts, per update and rank (30 in all in the paper)", above=0)
     gradient_accumulation_steps: int = arg(1, "batches per update; SFT and reward gradients never mix", above=0)
     max_grad_norm: float = arg(1.0, "each update's gradient is clipped to this norm", above=0)

@@ -46,7 +46,8 @@ class Config:
     samples_dir: str | None = arg(None, "where own samples are kept, or found; without, <output_dir>/samples")
     num_inference_steps: int = arg(16, "Euler steps of each own sample", above=0)
     holdout: int = arg(400, "labelled videos kept for the report", above=0)
-    depth: int = arg(4, "K, blocks of the generator in the trunk; the paper has 8 of 40, Table 8", above=0)
+    depth: int = arg(8, "K, blocks of the generator in the trunk (Table 8); the paper has 8 of 40, the shipped model 8 in all",
+                     above=0)
     pooling: str = arg("query_attention", "how tokens become one vector (Eq. 5; others for Table 5)",
                        choices=tuple(POOLINGS))
     loss: str = arg("bce", "Eq. 6, or Bradley-Terry on the batch's pairs (Table 7)", choices=tuple(LOSSES))
