@@ -34,6 +34,7 @@ from common import InputError, arg
 from model import export_transformer, load_transformer
 from pavrm import load_pavrm
 from validation import make_validation
+from weights import TASKS, resolve_model
 
 METHODS = ("prfl", "refl", "sft", "rwr")
 
@@ -41,8 +42,9 @@ METHODS = ("prfl", "refl", "sft", "rwr")
 @dataclass
 class Config:
     method: str = arg("prfl", "what to train with", choices=METHODS)
-    model: str = arg(str(Path(__file__).parent / "checkpoints"),
-                     "generator: a folder with transformer/ (and text_encoder/, vae/ for the embedded world)")
+    task: str | None = arg(None, "which shipped generator, without --model: t2v, or i2v (image-to-video)", choices=TASKS)
+    model: str | None = arg(None, "another generator: a folder with transformer/ (and text_encoder/, vae/ "
+                            "for the embedded world)")
     reward: str | None = arg(None, "folder of the reward model; without, <model>/reward; refl: /reward_rgb_<frames>")
     data: str | None = arg(None, "curated shards from `data.py encode`; without, clean clips of the embedded world")
     output_dir: str = arg("runs/align", "run folder")
@@ -83,7 +85,7 @@ def main(config):
     unused = ("reward_loss", "grad_steps") if config.method == "refl" else ("frames", "decoder_checkpointing")
     common.refuse(config, unused, f"with --method {config.method}")
     runtime = common.setup(config.mixed_precision, config.seed)
-    policy = load_transformer(config.model).train()
+    policy = load_transformer(resolve_model(config)).train()
     lora.add(policy, config.lora_rank, config.lora_alpha, config.seed)
     parallel.shard(policy, runtime, config.parallel)
     policy.gradient_checkpointing = config.gradient_checkpointing
