@@ -540,6 +540,18 @@ def accuracy_table(rows, paper):
                    *(f"{np.mean(cells[key]):.3f}" for key in ("balanced", "auc"))] for row, cells in rows.items()])
 
 
+def balanced_values(right, labels):
+    """right [seeds, 5, m], labels [seeds, m] -> [seeds, 5, m], whose mean over videos is balanced accuracy and whose spread
+    is what resampled videos would give it (the delta method)."""
+    values = np.zeros_like(right)
+    for label in (0, 1):
+        mine = (labels == label)[:, None].double().numpy()                                      # [seeds, 1, m]
+        share = mine.mean(2, keepdims=True)
+        accuracy = (right * mine).mean(2, keepdims=True) / share                                # [seeds, 5, 1]
+        values += (accuracy + mine * (right - accuracy) / share) / 2
+    return values
+
+
 @torch.no_grad()
 def reward_study(work, name, title, variants, claims, paper, notes=()):
     """variants: {row: train_reward flags}; like alignment_study. Accuracy on one test set, t in each fifth of (0, 1]."""
@@ -596,15 +608,14 @@ def table9(work):
     rows, right, balanced = {}, {}, {}
     for row, found in sets.items():
         labels = torch.stack([labels[:m] for *_, labels in found])                              # [seeds, m]
-        good = (labels == 1).double().mean(1, keepdim=True)
+        good = (labels == 1).double().mean(1)
         if not 0 < good.min() <= good.max() < 1:
             raise InputError(f"table9: all {m} test videos of {row} have one label; take another preset")
         logits = torch.stack([interval_logits(judge_of(work, seed, ()), latents[:m], context[:m])
                               for seed, (latents, context, _) in zip(work.seeds, found)])       # [seeds, 5, m]
         right[row], rows[row] = accuracy_row(logits, labels)
         rows[row]["good"] = good.mean().item()
-        weight = 0.5 / torch.where(labels == 1, good, 1 - good)         # the mean of right * weight is balanced accuracy
-        balanced[row] = right[row] * weight[:, None].numpy()
+        balanced[row] = balanced_values(right[row], labels)
     others = [row for row in sets if row != own]
     balanced[mean] = np.concatenate([balanced[row] for row in others], 2)                       # [seeds, 5, 3 m]
     rows[mean] = {"average": summary(np.concatenate([right[row].mean(1) for row in others], 1)),

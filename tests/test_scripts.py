@@ -333,6 +333,44 @@ def test_accuracy_rows_are_those_of_each_seed():
     assert row["balanced"] == pytest.approx([(5 / 6 + 1 / 2) / 2] * 5)
 
 
+def test_balanced_values_have_the_mean_and_the_spread_of_balanced_accuracy():
+    g = torch.Generator().manual_seed(0)
+    labels = (torch.rand(1, 2000, generator=g) < 0.2).long()
+    right = (torch.rand(1, 5, 2000, generator=g) < torch.where(labels == 1, 0.6, 0.9)[:, None]).double().numpy()
+    values = reproduce.balanced_values(right, labels)
+    accuracy = lambda right, labels: (right[:, labels == 1].mean(1) + right[:, labels == 0].mean(1)) / 2
+    assert values.mean(2)[0] == pytest.approx(accuracy(right[0], labels[0]))
+    picks = np.random.default_rng(0).integers(0, 2000, (2000, 2000))
+    wanted = np.quantile([accuracy(right[0][:, pick], labels[0][pick]).mean() for pick in picks], (0.025, 0.975))
+    assert reproduce.interval(values.mean(1)) == pytest.approx(wanted, abs=0.003)
+
+
+def test_table9_of_a_reward_model_that_errs_on_other_generators_near_clean(tmp_path, monkeypatch):
+    """It is right on its own base, and on the others of a fifth of their videos it is not, where t < .2."""
+    def test_set(work, folder=None, generator=None):
+        n = 400 if folder is None else 300
+        labels = (torch.arange(n) % 4 == 0).to(torch.int8)
+        errs = torch.arange(n) // 4 % 5 == 0 if folder is not None else torch.zeros(n, dtype=torch.bool)
+        context = torch.stack([2.0 * labels - 1, 1 - 2.0 * errs], 1)[:, None]                   # [n, 1, 2]
+        return torch.zeros(n, 1, 1, 1, 1), context, labels
+
+    for name in ("load_transformer", "train_rewards", "train_aligned"):
+        monkeypatch.setattr(reproduce, name, lambda *args: None)
+    monkeypatch.setattr(reproduce, "test_set", test_set)
+    monkeypatch.setattr(reproduce, "judge_of", lambda work, seed, flags:
+                        lambda x, t, context: context[:, 0, 0] * torch.where(t < 0.2, context[:, 0, 1], 1.0))
+    config = reproduce.Config("table9", "quick", seeds=2, output_dir=str(tmp_path), results_dir=str(tmp_path))
+    reproduce.table9(reproduce.Work(config))
+    found = json.loads((tmp_path / "table9.json").read_text())
+    own, *others = found["rows"].values()
+    assert own["average"]["mean"] == 1 and own["balanced"] == own["auc"] == [1] * 5 and len(others) == 4
+    for row in others:
+        assert row["good"] == 0.25 and row["average"]["mean"] == pytest.approx(0.96)            # (.8 + 4) / 5
+        assert [*row["intervals"], *row["balanced"]] == pytest.approx([0.8, 1, 1, 1, 1] * 2)
+    assert [claim["verdict"] for claim in found["claims"]] == ["holds"] * 5
+    assert found["claims"][0]["difference"] == pytest.approx(0.04)
+
+
 def test_parts_of_image_to_video_lie_apart(tmp_path, monkeypatch):
     monkeypatch.setitem(reproduce.PRESETS, "quick", {"seeds": 1, "samples": 8, "reward_steps": 2})
     work = reproduce.Work(reproduce.Config("table2", "quick", output_dir=str(tmp_path)))
