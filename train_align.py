@@ -4,6 +4,7 @@
     python train_align.py --method sft --max_train_steps 160            as many updates as 80 iterations of PRFL
     python train_align.py --method refl --frames first --reward runs/reward_rgb/reward
     torchrun --nproc_per_node=8 train_align.py --data clips_encoded --reward runs/reward/reward --parallel fsdp
+    python train_align.py --task i2v                                    the image-to-video generator
     python train_align.py --resume latest
 
 prfl: each iteration an SFT update on curated videos, then a reward update at a random step of a rollout.

@@ -4,7 +4,8 @@
     torchrun --nproc_per_node=8 train_reward.py --data clips_encoded --holdout 100
     python train_reward.py --trunk_learning_rate 0                  a probe on frozen features
     python train_reward.py --space rgb --frames all                 a pixel reward for refl_baseline.py, on clean videos
-    python train_reward.py --task i2v --resume latest               the image-to-video generator's; going on
+    python train_reward.py --task i2v                               for the image-to-video generator
+    python train_reward.py --resume latest
 
 Without --data the base generator makes its own samples, the annotator labels them from pixels (good: qualified on both
 axes and true to the prompt; bad: unqualified; in between: dropped), and they stay in <output_dir>/samples. With --data
