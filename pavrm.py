@@ -120,7 +120,7 @@ def load_pavrm(path, generator=None):
     """The PAVRM saved in `path`. generator: the VideoDiT it is to reward; a reward model whose trunk is not the first
     blocks of such a generator is an InputError that names the difference."""
     if not Path(path).is_dir():
-        raise InputError(f"there is no reward model in {path}: train one with train_reward.py (--task i2v for an "
+        raise InputError(f"{path} is not a folder; train a reward model with train_reward.py (--task i2v for the "
                          "image-to-video generator) and name it with --reward")
     config = read_config(path)
     if set(config) != {"transformer", "pooling"}:
