@@ -369,7 +369,7 @@ def test_table9_of_a_reward_model_that_errs_on_other_generators_near_clean(tmp_p
 
 
 def test_parts_of_image_to_video_lie_apart(tmp_path, monkeypatch):
-    monkeypatch.setitem(reproduce.PRESETS, "quick", {"seeds": 1, "samples": 8, "reward_steps": 2})
+    monkeypatch.setitem(reproduce.PRESETS, "quick", {"seeds": 1, "samples": 8, "reward_steps": 2, "iterations": 2})
     work = reproduce.Work(reproduce.Config("table2", "quick", output_dir=str(tmp_path)))
     calls = []
     monkeypatch.setattr(work, "run", calls.extend)
