@@ -352,8 +352,8 @@ def table1(work):
                         [[row, *(f"**{v:.3f}**" if rate == best[row] else f"{v:.3f}" for rate, v in rates.items())]
                          for row, rates in sweep.items()])]
     train_aligned(work, [(seed, *run) for seed in work.seeds for run in variants.values()])
-    finer = evaluations(work, "40-steps", {seed: {"base": BASE, "PRFL": align_folder(work, seed, *variants["PRFL"])}
-                                           for seed in work.seeds}, ("--num_inference_steps", 40))
+    finer = evaluations(work, "40-steps", {seed: {"base": BASE} | {row: align_folder(work, seed, *variants[row])
+                                                                  for row in ("SFT, equal time", "PRFL")} for seed in work.seeds}, ("--num_inference_steps", 40))
     notes += ["The same checkpoints and noise sampled in 40 Euler steps, the paper's N, in place of 16:", "",
               *table(["", "qualified"], [[row, show(summary([f[row]["qualified"] for f in finer]))] for row in finer[0]])]
     notes += ["Reward models on 400 held-out own samples, mean over seeds; t = 0 is the finished video, and at t > 0 pixels are "
