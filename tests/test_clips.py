@@ -242,7 +242,7 @@ def test_a_second_run_does_only_what_is_missing(folder, tmp_path, monkeypatch, c
         run("encode", path, "--out", out, *FLAGS, "--shard_size", 8)
     finally:
         (path / "cut.mkv").write_bytes(whole)
-    assert sorted(read) == sorted(Path(name).name for name in bad)                 # what was skipped is looked at again, nothing else
+    assert sorted(read) == sorted(Path(name).name for name in bad)  # what was skipped is looked at again, nothing else
     after = data.Shards(out)
     assert [row["file_name"] for row in after.rows] == [*good, "cut.mkv"]
     assert before.items() <= {file.name: file.stat().st_mtime_ns for file in out.glob("shard-*")}.items()
