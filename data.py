@@ -364,7 +364,7 @@ def load_clips(rows, config, size, kind=None, seen=()):
     """Yields (row, uint8 [F, H, W, 3] or None, kind, problem or None), in order, decoding a few clips ahead. Clips
     are cut to 4k + 1 frames, and all must be of one kind [W, H, F, fps]: the given one, or that of the first usable
     clip. seen: file names that were there before."""
-    seen, rows = set(seen), iter(rows)
+    seen, rows = {os.path.normpath(name) for name in seen}, iter(rows)
     largest = None if size and config.frames else CLIP_BYTES
 
     def load(row):
@@ -390,8 +390,9 @@ def load_clips(rows, config, size, kind=None, seen=()):
             kind = kind or (None if problem else found)
             if problem is None and found != kind:
                 problem = f"is {show(found)}, the others are {show(kind)}: pass --size, --frames, --fps"
-            problem = "listed twice" if row["file_name"] in seen else problem
-            seen.add(row["file_name"])
+            name = os.path.normpath(row["file_name"])  # a/../b.mp4 is b.mp4
+            problem = "listed twice" if name in seen else problem
+            seen.add(name)
             yield row, None if problem else video, found, problem
 
 
