@@ -250,8 +250,9 @@ def own_samples(folder, generator, model, count, num_steps, size, seed, runtime)
     """Shards of `count` samples of a VideoDiT, judged by the embedded world's annotator; made once and kept.
 
     Label 1: qualified on both axes and true to the prompt; 0: unqualified on an axis or against the prompt; none in
-    between. model: the folder with its vae/ and text_encoder/. Every rank makes its share. Raises InputError if
-    `folder` was made with other settings.
+    between. Image-to-video starts from clean renders' first frames, whose latents the shards hold as condition. model:
+    the folder with its vae/ and text_encoder/. Every rank makes its share. Raises InputError if `folder` was made with
+    other settings.
     """
     import flow
     import world
@@ -281,11 +282,13 @@ def own_samples(folder, generator, model, count, num_steps, size, seed, runtime)
         judged = world.annotate(to_uint8(vae.decode(x0)).cpu(), wanted)
         labels = [1 if good else 0 if bad else None for good, bad in
                   zip(judged["qualified"].tolist(), judged["unqualified"].tolist())]
-        made += zip(indices, x0.cpu(), context.cpu(), labels)
+        condition = [y[:, 4:].cpu()] if image_to_video else []      # so that the given frame reaches the reward model
+        made += zip(indices, x0.cpu(), context.cpu(), labels, *condition)
     made = sorted(itertools.chain(*common.gather(made)), key=lambda row: row[0])
     if runtime.rank == 0:
-        _, latents, contexts, labels = zip(*made)
-        write_shards(folder, torch.stack(latents), torch.stack(contexts), labels, prompts, settings=settings)
+        _, latents, contexts, labels, *condition = zip(*made)
+        write_shards(folder, torch.stack(latents), torch.stack(contexts), labels, prompts, settings=settings,
+                     **{"condition": torch.stack(x) for x in condition})
     common.gather(None)                                         # the others wait for the file
     return Shards(folder)
 
@@ -361,7 +364,7 @@ def load_clips(rows, config, size, kind=None, seen=()):
     """Yields (row, uint8 [F, H, W, 3] or None, kind, problem or None), in order, decoding a few clips ahead. Clips
     are cut to 4k + 1 frames, and all must be of one kind [W, H, F, fps]: the given one, or that of the first usable
     clip. seen: file names that were there before."""
-    seen, rows = set(seen), iter(rows)
+    seen, rows = {os.path.normpath(name) for name in seen}, iter(rows)
     largest = None if size and config.frames else CLIP_BYTES
 
     def load(row):
@@ -387,8 +390,9 @@ def load_clips(rows, config, size, kind=None, seen=()):
             kind = kind or (None if problem else found)
             if problem is None and found != kind:
                 problem = f"is {show(found)}, the others are {show(kind)}: pass --size, --frames, --fps"
-            problem = "listed twice" if row["file_name"] in seen else problem
-            seen.add(row["file_name"])
+            name = os.path.normpath(row["file_name"])  # a/../b.mp4 is b.mp4
+            problem = "listed twice" if name in seen else problem
+            seen.add(name)
             yield row, None if problem else video, found, problem
 
 

@@ -2,6 +2,7 @@
 
     python evaluate.py checkpoints runs/sft runs/prfl --output_dir results/mine
     python evaluate.py base=checkpoints prfl=runs/prfl --num_videos 512
+    python evaluate.py --task i2v base=checkpoints/i2v prfl=runs/prfl_i2v
 
 Each folder holds transformer/ (or is one); `name=folder` names it in the tables. The first is the one the others are
 compared with. Prompts and seeds are disjoint from all training. Writes table.md, table.json, per_video.json,
@@ -36,6 +37,7 @@ from common import InputError, arg
 from model import first_frame_condition, load_text_encoder, load_transformer
 from pavrm import load_pavrm
 from vae import from_pixels, load_vae, to_pixels
+from weights import TASKS, resolve_model
 
 TABLE = {"qualified": "qualified", "physical_qualified": "physical", "deformity_qualified": "deformity",
          "adherent": "adherent", "smoothness": "motion smoothness", "dynamic": "dynamic degree",
@@ -47,7 +49,8 @@ TABLE = {"qualified": "qualified", "physical_qualified": "physical", "deformity_
 class Config:
     checkpoints: tuple[str, ...] = arg(..., "folders, or name=folder; the first is compared with", positional=True)
     output_dir: str = arg("runs/evaluate", "where tables and pictures go")
-    model: str = arg(str(Path(__file__).parent / "checkpoints"), "folder with text_encoder/, vae/ and reward/")
+    task: str | None = arg(None, "t2v, or i2v (image-to-video); without, what the checkpoints are", choices=TASKS)
+    model: str | None = arg(None, "folder with text_encoder/, vae/ and reward/; without, the shipped one of --task")
     reward: str | None = arg(None, "reward model of the PAVRM score; without, <model>/reward if there is one")
     size: str = arg("tiny", "size of the world", choices=tuple(world.SIZES))
     num_videos: int = arg(512, "held-out prompts, one video each", above=0)
@@ -139,6 +142,8 @@ def main(config):
     named = dict(part.split("=", 1) if "=" in part else (Path(part).name, part) for part in config.checkpoints)
     if len(named) < len(config.checkpoints):
         raise InputError("two checkpoints have one name: give them as name=folder")
+    for folder in named.values():
+        resolve_model(config, folder)                                                   # all must be of one task
     generators = {name: load_transformer(folder) for name, folder in named.items()}     # fails before any work
     text = load_text_encoder(f"{config.model}/text_encoder").to(runtime.device).eval()
     vae = load_vae(f"{config.model}/vae").to(runtime.device)
@@ -151,18 +156,19 @@ def main(config):
     given = vae.encode(from_pixels(clean.to(runtime.device)))                                   # [n, c, f, h, w]
     t = common.uniform(seed, "pavrm t", 0, range(n)).to(runtime.device)
     x1 = common.noise(given.shape[1:], seed, "pavrm x1", 0, range(n)).to(runtime.device)
+    image_to_video = config.task == "i2v"
+    y = first_frame_condition(given) if image_to_video else None                                # [n, 4 + c, f, h, w]
 
     found, videos = {}, {}
     for name, dit in generators.items():
         dit = dit.to(runtime.device).eval()
-        y = first_frame_condition(given) if dit.config["model_type"] == "i2v" else None
         latents = torch.cat([
             flow.sample(dit, given.shape[1:], context[i:i + 128], seed, range(i, min(n, i + 128)),
                         config.num_inference_steps, guidance_scale=config.guidance_scale,
                         y=None if y is None else y[i:i + 128], autocast=runtime.autocast)
             for i in common.progress(range(0, n, 128), f"{name} (x128)")])
         videos[name] = torch.cat([to_pixels(vae.decode(x)).cpu() for x in latents.split(128)])
-        found[name] = measure(videos[name], prompts, clean if y is not None else None)
+        found[name] = measure(videos[name], prompts, clean if image_to_video else None)
         if reward:
             x_t = flow.add_noise(latents, x1, t)
             with runtime.autocast():
@@ -170,7 +176,7 @@ def main(config):
                                        y=None if y is None else y[i:i + 128]) for i in range(0, n, 128)]
             found[name]["pavrm"] = (torch.cat(logits) >= 0).double().cpu().numpy()
     videos["clean renders"] = torch.cat([to_pixels(vae.decode(x)).cpu() for x in given.split(128)])
-    found["clean renders"] = measure(videos["clean renders"], prompts)
+    found["clean renders"] = measure(videos["clean renders"], prompts, clean if image_to_video else None)
 
     rows = {name: {metric: {"mean": float(values.mean()), "interval": bootstrap(values)}
                    for metric, values in metrics.items() if metric != "grade"} for name, metrics in found.items()}

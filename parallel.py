@@ -15,6 +15,7 @@ A checkpoint of either kind resumes under either kind, on any number of ranks: d
 whole tensors, fsdp's sharded_state/ the ranks' pieces. (PyTorch unpickles sharded_state/.metadata: resume
 from what you wrote yourself.)
 """
+import json
 import shutil
 import warnings
 from functools import partial
@@ -29,6 +30,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 import common
 from common import InputError
+from weights import read_config
 
 KINDS = ("ddp", "fsdp")
 PIECES = "sharded_state"  # of torch.distributed.checkpoint, inside a checkpoint folder of fsdp
@@ -105,6 +107,11 @@ def save_checkpoint(output_dir, step, folders, model, optimizer, config, keep=2)
     common.gather(None)                                         # nobody goes on before the checkpoint is there
 
 
+def is_of(model, config):
+    """Whether a config.json is that of a model, but for notes (`_class_name`)."""
+    return {key: x for key, x in config.items() if key[0] != "_"} == json.loads(json.dumps(model.config))
+
+
 @torch.no_grad()
 def load_state(path, state, model, optimizer):
     """Fills a model and its fresh AdamW from checkpoint folder `path`; state: common.load_state(path).
@@ -131,9 +138,11 @@ def load_state(path, state, model, optimizer):
             raise InputError(f"{pieces} is truncated or damaged ({type(e).__name__})") from None
     # a weight that never had a gradient has no optimizer state: it starts at zero
     mine = {name: x for name, x in mine.items() if name in sizes or "/" not in name}
-    if sizes != {name: x.shape for name, x in mine.items()}:
+    # frozen weights are not among them, so a model of another task could have the same
+    others = [config for config in Path(path).glob("*/config.json") if not is_of(model, read_config(config.parent))]
+    if others or sizes != {name: x.shape for name, x in mine.items()}:
         raise InputError(f"--resume_from_checkpoint {path}: not a checkpoint of this script with the same "
-                         "--model, --depth, --pooling, --lora_rank")
+                         "--task, --model, --depth, --pooling, --lora_rank")
     if saved:
         for name, x in mine.items():
             y = saved[name]

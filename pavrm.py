@@ -13,6 +13,7 @@ Where this differs, on purpose:
 
 Axes: b batch, c channels, f frames, h height, w width, n tokens, d model width, l text tokens.
 """
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -118,6 +119,9 @@ class PAVRM(nn.Module):
 def load_pavrm(path, generator=None):
     """The PAVRM saved in `path`. generator: the VideoDiT it is to reward; a reward model whose trunk is not the first
     blocks of such a generator is an InputError that names the difference."""
+    if not Path(path).is_dir():
+        raise InputError(f"{path} is not a folder; train a reward model with train_reward.py (--task i2v for the "
+                         "image-to-video generator) and name it with --reward")
     config = read_config(path)
     if set(config) != {"transformer", "pooling"}:
         raise InputError(f"{path}/config.json is not a reward model's (wants transformer and pooling); "

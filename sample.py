@@ -3,7 +3,7 @@
     python sample.py --prompt "a red circle moving to the right"
     python sample.py --prompt "a blue square moves up" --transformer runs/align/transformer --num_videos 4 \\
         --contact_sheet sheet.png
-    python sample.py --model i2v_folder --prompt "a red circle moving to the right" --image first.png
+    python sample.py --task i2v --prompt "a red circle moving to the right" --image first.png
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 """
@@ -19,13 +19,15 @@ import world
 from common import InputError, arg
 from model import first_frame_condition, load_text_encoder, load_transformer
 from vae import from_pixels, load_vae, to_pixels
+from weights import TASKS, resolve_model
 
 
 @dataclass
 class Config:
     prompt: str = arg(..., "what the video shows, in plain words")
     output: str = arg("sample.mp4", "mp4 to write; with several videos, sample-0.mp4, sample-1.mp4, ...")
-    model: str = arg(str(Path(__file__).parent / "checkpoints"), "folder with transformer/, text_encoder/ and vae/")
+    task: str | None = arg(None, "which shipped generator, without --model: t2v, or i2v (image-to-video)", choices=TASKS)
+    model: str | None = arg(None, "another folder with transformer/, text_encoder/ and vae/")
     transformer: str | None = arg(None, "another generator, e.g. runs/align/transformer")
     image: str | None = arg(None, "first frame (png, jpg, or a video's first frame), for image-to-video models")
     size: str = arg("tiny", "size of the video", choices=tuple(world.SIZES))
@@ -48,6 +50,7 @@ def main(config):
     runtime = common.setup(config.mixed_precision, config.seed)
     if runtime.world_size > 1:
         raise InputError("sample.py runs on one process: start it without torchrun")
+    resolve_model(config, config.transformer)
     dit = load_transformer(config.transformer or config.model).to(runtime.device).eval()
     text = load_text_encoder(f"{config.model}/text_encoder").to(runtime.device).eval()
     vae = load_vae(f"{config.model}/vae").to(runtime.device)

@@ -4,6 +4,7 @@
     python train_align.py --method sft --max_train_steps 240            as many updates as 120 iterations of PRFL
     python train_align.py --method refl --frames first --reward runs/reward_rgb/reward
     torchrun --nproc_per_node=8 train_align.py --data clips_encoded --reward runs/reward/reward --parallel fsdp
+    python train_align.py --task i2v                                    the image-to-video generator
     python train_align.py --resume latest
 
 prfl: each iteration an SFT update on curated videos, then a reward update at a random step of a rollout.
@@ -34,6 +35,7 @@ from common import InputError, arg
 from model import export_transformer, load_transformer
 from pavrm import load_pavrm
 from validation import make_validation
+from weights import TASKS, resolve_model
 
 METHODS = ("prfl", "refl", "sft", "rwr")
 
@@ -41,8 +43,9 @@ METHODS = ("prfl", "refl", "sft", "rwr")
 @dataclass
 class Config:
     method: str = arg("prfl", "what to train with", choices=METHODS)
-    model: str = arg(str(Path(__file__).parent / "checkpoints"),
-                     "generator: a folder with transformer/ (and text_encoder/, vae/ for the embedded world)")
+    task: str | None = arg(None, "which shipped generator, without --model: t2v, or i2v (image-to-video)", choices=TASKS)
+    model: str | None = arg(None, "another generator: a folder with transformer/ (and text_encoder/, vae/ "
+                            "for the embedded world)")
     reward: str | None = arg(None, "folder of the reward model; without, <model>/reward; refl: /reward_rgb_<frames>")
     data: str | None = arg(None, "curated shards from `data.py encode`; without, clean clips of the embedded world")
     output_dir: str = arg("runs/align", "run folder")
@@ -83,7 +86,7 @@ def main(config):
     unused = ("reward_loss", "grad_steps") if config.method == "refl" else ("frames", "decoder_checkpointing")
     common.refuse(config, unused, f"with --method {config.method}")
     runtime = common.setup(config.mixed_precision, config.seed)
-    policy = load_transformer(config.model).train()
+    policy = load_transformer(resolve_model(config)).train()
     lora.add(policy, config.lora_rank, config.lora_alpha, config.seed)
     parallel.shard(policy, runtime, config.parallel)
     policy.gradient_checkpointing = config.gradient_checkpointing

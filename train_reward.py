@@ -4,6 +4,7 @@
     torchrun --nproc_per_node=8 train_reward.py --data clips_encoded --holdout 100
     python train_reward.py --trunk_learning_rate 0                  a probe on frozen features
     python train_reward.py --space rgb --frames all                 a pixel reward for refl_baseline.py, on clean videos
+    python train_reward.py --task i2v                               for the image-to-video generator
     python train_reward.py --resume latest
 
 Without --data the base generator makes its own samples, the annotator labels them from pixels (good: qualified on both
@@ -30,13 +31,14 @@ from common import arg
 from model import load_transformer
 from pavrm import LOSSES, POOLINGS, PAVRM
 from validation import make_reward_report
-from weights import save_module
+from weights import TASKS, resolve_model, save_module
 
 
 @dataclass
 class Config:
-    model: str = arg(str(Path(__file__).parent / "checkpoints"),
-                     "generator: a folder with transformer/ (and text_encoder/, vae/ when it makes the samples)")
+    task: str | None = arg(None, "which shipped generator, without --model: t2v, or i2v (image-to-video)", choices=TASKS)
+    model: str | None = arg(None, "another generator: a folder with transformer/ (and text_encoder/, vae/ "
+                            "when it makes the samples)")
     space: str = arg("latent", "noisy latents are judged (PAVRM), or pixels (RGB ReFL)", choices=("latent", "rgb"))
     frames: str = arg("first", "rgb: the first frame alone, or all", choices=refl_baseline.FRAMES)
     data: str | None = arg(None, "labelled shards from `data.py encode`; without, the generator's own samples")
@@ -73,7 +75,7 @@ def main(config):
     common.refuse(config, ("frames",) if config.space == "latent" else pavrm_only, f"with --space {config.space}")
     runtime = common.setup(config.mixed_precision, config.seed)
     parallel.check(config.parallel)
-    generator = load_transformer(config.model).eval().requires_grad_(False)
+    generator = load_transformer(resolve_model(config)).eval().requires_grad_(False)
     resume = config.resume_from_checkpoint and common.resolve_checkpoint(config.output_dir,
                                                                          config.resume_from_checkpoint)
     state = common.load_state(resume) if resume else {"step": 0}

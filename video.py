@@ -35,10 +35,12 @@ def read_clip(path, size=None, frames=None, fps=None, largest=None):
     pixels, shapes, count, reformatter = bytearray(), set(), 0, VideoReformatter()
     fps = fps and Fraction(fps).limit_denominator(1001)
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:  # titles of any encoding
             stream = container.streams.best("video")
             if stream is None:
                 raise InputError(f"{path}: holds no video stream")
+            if stream.codec_context is None:  # an index cut short, or a codec that FFmpeg does not know
+                raise InputError(f"{path}: damaged or not a video (no decoder for it)")
             stream.codec_context.thread_count = 1  # many clips at once use more cores than threads within one
             stream.codec_context.options = {"err_detect": "explode"}  # no frames made up for damaged ones
             native = stream.average_rate or stream.guessed_rate or Fraction(8)
@@ -61,7 +63,7 @@ def read_clip(path, size=None, frames=None, fps=None, largest=None):
 
 def frame_rate(path):
     """Frames per second that the header of a readable video promises, on average."""
-    with av.open(str(path)) as container:
+    with av.open(str(path), metadata_errors="replace") as container:
         stream = container.streams.best("video")
         return float(stream.average_rate or stream.guessed_rate or 8)
 

@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from common import InputError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+TASKS = ("t2v", "i2v")
+SHIPPED = dict(zip(TASKS, (Path(__file__).parent / "checkpoints", Path(__file__).parent / "checkpoints/i2v")))
 
 
 def write_folder(path, config, tensors):
@@ -178,6 +180,19 @@ def from_wan_config(theirs, path):
         name = "img_emb.proj.0.weight"
         config["image_dim"] = weights.shape(name)[0] if name in weights.handle else None
     return config
+
+
+def resolve_model(config, transformer=None):
+    """config.model, or the shipped generator of config.task without it; both are filled in, and the folder returned.
+
+    transformer: the generator's folder where it is not config.model. Raises InputError if it is of another task.
+    """
+    folder = transformer or config.model
+    task = transformer_folder(folder)[1].get("model_type", "t2v") if folder else config.task or "t2v"
+    if config.task not in (None, task):
+        raise InputError(f"--task is {config.task}, but the generator in {folder} is {task}")
+    config.task, config.model = task, config.model or str(SHIPPED.get(task, SHIPPED["t2v"]))
+    return config.model
 
 
 def transformer_folder(path):

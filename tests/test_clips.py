@@ -40,14 +40,15 @@ GOOD = {
     "av1.mp4": ("libsvtav1", "yuv420p10le", (96, 80), 24, {}),
     "pictures.mov": ("mjpeg", "yuvj422p", (64, 48), 24, {}),
     "rgb.mov": ("qtrle", "rgb24", (50, 40), 24, {}),
+    "title.mkv": ("libx264", "yuv420p", (64, 48), 25, {"title": "caf\N{LATIN SMALL LETTER E WITH ACUTE}"}),
 }
 # name: what the report says of it
 BAD = {
     "zero.mp4": "damaged or not a video", "text.mp4": "damaged or not a video", "missing.mp4": "there is no such file",
-    "cut.mp4": "damaged or not a video", "cut.mkv": "damaged: ends after 0.", "cut.webm": "damaged: ends after 0.",
+    "cut.mp4": "damaged or not a video", "cut index.mp4": "damaged or not a video (no decoder", "cut.mkv": "damaged: ends after 0.", "cut.webm": "damaged: ends after 0.",
     "sound only.mp4": "holds no video stream", "photo.png": "too short: 1 frames of 17 at 16 fps",
     "short.mp4": "too short: 13 frames of 17 at 16 fps", "narrow.mkv": "is too narrow to be cropped to 64x48",
-    "h264.mp4": "listed twice", "nameless.mp4": "empty prompt",
+    "h264.mp4": "listed twice", "./rgb.mov": "listed twice", "nameless.mp4": "empty prompt",
 }
 
 
@@ -59,10 +60,12 @@ def can_write(codec):
 
 
 def film(path, codec="libx264", pix_fmt="yuv420p", size=(64, 48), fps=24, seconds=SECONDS, variable=False, sound=None,
-         aspect=None, turned=False, slow=False):
+         aspect=None, turned=False, slow=False, title=None):
     """Writes a film whose grey level is 30 + 120 t, t in seconds, brighter by 20 in the upper half as it is stored."""
     rng = np.random.default_rng(len(path.name))
     with av.open(str(path), "w") as container:
+        if title:
+            container.metadata["title"] = title
         stream = container.add_stream(codec, rate=fps)
         stream.width, stream.height = size
         stream.pix_fmt = pix_fmt
@@ -88,6 +91,10 @@ def film(path, codec="libx264", pix_fmt="yuv420p", size=(64, 48), fps=24, second
                 frame.rate, frame.pts, frame.time_base = 48000, 960 * i, Fraction(1, 48000)
                 container.mux(audio.encode(frame))
             container.mux(audio.encode())
+    if title:                                                   # not in UTF-8, as old programs wrote it
+        raw = path.read_bytes()
+        assert title.encode() in raw
+        path.write_bytes(raw.replace(title.encode(), title.encode("latin-1").ljust(len(title.encode()))))
     if turned:                                                  # to be shown turned by 90 degrees clockwise
         raw = bytearray(path.read_bytes())
         at = raw.find(b"tkhd") + 44
@@ -108,6 +115,9 @@ def make_folder(folder, copies=1, seconds=SECONDS, scale=1):
         film(folder / name, codec, seconds=2 * seconds)
         raw = (folder / name).read_bytes()
         (folder / name).write_bytes(raw[:len(raw) * 3 // 10])
+    film(folder / "cut index.mp4")                              # its index lies behind the pictures
+    raw = (folder / "cut index.mp4").read_bytes()
+    (folder / "cut index.mp4").write_bytes(raw[:raw.find(b"stsd")])
     (folder / "zero.mp4").write_bytes(b"")
     (folder / "text.mp4").write_text("not a film\n" * 100)
     video.write_png(folder / "photo.png", np.zeros((48, 64, 3), np.uint8))
@@ -214,7 +224,7 @@ def test_a_second_run_does_only_what_is_missing(folder, tmp_path, monkeypatch, c
     out, read, real = tmp_path / "out", [], data.read_clip
     monkeypatch.setattr(data, "read_clip", lambda path, *a: read.append(Path(path).name) or real(path, *a))
     run("encode", path, "--out", out, *FLAGS, "--shard_size", 8)
-    assert sorted(read) == sorted([*good, *bad])
+    assert sorted(read) == sorted(Path(name).name for name in [*good, *bad])
     shards = data.Shards(out)
     assert [row["file_name"] for row in shards.rows] == good and shards.latent_shape == (16, 5, 6, 8)
     assert shards.labels.tolist() == [i % 2 for i in range(len(good))]
@@ -232,7 +242,7 @@ def test_a_second_run_does_only_what_is_missing(folder, tmp_path, monkeypatch, c
         run("encode", path, "--out", out, *FLAGS, "--shard_size", 8)
     finally:
         (path / "cut.mkv").write_bytes(whole)
-    assert sorted(read) == sorted(bad)                          # what was skipped is looked at again, nothing else
+    assert sorted(read) == sorted(Path(name).name for name in bad)  # what was skipped is looked at again, nothing else
     after = data.Shards(out)
     assert [row["file_name"] for row in after.rows] == [*good, "cut.mkv"]
     assert before.items() <= {file.name: file.stat().st_mtime_ns for file in out.glob("shard-*")}.items()

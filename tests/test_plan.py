@@ -4,6 +4,8 @@ PyTorch's counter, and all of it against the paper's Table 4.
 The true widths and clip sizes run under FakeTensorMode: tensors of the right shape and size without data, so that 14B
 blocks on 33 thousand tokens take seconds and no memory. Attention takes the GPU's path (bf16, fused) on the CPU too."""
 
+import inspect
+import json
 import os
 import re
 import subprocess
@@ -20,10 +22,15 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import common
+import data
 import model
+import parallel
 import pavrm
 import plan
 import prfl
+import train_align
+import train_reward
+import weights
 from model import PRESETS
 
 ROOT = Path(plan.__file__).parent
@@ -204,6 +211,16 @@ def test_peak_of_live_tensors(width, layers, size, method, checkpointing):
     assert found["with" if checkpointing else "without"]["peak"] == pytest.approx(live.peak, rel=0.06)
 
 
+def test_peak_measured_by_the_allocator():
+    """Small models on real tensors, in a process of their own."""
+    done = subprocess.run([sys.executable, ROOT / "tests/measure_peak.py"], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert done.returncode == 0 and len(found) == 10, done.stderr[-3000:]
+    for row in found:
+        assert row["planned"] == pytest.approx(row["measured"], rel=0.1), row
+
+
 def test_fsdp_cuts_and_checkpointing_and_lora_save():
     config = PRESETS["wan2.1-t2v-14b"]
     whole, cut = costs(config, gpus=8, parallel="ddp"), costs(config, gpus=8, parallel="fsdp")
@@ -237,6 +254,75 @@ def test_flops_are_those_of_pytorchs_counter(config, trained, checkpointing, tol
     assert plan.update_flops(forward, trained, checkpointing) == pytest.approx(counter.get_total_flops(), rel=tolerance)
 
 
+# ---- the whole way
+@pytest.mark.parametrize("frames, size", [(1, "64*48"), (9, "64*48")])
+def test_the_encoder_computes_what_diffusers_does(frames, size):
+    diffusers = pytest.importorskip("diffusers", reason="Wan2.1's VAE is taken from diffusers")
+    f, h, w = plan.latent_grid(frames, size)
+    with FakeTensorMode(), FlopCounterMode(display=False) as flops, torch.no_grad():
+        diffusers.AutoencoderKLWan().encode(torch.randn(1, 3, frames, 8 * h, 8 * w))
+    assert plan.encoder_flops(f, h, w) == pytest.approx(flops.get_total_flops(), rel=0.02)
+
+
+def test_disk_is_that_of_the_files(tmp_path):
+    """Checkpoints and shards of a small model, written as the scripts do."""
+    config = PRESETS["tiny-t2v"]
+    found = plan.way(plan.Config("plan", "tiny-t2v", frames=9, size="32*32", depth=4, clips=3), config)
+    size = lambda folder: sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    for name, trained in (("1", pavrm.PAVRM(config | dict(num_layers=4))), ("2", model.VideoDiT(**config))):
+        groups = trained.parameter_groups(1e-4, 1e-4) if name == "1" else [{"params": list(trained.parameters())}]
+        optimizer = torch.optim.AdamW(groups)
+        for p in (p for group in groups for p in group["params"]):
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        write = lambda path, state: weights.save_module(trained, path, state=state)
+        parallel.save_checkpoint(tmp_path / name, 1, {"weights": write}, trained, optimizer, train_align.Config())
+        assert size(tmp_path / name) == pytest.approx(found["checkpoint" + name], rel=0.01)
+    data.write_shards(tmp_path / "shards", torch.zeros(3, 16, 3, 4, 4),
+                      torch.zeros(3, config["text_len"], config["text_dim"]), [0, 1, None], ["a"] * 3)
+    assert (tmp_path / "shards/shard-00000.safetensors").stat().st_size == pytest.approx(
+        found["shards"], abs=1000)                               # its header
+
+
+def test_what_the_scripts_do_by_default():
+    one, reward, align = plan.Config("plan", "tiny-t2v"), train_reward.Config(), train_align.Config()
+    assert (one.reward_steps, plan.REWARD_EVERY) == (reward.max_train_steps, reward.checkpointing_steps)
+    assert (one.max_train_steps, plan.ALIGN_EVERY) == (align.max_train_steps, align.checkpointing_steps)
+    assert reward.validation_steps == plan.REWARD_EVERY
+    assert inspect.signature(parallel.save_checkpoint).parameters["keep"].default == plan.KEPT
+
+
+def readme():
+    """The section for one's own model: [what each of its `model.py plan` commands has been given], and its text."""
+    section = (ROOT / "README.md").read_text().split("## Your own model")[1].split("\n## ")[0]
+    return [words.split() for words in re.findall(r"python model.py plan (wan[^`(\n]+)", section)], section
+
+
+def test_readme_says_what_is_printed_today(capsys):
+    (shown, *columns), section = readme()
+    lines = section.split("$ python model.py plan")[1].split("```")[0].splitlines()[1:]
+    out = printed(capsys, *shown).splitlines()
+    assert len(lines) > 8 and [line for line in lines if line not in out] == []
+    assert len(columns) == 2
+    found = [re.findall(r"^  \S.*? {2,}([\d,.]+ (?:GB|h))  ", printed(capsys, *flags).split("the whole way")[1], re.M)
+             for flags in columns]
+    table = re.findall(r"^\| .* \| (.* (?:GB|h)) \| (.* (?:GB|h)) \|$", section, re.M)
+    assert len(table) == 12 and table == list(zip(*found))
+
+
+def test_readme_commands_are_the_ones_planned():
+    """The flags of its five commands that the planner takes for granted."""
+    section = readme()[1].replace("\\\n", " ")
+    reward, align = (re.search(rf"torchrun.* {name}.py (.*)", section)[1].split() for name in ("train_reward", "train_align"))
+    one = plan.Config("plan", "tiny-t2v")
+    for flag, value, argv in (("--depth", one.depth, reward), ("--holdout", one.holdout, reward),
+                              ("--batch_size", one.reward_batch_size, reward), ("--batch_size", one.batch_size, align),
+                              ("--num_inference_steps", one.num_inference_steps, align)):
+        assert argv[argv.index(flag) + 1] == str(value)
+    assert "--gradient_checkpointing" in reward and "--gradient_checkpointing" in align
+    assert f'--size "{one.size}" --frames {one.frames} --fps 16' in section
+
+
 # ---- the paper
 def test_table_4():
     """66.81 GB for PRFL, 55.47 GB for the first frame, out of memory for all; 1.42 and 1.49 times faster."""
@@ -263,7 +349,8 @@ def printed(capsys, *flags):
 @pytest.mark.parametrize("flags", [
     ("wan2.1-t2v-14b", "--gpus", 8), ("wan2.1-i2v-14b", "--gpus", 8, "--parallel", "ddp", "--no-gradient_checkpointing"),
     ("wan2.1-t2v-1.3b", "--method", "refl", "--frames_decoded", "all"), ("tiny-i2v", "--method", "rwr", "--size", "32*32"),
-    ("wan2.1-t2v-14b", "--method", "sft", "--lora_rank", 16), ("wan2.1-t2v-14b", "--lora_rank", 16, "--gpus", 2)])
+    ("wan2.1-t2v-14b", "--method", "reward", "--batch_size", 2, "--gpus", 8), ("wan2.1-t2v-1.3b", "--size", "832x480"),
+    ("wan2.1-i2v-14b", "--clips", 500, "--lora_rank", 8), ("wan2.1-t2v-14b", "--method", "sft", "--lora_rank", 16), ("wan2.1-t2v-14b", "--lora_rank", 16, "--gpus", 2)])
 def test_printed_sums_add_up(capsys, flags):
     """Peak = what stays + the largest moment, and both are printed."""
     out = printed(capsys, *flags)
@@ -289,7 +376,11 @@ def test_seconds_follow_the_flops(capsys):
     (("wan2.1-t2v-13b",), "wan2.1-t2v-14b"), (("tiny-t2v", "--size", "830*480"), "--size 830*480"),
     (("tiny-t2v", "--size", "big"), "--size"), (("tiny-t2v", "--frames", 80), "--frames 80"),
     (("tiny-t2v", "--depth", 9), "--depth"), (("tiny-t2v", "--mfu", 1.5), "--mfu"), (("tiny-t2v", "--gpus", 0), "--gpus"),
-    (("tiny-t2v", "--method", "ppo"), "method"), ((), "preset")])
+    (("tiny-t2v", "--method", "ppo"), "method"), ((), "preset"), (("tiny-t2v", "--size", "0x0"), "--size 0x0"),
+    (("tiny-t2v", "--method", "sft", "--depth", 2), "--depth means nothing with --method sft"),
+    (("tiny-t2v", "--num_samples", 5), "--num_samples means nothing with --method prfl"),
+    (("tiny-t2v", "--method", "rwr", "--clips", 5), "--clips means nothing with --method rwr"),
+    (("tiny-t2v", "--holdout", 5), "--holdout means nothing without --clips")])
 def test_bad_input_is_one_line(capsys, flags, words):
     with pytest.raises(SystemExit) as end:
         printed(capsys, *flags)

@@ -13,9 +13,12 @@ import evaluate
 import pretrain
 import reproduce
 import sample
+import train_align
+import train_reward
+import weights
 import world
-from model import PRESETS, VideoDiT, load_text_encoder, load_transformer
-from pavrm import load_pavrm
+from model import PRESETS, VideoDiT, export_transformer, first_frame_condition, load_text_encoder, load_transformer
+from pavrm import PAVRM, load_pavrm
 from vae import load_vae, from_pixels, to_pixels
 
 SHIPPED = str(sample.Path(sample.__file__).parent / "checkpoints")
@@ -36,10 +39,12 @@ def refused(capsys, script, *flags):
 
 def test_the_shipped_weights_fit_each_other_and_40_megabytes():
     dit = load_transformer(SHIPPED)
-    assert load_pavrm(f"{SHIPPED}/reward", dit).config["transformer"]["num_layers"] < dit.config["num_layers"]
+    assert load_pavrm(f"{SHIPPED}/reward", dit).config["transformer"]["num_layers"] <= dit.config["num_layers"]
     assert load_text_encoder(f"{SHIPPED}/text_encoder").config["text_dim"] == dit.config["text_dim"]
-    files = list(sample.Path(SHIPPED).rglob("*.safetensors"))
-    assert len(files) == 4 and sum(f.stat().st_size for f in files) < 40e6
+    files = {f.resolve() for f in sample.Path(SHIPPED).rglob("*.safetensors")}
+    assert len(files) == 5 and sum(f.stat().st_size for f in files) < 40e6
+    for name in ("vae", "text_encoder"):
+        assert (Path(SHIPPED) / "i2v" / name).resolve() == Path(SHIPPED).resolve() / name
 
 
 def test_the_shipped_vae_keeps_clean_clips_clean():
@@ -145,6 +150,149 @@ def test_a_text_to_video_generator_starts_an_image_to_video_one_that_computes_th
     torch.testing.assert_close(i2v(x, t, context, y=y), t2v(x, t, context))
 
 
+# ---- image-to-video
+@pytest.fixture(scope="module")
+def i2v(tmp_path_factory):
+    """A folder like checkpoints/i2v, with the shipped text-to-video weights; what the first frame adds is random."""
+    folder = tmp_path_factory.mktemp("i2v")
+    dit = VideoDiT(**PRESETS["tiny-i2v"])
+    dit.load_state_dict(pretrain.widened(load_transformer(SHIPPED).state_dict(), 36))
+    torch.nn.init.normal_(dit.patch_embedding.weight.data[:, 20:], std=0.02, generator=torch.Generator().manual_seed(0))
+    export_transformer(dit, folder / "transformer")
+    for name in ("vae", "text_encoder"):
+        (folder / name).symlink_to(Path(SHIPPED) / name)
+    return folder
+
+
+def test_task_picks_the_shipped_generator_and_model_says_its_task(i2v):
+    def resolved(transformer=None, **given):
+        config = sample.Config("x", **given)
+        assert weights.resolve_model(config, transformer) == config.model
+        return config.task, config.model
+
+    assert resolved() == resolved(task="t2v") == resolved(model=SHIPPED) == ("t2v", SHIPPED)
+    assert resolved(task="i2v") == resolved(transformer=i2v / "transformer") == ("i2v", f"{SHIPPED}/i2v")
+    assert resolved(model=str(i2v)) == resolved(model=str(i2v), task="i2v") == ("i2v", str(i2v))
+    assert resolved(model=SHIPPED, transformer=i2v) == ("i2v", SHIPPED)
+
+
+def test_a_task_at_odds_with_the_model_is_refused(i2v, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for script, first in ((train_reward, ()), (train_align, ()), (sample, ("--prompt", "x"))):
+        for task, model, kind in (("i2v", SHIPPED, "t2v"), ("t2v", i2v, "i2v")):
+            assert f"--task is {task}, but the generator in {model} is {kind}" \
+                in refused(capsys, script, *first, "--task", task, "--model", model)
+    assert f"--task is t2v, but the generator in {i2v} is i2v" in refused(capsys, evaluate, f"a={SHIPPED}", f"b={i2v}")
+    assert "--task is i2v" in refused(capsys, evaluate, f"a={SHIPPED}", "--task", "i2v")
+    assert "'v2v'" in refused(capsys, train_align, "--task", "v2v")
+    assert not list(tmp_path.iterdir())
+
+
+def test_sample_starts_from_the_given_image(i2v, tmp_path, capsys, monkeypatch):
+    frame = world.make(1, 3, "clean")[0][0, 0]                                                  # [32, 32, 3]
+    large = np.pad(frame.numpy().repeat(3, 0).repeat(3, 1), ((0, 1), (10, 9), (0, 0)), mode="edge")     # 97x115, centred
+    data.write_png(tmp_path / "small.png", frame)
+    data.write_png(tmp_path / "odd.png", large)
+    data.write_video(tmp_path / "film.mp4", torch.stack([frame, 255 - frame]))
+    given = []
+
+    def still(dit, shape, context, seed, indices, steps, *, y, **other):
+        """A generator that does as it is told: the first frame stays."""
+        given.append(y)
+        return y[:, 4:, :1].expand(-1, -1, shape[1], -1, -1)
+
+    monkeypatch.setattr(sample.flow, "sample", still)
+    with torch.no_grad():
+        vae = load_vae(f"{SHIPPED}/vae")
+        wanted = first_frame_condition(vae.encode(from_pixels(frame[None, None])).expand(2, -1, 3, -1, -1))
+    for name, tolerance in (("small.png", 0), ("film.mp4", 0.1), ("odd.png", 0.1)):
+        run(sample, "--model", i2v, "--prompt", "red", "--image", tmp_path / name, "--num_videos", 2,
+            "--output", tmp_path / "x.mp4")
+        y = given.pop()
+        assert torch.equal(y[:, :4], wanted[:, :4]) and not y[:, 4:, 1:].any()
+        assert (y - wanted).abs().mean() <= tolerance * wanted[:, 4:, 0].abs().mean()
+        assert (data.read_video(tmp_path / "x-1.mp4")[0].float() - frame.float()).abs().mean() < 8          # of 255
+
+
+def test_sample_refuses_images(i2v, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data.write_png("good.png", world.make(1, 3, "clean")[0][0, 0])
+    good = Path("good.png").read_bytes()
+    for name, content in (("cut.png", good[:len(good) // 2]), ("text.png", b"hello"), ("empty.png", b"")):
+        Path(name).write_bytes(content)
+    before = sorted(tmp_path.iterdir())
+    for name in ("cut.png", "text.png", "empty.png"):
+        assert f"{name}: damaged" in refused(capsys, sample, "--model", i2v, "--prompt", "red", "--image", name)
+    assert "none.png: there is no such file" in refused(capsys, sample, "--model", i2v, "--prompt", "red", "--image",
+                                                        "none.png")
+    assert "--image is needed" in refused(capsys, sample, "--model", i2v, "--prompt", "red")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_i2v_subject_is_the_likeness_to_the_given_frame():
+    videos, prompts, _ = world.make(8, 5, "clean")
+    still = videos[:, :1].expand(-1, 9, -1, -1, -1).contiguous()
+    assert np.allclose(evaluate.measure(still, prompts, videos)["i2v_subject"], 1, atol=1e-5)
+    assert np.all(evaluate.measure(videos, prompts, videos)["i2v_subject"] > 0.9)
+    other = videos[:, :, :, :, [1, 2, 0]].contiguous()                                          # of another colour
+    assert np.all(evaluate.measure(other, prompts, videos)["i2v_subject"] < 0.9)
+    assert "i2v_subject" not in evaluate.measure(videos, prompts)
+
+
+def test_image_to_video_from_samples_to_evaluation(i2v, tmp_path, capsys, monkeypatch):
+    """Every stage on the embedded world; the condition that reaches the reward model is the given first frame's."""
+    seen, forward = [], PAVRM.forward
+
+    def watch(self, x, t, context, y=None, clip=None):
+        seen.append(y.detach().clone())
+        return forward(self, x, t, context, y, clip)
+
+    def are_given(latents):
+        """The reward model saw masks of frame 0 and first frames among latents [n, c, f, h, w], and nothing behind."""
+        y = torch.cat(seen)
+        seen.clear()
+        distance = torch.cdist(y[:, 4:, 0].flatten(1), latents[:, :, 0].flatten(1),
+                               compute_mode="donot_use_mm_for_euclid_dist").amin(1)
+        return bool(distance.max() < 1e-3 and y[:, :4, 0].eq(1).all() and not y[:, :, 1:].any())
+
+    monkeypatch.setattr(PAVRM, "forward", watch)
+    fast = ("--mixed_precision", "no", "--num_inference_steps", 4)
+    run(train_reward, "--model", i2v, "--num_samples", 128, "--max_train_steps", 2, "--batch_size", 16, "--holdout", 16,
+        "--depth", 1, *fast, "--output_dir", tmp_path / "reward")
+    shards = data.Shards(tmp_path / "reward/samples").batch(range(128))
+    frames, prompts, _ = world.make(128, 10, "clean")
+    with torch.no_grad():
+        given = load_vae(f"{SHIPPED}/vae").encode(from_pixels(frames[:, :1]))
+    assert shards["prompt"] == prompts                          # the given frames show what the prompts say
+    torch.testing.assert_close(shards["condition"][:, :, :1], given, atol=1e-4, rtol=1e-4)
+    assert not shards["condition"][:, :, 1:].any()
+    assert are_given(given)
+    seen.append(first_frame_condition(shards["latents"]))
+    assert not are_given(given)                                 # the samples' own first latents are others
+
+    run(train_align, "--model", i2v, "--reward", tmp_path / "reward/reward", "--num_curated", 16, "--max_train_steps", 2,
+        "--batch_size", 4, "--num_validation", 4, *fast, "--output_dir", tmp_path / "prfl")
+    assert are_given(data.Shards(tmp_path / "prfl/curated/latents").batch(range(16))["latents"])
+    assert json.loads((tmp_path / "prfl/args.json").read_text())["task"] == "i2v"
+    assert json.loads((tmp_path / "prfl/metrics.jsonl").read_text().splitlines()[-1])["validation_qualified"] >= 0
+
+    run(evaluate, f"base={i2v}", f"prfl={tmp_path}/prfl", "--model", i2v, "--reward", tmp_path / "reward/reward",
+        "--num_videos", 16, *fast, "--output_dir", tmp_path / "evaluation")
+    with torch.no_grad():
+        assert are_given(load_vae(f"{SHIPPED}/vae").encode(from_pixels(world.make(16, 7000, "clean", split="test")[0])))
+    rows = json.loads((tmp_path / "evaluation/table.json").read_text())["rows"]
+    assert rows["clean renders"]["i2v_subject"]["mean"] > max(0.9, rows["base"]["i2v_subject"]["mean"])
+    assert "I2V subject" in (tmp_path / "evaluation/table.md").read_text()
+
+
+def test_the_shipped_image_to_video_weights(tmp_path, capsys):
+    dit = load_transformer(f"{SHIPPED}/i2v")
+    assert dit.config["model_type"] == "i2v"
+    run(evaluate, "--task", "i2v", f"base={SHIPPED}/i2v", "--num_videos", 32, "--output_dir", tmp_path)
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert rows["base"]["i2v_subject"]["mean"] > 0.9 and rows["base"]["qualified"]["mean"] > 0.2
+
+
 # ---- reproduce.py
 def test_interval_over_seeds_and_videos_grows_with_the_spread_of_either():
     assert reproduce.interval(np.full((3, 10), 0.5)) == [0.5, 0.5]
@@ -161,6 +309,79 @@ def test_claims_are_judged_by_the_paired_difference():
     found = reproduce.judge_claims([("a", "b"), ("b", "a"), ("c", "b")], values)
     assert [c["verdict"] for c in found] == ["holds", "does not hold", "cannot be told"]
     assert found[0]["difference"] == pytest.approx(0.05)
+
+
+def test_unpaired_claims_are_judged_by_groups_of_other_videos():
+    rng = np.random.default_rng(0)
+    values = {"a": rng.normal(0.5, 1, (1, 400)), "b": rng.normal(0, 1, (1, 300)), "c": rng.normal(0.45, 1, (1, 200))}
+    found = reproduce.judge_claims([("a", "b"), ("b", "a"), ("a", "c")], values, paired=False)
+    assert [c["verdict"] for c in found] == ["holds", "does not hold", "cannot be told"]
+    spread = 1.96 * (values["a"].var() / 400 + values["b"].var() / 300) ** 0.5      # of the difference of two means
+    assert np.subtract(*found[0]["interval"][::-1]) == pytest.approx(2 * spread, rel=0.1)
+    seeds = {name: x + np.array([[-1.0], [0.0], [1.0]]) for name, x in values.items()}      # the same in both: they cancel
+    again, = reproduce.judge_claims([("a", "b")], seeds, paired=False)
+    assert np.allclose(again["interval"], found[0]["interval"], atol=0.05)
+
+
+def test_accuracy_rows_are_those_of_each_seed():
+    logits = torch.tensor([[[1.0, -1, 1, -1]] * 5, [[1.0, 1, 1, 1]] * 5])                       # [2 seeds, 5, 4]
+    right, row = reproduce.accuracy_row(logits, torch.tensor([[1, 0, 0, 0], [1, 1, 1, 0]]))
+    assert row["average"]["seeds"] == [0.75, 0.75] and row["intervals"] == [0.75] * 5 and right.shape == (2, 5, 4)
+    assert row["balanced"] == pytest.approx([(5 / 6 + 1 / 2) / 2] * 5)
+
+
+def test_balanced_values_have_the_mean_and_the_spread_of_balanced_accuracy():
+    g = torch.Generator().manual_seed(0)
+    labels = (torch.rand(1, 2000, generator=g) < 0.2).long()
+    right = (torch.rand(1, 5, 2000, generator=g) < torch.where(labels == 1, 0.6, 0.9)[:, None]).double().numpy()
+    values = reproduce.balanced_values(right, labels)
+    accuracy = lambda right, labels: (right[:, labels == 1].mean(1) + right[:, labels == 0].mean(1)) / 2
+    assert values.mean(2)[0] == pytest.approx(accuracy(right[0], labels[0]))
+    picks = np.random.default_rng(0).integers(0, 2000, (2000, 2000))
+    wanted = np.quantile([accuracy(right[0][:, pick], labels[0][pick]).mean() for pick in picks], (0.025, 0.975))
+    assert reproduce.interval(values.mean(1)) == pytest.approx(wanted, abs=0.003)
+
+
+def test_table9_of_a_reward_model_that_errs_on_other_generators_near_clean(tmp_path, monkeypatch):
+    """It is right on its own base, and on the others of a fifth of their videos it is not, where t < .2."""
+    def test_set(work, folder=None, generator=None):
+        n = 400 if folder is None else 300
+        labels = (torch.arange(n) % 4 == 0).to(torch.int8)
+        errs = torch.arange(n) // 4 % 5 == 0 if folder is not None else torch.zeros(n, dtype=torch.bool)
+        context = torch.stack([2.0 * labels - 1, 1 - 2.0 * errs], 1)[:, None]                   # [n, 1, 2]
+        return torch.zeros(n, 1, 1, 1, 1), context, labels
+
+    for name in ("load_transformer", "train_rewards", "train_aligned"):
+        monkeypatch.setattr(reproduce, name, lambda *args: None)
+    monkeypatch.setattr(reproduce, "test_set", test_set)
+    monkeypatch.setattr(reproduce, "judge_of", lambda work, seed, flags:
+                        lambda x, t, context: context[:, 0, 0] * torch.where(t < 0.2, context[:, 0, 1], 1.0))
+    config = reproduce.Config("table9", "quick", seeds=2, output_dir=str(tmp_path), results_dir=str(tmp_path))
+    reproduce.table9(reproduce.Work(config))
+    found = json.loads((tmp_path / "table9.json").read_text())
+    own, *others = found["rows"].values()
+    assert own["average"]["mean"] == 1 and own["balanced"] == own["auc"] == [1] * 5 and len(others) == 4
+    for row in others:
+        assert row["good"] == 0.25 and row["average"]["mean"] == pytest.approx(0.96)            # (.8 + 4) / 5
+        assert [*row["intervals"], *row["balanced"]] == pytest.approx([0.8, 1, 1, 1, 1] * 2)
+    assert [claim["verdict"] for claim in found["claims"]] == ["holds"] * 5
+    assert found["claims"][0]["difference"] == pytest.approx(0.04)
+
+
+def test_parts_of_image_to_video_lie_apart(tmp_path, monkeypatch):
+    monkeypatch.setitem(reproduce.PRESETS, "quick", {"seeds": 1, "samples": 8, "reward_steps": 2, "iterations": 2})
+    work = reproduce.Work(reproduce.Config("table2", "quick", output_dir=str(tmp_path)))
+    calls = []
+    monkeypatch.setattr(work, "run", calls.extend)
+    monkeypatch.setattr(reproduce, "curated", lambda work: tmp_path / "curated")
+    for flags in ((), reproduce.I2V):
+        reproduce.train_rewards(work, [flags])
+        reproduce.train_aligned(work, [(0, method, flags) for method in ("sft", "prfl")])
+    halves = calls[:len(calls) // 2], calls[len(calls) // 2:]
+    written = [{str(part[0]) for part in half} for half in halves]
+    given = [{str(word) for part in half for word in part[3:] if str(word).startswith(str(work.folder / "seed-0"))} for half in halves]
+    assert not written[0] & written[1] and not given[0] & given[1] and len(given[1]) == 2      # samples and reward
+    assert all("i2v" in part for part in halves[1]) and not any("i2v" in part for part in halves[0])
 
 
 def test_parts_with_the_same_flags_share_a_folder_and_others_do_not(tmp_path):

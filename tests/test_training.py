@@ -45,11 +45,11 @@ def generator(**changes):
     return dit
 
 
-def write_data(folder, channels=16, context=(3, 8), labels=None):
+def write_data(folder, channels=16, context=(3, 8), labels=None, **extra):
     g = torch.Generator().manual_seed(1)
     labels = [i % 2 for i in range(32)] if labels is None else labels
     data.write_shards(folder, torch.randn(32, channels, 2, 4, 4, generator=g),
-                      torch.randn(32, *context, generator=g), labels, [f"prompt {i}" for i in range(32)])
+                      torch.randn(32, *context, generator=g), labels, [f"prompt {i}" for i in range(32)], **extra)
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +226,30 @@ def test_smoke_image_to_video(folder):
                         ("refl", ["--frames", "all", "--reward", str(folder / "i2v-reward_rgb/reward")])):
         run(*command(folder, name, f"i2v-{name}", "--model", str(folder / "i2v"), "--max_train_steps", "1", *flags))
         assert 0 < distance(weights(folder, name, f"i2v-{name}"), dit.state_dict()) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["reward", "prfl"])
+def test_image_to_video_resumes_bit_for_bit(folder, capsys, name):
+    """With given first frames (`condition`), which must matter; and not as text-to-video."""
+    model, shards = folder / "i2v-resumed/model", folder / "i2v-resumed/data"
+    if not model.exists():
+        shutil.copytree(folder / "generator", model)
+        dit = generator(model_type="i2v", in_dim=36)
+        export_transformer(dit, model / "transformer")
+        save_module(PAVRM.from_generator(dit, 1), model / "reward")
+        write_data(shards, condition=torch.randn(32, 16, 2, 4, 4, generator=torch.Generator().manual_seed(2)))
+    flags = ["--task", "i2v", "--model", str(model), "--max_train_steps", "4", "--data"]
+    whole, parts, bare = (f"i2v-{kind}-{name}" for kind in ("whole", "parts", "bare"))
+    run(*command(folder, name, whole, *flags, str(shards)))
+    shutil.copytree(folder / whole / "checkpoint-000002", folder / parts / "checkpoint-000002")    # as if killed after step 2
+    run(*command(folder, name, parts, *flags, str(shards), "--resume", "latest"))
+    assert same(weights(folder, name, parts), weights(folder, name, whole))
+    run(*command(folder, name, bare, *flags, str(folder / "data")))                                 # without the condition
+    assert not same(weights(folder, name, bare), weights(folder, name, whole))
+    with pytest.raises(SystemExit) as stop:
+        run(*command(folder, name, parts, "--resume", "latest"))                                    # a t2v --model
+    stderr = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "not a checkpoint of this" in stderr, stderr
 
 
 # ---- two ranks against one
