@@ -75,7 +75,7 @@ class Config:
     reward_steps: int = arg(1600, "--clips: steps of train_reward.py", above=0)
     reward_batch_size: int = arg(2, "--clips: its videos per step and GPU", above=0)
     holdout: int = arg(100, "--clips: labelled videos that it keeps for reports", above=0)
-    max_train_steps: int = arg(80, "--clips: iterations of train_align.py", above=0)
+    max_train_steps: int = arg(120, "--clips: iterations of train_align.py", above=0)
     fp32_tflops: float = arg(67.0, "--clips: the GPU's peak in fp32, in which the VAE encodes; an H100 has 67", above=0)
 
 
