@@ -192,6 +192,9 @@ class Shards:
 
     def require_fit(self, dit, labelled=False):
         """`require` what the VideoDiT wants; its context may be shorter than text_len, as it pads."""
+        if any(side % patch for side, patch in zip(self.latent_shape[1:], dit.config["patch_size"])):
+            raise InputError(f"{self.folder}: latents are {list(self.latent_shape[1:])}, which the model's patches of "
+                             f"{list(dit.config['patch_size'])} do not divide: encode with another --size")
         length = min(self.context_shape[0], dit.config["text_len"])
         self.require(dit.config["out_dim"], (length, dit.config["text_dim"]), labelled, dit.config["image_dim"])
 
@@ -246,6 +249,13 @@ def labelled_split(shards, holdout, seed):
 
 # ---- the generator's own samples
 @torch.no_grad()
+def require_world(model):
+    """Raises InputError if `model` is no generator of the embedded world, whose VAE is a VideoVAE."""
+    from weights import read_config
+    if "_class_name" in read_config(f"{model}/vae"):
+        raise InputError(f"--model {model}: its VAE is not that of the embedded world: give clips of your own with --data")
+
+
 def own_samples(folder, generator, model, count, num_steps, size, seed, runtime):
     """Shards of `count` samples of a VideoDiT, judged by the embedded world's annotator; made once and kept.
 
@@ -264,6 +274,7 @@ def own_samples(folder, generator, model, count, num_steps, size, seed, runtime)
         if shards.settings != settings:
             raise InputError(f"{folder}: was made with {shards.settings}; use another --output_dir, or remove it")
         return shards
+    require_world(model)
     vae = load_vae(f"{model}/vae").to(runtime.device)
     text = load_text_encoder(f"{model}/text_encoder").to(runtime.device)
     prompts = world.draw_prompts(count, seed + 11)
@@ -300,6 +311,7 @@ def clean_clips(folder, model, count, size, seed, runtime):
     settings = {"count": count, "size": size, "seed": seed}
     if mark.exists() and json.loads(mark.read_text()) != settings:
         raise InputError(f"{folder}: was made with {mark.read_text().split()}; use another --output_dir, or remove it")
+    require_world(model)
     common.gather(None)                                         # every rank has looked
     if runtime.rank == 0:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -456,6 +468,7 @@ def encode_command(config):
     size, out, rows = parse_size(config), Path(config.out), read_metadata(config.folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = {name: getattr(config, name) for name in ("size", "frames", "fps", "vae", "text_encoder")}
+    settings |= {"size": config.size and config.size.replace("x", "*")}
     settings |= {"image_encoder": config.image_encoder} if config.image_encoder else {}
     before = Shards(out) if (out / "shards.json").exists() else None
     done = {row["file_name"]: row for row in before.rows} if before else {}

@@ -284,6 +284,10 @@ def test_require_names_the_field(tmp_path):
         data.Shards(tmp_path / "b").require(labelled=True)
     make_shards(tmp_path / "c", labels=(0, 1))
     data.Shards(tmp_path / "c").require(16, (8, 32), labelled=True)
+    tiny = {"patch_size": (1, 2, 2), "text_len": 8, "text_dim": 32, "out_dim": 16, "image_dim": None}
+    data.Shards(tmp_path / "c").require_fit(SimpleNamespace(config=tiny))
+    with pytest.raises(InputError, match=r"latents are .*patches of \[1, 3, 2\] do not divide: encode with another --size"):
+        data.Shards(tmp_path / "c").require_fit(SimpleNamespace(config=tiny | {"patch_size": (1, 3, 2)}))
 
 
 # ---- order

@@ -203,6 +203,16 @@ def test_shards_without_image_tokens_are_refused(pipelines, clips, tmp_path):
         data.Shards(tmp_path / "data").require(image_dim=24)
 
 
+@pytest.mark.parametrize("module", [train_reward, train_align])
+def test_without_data_there_is_one_line(pipelines, tmp_path, capsys, module):
+    """The embedded world is no world for Wan."""
+    reward = ["--method", "sft"] if module is train_align else []
+    with pytest.raises(SystemExit) as end:
+        run(module, "--model", pipelines / "t2v", "--output_dir", tmp_path / "run", *SHORT, *reward)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2 and len(lines) == 1 and "--data" in lines[0] and not (tmp_path / "run").exists()
+
+
 # ---- refusals
 def refused(capsys, clips, tmp_path, *flags):
     with pytest.raises(SystemExit) as end:
