@@ -23,6 +23,7 @@ Every part is a plain call of this repository's own scripts, printed as it start
 folder. Writes results/<name>.md and .json, and a .png where a curve says more (if matplotlib is there). Intervals are
 95 %, from resampling seeds and videos together; a claim of the paper holds if the interval of the paired difference is
 above zero, does not hold if it is below, and cannot be told otherwise. (table9's videos differ: unpaired there.)
+table5, table7, table8, labels and fig3 compare reward models: theirs train half as long as table1's.
 """
 import json
 import os
@@ -62,7 +63,7 @@ PIXELS = {f"pixels, {name}": ("--space", "rgb", "--frames", frames)
 TRUNK = json.loads((BASE / "transformer" / "config.json").read_text())["num_layers"]
 PRESETS = {
     "quick": {"seeds": 1, "sweep": False, "videos": 256, "samples": 4096, "reward_steps": 600, "iterations": 80,
-              "tested": 1024, "rounds": 8, "clips": 400},
+              "tested": 1024, "rounds": 6, "clips": 400},
     "full": {"seeds": 3, "sweep": True, "videos": 512, "samples": 16384, "reward_steps": 1600, "iterations": 120,
              "tested": 2048, "rounds": 32, "clips": 2000},
 }
@@ -83,11 +84,12 @@ class Work:
         on_gpu = torch.cuda.is_available()
         self.jobs = 1 if on_gpu else os.cpu_count()
         self.environment = os.environ | ({} if on_gpu else {"OMP_NUM_THREADS": "1"})
-        self.started = time.time()
+        self.started, self.used = time.time(), set()
 
     def run(self, parts):
         """Runs the unfinished ones of parts [(folder, file that it ends with, script, *flags)], side by side; training
         goes on from its last checkpoint. Raises InputError with the last line of one that fails."""
+        self.used |= {folder for folder, *_ in parts}
         parts = {folder: command for folder, last, *command in parts if not (folder / last).exists()}
         bar = common.progress(len(parts), "parts")
         with ThreadPoolExecutor(self.jobs) as pool:
@@ -106,12 +108,30 @@ class Work:
         words = shlex.join([script, *flags])
         bar.write(f"$ python {words}")
         folder.mkdir(parents=True, exist_ok=True)
+        start = time.time()
         with (folder / "log.txt").open("a") as log:
             code = subprocess.run([sys.executable, HERE / script, *flags], stdout=log, stderr=log, env=self.environment).returncode
+        note_part(folder, words, start)
         if code:
             said = (folder / "log.txt").read_text().strip().splitlines()[-1:]
             raise InputError(f"`python {words}` ended with code {code}: {' '.join(said)}")
         bar.update()
+
+
+def note_part(folder, words, start):
+    """Keeps what ran in folder, and its seconds, an interrupted run's before included."""
+    seconds = part_seconds(folder) + time.time() - start
+    common.write_json(folder / "part.json", {"command": f"python {words}", "commit": commit(), "seconds": seconds})
+
+
+def part_seconds(folder):
+    path = folder / "part.json"
+    return json.loads(path.read_text())["seconds"] if path.exists() else 0
+
+
+def commit():
+    said = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    return said.stdout.strip() or "no commit"
 
 
 def named(prefix, flags):
@@ -242,35 +262,36 @@ def claims_table(found):
 
 def write_results(work, name, title, lines, values):
     """results/<name>.md and .json, with the command, the commit, the machine and the minutes."""
-    git = lambda *words: subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True).stdout.strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores ({platform.machine()})"
     seeds = f" --seeds {work.config.seeds}" if work.config.seeds else ""
-    about = {"command": f"python reproduce.py {name} --preset {work.config.preset}{seeds}",
-             "commit": git("rev-parse", "--short", "HEAD"), "hardware": device,
-             "minutes": round((time.time() - work.started) / 60, 1)}
+    about = {"command": f"python reproduce.py {name} --preset {work.config.preset}{seeds}", "commit": commit(),
+             "hardware": device, "minutes": round((time.time() - work.started) / 60, 1),
+             "minutes_of_parts": round(sum(map(part_seconds, work.used)) / 60, 1)}
     folder = Path(work.config.results_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    text = "\n".join([f"# {title}", "", *lines, f"`{about['command']}` at {about['commit']}, {about['hardware']}, "
-                      f"{about['minutes']} minutes since this call began (finished parts are reused).", ""])
+    text = "\n".join([f"# {title}", "", *lines, f"`{about['command']}` at {about['commit']}, {about['hardware']}, {work.jobs} parts "
+                      f"at a time. Its parts (runs and evaluations; tables share them) took {about['minutes_of_parts']} minutes in "
+                      f"sum, this call {about['minutes']}.", ""])
     (folder / f"{name}.md").write_text(text)
     common.write_json(folder / f"{name}.json", {"provenance": about, **values})
     print(text + f"\nwrote {folder / name}.md and .json")
 
 
-def plot(work, name, panels, x_label):
-    """results/<name>.png: panels {title: {curve: (x, y)}} side by side."""
+def plot(work, name, panels):
+    """results/<name>.png: panels {title: (x label, {curve: (x, y)})} side by side."""
     try:
         import matplotlib
     except ImportError:
         return print(f"no {name}.png: `pip install matplotlib` draws the curves")
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3), squeeze=False, layout="constrained")
-    for axis, (title, curves) in zip(axes[0], panels.items()):
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.4), squeeze=False, layout="constrained")
+    for axis, (title, (x_label, curves)) in zip(axes[0], panels.items()):
         for label, (x, y) in curves.items():
             axis.plot(x, y, marker=".", label=label)
         axis.set(title=title, xlabel=x_label)
-    axes[0][-1].legend()
+        if len(curves) > 1 and (axis is axes[0][-1] or curves.keys() != list(panels.values())[-1][1].keys()):
+            axis.legend(fontsize="x-small")
     figure.savefig(Path(work.config.results_dir) / f"{name}.png", dpi=110)
     pyplot.close(figure)
 
@@ -301,25 +322,35 @@ def alignment_study(work, name, title, variants, claims, paper, notes=()):
     return found
 
 
-def steps_of_equal_time(work):
-    """SFT updates that take as long as PRFL's iterations, by the seconds of both kinds of update in PRFL's own run on seed 0,
-    which whatever else the machine did slowed alike (the reward model's own training is not counted)."""
-    train_aligned(work, [(0, "prfl", ())])
-    rows = map(json.loads, (align_folder(work, 0, "prfl") / "metrics.jsonl").read_text().splitlines())
+def iteration_in_sft_updates(work, method, flags=()):
+    """How many SFT updates take as long as one iteration of prfl or refl, by the seconds of both kinds of update in its own
+    run on seed 0, which whatever else the machine did slowed alike."""
+    train_aligned(work, [(0, method, flags)])
+    rows = map(json.loads, (align_folder(work, 0, method, flags) / "metrics.jsonl").read_text().splitlines())
     sft, reward = np.array([(row["sft_seconds"], row["reward_seconds"]) for row in rows if "reward" in row]).T
-    return round(work.preset["iterations"] * (1 + reward.sum() / sft.sum()))
+    return 1 + reward.sum() / sft.sum()
+
+
+def steps_of_equal_time(work):
+    """{"sft" updates, "first" and "all" iterations of RGB ReFL} that take as long as PRFL's iterations (reward models' own
+    training not counted). Measured once and kept."""
+    path = work.folder / "equal_time.json"
+    if not path.exists():
+        train_rewards(work, [(), *PIXELS.values()])
+        updates = work.preset["iterations"] * iteration_in_sft_updates(work, "prfl")
+        refl = {frames: iteration_in_sft_updates(work, "refl", ("--frames", frames)) for frames in ("first", "all")}
+        common.write_json(path, {"sft": round(updates)} | {frames: round(updates / cost) for frames, cost in refl.items()})
+    return json.loads(path.read_text())
 
 
 def table1_variants(work):
-    """{row: (method, flags)}; the number of updates of equal time is measured once and kept."""
-    path = work.folder / "equal_time.json"
-    if not path.exists():
-        train_rewards(work, [()])
-        common.write_json(path, {"sft_steps": steps_of_equal_time(work)})
-    steps = json.loads(path.read_text())["sft_steps"]
-    return {"RWR": ("rwr", ()), "SFT": ("sft", ()), "SFT, equal time": ("sft", ("--max_train_steps", steps)),
-            "RGB ReFL, first frame": ("refl", ("--frames", "first")), "RGB ReFL, all frames": ("refl", ("--frames", "all")),
-            "PRFL": ("prfl", ())}
+    """{row: (method, train_align flags)}"""
+    steps = steps_of_equal_time(work)
+    refl = {f"RGB ReFL, {name}{time}": ("refl", ("--frames", frames, *more))
+            for name, frames in (("first frame", "first"), ("all frames", "all"))
+            for time, more in (("", ()), (", equal time", ("--max_train_steps", steps[frames])))}
+    return {"RWR": ("rwr", ()), "SFT": ("sft", ()), "SFT, equal time": ("sft", ("--max_train_steps", steps["sft"])),
+            **refl, "PRFL": ("prfl", ())}
 
 
 def reports_table(work, variants):
@@ -333,7 +364,11 @@ def reports_table(work, variants):
 
 
 def table1(work):
-    variants, notes = table1_variants(work), []
+    variants = table1_variants(work)
+    steps, iterations = steps_of_equal_time(work), work.preset["iterations"]
+    notes = [f"PRFL and RGB ReFL: {iterations} iterations, {2 * iterations} updates. SFT and RWR: {2 * iterations} updates. Equal "
+             f"time: {steps['sft']} updates of SFT, {steps['first']} and {steps['all']} iterations of RGB ReFL with the first frame "
+             "and with all, by the seconds of every kind of update in the methods' own runs.", ""]
     paper = {"base": 81.03, "RWR": 84.17, "SFT": 84.79, "RGB ReFL, first frame": 83.97, "PRFL": 89.58}
     train_rewards(work, PIXELS.values())
     if work.preset["sweep"]:
@@ -346,11 +381,11 @@ def table1(work):
                  for row in variants}
         best = {row: max(rates, key=rates.get) for row, rates in sweep.items()}
         variants = {row: runs[row, best[row]] for row in variants}
-        notes = ["Learning rates tried: qualified rate on validation sentences, which training and the table above never "
+        notes += ["Learning rates tried: qualified rate on validation sentences, which training and the table above never "
                  "see, mean over the seeds. The best of each row is the one above.", "",
-                 *table(["", *(f"{rate:g}" for rate in RATES)],
-                        [[row, *(f"**{v:.3f}**" if rate == best[row] else f"{v:.3f}" for rate, v in rates.items())]
-                         for row, rates in sweep.items()])]
+                  *table(["", *(f"{rate:g}" for rate in RATES)],
+                         [[row, *(f"**{v:.3f}**" if rate == best[row] else f"{v:.3f}" for rate, v in rates.items())]
+                          for row, rates in sweep.items()])]
     train_aligned(work, [(seed, *run) for seed in work.seeds for run in variants.values()])
     few = {row: variants[row] for row in ("SFT, equal time", "PRFL")}
     finer = evaluations(work, "40-steps", {seed: {"base": BASE} | {row: align_folder(work, seed, *run) for row, run in few.items()}
@@ -399,7 +434,7 @@ def loss(work):
 
 
 def fig5(work):
-    variants = {row: run for row, run in table1_variants(work).items() if row != "SFT, equal time"}
+    variants = {row: run for row, run in table1_variants(work).items() if "equal time" not in row}
     train_rewards(work, PIXELS.values())
     train_aligned(work, [(seed, *run) for seed in work.seeds for run in variants.values()])
     found = evaluations(work, "test", {seed: {row: align_folder(work, seed, *run) for row, run in variants.items()}
@@ -419,44 +454,57 @@ def fig5(work):
 
 
 def hacking(work):
-    """The panel over alignment, with and without SFT updates: checkpoints are validated as they train."""
+    """The panel over alignment, with and without SFT updates, twice as long as table1's: checkpoints are validated as they
+    train."""
     variants = {"PRFL": (), "without SFT updates": ("--no-sft_updates",)}
+    length, every = 2 * work.preset["iterations"], 20
     train_rewards(work, [()])
-    parts, watch = [], ("--validation_steps", 10, "--num_validation", work.preset["videos"] // 2)
-    for label, flags in variants.items():                        # without --data: validation is the embedded world's
-        parts.append((work.folder / "seed-0" / named("hacking", flags), "transformer/config.json", "train_align.py",
-                      "--reward", reward_folder(work, 0) / "reward", "--learning_rate", TUNED["prfl"],
-                      "--max_train_steps", 2 * work.preset["iterations"], *watch, *flags))
-    work.run(parts)
-    curves = {}
-    for (label, _), (folder, *_) in zip(variants.items(), parts):
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        validated = [row for row in rows if "validation_qualified" in row]
-        at = [row["step"] for row in validated]
-        curves[label] = {key: (at, [row[f"validation_{key}"] for row in validated])
-                         for key in ("qualified", "speed", "brightness", "saturation")}
-        rewards = [np.mean([r["reward"] for r in rows if "reward" in r and s - 10 < r["step"] <= s]) for s in at[1:]]
-        curves[label]["proxy reward"] = (at[1:], rewards)
-    keys = ("proxy reward", "qualified", "speed", "brightness", "saturation")
-    plot(work, "hacking", {key: {label: found[key] for label, found in curves.items()} for key in keys}, "iteration")
-    rows = [[f"{label}, iteration {step}", *(f"{dict(zip(*found[key])).get(step, float('nan')):.3f}" for key in keys)]
-            for label, found in curves.items() for step in found["qualified"][0][::4]]
+    folder = lambda seed, flags: work.folder / f"seed-{seed}" / named("hacking", flags)
+    work.run([(folder(seed, flags), "transformer/config.json", "train_align.py", "--seed", seed,  # no --data: it validates then
+               "--reward", reward_folder(work, seed) / "reward", "--learning_rate", TUNED["prfl"], "--max_train_steps", length,
+               "--validation_steps", every, "--num_validation", work.preset["videos"] // 2, *flags)
+              for seed in work.seeds for flags in variants.values()])
+
+    panel = ("qualified", "speed", "brightness", "saturation")
+    curves, ends = {}, {}
+    for label, flags in variants.items():
+        runs = [[json.loads(line) for line in (folder(seed, flags) / "metrics.jsonl").read_text().splitlines()]
+                for seed in work.seeds]
+        validated = [[row for row in rows if "validation_qualified" in row] for rows in runs]
+        at = [row["step"] for row in validated[0]]
+        curves[label] = {key: (at, np.mean([[row[f"validation_{key}"] for row in rows] for rows in validated], 0).tolist())
+                         for key in panel}
+        reward = [np.mean([r["reward"] for rows in runs for r in rows if "reward" in r and s - every < r["step"] <= s])
+                  for s in at[1:]]
+        curves[label]["proxy reward"] = (at[1:], reward)
+        ends[label] = [rows[-1]["validation_qualified"] for rows in validated]
+    keys = ("proxy reward", *panel)
+    plot(work, "hacking", {key: ("iteration", {label: found[key] for label, found in curves.items()}) for key in keys})
+    shown = lambda at, values, step: f"{values[at.index(step)]:.3f}" if step in at else ""
+    rows = [[f"{label}, iteration {step}", *(shown(*found[key], step) for key in keys)]
+            for label, found in curves.items() for step in found["qualified"][0]]
     write_results(work, "hacking", "What the reward does to the videos, while aligning", [
-        "Proxy reward: mean logit of the last ten reward updates. The others: validation videos, seed 0.", "",
-        *table(["", *keys], rows)], {"curves": curves})
+        f"Proxy reward: mean logit of the {every} reward updates before. The others: {work.preset['videos'] // 2} validation "
+        f"videos. Means of {len(work.seeds)} seeds; qualified at the end, by seed: " + "; ".join(
+            f"{label} {' '.join(f'{v:.3f}' for v in values)}" for label, values in ends.items()) + ".", "",
+        *table(["", *keys], rows)], {"curves": curves, "ends": ends})
 
 
 # ---- cost
 def measured(work, name, *flags):
     """What benchmarks/cost.py prints for these flags; kept. One process at a time: it measures itself."""
-    path = work.folder / "cost" / f"{name}.json"
+    path = work.folder / "cost" / name / "measured.json"
+    work.used.add(path.parent)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        words = ["benchmarks/cost.py", *map(str, flags)]
-        print("$ python " + shlex.join(words), flush=True)
-        done = subprocess.run([sys.executable, HERE / words[0], *words[1:]], capture_output=True, text=True, env=work.environment)
+        start = time.time()
+        script, *flags = "benchmarks/cost.py", *map(str, flags)
+        words = shlex.join([script, *flags])
+        print(f"$ python {words}", flush=True)
+        done = subprocess.run([sys.executable, HERE / script, *flags], capture_output=True, text=True, env=work.environment)
         if done.returncode:
-            raise InputError(f"`python {shlex.join(words)}` ended with code {done.returncode}: {done.stderr.strip()[-300:]}")
+            raise InputError(f"`python {words}` ended with code {done.returncode}: {done.stderr.strip()[-300:]}")
+        note_part(path.parent, words, start)
         common.write_json(path, json.loads(done.stdout.strip().splitlines()[-1]))
     return json.loads(path.read_text())
 
@@ -488,29 +536,36 @@ def table4(work):
         speed.append([row, f"{np.mean(times[method]):.3f}", *(f"{m:.2f} [{a:.2f}, {b:.2f}]" for m, a, b in ratio),
                       " / ".join(map(str, paper.get(row, ())))])
         claims[row] = ratio
+    verdicts = [[f"{row} slower than PRFL", *("holds" if low > 1 else "does not hold" if high < 1 else "cannot be told"
+                                              for _, low, high in claims[row])] for row in list(methods)[2:]]
     cells = [(frames, "64*64") for frames in (17, 33, 65, 81)] + [(17, "32*32"), (17, "96*96")]
-    bytes_of = {(row, *cell): measured(work, f"{method}-{cell[0]}-{cell[1].replace('*', 'x')}", "cell", "--method", method,
-                                       "--frames", cell[0], "--size", cell[1], "--batch_size", 4, "--rounds", 2)["bytes"]
-                for row, method in methods.items() for cell in cells}
-    plot(work, "table4", {"MB of an update, 4 clips of 64x64": {
-        row: ([f for f, size in cells[:4]], [bytes_of[row, f, "64*64"] / 1e6 for f, size in cells[:4]]) for row in methods}},
-        "frames")
+    found = {(row, *cell): measured(work, f"{method}-{cell[0]}-{cell[1].replace('*', 'x')}", "cell", "--method", method,
+                                    "--frames", cell[0], "--size", cell[1], "--batch_size", 4, "--rounds", 2)
+             for row, method in methods.items() for cell in cells}
+    by_frames = lambda value: ("frames", {row: ([f for f, _ in cells[:4]], [value(found[row, f, "64*64"]) for f, _ in cells[:4]])
+                                          for row in methods})
+    plot(work, "table4", {"MB of an iteration, 4 clips of 64x64": by_frames(lambda cell: cell["bytes"] / 1e6),
+                          "seconds of an iteration": by_frames(lambda cell: np.mean(cell["seconds"]))})
     wan = [[preset, *(longest(preset, *how) for how in (("prfl",), ("refl",), ("refl", "all")))]
            for preset in ("wan2.1-t2v-1.3b", "wan2.1-t2v-14b")]
     write_results(work, "table4", "Table 4: what an iteration costs", [
         "Seconds of an iteration at the world's size, batch 32, N = 16, the methods in turn in one process "
         f"({rounds} rounds; `benchmarks/cost.py times`), as a ratio to PRFL with its 95 % interval over rounds.", "",
         *table(["", "seconds", "ratio to PRFL", "ratio, both without SFT updates", "paper, both"], speed),
+        *table(["the paper's ordering", "with SFT updates", "without"], verdicts),
         "Peak memory over what weights and optimizer hold, MB, 4 clips, each cell a process of its own "
         "(`benchmarks/cost.py cell`; about 70 MB are the libraries' own buffers):", "",
         *table(["", *(f"{f} frames, {size.replace('*', 'x')}" for f, size in cells)],
-               [[row, *(f"{bytes_of[row, f, size] / 1e6:.0f}" for f, size in cells)] for row in methods]),
+               [[row, *(f"{found[row, *cell]['bytes'] / 1e6:.0f}" for cell in cells)] for row in methods]),
+        "Seconds of an iteration in the same processes (mean of two; by themselves, so read the ratios above for speed):", "",
+        *table(["", *(f"{f} frames, {size.replace('*', 'x')}" for f, size in cells)],
+               [[row, *(f"{np.mean(found[row, *cell]['seconds']):.2f}" for cell in cells)] for row in methods]),
         "The most frames of 832x480 that fit 80 GB a GPU by the formulas of plan.py (8 GPUs, weights cut over them, one clip "
         "on each, checkpointing on; a decoder without tiling or checkpointing keeps its activations, which grow with the "
         "frames decoded). Arithmetic, not measured:", "",
         *table(["", "PRFL", "RGB ReFL, first frame", "RGB ReFL, all frames"], wan)],
         {"times": times, "times_without_sft": alone, "ratios": claims, "wan": wan,
-         "bytes": [{"row": k[0], "frames": k[1], "size": k[2], "bytes": v} for k, v in bytes_of.items()]})
+         "cells": [{"row": row, **cell} for (row, *_), cell in found.items()]})
 
 
 # ---- studies of the reward model
@@ -541,7 +596,8 @@ def accuracy_row(logits, labels):
     right = ((logits >= 0) == (labels == 1)[:, None]).double().numpy()
     found = [interval_metrics(*seed) for seed in zip(logits, labels)]
     return right, {"average": summary(right.mean(1)), **{key: np.mean([f[name] for f in found], 0).tolist() for key, name in (
-        ("intervals", "accuracy"), ("balanced", "balanced_accuracy"), ("auc", "auc"))}}
+        ("intervals", "accuracy"), ("balanced", "balanced_accuracy"), ("auc", "auc"))},
+        "judged_good": (logits >= 0).double().mean((0, 2)).tolist()}
 
 
 def accuracy_table(rows, paper):
@@ -565,7 +621,10 @@ def balanced_values(right, labels):
 
 @torch.no_grad()
 def reward_study(work, name, title, variants, claims, paper, notes=()):
-    """variants: {row: train_reward flags}; like alignment_study. Accuracy on one test set, t in each fifth of (0, 1]."""
+    """variants: {row: train_reward flags}; like alignment_study. Accuracy on one test set, t in each fifth of (0, 1]. Trained
+    half as long as the reward models of alignment: there are many, and they are compared with each other only."""
+    steps = work.preset["reward_steps"] // 2
+    variants = {row: (*flags, "--max_train_steps", steps) for row, flags in variants.items()}
     train_rewards(work, variants.values())
     latents, context, labels = test_set(work)
     right, rows = {}, {}
@@ -574,7 +633,7 @@ def reward_study(work, name, title, variants, claims, paper, notes=()):
         right[row], rows[row] = accuracy_row(logits, labels.expand(len(logits), -1))                # [seeds, 5, m]
     claims = judge_claims(claims, {row: values.mean(1) for row, values in right.items()})
     lines = [f"Accuracy on {len(labels)} own samples that no reward model was trained on ({(labels == 1).double().mean():.0%} "
-             f"good), one random t in each fifth of (0, 1]; seeds: {len(work.seeds)}.", ""]
+             f"good), one random t in each fifth of (0, 1]; seeds: {len(work.seeds)}. Each trained for {steps} steps.", ""]
     lines += accuracy_table(rows, paper)
     write_results(work, name, title, [*lines, *claims_table(claims), *notes], {"rows": rows, "claims": claims, "paper": paper})
     return rows
@@ -644,7 +703,7 @@ def table9(work):
 
 
 def labels(work):
-    counts = [n for n in (1024, 2048, 4096, 8192) if n < work.preset["samples"]]
+    counts = [n for n in (1024, 4096) if n < work.preset["samples"]]
     most = f"{work.preset['samples']} samples"
     reward_study(work, "labels", "How many labelled samples PAVRM learns from",
                  {f"{n} samples": ("--num_samples", n, "--holdout", n // 8) for n in counts} | {most: ()},
@@ -653,20 +712,24 @@ def labels(work):
 
 
 def fig3(work):
-    frozen = ("--trunk_learning_rate", 0)
-    probes = {f"probe, t = 0.2, K = {k}": (*frozen, "--fixed_t", 0.2, *(() if k == TRUNK else ("--depth", k)))
-              for k in (1, 2, 4, 6, 8) if k <= TRUNK}
-    curves = PIXELS | {f"probe, t = 0.2, K = {TRUNK}": (*frozen, "--fixed_t", 0.2), "probe, random t": frozen,
-                       "fine-tuned, t = 0.2": ("--fixed_t", 0.2), "fine-tuned, random t": ()}
-    ours = "fine-tuned, random t"
+    frozen, at = ("--trunk_learning_rate", 0), ("--fixed_t", 0.2)
+    depths = [k for k in (1, 2, 4, 6, 8) if k <= TRUNK]
+    probes = {f"probe, t = 0.2, K = {k}": (*frozen, *at, *(() if k == TRUNK else ("--depth", k))) for k in depths}
+    least, most, ours = f"probe, t = 0.2, K = {depths[0]}", f"probe, t = 0.2, K = {TRUNK}", "fine-tuned, random t"
+    tuned = {"probe, random t": frozen, "fine-tuned, t = 0.2": at, ours: ()}
     rows = reward_study(
-        work, "fig3", "Figure 3: where a reward can be read", probes | curves,
-        [(ours, other) for other in ("probe, random t", "fine-tuned, t = 0.2", "pixels, all frames", "pixels, first frame")],
-        {ours: 85.46, f"probe, t = 0.2, K = {TRUNK}": "78.1 to 78.8 at every K"},
-        ["Pixels are judged on the x_0 predicted in one step from x_t. Probes: frozen trunk, only query and head learn.", ""])
-    at = [0.1, 0.3, 0.5, 0.7, 0.9]
-    plot(work, "fig3", {f"{title} by t": {row: (at, rows[row][key]) for row in curves}
-                        for title, key in (("accuracy", "intervals"), ("AUC", "auc"))}, "t")
+        work, "fig3", "Figure 3: where a reward can be read", PIXELS | probes | tuned,
+        [*((ours, other) for other in (*list(tuned)[:-1], *PIXELS)), (most, least)],
+        {ours: 85.46, **dict.fromkeys(probes, "78.1 to 78.8")},
+        ["Pixels are judged on the x_0 predicted in one step from x_t (the paper's 3a: their score swings with t). Probes: "
+         "frozen trunk, only query and head learn (3b: the same at every depth, so the last ordering is not the paper's; 3c: "
+         "a probe does not beat pixels, fine-tuning with random t does).", ""])
+    middles = [0.1, 0.3, 0.5, 0.7, 0.9]
+    by_t = lambda key, names: ("t", {row: (middles, rows[row][key]) for row in names})
+    plot(work, "fig3", {"a: judged good": by_t("judged_good", [*PIXELS, ours]),
+                        "b: AUC of probes by depth": ("K", {f"t in {part}": (depths, [rows[row]["auc"][i] for row in probes])
+                                                     for i, part in enumerate(("[0, .2]", "(.2, .4]", "(.4, .6]"))}),
+                        "c: AUC": by_t("auc", [*PIXELS, most, *tuned])})
 
 
 # ---- the annotator
