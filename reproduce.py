@@ -156,8 +156,8 @@ def train_rewards(work, variants):
         return (reward_folder(work, seed, flags), "report.json", "train_reward.py", "--seed", seed, *count,
                 "--max_train_steps", work.preset["reward_steps"], *flags)
 
-    tasks = dict.fromkeys(map(task_of, variants))
-    work.run([part(seed, task) for seed in work.seeds for task in tasks])                      # makes the samples
+    first = {task_of(flags): flags for flags in reversed(list(variants)) if "--num_samples" not in flags}
+    work.run([part(seed, flags) for seed in work.seeds for flags in first.values()])           # makes the samples
     work.run([part(seed, flags) for seed in work.seeds for flags in variants])
 
 

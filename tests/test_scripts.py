@@ -390,6 +390,23 @@ def test_parts_with_the_same_flags_share_a_folder_and_others_do_not(tmp_path):
     assert len(set(names)) == 5 and all("/" not in name for name in names)
 
 
+def test_equal_time_is_that_of_the_updates_in_each_methods_own_run(tmp_path, monkeypatch):
+    """An SFT update takes 1 s in one run and 2 s in another, on a busier machine: only ratios within a run count."""
+    monkeypatch.setitem(reproduce.PRESETS, "quick", {"seeds": 1, "samples": 8, "reward_steps": 2, "iterations": 60})
+    for name in ("train_rewards", "train_aligned"):
+        monkeypatch.setattr(reproduce, name, lambda *args: None)
+    work = reproduce.Work(reproduce.Config("table1", "quick", output_dir=str(tmp_path)))
+    for method, flags, sft, reward in (("prfl", (), 1, 3), ("refl", ("--frames", "first"), 2, 8), ("refl", ("--frames", "all"), 1, 11)):
+        folder = reproduce.align_folder(work, 0, method, flags)
+        folder.mkdir(parents=True)
+        rows = [{"step": 0, "validation_qualified": 0.3}, *({"reward": 0.1, "sft_seconds": sft, "reward_seconds": reward},) * 3]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert reproduce.steps_of_equal_time(work) == {"sft": 240, "first": 48, "all": 20}
+    variants = reproduce.table1_variants(work)
+    assert variants["RGB ReFL, all frames, equal time"] == ("refl", ("--frames", "all", "--max_train_steps", 20))
+    assert list(variants)[-1] == "PRFL" and len(variants) == 8
+
+
 def test_reproduce_keeps_finished_parts_and_names_the_one_that_fails(tmp_path, capsys, monkeypatch):
     tiny = {"seeds": 1, "samples": 640, "reward_steps": 2, "tested": 128}
     monkeypatch.setitem(reproduce.PRESETS, "quick", tiny)
@@ -399,10 +416,14 @@ def test_reproduce_keeps_finished_parts_and_names_the_one_that_fails(tmp_path, c
     assert capsys.readouterr().out.count("$ python train_reward.py") == 2
     found = json.loads((tmp_path / "table7.json").read_text())
     assert set(found["rows"]) == {"BCE", "BT"} and "| BCE | 80.05 |" in (tmp_path / "table7.md").read_text()
+    spent = sum(reproduce.part_seconds(folder) for folder in (tmp_path / "runs/quick/seed-0").glob("reward*")) / 60
+    assert found["provenance"]["minutes_of_parts"] == pytest.approx(spent, abs=0.06) and spent > 0
     run()
     assert "$ python" not in capsys.readouterr().out
+    again = json.loads((tmp_path / "table7.json").read_text())
+    assert again["provenance"]["minutes_of_parts"] == found["provenance"]["minutes_of_parts"] and again["rows"] == found["rows"]
     monkeypatch.setitem(tiny, "samples", 64)
-    (tmp_path / "runs/quick/seed-0/reward/report.json").unlink()
+    (tmp_path / "runs/quick/seed-0/reward-max_train_steps-1/report.json").unlink()
     with pytest.raises(SystemExit) as ended:
         run()
     assert ended.value.code == 2 and "train_reward.py" in capsys.readouterr().err.splitlines()[-1]
