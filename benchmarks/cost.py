@@ -6,8 +6,8 @@
 
 An iteration is what train_align.py makes of it: an SFT update, then the reward update at a step drawn as in training (all
 N for PRFL, the late third for ReFL). Memory: on CPU the peak resident set of this process less what it held before the
-first update, when weights and optimizer were there; on a GPU torch's peak less the same. The generator and its reward
-model are trained at 9 frames of 32x32 only: longer and larger clips cost what they cost, and mean nothing.
+first update, when weights and optimizer were there; on a GPU torch's peak less the same. The generator is trained at 9
+frames of 32x32 only, and the reward models here not at all: what they cost is right, what they say means nothing.
 """
 import ctypes
 import dataclasses
@@ -29,7 +29,7 @@ import prfl
 import refl_baseline
 from common import arg
 from model import load_transformer
-from pavrm import load_pavrm
+from pavrm import PAVRM
 from vae import load_vae
 
 BASE = Path(__file__).resolve().parents[1] / "checkpoints"
@@ -44,6 +44,7 @@ class Config:
     size: str = arg("32*32", "width*height")
     batch_size: int = arg(32, "videos per update", above=0)
     num_inference_steps: int = arg(16, "N, Euler steps of a rollout", above=2)
+    depth: int = arg(8, "K, blocks of the generator in PRFL's reward model", above=0)
     rounds: int = arg(8, "timed iterations of each method, behind one that warms up", above=0)
     decoder_checkpointing: bool = arg(False, "refl: decode one video at a time, again in the backward pass")
     sft_updates: bool = arg(True, "the SFT update of an iteration")
@@ -60,7 +61,7 @@ def make_iteration(method, config, runtime):
     for p in policy.parameters():                               # its moments, which a first step would make
         optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     if method == "prfl":
-        reward = load_pavrm(BASE / "reward", policy).to(runtime.device)
+        reward = PAVRM.from_generator(policy, config.depth).freeze()
     elif method.startswith("refl"):
         reward = refl_baseline.PixelReward(method[5:], text_dim).to(runtime.device).eval().requires_grad_(False)
         vae = load_vae(BASE / "vae").to(runtime.device)
