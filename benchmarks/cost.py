@@ -33,7 +33,8 @@ from pavrm import PAVRM
 from vae import load_vae
 
 BASE = Path(__file__).resolve().parents[1] / "checkpoints"
-METHODS = ("sft", "prfl", "refl_first", "refl_all")
+PART = {"prfl": "full", "refl_first": "late", "refl_all": "late"}            # of the trajectory, where steps are drawn
+METHODS = ("sft", *PART)
 
 
 @dataclass
@@ -83,10 +84,10 @@ def make_iteration(method, config, runtime):
         if config.sft_updates or method == "sft":
             update(lambda: prfl.sft_loss(policy, x0, x1, t, context))
         if method == "prfl":
-            step = prfl.draw_step(config.seed, i, N)
+            step = prfl.draw_step(config.seed, i, N, PART[method])
             update(lambda: prfl.reward_update_loss(policy, reward, x_T, context, step, N)[0])
         elif method != "sft":
-            step = prfl.draw_step(config.seed, i, N, "late")
+            step = prfl.draw_step(config.seed, i, N, PART[method])
             update(lambda: refl_baseline.refl_update_loss(policy, reward, vae, x_T, context, step, N,
                                                           checkpointing=config.decoder_checkpointing)[0])
 
@@ -120,7 +121,12 @@ def main(config):
         for i in common.progress(range(config.rounds + 1), "rounds"):
             for method, iteration in iterations.items():        # in turn, so that all see the same machine
                 seconds[method].append(timed(iteration, i, runtime.device))
-        print(json.dumps({method: times[1:] for method, times in seconds.items()}))
+        N = config.num_inference_steps
+        steps = {method: [prfl.draw_step(config.seed, i, N, part) for i in range(config.rounds + 1)] for method, part in PART.items()}
+        ranges = {method: [N * third // 3 for third in prfl.PARTS[part]] for method, part in PART.items()}
+        print(json.dumps({"seconds": {method: times[1:] for method, times in seconds.items()},
+                          "steps": {method: drawn[1:] for method, drawn in steps.items()},
+                          "mean_step": {method: (first + 1 + last) / 2 for method, (first, last) in ranges.items()}}))
         return
     iteration = make_iteration(config.method, config, runtime)
     before = held(runtime.device)
