@@ -395,7 +395,8 @@ def table1(work):
     notes += ["Reward models on 400 held-out own samples, mean over seeds; t = 0 is the finished video, and at t > 0 pixels are "
               "decoded from the x_0 predicted in one step.", "", *reports_table(work, {"PAVRM": ()} | PIXELS)]
     alignment_study(work, "table1", "Table 1: PRFL and what it is compared with", variants,
-                    [("PRFL", other) for other in ("base", *list(variants)[:-1])], paper, notes)
+                    [*(("PRFL", other) for other in ("base", *list(variants)[:-1])), ("SFT", "RWR"),
+                     ("RWR", "RGB ReFL, first frame"), ("RGB ReFL, first frame", "base")], paper, notes)
 
 
 def table2(work):
