@@ -4,8 +4,9 @@
     python benchmarks/cost.py cell --method prfl --frames 33      one method at one size, in a process of its own
     python reproduce.py table4                                    every cell, and the table
 
-An iteration is what train_align.py makes of it: an SFT update, then the reward update at a step drawn as in training (all
-N for PRFL, the late third for ReFL). Memory: on CPU the peak resident set of this process less what it held before the
+An iteration is what train_align.py makes of it: an SFT update, then the reward update. Training draws the rewarded step from
+all N for PRFL, from the late third for ReFL, and an iteration's seconds are linear in it: here it is the mean of those steps
+(the two next to it in turn). Memory: on CPU the peak resident set of this process less what it held before the
 first update, when weights and optimizer were there; on a GPU torch's peak less the same. The generator is trained at 9
 frames of 32x32 only, and the reward models here not at all: what they cost is right, what they say means nothing.
 """
@@ -84,14 +85,20 @@ def make_iteration(method, config, runtime):
         if config.sft_updates or method == "sft":
             update(lambda: prfl.sft_loss(policy, x0, x1, t, context))
         if method == "prfl":
-            step = prfl.draw_step(config.seed, i, N, PART[method])
+            step = mean_step(method, i, N)
             update(lambda: prfl.reward_update_loss(policy, reward, x_T, context, step, N)[0])
         elif method != "sft":
-            step = prfl.draw_step(config.seed, i, N, PART[method])
+            step = mean_step(method, i, N)
             update(lambda: refl_baseline.refl_update_loss(policy, reward, vae, x_T, context, step, N,
                                                           checkpointing=config.decoder_checkpointing)[0])
 
     return iteration
+
+
+def mean_step(method, i, N):
+    """The mean of the steps that training draws from, or the two next to it in turn."""
+    first, last = (N * third // 3 for third in prfl.PARTS[PART[method]])
+    return (first + 1 + last + i % 2) // 2
 
 
 def timed(iteration, i, device):
@@ -121,12 +128,7 @@ def main(config):
         for i in common.progress(range(config.rounds + 1), "rounds"):
             for method, iteration in iterations.items():        # in turn, so that all see the same machine
                 seconds[method].append(timed(iteration, i, runtime.device))
-        N = config.num_inference_steps
-        steps = {method: [prfl.draw_step(config.seed, i, N, part) for i in range(config.rounds + 1)] for method, part in PART.items()}
-        ranges = {method: [N * third // 3 for third in prfl.PARTS[part]] for method, part in PART.items()}
-        print(json.dumps({"seconds": {method: times[1:] for method, times in seconds.items()},
-                          "steps": {method: drawn[1:] for method, drawn in steps.items()},
-                          "mean_step": {method: (first + 1 + last) / 2 for method, (first, last) in ranges.items()}}))
+        print(json.dumps({method: times[1:] for method, times in seconds.items()}))
         return
     iteration = make_iteration(config.method, config, runtime)
     before = held(runtime.device)
