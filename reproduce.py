@@ -269,9 +269,9 @@ def write_results(work, name, title, lines, values):
              "minutes_of_parts": round(sum(map(part_seconds, work.used)) / 60, 1)}
     folder = Path(work.config.results_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    text = "\n".join([f"# {title}", "", *lines, f"`{about['command']}` at {about['commit']}, {about['hardware']}, {work.jobs} parts "
-                      f"at a time. Its parts (runs and evaluations; tables share them) took {about['minutes_of_parts']} minutes in "
-                      f"sum, this call {about['minutes']}.", ""])
+    text = "\n".join([f"# {title}", "", *lines, f"`{about['command']}` at {about['commit']}, {about['hardware']}. Its parts (runs and "
+                      f"evaluations, shared with other tables; at a time: {work.jobs}) took {about['minutes_of_parts']} minutes in sum, "
+                      f"this call {about['minutes']}.", ""])
     (folder / f"{name}.md").write_text(text)
     common.write_json(folder / f"{name}.json", {"provenance": about, **values})
     print(text + f"\nwrote {folder / name}.md and .json")
