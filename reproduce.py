@@ -2,7 +2,7 @@
 
     python reproduce.py table1                    PRFL against the base, SFT, RWR and RGB ReFL
     python reproduce.py table3 --preset quick     one seed, fewer videos
-    python reproduce.py all --preset quick        everything
+    python reproduce.py all --preset quick        everything, in runs/reproduce/quick/results
 
 table1     base, RWR, SFT (at equal updates, at equal time), RGB ReFL (first frame, all frames), PRFL
 table2     image-to-video: base, SFT, PRFL
@@ -25,10 +25,12 @@ folder. Writes results/<name>.md and .json, and a .png where a curve says more (
 above zero, does not hold if it is below, and cannot be told otherwise. (table9's videos differ: unpaired there.)
 table5, table7, table8, labels and fig3 compare reward models: theirs train half as long as table1's.
 """
+import itertools
 import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -56,7 +58,7 @@ from weights import SHIPPED
 HERE = Path(__file__).resolve().parent
 BASE = SHIPPED["t2v"]
 I2V = ("--task", "i2v")                                         # among a part's flags: image-to-video
-RATES = (3e-5, 1e-4, 3e-4)                                 # of every method in table1's sweep
+RATES = {method: (3e-5, 1e-4, 3e-4) for method in ("prfl", "rwr", "refl")} | {"sft": (3e-5, 1e-4, 3e-4, 1e-3)}  # table1's sweep
 TUNED = {"prfl": 1e-4, "sft": 3e-4, "rwr": 1e-4, "refl": 1e-4}   # the best of the sweep in results/table1.md
 PIXELS = {f"pixels, {name}": ("--space", "rgb", "--frames", frames)
           for name, frames in (("first frame", "first"), ("all frames", "all"))}     # rows: train_reward flags
@@ -79,43 +81,60 @@ class Work:
     def __init__(self, config):
         self.config, self.preset = config, PRESETS[config.preset]
         self.folder = Path(config.output_dir) / config.preset
+        self.results = Path(config.results_dir or ("results" if config.preset == "full" else self.folder / "results"))
         self.seeds = range(config.seeds or self.preset["seeds"])
         # Small models gain little from a second thread: on CPU every part has one, and there are as many parts at a time.
         on_gpu = torch.cuda.is_available()
         self.jobs = 1 if on_gpu else os.cpu_count()
         self.environment = os.environ | ({} if on_gpu else {"OMP_NUM_THREADS": "1"})
-        self.started, self.used = time.time(), set()
+        self.started, self.used, self.children = time.time(), set(), []
 
     def run(self, parts):
         """Runs the unfinished ones of parts [(folder, file that it ends with, script, *flags)], side by side; training
-        goes on from its last checkpoint. Raises InputError with the last line of one that fails."""
-        self.used |= {folder for folder, *_ in parts}
-        parts = {folder: command for folder, last, *command in parts if not (folder / last).exists()}
-        bar = common.progress(len(parts), "parts")
+        goes on from its last checkpoint. Raises InputError with the last line of one that fails, or if a folder holds
+        another part."""
+        unfinished = {}
+        for folder, last, *command in parts:
+            words = shlex.join(map(str, (*command, "--output_dir", folder)))
+            check_part(folder, words)
+            self.used.add(folder)
+            if not (folder / last).exists():
+                unfinished[folder] = words
+        bar = common.progress(len(unfinished), "parts")
         with ThreadPoolExecutor(self.jobs) as pool:
-            running = [pool.submit(self._run, folder, command, bar) for folder, command in parts.items()]
+            running = [pool.submit(self._run, folder, words, bar) for folder, words in unfinished.items()]
             try:
                 for part in running:
                     part.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
+            except BaseException:                                   # Ctrl-C and kill end the parts too
+                pool.shutdown(wait=False, cancel_futures=True)
+                for child in self.children:
+                    child.terminate()
                 raise
         bar.close()
 
-    def _run(self, folder, command, bar):
-        script, *flags = map(str, command)
-        flags += ["--output_dir", str(folder)] + (["--resume", "latest"] if common.checkpoints(folder) else [])
-        words = shlex.join([script, *flags])
+    def _run(self, folder, words, bar):
+        script, *flags = shlex.split(words) + (["--resume", "latest"] if common.checkpoints(folder) else [])
         bar.write(f"$ python {words}")
         folder.mkdir(parents=True, exist_ok=True)
         start = time.time()
         with (folder / "log.txt").open("a") as log:
-            code = subprocess.run([sys.executable, HERE / script, *flags], stdout=log, stderr=log, env=self.environment).returncode
+            child = subprocess.Popen([sys.executable, HERE / script, *flags], stdout=log, stderr=log, env=self.environment)
+            self.children.append(child)
+            code = child.wait()
         note_part(folder, words, start)
         if code:
             said = (folder / "log.txt").read_text().strip().splitlines()[-1:]
             raise InputError(f"`python {words}` ended with code {code}: {' '.join(said)}")
         bar.update()
+
+
+def check_part(folder, words):
+    """A folder is known by its name; scripts' defaults and presets are not in it."""
+    path = folder / "part.json"
+    kept = json.loads(path.read_text())["command"].removesuffix(" --resume latest") if path.exists() else ""
+    if kept and kept != f"python {words}":
+        raise InputError(f"{folder} was made by `{kept}`, not by `python {words}`: remove it, or take another --output_dir")
 
 
 def note_part(folder, words, start):
@@ -143,6 +162,16 @@ def task_of(flags):
     return I2V if "i2v" in flags else ()
 
 
+def frames_of(flags):
+    return flags[flags.index("--frames") + 1]
+
+
+def judge_flags(method, flags):
+    """train_reward flags of the reward model that train_align takes with these flags."""
+    pixels = ("--space", "rgb", "--frames", frames_of(flags)) if method == "refl" else ()
+    return (*pixels, *task_of(flags))
+
+
 def reward_folder(work, seed, flags=()):
     return work.folder / f"seed-{seed}" / named("reward", flags)
 
@@ -163,11 +192,13 @@ def train_rewards(work, variants):
 
 def curated(work):
     """Shards of the curated set: 1,024 clean clips, as mp4 and then as latents."""
-    clips, shards = work.folder / "curated" / "clips", work.folder / "curated" / "latents"
-    if not (shards / "shards.json").exists():
-        for command in (("world", clips, "--count", 1024, "--seed", 500, "--kind", "clean"),
-                        ("encode", clips, "--out", shards)):
-            subprocess.run([sys.executable, HERE / "data.py", *map(str, command)], check=True)
+    clips, shards, count = work.folder / "curated" / "clips", work.folder / "curated" / "latents", 1024
+    index = shards / "shards.json"
+    if not index.exists() or sum(shard["count"] for shard in json.loads(index.read_text())["shards"]) < count:
+        for command in (("world", clips, "--count", count, "--seed", 500, "--kind", "clean"), ("encode", clips, "--out", shards)):
+            words = [str(word) for word in ("data.py", *command)]
+            if subprocess.run([sys.executable, HERE / words[0], *words[1:]]).returncode:
+                raise InputError(f"`python {shlex.join(words)}` failed")
     return shards
 
 
@@ -182,15 +213,14 @@ def align_folder(work, seed, method, flags=()):
 
 def train_aligned(work, runs):
     """runs: [(seed, method, train_align flags)]. prfl and refl make the preset's iterations, of two updates each, sft and
-    rwr as many updates, at the rates of TUNED, unless the flags say otherwise. refl's flags begin with --frames first | all."""
+    rwr as many updates, at the rates of TUNED, unless the flags say otherwise."""
     shards, parts = curated(work), []
     for seed, method, flags in runs:
-        twice = method in ("prfl", "refl")
+        two_updates = method in ("prfl", "refl")
         flags = at_a_rate(method, flags)
-        default = {"--max_train_steps": work.preset["iterations"] * (1 if twice else 2)}
+        default = {"--max_train_steps": work.preset["iterations"] * (1 if two_updates else 2)}
         if method != "sft":
-            judge = ("--space", "rgb", *flags[:2]) if method == "refl" else ()
-            default["--reward"] = reward_folder(work, seed, (*judge, *task_of(flags))) / "reward"
+            default["--reward"] = reward_folder(work, seed, judge_flags(method, flags)) / "reward"
         added = [word for flag, value in default.items() if flag not in flags for word in (flag, value)]
         parts.append((align_folder(work, seed, method, flags), "transformer/config.json", "train_align.py", "--method",
                       method, "--seed", seed, "--data", shards, *added, *flags))
@@ -242,6 +272,10 @@ def table(head, rows):
             *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
 
 
+def verdict(low, high, at=0.0):
+    return "holds" if low > at else "does not hold" if high < at else "cannot be told"
+
+
 def judge_claims(claims, values, paired=True):
     """claims [(better, worse)] of the paper, values {row: [seeds, videos]} -> [{...}] with verdicts. paired: the rows have
     the same videos."""
@@ -250,8 +284,13 @@ def judge_claims(claims, values, paired=True):
         a, b = values[better], values[worse]
         low, high = interval(np.subtract(a, b)) if paired else interval(a, b)
         found.append({"claim": f"{better} above {worse}", "difference": float(np.mean(a) - np.mean(b)), "interval": [low, high],
-                      "verdict": "holds" if low > 0 else "does not hold" if high < 0 else "cannot be told"})
+                      "verdict": verdict(low, high)})
     return found
+
+
+def seeds_of(work):
+    count = len(work.seeds)
+    return f"{count} seeds" if count > 1 else "1 seed: intervals are over videos alone"
 
 
 def claims_table(found):
@@ -267,14 +306,13 @@ def write_results(work, name, title, lines, values):
     about = {"command": f"python reproduce.py {name} --preset {work.config.preset}{seeds}", "commit": commit(),
              "hardware": device, "minutes": round((time.time() - work.started) / 60, 1),
              "minutes_of_parts": round(sum(map(part_seconds, work.used)) / 60, 1)}
-    folder = Path(work.config.results_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = "\n".join([f"# {title}", "", *lines, f"`{about['command']}` at {about['commit']}, {about['hardware']}, {work.jobs} parts "
-                      f"at a time. Its parts (runs and evaluations; tables share them) took {about['minutes_of_parts']} minutes in "
-                      f"sum, this call {about['minutes']}.", ""])
-    (folder / f"{name}.md").write_text(text)
-    common.write_json(folder / f"{name}.json", {"provenance": about, **values})
-    print(text + f"\nwrote {folder / name}.md and .json")
+    work.results.mkdir(parents=True, exist_ok=True)
+    said = (f"`{about['command']}` at {about['commit']}, {about['hardware']}. Its parts (runs and evaluations, shared with other "
+            f"tables; at a time: {work.jobs}) took {about['minutes_of_parts']} minutes in sum, this call {about['minutes']}.")
+    text = "\n".join([f"# {title}", "", *lines, said, ""])
+    (work.results / f"{name}.md").write_text(text)
+    common.write_json(work.results / f"{name}.json", {"provenance": about, **values})
+    print(text + f"\nwrote {work.results / name}.md and .json")
 
 
 def plot(work, name, panels):
@@ -292,7 +330,8 @@ def plot(work, name, panels):
         axis.set(title=title, xlabel=x_label)
         if len(curves) > 1 and (axis is axes[0][-1] or curves.keys() != list(panels.values())[-1][1].keys()):
             axis.legend(fontsize="x-small")
-    figure.savefig(Path(work.config.results_dir) / f"{name}.png", dpi=110)
+    work.results.mkdir(parents=True, exist_ok=True)
+    figure.savefig(work.results / f"{name}.png", dpi=110)
     pyplot.close(figure)
 
 
@@ -302,8 +341,7 @@ def alignment_study(work, name, title, variants, claims, paper, notes=()):
     or "<row>'s <metric>"; paper: {row: published value}."""
     task = task_of(next(iter(variants.values()))[1])
     base = SHIPPED["i2v" if task else "t2v"]
-    train_rewards(work, [task, *(("--space", "rgb", *flags[:2], *task) for method, flags in variants.values()
-                                 if method == "refl")])
+    train_rewards(work, dict.fromkeys([task, *(judge_flags(*run) for run in variants.values())]))
     train_aligned(work, [(seed, method, flags) for seed in work.seeds for method, flags in variants.values()])
     found = evaluations(work, named("test", task), {seed: {"base": base} | {row: align_folder(work, seed, *run)
                                                                             for row, run in variants.items()}
@@ -312,8 +350,8 @@ def alignment_study(work, name, title, variants, claims, paper, notes=()):
     rows = {row: {metric: summary([f[row][metric] for f in found]) for metric in metrics} for row in found[0]}
     claims = judge_claims(claims, {row: [f[row]["qualified"] for f in found] for row in rows} | {
         f"{row}'s {METRICS[metric]}": [f[row][metric] for f in found] for row in rows for metric in metrics})
-    lines = [f"Seeds: {len(found)}; {work.preset['videos']} held-out videos each, same prompts and noise in every row. The "
-             "paper's column is its average metric (another scale: compare orderings).", ""]
+    lines = [f"{work.preset['videos']} held-out videos, same prompts and noise in every row ({seeds_of(work)}). The paper's "
+             "column is its average metric (another scale: compare orderings).", ""]
     lines += table(["", "paper", *(METRICS[m] for m in metrics), "qualified, by seed"],
                    [[row, paper.get(row, ""), f"**{show(cells['qualified'])}**",
                      *(f"{cells[m]['mean']:.3f}" for m in metrics[1:]),
@@ -343,6 +381,9 @@ def steps_of_equal_time(work):
     return json.loads(path.read_text())
 
 
+HALF = "SFT, half as many updates"                         # those of PRFL and RGB ReFL, without their reward updates
+
+
 def table1_variants(work):
     """{row: (method, train_align flags)}"""
     steps = steps_of_equal_time(work)
@@ -350,7 +391,7 @@ def table1_variants(work):
             for name, frames in (("first frame", "first"), ("all frames", "all"))
             for time, more in (("", ()), (", equal time", ("--max_train_steps", steps[frames])))}
     return {"RWR": ("rwr", ()), "SFT": ("sft", ()), "SFT, equal time": ("sft", ("--max_train_steps", steps["sft"])),
-            **refl, "PRFL": ("prfl", ())}
+            HALF: ("sft", ("--max_train_steps", work.preset["iterations"])), **refl, "PRFL": ("prfl", ())}
 
 
 def reports_table(work, variants):
@@ -366,28 +407,31 @@ def reports_table(work, variants):
 def table1(work):
     variants = table1_variants(work)
     steps, iterations = steps_of_equal_time(work), work.preset["iterations"]
-    notes = [f"PRFL and RGB ReFL: {iterations} iterations, {2 * iterations} updates. SFT and RWR: {2 * iterations} updates. Equal "
-             f"time: {steps['sft']} updates of SFT, {steps['first']} and {steps['all']} iterations of RGB ReFL with the first frame "
-             "and with all, by the seconds of every kind of update in the methods' own runs.", ""]
+    notes = [f"PRFL and RGB ReFL: {iterations} iterations, {2 * iterations} updates. SFT and RWR: {2 * iterations} updates. "
+             f"Equal time: {steps['sft']} updates of SFT, {steps['first']} and {steps['all']} iterations of RGB ReFL with the "
+             "first frame and with all, by the seconds of every kind of update in the methods' own runs. What the reward models and their "
+             "samples took is not counted.", ""]
     paper = {"base": 81.03, "RWR": 84.17, "SFT": 84.79, "RGB ReFL, first frame": 83.97, "PRFL": 89.58}
-    train_rewards(work, PIXELS.values())
+    train_rewards(work, [(), *PIXELS.values()])
     if work.preset["sweep"]:
         runs = {(row, rate): (method, (*flags, "--learning_rate", rate)) for row, (method, flags) in variants.items()
-                for rate in RATES}
+                for rate in RATES[method]}
         train_aligned(work, [(seed, *run) for seed in work.seeds for run in runs.values()])
         judged = evaluations(work, "sweep", {seed: {key: align_folder(work, seed, *run) for key, run in runs.items()}
                                              for seed in work.seeds}, ("--split", "validation", "--seed", 50))
-        sweep = {row: {rate: float(np.mean([found[row, rate]["qualified"] for found in judged])) for rate in RATES}
-                 for row in variants}
+        sweep = {row: {rate: float(np.mean([found[row, rate]["qualified"] for found in judged])) for rate in RATES[method]}
+                 for row, (method, _) in variants.items()}
+        tried = sorted({rate for rates in sweep.values() for rate in rates})
         best = {row: max(rates, key=rates.get) for row, rates in sweep.items()}
         variants = {row: runs[row, best[row]] for row in variants}
         notes += ["Learning rates tried: qualified rate on validation sentences, which training and the table above never "
-                 "see, mean over the seeds. The best of each row is the one above.", "",
-                  *table(["", *(f"{rate:g}" for rate in RATES)],
-                         [[row, *(f"**{v:.3f}**" if rate == best[row] else f"{v:.3f}" for rate, v in rates.items())]
-                          for row, rates in sweep.items()])]
+                 "see, mean over the seeds. The best of each row is the one above. Other tables take "
+                  + ", ".join(f"{rate:g} ({method})" for method, rate in TUNED.items()) + ".", "",
+                  *table(["", *(f"{rate:g}" for rate in tried)],
+                         [[row, *(f"**{rates[rate]:.3f}**" if rate == best[row] else f"{rates[rate]:.3f}" if rate in rates else ""
+                                  for rate in tried)] for row, rates in sweep.items()])]
     train_aligned(work, [(seed, *run) for seed in work.seeds for run in variants.values()])
-    few = {row: variants[row] for row in ("SFT, equal time", "PRFL")}
+    few = {row: variants[row] for row in ("SFT, equal time", "RGB ReFL, all frames", "PRFL")}
     finer = evaluations(work, "40-steps", {seed: {"base": BASE} | {row: align_folder(work, seed, *run) for row, run in few.items()}
                                            for seed in work.seeds}, ("--num_inference_steps", 40))
     notes += ["The same checkpoints and noise sampled in 40 Euler steps, the paper's N, in place of 16:", "",
@@ -396,7 +440,8 @@ def table1(work):
               "decoded from the x_0 predicted in one step.", "", *reports_table(work, {"PAVRM": ()} | PIXELS)]
     alignment_study(work, "table1", "Table 1: PRFL and what it is compared with", variants,
                     [*(("PRFL", other) for other in ("base", *list(variants)[:-1])), ("SFT", "RWR"),
-                     ("RWR", "RGB ReFL, first frame"), ("RGB ReFL, first frame", "base")], paper, notes)
+                     ("RWR", "RGB ReFL, first frame"), ("RGB ReFL, first frame", "base"),
+                     *((f"RGB ReFL, {frames}", HALF) for frames in ("first frame", "all frames"))], paper, notes)
 
 
 def table2(work):
@@ -428,15 +473,16 @@ def loss(work):
                 "2 steps with gradients": ("prfl", ("--grad_steps", 2)),
                 "4 steps with gradients": ("prfl", ("--grad_steps", 4)),
                 "without SFT updates": ("prfl", ("--no-sft_updates",))}
-    first = next(iter(variants))
+    first, *_ = variants
+    others = "sigmoid hinge (released code)", "4 steps with gradients", "without SFT updates"
     alignment_study(work, "loss", "PRFL's own choices: loss form, lambda, steps with gradients, SFT updates", variants,
-                    [(first, other) for other in ("sigmoid hinge (released code)", "4 steps with gradients", "without SFT updates")], {},
+                    [(first, other) for other in others], {},
                     ["The paper has no table of these; the orderings are what it argues for, or does.", ""])
 
 
 def fig5(work):
-    variants = {row: run for row, run in table1_variants(work).items() if "equal time" not in row}
-    train_rewards(work, PIXELS.values())
+    variants = {row: run for row, run in table1_variants(work).items() if "equal time" not in row and row != HALF}
+    train_rewards(work, [(), *PIXELS.values()])
     train_aligned(work, [(seed, *run) for seed in work.seeds for run in variants.values()])
     found = evaluations(work, "test", {seed: {row: align_folder(work, seed, *run) for row, run in variants.items()}
                                        for seed in work.seeds})
@@ -446,11 +492,11 @@ def fig5(work):
         gap = np.array([f["PRFL"]["grade"] - f[row]["grade"] for f in found])
         share = [summary(gap > 0), summary(gap == 0), summary(gap < 0)]
         low, high = interval(np.sign(gap))
-        verdict = "holds" if low > 0 else "does not hold" if high < 0 else "cannot be told"
-        values[row] = {"win": share[0], "tie": share[1], "lose": share[2], "verdict": verdict}
-        rows.append([row, " / ".join(f"{v:.1f}" for v in paper.get(row, ())), *map(show, share), verdict])
+        values[row] = {"win": share[0], "tie": share[1], "lose": share[2], "verdict": verdict(low, high)}
+        rows.append([row, " / ".join(f"{v:.1f}" for v in paper.get(row, ())), *map(show, share), values[row]["verdict"]])
     write_results(work, "fig5", "Figure 5: PRFL against each, video by video", [
-        "Same prompt, same noise; the better grade (both axes, then the prompt) wins. The annotator judges, not people.", "",
+        "Same prompt, same noise; the better grade wins: the sum of both axes' (0, 1, 2), and 2 if it is true to the prompt. The "
+        "annotator judges, not people. Equal updates.", "",
         *table(["PRFL against", "paper, % win / tie / lose", "win", "tie", "lose", "more wins than losses"], rows)], values)
 
 
@@ -495,12 +541,13 @@ def hacking(work):
 def measured(work, name, *flags):
     """What benchmarks/cost.py prints for these flags; kept. One process at a time: it measures itself."""
     path = work.folder / "cost" / name / "measured.json"
+    script, *flags = "benchmarks/cost.py", *map(str, flags)
+    words = shlex.join([script, *flags])
+    check_part(path.parent, words)
     work.used.add(path.parent)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         start = time.time()
-        script, *flags = "benchmarks/cost.py", *map(str, flags)
-        words = shlex.join([script, *flags])
         print(f"$ python {words}", flush=True)
         done = subprocess.run([sys.executable, HERE / script, *flags], capture_output=True, text=True, env=work.environment)
         if done.returncode:
@@ -512,13 +559,10 @@ def measured(work, name, *flags):
 
 def longest(preset, method, decoded="first"):
     """The most frames (4 k + 1) of 832x480 that plan.py fits into 80 GB, weights cut over 8 GPUs, one clip on each."""
-    fits = 0
-    for frames in range(1, 402, 4):
+    for frames in itertools.count(1, 4):
         config = plan.Config("plan", preset, method=method, frames=frames, gpus=8, frames_decoded=decoded)
         if plan.costs(config, MODELS[preset])["with"]["peak"] > 80e9:
-            break
-        fits = frames
-    return fits
+            return frames - 4
 
 
 def table4(work):
@@ -536,8 +580,8 @@ def table4(work):
             for row in list(methods)[2:]:
                 ratio = seconds[row].mean() / seconds["PRFL"].mean()
                 low, high = np.quantile(seconds[row][draws].mean(1) / seconds["PRFL"][draws].mean(1), (0.025, 0.975))
-                ratios.append({"setting": label, "row": row, "ratio": ratio, "interval": [low, high], "verdict":
-                               "holds" if low > 1 else "does not hold" if high < 1 else "cannot be told"})
+                ratios.append({"setting": label, "row": row, "ratio": ratio, "interval": [low, high],
+                               "verdict": verdict(low, high, 1.0)})
                 shown.append(f"{ratio:.2f} [{low:.2f}, {high:.2f}]")
             speed.append([label, *(f"{x.mean():.3f}" for x in seconds.values()), *shown, 1.49 if without else 1.42])
     verdicts = [[row[0], *(r["verdict"] for r in ratios if r["setting"] == row[0])] for row in speed]
@@ -593,7 +637,7 @@ def judge_of(work, seed, flags):
     if "--space" not in flags:
         return load_pavrm(folder)
     base = load_transformer(BASE).eval().requires_grad_(False)
-    reward = refl_baseline.load_pixel_reward(folder, flags[3], base.config["text_dim"])
+    reward = refl_baseline.load_pixel_reward(folder, frames_of(flags), base.config["text_dim"])
     return partial(refl_baseline.judge, reward, refl_baseline.load_decoder(str(BASE), base.config["out_dim"]), base)
 
 
@@ -614,6 +658,20 @@ def accuracy_table(rows, paper):
                    *(f"{np.mean(cells[key]):.3f}" for key in ("balanced", "auc"))] for row, cells in rows.items()])
 
 
+def auc_values(logits, labels):
+    """logits [seeds, 5, m], labels [seeds, m] -> [seeds, 5, m], whose mean over videos is the AUC and whose spread is what
+    resampled videos would give it (the delta method)."""
+    values = np.zeros(logits.shape)
+    for seed, (found, label) in enumerate(zip(logits.double().numpy(), labels.numpy())):
+        good = label == 1
+        for i, x in enumerate(found):
+            wins = (x[good][:, None] > x[~good]) + 0.5 * (x[good][:, None] == x[~good])         # [good, bad]
+            area = wins.mean()
+            values[seed, i, good] = area + (wins.mean(1) - area) / good.mean()
+            values[seed, i, ~good] = area + (wins.mean(0) - area) / (1 - good.mean())
+    return values
+
+
 def balanced_values(right, labels):
     """right [seeds, 5, m], labels [seeds, m] -> [seeds, 5, m], whose mean over videos is balanced accuracy and whose spread
     is what resampled videos would give it (the delta method)."""
@@ -627,22 +685,26 @@ def balanced_values(right, labels):
 
 
 @torch.no_grad()
-def reward_study(work, name, title, variants, claims, paper, notes=()):
+def reward_study(work, name, title, variants, claims, paper, notes=(), by="accuracy"):
     """variants: {row: train_reward flags}; like alignment_study. Accuracy on one test set, t in each fifth of (0, 1]. Trained
-    half as long as the reward models of alignment: there are many, and they are compared with each other only."""
+    half as long as the reward models of alignment: there are many, and they are compared with each other only. by: what
+    claims are judged by, accuracy or AUC."""
     steps = work.preset["reward_steps"] // 2
     variants = {row: (*flags, "--max_train_steps", steps) for row, flags in variants.items()}
     train_rewards(work, variants.values())
     latents, context, labels = test_set(work)
-    right, rows = {}, {}
+    judged, rows = {}, {}
     for row, flags in variants.items():
         logits = torch.stack([interval_logits(judge_of(work, seed, flags), latents, context) for seed in work.seeds])
-        right[row], rows[row] = accuracy_row(logits, labels.expand(len(logits), -1))                # [seeds, 5, m]
-    claims = judge_claims(claims, {row: values.mean(1) for row, values in right.items()})
+        every = labels.expand(len(logits), -1)
+        right, rows[row] = accuracy_row(logits, every)                                              # [seeds, 5, m]
+        judged[row] = (auc_values(logits, every) if by == "AUC" else right).mean(1)
+    claims = judge_claims(claims, judged)
     lines = [f"Accuracy on {len(labels)} own samples that no reward model was trained on ({(labels == 1).double().mean():.0%} "
-             f"good), one random t in each fifth of (0, 1]; seeds: {len(work.seeds)}. Each trained for {steps} steps.", ""]
+             f"good), one random t in each fifth of (0, 1] ({seeds_of(work)}). Each trained for {steps} steps.", ""]
     lines += accuracy_table(rows, paper)
-    write_results(work, name, title, [*lines, *claims_table(claims), *notes], {"rows": rows, "claims": claims, "paper": paper})
+    write_results(work, name, title, [*lines, f"Judged by {by}, average:", "", *claims_table(claims), *notes],
+                  {"rows": rows, "claims": claims, "judged_by": by, "paper": paper})
     return rows
 
 
@@ -659,11 +721,12 @@ def table5(work):
 def table7(work):
     reward_study(work, "table7", "Table 7: binary cross-entropy or Bradley-Terry", {"BCE": (), "BT": ("--loss", "bt")},
                  [("BCE", "BT")], {"BCE": 80.05, "BT": 79.85},
-                 ["Bradley-Terry learns differences only; its logit has no zero, so look at its AUC too.", ""])
+                 ["Bradley-Terry learns differences only: its logit has no zero, accuracy is unfair to it, and AUC decides.", ""],
+                 by="AUC")
 
 
 def table8(work):
-    depths = {f"K = {k}": () if k == TRUNK else ("--depth", k) for k in range(1, TRUNK + 1) if k in (1, 2, 4, 6, 8)}
+    depths = {f"K = {k}": () if k == TRUNK else ("--depth", k) for k in (1, 2, 4, 6, 8) if k <= TRUNK}
     reward_study(work, "table8", "Table 8: blocks in the trunk", depths, [("K = 4", "K = 1"), ("K = 4", f"K = {TRUNK}")],
                  {}, [f"The paper, of 40 blocks: K = 8 84.18, 16 85.51, 24 85.25, 32 84.03, 40 83.27. The generator here has "
                       f"{TRUNK}; the orderings asked for are: a middle depth above the least and above all blocks.", ""])
@@ -695,14 +758,15 @@ def table9(work):
     others = [row for row in sets if row != own]
     balanced[mean] = np.concatenate([balanced[row] for row in others], 2)                       # [seeds, 5, 3 m]
     rows[mean] = {"average": summary(np.concatenate([right[row].mean(1) for row in others], 1)),
-                  **{key: np.mean([rows[row][key] for row in others], 0).tolist() for key in ("intervals", "balanced", "auc", "good")}}
+                  **{key: np.mean([rows[row][key] for row in others], 0).tolist()
+                     for key in ("intervals", "balanced", "auc", "good")}}
     claims = judge_claims([(own, row) for row in (*others, mean)], {row: x.mean(1) for row, x in balanced.items()}, paired=False)
     high, low = f"{mean}, in (.8, 1]", "in [0, .2]"
     claims += judge_claims([(high, low)], {high: balanced[mean][:, 4], low: balanced[mean][:, 0]})
     write_results(work, "table9", "Table 9: the reward model on other generators' videos", [
         f"{m} videos of each generator, new to the reward model (good: "
-        + ", ".join(f"{row} {cells['good']:.0%}" for row, cells in rows.items()) + f"), one random t in each fifth of (0, 1]; "
-        f"seeds: {len(work.seeds)}. As these shares differ, claims are judged by balanced accuracy, and unpaired, as the videos "
+        + ", ".join(f"{row} {cells['good']:.0%}" for row, cells in rows.items()) + f"), one random t in each fifth of (0, 1] "
+        f"({seeds_of(work)}). As these shares differ, claims are judged by balanced accuracy, and unpaired, as the videos "
         "differ (the last one: paired). SFT and PRFL began at the own base; PRFL learned from this very reward model.", "",
         *accuracy_table(rows, {own: 84.13, mean: 74.40}), *claims_table(claims),
         "The paper, on other generators: best in (.8, 1], 81.00, and worst in [0, .2], 70.00.", ""],
@@ -786,13 +850,13 @@ class Config:
     preset: str = arg("full", "full is what results/ holds", choices=tuple(PRESETS))
     seeds: int | None = arg(None, "seeds; without, the preset's", above=0)
     output_dir: str = arg("runs/reproduce", "where the parts are kept")
-    results_dir: str = arg("results", "where the tables go")
+    results_dir: str | None = arg(None, "where the tables go; without, results for full, OUTPUT_DIR/quick/results for quick")
 
 
 def main(config):
-    work = Work(config)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))         # an exception, so that Work.run ends its parts
     for name in STUDIES if config.name == "all" else (config.name,):
-        STUDIES[name](work)
+        STUDIES[name](Work(config))
 
 
 if __name__ == "__main__":

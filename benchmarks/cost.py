@@ -10,6 +10,7 @@ all N for PRFL, from the late third for ReFL, and an iteration's seconds are lin
 first update, when weights and optimizer were there; on a GPU torch's peak less the same. The generator is trained at 9
 frames of 32x32 only, and the reward models here not at all: what they cost is right, what they say means nothing.
 """
+import contextlib
 import ctypes
 import dataclasses
 import gc
@@ -110,14 +111,24 @@ def timed(iteration, i, device):
 
 
 def held(device):
-    """Bytes held now: on CPU the resident set, after freed memory went back to the system."""
+    """Bytes held now, from where the peak is counted: on CPU the resident set, after freed memory went back to the system
+    (other systems than Linux: the peak so far)."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
+    if sys.platform != "linux":
+        return peak(device)
+    ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):                          # not every sandbox lets the peak be set back
+        Path("/proc/self/clear_refs").write_text("5")
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def peak(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main(config):
@@ -133,9 +144,7 @@ def main(config):
     iteration = make_iteration(config.method, config, runtime)
     before = held(runtime.device)
     seconds = [timed(iteration, i, runtime.device) for i in range(config.rounds + 1)][1:]
-    peak = torch.cuda.max_memory_allocated() if runtime.device.type == "cuda" else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({**dataclasses.asdict(config), "seconds": seconds, "bytes": peak - before}))
+    print(json.dumps({**dataclasses.asdict(config), "seconds": seconds, "bytes": peak(runtime.device) - before}))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 import common
 import data
 import evaluate
+import pavrm
 import pretrain
 import reproduce
 import sample
@@ -342,6 +343,17 @@ def test_balanced_values_have_the_mean_and_the_spread_of_balanced_accuracy():
     assert reproduce.interval(values.mean(1)) == pytest.approx(wanted, abs=0.003)
 
 
+def test_auc_values_have_the_mean_and_the_spread_of_the_auc():
+    g = torch.Generator().manual_seed(0)
+    labels = (torch.rand(1, 600, generator=g) < 0.3).long()
+    logits = torch.randn(1, 5, 600, generator=g) + 0.8 * labels[:, None]
+    values = reproduce.auc_values(logits, labels)
+    assert values.mean(2)[0] == pytest.approx([pavrm.auc(row, labels[0]) for row in logits[0]])
+    picks = torch.randint(0, 600, (1000, 600), generator=g)
+    wanted = np.quantile([pavrm.auc(logits[0, 0, pick], labels[0, pick]) for pick in picks], (0.025, 0.975))
+    assert reproduce.interval(values[:, 0]) == pytest.approx(wanted, abs=0.005)
+
+
 def test_table9_of_a_reward_model_that_errs_on_other_generators_near_clean(tmp_path, monkeypatch):
     """It is right on its own base, and on the others of a fifth of their videos it is not, where t < .2."""
     def test_set(work, folder=None, generator=None):
@@ -404,7 +416,7 @@ def test_equal_time_is_that_of_the_updates_in_each_methods_own_run(tmp_path, mon
     assert reproduce.steps_of_equal_time(work) == {"sft": 240, "first": 48, "all": 20}
     variants = reproduce.table1_variants(work)
     assert variants["RGB ReFL, all frames, equal time"] == ("refl", ("--frames", "all", "--max_train_steps", 20))
-    assert list(variants)[-1] == "PRFL" and len(variants) == 8
+    assert list(variants)[-1] == "PRFL" and len(variants) == 9
 
 
 def test_reproduce_keeps_finished_parts_and_names_the_one_that_fails(tmp_path, capsys, monkeypatch):
@@ -423,7 +435,9 @@ def test_reproduce_keeps_finished_parts_and_names_the_one_that_fails(tmp_path, c
     again = json.loads((tmp_path / "table7.json").read_text())
     assert again["provenance"]["minutes_of_parts"] == found["provenance"]["minutes_of_parts"] and again["rows"] == found["rows"]
     monkeypatch.setitem(tiny, "samples", 64)
-    (tmp_path / "runs/quick/seed-0/reward-max_train_steps-1/report.json").unlink()
-    with pytest.raises(SystemExit) as ended:
-        run()
-    assert ended.value.code == 2 and "train_reward.py" in capsys.readouterr().err.splitlines()[-1]
+    refused = lambda: pytest.raises(SystemExit, run).value.code == 2 and capsys.readouterr().err.splitlines()[-1]
+    said = refused()
+    assert "was made by" in said and "--num_samples 640 " in said and "--num_samples 64 " in said
+    shutil.rmtree(tmp_path / "runs/quick/seed-0/reward-max_train_steps-1")     # made anew: but the samples there are others
+    said = refused()
+    assert "ended with code 2" in said and "train_reward.py" in said
