@@ -409,8 +409,8 @@ def table1(work):
     steps, iterations = steps_of_equal_time(work), work.preset["iterations"]
     notes = [f"PRFL and RGB ReFL: {iterations} iterations, {2 * iterations} updates. SFT and RWR: {2 * iterations} updates. "
              f"Equal time: {steps['sft']} updates of SFT, {steps['first']} and {steps['all']} iterations of RGB ReFL with the "
-             "first frame and with all, by the seconds of every kind of update in the methods' own runs. What the reward models and their "
-             "samples took is not counted.", ""]
+             "first frame and with all, by the seconds of every kind of update in the methods' own runs. What the reward models "
+             "and their samples took is not counted.", ""]
     paper = {"base": 81.03, "RWR": 84.17, "SFT": 84.79, "RGB ReFL, first frame": 83.97, "PRFL": 89.58}
     train_rewards(work, [(), *PIXELS.values()])
     if work.preset["sweep"]:
