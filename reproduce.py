@@ -2,7 +2,7 @@
 
     python reproduce.py table1                    PRFL against the base, SFT, RWR and RGB ReFL
     python reproduce.py table3 --preset quick     one seed, fewer videos
-    python reproduce.py all --preset quick        everything, in runs/reproduce/quick/results
+    python reproduce.py all --preset quick        everything
 
 table1     base, RWR, SFT (at equal updates, at equal time), RGB ReFL (first frame, all frames), PRFL
 table2     image-to-video: base, SFT, PRFL
@@ -81,7 +81,7 @@ class Work:
     def __init__(self, config):
         self.config, self.preset = config, PRESETS[config.preset]
         self.folder = Path(config.output_dir) / config.preset
-        self.results = Path(config.results_dir or ("results" if config.preset == "full" else self.folder / "results"))
+        self.results = Path(config.results_dir)
         self.seeds = range(config.seeds or self.preset["seeds"])
         # Small models gain little from a second thread: on CPU every part has one, and there are as many parts at a time.
         on_gpu = torch.cuda.is_available()
@@ -850,7 +850,7 @@ class Config:
     preset: str = arg("full", "full is what results/ holds", choices=tuple(PRESETS))
     seeds: int | None = arg(None, "seeds; without, the preset's", above=0)
     output_dir: str = arg("runs/reproduce", "where the parts are kept")
-    results_dir: str | None = arg(None, "where the tables go; without, results for full, OUTPUT_DIR/quick/results for quick")
+    results_dir: str = arg("results", "where the tables go; those of before are overwritten, whatever their preset")
 
 
 def main(config):
