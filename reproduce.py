@@ -213,7 +213,8 @@ def align_folder(work, seed, method, flags=()):
 
 def train_aligned(work, runs):
     """runs: [(seed, method, train_align flags)]. prfl and refl make the preset's iterations, of two updates each, sft and
-    rwr as many updates, at the rates of TUNED, unless the flags say otherwise."""
+    rwr as many updates, at the rates of TUNED, unless the flags say otherwise. Their reward models come first."""
+    train_rewards(work, dict.fromkeys(judge_flags(method, flags) for _, method, flags in runs if method != "sft"))
     shards, parts = curated(work), []
     for seed, method, flags in runs:
         two_updates = method in ("prfl", "refl")
@@ -231,6 +232,7 @@ def evaluations(work, name, rows_of, flags=()):
     """rows_of: {seed: {row: checkpoint folder}} -> [{row: {metric: array over videos}}], one dict a seed, the last row
     of each "clean renders". name: of the test videos and sampler that the evaluate.py flags stand for. A checkpoint is
     evaluated once under a name, whichever tables ask for it."""
+    train_rewards(work, [task_of(flags)])
     where = lambda seed, folder: work.folder / f"seed-{seed}" / f"evaluation-{name}" / folder.name
     work.run([(where(seed, folder), "per_video.json", "evaluate.py", f"model={folder}", "--num_videos", work.preset["videos"],
                "--reward", reward_folder(work, seed, task_of(flags)) / "reward", *flags)
@@ -328,8 +330,7 @@ def plot(work, name, panels):
         for label, (x, y) in curves.items():
             axis.plot(x, y, marker=".", label=label)
         axis.set(title=title, xlabel=x_label)
-        if len(curves) > 1 and (axis is axes[0][-1] or curves.keys() != list(panels.values())[-1][1].keys()):
-            axis.legend(fontsize="x-small")
+        axis.legend(fontsize="x-small")
     work.results.mkdir(parents=True, exist_ok=True)
     figure.savefig(work.results / f"{name}.png", dpi=110)
     pyplot.close(figure)
@@ -341,7 +342,6 @@ def alignment_study(work, name, title, variants, claims, paper, notes=()):
     or "<row>'s <metric>"; paper: {row: published value}."""
     task = task_of(next(iter(variants.values()))[1])
     base = SHIPPED["i2v" if task else "t2v"]
-    train_rewards(work, dict.fromkeys([task, *(judge_flags(*run) for run in variants.values())]))
     train_aligned(work, [(seed, method, flags) for seed in work.seeds for method, flags in variants.values()])
     found = evaluations(work, named("test", task), {seed: {"base": base} | {row: align_folder(work, seed, *run)
                                                                             for row, run in variants.items()}
@@ -374,7 +374,6 @@ def steps_of_equal_time(work):
     training not counted). Measured once and kept."""
     path = work.folder / "equal_time.json"
     if not path.exists():
-        train_rewards(work, [(), *PIXELS.values()])
         updates = work.preset["iterations"] * iteration_in_sft_updates(work, "prfl")
         refl = {frames: iteration_in_sft_updates(work, "refl", ("--frames", frames)) for frames in ("first", "all")}
         common.write_json(path, {"sft": round(updates)} | {frames: round(updates / cost) for frames, cost in refl.items()})
@@ -396,6 +395,7 @@ def table1_variants(work):
 
 def reports_table(work, variants):
     """What the reward models of variants {row: train_reward flags} said of their held-out samples, mean over seeds."""
+    train_rewards(work, variants.values())
     reports = {row: [json.loads((reward_folder(work, seed, flags) / "report.json").read_text()) for seed in work.seeds]
                for row, flags in variants.items()}
     return table(["", "[0, .2]", "(.2, .4]", "(.4, .6]", "(.6, .8]", "(.8, 1]", "t = 0"],
@@ -412,7 +412,6 @@ def table1(work):
              "first frame and with all, by the seconds of every kind of update in the methods' own runs. What the reward models "
              "and their samples took is not counted.", ""]
     paper = {"base": 81.03, "RWR": 84.17, "SFT": 84.79, "RGB ReFL, first frame": 83.97, "PRFL": 89.58}
-    train_rewards(work, [(), *PIXELS.values()])
     if work.preset["sweep"]:
         runs = {(row, rate): (method, (*flags, "--learning_rate", rate)) for row, (method, flags) in variants.items()
                 for rate in RATES[method]}
@@ -445,7 +444,6 @@ def table1(work):
 
 
 def table2(work):
-    train_rewards(work, [I2V])
     alignment_study(work, "table2", "Table 2: image-to-video", {"SFT": ("sft", I2V), "PRFL": ("prfl", I2V)},
                     [("PRFL", "base"), ("PRFL", "SFT"), *((f"PRFL's {metric}", f"base's {metric}")
                                                           for metric in ("dynamic", "I2V subject"))],
@@ -482,7 +480,6 @@ def loss(work):
 
 def fig5(work):
     variants = {row: run for row, run in table1_variants(work).items() if "equal time" not in row and row != HALF}
-    train_rewards(work, [(), *PIXELS.values()])
     train_aligned(work, [(seed, *run) for seed in work.seeds for run in variants.values()])
     found = evaluations(work, "test", {seed: {row: align_folder(work, seed, *run) for row, run in variants.items()}
                                        for seed in work.seeds})
@@ -729,13 +726,12 @@ def table8(work):
     depths = {f"K = {k}": () if k == TRUNK else ("--depth", k) for k in (1, 2, 4, 6, 8) if k <= TRUNK}
     reward_study(work, "table8", "Table 8: blocks in the trunk", depths, [("K = 4", "K = 1"), ("K = 4", f"K = {TRUNK}")],
                  {}, [f"The paper, of 40 blocks: K = 8 84.18, 16 85.51, 24 85.25, 32 84.03, 40 83.27. The generator here has "
-                      f"{TRUNK}; the orderings asked for are: a middle depth above the least and above all blocks.", ""])
+                      f"{TRUNK}; its counterpart of the paper's peak: a middle depth above the least and above all blocks.", ""])
 
 
 @torch.no_grad()
 def table9(work):
     """Every seed's reward model on videos of its own base, of what that became, and of the image-to-video base."""
-    train_rewards(work, [()])
     train_aligned(work, [(seed, method, ()) for seed in work.seeds for method in ("sft", "prfl")])
     aligned = lambda seed, method: (align_folder(work, seed, method) / "test_samples", align_folder(work, seed, method))
     own, mean = "own base", "the other three, mean"

@@ -85,11 +85,10 @@ def make_iteration(method, config, runtime):
         t = common.uniform(config.seed, "t", i, indices).to(runtime.device)
         if config.sft_updates or method == "sft":
             update(lambda: prfl.sft_loss(policy, x0, x1, t, context))
+        step = mean_step(method, i, N) if method in PART else None
         if method == "prfl":
-            step = mean_step(method, i, N)
             update(lambda: prfl.reward_update_loss(policy, reward, x_T, context, step, N)[0])
         elif method != "sft":
-            step = mean_step(method, i, N)
             update(lambda: refl_baseline.refl_update_loss(policy, reward, vae, x_T, context, step, N,
                                                           checkpointing=config.decoder_checkpointing)[0])
 

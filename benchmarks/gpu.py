@@ -197,8 +197,6 @@ def main(config):
             rows.append(measure(name, config, c, runtime))
         except torch.OutOfMemoryError:
             rows.append({"update": name, "note": "out of memory"})
-        if device.type == "cuda":
-            torch.cuda.empty_cache()            # between rows: the next model is another
         print(json.dumps(rows[-1]), flush=True)
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
