@@ -25,7 +25,6 @@ Axes: b batch, c channels, f frames, h height, w width.
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -36,6 +35,7 @@ import world
 from common import InputError, arg
 from model import first_frame_condition, load_text_encoder, load_transformer
 from pavrm import load_pavrm
+from report import interval, show, table
 from vae import from_pixels, load_vae, to_pixels
 from weights import TASKS, resolve_model
 
@@ -102,16 +102,15 @@ def measure(videos, prompts, given=None):
     return {name: values.double().numpy() for name, values in out.items()} | {"grade": grade.numpy()}
 
 
-def bootstrap(values, seed=0, rounds=2000):
-    """95 % interval of the mean of values [m]: resampled videos."""
-    picks = np.random.default_rng(seed).integers(0, len(values), (rounds, len(values)))
-    return tuple(float(x) for x in np.quantile(values[picks].mean(1), (0.025, 0.975)))
+def summary(values):
+    """values [m] -> {"mean", "interval"}: 95 %, from resampled videos."""
+    return {"mean": float(values.mean()), "interval": interval(values[None])}
 
 
 def compare(a, b):
     """b against a, video by video: difference in qualified rate with its paired 95 % interval, win / tie / lose."""
-    difference = b["qualified"] - a["qualified"]
-    return {"qualified_difference": float(difference.mean()), "interval": bootstrap(difference),
+    difference = summary(b["qualified"] - a["qualified"])
+    return {"qualified_difference": difference["mean"], "interval": difference["interval"],
             "win": float((b["grade"] > a["grade"]).mean()), "tie": float((b["grade"] == a["grade"]).mean()),
             "lose": float((b["grade"] < a["grade"]).mean())}
 
@@ -119,19 +118,13 @@ def compare(a, b):
 def markdown(rows, pairs):
     """The tables of table.md: metrics with intervals, then the comparisons with the first row."""
     names = [name for name in TABLE if any(name in row for row in rows.values())]
-    lines = ["| | " + " | ".join(TABLE[n] for n in names) + " |", "|---" * (len(names) + 1) + "|"]
-    for label, row in rows.items():
-        cells = [f"{row[n]['mean']:.3f} [{row[n]['interval'][0]:.3f}, {row[n]['interval'][1]:.3f}]" if n in row else ""
-                 for n in names]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    lines = table(["", *(TABLE[name] for name in names)],
+                  [[label, *(show(**row[name]) if name in row else "" for name in names)] for label, row in rows.items()])
     if pairs:
-        first = next(iter(rows))
-        lines += ["", f"| against {first} | qualified, difference | win | tie | lose |", "|---|---|---|---|---|"]
-        for label, pair in pairs.items():
-            low, high = pair["interval"]
-            lines.append(f"| {label} | {pair['qualified_difference']:+.3f} [{low:+.3f}, {high:+.3f}] | "
-                         + " | ".join(f"{pair[k]:.3f}" for k in ("win", "tie", "lose")) + " |")
-    return "\n".join(lines) + "\n"
+        lines += table([f"against {next(iter(rows))}", "qualified, difference", "win", "tie", "lose"],
+                       [[label, show(pair["qualified_difference"], pair["interval"], "+"),
+                         *(f"{pair[key]:.3f}" for key in ("win", "tie", "lose"))] for label, pair in pairs.items()])
+    return "\n".join(lines)
 
 
 @torch.no_grad()
@@ -178,15 +171,15 @@ def main(config):
     videos["clean renders"] = torch.cat([to_pixels(vae.decode(x)).cpu() for x in given.split(128)])
     found["clean renders"] = measure(videos["clean renders"], prompts, clean if image_to_video else None)
 
-    rows = {name: {metric: {"mean": float(values.mean()), "interval": bootstrap(values)}
-                   for metric, values in metrics.items() if metric != "grade"} for name, metrics in found.items()}
+    rows = {name: {metric: summary(values) for metric, values in metrics.items() if metric != "grade"}
+            for name, metrics in found.items()}
     first = next(iter(named))
     pairs = {name: compare(found[first], found[name]) for name in named if name != first}
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    table = markdown(rows, pairs)
+    tables = markdown(rows, pairs)
     (folder / "table.md").write_text(f"{n} held-out prompts, same noise, {config.num_inference_steps} Euler steps; "
-                                     "95 % bootstrap intervals.\n\n" + table)
+                                     "95 % bootstrap intervals.\n\n" + tables)
     common.write_json(folder / "table.json", {"config": {k: v for k, v in vars(config).items()}, "rows": rows,
                                               "against_first": pairs})
     common.write_json(folder / "per_video.json", {name: {metric: [round(v, 4) for v in values.astype(float).tolist()]
@@ -198,7 +191,7 @@ def main(config):
     wall = torch.stack([videos[name][:min(8, n)] for name in named])                            # [m, 8, f, h, w, 3]
     wall = wall.permute(2, 0, 3, 1, 4, 5).flatten(3, 4).flatten(1, 2)                           # [f, m h, 8 w, 3]
     data.write_video(folder / "side_by_side.mp4", wall.repeat_interleave(3, 1).repeat_interleave(3, 2), fps=world.FPS)
-    print(table)
+    print(tables)
     print(f"wrote {folder}/table.md, table.json, per_video.json, videos.png and side_by_side.mp4")
     common.teardown()
 

@@ -27,15 +27,9 @@ table5, table7, table8, labels and fig3 compare reward models: theirs train half
 """
 import itertools
 import json
-import os
-import platform
-import shlex
 import signal
-import subprocess
 import sys
 import tempfile
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,295 +39,27 @@ import torch
 
 import common
 import data
+import parts
 import plan
 import refl_baseline
 import world
 from common import InputError, arg
 from model import PRESETS as MODELS
 from model import load_transformer
+from parts import I2V, align_folder, evaluations, named, reward_folder, task_of, train_aligned, train_rewards
 from pavrm import interval_logits, interval_metrics, load_pavrm
+from report import auc_values, balanced_values, claims_table, interval, judge_claims, plot, show, summary, table, verdict
 from vae import from_pixels, load_vae, to_pixels
 from weights import SHIPPED
 
-HERE = Path(__file__).resolve().parent
 BASE = SHIPPED["t2v"]
-I2V = ("--task", "i2v")                                         # among a part's flags: image-to-video
 RATES = {method: (3e-5, 1e-4, 3e-4) for method in ("prfl", "rwr", "refl")} | {"sft": (3e-5, 1e-4, 3e-4, 1e-3)}  # table1's sweep
-TUNED = {"prfl": 1e-4, "sft": 3e-4, "rwr": 1e-4, "refl": 1e-4}   # the best of the sweep in results/table1.md
 PIXELS = {f"pixels, {name}": ("--space", "rgb", "--frames", frames)
           for name, frames in (("first frame", "first"), ("all frames", "all"))}     # rows: train_reward flags
 TRUNK = json.loads((BASE / "transformer" / "config.json").read_text())["num_layers"]
-PRESETS = {
-    "quick": {"seeds": 1, "sweep": False, "videos": 256, "samples": 4096, "reward_steps": 600, "iterations": 80,
-              "tested": 1024, "rounds": 4, "clips": 400},
-    "full": {"seeds": 3, "sweep": True, "videos": 512, "samples": 16384, "reward_steps": 1600, "iterations": 120,
-             "tested": 2048, "rounds": 16, "clips": 2000},
-}
 METRICS = {"qualified": "qualified", "physical_qualified": "physical", "deformity_qualified": "deformity",
            "adherent": "adherent", "smoothness": "smoothness", "dynamic": "dynamic", "consistency": "consistency",
            "i2v_subject": "I2V subject", "speed": "speed", "brightness": "brightness", "saturation": "saturation"}
-
-
-# ---- parts: calls of the other scripts, kept
-class Work:
-    """Where the parts of a preset lie, and how they are run."""
-
-    def __init__(self, config):
-        self.config, self.preset = config, PRESETS[config.preset]
-        self.folder = Path(config.output_dir) / config.preset
-        self.results = Path(config.results_dir)
-        self.seeds = range(config.seeds or self.preset["seeds"])
-        # Small models gain little from a second thread: on CPU every part has one, and there are as many parts at a time.
-        on_gpu = torch.cuda.is_available()
-        self.jobs = 1 if on_gpu else os.cpu_count()
-        self.environment = os.environ | ({} if on_gpu else {"OMP_NUM_THREADS": "1"})
-        self.started, self.used, self.children = time.time(), set(), []
-
-    def run(self, parts):
-        """Runs the unfinished ones of parts [(folder, file that it ends with, script, *flags)], side by side; training
-        goes on from its last checkpoint. Raises InputError with the last line of one that fails, or if a folder holds
-        another part."""
-        unfinished = {}
-        for folder, last, *command in parts:
-            words = shlex.join(map(str, (*command, "--output_dir", folder)))
-            check_part(folder, words)
-            self.used.add(folder)
-            if not (folder / last).exists():
-                unfinished[folder] = words
-        bar = common.progress(len(unfinished), "parts")
-        with ThreadPoolExecutor(self.jobs) as pool:
-            running = [pool.submit(self._run, folder, words, bar) for folder, words in unfinished.items()]
-            try:
-                for part in running:
-                    part.result()
-            except BaseException:                                   # Ctrl-C and kill end the parts too
-                pool.shutdown(wait=False, cancel_futures=True)
-                for child in self.children:
-                    child.terminate()
-                raise
-        bar.close()
-
-    def _run(self, folder, words, bar):
-        script, *flags = shlex.split(words) + (["--resume", "latest"] if common.checkpoints(folder) else [])
-        bar.write(f"$ python {words}")
-        folder.mkdir(parents=True, exist_ok=True)
-        start = time.time()
-        with (folder / "log.txt").open("a") as log:
-            child = subprocess.Popen([sys.executable, HERE / script, *flags], stdout=log, stderr=log, env=self.environment)
-            self.children.append(child)
-            code = child.wait()
-        note_part(folder, words, start)
-        if code:
-            said = (folder / "log.txt").read_text().strip().splitlines()[-1:]
-            raise InputError(f"`python {words}` ended with code {code}: {' '.join(said)}")
-        bar.update()
-
-
-def check_part(folder, words):
-    """A folder is known by its name; scripts' defaults and presets are not in it."""
-    path = folder / "part.json"
-    kept = json.loads(path.read_text())["command"].removesuffix(" --resume latest") if path.exists() else ""
-    if kept and kept != f"python {words}":
-        raise InputError(f"{folder} was made by `{kept}`, not by `python {words}`: remove it, or take another --output_dir")
-
-
-def note_part(folder, words, start):
-    """Keeps what ran in folder, and its seconds, an interrupted run's before included."""
-    seconds = part_seconds(folder) + time.time() - start
-    common.write_json(folder / "part.json", {"command": f"python {words}", "commit": commit(), "seconds": seconds})
-
-
-def part_seconds(folder):
-    path = folder / "part.json"
-    return json.loads(path.read_text())["seconds"] if path.exists() else 0
-
-
-def commit():
-    said = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
-    return said.stdout.strip() or "no commit"
-
-
-def named(prefix, flags):
-    """A folder name that says what was run, so that two tables that need the same part share it."""
-    return "-".join([prefix, *(str(flag).removeprefix("--").replace("/", "_") for flag in flags)])
-
-
-def task_of(flags):
-    return I2V if "i2v" in flags else ()
-
-
-def frames_of(flags):
-    return flags[flags.index("--frames") + 1]
-
-
-def judge_flags(method, flags):
-    """train_reward flags of the reward model that train_align takes with these flags."""
-    pixels = ("--space", "rgb", "--frames", frames_of(flags)) if method == "refl" else ()
-    return (*pixels, *task_of(flags))
-
-
-def reward_folder(work, seed, flags=()):
-    return work.folder / f"seed-{seed}" / named("reward", flags)
-
-
-def train_rewards(work, variants):
-    """A reward model per seed and entry of variants (train_reward flags), all on the seed's own samples (of a task)."""
-    def part(seed, flags):
-        count = () if "--num_samples" in flags else (
-            "--num_samples", work.preset["samples"],
-            "--samples_dir", work.folder / f"seed-{seed}" / named("samples", task_of(flags)))
-        return (reward_folder(work, seed, flags), "report.json", "train_reward.py", "--seed", seed, *count,
-                "--max_train_steps", work.preset["reward_steps"], *flags)
-
-    first = {task_of(flags): flags for flags in reversed(list(variants)) if "--num_samples" not in flags}
-    work.run([part(seed, flags) for seed in work.seeds for flags in first.values()])           # makes the samples
-    work.run([part(seed, flags) for seed in work.seeds for flags in variants])
-
-
-def curated(work):
-    """Shards of the curated set: 1,024 clean clips, as mp4 and then as latents."""
-    clips, shards, count = work.folder / "curated" / "clips", work.folder / "curated" / "latents", 1024
-    index = shards / "shards.json"
-    if not index.exists() or sum(shard["count"] for shard in json.loads(index.read_text())["shards"]) < count:
-        for command in (("world", clips, "--count", count, "--seed", 500, "--kind", "clean"), ("encode", clips, "--out", shards)):
-            words = [str(word) for word in ("data.py", *command)]
-            if subprocess.run([sys.executable, HERE / words[0], *words[1:]]).returncode:
-                raise InputError(f"`python {shlex.join(words)}` failed")
-    return shards
-
-
-def at_a_rate(method, flags):
-    """flags, with the tuned learning rate if they name none: a run is known by its rate."""
-    return flags if "--learning_rate" in flags else (*flags, "--learning_rate", TUNED[method])
-
-
-def align_folder(work, seed, method, flags=()):
-    return work.folder / f"seed-{seed}" / named(method, at_a_rate(method, flags))
-
-
-def train_aligned(work, runs):
-    """runs: [(seed, method, train_align flags)]. prfl and refl make the preset's iterations, of two updates each, sft and
-    rwr as many updates, at the rates of TUNED, unless the flags say otherwise. Their reward models come first."""
-    train_rewards(work, dict.fromkeys(judge_flags(method, flags) for _, method, flags in runs if method != "sft"))
-    shards, parts = curated(work), []
-    for seed, method, flags in runs:
-        two_updates = method in ("prfl", "refl")
-        flags = at_a_rate(method, flags)
-        default = {"--max_train_steps": work.preset["iterations"] * (1 if two_updates else 2)}
-        if method != "sft":
-            default["--reward"] = reward_folder(work, seed, judge_flags(method, flags)) / "reward"
-        added = [word for flag, value in default.items() if flag not in flags for word in (flag, value)]
-        parts.append((align_folder(work, seed, method, flags), "transformer/config.json", "train_align.py", "--method",
-                      method, "--seed", seed, "--data", shards, *added, *flags))
-    work.run(parts)
-
-
-def evaluations(work, name, rows_of, flags=()):
-    """rows_of: {seed: {row: checkpoint folder}} -> [{row: {metric: array over videos}}], one dict a seed, the last row
-    of each "clean renders". name: of the test videos and sampler that the evaluate.py flags stand for. A checkpoint is
-    evaluated once under a name, whichever tables ask for it."""
-    train_rewards(work, [task_of(flags)])
-    where = lambda seed, folder: work.folder / f"seed-{seed}" / f"evaluation-{name}" / folder.name
-    work.run([(where(seed, folder), "per_video.json", "evaluate.py", f"model={folder}", "--num_videos", work.preset["videos"],
-               "--reward", reward_folder(work, seed, task_of(flags)) / "reward", *flags)
-              for seed, rows in rows_of.items() for folder in rows.values()])
-
-    def read(seed, folder, row="model"):
-        metrics = json.loads((where(seed, folder) / "per_video.json").read_text())[row]
-        return {metric: np.array(values) for metric, values in metrics.items()}
-
-    return [{row: read(seed, folder) for row, folder in rows.items()}
-            | {"clean renders": read(seed, next(iter(rows.values())), "clean renders")} for seed, rows in rows_of.items()]
-
-
-# ---- statistics and tables
-def interval(values, other=None, rounds=2000):
-    """95 % interval of the mean of values [seeds, videos], or of how far it is above that of `other`, which has the same
-    seeds but videos of its own: seeds and videos are resampled, with replacement."""
-    groups, rng = [np.asarray(group, float) for group in (values, other) if group is not None], np.random.default_rng(0)
-    found = []
-    for _ in range(rounds):
-        seeds = rng.integers(0, len(values), len(values))
-        means = [group[seeds][:, rng.integers(0, group.shape[1], group.shape[1])].mean() for group in groups]
-        found.append(means[0] - sum(means[1:]))
-    return [float(x) for x in np.quantile(found, (0.025, 0.975))]
-
-
-def summary(values):
-    """values [seeds, videos] -> {"mean", "interval", "seeds"}."""
-    return {"mean": float(np.mean(values)), "interval": interval(values), "seeds": np.mean(values, 1).tolist()}
-
-
-def show(cell):
-    return f"{cell['mean']:.3f} [{cell['interval'][0]:.3f}, {cell['interval'][1]:.3f}]"
-
-
-def table(head, rows):
-    """A Markdown table. rows: lists of cells, the first the row's name."""
-    return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|",
-            *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
-
-
-def verdict(low, high, at=0.0):
-    return "holds" if low > at else "does not hold" if high < at else "cannot be told"
-
-
-def judge_claims(claims, values, paired=True):
-    """claims [(better, worse)] of the paper, values {row: [seeds, videos]} -> [{...}] with verdicts. paired: the rows have
-    the same videos."""
-    found = []
-    for better, worse in claims:
-        a, b = values[better], values[worse]
-        low, high = interval(np.subtract(a, b)) if paired else interval(a, b)
-        found.append({"claim": f"{better} above {worse}", "difference": float(np.mean(a) - np.mean(b)), "interval": [low, high],
-                      "verdict": verdict(low, high)})
-    return found
-
-
-def seeds_of(work):
-    count = len(work.seeds)
-    return f"{count} seeds" if count > 1 else "1 seed: intervals are over videos alone"
-
-
-def claims_table(found):
-    return table(["the paper's ordering", "difference", "verdict"],
-                 [[c["claim"], f"{c['difference']:+.3f} [{c['interval'][0]:+.3f}, {c['interval'][1]:+.3f}]", c["verdict"]]
-                  for c in found])
-
-
-def write_results(work, name, title, lines, values):
-    """results/<name>.md and .json, with the command, the commit, the machine and the minutes."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores ({platform.machine()})"
-    seeds = f" --seeds {work.config.seeds}" if work.config.seeds else ""
-    about = {"command": f"python reproduce.py {name} --preset {work.config.preset}{seeds}", "commit": commit(),
-             "hardware": device, "minutes": round((time.time() - work.started) / 60, 1),
-             "minutes_of_parts": round(sum(map(part_seconds, work.used)) / 60, 1)}
-    work.results.mkdir(parents=True, exist_ok=True)
-    said = (f"`{about['command']}` at {about['commit']}, {about['hardware']}. Its parts (runs and evaluations, shared with other "
-            f"tables; at a time: {work.jobs}) took {about['minutes_of_parts']} minutes in sum, this call {about['minutes']}.")
-    text = "\n".join([f"# {title}", "", *lines, said, ""])
-    (work.results / f"{name}.md").write_text(text)
-    common.write_json(work.results / f"{name}.json", {"provenance": about, **values})
-    print(text + f"\nwrote {work.results / name}.md and .json")
-
-
-def plot(work, name, panels):
-    """results/<name>.png: panels {title: (x label, {curve: (x, y)})} side by side."""
-    try:
-        import matplotlib
-    except ImportError:
-        return print(f"no {name}.png: `pip install matplotlib` draws the curves")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.4), squeeze=False, layout="constrained")
-    for axis, (title, (x_label, curves)) in zip(axes[0], panels.items()):
-        for label, (x, y) in curves.items():
-            axis.plot(x, y, marker=".", label=label)
-        axis.set(title=title, xlabel=x_label)
-        axis.legend(fontsize="x-small")
-    work.results.mkdir(parents=True, exist_ok=True)
-    figure.savefig(work.results / f"{name}.png", dpi=110)
-    pyplot.close(figure)
 
 
 # ---- studies of alignment
@@ -343,20 +69,19 @@ def alignment_study(work, name, title, variants, claims, paper, notes=()):
     task = task_of(next(iter(variants.values()))[1])
     base = SHIPPED["i2v" if task else "t2v"]
     train_aligned(work, [(seed, method, flags) for seed in work.seeds for method, flags in variants.values()])
-    found = evaluations(work, named("test", task), {seed: {"base": base} | {row: align_folder(work, seed, *run)
-                                                                            for row, run in variants.items()}
-                                                    for seed in work.seeds}, task)
+    rows = {seed: {"base": base} | {row: align_folder(work, seed, *run) for row, run in variants.items()} for seed in work.seeds}
+    found = evaluations(work, named("test", task), rows, task)
     metrics = [metric for metric in METRICS if metric in found[0]["base"]]
     rows = {row: {metric: summary([f[row][metric] for f in found]) for metric in metrics} for row in found[0]}
     claims = judge_claims(claims, {row: [f[row]["qualified"] for f in found] for row in rows} | {
         f"{row}'s {METRICS[metric]}": [f[row][metric] for f in found] for row in rows for metric in metrics})
-    lines = [f"{work.preset['videos']} held-out videos, same prompts and noise in every row ({seeds_of(work)}). The paper's "
+    lines = [f"{work.preset['videos']} held-out videos, same prompts and noise in every row ({work.said_seeds()}). The paper's "
              "column is its average metric (another scale: compare orderings).", ""]
     lines += table(["", "paper", *(METRICS[m] for m in metrics), "qualified, by seed"],
-                   [[row, paper.get(row, ""), f"**{show(cells['qualified'])}**",
+                   [[row, paper.get(row, ""), f"**{show(**cells['qualified'])}**",
                      *(f"{cells[m]['mean']:.3f}" for m in metrics[1:]),
                      " ".join(f"{v:.3f}" for v in cells["qualified"]["seeds"])] for row, cells in rows.items()])
-    write_results(work, name, title, [*lines, *claims_table(claims), *notes], {"rows": rows, "claims": claims, "paper": paper})
+    work.write(name, title, [*lines, *claims_table(claims), *notes], {"rows": rows, "claims": claims, "paper": paper})
     return found
 
 
@@ -425,7 +150,7 @@ def table1(work):
         variants = {row: runs[row, best[row]] for row in variants}
         notes += ["Learning rates tried: qualified rate on validation sentences, which training and the table above never "
                  "see, mean over the seeds. The best of each row is the one above. Other tables take "
-                  + ", ".join(f"{rate:g} ({method})" for method, rate in TUNED.items()) + ".", "",
+                  + ", ".join(f"{rate:g} ({method})" for method, rate in parts.TUNED.items()) + ".", "",
                   *table(["", *(f"{rate:g}" for rate in tried)],
                          [[row, *(f"**{rates[rate]:.3f}**" if rate == best[row] else f"{rates[rate]:.3f}" if rate in rates else ""
                                   for rate in tried)] for row, rates in sweep.items()])]
@@ -434,7 +159,7 @@ def table1(work):
     finer = evaluations(work, "40-steps", {seed: {"base": BASE} | {row: align_folder(work, seed, *run) for row, run in few.items()}
                                            for seed in work.seeds}, ("--num_inference_steps", 40))
     notes += ["The same checkpoints and noise sampled in 40 Euler steps, the paper's N, in place of 16:", "",
-              *table(["", "qualified"], [[row, show(summary([f[row]["qualified"] for f in finer]))] for row in finer[0]])]
+              *table(["", "qualified"], [[row, show(**summary([f[row]["qualified"] for f in finer]))] for row in finer[0]])]
     notes += ["Reward models on 400 held-out own samples, mean over seeds; t = 0 is the finished video, and at t > 0 pixels are "
               "decoded from the x_0 predicted in one step.", "", *reports_table(work, {"PAVRM": ()} | PIXELS)]
     alignment_study(work, "table1", "Table 1: PRFL and what it is compared with", variants,
@@ -490,8 +215,9 @@ def fig5(work):
         share = [summary(gap > 0), summary(gap == 0), summary(gap < 0)]
         low, high = interval(np.sign(gap))
         values[row] = {"win": share[0], "tie": share[1], "lose": share[2], "verdict": verdict(low, high)}
-        rows.append([row, " / ".join(f"{v:.1f}" for v in paper.get(row, ())), *map(show, share), values[row]["verdict"]])
-    write_results(work, "fig5", "Figure 5: PRFL against each, video by video", [
+        rows.append([row, " / ".join(f"{v:.1f}" for v in paper.get(row, ())), *(show(**cell) for cell in share),
+                     values[row]["verdict"]])
+    work.write("fig5", "Figure 5: PRFL against each, video by video", [
         "Same prompt, same noise; the better grade wins: the sum of both axes' (0, 1, 2), and 2 if it is true to the prompt. The "
         "annotator judges, not people. Equal updates.", "",
         *table(["PRFL against", "paper, % win / tie / lose", "win", "tie", "lose", "more wins than losses"], rows)], values)
@@ -505,7 +231,7 @@ def hacking(work):
     train_rewards(work, [()])
     folder = lambda seed, flags: work.folder / f"seed-{seed}" / named("hacking", flags)
     work.run([(folder(seed, flags), "transformer/config.json", "train_align.py", "--seed", seed,  # no --data: it validates then
-               "--reward", reward_folder(work, seed) / "reward", "--learning_rate", TUNED["prfl"], "--max_train_steps", length,
+               "--reward", reward_folder(work, seed) / "reward", "--learning_rate", parts.TUNED["prfl"], "--max_train_steps", length,
                "--validation_steps", every, "--num_validation", work.preset["videos"] // 2, *flags)
               for seed in work.seeds for flags in variants.values()])
 
@@ -523,11 +249,12 @@ def hacking(work):
         curves[label]["proxy reward"] = (at[1:], reward)
         ends[label] = [rows[-1]["validation_qualified"] for rows in validated]
     keys = ("proxy reward", *panel)
-    plot(work, "hacking", {key: ("iteration", {label: found[key] for label, found in curves.items()}) for key in keys})
+    plot(work.results / "hacking.png",
+         {key: ("iteration", {label: found[key] for label, found in curves.items()}) for key in keys})
     shown = lambda at, values, step: f"{values[at.index(step)]:.3f}" if step in at else ""
     rows = [[f"{label}, iteration {step}", *(shown(*found[key], step) for key in keys)]
             for label, found in curves.items() for step in found["qualified"][0]]
-    write_results(work, "hacking", "What the reward does to the videos, while aligning", [
+    work.write("hacking", "What the reward does to the videos, while aligning", [
         f"Proxy reward: mean logit of the {every} reward updates before. The others: {work.preset['videos'] // 2} validation "
         f"videos. Means of {len(work.seeds)} seeds; qualified at the end, by seed: " + "; ".join(
             f"{label} {' '.join(f'{v:.3f}' for v in values)}" for label, values in ends.items()) + ".", "",
@@ -536,22 +263,10 @@ def hacking(work):
 
 # ---- cost
 def measured(work, name, *flags):
-    """What benchmarks/cost.py prints for these flags; kept. One process at a time: it measures itself."""
-    path = work.folder / "cost" / name / "measured.json"
-    script, *flags = "benchmarks/cost.py", *map(str, flags)
-    words = shlex.join([script, *flags])
-    check_part(path.parent, words)
-    work.used.add(path.parent)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        start = time.time()
-        print(f"$ python {words}", flush=True)
-        done = subprocess.run([sys.executable, HERE / script, *flags], capture_output=True, text=True, env=work.environment)
-        if done.returncode:
-            raise InputError(f"`python {words}` ended with code {done.returncode}: {done.stderr.strip()[-300:]}")
-        note_part(path.parent, words, start)
-        common.write_json(path, json.loads(done.stdout.strip().splitlines()[-1]))
-    return json.loads(path.read_text())
+    """What benchmarks/cost.py measured with these flags; kept. One process at a time, as it measures itself."""
+    folder = work.folder / "cost" / name
+    work.run([(folder, "measured.json", "benchmarks/cost.py", *flags)], jobs=1)
+    return json.loads((folder / "measured.json").read_text())
 
 
 def longest(preset, method, decoded="first"):
@@ -588,11 +303,12 @@ def table4(work):
              for row, method in methods.items() for cell in cells}
     by_frames = lambda value: ("frames", {row: ([f for f, _ in cells[:4]], [value(found[row, f, "64*64"]) for f, _ in cells[:4]])
                                           for row in methods})
-    plot(work, "table4", {"MB of an iteration, 4 clips of 64x64": by_frames(lambda cell: cell["bytes"] / 1e6),
-                          "seconds of an iteration": by_frames(lambda cell: np.mean(cell["seconds"]))})
+    plot(work.results / "table4.png", {
+        "MB of an iteration, 4 clips of 64x64": by_frames(lambda cell: cell["bytes"] / 1e6),
+        "seconds of an iteration": by_frames(lambda cell: np.mean(cell["seconds"]))})
     wan = [[preset, *(longest(preset, *how) for how in (("prfl",), ("refl",), ("refl", "all")))]
            for preset in ("wan2.1-t2v-1.3b", "wan2.1-t2v-14b")]
-    write_results(work, "table4", "Table 4: what an iteration costs", [
+    work.write("table4", "Table 4: what an iteration costs", [
         "Seconds of an iteration on the world's videos, batch 32, the methods in turn in one process (`benchmarks/cost.py "
         f"times`, {rounds} rounds), and how many times as long as PRFL's RGB ReFL's is, with its 95 % interval over rounds; at "
         "the mean of the steps that a method draws from. The paper, N = 40 and K = 8 of 40 blocks, first frame: 1.42 times, "
@@ -634,7 +350,7 @@ def judge_of(work, seed, flags):
     if "--space" not in flags:
         return load_pavrm(folder)
     base = load_transformer(BASE).eval().requires_grad_(False)
-    reward = refl_baseline.load_pixel_reward(folder, frames_of(flags), base.config["text_dim"])
+    reward = refl_baseline.load_pixel_reward(folder, parts.frames_of(flags), base.config["text_dim"])
     return partial(refl_baseline.judge, reward, refl_baseline.load_decoder(str(BASE), base.config["out_dim"]), base)
 
 
@@ -651,34 +367,8 @@ def accuracy_row(logits, labels):
 def accuracy_table(rows, paper):
     return table(["", "paper", "average", "[0, .2]", "(.2, .4]", "(.4, .6]", "(.6, .8]", "(.8, 1]", "balanced, average",
                   "AUC, average"],
-                 [[row, paper.get(row, ""), f"**{show(cells['average'])}**", *(f"{v:.3f}" for v in cells["intervals"]),
+                 [[row, paper.get(row, ""), f"**{show(**cells['average'])}**", *(f"{v:.3f}" for v in cells["intervals"]),
                    *(f"{np.mean(cells[key]):.3f}" for key in ("balanced", "auc"))] for row, cells in rows.items()])
-
-
-def auc_values(logits, labels):
-    """logits [seeds, 5, m], labels [seeds, m] -> [seeds, 5, m], whose mean over videos is the AUC and whose spread is what
-    resampled videos would give it (the delta method)."""
-    values = np.zeros(logits.shape)
-    for seed, (found, label) in enumerate(zip(logits.double().numpy(), labels.numpy())):
-        good = label == 1
-        for i, x in enumerate(found):
-            wins = (x[good][:, None] > x[~good]) + 0.5 * (x[good][:, None] == x[~good])         # [good, bad]
-            area = wins.mean()
-            values[seed, i, good] = area + (wins.mean(1) - area) / good.mean()
-            values[seed, i, ~good] = area + (wins.mean(0) - area) / (1 - good.mean())
-    return values
-
-
-def balanced_values(right, labels):
-    """right [seeds, 5, m], labels [seeds, m] -> [seeds, 5, m], whose mean over videos is balanced accuracy and whose spread
-    is what resampled videos would give it (the delta method)."""
-    values = np.zeros_like(right)
-    for label in (0, 1):
-        mine = (labels == label)[:, None].double().numpy()                                      # [seeds, 1, m]
-        share = mine.mean(2, keepdims=True)
-        accuracy = (right * mine).mean(2, keepdims=True) / share                                # [seeds, 5, 1]
-        values += (accuracy + mine * (right - accuracy) / share) / 2
-    return values
 
 
 @torch.no_grad()
@@ -698,9 +388,9 @@ def reward_study(work, name, title, variants, claims, paper, notes=(), by="accur
         judged[row] = (auc_values(logits, every) if by == "AUC" else right).mean(1)
     claims = judge_claims(claims, judged)
     lines = [f"Accuracy on {len(labels)} own samples that no reward model was trained on ({(labels == 1).double().mean():.0%} "
-             f"good), one random t in each fifth of (0, 1] ({seeds_of(work)}). Each trained for {steps} steps.", ""]
+             f"good), one random t in each fifth of (0, 1] ({work.said_seeds()}). Each trained for {steps} steps.", ""]
     lines += accuracy_table(rows, paper)
-    write_results(work, name, title, [*lines, f"Judged by {by}, average:", "", *claims_table(claims), *notes],
+    work.write(name, title, [*lines, f"Judged by {by}, average:", "", *claims_table(claims), *notes],
                   {"rows": rows, "claims": claims, "judged_by": by, "paper": paper})
     return rows
 
@@ -759,10 +449,10 @@ def table9(work):
     claims = judge_claims([(own, row) for row in (*others, mean)], {row: x.mean(1) for row, x in balanced.items()}, paired=False)
     high, low = f"{mean}, in (.8, 1]", "in [0, .2]"
     claims += judge_claims([(high, low)], {high: balanced[mean][:, 4], low: balanced[mean][:, 0]})
-    write_results(work, "table9", "Table 9: the reward model on other generators' videos", [
+    work.write("table9", "Table 9: the reward model on other generators' videos", [
         f"{m} videos of each generator, new to the reward model (good: "
         + ", ".join(f"{row} {cells['good']:.0%}" for row, cells in rows.items()) + f"), one random t in each fifth of (0, 1] "
-        f"({seeds_of(work)}). As these shares differ, claims are judged by balanced accuracy, and unpaired, as the videos "
+        f"({work.said_seeds()}). As these shares differ, claims are judged by balanced accuracy, and unpaired, as the videos "
         "differ (the last one: paired). SFT and PRFL began at the own base; PRFL learned from this very reward model.", "",
         *accuracy_table(rows, {own: 84.13, mean: 74.40}), *claims_table(claims),
         "The paper, on other generators: best in (.8, 1], 81.00, and worst in [0, .2], 70.00.", ""],
@@ -793,10 +483,11 @@ def fig3(work):
          "a probe does not beat pixels, fine-tuning with random t does).", ""])
     middles = [0.1, 0.3, 0.5, 0.7, 0.9]
     by_t = lambda key, names: ("t", {row: (middles, rows[row][key]) for row in names})
-    plot(work, "fig3", {"a: judged good": by_t("judged_good", [*PIXELS, ours]),
-                        "b: AUC of probes by depth": ("K", {f"t in {part}": (depths, [rows[row]["auc"][i] for row in probes])
-                                                     for i, part in enumerate(("[0, .2]", "(.2, .4]", "(.4, .6]"))}),
-                        "c: AUC": by_t("auc", [*PIXELS, most, *tuned])})
+    plot(work.results / "fig3.png", {
+        "a: judged good": by_t("judged_good", [*PIXELS, ours]),
+        "b: AUC of probes by depth": ("K", {f"t in {part}": (depths, [rows[row]["auc"][i] for row in probes])
+                                            for i, part in enumerate(("[0, .2]", "(.2, .4]", "(.4, .6]"))}),
+        "c: AUC": by_t("auc", [*PIXELS, most, *tuned])})
 
 
 # ---- the annotator
@@ -830,7 +521,7 @@ def annotator(work):
             wrong.append(f"a {asked['color']} {asked['shape']} moving {world.PHRASES[asked['direction']][0]}")
         failed[f"wrong {key} in the prompt"] = 1 - rate(world.annotate(clean, wrong))
     overall = float(np.mean([failed[name] for name in world.PHYSICAL + world.DEFORMITY]))
-    write_results(work, "annotator", f"The annotator: {count} clean and {count} clearly flawed clips, after mp4 and VAE",
+    work.write("annotator", f"The annotator: {count} clean and {count} clearly flawed clips, after mp4 and VAE",
                   [f"Clean clips that pass: **{passed:.4f}**. Flawed clips (severity .6 to 1) that fail: **{overall:.4f}**.",
                    "", *table(["flaw", "fails"], [[name.replace("_", " "), f"{v:.4f}"] for name, v in failed.items()])],
                   {"clean_pass": passed, "flawed_fail": overall, "fails": failed})
@@ -843,7 +534,7 @@ STUDIES = {study.__name__: study for study in (table1, table2, table3, table4, t
 @dataclass
 class Config:
     name: str = arg(..., "what to reproduce", choices=(*STUDIES, "all"), positional=True)
-    preset: str = arg("full", "full is what results/ holds", choices=tuple(PRESETS))
+    preset: str = arg("full", "full is what results/ holds", choices=tuple(parts.PRESETS))
     seeds: int | None = arg(None, "seeds; without, the preset's", above=0)
     output_dir: str = arg("runs/reproduce", "where the parts are kept")
     results_dir: str = arg("results", "where the tables go; those of before are overwritten, whatever their preset")
@@ -852,7 +543,7 @@ class Config:
 def main(config):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))         # an exception, so that Work.run ends its parts
     for name in STUDIES if config.name == "all" else (config.name,):
-        STUDIES[name](Work(config))
+        STUDIES[name](parts.Work(config))
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ class Config:
     sft_updates: bool = arg(True, "the SFT update of an iteration")
     mixed_precision: str = arg("bf16", "autocast dtype", choices=("no", "bf16"))
     seed: int = arg(0, "seed of noise and steps", at_least=0)
+    output_dir: str = arg("runs/cost", "where measured.json goes")
 
 
 def make_iteration(method, config, runtime):
@@ -138,12 +139,16 @@ def main(config):
         for i in common.progress(range(config.rounds + 1), "rounds"):
             for method, iteration in iterations.items():        # in turn, so that all see the same machine
                 seconds[method].append(timed(iteration, i, runtime.device))
-        print(json.dumps({method: times[1:] for method, times in seconds.items()}))
-        return
-    iteration = make_iteration(config.method, config, runtime)
-    before = held(runtime.device)
-    seconds = [timed(iteration, i, runtime.device) for i in range(config.rounds + 1)][1:]
-    print(json.dumps({**dataclasses.asdict(config), "seconds": seconds, "bytes": peak(runtime.device) - before}))
+        found = {method: times[1:] for method, times in seconds.items()}
+    else:
+        iteration = make_iteration(config.method, config, runtime)
+        before = held(runtime.device)
+        seconds = [timed(iteration, i, runtime.device) for i in range(config.rounds + 1)][1:]
+        found = {**dataclasses.asdict(config), "seconds": seconds, "bytes": peak(runtime.device) - before}
+    path = Path(config.output_dir) / "measured.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    common.write_json(path, found)
+    print(f"{json.dumps(found)}\nwrote {path}")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ import torch
 import common
 import data
 import evaluate
+import parts
 import pavrm
 import pretrain
+import report
 import reproduce
 import sample
 import train_align
@@ -111,7 +113,7 @@ def test_motion_smoothness_and_consistency_of_known_films():
 
 def test_bootstrap_covers_the_mean_as_the_normal_interval_does():
     values = np.random.default_rng(0).normal(size=400)
-    low, high = evaluate.bootstrap(values)
+    low, high = evaluate.summary(values)["interval"]
     spread = 1.96 * values.std() / 20
     assert low == pytest.approx(values.mean() - spread, abs=0.02) and high == pytest.approx(values.mean() + spread, abs=0.02)
 
@@ -296,8 +298,8 @@ def test_the_shipped_image_to_video_weights(tmp_path, capsys):
 
 # ---- reproduce.py
 def test_interval_over_seeds_and_videos_grows_with_the_spread_of_either():
-    assert reproduce.interval(np.full((3, 10), 0.5)) == [0.5, 0.5]
-    width = lambda values: np.subtract(*reproduce.interval(values)[::-1])
+    assert report.interval(np.full((3, 10), 0.5)) == [0.5, 0.5]
+    width = lambda values: np.subtract(*report.interval(values)[::-1])
     videos = np.random.default_rng(0).normal(size=(1, 400)).repeat(3, 0)  # seeds alike
     assert width(videos) == pytest.approx(2 * 1.96 * videos[0].std() / 20, rel=0.15)
     seeds = videos + np.array([[-0.3], [0.0], [0.3]])
@@ -307,7 +309,7 @@ def test_interval_over_seeds_and_videos_grows_with_the_spread_of_either():
 def test_claims_are_judged_by_the_paired_difference():
     noise = np.random.default_rng(0).normal(size=(2, 300))
     values = {"a": noise + 0.05, "b": noise, "c": noise + np.random.default_rng(1).normal(size=(2, 300))}
-    found = reproduce.judge_claims([("a", "b"), ("b", "a"), ("c", "b")], values)
+    found = report.judge_claims([("a", "b"), ("b", "a"), ("c", "b")], values)
     assert [c["verdict"] for c in found] == ["holds", "does not hold", "cannot be told"]
     assert found[0]["difference"] == pytest.approx(0.05)
 
@@ -315,12 +317,12 @@ def test_claims_are_judged_by_the_paired_difference():
 def test_unpaired_claims_are_judged_by_groups_of_other_videos():
     rng = np.random.default_rng(0)
     values = {"a": rng.normal(0.5, 1, (1, 400)), "b": rng.normal(0, 1, (1, 300)), "c": rng.normal(0.45, 1, (1, 200))}
-    found = reproduce.judge_claims([("a", "b"), ("b", "a"), ("a", "c")], values, paired=False)
+    found = report.judge_claims([("a", "b"), ("b", "a"), ("a", "c")], values, paired=False)
     assert [c["verdict"] for c in found] == ["holds", "does not hold", "cannot be told"]
     spread = 1.96 * (values["a"].var() / 400 + values["b"].var() / 300) ** 0.5      # of the difference of two means
     assert np.subtract(*found[0]["interval"][::-1]) == pytest.approx(2 * spread, rel=0.1)
     seeds = {name: x + np.array([[-1.0], [0.0], [1.0]]) for name, x in values.items()}      # the same in both: they cancel
-    again, = reproduce.judge_claims([("a", "b")], seeds, paired=False)
+    again, = report.judge_claims([("a", "b")], seeds, paired=False)
     assert np.allclose(again["interval"], found[0]["interval"], atol=0.05)
 
 
@@ -335,23 +337,23 @@ def test_balanced_values_have_the_mean_and_the_spread_of_balanced_accuracy():
     g = torch.Generator().manual_seed(0)
     labels = (torch.rand(1, 2000, generator=g) < 0.2).long()
     right = (torch.rand(1, 5, 2000, generator=g) < torch.where(labels == 1, 0.6, 0.9)[:, None]).double().numpy()
-    values = reproduce.balanced_values(right, labels)
+    values = report.balanced_values(right, labels)
     accuracy = lambda right, labels: (right[:, labels == 1].mean(1) + right[:, labels == 0].mean(1)) / 2
     assert values.mean(2)[0] == pytest.approx(accuracy(right[0], labels[0]))
     picks = np.random.default_rng(0).integers(0, 2000, (2000, 2000))
     wanted = np.quantile([accuracy(right[0][:, pick], labels[0][pick]).mean() for pick in picks], (0.025, 0.975))
-    assert reproduce.interval(values.mean(1)) == pytest.approx(wanted, abs=0.003)
+    assert report.interval(values.mean(1)) == pytest.approx(wanted, abs=0.003)
 
 
 def test_auc_values_have_the_mean_and_the_spread_of_the_auc():
     g = torch.Generator().manual_seed(0)
     labels = (torch.rand(1, 600, generator=g) < 0.3).long()
     logits = torch.randn(1, 5, 600, generator=g) + 0.8 * labels[:, None]
-    values = reproduce.auc_values(logits, labels)
+    values = report.auc_values(logits, labels)
     assert values.mean(2)[0] == pytest.approx([pavrm.auc(row, labels[0]) for row in logits[0]])
     picks = torch.randint(0, 600, (1000, 600), generator=g)
     wanted = np.quantile([pavrm.auc(logits[0, 0, pick], labels[0, pick]) for pick in picks], (0.025, 0.975))
-    assert reproduce.interval(values[:, 0]) == pytest.approx(wanted, abs=0.005)
+    assert report.interval(values[:, 0]) == pytest.approx(wanted, abs=0.005)
 
 
 def test_table9_of_a_reward_model_that_errs_on_other_generators_near_clean(tmp_path, monkeypatch):
@@ -369,7 +371,7 @@ def test_table9_of_a_reward_model_that_errs_on_other_generators_near_clean(tmp_p
     monkeypatch.setattr(reproduce, "judge_of", lambda work, seed, flags:
                         lambda x, t, context: context[:, 0, 0] * torch.where(t < 0.2, context[:, 0, 1], 1.0))
     config = reproduce.Config("table9", "quick", seeds=2, output_dir=str(tmp_path), results_dir=str(tmp_path))
-    reproduce.table9(reproduce.Work(config))
+    reproduce.table9(parts.Work(config))
     found = json.loads((tmp_path / "table9.json").read_text())
     own, *others = found["rows"].values()
     assert own["average"]["mean"] == 1 and own["balanced"] == own["auc"] == [1] * 5 and len(others) == 4
@@ -381,14 +383,14 @@ def test_table9_of_a_reward_model_that_errs_on_other_generators_near_clean(tmp_p
 
 
 def test_parts_of_image_to_video_lie_apart(tmp_path, monkeypatch):
-    monkeypatch.setitem(reproduce.PRESETS, "quick", {"seeds": 1, "samples": 8, "reward_steps": 2, "iterations": 2})
-    work = reproduce.Work(reproduce.Config("table2", "quick", output_dir=str(tmp_path)))
+    monkeypatch.setitem(parts.PRESETS, "quick", {"seeds": 1, "samples": 8, "reward_steps": 2, "iterations": 2})
+    work = parts.Work(reproduce.Config("table2", "quick", output_dir=str(tmp_path)))
     calls = []
     monkeypatch.setattr(work, "run", calls.extend)
-    monkeypatch.setattr(reproduce, "curated", lambda work: tmp_path / "curated")
-    for flags in ((), reproduce.I2V):
-        reproduce.train_rewards(work, [flags])
-        reproduce.train_aligned(work, [(0, method, flags) for method in ("sft", "prfl")])
+    monkeypatch.setattr(parts, "curated", lambda work: tmp_path / "curated")
+    for flags in ((), parts.I2V):
+        parts.train_rewards(work, [flags])
+        parts.train_aligned(work, [(0, method, flags) for method in ("sft", "prfl")])
     halves = calls[:len(calls) // 2], calls[len(calls) // 2:]
     written = [{str(part[0]) for part in half} for half in halves]
     given = [{str(word) for part in half for word in part[3:] if str(word).startswith(str(work.folder / "seed-0"))} for half in halves]
@@ -397,19 +399,19 @@ def test_parts_of_image_to_video_lie_apart(tmp_path, monkeypatch):
 
 
 def test_parts_with_the_same_flags_share_a_folder_and_others_do_not(tmp_path):
-    names = [reproduce.named("prfl", flags) for flags in ((), ("--learning_rate", 3e-5), ("--learning_rate", 1e-4),
+    names = [parts.named("prfl", flags) for flags in ((), ("--learning_rate", 3e-5), ("--learning_rate", 1e-4),
                                                           ("--no-sft_updates",), ("--reward_weight", 5.0))]
     assert len(set(names)) == 5 and all("/" not in name for name in names)
 
 
 def test_equal_time_is_that_of_the_updates_in_each_methods_own_run(tmp_path, monkeypatch):
     """An SFT update takes 1 s in one run and 2 s in another, on a busier machine: only ratios within a run count."""
-    monkeypatch.setitem(reproduce.PRESETS, "quick", {"seeds": 1, "samples": 8, "reward_steps": 2, "iterations": 60})
+    monkeypatch.setitem(parts.PRESETS, "quick", {"seeds": 1, "samples": 8, "reward_steps": 2, "iterations": 60})
     for name in ("train_rewards", "train_aligned"):
         monkeypatch.setattr(reproduce, name, lambda *args: None)
-    work = reproduce.Work(reproduce.Config("table1", "quick", output_dir=str(tmp_path)))
+    work = parts.Work(reproduce.Config("table1", "quick", output_dir=str(tmp_path)))
     for method, flags, sft, reward in (("prfl", (), 1, 3), ("refl", ("--frames", "first"), 2, 8), ("refl", ("--frames", "all"), 1, 11)):
-        folder = reproduce.align_folder(work, 0, method, flags)
+        folder = parts.align_folder(work, 0, method, flags)
         folder.mkdir(parents=True)
         rows = [{"step": 0, "validation_qualified": 0.3}, *({"reward": 0.1, "sft_seconds": sft, "reward_seconds": reward},) * 3]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -421,14 +423,14 @@ def test_equal_time_is_that_of_the_updates_in_each_methods_own_run(tmp_path, mon
 
 def test_reproduce_keeps_finished_parts_and_names_the_one_that_fails(tmp_path, capsys, monkeypatch):
     tiny = {"seeds": 1, "samples": 640, "reward_steps": 2, "tested": 128}
-    monkeypatch.setitem(reproduce.PRESETS, "quick", tiny)
+    monkeypatch.setitem(parts.PRESETS, "quick", tiny)
     argv = ["table7", "--preset", "quick", "--output_dir", str(tmp_path / "runs"), "--results_dir", str(tmp_path)]
     run = lambda: common.cli(reproduce.main, reproduce.Config, reproduce.__doc__, argv)
     run()
     assert capsys.readouterr().out.count("$ python train_reward.py") == 2
     found = json.loads((tmp_path / "table7.json").read_text())
     assert set(found["rows"]) == {"BCE", "BT"} and "| BCE | 80.05 |" in (tmp_path / "table7.md").read_text()
-    spent = sum(reproduce.part_seconds(folder) for folder in (tmp_path / "runs/quick/seed-0").glob("reward*")) / 60
+    spent = sum(parts.part_seconds(folder) for folder in (tmp_path / "runs/quick/seed-0").glob("reward*")) / 60
     assert found["provenance"]["minutes_of_parts"] == pytest.approx(spent, abs=0.06) and spent > 0
     run()
     assert "$ python" not in capsys.readouterr().out

@@ -1,0 +1,103 @@
+"""What results are made of: intervals over seeds and videos, verdicts on a claim, tables, curves.
+
+Values are one number per video, [videos] or [seeds, videos] (the same videos in each seed). A statistic that is no mean over
+videos (AUC, balanced accuracy) is given as values whose mean it is and whose spread over resampled videos is its own.
+"""
+from pathlib import Path
+
+import numpy as np
+
+
+def interval(values, other=None, rounds=2000):
+    """95 % interval of the mean of values [seeds, videos], or of how far it is above that of `other`, which has the same
+    seeds but videos of its own: seeds and videos are resampled, with replacement."""
+    groups, rng = [np.asarray(group, float) for group in (values, other) if group is not None], np.random.default_rng(0)
+    found = []
+    for _ in range(rounds):
+        seeds = rng.integers(0, len(values), len(values))
+        means = [group[seeds][:, rng.integers(0, group.shape[1], group.shape[1])].mean() for group in groups]
+        found.append(means[0] - sum(means[1:]))
+    return [float(x) for x in np.quantile(found, (0.025, 0.975))]
+
+
+def summary(values):
+    """values [seeds, videos] -> {"mean", "interval", "seeds"}."""
+    return {"mean": float(np.mean(values)), "interval": interval(values), "seeds": np.mean(values, 1).tolist()}
+
+
+def show(mean, interval, sign="", **_):
+    """A cell of a table. sign: "+" for a difference."""
+    return f"{mean:{sign}.3f} [{interval[0]:{sign}.3f}, {interval[1]:{sign}.3f}]"
+
+
+def table(head, rows):
+    """A Markdown table. rows: lists of cells, the first the row's name."""
+    return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|",
+            *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
+
+
+def verdict(low, high, at=0.0):
+    return "holds" if low > at else "does not hold" if high < at else "cannot be told"
+
+
+def judge_claims(claims, values, paired=True):
+    """claims [(better, worse)] of the paper, values {row: [seeds, videos]} -> [{...}] with verdicts. paired: the rows have
+    the same videos."""
+    found = []
+    for better, worse in claims:
+        a, b = values[better], values[worse]
+        low, high = interval(np.subtract(a, b)) if paired else interval(a, b)
+        found.append({"claim": f"{better} above {worse}", "difference": float(np.mean(a) - np.mean(b)), "interval": [low, high],
+                      "verdict": verdict(low, high)})
+    return found
+
+
+def claims_table(found):
+    return table(["the paper's ordering", "difference", "verdict"],
+                 [[c["claim"], show(c["difference"], c["interval"], "+"), c["verdict"]] for c in found])
+
+
+def auc_values(logits, labels):
+    """logits [seeds, 5, m], labels [seeds, m] -> [seeds, 5, m], whose mean over videos is the AUC and whose spread is what
+    resampled videos would give it (the delta method)."""
+    values = np.zeros(logits.shape)
+    for seed, (found, label) in enumerate(zip(logits.double().numpy(), labels.numpy())):
+        good = label == 1
+        for i, x in enumerate(found):
+            wins = (x[good][:, None] > x[~good]) + 0.5 * (x[good][:, None] == x[~good])         # [good, bad]
+            area = wins.mean()
+            values[seed, i, good] = area + (wins.mean(1) - area) / good.mean()
+            values[seed, i, ~good] = area + (wins.mean(0) - area) / (1 - good.mean())
+    return values
+
+
+def balanced_values(right, labels):
+    """right [seeds, 5, m], labels [seeds, m] -> [seeds, 5, m], whose mean over videos is balanced accuracy and whose spread
+    is what resampled videos would give it (the delta method)."""
+    values = np.zeros_like(right)
+    for label in (0, 1):
+        mine = (labels == label)[:, None].double().numpy()                                      # [seeds, 1, m]
+        share = mine.mean(2, keepdims=True)
+        accuracy = (right * mine).mean(2, keepdims=True) / share                                # [seeds, 5, 1]
+        values += (accuracy + mine * (right - accuracy) / share) / 2
+    return values
+
+
+def plot(path, panels):
+    """A PNG of panels {title: (x label, {curve: (x, y)})} side by side."""
+    try:
+        import matplotlib
+    except ImportError:
+        return print(f"no {path}: `pip install matplotlib` draws the curves")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.4), squeeze=False, layout="constrained")
+    for axis, (title, (x_label, curves)) in zip(axes[0], panels.items()):
+        for label, (x, y) in curves.items():
+            axis.plot(x, y, marker=".", label=label)
+        axis.set(title=title, xlabel=x_label)
+        axis.legend(fontsize="x-small")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    print(f"wrote {path}")
