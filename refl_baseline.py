@@ -30,10 +30,11 @@ from torch.utils.checkpoint import checkpoint
 
 from common import InputError
 from flow import predict_x0, rollout, schedule
-from vae import CHANNELS, load_vae
+from vae import CHANNELS, TIME, load_vae
 from weights import load_weights, read_config
 
 FRAMES = ("first", "all")
+CHUNK = 4                                                       # latent frames that checkpointing decodes at a time
 
 
 class PixelReward(nn.Module):
@@ -92,19 +93,34 @@ def load_decoder(model, channels):
     return load_vae(f"{model}/vae")
 
 
+def decode_chunks(vae, x):
+    """vae.decode(x) of latents x [b, c, f, h, w], CHUNK frames at a time, each chunk again in the backward pass.
+
+    The decoder is causal and looks vae.past latent frames back (None: too far, one chunk then): a chunk that begins so
+    much earlier, and drops what it decodes there, is exact.
+    """
+    f, video = x.shape[2], []
+    size = f if vae.past is None else CHUNK
+    for start in range(0, f, size):
+        end = min(start + size, f)
+        frames = checkpoint(vae.decode, x[:, :, max(0, start - (vae.past or 0)):end], use_reentrant=False)
+        video.append(frames[:, :, -TIME * (end - start):] if start else frames)
+    return torch.cat(video, 2)
+
+
 def judge(reward, vae, dit, x, t, context, checkpointing=False, **image):
     """Logits [b] of the clean video that one step of dit predicts from x [b, c, f, h, w] at times t [b].
 
-    Where every t is 0, x is that video. checkpointing: each video is decoded and judged on its own, and again in the
-    backward pass, so that decoder and reward take the memory of one video whatever the batch.
+    Where every t is 0, x is that video. checkpointing: each video is decoded, by chunks, and judged on its own, and
+    again in the backward pass: beside the pixels of all, the decoder keeps one chunk, the reward one video.
     """
     if t.any():
         x = predict_x0(x, dit(x, t, context, **image), t)
     x = x[:, :, :1] if reward.config["frames"] == "first" else x                        # [b, c, 1 or f, h, w]
-    of_pixels = lambda x, context: reward(vae.decode(x), context)
     if not checkpointing:
-        return of_pixels(x, context)
-    return torch.cat([checkpoint(of_pixels, *one, use_reentrant=False) for one in zip(x.split(1), context.split(1))])
+        return reward(vae.decode(x), context)
+    return torch.cat([checkpoint(reward, decode_chunks(vae, one), text, use_reentrant=False)
+                      for one, text in zip(x.split(1), context.split(1))])
 
 
 def refl_update_loss(policy, reward, vae, x_T, context, step, num_steps, *, reward_weight=1.0, shift=1.0,

@@ -4,7 +4,7 @@
     python train_align.py --method sft --max_train_steps 240            as many updates as 120 iterations of PRFL
     python train_align.py --method refl --frames first --reward runs/reward_rgb/reward
     torchrun --nproc_per_node=8 train_align.py --data clips_encoded --reward runs/reward/reward --parallel fsdp
-    python train_align.py --task i2v                                    the image-to-video generator
+    python train_align.py --task i2v --reward runs/reward_i2v/reward    the image-to-video generator
     python train_align.py --resume latest
 
 prfl: each iteration an SFT update on curated videos, then a reward update at a random step of a rollout.
@@ -59,7 +59,7 @@ class Config:
                                       choices=tuple(prfl.PARTS))
     grad_steps: int = arg(1, "prfl: steps with gradients before the reward; 1 is Alg. 1", above=0)
     frames: str = arg("first", "refl: what is decoded and judged", choices=refl_baseline.FRAMES)
-    decoder_checkpointing: bool = arg(False, "refl: decode one video at a time, again in the backward pass")
+    decoder_checkpointing: bool = arg(False, "refl: decode a few latent frames of one video at a time, again in the backward pass")
     sft_updates: bool = arg(True, "prfl's and refl's SFT update, which keeps the reward from being hacked (Alg. 1)")
     learning_rate: float = arg(1e-4, "AdamW's, the best in results/table1.md; the paper has 5e-6 at 14B", above=0)
     weight_decay: float = arg(0.0, "AdamW's", at_least=0)

@@ -63,6 +63,7 @@ class WanVAE(nn.Module):
         super().__init__()
         diffusers, _ = extra(path)
         self.vae = load(diffusers.AutoencoderKLWan, path, torch.float32, "torch_dtype")
+        self.past = None                                        # its decoder looks back too far to cut a clip
         for name in ("mean", "std"):
             values = torch.tensor(self.vae.config[f"latents_{name}"], dtype=torch.float32)
             self.register_buffer(name, values.view(-1, 1, 1, 1))                            # [c, 1, 1, 1]

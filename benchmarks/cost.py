@@ -49,7 +49,7 @@ class Config:
     num_inference_steps: int = arg(16, "N, Euler steps of a rollout", above=2)
     depth: int = arg(8, "K, blocks of the generator in PRFL's reward model", above=0)
     rounds: int = arg(8, "timed iterations of each method, behind one that warms up", above=0)
-    decoder_checkpointing: bool = arg(False, "refl: decode one video at a time, again in the backward pass")
+    decoder_checkpointing: bool = arg(False, "refl: decode a few latent frames of one video at a time, again in the backward pass")
     sft_updates: bool = arg(True, "the SFT update of an iteration")
     mixed_precision: str = arg("bf16", "autocast dtype", choices=("no", "bf16"))
     seed: int = arg(0, "seed of noise and steps", at_least=0)
