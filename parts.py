@@ -47,7 +47,7 @@ class Work:
         unfinished = {}
         for folder, last, *command in parts:
             words = shlex.join(map(str, (*command, "--output_dir", folder)))
-            check_part(folder, words)
+            check_part(folder, words, (folder / last).exists())
             self.used.add(folder)
             if not (folder / last).exists():
                 unfinished[folder] = words
@@ -68,15 +68,17 @@ class Work:
         script, *flags = shlex.split(words) + (["--resume", "latest"] if common.checkpoints(folder) else [])
         bar.write(f"$ python {words}")
         folder.mkdir(parents=True, exist_ok=True)
-        start = time.time()
+        start, before = time.time(), part_of(folder).get("seconds", 0)                  # an interrupted run's
+        note = {"command": f"python {words}", "commit": commit(), "seconds": before}
+        common.write_json(folder / "part.json", note)
         with (folder / "log.txt").open("a") as log:
             child = subprocess.Popen([sys.executable, HERE / script, *flags], stdout=log, stderr=log, env=self.environment)
             self.children.append(child)
             code = child.wait()
-        note_part(folder, words, start)
+        common.write_json(folder / "part.json", note | {"seconds": before + time.time() - start})
         if code:
             said = (folder / "log.txt").read_text().strip().splitlines()[-1:]
-            raise InputError(f"`python {words}` ended with code {code}: {' '.join(said)}")
+            raise InputError(f"`python {words}` ended with code {code}: {' '.join(said)} (all it said: {folder}/log.txt)")
         bar.update()
 
     def said_seeds(self):
@@ -84,43 +86,46 @@ class Work:
         return f"{count} seeds" if count > 1 else "1 seed: intervals are over videos alone"
 
     def write(self, name, title, lines, values):
-        """results/<name>.md and .json, with the command, the commit, the machine and the minutes."""
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores ({platform.machine()})"
+        """results/<name>.md and .json, with the command, the commits of this call and of the parts, the machine, the minutes."""
+        gpu = torch.cuda.is_available()
+        device = torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} CPU cores ({platform.machine()}), a thread a part"
         seeds = f" --seeds {self.config.seeds}" if self.config.seeds else ""
+        parts = [part_of(folder) for folder in self.used]
         about = {"command": f"python reproduce.py {name} --preset {self.config.preset}{seeds}", "commit": commit(),
-                 "hardware": device, "minutes": round((time.time() - self.started) / 60, 1),
-                 "minutes_of_parts": round(sum(map(part_seconds, self.used)) / 60, 1)}
+                 "commits_of_parts": sorted({part["commit"] for part in parts}), "hardware": device,
+                 "minutes": round((time.time() - self.started) / 60, 1), "parts": len(parts),
+                 "parts_without_time": sum(not part["seconds"] for part in parts),
+                 "minutes_of_parts": round(sum(part["seconds"] for part in parts) / 60, 1)}
+        said = f"`{about['command']}` at {about['commit']}, {about['hardware']}; this call took {about['minutes']} minutes."
+        if parts:
+            missing = f" (without {about['parts_without_time']} whose time was not kept)" * bool(about["parts_without_time"])
+            said += (f" Its {len(parts)} runs, evaluations and measurements, which other tables share, took "
+                     f"{about['minutes_of_parts']} minutes in sum{missing}, at {', '.join(about['commits_of_parts'])}.")
         self.results.mkdir(parents=True, exist_ok=True)
-        said = (f"`{about['command']}` at {about['commit']}, {about['hardware']}. Its parts (runs and evaluations, shared with other "
-                f"tables; at a time: {self.jobs}) took {about['minutes_of_parts']} minutes in sum, this call {about['minutes']}.")
         text = "\n".join([f"# {title}", "", *lines, said, ""])
         (self.results / f"{name}.md").write_text(text)
         common.write_json(self.results / f"{name}.json", {"provenance": about, **values})
         print(text + f"\nwrote {self.results / name}.md and .json")
 
 
-def check_part(folder, words):
-    """A folder is known by its name; scripts' defaults and presets are not in it."""
+def part_of(folder):
+    """What ran in folder: {"command", "commit", "seconds"}; {} before the first time."""
     path = folder / "part.json"
-    kept = json.loads(path.read_text())["command"].removesuffix(" --resume latest") if path.exists() else ""
-    if kept and kept != f"python {words}":
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def check_part(folder, words, finished):
+    """A folder is known by its name; scripts' defaults and presets are not in it."""
+    kept = part_of(folder).get("command", "an unknown command" if finished else None)
+    if kept not in (None, f"python {words}"):
         raise InputError(f"{folder} was made by `{kept}`, not by `python {words}`: remove it, or take another --output_dir")
 
 
-def note_part(folder, words, start):
-    """Keeps what ran in folder, and its seconds, an interrupted run's before included."""
-    seconds = part_seconds(folder) + time.time() - start
-    common.write_json(folder / "part.json", {"command": f"python {words}", "commit": commit(), "seconds": seconds})
-
-
-def part_seconds(folder):
-    path = folder / "part.json"
-    return json.loads(path.read_text())["seconds"] if path.exists() else 0
-
-
 def commit():
-    said = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
-    return said.stdout.strip() or "no commit"
+    """The commit of this code, with -dirty if code or weights differ from it."""
+    git = lambda *words: subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True).stdout.strip()
+    changed = git("status", "--porcelain", "--", "*.py", "checkpoints")
+    return (git("rev-parse", "--short", "HEAD") or "no commit") + "-dirty" * bool(changed)
 
 
 def named(prefix, flags):

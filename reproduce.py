@@ -44,6 +44,7 @@ import plan
 import refl_baseline
 import world
 from common import InputError, arg
+from flow import add_noise
 from model import PRESETS as MODELS
 from model import load_transformer
 from parts import I2V, align_folder, evaluations, named, reward_folder, task_of, train_aligned, train_rewards
@@ -60,6 +61,7 @@ TRUNK = json.loads((BASE / "transformer" / "config.json").read_text())["num_laye
 METRICS = {"qualified": "qualified", "physical_qualified": "physical", "deformity_qualified": "deformity",
            "adherent": "adherent", "smoothness": "smoothness", "dynamic": "dynamic", "consistency": "consistency",
            "i2v_subject": "I2V subject", "speed": "speed", "brightness": "brightness", "saturation": "saturation"}
+INTERVALS = "[0, .2]", "(.2, .4]", "(.4, .6]", "(.6, .8]", "(.8, 1]"                            # of t
 
 
 # ---- studies of alignment
@@ -85,24 +87,21 @@ def alignment_study(work, name, title, variants, claims, paper, notes=()):
     return found
 
 
-def iteration_in_sft_updates(work, method, flags=()):
+def iteration_in_sft_updates(work, method, flags=(), seed=0):
     """How many SFT updates take as long as one iteration of prfl or refl, by the seconds of both kinds of update in its own
-    run on seed 0, which whatever else the machine did slowed alike."""
-    train_aligned(work, [(0, method, flags)])
-    rows = map(json.loads, (align_folder(work, 0, method, flags) / "metrics.jsonl").read_text().splitlines())
+    run, which whatever else the machine did slowed alike."""
+    train_aligned(work, [(seed, method, flags)])
+    rows = map(json.loads, (align_folder(work, seed, method, flags) / "metrics.jsonl").read_text().splitlines())
     sft, reward = np.array([(row["sft_seconds"], row["reward_seconds"]) for row in rows if "reward" in row]).T
     return 1 + reward.sum() / sft.sum()
 
 
 def steps_of_equal_time(work):
     """{"sft" updates, "first" and "all" iterations of RGB ReFL} that take as long as PRFL's iterations (reward models' own
-    training not counted). Measured once and kept."""
-    path = work.folder / "equal_time.json"
-    if not path.exists():
-        updates = work.preset["iterations"] * iteration_in_sft_updates(work, "prfl")
-        refl = {frames: iteration_in_sft_updates(work, "refl", ("--frames", frames)) for frames in ("first", "all")}
-        common.write_json(path, {"sft": round(updates)} | {frames: round(updates / cost) for frames, cost in refl.items()})
-    return json.loads(path.read_text())
+    training not counted)."""
+    updates = work.preset["iterations"] * iteration_in_sft_updates(work, "prfl")
+    refl = {frames: iteration_in_sft_updates(work, "refl", ("--frames", frames)) for frames in ("first", "all")}
+    return {"sft": round(updates)} | {frames: round(updates / cost) for frames, cost in refl.items()}
 
 
 HALF = "SFT, half as many updates"                         # those of PRFL and RGB ReFL, without their reward updates
@@ -123,7 +122,7 @@ def reports_table(work, variants):
     train_rewards(work, variants.values())
     reports = {row: [json.loads((reward_folder(work, seed, flags) / "report.json").read_text()) for seed in work.seeds]
                for row, flags in variants.items()}
-    return table(["", "[0, .2]", "(.2, .4]", "(.4, .6]", "(.6, .8]", "(.8, 1]", "t = 0"],
+    return table(["", *INTERVALS, "t = 0"],
                  [[f"{row}, {metric.replace('_', ' ')}", *(f"{v:.3f}" for v in np.mean(
                      [[*report[metric], report["clean"][metric]] for report in found], 0))]
                   for row, found in reports.items() for metric in ("accuracy", "balanced_accuracy", "auc")])
@@ -165,7 +164,7 @@ def table1(work):
     alignment_study(work, "table1", "Table 1: PRFL and what it is compared with", variants,
                     [*(("PRFL", other) for other in ("base", *list(variants)[:-1])), ("SFT", "RWR"),
                      ("RWR", "RGB ReFL, first frame"), ("RGB ReFL, first frame", "base"),
-                     *((f"RGB ReFL, {frames}", HALF) for frames in ("first frame", "all frames"))], paper, notes)
+                     *((f"RGB ReFL, {frames}", HALF, "not in it") for frames in ("first frame", "all frames"))], paper, notes)
 
 
 def table2(work):
@@ -183,7 +182,8 @@ def table3(work):
     alignment_study(work, "table3", "Table 3: the rewarded part of the trajectory",
                     {part: ("prfl", ("--trajectory_part", part)) for part in ("early", "middle", "late")}
                     | {"full": ("prfl", ())},
-                    [("full", "early"), ("full", "middle"), ("full", "late"), ("middle", "late"), ("late", "early")],
+                    [("full", "early"), ("full", "middle"), ("full", "late"), ("middle", "late"), ("middle", "early"),
+                     ("late", "early")],
                     {"early": 82.25, "middle": 87.02, "late": 85.01, "full": 89.58})
 
 
@@ -196,11 +196,16 @@ def loss(work):
                 "2 steps with gradients": ("prfl", ("--grad_steps", 2)),
                 "4 steps with gradients": ("prfl", ("--grad_steps", 4)),
                 "without SFT updates": ("prfl", ("--no-sft_updates",))}
-    first, *_ = variants
-    others = "sigmoid hinge (released code)", "4 steps with gradients", "without SFT updates"
+    first, *others = variants
+    argued = "sigmoid hinge (released code)", "without SFT updates"
+    train_aligned(work, [(seed, *run) for seed in work.seeds for run in variants.values()])
+    cost = {row: np.mean([iteration_in_sft_updates(work, *run, seed=seed) for seed in work.seeds])
+            for row, run in variants.items() if row != others[-1]}
     alignment_study(work, "loss", "PRFL's own choices: loss form, lambda, steps with gradients, SFT updates", variants,
-                    [(first, other) for other in others], {},
-                    ["The paper has no table of these; the orderings are what it argues for, or does.", ""])
+                    [(first, other, *(() if other in argued else ("not in it",))) for other in others], {},
+                    ["The paper has no table of these; what it argues for is marked. An iteration takes as long as so many SFT "
+                     "updates: " + ", ".join(f"{row} {value:.2f}" for row, value in cost.items())
+                     + ". Memory of more steps with gradients: table 4.", ""])
 
 
 def fig5(work):
@@ -214,7 +219,8 @@ def fig5(work):
         gap = np.array([f["PRFL"]["grade"] - f[row]["grade"] for f in found])
         share = [summary(gap > 0), summary(gap == 0), summary(gap < 0)]
         low, high = interval(np.sign(gap))
-        values[row] = {"win": share[0], "tie": share[1], "lose": share[2], "verdict": verdict(low, high)}
+        values[row] = {"win": share[0], "tie": share[1], "lose": share[2], "verdict": verdict(low, high),
+                       "paper": paper.get(row)}
         rows.append([row, " / ".join(f"{v:.1f}" for v in paper.get(row, ())), *(show(**cell) for cell in share),
                      values[row]["verdict"]])
     work.write("fig5", "Figure 5: PRFL against each, video by video", [
@@ -269,17 +275,23 @@ def measured(work, name, *flags):
     return json.loads((folder / "measured.json").read_text())
 
 
-def longest(preset, method, decoded="first"):
-    """The most frames (4 k + 1) of 832x480 that plan.py fits into 80 GB, weights cut over 8 GPUs, one clip on each."""
-    for frames in itertools.count(1, 4):
-        config = plan.Config("plan", preset, method=method, frames=frames, gpus=8, frames_decoded=decoded)
-        if plan.costs(config, MODELS[preset])["with"]["peak"] > 80e9:
-            return frames - 4
+WAN = "wan2.1-t2v-14b"
+
+
+def wan_peak(preset, frames, method, decoded="first"):
+    """Bytes of a GPU by plan.py: 832x480, weights cut over 8 GPUs, one clip on each, checkpointing on."""
+    config = plan.Config("plan", preset, method=method, frames=frames, gpus=8, frames_decoded=decoded)
+    return plan.costs(config, MODELS[preset])["with"]["peak"]
+
+
+def longest(preset, *how):
+    """The most frames (4 k + 1) that fit 80 GB so."""
+    return next(frames - 4 for frames in itertools.count(1, 4) if wan_peak(preset, frames, *how) > 80e9)
 
 
 def table4(work):
     methods = {"SFT": "sft", "PRFL": "prfl", "RGB ReFL, first frame": "refl_first", "RGB ReFL, all frames": "refl_all"}
-    rounds = work.preset["rounds"]
+    rounds, paper = work.preset["rounds"], {False: 1.42, True: 1.49}                    # by "without SFT updates"
     settings = [(16, TRUNK), (40, TRUNK), (40, round(TRUNK / 5))]     # the world's N and K; the paper's N; its share of blocks
     speed, ratios = [], []
     for N, K in settings:
@@ -292,22 +304,35 @@ def table4(work):
             for row in list(methods)[2:]:
                 ratio = seconds[row].mean() / seconds["PRFL"].mean()
                 low, high = np.quantile(seconds[row][draws].mean(1) / seconds["PRFL"][draws].mean(1), (0.025, 0.975))
-                ratios.append({"setting": label, "row": row, "ratio": ratio, "interval": [low, high],
-                               "verdict": verdict(low, high, 1.0)})
+                ratios.append({"setting": label, "row": row, "ratio": ratio, "interval": [low, high], "paper": paper[bool(without)],
+                               "faster": verdict(low, high, 1.0), "by as much": verdict(low, high, paper[bool(without)])})
                 shown.append(f"{ratio:.2f} [{low:.2f}, {high:.2f}]")
-            speed.append([label, *(f"{x.mean():.3f}" for x in seconds.values()), *shown, 1.49 if without else 1.42])
-    verdicts = [[row[0], *(r["verdict"] for r in ratios if r["setting"] == row[0])] for row in speed]
+            speed.append([label, *(f"{x.mean():.3f}" for x in seconds.values()), *shown, paper[bool(without)]])
+    verdicts = [[row[0], *(r["faster"] for r in ratios if r["setting"] == row[0]),
+                 next(r["by as much"] for r in ratios if r["setting"] == row[0])] for row in speed]
     cells = [(frames, "64*64") for frames in (17, 33, 65, 81)] + [(17, "32*32"), (17, "96*96")]
-    found = {(row, *cell): measured(work, f"{method}-{cell[0]}-{cell[1].replace('*', 'x')}", "cell", "--method", method,
-                                    "--frames", cell[0], "--size", cell[1], "--batch_size", 4, "--rounds", 2)
-             for row, method in methods.items() for cell in cells}
-    by_frames = lambda value: ("frames", {row: ([f for f, _ in cells[:4]], [value(found[row, f, "64*64"]) for f, _ in cells[:4]])
-                                          for row in methods})
+    rows = {row: ("--method", method) for row, method in methods.items()}
+    chunked = "the same, --decoder_checkpointing"
+    rows[chunked] = (*rows["RGB ReFL, all frames"], "--decoder_checkpointing")
+
+    def cell(frames, size, *flags):
+        flags = ("--frames", frames, "--size", size, "--batch_size", 4, "--rounds", 2, *flags)
+        return measured(work, named("cell", flags).replace("*", "x"), "cell", *flags)
+
+    found = {(row, *at): cell(*at, *flags) for row, flags in rows.items() for at in cells}
+    chains = {(k, how): cell(17, "64*64", "--grad_steps", k, *how)
+              for how in ((), ("--gradient_checkpointing",)) for k in (1, 2, 4, 16)}
+    lengths = [frames for frames, size in cells if size == "64*64"]
+    by_frames = lambda value: ("frames", {row: (lengths, [value(found[row, f, "64*64"]) for f in lengths]) for row in rows})
+    planned = {"PRFL": ("prfl",), "RGB ReFL, first frame": ("refl",), "RGB ReFL, all frames": ("refl", "all")}
+    wan = [[preset, *(longest(preset, *how) for how in planned.values())] for preset in ("wan2.1-t2v-1.3b", WAN)]
     plot(work.results / "table4.png", {
-        "MB of an iteration, 4 clips of 64x64": by_frames(lambda cell: cell["bytes"] / 1e6),
-        "seconds of an iteration": by_frames(lambda cell: np.mean(cell["seconds"]))})
-    wan = [[preset, *(longest(preset, *how) for how in (("prfl",), ("refl",), ("refl", "all")))]
-           for preset in ("wan2.1-t2v-1.3b", "wan2.1-t2v-14b")]
+        "measured: MB of an iteration, 4 clips of 64x64": by_frames(lambda cell: cell["bytes"] / 1e6),
+        "measured: seconds of an iteration": by_frames(lambda cell: np.mean(cell["seconds"])),
+        "arithmetic: GB of a GPU, Wan 14B, 832x480": ("frames", {
+            **{row: (range(1, 82, 20), [wan_peak(WAN, frames, *how) / 1e9 for frames in range(1, 82, 20)])
+               for row, how in planned.items()}, "80 GB": ((1, 81), (80, 80))})})
+    first, other = (plan.decoder_costs(f, 60, 104)["kept"] / 1e9 for f in (1, 2))
     work.write("table4", "Table 4: what an iteration costs", [
         "Seconds of an iteration on the world's videos, batch 32, the methods in turn in one process (`benchmarks/cost.py "
         f"times`, {rounds} rounds), and how many times as long as PRFL's RGB ReFL's is, with its 95 % interval over rounds; at "
@@ -315,21 +340,28 @@ def table4(work):
         "without SFT updates 1.49. PRFL rolls out to any step, RGB ReFL to a late one, which counts for more at N = 40; PRFL's "
         "reward costs K / L of a generator.", "",
         *table(["", *methods, "ratio, first frame", "ratio, all frames", "paper, first frame"], speed),
-        *table(["the paper's ordering: PRFL faster than RGB ReFL", "first frame", "all frames"], verdicts),
+        *table(["PRFL is faster than RGB ReFL", "first frame", "all frames", "first frame, by the paper's factor"], verdicts),
         "Peak memory over what weights and optimizer hold, MB, 4 clips, each cell a process of its own "
         "(`benchmarks/cost.py cell`; about 70 MB are the libraries' own buffers). The paper, GB for 81 frames of 832x480: PRFL "
         "66.81, RGB ReFL with the first frame 55.47, with all frames out of memory:", "",
         *table(["", *(f"{f} frames, {size.replace('*', 'x')}" for f, size in cells)],
-               [[row, *(f"{found[row, *cell]['bytes'] / 1e6:.0f}" for cell in cells)] for row in methods]),
+               [[row, *(f"{found[row, *at]['bytes'] / 1e6:.0f}" for at in cells)] for row in rows]),
         "Seconds of an iteration in the same processes (mean of two; the ratios above compare within one process):", "",
         *table(["", *(f"{f} frames, {size.replace('*', 'x')}" for f, size in cells)],
-               [[row, *(f"{np.mean(found[row, *cell]['seconds']):.2f}" for cell in cells)] for row in methods]),
-        "The most frames of 832x480 that fit 80 GB a GPU by the formulas of plan.py (8 GPUs, weights cut over them, one clip "
-        "on each, checkpointing on; a decoder without tiling or checkpointing keeps its activations, which grow with the "
-        "frames decoded). Arithmetic, not measured:", "",
-        *table(["", "PRFL", "RGB ReFL, first frame", "RGB ReFL, all frames"], wan)],
-        {"ratios": ratios, "wan": wan,
-         "cells": [{"row": row, **cell} for (row, *_), cell in found.items()]})
+               [[row, *(f"{np.mean(found[row, *at]['seconds']):.2f}" for at in cells)] for row in rows]),
+        "PRFL with gradients through the last k steps before the reward, of 8 or 9, 4 clips of 17 frames of 64x64 (16: all of "
+        "them). MB as above, and seconds of an iteration:", "",
+        *table(["k", "MB", "seconds", "MB, block checkpointing", "seconds"],
+               [[k, *(cell for how in ((), ("--gradient_checkpointing",)) for cell in (
+                   f"{chains[k, how]['bytes'] / 1e6:.0f}", f"{np.mean(chains[k, how]['seconds']):.2f}"))] for k in (1, 2, 4, 16)]),
+        "The most frames of 832x480 that fit 80 GB a GPU (8 GPUs, weights cut over them, one clip on each, checkpointing on), by "
+        "the formulas that `python model.py plan wan2.1-t2v-14b --gpus 8 --method refl --frames_decoded all` prints. Wan's "
+        "decoder, without tiling or checkpointing, keeps 4 bytes for a norm, 2 for SiLU and 2 for the padded input for every "
+        f"channel and pixel of every convolution: {first:.1f} GB for the first latent frame, {other - first:.1f} GB for each of "
+        "the other (F - 1) / 4. Arithmetic, not measured:", "",
+        *table(["", *planned], wan)],
+        {"ratios": ratios, "wan": wan, "cells": [{"row": row, **cell} for (row, *_), cell in found.items()],
+         "grad_steps": list(chains.values())})
 
 
 # ---- studies of the reward model
@@ -365,31 +397,49 @@ def accuracy_row(logits, labels):
 
 
 def accuracy_table(rows, paper):
-    return table(["", "paper", "average", "[0, .2]", "(.2, .4]", "(.4, .6]", "(.6, .8]", "(.8, 1]", "balanced, average",
-                  "AUC, average"],
+    return table(["", "paper", "average", *INTERVALS, "balanced, average", "AUC, average"],
                  [[row, paper.get(row, ""), f"**{show(**cells['average'])}**", *(f"{v:.3f}" for v in cells["intervals"]),
                    *(f"{np.mean(cells[key]):.3f}" for key in ("balanced", "auc"))] for row, cells in rows.items()])
 
 
+def logits_at(judge, latents, context, t):
+    """Logits [m] of m videos noised to one t; latents [m, c, f, h, w], context [m, l, d_text]."""
+    t, x1 = torch.full((len(latents),), t), common.noise(latents.shape[1:], 0, "one t", 0, range(len(latents)))
+    return torch.cat([judge(*some) for some in zip(*(x.split(256) for x in (add_noise(latents, x1, t), t, context)))])
+
+
 @torch.no_grad()
-def reward_study(work, name, title, variants, claims, paper, notes=(), by="accuracy"):
+def reward_study(work, name, title, variants, claims, paper, notes=(), by="accuracy", at=None):
     """variants: {row: train_reward flags}; like alignment_study. Accuracy on one test set, t in each fifth of (0, 1]. Trained
     half as long as the reward models of alignment: there are many, and they are compared with each other only. by: what
-    claims are judged by, accuracy or AUC."""
+    claims are judged by, accuracy or AUC. at: a t of a column of its own. claims: rows, "<row> in <interval of t>",
+    "<row> at <at>", or "swing of <row>"."""
     steps = work.preset["reward_steps"] // 2
     variants = {row: (*flags, "--max_train_steps", steps) for row, flags in variants.items()}
     train_rewards(work, variants.values())
     latents, context, labels = test_set(work)
     judged, rows = {}, {}
-    for row, flags in variants.items():
-        logits = torch.stack([interval_logits(judge_of(work, seed, flags), latents, context) for seed in work.seeds])
+    for row, flags in common.progress(variants.items(), "reward models judge"):
+        judges = [judge_of(work, seed, flags) for seed in work.seeds]
+        logits = torch.stack([interval_logits(judge, latents, context) for judge in judges])
         every = labels.expand(len(logits), -1)
         right, rows[row] = accuracy_row(logits, every)                                              # [seeds, 5, m]
-        judged[row] = (auc_values(logits, every) if by == "AUC" else right).mean(1)
+        values = auc_values(logits, every) if by == "AUC" else right
+        judged |= {row: values.mean(1)} | {f"{row} in {part}": values[:, i] for i, part in enumerate(INTERVALS)}
+        judged[f"swing of {row}"] = (right[:, 1:] != right[:, :1]).mean(1)          # of verdicts, from that in [0, .2]
+        if at is not None:
+            found = torch.stack([logits_at(judge, latents, context, at) for judge in judges])       # [seeds, m]
+            judged[f"{row} at {at}"] = ((found >= 0) == (every == 1)).double().numpy()
     claims = judge_claims(claims, judged)
     lines = [f"Accuracy on {len(labels)} own samples that no reward model was trained on ({(labels == 1).double().mean():.0%} "
              f"good), one random t in each fifth of (0, 1] ({work.said_seeds()}). Each trained for {steps} steps.", ""]
     lines += accuracy_table(rows, paper)
+    if at is not None:
+        lines += [f"Accuracy at t = {at}, and in how many of the other four intervals a video's verdict is not that in "
+                  f"{INTERVALS[0]}:", "", *table(["", f"t = {at}", "swing"], [
+                      [row, *(show(**summary(judged[key])) for key in (f"{row} at {at}", f"swing of {row}"))] for row in rows])]
+    if by == "AUC":
+        lines += ["AUC:", "", *table(["", *INTERVALS], [[row, *(f"{v:.4f}" for v in rows[row]["auc"])] for row in rows])]
     work.write(name, title, [*lines, f"Judged by {by}, average:", "", *claims_table(claims), *notes],
                   {"rows": rows, "claims": claims, "judged_by": by, "paper": paper})
     return rows
@@ -407,7 +457,8 @@ def table5(work):
 
 def table7(work):
     reward_study(work, "table7", "Table 7: binary cross-entropy or Bradley-Terry", {"BCE": (), "BT": ("--loss", "bt")},
-                 [("BCE", "BT")], {"BCE": 80.05, "BT": 79.85},
+                 [("BCE", "BT"), *((f"BCE in {part}", f"BT in {part}") for part in INTERVALS[:3]),
+                  *((f"BT in {part}", f"BCE in {part}") for part in INTERVALS[3:])], {"BCE": 80.05, "BT": 79.85},
                  ["Bradley-Terry learns differences only: its logit has no zero, accuracy is unfair to it, and AUC decides.", ""],
                  by="AUC")
 
@@ -464,7 +515,7 @@ def labels(work):
     most = f"{work.preset['samples']} samples"
     reward_study(work, "labels", "How many labelled samples PAVRM learns from",
                  {f"{n} samples": ("--num_samples", n, "--holdout", n // 8) for n in counts} | {most: ()},
-                 [(most, f"{n} samples") for n in counts], {}, ["Not in the paper. Held-out and in-between ones are "
+                 [(most, f"{n} samples", "not in it") for n in counts], {}, ["Not in the paper. Held-out and in-between ones are "
                                                                 "subtracted from these numbers before training.", ""])
 
 
@@ -473,20 +524,23 @@ def fig3(work):
     depths = [k for k in (1, 2, 4, 6, 8) if k <= TRUNK]
     probes = {f"probe, t = 0.2, K = {k}": (*frozen, *at, *(() if k == TRUNK else ("--depth", k))) for k in depths}
     least, most, ours = f"probe, t = 0.2, K = {depths[0]}", f"probe, t = 0.2, K = {TRUNK}", "fine-tuned, random t"
+    pixels = list(PIXELS)[-1]
     tuned = {"probe, random t": frozen, "fine-tuned, t = 0.2": at, ours: ()}
     rows = reward_study(
         work, "fig3", "Figure 3: where a reward can be read", PIXELS | probes | tuned,
-        [*((ours, other) for other in (*list(tuned)[:-1], *PIXELS)), (most, least)],
-        {ours: 85.46, **dict.fromkeys(probes, "78.1 to 78.8")},
-        ["Pixels are judged on the x_0 predicted in one step from x_t (the paper's 3a: their score swings with t). Probes: "
-         "frozen trunk, only query and head learn (3b: the same at every depth, so the last ordering is not the paper's; 3c: "
-         "a probe does not beat pixels, fine-tuning with random t does).", ""])
+        [*((f"swing of {row}", f"swing of {ours}") for row in PIXELS),
+         (f"{most} at 0.2", f"{least} at 0.2", "alike: 78.1 to 78.8 at every depth"),
+         *((pixels, probe) for probe in (most, "probe, random t")), *((ours, other) for other in (*list(tuned)[:-1], *PIXELS))],
+        {ours: 85.46},
+        ["Pixels are judged on the x_0 predicted in one step from x_t. The paper's 3a: their score swings with t. Probes: frozen "
+         "trunk, only query and head learn. 3b: at t = 0.2 they do as well at every depth. 3c: they do not beat pixels, whatever "
+         "t they learned from, and fine-tuning with random t does.", ""], at=0.2)
     middles = [0.1, 0.3, 0.5, 0.7, 0.9]
     by_t = lambda key, names: ("t", {row: (middles, rows[row][key]) for row in names})
     plot(work.results / "fig3.png", {
         "a: judged good": by_t("judged_good", [*PIXELS, ours]),
         "b: AUC of probes by depth": ("K", {f"t in {part}": (depths, [rows[row]["auc"][i] for row in probes])
-                                            for i, part in enumerate(("[0, .2]", "(.2, .4]", "(.4, .6]"))}),
+                                            for i, part in enumerate(INTERVALS[:3])}),
         "c: AUC": by_t("auc", [*PIXELS, most, *tuned])})
 
 

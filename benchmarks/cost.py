@@ -15,6 +15,7 @@ import ctypes
 import dataclasses
 import gc
 import json
+import re
 import resource
 import sys
 import time
@@ -51,6 +52,8 @@ class Config:
     rounds: int = arg(8, "timed iterations of each method, behind one that warms up", above=0)
     decoder_checkpointing: bool = arg(False, "refl: decode a few latent frames of one video at a time, again in the backward pass")
     sft_updates: bool = arg(True, "the SFT update of an iteration")
+    grad_steps: int = arg(1, "prfl: steps with gradients before the reward", above=0)
+    gradient_checkpointing: bool = arg(False, "keep only the inputs of the generator's blocks")
     mixed_precision: str = arg("bf16", "autocast dtype", choices=("no", "bf16"))
     seed: int = arg(0, "seed of noise and steps", at_least=0)
     output_dir: str = arg("runs/cost", "where measured.json goes")
@@ -60,12 +63,14 @@ def make_iteration(method, config, runtime):
     """-> iteration(i): one training iteration on noise in place of data; its generator and optimizer are its own."""
     f, h, w = plan.latent_grid(config.frames, config.size)
     policy = load_transformer(BASE).to(runtime.device).train()
+    policy.gradient_checkpointing = config.gradient_checkpointing
     text_len, text_dim = policy.config["text_len"], policy.config["text_dim"]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0)
     for p in policy.parameters():                               # its moments, which a first step would make
         optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     if method == "prfl":
         reward = PAVRM.from_generator(policy, config.depth).freeze()
+        reward.trunk.gradient_checkpointing = config.gradient_checkpointing
     elif method.startswith("refl"):
         reward = refl_baseline.PixelReward(method[5:], text_dim).to(runtime.device).eval().requires_grad_(False)
         vae = load_vae(BASE / "vae").to(runtime.device)
@@ -88,7 +93,7 @@ def make_iteration(method, config, runtime):
             update(lambda: prfl.sft_loss(policy, x0, x1, t, context))
         step = mean_step(method, i, N) if method in PART else None
         if method == "prfl":
-            update(lambda: prfl.reward_update_loss(policy, reward, x_T, context, step, N)[0])
+            update(lambda: prfl.reward_update_loss(policy, reward, x_T, context, step, N, grad_steps=config.grad_steps)[0])
         elif method != "sft":
             update(lambda: refl_baseline.refl_update_loss(policy, reward, vae, x_T, context, step, N,
                                                           checkpointing=config.decoder_checkpointing)[0])
@@ -128,6 +133,8 @@ def held(device):
 def peak(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
+    if sys.platform == "linux":                                 # ru_maxrss would begin at that of the process that started this
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

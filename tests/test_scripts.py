@@ -306,12 +306,20 @@ def test_interval_over_seeds_and_videos_grows_with_the_spread_of_either():
     assert width(seeds) > 2 * width(videos)
 
 
+def test_seeds_widen_the_interval_as_the_unbiased_variance_of_their_mean_does():
+    studies = np.random.default_rng(0).normal(size=(60, 8, 1))                   # 8 seeds, whose videos all agree
+    widths = [np.subtract(*report.interval(study)[::-1]) for study in studies]
+    assert np.mean(widths) == pytest.approx(2 * 1.96 * studies.std(1, ddof=1).mean() / 8 ** 0.5, rel=0.03)
+
+
 def test_claims_are_judged_by_the_paired_difference():
     noise = np.random.default_rng(0).normal(size=(2, 300))
     values = {"a": noise + 0.05, "b": noise, "c": noise + np.random.default_rng(1).normal(size=(2, 300))}
     found = report.judge_claims([("a", "b"), ("b", "a"), ("c", "b")], values)
     assert [c["verdict"] for c in found] == ["holds", "does not hold", "cannot be told"]
     assert found[0]["difference"] == pytest.approx(0.05)
+    text = "\n".join(report.claims_table(found + report.judge_claims([("a", "b", "alike")], values)))
+    assert text.count("| a above b | yes | +0.050 [+0.050, +0.050] | +0.050 +0.050 | holds |") == 1 and text.count("| a above b | alike |") == 1
 
 
 def test_unpaired_claims_are_judged_by_groups_of_other_videos():
@@ -426,18 +434,24 @@ def test_reproduce_keeps_finished_parts_and_names_the_one_that_fails(tmp_path, c
     monkeypatch.setitem(parts.PRESETS, "quick", tiny)
     argv = ["table7", "--preset", "quick", "--output_dir", str(tmp_path / "runs"), "--results_dir", str(tmp_path)]
     run = lambda: common.cli(reproduce.main, reproduce.Config, reproduce.__doc__, argv)
+    refused = lambda: pytest.raises(SystemExit, run).value.code == 2 and capsys.readouterr().err.splitlines()[-1]
     run()
     assert capsys.readouterr().out.count("$ python train_reward.py") == 2
     found = json.loads((tmp_path / "table7.json").read_text())
     assert set(found["rows"]) == {"BCE", "BT"} and "| BCE | 80.05 |" in (tmp_path / "table7.md").read_text()
-    spent = sum(parts.part_seconds(folder) for folder in (tmp_path / "runs/quick/seed-0").glob("reward*")) / 60
+    spent = sum(parts.part_of(folder)["seconds"] for folder in (tmp_path / "runs/quick/seed-0").glob("reward*")) / 60
     assert found["provenance"]["minutes_of_parts"] == pytest.approx(spent, abs=0.06) and spent > 0
     run()
     assert "$ python" not in capsys.readouterr().out
     again = json.loads((tmp_path / "table7.json").read_text())
     assert again["provenance"]["minutes_of_parts"] == found["provenance"]["minutes_of_parts"] and again["rows"] == found["rows"]
+    assert found["provenance"]["commits_of_parts"] == [parts.commit()] and found["provenance"]["parts"] == 2
+    unknown = tmp_path / "runs/quick/seed-0/reward-max_train_steps-1/part.json"
+    note = unknown.read_text()
+    unknown.unlink()
+    assert "was made by `an unknown command`" in refused()
+    unknown.write_text(note)
     monkeypatch.setitem(tiny, "samples", 64)
-    refused = lambda: pytest.raises(SystemExit, run).value.code == 2 and capsys.readouterr().err.splitlines()[-1]
     said = refused()
     assert "was made by" in said and "--num_samples 640 " in said and "--num_samples 64 " in said
     shutil.rmtree(tmp_path / "runs/quick/seed-0/reward-max_train_steps-1")     # made anew: but the samples there are others
