@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 
-def interval(values, other=None, rounds=2000):
+def interval(values, other=None, rounds=5000):
     """95 % interval of the mean of values [seeds, videos], or of how far it is above that of `other`, which has the same
     seeds but videos of its own: seeds and videos are resampled, with replacement.
 
