@@ -88,9 +88,8 @@ def alignment_study(work, name, title, variants, claims, paper, notes=()):
 
 
 def iteration_in_sft_updates(work, method, flags=(), seed=0):
-    """How many SFT updates take as long as one iteration of prfl or refl, by the seconds of both kinds of update in its own
-    run, which whatever else the machine did slowed alike."""
-    train_aligned(work, [(seed, method, flags)])
+    """How many SFT updates take as long as one iteration of a finished prfl or refl run, by the seconds of both kinds of
+    update in it, which whatever else the machine did slowed alike."""
     rows = map(json.loads, (align_folder(work, seed, method, flags) / "metrics.jsonl").read_text().splitlines())
     sft, reward = np.array([(row["sft_seconds"], row["reward_seconds"]) for row in rows if "reward" in row]).T
     return 1 + reward.sum() / sft.sum()
@@ -99,9 +98,10 @@ def iteration_in_sft_updates(work, method, flags=(), seed=0):
 def steps_of_equal_time(work):
     """{"sft" updates, "first" and "all" iterations of RGB ReFL} that take as long as PRFL's iterations (reward models' own
     training not counted)."""
+    refl = {frames: ("refl", ("--frames", frames)) for frames in ("first", "all")}
+    train_aligned(work, [(0, "prfl", ()), *((0, *run) for run in refl.values())])
     updates = work.preset["iterations"] * iteration_in_sft_updates(work, "prfl")
-    refl = {frames: iteration_in_sft_updates(work, "refl", ("--frames", frames)) for frames in ("first", "all")}
-    return {"sft": round(updates)} | {frames: round(updates / cost) for frames, cost in refl.items()}
+    return {"sft": round(updates)} | {frames: round(updates / iteration_in_sft_updates(work, *run)) for frames, run in refl.items()}
 
 
 HALF = "SFT, half as many updates"                         # those of PRFL and RGB ReFL, without their reward updates
