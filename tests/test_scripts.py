@@ -390,6 +390,34 @@ def test_table9_of_a_reward_model_that_errs_on_other_generators_near_clean(tmp_p
     assert found["claims"][0]["difference"] == pytest.approx(0.04)
 
 
+def test_fig3_judges_each_panel_where_the_paper_does(tmp_path, monkeypatch):
+    """Pixels are right where t < .5 only, so their verdicts swing; probes are right at t = .2 as far as they are deep."""
+    n = 600
+    labels = (torch.arange(n) % 2).to(torch.int8)
+    context = torch.stack([2.0 * labels - 1, torch.arange(n) / n], 1)[:, None]                  # [n, 1, 2]
+
+    def judge_of(work, seed, flags):
+        good, order = lambda context: context[:, 0, 0], lambda context: context[:, 0, 1]
+        if "--space" in flags:
+            return lambda x, t, context: good(context) * torch.where(t < 0.5, 1.0, -1.0)
+        if "--trunk_learning_rate" in flags and "--fixed_t" in flags:
+            depth = flags[flags.index("--depth") + 1] if "--depth" in flags else 8
+            return lambda x, t, context: good(context) * torch.where((order(context) < depth / 8) & (t == 0.2), 1.0, -1.0)
+        return lambda x, t, context: good(context)
+
+    monkeypatch.setattr(reproduce, "train_rewards", lambda *args: None)
+    monkeypatch.setattr(reproduce, "test_set", lambda work: (torch.zeros(n, 1, 1, 1, 1), context, labels))
+    monkeypatch.setattr(reproduce, "judge_of", judge_of)
+    reproduce.fig3(parts.Work(reproduce.Config("fig3", "quick", seeds=2, output_dir=str(tmp_path), results_dir=str(tmp_path))))
+    claims = {claim["claim"]: claim for claim in json.loads((tmp_path / "fig3.json").read_text())["claims"]}
+    swing = claims["swing of pixels, all frames above swing of fine-tuned, random t"]
+    assert swing["verdict"] == "holds" and swing["difference"] == pytest.approx(0.625, abs=0.03)        # .5, 1, 1 of 4
+    depth = claims["probe, t = 0.2, K = 8 at 0.2 above probe, t = 0.2, K = 1 at 0.2"]
+    assert depth["difference"] == pytest.approx(7 / 8, abs=0.01) and depth["paper"].startswith("alike")
+    assert claims["fine-tuned, random t above pixels, all frames"]["verdict"] == "holds"
+    assert claims["pixels, all frames above probe, random t"]["verdict"] == "does not hold"
+
+
 def test_parts_of_image_to_video_lie_apart(tmp_path, monkeypatch):
     monkeypatch.setitem(parts.PRESETS, "quick", {"seeds": 1, "samples": 8, "reward_steps": 2, "iterations": 2})
     work = parts.Work(reproduce.Config("table2", "quick", output_dir=str(tmp_path)))
