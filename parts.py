@@ -88,7 +88,7 @@ class Work:
     def write(self, name, title, lines, values):
         """results/<name>.md and .json, with the command, the commits of this call and of the parts, the machine, the minutes."""
         gpu = torch.cuda.is_available()
-        device = torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} CPU cores ({platform.machine()}), a thread a part"
+        device = torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} CPU cores ({platform.machine()})"
         seeds = f" --seeds {self.config.seeds}" if self.config.seeds else ""
         parts = [part_of(folder) for folder in self.used]
         about = {"command": f"python reproduce.py {name} --preset {self.config.preset}{seeds}", "commit": commit(),
@@ -99,8 +99,8 @@ class Work:
         said = f"`{about['command']}` at {about['commit']}, {about['hardware']}; this call took {about['minutes']} minutes."
         if parts:
             missing = f" (without {about['parts_without_time']} whose time was not kept)" * bool(about["parts_without_time"])
-            said += (f" Its {len(parts)} runs, evaluations and measurements, which other tables share, took "
-                     f"{about['minutes_of_parts']} minutes in sum{missing}, at {', '.join(about['commits_of_parts'])}.")
+            said += (f" Its {len(parts)} runs, evaluations and measurements ({'' if gpu else 'of one thread each; '}shared with other "
+                     f"tables) took {about['minutes_of_parts']} minutes in sum{missing}, at {', '.join(about['commits_of_parts'])}.")
         self.results.mkdir(parents=True, exist_ok=True)
         text = "\n".join([f"# {title}", "", *lines, said, ""])
         (self.results / f"{name}.md").write_text(text)
