@@ -248,7 +248,6 @@ def labelled_split(shards, holdout, seed):
 
 
 # ---- the generator's own samples
-@torch.no_grad()
 def require_world(model):
     """Raises InputError if `model` is no generator of the embedded world, whose VAE is a VideoVAE."""
     from weights import read_config
@@ -256,6 +255,7 @@ def require_world(model):
         raise InputError(f"--model {model}: its VAE is not that of the embedded world: give clips of your own with --data")
 
 
+@torch.no_grad()
 def own_samples(folder, generator, model, count, num_steps, size, seed, runtime):
     """Shards of `count` samples of a VideoDiT, judged by the embedded world's annotator; made once and kept.
 
