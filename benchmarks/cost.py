@@ -50,7 +50,7 @@ class Config:
     num_inference_steps: int = arg(16, "N, Euler steps of a rollout", above=2)
     depth: int = arg(8, "K, blocks of the generator in PRFL's reward model", above=0)
     rounds: int = arg(8, "timed iterations of each method, behind one that warms up", above=0)
-    decoder_checkpointing: bool = arg(False, "refl: decode a few latent frames of one video at a time, again in the backward pass")
+    decoder_checkpointing: bool = arg(False, "refl: decode a few frames at a time, again in the backward pass")
     sft_updates: bool = arg(True, "the SFT update of an iteration")
     grad_steps: int = arg(1, "prfl: steps with gradients before the reward", above=0)
     gradient_checkpointing: bool = arg(False, "keep only the inputs of the generator's blocks")
