@@ -430,6 +430,7 @@ def reward_study(work, name, title, variants, claims, paper, notes=(), by="accur
         if at is not None:
             found = torch.stack([logits_at(judge, latents, context, at) for judge in judges])       # [seeds, m]
             judged[f"{row} at {at}"] = ((found >= 0) == (every == 1)).double().numpy()
+            rows[row]["at"] = summary(judged[f"{row} at {at}"])
     claims = judge_claims(claims, judged)
     lines = [f"Accuracy on {len(labels)} own samples that no reward model was trained on ({(labels == 1).double().mean():.0%} "
              f"good), one random t in each fifth of (0, 1] ({work.said_seeds()}). Each trained for {steps} steps.", ""]
@@ -437,7 +438,7 @@ def reward_study(work, name, title, variants, claims, paper, notes=(), by="accur
     if at is not None:
         lines += [f"Accuracy at t = {at}, and in how many of the other four intervals a video's verdict is not that in "
                   f"{INTERVALS[0]}:", "", *table(["", f"t = {at}", "swing"], [
-                      [row, *(show(**summary(judged[key])) for key in (f"{row} at {at}", f"swing of {row}"))] for row in rows])]
+                      [row, show(**cells["at"]), show(**summary(judged[f"swing of {row}"]))] for row, cells in rows.items()])]
     if by == "AUC":
         lines += ["AUC:", "", *table(["", *INTERVALS], [[row, *(f"{v:.4f}" for v in rows[row]["auc"])] for row in rows])]
     work.write(name, title, [*lines, f"Judged by {by}, average:", "", *claims_table(claims), *notes],
@@ -539,8 +540,9 @@ def fig3(work):
     by_t = lambda key, names: ("t", {row: (middles, rows[row][key]) for row in names})
     plot(work.results / "fig3.png", {
         "a: judged good": by_t("judged_good", [*PIXELS, ours]),
-        "b: AUC of probes by depth": ("K", {f"t in {part}": (depths, [rows[row]["auc"][i] for row in probes])
-                                            for i, part in enumerate(INTERVALS[:3])}),
+        "b: accuracy of probes by depth": ("K", {
+            "at t = 0.2, which they learned from": (depths, [rows[row]["at"]["mean"] for row in probes]),
+            "average over t": (depths, [rows[row]["average"]["mean"] for row in probes])}),
         "c: AUC": by_t("auc", [*PIXELS, most, *tuned])})
 
 
