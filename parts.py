@@ -19,10 +19,10 @@ HERE = Path(__file__).resolve().parent
 I2V = ("--task", "i2v")                                         # among a part's flags: image-to-video
 TUNED = {"prfl": 1e-4, "sft": 3e-4, "rwr": 1e-4, "refl": 1e-4}   # the best of the sweep in results/table1.md
 PRESETS = {
-    "quick": {"seeds": 1, "sweep": False, "videos": 256, "samples": 4096, "reward_steps": 600, "iterations": 80,
-              "tested": 1024, "rounds": 4, "clips": 400},
-    "full": {"seeds": 3, "sweep": True, "videos": 512, "samples": 16384, "reward_steps": 1600, "iterations": 120,
-             "tested": 2048, "rounds": 16, "clips": 2000},
+    "quick": {"seeds": 1, "sweep": False, "videos": 256, "samples": 4096, "reward_steps": 600, "study_steps": 200,
+              "iterations": 80, "tested": 512, "rounds": 4, "clips": 400},
+    "full": {"seeds": 3, "sweep": True, "videos": 512, "samples": 16384, "reward_steps": 1600, "study_steps": 800,
+             "iterations": 120, "tested": 2048, "rounds": 16, "clips": 2000},
 }
 
 

@@ -23,7 +23,8 @@ Every part is a plain call of this repository's own scripts, printed as it start
 folder. Writes results/<name>.md and .json, and a .png where a curve says more (if matplotlib is there). Intervals are
 95 %, from resampling seeds and videos together; a claim of the paper holds if the interval of the paired difference is
 above zero, does not hold if it is below, and cannot be told otherwise. (table9's videos differ: unpaired there.)
-table5, table7, table8, labels and fig3 compare reward models: theirs train half as long as table1's.
+table5, table7, table8, labels and fig3 compare reward models: theirs train half as long as table1's (--preset quick: a
+third).
 """
 import itertools
 import json
@@ -411,10 +412,10 @@ def logits_at(judge, latents, context, t):
 @torch.no_grad()
 def reward_study(work, name, title, variants, claims, paper, notes=(), by="accuracy", at=None):
     """variants: {row: train_reward flags}; like alignment_study. Accuracy on one test set, t in each fifth of (0, 1]. Trained
-    half as long as the reward models of alignment: there are many, and they are compared with each other only. by: what
+    less than the reward models of alignment: there are many, and they are compared with each other only. by: what
     claims are judged by, accuracy or AUC. at: a t of a column of its own. claims: rows, "<row> in <interval of t>",
     "<row> at <at>", or "swing of <row>"."""
-    steps = work.preset["reward_steps"] // 2
+    steps = work.preset["study_steps"]
     variants = {row: (*flags, "--max_train_steps", steps) for row, flags in variants.items()}
     train_rewards(work, variants.values())
     latents, context, labels = test_set(work)
@@ -598,6 +599,8 @@ class Config:
 
 def main(config):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))         # an exception, so that Work.run ends its parts
+    if config.name == "all":
+        train_rewards(parts.Work(config), [(), I2V])                # both take long: side by side
     for name in STUDIES if config.name == "all" else (config.name,):
         STUDIES[name](parts.Work(config))
 

@@ -458,7 +458,7 @@ def test_equal_time_is_that_of_the_updates_in_each_methods_own_run(tmp_path, mon
 
 
 def test_reproduce_keeps_finished_parts_and_names_the_one_that_fails(tmp_path, capsys, monkeypatch):
-    tiny = {"seeds": 1, "samples": 640, "reward_steps": 2, "tested": 128}
+    tiny = {"seeds": 1, "samples": 640, "reward_steps": 2, "study_steps": 1, "tested": 128}
     monkeypatch.setitem(parts.PRESETS, "quick", tiny)
     argv = ["table7", "--preset", "quick", "--output_dir", str(tmp_path / "runs"), "--results_dir", str(tmp_path)]
     run = lambda: common.cli(reproduce.main, reproduce.Config, reproduce.__doc__, argv)
