@@ -38,7 +38,7 @@ class Work:
         on_gpu = torch.cuda.is_available()
         self.jobs = 1 if on_gpu else os.cpu_count()
         self.environment = os.environ | ({} if on_gpu else {"OMP_NUM_THREADS": "1"})
-        self.started, self.used, self.children = time.time(), set(), []
+        self.started, self.commit, self.used, self.children = time.time(), commit(), set(), []
 
     def run(self, parts, jobs=None):
         """Runs the unfinished ones of parts [(folder, file that it ends with, script, *flags)], side by side (or so many at
@@ -91,7 +91,7 @@ class Work:
         device = torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} CPU cores ({platform.machine()})"
         seeds = f" --seeds {self.config.seeds}" if self.config.seeds else ""
         parts = [part_of(folder) for folder in self.used]
-        about = {"command": f"python reproduce.py {name} --preset {self.config.preset}{seeds}", "commit": commit(),
+        about = {"command": f"python reproduce.py {name} --preset {self.config.preset}{seeds}", "commit": self.commit,
                  "commits_of_parts": sorted({part["commit"] for part in parts}), "hardware": device,
                  "minutes": round((time.time() - self.started) / 60, 1), "parts": len(parts),
                  "parts_without_time": sum(not part["seconds"] for part in parts),
