@@ -38,7 +38,7 @@ class Work:
         on_gpu = torch.cuda.is_available()
         self.jobs = 1 if on_gpu else os.cpu_count()
         self.environment = os.environ | ({} if on_gpu else {"OMP_NUM_THREADS": "1"})
-        self.started, self.commit, self.used, self.children = time.time(), commit(), set(), []
+        self.started, self.used, self.children = time.time(), set(), []
 
     def run(self, parts, jobs=None):
         """Runs the unfinished ones of parts [(folder, file that it ends with, script, *flags)], side by side (or so many at
@@ -69,7 +69,8 @@ class Work:
         bar.write(f"$ python {words}")
         folder.mkdir(parents=True, exist_ok=True)
         start, before = time.time(), part_of(folder).get("seconds", 0)                  # an interrupted run's
-        note = {"command": f"python {words}", "commit": commit(), "seconds": before}
+        made = [*part_of(folder).get("commit", "").split(), commit()]                   # a resumed one may have several
+        note = {"command": f"python {words}", "commit": " ".join(dict.fromkeys(made)), "seconds": before}
         common.write_json(folder / "part.json", note)
         with (folder / "log.txt").open("a") as log:
             child = subprocess.Popen([sys.executable, HERE / script, *flags], stdout=log, stderr=log, env=self.environment)
@@ -91,7 +92,7 @@ class Work:
         device = torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} CPU cores ({platform.machine()})"
         seeds = f" --seeds {self.config.seeds}" if self.config.seeds else ""
         parts = [part_of(folder) for folder in self.used]
-        about = {"command": f"python reproduce.py {name} --preset {self.config.preset}{seeds}", "commit": self.commit,
+        about = {"command": f"python reproduce.py {name} --preset {self.config.preset}{seeds}", "commit": COMMIT,
                  "commits_of_parts": sorted({part["commit"] for part in parts}), "hardware": device,
                  "minutes": round((time.time() - self.started) / 60, 1), "parts": len(parts),
                  "parts_without_time": sum(not part["seconds"] for part in parts),
@@ -126,6 +127,9 @@ def commit():
     git = lambda *words: subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True).stdout.strip()
     changed = git("status", "--porcelain", "--", "*.py", "checkpoints")
     return (git("rev-parse", "--short", "HEAD") or "no commit") + "-dirty" * bool(changed)
+
+
+COMMIT = commit()                                               # of the code that runs here, whatever comes after
 
 
 def named(prefix, flags):

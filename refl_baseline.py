@@ -96,11 +96,11 @@ def load_decoder(model, channels):
 def decode_chunks(vae, x):
     """vae.decode(x) of latents x [b, c, f, h, w], CHUNK frames at a time, each chunk again in the backward pass.
 
-    The decoder is causal and looks vae.past latent frames back (None: too far, one chunk then): a chunk that begins so
-    much earlier, and drops what it decodes there, is exact.
+    The decoder is causal and looks vae.past latent frames back: a chunk that begins so much earlier, and drops what it
+    decodes there, is exact. Where that spares nothing (a short clip; None: it looks too far back) there is one chunk.
     """
     f, video = x.shape[2], []
-    size = f if vae.past is None else CHUNK
+    size = f if vae.past is None or f <= CHUNK + vae.past else CHUNK
     for start in range(0, f, size):
         end = min(start + size, f)
         frames = checkpoint(vae.decode, x[:, :, max(0, start - (vae.past or 0)):end], use_reentrant=False)
@@ -112,7 +112,8 @@ def judge(reward, vae, dit, x, t, context, checkpointing=False, **image):
     """Logits [b] of the clean video that one step of dit predicts from x [b, c, f, h, w] at times t [b].
 
     Where every t is 0, x is that video. checkpointing: each video is decoded, by chunks, and judged on its own, and
-    again in the backward pass: beside the pixels of all, the decoder keeps one chunk, the reward one video.
+    again in the backward pass: beside the pixels of all, the decoder keeps one chunk and vae.past frames before it, the
+    reward one video.
     """
     if t.any():
         x = predict_x0(x, dit(x, t, context, **image), t)

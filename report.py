@@ -1,6 +1,6 @@
 """What results are made of: intervals over seeds and videos, verdicts on a claim, tables, curves.
 
-Values are one number per video, [videos] or [seeds, videos] (the same videos in each seed). A statistic that is no mean over
+Values are one number per seed and video, [seeds, videos] (the same videos in each seed). A statistic that is no mean over
 videos (AUC, balanced accuracy) is given as values whose mean it is and whose spread over resampled videos is its own.
 """
 from pathlib import Path
@@ -59,7 +59,7 @@ def judge_claims(claims, values, paired=True):
 
 
 def claims_table(found):
-    return table(["ordering", "the paper's", "difference", "by seed", "verdict"],
+    return table(["ordering", "the paper's", "difference", "by seed", "verdict on this ordering"],
                  [[c["claim"], c["paper"], show(c["difference"], c["interval"], "+"), " ".join(f"{d:+.3f}" for d in c["seeds"]),
                    c["verdict"]] for c in found])
 

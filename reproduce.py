@@ -105,7 +105,7 @@ def steps_of_equal_time(work):
     return {"sft": round(updates)} | {frames: round(updates / iteration_in_sft_updates(work, *run)) for frames, run in refl.items()}
 
 
-HALF = "SFT, half as many updates"                         # those of PRFL and RGB ReFL, without their reward updates
+HALF = "SFT, half as many updates"                         # as many SFT updates as PRFL and RGB ReFL make, at its own rate
 
 
 def table1_variants(work):
@@ -134,7 +134,7 @@ def table1(work):
     steps, iterations = steps_of_equal_time(work), work.preset["iterations"]
     notes = [f"PRFL and RGB ReFL: {iterations} iterations, {2 * iterations} updates. SFT and RWR: {2 * iterations} updates. "
              f"Equal time: {steps['sft']} updates of SFT, {steps['first']} and {steps['all']} iterations of RGB ReFL with the "
-             "first frame and with all, by the seconds of every kind of update in the methods' own runs. What the reward models "
+             "first frame and with all, by the seconds of every kind of update in the methods' own runs on seed 0. What the reward models "
              "and their samples took is not counted.", ""]
     paper = {"base": 81.03, "RWR": 84.17, "SFT": 84.79, "RGB ReFL, first frame": 83.97, "PRFL": 89.58}
     if work.preset["sweep"]:
@@ -388,8 +388,8 @@ def judge_of(work, seed, flags):
 
 
 def accuracy_row(logits, labels):
-    """logits [seeds, 5, m], labels [seeds, m] -> (right [seeds, 5, m], {accuracy as a summary; it, balanced accuracy and
-    AUC by interval of t})."""
+    """logits [seeds, 5, m], labels [seeds, m] -> (right [seeds, 5, m], {accuracy as a summary; it, balanced accuracy,
+    AUC and the share judged good by interval of t})."""
     right = ((logits >= 0) == (labels == 1)[:, None]).double().numpy()
     found = [interval_metrics(*seed) for seed in zip(logits, labels)]
     return right, {"average": summary(right.mean(1)), **{key: np.mean([f[name] for f in found], 0).tolist() for key, name in (
@@ -442,7 +442,7 @@ def reward_study(work, name, title, variants, claims, paper, notes=(), by="accur
                       [row, show(**cells["at"]), show(**summary(judged[f"swing of {row}"]))] for row, cells in rows.items()])]
     if by == "AUC":
         lines += ["AUC:", "", *table(["", *INTERVALS], [[row, *(f"{v:.4f}" for v in rows[row]["auc"])] for row in rows])]
-    work.write(name, title, [*lines, f"Judged by {by}, average:", "", *claims_table(claims), *notes],
+    work.write(name, title, [*lines, f"Judged by {by}, averaged over t unless it says otherwise:", "", *claims_table(claims), *notes],
                   {"rows": rows, "claims": claims, "judged_by": by, "paper": paper})
     return rows
 

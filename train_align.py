@@ -59,7 +59,7 @@ class Config:
                                       choices=tuple(prfl.PARTS))
     grad_steps: int = arg(1, "prfl: steps with gradients before the reward; 1 is Alg. 1", above=0)
     frames: str = arg("first", "refl: what is decoded and judged", choices=refl_baseline.FRAMES)
-    decoder_checkpointing: bool = arg(False, "refl: decode a few frames at a time, again in the backward pass")
+    decoder_checkpointing: bool = arg(False, "refl: decode video by video, long ones in chunks, twice")
     sft_updates: bool = arg(True, "prfl's and refl's SFT update, which keeps the reward from being hacked (Alg. 1)")
     learning_rate: float = arg(1e-4, "AdamW's, the best in results/table1.md; the paper has 5e-6 at 14B", above=0)
     weight_decay: float = arg(0.0, "AdamW's", at_least=0)

@@ -5,7 +5,7 @@
     python reproduce.py table4                                    every cell, and the table
 
 An iteration is what train_align.py makes of it: an SFT update, then the reward update. Training draws the rewarded step from
-all N for PRFL, from the late third for ReFL, and an iteration's seconds are linear in it: here it is the mean of those steps
+all N for PRFL, from the late third for ReFL, and (with one step with gradients) an iteration's seconds are linear in it: here it is the mean of those steps
 (the two next to it in turn). Memory: on CPU the peak resident set of this process less what it held before the
 first update, when weights and optimizer were there; on a GPU torch's peak less the same. The generator is trained at 9
 frames of 32x32 only, and the reward models here not at all: what they cost is right, what they say means nothing.
@@ -50,10 +50,10 @@ class Config:
     num_inference_steps: int = arg(16, "N, Euler steps of a rollout", above=2)
     depth: int = arg(8, "K, blocks of the generator in PRFL's reward model", above=0)
     rounds: int = arg(8, "timed iterations of each method, behind one that warms up", above=0)
-    decoder_checkpointing: bool = arg(False, "refl: decode a few frames at a time, again in the backward pass")
+    decoder_checkpointing: bool = arg(False, "refl: decode video by video, long ones in chunks, twice")
     sft_updates: bool = arg(True, "the SFT update of an iteration")
     grad_steps: int = arg(1, "prfl: steps with gradients before the reward", above=0)
-    gradient_checkpointing: bool = arg(False, "keep only the inputs of the generator's blocks")
+    gradient_checkpointing: bool = arg(False, "keep only the inputs of blocks, of generator and PAVRM")
     mixed_precision: str = arg("bf16", "autocast dtype", choices=("no", "bf16"))
     seed: int = arg(0, "seed of noise and steps", at_least=0)
     output_dir: str = arg("runs/cost", "where measured.json goes")
@@ -125,7 +125,7 @@ def held(device):
     if sys.platform != "linux":
         return peak(device)
     ctypes.CDLL(None).malloc_trim(0)
-    with contextlib.suppress(OSError):                          # not every sandbox lets the peak be set back
+    with contextlib.suppress(OSError):                          # not every system lets the peak be set back
         Path("/proc/self/clear_refs").write_text("5")
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 

@@ -41,7 +41,7 @@ def test_memory_of_a_cell_is_that_of_its_update(tmp_path):
     assert chunks < 0.9 * whole
 
 
-def test_all_methods_are_timed_in_turn(tmp_path):
+def test_times_of_every_method(tmp_path):
     found = run(tmp_path, "times", "--rounds", 2, "--batch_size", 1, "--num_inference_steps", 3)
     assert list(found) == list(cost.METHODS) and all(len(times) == 2 and min(times) > 0 for times in found.values())
 
