@@ -85,7 +85,6 @@ def alignment_study(work, name, title, variants, claims, paper, notes=()):
                      *(f"{cells[m]['mean']:.3f}" for m in metrics[1:]),
                      " ".join(f"{v:.3f}" for v in cells["qualified"]["seeds"])] for row, cells in rows.items()])
     work.write(name, title, [*lines, *claims_table(claims), *notes], {"rows": rows, "claims": claims, "paper": paper})
-    return found
 
 
 def iteration_in_sft_updates(work, method, flags=(), seed=0):
@@ -134,8 +133,8 @@ def table1(work):
     steps, iterations = steps_of_equal_time(work), work.preset["iterations"]
     notes = [f"PRFL and RGB ReFL: {iterations} iterations, {2 * iterations} updates. SFT and RWR: {2 * iterations} updates. "
              f"Equal time: {steps['sft']} updates of SFT, {steps['first']} and {steps['all']} iterations of RGB ReFL with the "
-             "first frame and with all, by the seconds of every kind of update in the methods' own runs on seed 0. What the reward models "
-             "and their samples took is not counted.", ""]
+             "first frame and with all, by the seconds of every kind of update in the methods' own runs on seed 0. What the "
+             "reward models and their samples took is not counted.", ""]
     paper = {"base": 81.03, "RWR": 84.17, "SFT": 84.79, "RGB ReFL, first frame": 83.97, "PRFL": 89.58}
     if work.preset["sweep"]:
         runs = {(row, rate): (method, (*flags, "--learning_rate", rate)) for row, (method, flags) in variants.items()
@@ -163,8 +162,8 @@ def table1(work):
     notes += ["Reward models on 400 held-out own samples, mean over seeds; t = 0 is the finished video, and at t > 0 pixels are "
               "decoded from the x_0 predicted in one step.", "", *reports_table(work, {"PAVRM": ()} | PIXELS)]
     alignment_study(work, "table1", "Table 1: PRFL and what it is compared with", variants,
-                    [*(("PRFL", other) for other in ("base", *list(variants)[:-1])), ("SFT", "RWR"),
-                     ("RWR", "RGB ReFL, first frame"), ("RGB ReFL, first frame", "base"),
+                    [*(("PRFL", other, *(() if other in paper else ("not in it",))) for other in ("base", *list(variants)[:-1])),
+                     ("SFT", "RWR"), ("RWR", "RGB ReFL, first frame"), ("RGB ReFL, first frame", "base"),
                      *((f"RGB ReFL, {frames}", HALF, "not in it") for frames in ("first frame", "all frames"))], paper, notes)
 
 
@@ -517,8 +516,8 @@ def labels(work):
     most = f"{work.preset['samples']} samples"
     reward_study(work, "labels", "How many labelled samples PAVRM learns from",
                  {f"{n} samples": ("--num_samples", n, "--holdout", n // 8) for n in counts} | {most: ()},
-                 [(most, f"{n} samples", "not in it") for n in counts], {}, ["Not in the paper. Held-out and in-between ones are "
-                                                                "subtracted from these numbers before training.", ""])
+                 [(most, f"{n} samples", "not in it") for n in counts], {},
+                 ["Not in the paper. Held-out and in-between ones are subtracted from these numbers before training.", ""])
 
 
 def fig3(work):
@@ -579,9 +578,9 @@ def annotator(work):
         failed[f"wrong {key} in the prompt"] = 1 - rate(world.annotate(clean, wrong))
     overall = float(np.mean([failed[name] for name in world.PHYSICAL + world.DEFORMITY]))
     work.write("annotator", f"The annotator: {count} clean and {count} clearly flawed clips, after mp4 and VAE",
-                  [f"Clean clips that pass: **{passed:.4f}**. Flawed clips (severity .6 to 1) that fail: **{overall:.4f}**.",
-                   "", *table(["flaw", "fails"], [[name.replace("_", " "), f"{v:.4f}"] for name, v in failed.items()])],
-                  {"clean_pass": passed, "flawed_fail": overall, "fails": failed})
+               [f"Clean clips that pass: **{passed:.4f}**. Flawed clips (severity .6 to 1) that fail: **{overall:.4f}**.",
+                "", *table(["flaw", "fails"], [[name.replace("_", " "), f"{v:.4f}"] for name, v in failed.items()])],
+               {"clean_pass": passed, "flawed_fail": overall, "fails": failed})
 
 
 STUDIES = {study.__name__: study for study in (table1, table2, table3, table4, table5, table7, table8, table9, fig3, fig5, labels,
