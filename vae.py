@@ -50,7 +50,7 @@ class VideoVAE(nn.Module):
         self.config = {"dim": dim, "num_blocks": num_blocks, "latents_mean": latents_mean or [0.0] * CHANNELS,
                        "latents_std": latents_std or [1.0] * CHANNELS}
         pixels = 3 * TIME * SPACE * SPACE
-        self.past = max(1, 2 * num_blocks)      # latent frames back that a decoded one depends on; one, to be no first frame
+        self.past = max(1, 2 * num_blocks)                      # how far back a decoded latent frame depends on others
         self.encoder = nn.Sequential(nn.Conv3d(pixels, dim, 1), *[ResidualBlock(dim) for _ in range(num_blocks)],
                                      nn.Conv3d(dim, 2 * CHANNELS, 1))
         self.decoder = nn.Sequential(nn.Conv3d(CHANNELS, dim, 1), *[ResidualBlock(dim) for _ in range(num_blocks)],
