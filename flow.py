@@ -6,6 +6,8 @@ purpose: (1) the rollout is Euler with one dt, as in Eq. 7, where the release us
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 """
+import math
+
 import torch
 
 import common
@@ -60,16 +62,28 @@ def guided_velocity(dit, x, t, context, guidance_scale=1.0, **image):
 
 
 @torch.no_grad()
-def rollout(dit, x, context, num_steps, *, first=0, last=None, shift=1.0, guidance_scale=1.0, **image):
+def rollout(dit, x, context, num_steps, *, first=0, last=None, longest=None, passes=0, shift=1.0, guidance_scale=1.0,
+            **image):
     """Integrate from noise towards data without gradients. image: y and clip of an image-to-video model.
 
     x: [b, c, f, h, w] at schedule(num_steps)[first]; runs steps first .. last - 1 (last = num_steps: to t = 0), so
-    the result is at schedule(num_steps)[last]. The state stays float32 whatever autocast does.
+    the result is at schedule(num_steps)[last]. last: one number, or [b] of them, a video each. passes: 0 takes every
+    step; n takes at most n passes however many steps there are, each over ceil(num_steps / n) steps at once or what is
+    left of them. longest: the largest `last` of all ranks, as under FSDP every rank must call dit equally often.
+    The state stays float32 whatever autocast does.
     """
     times = schedule(num_steps, shift, x.device)
-    for i in range(first, num_steps if last is None else last):
-        t, t_next = times[i].expand(len(x)), times[i + 1].expand(len(x))
-        x = euler_step(x, guided_velocity(dit, x, t, context, guidance_scale, **image), t, t_next)
+    last = torch.as_tensor(num_steps if last is None else last).expand(len(x))                  # on the CPU
+    stride = math.ceil(num_steps / passes) if passes else 1
+    for i in range(first, int(last.max()) if longest is None else longest, stride):
+        moving = (last > i).nonzero()[:, 0]                                 # the videos that are not there yet
+        if not len(moving):
+            moving = torch.tensor([0])                                      # a pass for the other ranks' sake: dt = 0
+        t, t_next = (times[last[moving].clamp(max=k).to(x.device)] for k in (i, i + stride))
+        j = moving.to(x.device)
+        v = guided_velocity(dit, x[j], t, None if context is None else context[j], guidance_scale,
+                            **{name: z[j] for name, z in image.items() if z is not None})
+        x = x.index_copy(0, j, euler_step(x[j], v, t, t_next))
     return x
 
 

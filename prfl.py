@@ -6,6 +6,10 @@ PAVRM. The gradient goes through the frozen PAVRM and that one step into the gen
 
     x_T ~ N(0, I) --rollout, no grad--> x_{s+dt} --one step, with grad--> x_s --PAVRM--> r(x_s, s, p),  loss = -lambda r
 
+The paper's recipe has to be stopped in time. "steady" (RECIPES) differs from it in three ways and does not: every video
+has a step of its own, spread evenly over the trajectory; the rollout without gradients takes at most four long Euler
+steps; and the loss saturates where the reward is sure.
+
 Where this differs, on purpose, from the released code (all of it as the paper has it):
 1. The loss is -lambda * r on the raw logit. The released 0.1 * relu(2 - sigmoid(r)) is "sigmoid_hinge" below: its hinge
    never bites, and where the reward is sure of itself its gradient vanishes.
@@ -14,13 +18,18 @@ Where this differs, on purpose, from the released code (all of it as the paper h
 4. The SFT and the reward update each have their own backward, clipping and optimizer step; gradients never mix.
 5. PAVRM is frozen whole, in eval mode: no gradients pile up on it.
 
-Axes: b batch, c channels, f frames, h height, w width, l text tokens.
+Axes: b batch, B global batch, c channels, f frames, h height, w width, l text tokens.
 """
 import torch
 import torch.nn.functional as F
 
-from common import InputError, generator
+from common import InputError, generator, uniform
 from flow import add_noise, euler_step, flow_matching_loss, rollout, schedule
+
+RECIPES = {  # what train_align.py's flags of these names are when they are not given
+    "paper": {"rewarded_step": "per_batch", "rollout_passes": 0, "reward_loss": "linear"},              # Alg. 1
+    "steady": {"rewarded_step": "per_video", "rollout_passes": 4, "reward_loss": "logsigmoid"},
+}
 
 # Table 3: which third of the trajectory is rewarded. For N = 40: steps 1-13, 14-26, 27-40.
 PARTS = {"early": (0, 1), "middle": (1, 2), "late": (2, 3), "full": (0, 3)}
@@ -32,33 +41,56 @@ REWARD_LOSSES = {
 }
 
 
+def steps_of(part, num_steps):
+    """The steps first + 1 .. last of a part of the trajectory -> (first, last). Raises InputError if there are none."""
+    first, last = (num_steps * third // 3 for third in PARTS[part])
+    if last <= first:
+        raise InputError(f"--num_inference_steps {num_steps} leaves the {part} part of the trajectory without a step")
+    return first, last
+
+
 def draw_step(seed, iteration, num_steps, part="full"):
     """The rewarded step of this iteration, 1 .. num_steps, uniform over a part of the trajectory (Alg. 1).
 
     Drawn from (seed, iteration) alone: the same on every rank and after a resume.
     """
-    first, last = (num_steps * third // 3 for third in PARTS[part])
-    if last <= first:
-        raise InputError(f"--num_inference_steps {num_steps} leaves the {part} part of the trajectory without a step")
+    first, last = steps_of(part, num_steps)
     return int(torch.randint(first + 1, last + 1, (1,), generator=generator(seed, "reward step", iteration)))
 
 
-def reward_update_loss(policy, pavrm, x_T, context, step, num_steps, *, reward_weight=1.0, loss="linear",
-                       grad_steps=1, shift=1.0, **image):
+def draw_steps(seed, iteration, num_steps, global_batch, part="full"):
+    """A rewarded step for each video of the global batch -> int64 [B], stratified: the part of the trajectory is cut into
+    B equal stretches, each video has one of them, and its step is uniform within. Each alone is as `draw_step`'s.
+
+    Drawn from (seed, iteration) alone: every rank draws all, and takes those of its own videos.
+    """
+    first, last = steps_of(part, num_steps)
+    stretch = torch.randperm(global_batch, generator=generator(seed, "reward steps", iteration))
+    within = uniform(seed, "reward steps", iteration, range(global_batch))
+    place = (stretch + within) / global_batch                                                   # [B] in [0, 1)
+    return (first + 1 + (place * (last - first)).long()).clamp(max=last)
+
+
+def reward_update_loss(policy, pavrm, x_T, context, step, num_steps, *, longest=None, rollout_passes=0, reward_weight=1.0,
+                       loss="linear", grad_steps=1, shift=1.0, **image):
     """Alg. 1, the reward update: returns (loss, reward); call backward on the loss.
 
     policy, pavrm: the VideoDiT in training and the frozen reward model. x_T [b, c, f, h, w]: noise. context
-    [b, l, d_text]. step: 1 .. num_steps, the step whose result is rewarded. reward_weight: lambda. grad_steps: how
-    many of the steps up to there carry gradients; 1 is the paper's, more needs policy.gradient_checkpointing to fit.
-    image: y and clip of an image-to-video model.
+    [b, l, d_text]. step: 1 .. num_steps, the step whose result is rewarded, one for all or [b]. longest: the largest
+    step of all ranks, where they have steps of their own. rollout_passes: as in `rollout`. reward_weight: lambda.
+    grad_steps: how many of the steps up to there carry gradients; 1 is the paper's, more needs
+    policy.gradient_checkpointing to fit. image: y and clip of an image-to-video model.
     Returns a scalar loss and the logits r(x_s, s, p) [b], detached.
     """
     times = schedule(num_steps, shift, x_T.device)
-    first = max(0, step - grad_steps)
-    x = rollout(policy, x_T, context, num_steps, last=first, shift=shift, **image)     # x_{s+dt}, without gradients
+    step = torch.as_tensor(step).expand(len(x_T))
+    first = (step - grad_steps).clamp(min=0)                                                        # [b]
+    last_pass = None if longest is None else max(0, longest - grad_steps)
+    x = rollout(policy, x_T, context, num_steps, last=first, longest=last_pass, passes=rollout_passes, shift=shift,
+                **image)                                                # x_{s+dt}, without gradients
     torch.clear_autocast_cache()        # on torch < 2.13, weights it cast without gradients would be used below
-    for i in range(first, step):
-        t, s = times[i].expand(len(x)), times[i + 1].expand(len(x))
+    for i in range(min(grad_steps, int(step.max()) if longest is None else longest)):
+        t, s = (times[torch.minimum(first + k, step).to(x.device)] for k in (i, i + 1))            # [b]
         x = euler_step(x, policy(x, t, context, **image), t, s)                         # Eq. 7, with gradients: x_s
     r = pavrm(x, s, context, **image)                                                   # [b]
     return reward_weight * REWARD_LOSSES[loss](r).mean(), r.detach()

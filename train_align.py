@@ -51,10 +51,18 @@ class Config:
     output_dir: str = arg("runs/align", "run folder")
     size: str = arg("tiny", "size of the embedded world (without --data)", choices=tuple(world.SIZES))
     num_curated: int = arg(1024, "curated clips to render (without --data)", above=0)
+    curated_dir: str | None = arg(None, "where curated clips are kept, or found; without, <output_dir>/curated")
     num_samples: int = arg(2048, "own samples that rwr weights", above=0)
     num_inference_steps: int = arg(16, "N, Euler steps of a rollout; the paper has 40", above=0)
     reward_weight: float = arg(1.0, "lambda of Alg. 1; Adam and clipping make its size matter little", above=0)
-    reward_loss: str = arg("linear", "prfl: -lambda r (Alg. 1), or a variant", choices=tuple(prfl.REWARD_LOSSES))
+    recipe: str = arg("paper", "prfl and refl: the paper's Alg. 1 to the letter, or steady, which needs no stopping in time: "
+                      "sets the three flags below where they are not given", choices=tuple(prfl.RECIPES))
+    rewarded_step: str | None = arg(None, "one random step for the whole batch (Alg. 1), or one for each video, spread "
+                                    "evenly over the trajectory", choices=("per_batch", "per_video"))
+    rollout_passes: int | None = arg(None, "most Euler steps of the rollout without gradients, each a longer one; 0: every "
+                                     "step (Alg. 1)", at_least=0)
+    reward_loss: str | None = arg(None, "-lambda r (linear, Alg. 1), -log sigmoid(r), or the released code's",
+                                  choices=tuple(prfl.REWARD_LOSSES))
     trajectory_part: str | None = arg(None, "steps that can be rewarded (Table 3); without, full, and late for refl",
                                       choices=tuple(prfl.PARTS))
     grad_steps: int = arg(1, "prfl: steps with gradients before the reward; 1 is Alg. 1", above=0)
@@ -76,6 +84,7 @@ class Config:
                          "often at 10 times the learning rate; 0 trains every weight", at_least=0)
     lora_alpha: float | None = arg(None, "adapters are scaled by lora_alpha / lora_rank; without, by 1", above=0)
     checkpointing_steps: int = arg(40, "iterations between checkpoints", above=0)
+    keep: int = arg(2, "checkpoints that stay, the newest", above=0)
     validation_steps: int = arg(40, "iterations between validations (embedded world)", above=0)
     num_validation: int = arg(128, "videos of a validation; 0 for none", at_least=0)
     resume_from_checkpoint: str | None = arg(None, "'latest' or a checkpoint folder", alias="resume")
@@ -83,8 +92,11 @@ class Config:
 
 
 def main(config):
-    unused = ("reward_loss", "grad_steps") if config.method == "refl" else ("frames", "decoder_checkpointing")
+    unused = ("grad_steps",) if config.method == "refl" else ("frames", "decoder_checkpointing")
     common.refuse(config, unused, f"with --method {config.method}")
+    for name, value in prfl.RECIPES[config.recipe].items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
     runtime = common.setup(config.mixed_precision, config.seed)
     policy = load_transformer(resolve_model(config)).train()
     lora.add(policy, config.lora_rank, config.lora_alpha, config.seed)
@@ -102,10 +114,10 @@ def main(config):
                                                                          config.resume_from_checkpoint)
     state = common.load_state(resume) if resume else {"step": 0}
     part = config.trajectory_part or ("late" if config.method == "refl" else "full")
-    prfl.draw_step(config.seed, 0, config.num_inference_steps, part)                       # fails early if it must
+    prfl.steps_of(part, config.num_inference_steps)                                         # fails early if it must
 
     shards = data.Shards(config.data) if config.data else data.clean_clips(
-        Path(config.output_dir) / "curated", config.model, config.num_curated, config.size, config.seed + 500, runtime)
+        config.curated_dir or Path(config.output_dir) / "curated", config.model, config.num_curated, config.size, config.seed + 500, runtime)
     shards.require_fit(policy)
     curated = (shards.labels != 0).nonzero()[:, 0]              # good or unlabelled: what is called bad is not curated
     if not len(curated):
@@ -146,21 +158,26 @@ def main(config):
         """Alg. 1's reward update, or ReFL's, on the prompts of the curated set."""
         _, context, image = curated_batch(config.seed + 1, step, indices)
         x_T = common.noise(shards.latent_shape, config.seed, "x_T", step, indices).to(runtime.device)
-        s = prfl.draw_step(config.seed, step, config.num_inference_steps, part)
+        if config.rewarded_step == "per_video":
+            steps = prfl.draw_steps(config.seed, step, config.num_inference_steps, global_batch, part)      # of all ranks
+            s, longest = steps[indices], int(steps.max())
+        else:
+            s = longest = prfl.draw_step(config.seed, step, config.num_inference_steps, part)
+        how = dict(longest=longest, rollout_passes=config.rollout_passes, reward_weight=config.reward_weight,
+                   loss=config.reward_loss, **image)
         with runtime.autocast():
             if config.method == "refl":
                 loss, reward = refl_baseline.refl_update_loss(
                     policy, reward_model, vae, x_T, context, s, config.num_inference_steps,
-                    reward_weight=config.reward_weight, checkpointing=config.decoder_checkpointing, **image)
+                    checkpointing=config.decoder_checkpointing, **how)
             else:
-                loss, reward = prfl.reward_update_loss(
-                    policy, reward_model, x_T, context, s, config.num_inference_steps, reward_weight=config.reward_weight,
-                    loss=config.reward_loss, grad_steps=config.grad_steps, **image)
-        return loss, {"reward": reward.mean(), "rewarded_step": torch.tensor(s, device=runtime.device)}
+                loss, reward = prfl.reward_update_loss(policy, reward_model, x_T, context, s, config.num_inference_steps,
+                                                       grad_steps=config.grad_steps, **how)
+        return loss, {"reward": reward.mean(), "rewarded_step": torch.as_tensor(s, device=runtime.device).float().mean()}
 
     def update(name, loss_fn, step):
         """One optimizer update: backward over the accumulated batches, one clip, one step."""
-        clock = time.perf_counter()
+        clock, cpu_clock = time.perf_counter(), time.process_time()
         optimizer.zero_grad()
         total = {}
         for micro in range(accumulation):
@@ -173,7 +190,8 @@ def main(config):
         optimizer.step()
         common.average(list(total.values()))
         return {**{k: v.item() for k, v in total.items()}, f"{name}_grad_norm": norm,
-                f"{name}_seconds": time.perf_counter() - clock}
+                f"{name}_seconds": time.perf_counter() - clock,
+                f"{name}_cpu_seconds": time.process_time() - cpu_clock}     # of all threads, whatever else runs
 
     def export(path, state):
         export_transformer(policy, path, dtype=torch.float32, state=lora.merge(state, config.lora_alpha))
@@ -196,7 +214,7 @@ def main(config):
         bar.set_postfix({k: f"{metrics[k]:.3f}" for k in ("reward", "sft_loss", "rwr_loss") if k in metrics})
         bar.update()
         if done % config.checkpointing_steps == 0 or done == config.max_train_steps:
-            parallel.save_checkpoint(config.output_dir, done, {"transformer": export}, policy, optimizer, config)
+            parallel.save_checkpoint(config.output_dir, done, {"transformer": export}, policy, optimizer, config, config.keep)
     bar.close()
     weights = parallel.full_state(policy)
     if runtime.rank == 0:
