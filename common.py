@@ -1,8 +1,16 @@
 """Plumbing every script shares, as plain functions. Imports none of our files.
 Whatever is random in example i of step k comes from generator(seed, purpose, k, i): a resumed run, or one on
 another number of ranks, draws the same numbers, and no generator state is ever stored."""
-import argparse, dataclasses, datetime, hashlib, json, math, operator, os, re, shutil, sys, time, typing
-from pathlib import Path
+import argparse
+import dataclasses
+import datetime
+import hashlib
+import math
+import operator
+import os
+import sys
+import time
+import typing
 
 import torch
 import torch.distributed as dist
@@ -166,7 +174,7 @@ def check_finite(value, name, step):
         raise FloatingPointError(f"step {step}: {name} is {value.item()}; lower --learning_rate, or look at the data")
 
 
-def clip_gradients(params, max_norm, step=None):
+def average_and_clip_gradients(params, max_norm, step=None):
     """Averages gradients over ranks, clips in place (max_norm None: not) -> norm before clipping, float.
     Raises FloatingPointError naming the step if the norm is not finite."""
     params = [p for p in params if p.grad is not None]
@@ -177,110 +185,6 @@ def clip_gradients(params, max_norm, step=None):
         raise FloatingPointError(f"step {step}: the gradient norm is {value}; lower --learning_rate")
     torch.nn.utils.clip_grads_with_norm_(params, max_norm or math.inf, norm)
     return value
-
-
-# ---- run folder and checkpoints
-def write_json(path, value):
-    """Whole or not at all: a temporary name, then a rename."""
-    Path(f"{path}.tmp").write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(f"{path}.tmp", path)
-
-
-def checkpoints(output_dir):
-    """[(step, path)] of whole checkpoints, oldest first; `.old`: a kill came while that step was replaced."""
-    paths = sorted(Path(output_dir).glob("checkpoint-*"), reverse=True)  # the plain name comes last and wins
-    names = [(re.fullmatch(r"checkpoint-(\d+)(\.old)?", path.name), path) for path in paths]
-    return sorted({int(name[1]): path for name, path in names if name}.items())
-
-
-def start_run(config, resume_step=None):
-    """Rank 0: creates config.output_dir and its args.json. Checkpoints past resume_step (None: all) are of an
-    earlier run; they are renamed to earlier-<time>-checkpoint-<step>, so that `latest` never means them."""
-    if rank() == 0:
-        folder = Path(config.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        for step, path in checkpoints(folder):
-            if resume_step is None or step > resume_step:
-                path.rename(folder / f"earlier-{time.time_ns()}-{path.name}")
-        write_json(folder / "args.json", dataclasses.asdict(config))
-
-
-def save_checkpoint(output_dir, step, folders, state, config, keep=None):
-    """Rank 0: writes checkpoint-<step> (folders {name: function(path)}, train_state.pt, args.json) under a
-    temporary name, flushes, renames: a kill at any moment leaves the previous one usable. keep: n stay."""
-    final = Path(output_dir) / f"checkpoint-{step:06d}"
-    temporary, old = Path(f"{final}.tmp"), Path(f"{final}.old")
-    if rank() > 0:
-        return final
-    for leftover in Path(output_dir).glob("checkpoint-*.tmp"):
-        shutil.rmtree(leftover)
-    temporary.mkdir(parents=True)
-    for name, write in folders.items():
-        (temporary / name).mkdir()
-        write(temporary / name)
-    torch.save({"step": step, **state}, temporary / "train_state.pt")
-    write_json(temporary / "args.json", dataclasses.asdict(config))
-    for path in [*temporary.rglob("*"), temporary]:  # on the disk before the name is
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    if final.exists():  # a folder cannot be replaced in one move
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(final, old)
-    os.rename(temporary, final)
-    for path in [old] + [path for _, path in checkpoints(output_dir)[:-keep if keep else 0]]:
-        shutil.rmtree(path, ignore_errors=True)
-    return final
-
-
-def resolve_checkpoint(output_dir, spec):
-    """`latest`, a checkpoint folder, its name inside output_dir, or a run folder -> its path. InputError."""
-    path = Path(output_dir if spec == "latest" else spec)
-    path = path if path.is_dir() else Path(output_dir) / spec
-    if not path.name.startswith("checkpoint-"):
-        path = checkpoints(path)[-1][1] if checkpoints(path) else path / "checkpoint-<step>"
-    if lacking := [name for name in ("train_state.pt", "args.json") if not (path / name).is_file()]:
-        raise InputError(f"--resume_from_checkpoint {spec}: there is no {path / lacking[0]}")
-    return path
-
-
-def load_state(path):
-    """-> the state given to save_checkpoint, plus `step`. Raises InputError if it is truncated."""
-    try:
-        return torch.load(Path(path) / "train_state.pt", map_location="cpu", weights_only=True)
-    except Exception as e:  # torch raises RuntimeError, EOFError, UnpicklingError, ... for one cause
-        raise InputError(f"{path}/train_state.pt is truncated or damaged ({type(e).__name__})") from None
-
-
-class MetricsLog:
-    """metrics.jsonl, one flushed line a step (rank 0); TensorBoard events if that is installed. On resume,
-    lines past resume_step, or cut short by a kill, are dropped; None starts afresh."""
-
-    def __init__(self, output_dir, resume_step=None):
-        path, self.file, self.board = Path(output_dir) / "metrics.jsonl", None, None
-        if rank() == 0:
-            lines = path.read_text().splitlines(True) if resume_step is not None and path.exists() else []
-            lines = [x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= resume_step]
-            self.file = path.open("w", buffering=1)  # flushes each line
-            self.file.writelines(lines)
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(str(output_dir), purge_step=(resume_step or 0) + 1)
-            except ImportError:
-                pass
-
-    def log(self, step, **values):
-        """Numbers, scalar tensors or strings. Raises FloatingPointError if one is not finite."""
-        values = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
-        for name, value in values.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise FloatingPointError(f"step {step}: {name} is {value}; lower --learning_rate")
-            if self.board and not isinstance(value, str):
-                self.board.add_scalar(name, value, step)
-        if self.board:
-            self.board.flush()
-        if self.file:
-            self.file.write(json.dumps({"step": step, **values}) + "\n")
 
 
 def progress(work, desc, initial=0):

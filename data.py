@@ -1,6 +1,5 @@
-"""Clips in: metadata files, the latent shards that training reads, and the loader (video.py reads the files).
+"""Clips in: metadata files, the latent shards that training reads, and the loader (formats/video.py reads the files).
 
-    python data.py world clips --count 1024 --kind mixture       clips of the embedded world, with labels
     python data.py check clips                                   what is wrong, clip by clip
     python data.py encode clips --out latents                    with the shipped VAE and text encoder
     python data.py encode clips --out latents --size "832*480" --frames 81 --fps 16 --vae Wan2.1/vae \
@@ -12,7 +11,14 @@ text, caption), and perhaps label (or reward): 1 good, 0 bad, missing = unlabell
 Axes: b batch, c latent channels, F video frames (4k + 1), f latent frames (k + 1), H W pixels, h w latents,
 l text tokens, d text width, n clips of a shard, m CLIP image tokens.
 """
-import collections, csv, functools, itertools, json, math, os, sys
+import collections
+import csv
+import functools
+import itertools
+import json
+import math
+import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +29,10 @@ from safetensors.torch import save_file
 
 import common
 from common import InputError, arg
-# uint8 [b, F, H, W, 3] <-> float [b, 3, F, H, W] in [-1, 1]
-from vae import from_pixels as to_float, to_pixels as to_uint8
-from video import contact_sheet, frame_rate, read_clip, read_video, write_png, write_video  # noqa: F401
+from formats.codec import load_image_encoder, load_text_encoder, load_vae
+from formats.video import frame_rate, from_pixels, read_clip
+from formats.weights import SHIPPED
 
-HERE = Path(__file__).resolve().parent
 FIELDS = {"file_name": ("file_name", "video", "file"), "prompt": ("prompt", "text", "caption"),
           "label": ("label", "reward")}
 LABELS = {None: None, "0": 0, "1": 1, "0.0": 0, "1.0": 1, "False": 0, "True": 1}
@@ -106,12 +111,12 @@ def write_shards(folder, latents, contexts, labels, prompts, file_names=None, fp
     save_file(tensors | {"label": values}, folder / f"{name}.tmp")
     os.replace(folder / f"{name}.tmp", folder / name)
     rows = (before.rows if before else []) + rows
-    _replace(folder / "metadata.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    replace_text(folder / "metadata.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     index["shards"].append({"file": name, "count": len(values)})
-    _replace(folder / "shards.json", json.dumps(index | {"count": len(rows)}, indent=1))
+    replace_text(folder / "shards.json", json.dumps(index | {"count": len(rows)}, indent=1))
 
 
-def _replace(path, text):
+def replace_text(path, text):
     Path(f"{path}.tmp").write_text(text, encoding="utf-8")
     os.replace(f"{path}.tmp", path)
 
@@ -199,21 +204,6 @@ class Shards:
         self.require(dit.config["out_dim"], (length, dit.config["text_dim"]), labelled, dit.config["image_dim"])
 
 
-def image_inputs(config, batch, device):
-    """What a VideoDiT of this config takes beside x, t and context, from a batch of `Shards`, as keywords.
-
-    Text-to-video: none. Image-to-video: y [b, 4 + c, f, h, w], the mask and the first frame's latent (behind it the
-    condition in the shards, which is Wan's, or zeros), and clip [b, m, image_dim] if the model has image tokens.
-    """
-    from model import first_frame_condition
-    if config["model_type"] != "i2v":
-        return {}
-    y = first_frame_condition(batch["latents"])
-    if "condition" in batch:
-        y[:, 4:] = batch["condition"]
-    return {"y": y.to(device)} | ({"clip": batch["clip_fea"].to(device)} if config["image_dim"] else {})
-
-
 @functools.lru_cache(maxsize=4)
 def _permutation(n, seed, epoch):
     return torch.randperm(n, generator=common.generator(seed, "order", epoch))
@@ -247,111 +237,7 @@ def labelled_split(shards, holdout, seed):
     return train, held
 
 
-# ---- the generator's own samples
-def require_world(model):
-    """Raises InputError if `model` is no generator of the embedded world, whose VAE is a VideoVAE."""
-    from weights import read_config
-    if "_class_name" in read_config(f"{model}/vae"):
-        raise InputError(f"--model {model}: its VAE is not that of the embedded world: give clips of your own with --data")
-
-
-@torch.no_grad()
-def own_samples(folder, generator, model, count, num_steps, size, seed, runtime):
-    """Shards of `count` samples of a VideoDiT, judged by the embedded world's annotator; made once and kept.
-
-    Label 1: qualified on both axes and true to the prompt; 0: unqualified on an axis or against the prompt; none in
-    between. Image-to-video starts from clean renders' first frames, whose latents the shards hold as condition. model:
-    the folder with its vae/ and text_encoder/. Every rank makes its share. Raises InputError if `folder` was made with
-    other settings.
-    """
-    import flow
-    import world
-    from model import first_frame_condition, load_text_encoder
-    from vae import load_vae
-    settings = {"model": str(model), "count": count, "num_steps": num_steps, "size": size, "seed": seed}
-    if (Path(folder) / "shards.json").exists():
-        shards = Shards(folder)
-        if shards.settings != settings:
-            raise InputError(f"{folder}: was made with {shards.settings}; use another --output_dir, or remove it")
-        return shards
-    require_world(model)
-    vae = load_vae(f"{model}/vae").to(runtime.device)
-    text = load_text_encoder(f"{model}/text_encoder").to(runtime.device)
-    prompts = world.draw_prompts(count, seed + 11)
-    image_to_video = generator.config["model_type"] == "i2v"
-    first_frames = world.make(count, seed + 10, "clean", size)[0] if image_to_video else None
-    mine = range(runtime.rank, count, runtime.world_size)
-    made = []
-    for i in common.progress(range(0, len(mine), 128), "own samples (x128)"):
-        indices = list(mine[i:i + 128])
-        wanted = [prompts[j] for j in indices]
-        context = text.encode(wanted)                                                               # [b, l, d]
-        y = first_frame_condition(vae.encode(to_float(first_frames[indices]).to(runtime.device))) \
-            if image_to_video else None
-        x0 = flow.sample(generator, world.LATENT_SHAPES[size], context, seed, indices, num_steps, y=y,
-                         autocast=runtime.autocast)                                                 # [b, c, f, h, w]
-        judged = world.annotate(to_uint8(vae.decode(x0)).cpu(), wanted)
-        labels = [1 if good else 0 if bad else None for good, bad in
-                  zip(judged["qualified"].tolist(), judged["unqualified"].tolist())]
-        condition = [y[:, 4:].cpu()] if image_to_video else []      # so that the given frame reaches the reward model
-        made += zip(indices, x0.cpu(), context.cpu(), labels, *condition)
-    made = sorted(itertools.chain(*common.gather(made)), key=lambda row: row[0])
-    if runtime.rank == 0:
-        _, latents, contexts, labels, *condition = zip(*made)
-        write_shards(folder, torch.stack(latents), torch.stack(contexts), labels, prompts, settings=settings,
-                     **{"condition": torch.stack(x) for x in condition})
-    common.gather(None)                                         # the others wait for the file
-    return Shards(folder)
-
-
-def clean_clips(folder, model, count, size, seed, runtime):
-    """Shards of clean clips of the embedded world, through the same door as anybody's: mp4 files, then encoded with
-    the vae/ and text_encoder/ in `model`. Made once (by rank 0) and kept in `folder`."""
-    clips, latents, mark = Path(folder) / "clips", Path(folder) / "latents", Path(folder) / "world.json"
-    settings = {"count": count, "size": size, "seed": seed}
-    if mark.exists() and json.loads(mark.read_text()) != settings:
-        raise InputError(f"{folder}: was made with {mark.read_text().split()}; use another --output_dir, or remove it")
-    require_world(model)
-    common.gather(None)                                         # every rank has looked
-    if runtime.rank == 0:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        common.write_json(mark, settings)
-        if not (clips / "metadata.jsonl").exists():
-            world_command(World(str(clips), count=count, seed=seed, kind="clean", size=size))
-        encode_command(Encode(str(clips), out=str(latents), vae=f"{model}/vae", text_encoder=f"{model}/text_encoder"))
-    common.gather(None)                                         # the others wait for the files
-    return Shards(latents)
-
-
 # ---- commands
-@dataclass
-class World:
-    folder: str = arg(..., "where clips and metadata.jsonl go", positional=True)
-    count: int = arg(1024, "clips", above=0)
-    seed: int = arg(0, "of clips and prompts", at_least=0)
-    kind: str = arg("mixture", "clean, mixture (of clean and flawed), flawed, or the name of one flaw")
-    size: str = arg("tiny", "size of the world", choices=("tiny", "small"))
-
-
-def world_command(config):
-    import world
-    rows, bar = [], common.progress(config.count, "render")
-    for start in range(0, config.count, 64):  # always 64, so that a larger count begins with the same clips
-        seed = int(torch.randint(2 ** 31, (), generator=common.generator(config.seed, "world", start)))
-        videos, prompts, _ = world.make(64, seed, config.kind, config.size)
-        judged = world.annotate(videos, prompts)
-        for i in range(min(64, config.count - start)):
-            name, good = f"clips/{start + i:06d}.mp4", int(judged["qualified"][i])
-            write_video(Path(config.folder) / name, videos[i], fps=8)
-            certain = good or judged["unqualified"][i]  # clips in between stay unlabelled, as in the paper
-            rows.append({"file_name": name, "prompt": prompts[i]} | ({"label": good} if certain else {}))
-            bar.update()
-    bar.close()
-    _replace(Path(config.folder) / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    counts = collections.Counter(row.get("label") for row in rows)
-    print(f"{config.folder}: {len(rows)} clips, {counts[1]} good, {counts[0]} bad, {counts[None]} unlabelled")
-
-
 @dataclass
 class Check:
     folder: str = arg(..., "folder with clips and metadata", positional=True)
@@ -440,8 +326,8 @@ def check_command(config):
 @dataclass
 class Encode(Check):
     out: str = arg("latents", "folder of the shards; a second run goes on where the first one stopped")
-    vae: str = arg(str(HERE / "checkpoints/vae"), "folder of the VAE, or of diffusers' AutoencoderKLWan")
-    text_encoder: str = arg(str(HERE / "checkpoints/text_encoder"),
+    vae: str = arg(str(SHIPPED["t2v"] / "vae"), "folder of the VAE, or of diffusers' AutoencoderKLWan")
+    text_encoder: str = arg(str(SHIPPED["t2v"] / "text_encoder"),
                             "folder of the text encoder, or of transformers' UMT5 (tokenizer in it or beside it)")
     image_encoder: str | None = arg(None, "folder of transformers' CLIPVisionModel, for Wan2.1's image-to-video: "
                                     "shards get its tokens, and the VAE's code of frame 0 with blank ones behind it")
@@ -452,9 +338,9 @@ class Encode(Check):
 def encode_batch(videos, prompts, vae, text, image, device):
     """uint8 videos [F, H, W, 3] and their prompts -> {name in the shards: tensor [b, ...] on the CPU}"""
     videos = torch.stack(videos).to(device)                                             # [b, F, H, W, 3]
-    out = {"latents": vae.encode(to_float(videos)), "context": text.encode(prompts)}    # [b, c, f, h, w], [b, l, d]
+    out = {"latents": vae.encode(from_pixels(videos)), "context": text.encode(prompts)}    # [b, c, f, h, w], [b, l, d]
     if image is not None:
-        blank = to_float(videos)
+        blank = from_pixels(videos)
         blank[:, :, 1:] = 0
         out["condition"] = vae.encode(blank)                                            # [b, c, f, h, w]
         out["clip_fea"] = image.encode(videos[:, 0])                                    # [b, m, d']
@@ -463,8 +349,6 @@ def encode_batch(videos, prompts, vae, text, image, device):
 
 @torch.inference_mode()
 def encode_command(config):
-    from model import load_text_encoder
-    from vae import load_vae
     size, out, rows = parse_size(config), Path(config.out), read_metadata(config.folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = {name: getattr(config, name) for name in ("size", "frames", "fps", "vae", "text_encoder")}
@@ -480,8 +364,7 @@ def encode_command(config):
         raise InputError(f"{out}: prompt or label of {changed[-1]} has changed since: use another --out")
     vae, text, image = load_vae(config.vae).to(device), load_text_encoder(config.text_encoder).to(device), None
     if config.image_encoder:
-        from wan import WanImageEncoder
-        image = WanImageEncoder(config.image_encoder).to(device)
+        image = load_image_encoder(config.image_encoder).to(device)
     out.mkdir(parents=True, exist_ok=True)
     left = dict(done)
     todo = [row for row in rows if left.pop(row["file_name"], None) is None]
@@ -518,8 +401,7 @@ def encode_command(config):
         raise InputError(f"{config.folder}: no clip could be encoded: see {out / 'report.jsonl'}")
 
 
-COMMANDS = {"world": (world_command, World), "check": (check_command, Check),
-            "encode": (encode_command, Encode)}
+COMMANDS = {"check": (check_command, Check), "encode": (encode_command, Encode)}
 
 if __name__ == "__main__":
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
@@ -528,4 +410,4 @@ if __name__ == "__main__":
     elif command in COMMANDS:
         common.cli(*COMMANDS[command], __doc__, sys.argv[2:], f"data.py {command}")
     else:
-        sys.exit(print(f"error: data.py has world, check and encode, not {command}", file=sys.stderr) or 2)
+        sys.exit(print(f"error: data.py has check and encode, not {command}", file=sys.stderr) or 2)

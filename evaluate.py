@@ -29,15 +29,16 @@ import torch
 import torch.nn.functional as F
 
 import common
-import data
 import flow
-import world
 from common import InputError, arg
-from model import first_frame_condition, load_text_encoder, load_transformer
+from formats import runs
+from formats.codec import load_text_encoder, load_vae
+from formats.video import contact_sheet, from_pixels, to_pixels, write_video
+from formats.weights import TASKS, resolve_model
+from model import first_frame_condition, load_transformer
 from pavrm import load_pavrm
 from report import interval, show, table
-from vae import from_pixels, load_vae, to_pixels
-from weights import TASKS, resolve_model
+from world import judge, scene
 
 TABLE = {"qualified": "qualified", "physical_qualified": "physical", "deformity_qualified": "deformity",
          "adherent": "adherent", "smoothness": "motion smoothness", "dynamic": "dynamic degree",
@@ -52,7 +53,7 @@ class Config:
     task: str | None = arg(None, "t2v, or i2v (image-to-video); without, what the checkpoints are", choices=TASKS)
     model: str | None = arg(None, "folder with text_encoder/, vae/ and reward/; without, the shipped one of --task")
     reward: str | None = arg(None, "reward model of the PAVRM score; without, <model>/reward if there is one")
-    size: str = arg("tiny", "size of the world", choices=tuple(world.SIZES))
+    size: str = arg("tiny", "size of the world", choices=tuple(scene.SIZES))
     num_videos: int = arg(512, "held-out prompts, one video each", above=0)
     num_inference_steps: int = arg(16, "Euler steps", above=0)
     guidance_scale: float = arg(1.0, "classifier-free guidance; 1 is none", at_least=0)
@@ -65,10 +66,10 @@ class Config:
 def cutouts(videos, centers, side):
     """The subject of every frame, centred, background subtracted: float [b, f, side, side, 3].
 
-    videos: uint8 [b, f, h, w, 3]; centers: [b, f, 2] in fractions, as `world.annotate` tracks them.
+    videos: uint8 [b, f, h, w, 3]; centers: [b, f, 2] in fractions, as `judge.annotate` tracks them.
     """
     b, f, h, w, _ = videos.shape
-    frames = (videos.float() / 255 - torch.tensor(world.BACKGROUND)).permute(0, 1, 4, 2, 3).flatten(0, 1)
+    frames = (videos.float() / 255 - torch.tensor(scene.BACKGROUND)).permute(0, 1, 4, 2, 3).flatten(0, 1)
     steps = (torch.arange(side) - (side - 1) / 2) * 2 / w                                       # in [-1, 1] units
     x = (2 * centers.flatten(0, 1)[:, 0] - 1)[:, None, None] + steps[None, None, :]
     y = (2 * centers.flatten(0, 1)[:, 1] - 1)[:, None, None] + steps[None, :, None]
@@ -82,10 +83,10 @@ def measure(videos, prompts, given=None):
 
     given: clips [b, f, h, w, 3] whose first frames were the input of an image-to-video model.
     """
-    judged = world.annotate(videos, prompts)
+    judged = judge.annotate(videos, prompts)
     pixels = videos.float() / 255
     guess = (pixels[:, :-2:2] + pixels[:, 2::2]) / 2                                            # of the odd frames
-    side = round(2.6 * world.RADIUS[1] * videos.shape[2])
+    side = round(2.6 * scene.RADIUS[1] * videos.shape[2])
     subjects = cutouts(videos, judged["center"], side).flatten(2)                               # [b, f, side side 3]
     similar = lambda a, b: F.cosine_similarity(a, b, dim=-1, eps=1e-4).clamp_min(0)
     out = {"qualified": judged["qualified"], "physical_qualified": judged["physical"] == 2,
@@ -93,9 +94,9 @@ def measure(videos, prompts, given=None):
            "smoothness": 1 - (guess - pixels[:, 1:-1:2]).abs().flatten(1).mean(1),
            "consistency": 0.5 * (similar(subjects[:, 1:], subjects[:, :1])
                                  + similar(subjects[:, 1:], subjects[:, :-1])).mean(1),
-           **{name: judged[name] for name in world.PANEL}}
+           **{name: judged[name] for name in judge.PANEL}}
     if given is not None:
-        centers = world.annotate(given, prompts)["center"][:, :1]
+        centers = judge.annotate(given, prompts)["center"][:, :1]
         out["i2v_subject"] = similar(subjects, cutouts(given[:, :1], centers, side).flatten(2)).mean(1)
     # What a person would rank by: axes first, then the prompt.
     grade = judged["physical"] + judged["deformity"] + 2 * judged["adherent"].long()
@@ -144,7 +145,7 @@ def main(config):
     pavrms = {name: load_pavrm(reward, dit).to(runtime.device) for name, dit in generators.items()} if reward else {}
     n = config.num_videos
     seed = 7_000 + config.seed
-    clean, prompts, _ = world.make(n, seed, "clean", config.size, split=config.split)
+    clean, prompts, _ = scene.make(n, seed, "clean", config.size, split=config.split)
     context = text.encode(prompts)                                                              # [n, l, d]
     given = vae.encode(from_pixels(clean.to(runtime.device)))                                   # [n, c, f, h, w]
     t = common.uniform(seed, "pavrm t", 0, range(n)).to(runtime.device)
@@ -180,17 +181,17 @@ def main(config):
     tables = markdown(rows, pairs)
     (folder / "table.md").write_text(f"{n} held-out prompts, same noise, {config.num_inference_steps} Euler steps; "
                                      "95 % bootstrap intervals.\n\n" + tables)
-    common.write_json(folder / "table.json", {"config": {k: v for k, v in vars(config).items()}, "rows": rows,
+    runs.write_json(folder / "table.json", {"config": {k: v for k, v in vars(config).items()}, "rows": rows,
                                               "against_first": pairs})
-    common.write_json(folder / "per_video.json", {name: {metric: [round(v, 4) for v in values.astype(float).tolist()]
+    runs.write_json(folder / "per_video.json", {name: {metric: [round(v, 4) for v in values.astype(float).tolist()]
                                                          for metric, values in metrics.items()}
                                                   for name, metrics in found.items()})
     gap = torch.full_like(next(iter(videos.values()))[:8, :1], 255)                             # a white frame between
     bands = [part for name in named for part in (videos[name][:8, ::2], gap)][:-1]
-    data.contact_sheet(torch.cat(bands, 1), folder / "videos.png", scale=2)
+    contact_sheet(torch.cat(bands, 1), folder / "videos.png", scale=2)
     wall = torch.stack([videos[name][:min(8, n)] for name in named])                            # [m, 8, f, h, w, 3]
     wall = wall.permute(2, 0, 3, 1, 4, 5).flatten(3, 4).flatten(1, 2)                           # [f, m h, 8 w, 3]
-    data.write_video(folder / "side_by_side.mp4", wall.repeat_interleave(3, 1).repeat_interleave(3, 2), fps=world.FPS)
+    write_video(folder / "side_by_side.mp4", wall.repeat_interleave(3, 1).repeat_interleave(3, 2), fps=scene.FPS)
     print(tables)
     print(f"wrote {folder}/table.md, table.json, per_video.json, videos.png and side_by_side.mp4")
     common.teardown()

@@ -27,8 +27,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common import InputError
-from text_encoder import TextEncoder, load_text_encoder  # noqa: F401, the other half of a generator
-from weights import diffusers_config, diffusers_name, read_state, transformer_folder, write_folder
+from formats.weights import diffusers_config, diffusers_name, read_state, transformer_folder, write_folder
 
 _tiny = dict(model_type="t2v", patch_size=(1, 2, 2), in_dim=16, out_dim=16, dim=192, ffn_dim=768, num_heads=6,
              num_layers=8, freq_dim=64, text_dim=128, text_len=8)
@@ -331,6 +330,20 @@ def first_frame_condition(x0):
     return y
 
 
+def image_inputs(config, batch, device):
+    """What a VideoDiT of this config takes beside x, t and context, from a batch of `data.Shards`, as keywords.
+
+    Text-to-video: none. Image-to-video: y [b, 4 + c, f, h, w], the mask and the first frame's latent (behind it the
+    condition in the shards, which is Wan's, or zeros), and clip [b, m, image_dim] if the model has image tokens.
+    """
+    if config["model_type"] != "i2v":
+        return {}
+    y = first_frame_condition(batch["latents"])
+    if "condition" in batch:
+        y[:, 4:] = batch["condition"]
+    return {"y": y.to(device)} | ({"clip": batch["clip_fea"].to(device)} if config["image_dim"] else {})
+
+
 # ---------------------------------------- folders
 def load_transformer(path, dtype=torch.float32):
     """VideoDiT from our folder, an official Wan2.1 or diffusers one, or a folder that holds `transformer/`.
@@ -365,7 +378,3 @@ def export_transformer(dit, path, layout="wan", dtype=None, state=None):
         write_folder(path, diffusers_config(dit.config), {diffusers_name(n): p for n, p in state.items()})
     else:
         write_folder(path, {"_class_name": "WanModel"} | dit.config, state)
-
-
-if __name__ == "__main__":  # python model.py plan PRESET: what an update costs
-    import plan; plan.main()  # noqa: E702

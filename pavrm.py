@@ -19,12 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import InputError, uniform, noise
-from flow import add_noise
+from common import InputError
+from formats.weights import load_weights, read_config
 from model import VideoDiT
-from weights import load_weights, read_config
-
-INTERVALS = 5                                                   # of t, in the paper's reward-model tables
 
 
 class QueryAttention(nn.Module):
@@ -155,40 +152,4 @@ def bradley_terry_loss(logits, labels):
     return F.softplus(-(good[:, None] - bad[None])).mean()
 
 
-LOSSES = {"bce": bce_loss, "bt": bradley_terry_loss}
-
-
-def auc(scores, labels):
-    """Probability that a good one scores above a bad one, ties counted half; nan if one kind is missing."""
-    good, bad = scores[labels == 1], scores[labels == 0]
-    wins = (good[:, None] > bad[None]).double() + 0.5 * (good[:, None] == bad[None]).double()
-    return wins.mean().item() if wins.numel() else float("nan")
-
-
-@torch.no_grad()
-def interval_logits(model, latents, context, seed=0, batch_size=256, autocast=None, **image):
-    """Section 4's test: logits [5, m] of m videos, each noised to one random t in every fifth of (0, 1].
-
-    latents [m, c, f, h, w], context [m, l, d_text], image: y and clip [m, ...] (i2v). t and noise depend on seed,
-    interval and place only.
-    """
-    rows, (device, m) = [], (latents.device, len(latents))
-    for k in range(INTERVALS):
-        t = ((k + uniform(seed, "interval t", k, range(m))) / INTERVALS).to(device)
-        x1 = noise(latents.shape[1:], seed, "interval noise", k, range(m)).to(device)
-        for i in range(0, m, batch_size):
-            j = slice(i, i + batch_size)
-            with autocast() if autocast else torch.autocast(device.type, enabled=False):
-                rows.append(model(add_noise(latents[j], x1[j], t[j]), t[j], context[j],
-                                  **{name: z[j] for name, z in image.items()}))
-    return torch.cat(rows).view(INTERVALS, m)
-
-
-def interval_metrics(logits, labels):
-    """{"accuracy", "balanced_accuracy", "auc"} of logits [5, m] and labels [m] in {0, 1}: lists of five numbers, from
-    [0, .2] to (.8, 1]. Accuracy counts logit >= 0 as good; balanced accuracy is the mean over the two labels, .5 for a
-    constant answer whatever the share of good videos."""
-    right = ((logits >= 0) == (labels == 1)).float()                                                # [5, m]
-    balanced = (right[:, labels == 1].mean(1) + right[:, labels == 0].mean(1)) / 2
-    return {"accuracy": right.mean(1).tolist(), "balanced_accuracy": balanced.tolist(),
-            "auc": [auc(row, labels) for row in logits]}
+CRITERIA = {"bce": bce_loss, "bt": bradley_terry_loss}

@@ -30,9 +30,10 @@ from torch.utils.checkpoint import checkpoint
 
 from common import InputError
 from flow import predict_x0, rollout, schedule
+from formats.codec import load_vae
+from formats.video import CHANNELS, TIME
+from formats.weights import load_weights, read_config
 from prfl import REWARD_LOSSES
-from vae import CHANNELS, TIME, load_vae
-from weights import load_weights, read_config
 
 FRAMES = ("first", "all")
 CHUNK = 4                                                       # latent frames that checkpointing decodes at a time
@@ -109,7 +110,7 @@ def decode_chunks(vae, x):
     return torch.cat(video, 2)
 
 
-def judge(reward, vae, dit, x, t, context, checkpointing=False, **image):
+def predicted_reward(reward, vae, dit, x, t, context, checkpointing=False, **image):
     """Logits [b] of the clean video that one step of dit predicts from x [b, c, f, h, w] at times t [b].
 
     Where every t is 0, x is that video. checkpointing: each video is decoded, by chunks, and judged on its own, and
@@ -139,5 +140,5 @@ def refl_update_loss(policy, reward, vae, x_T, context, step, num_steps, *, long
     x = rollout(policy, x_T, context, num_steps, last=first, longest=None if longest is None else longest - 1,
                 passes=rollout_passes, shift=shift, **image)                            # x_t, without gradients
     torch.clear_autocast_cache()        # on torch < 2.13, weights it cast without gradients would be used below
-    r = judge(reward, vae, policy, x, t, context, checkpointing, **image)                     # with gradients
+    r = predicted_reward(reward, vae, policy, x, t, context, checkpointing, **image)                     # with gradients
     return reward_weight * REWARD_LOSSES[loss](r).mean(), r.detach()

@@ -8,7 +8,6 @@ Axes: b batch, c channels, f frames, h height, w width, l text tokens, m samples
 import torch
 
 import common
-import data
 import flow
 
 
@@ -22,24 +21,20 @@ def rwr_weights(rewards):
     return weights.float(), (weights.sum() ** 2 / weights.square().sum() / len(weights)).item()
 
 
-def weighted_samples(config, runtime, policy, pavrm, shards, curated):
-    """The untrained policy's own samples of the curated prompts: x0 [m, c, f, h, w], their context [m, l, d],
-    exp(reward) of each with mean 1 [m], and {y, clip} of an image-to-video policy.
+def weighted_samples(policy, pavrm, latent_shape, context, seed, num_steps, runtime, **image):
+    """The untrained policy's own samples of given prompts: x0 [m, c, f, h, w], and exp(reward) of each with mean 1 [m].
 
-    config: train_align.py's. shards, curated: the data, and the indices in it that are not labelled bad.
+    context [m, l, d_text]; image: y and clip [m, ...] of an image-to-video policy. Raises FloatingPointError if a reward
+    is not finite.
     """
-    picked = curated[data.order(len(curated), config.seed + 1, 0, range(config.num_samples), config.num_samples)]
-    batch = shards.batch(picked)
-    context = batch["context"].to(runtime.device)
-    image = data.image_inputs(policy.config, batch, runtime.device)
-    x0 = flow.sample(policy, shards.latent_shape, context, config.seed + 2, range(config.num_samples),
-                     config.num_inference_steps, autocast=runtime.autocast, **image)
+    m = len(context)
+    x0 = flow.sample(policy, latent_shape, context, seed, range(m), num_steps, autocast=runtime.autocast, **image)
+    t = torch.zeros(m, device=context.device)
     with torch.no_grad(), runtime.autocast():
-        rewards = torch.cat([pavrm(x0[i:i + 128], torch.zeros(len(x0[i:i + 128]), device=runtime.device),
-                                   context[i:i + 128], **{name: z[i:i + 128] for name, z in image.items()})
-                             for i in range(0, len(x0), 128)])
+        rewards = torch.cat([pavrm(x0[i:i + 128], t[i:i + 128], context[i:i + 128],
+                                   **{name: z[i:i + 128] for name, z in image.items()}) for i in range(0, m, 128)])
     common.check_finite(rewards.sum(), "the reward", 0)
     weights, effective = rwr_weights(rewards)
     if runtime.rank == 0:
-        print(f"rwr: {len(x0)} own samples, effective sample size {effective:.0%}")
-    return x0, context, weights, image
+        print(f"rwr: {m} own samples, effective sample size {effective:.0%}")
+    return x0, weights

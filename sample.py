@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 
 import common
-import data
 import flow
-import world
 from common import InputError, arg
-from model import first_frame_condition, load_text_encoder, load_transformer
-from vae import from_pixels, load_vae, to_pixels
-from weights import TASKS, resolve_model
+from formats.codec import load_text_encoder, load_vae
+from formats.video import contact_sheet, from_pixels, read_clip, to_pixels, write_video
+from formats.weights import TASKS, resolve_model
+from model import first_frame_condition, load_transformer
+from world import scene
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Config:
     model: str | None = arg(None, "another folder with transformer/, text_encoder/ and vae/")
     transformer: str | None = arg(None, "another generator, e.g. runs/align/transformer")
     image: str | None = arg(None, "first frame (png, jpg, or a video's first frame), for image-to-video models")
-    size: str = arg("tiny", "size of the video", choices=tuple(world.SIZES))
+    size: str = arg("tiny", "size of the video", choices=tuple(scene.SIZES))
     num_videos: int = arg(1, "videos to make", above=0)
     num_inference_steps: int = arg(32, "Euler steps from noise to video", above=0)
     guidance_scale: float = arg(1.0, "classifier-free guidance; 1 is none", at_least=0)
@@ -55,14 +55,14 @@ def main(config):
     text = load_text_encoder(f"{config.model}/text_encoder").to(runtime.device).eval()
     vae = load_vae(f"{config.model}/vae").to(runtime.device)
     b = config.num_videos
-    shape = world.LATENT_SHAPES[config.size]
+    shape = scene.LATENT_SHAPES[config.size]
     if (dit.config["model_type"] == "i2v") != (config.image is not None):
         raise InputError("--image is needed by image-to-video models, and by those alone; this one is "
                          + dit.config["model_type"])
     y = None
     if config.image:
-        side = world.SIZES[config.size]["resolution"]
-        frame = data.read_clip(config.image, size=(side, side), frames=1)[0]                    # [1, h, w, 3]
+        side = scene.SIZES[config.size]["resolution"]
+        frame = read_clip(config.image, size=(side, side), frames=1)[0]                    # [1, h, w, 3]
         first = vae.encode(from_pixels(frame[None].to(runtime.device)))                         # [1, c, 1, h, w]
         y = first_frame_condition(first.expand(b, -1, shape[1], -1, -1))                        # [b, 4 + c, f, h, w]
     context = text.encode([config.prompt] * b)                                                  # [b, l, d]
@@ -73,10 +73,10 @@ def main(config):
     output = Path(config.output)
     for i, video in enumerate(videos):
         path = output if b == 1 else output.with_name(f"{output.stem}-{i}{output.suffix}")
-        data.write_video(path, video, fps=world.FPS)
+        write_video(path, video, fps=scene.FPS)
         print(f"wrote {path}")
     if config.contact_sheet:
-        data.contact_sheet(videos, config.contact_sheet)
+        contact_sheet(videos, config.contact_sheet)
         print(f"wrote {config.contact_sheet}")
 
 

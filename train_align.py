@@ -25,17 +25,17 @@ import torch
 
 import common
 import data
-import lora
-import parallel
 import prfl
 import refl_baseline
 import rwr_baseline
-import world
 from common import InputError, arg
-from model import export_transformer, load_transformer
+from formats import runs
+from formats.weights import TASKS, resolve_model
+from model import export_transformer, image_inputs, load_transformer
 from pavrm import load_pavrm
+from scale import lora, parallel
 from validation import make_validation
-from weights import TASKS, resolve_model
+from world import clips, scene
 
 METHODS = ("prfl", "refl", "sft", "rwr")
 
@@ -49,7 +49,7 @@ class Config:
     reward: str | None = arg(None, "folder of the reward model; without, <model>/reward; refl: /reward_rgb_<frames>")
     data: str | None = arg(None, "curated shards from `data.py encode`; without, clean clips of the embedded world")
     output_dir: str = arg("runs/align", "run folder")
-    size: str = arg("tiny", "size of the embedded world (without --data)", choices=tuple(world.SIZES))
+    size: str = arg("tiny", "size of the embedded world (without --data)", choices=tuple(scene.SIZES))
     num_curated: int = arg(1024, "curated clips to render (without --data)", above=0)
     curated_dir: str | None = arg(None, "where curated clips are kept, or found; without, <output_dir>/curated")
     num_samples: int = arg(2048, "own samples that rwr weights", above=0)
@@ -91,123 +91,162 @@ class Config:
     seed: int = arg(0, "seed of order, t, noise and steps", at_least=0)
 
 
-def main(config):
+def check_flags(config):
+    """Fills in what the recipe says. Raises InputError for flags that would be ignored or cannot work."""
     unused = ("grad_steps",) if config.method == "refl" else ("frames", "decoder_checkpointing")
     common.refuse(config, unused, f"with --method {config.method}")
     for name, value in prfl.RECIPES[config.recipe].items():
         if getattr(config, name) is None:
             setattr(config, name, value)
-    runtime = common.setup(config.mixed_precision, config.seed)
+    config.trajectory_part = config.trajectory_part or ("late" if config.method == "refl" else "full")
+    prfl.steps_of(config.trajectory_part, config.num_inference_steps)
+
+
+def load_policy(config, runtime):
+    """The VideoDiT in training: all its weights, or LoRA's."""
     policy = load_transformer(resolve_model(config)).train()
     lora.add(policy, config.lora_rank, config.lora_alpha, config.seed)
     parallel.shard(policy, runtime, config.parallel)
     policy.gradient_checkpointing = config.gradient_checkpointing
-    if config.method == "refl":
-        vae = refl_baseline.load_decoder(config.model, policy.config["out_dim"]).to(runtime.device)
-        reward_model = refl_baseline.load_pixel_reward(config.reward or f"{config.model}/reward_rgb_{config.frames}",
-                                                       config.frames, policy.config["text_dim"]).to(runtime.device)
-    elif config.method != "sft":
-        reward_model = load_pavrm(config.reward or f"{config.model}/reward", policy)
-        parallel.shard(reward_model, runtime, config.parallel)
-        reward_model.trunk.gradient_checkpointing = config.gradient_checkpointing
-    resume = config.resume_from_checkpoint and common.resolve_checkpoint(config.output_dir,
-                                                                         config.resume_from_checkpoint)
-    state = common.load_state(resume) if resume else {"step": 0}
-    part = config.trajectory_part or ("late" if config.method == "refl" else "full")
-    prfl.steps_of(part, config.num_inference_steps)                                         # fails early if it must
+    return policy
 
-    shards = data.Shards(config.data) if config.data else data.clean_clips(
-        config.curated_dir or Path(config.output_dir) / "curated", config.model, config.num_curated, config.size, config.seed + 500, runtime)
+
+def load_latent_reward(config, policy, runtime):
+    """The frozen PAVRM that prfl climbs and rwr weighs by."""
+    pavrm = load_pavrm(config.reward or f"{config.model}/reward", policy)
+    parallel.shard(pavrm, runtime, config.parallel)
+    pavrm.trunk.gradient_checkpointing = config.gradient_checkpointing
+    return pavrm
+
+
+def load_pixel_reward(config, policy, runtime):
+    """refl's frozen reward of pixels, and the decoder that makes them."""
+    folder = config.reward or f"{config.model}/reward_rgb_{config.frames}"
+    return (refl_baseline.load_pixel_reward(folder, config.frames, policy.config["text_dim"]).to(runtime.device),
+            refl_baseline.load_decoder(config.model, policy.config["out_dim"]).to(runtime.device))
+
+
+def load_curated(config, policy, runtime):
+    """The shards, and the indices in them of what is good or unlabelled: what is called bad is not curated."""
+    shards = data.Shards(config.data) if config.data else clips.clean_clips(
+        config.curated_dir or Path(config.output_dir) / "curated", config.model, config.num_curated, config.size,
+        config.seed + 500, runtime)
     shards.require_fit(policy)
-    curated = (shards.labels != 0).nonzero()[:, 0]              # good or unlabelled: what is called bad is not curated
+    curated = (shards.labels != 0).nonzero()[:, 0]
     if not len(curated):
         raise InputError(f"{shards.folder}: every clip is labelled 0; alignment needs good ones")
-    if config.method == "rwr":
-        own_x0, own_context, own_weights, own_image = rwr_baseline.weighted_samples(
-            config, runtime, policy, reward_model, shards, curated)
-    params = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=config.learning_rate, weight_decay=config.weight_decay)
-    if resume:
-        parallel.load_state(resume, state, policy, optimizer)
-    common.start_run(config, state["step"] if resume else None)
-    log = common.MetricsLog(config.output_dir, state["step"] if resume else None)
-    validate = make_validation(config, runtime) if config.num_validation and not config.data else None
+    return shards, curated
+
+
+def main(config):
+    # ---- what trains, what rewards it, what it learns from
+    check_flags(config)
+    runtime = common.setup(config.mixed_precision, config.seed)
+    policy = load_policy(config, runtime)
+    if config.method == "refl":
+        pixel_reward, vae = load_pixel_reward(config, policy, runtime)
+    elif config.method in ("prfl", "rwr"):
+        pavrm = load_latent_reward(config, policy, runtime)
+    resume = config.resume_from_checkpoint and runs.resolve_checkpoint(config.output_dir, config.resume_from_checkpoint)
+    state = runs.load_state(resume) if resume else {"step": 0}
+    shards, curated = load_curated(config, policy, runtime)
     accumulation = config.gradient_accumulation_steps
     global_batch = config.batch_size * runtime.world_size * accumulation
+    N = config.num_inference_steps
 
-    def curated_batch(seed, step, indices):
+    def curated_batch(seed, iteration, indices):
         """-> x0 [b, c, f, h, w], context [b, l, d_text], and {y, clip} of an image-to-video model"""
-        batch = shards.batch(curated[data.order(len(curated), seed, step, indices, global_batch)])
-        x0, context = batch["latents"].to(runtime.device), batch["context"].to(runtime.device)
-        return x0, context, data.image_inputs(policy.config, batch, runtime.device)
+        batch = shards.batch(curated[data.order(len(curated), seed, iteration, indices, global_batch)])
+        return (batch["latents"].to(runtime.device), batch["context"].to(runtime.device),
+                image_inputs(policy.config, batch, runtime.device))
 
-    def sft_loss(step, indices):
-        """Eq. 10 on curated videos, or RWR's weighted version on own samples."""
-        if config.method == "rwr":
-            j = data.order(len(own_x0), config.seed, step, indices, global_batch).to(runtime.device)
-            x0, context, weight = own_x0[j], own_context[j], own_weights[j]
-            image = {name: z[j] for name, z in own_image.items()}
-        else:
-            (x0, context, image), weight = curated_batch(config.seed, step, indices), None
-        t = common.uniform(config.seed, "sft t", step, indices).to(runtime.device)
-        x1 = common.noise(x0.shape[1:], config.seed, "sft x1", step, indices).to(runtime.device)
+    if config.method == "rwr":
+        # The untrained policy makes these, also on a resume: so before parallel.load_state fills in trained weights.
+        _, own_context, own_image = curated_batch(config.seed + 1, 0, range(config.num_samples))
+        own_x0, own_weights = rwr_baseline.weighted_samples(policy, pavrm, shards.latent_shape, own_context,
+                                                            config.seed + 2, N, runtime, **own_image)
+    # One AdamW for both updates, as in Alg. 1: their gradients never meet, its moments average over both.
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=config.learning_rate,
+                                  weight_decay=config.weight_decay)
+    if resume:
+        parallel.load_state(resume, state, policy, optimizer)
+    runs.start_run(config, state["step"] if resume else None)
+    log = runs.MetricsLog(config.output_dir, state["step"] if resume else None)
+    validate = make_validation(config, runtime) if config.num_validation and not config.data else None
+
+    # ---- the losses: each of (iteration, places in the global batch) -> loss, {what is logged beside it}
+    def sft_loss(iteration, indices, x0, context, weight=None, **image):
+        t = common.uniform(config.seed, "sft t", iteration, indices).to(runtime.device)
+        x1 = common.noise(x0.shape[1:], config.seed, "sft x1", iteration, indices).to(runtime.device)
         with runtime.autocast():
             return prfl.sft_loss(policy, x0, x1, t, context, weight, **image), {}
 
-    def reward_loss(step, indices):
+    def curated_loss(iteration, indices):
+        """Eq. 10 on curated videos."""
+        x0, context, image = curated_batch(config.seed, iteration, indices)
+        return sft_loss(iteration, indices, x0, context, **image)
+
+    def rwr_loss(iteration, indices):
+        """Eq. 10 on own samples, each weighted by exp(reward)."""
+        j = data.order(len(own_x0), config.seed, iteration, indices, global_batch).to(runtime.device)
+        return sft_loss(iteration, indices, own_x0[j], own_context[j], own_weights.to(runtime.device)[j],
+                        **{name: z[j] for name, z in own_image.items()})
+
+    def reward_loss(iteration, indices):
         """Alg. 1's reward update, or ReFL's, on the prompts of the curated set."""
-        _, context, image = curated_batch(config.seed + 1, step, indices)
-        x_T = common.noise(shards.latent_shape, config.seed, "x_T", step, indices).to(runtime.device)
+        _, context, image = curated_batch(config.seed + 1, iteration, indices)
+        x_T = common.noise(shards.latent_shape, config.seed, "x_T", iteration, indices).to(runtime.device)
         if config.rewarded_step == "per_video":
-            steps = prfl.draw_steps(config.seed, step, config.num_inference_steps, global_batch, part)      # of all ranks
-            s, longest = steps[indices], int(steps.max())
+            drawn = prfl.draw_steps(config.seed, iteration, N, global_batch, config.trajectory_part)    # of all ranks
         else:
-            s = longest = prfl.draw_step(config.seed, step, config.num_inference_steps, part)
-        how = dict(longest=longest, rollout_passes=config.rollout_passes, reward_weight=config.reward_weight,
+            drawn = torch.tensor([prfl.draw_step(config.seed, iteration, N, config.trajectory_part)]).expand(global_batch)
+        how = dict(longest=int(drawn.max()), rollout_passes=config.rollout_passes, reward_weight=config.reward_weight,
                    loss=config.reward_loss, **image)
         with runtime.autocast():
             if config.method == "refl":
-                loss, reward = refl_baseline.refl_update_loss(
-                    policy, reward_model, vae, x_T, context, s, config.num_inference_steps,
-                    checkpointing=config.decoder_checkpointing, **how)
+                loss, reward = refl_baseline.refl_update_loss(policy, pixel_reward, vae, x_T, context, drawn[indices], N,
+                                                              checkpointing=config.decoder_checkpointing, **how)
             else:
-                loss, reward = prfl.reward_update_loss(policy, reward_model, x_T, context, s, config.num_inference_steps,
+                loss, reward = prfl.reward_update_loss(policy, pavrm, x_T, context, drawn[indices], N,
                                                        grad_steps=config.grad_steps, **how)
-        return loss, {"reward": reward.mean(), "rewarded_step": torch.as_tensor(s, device=runtime.device).float().mean()}
+        return loss, {"reward": reward.mean(), "rewarded_step": drawn[indices].float().mean().to(runtime.device)}
 
-    def update(name, loss_fn, step):
+    def update(name, loss_fn, iteration):
         """One optimizer update: backward over the accumulated batches, one clip, one step."""
         clock, cpu_clock = time.perf_counter(), time.process_time()
         optimizer.zero_grad()
-        total = {}
+        rows = []
         for micro in range(accumulation):
-            loss, extra = loss_fn(step, runtime.indices(config.batch_size, micro))
-            common.check_finite(loss.detach(), f"the {name} loss", step + 1)
+            loss, extra = loss_fn(iteration, runtime.indices(config.batch_size, micro))
+            common.check_finite(loss.detach(), f"the {name} loss", iteration + 1)
             (loss / accumulation).backward()
-            for key, value in {f"{name}_loss": loss.detach(), **extra}.items():
-                total[key] = total.get(key, 0) + value.float() / accumulation
-        norm = common.clip_gradients(policy.parameters(), config.max_grad_norm, step + 1)
+            rows.append({f"{name}_loss": loss.detach(), **extra})
+        norm = common.average_and_clip_gradients(policy.parameters(), config.max_grad_norm, iteration + 1)
         optimizer.step()
-        common.average(list(total.values()))
-        return {**{k: v.item() for k, v in total.items()}, f"{name}_grad_norm": norm,
+        means = {key: torch.stack([row[key].float() for row in rows]).mean() for key in rows[0]}
+        common.average(list(means.values()))
+        return {**{key: value.item() for key, value in means.items()}, f"{name}_grad_norm": norm,
                 f"{name}_seconds": time.perf_counter() - clock,
                 f"{name}_cpu_seconds": time.process_time() - cpu_clock}     # of all threads, whatever else runs
+
+    updates = {"sft": curated_loss} if config.method == "sft" or config.sft_updates else {}
+    updates = {"rwr": rwr_loss} if config.method == "rwr" else updates
+    updates |= {"reward": reward_loss} if config.method in ("prfl", "refl") else {}
 
     def export(path, state):
         export_transformer(policy, path, dtype=torch.float32, state=lora.merge(state, config.lora_alpha))
         lora.save(state, path.parent, config.lora_alpha)        # the adapters, if there are any
 
+    # ---- the loop
     bar = common.progress(config.max_train_steps, config.method, initial=state["step"])
     if validate and not resume:
         log.log(0, **validate(policy, 0))
-    for step in range(state["step"], config.max_train_steps):
+    for iteration in range(state["step"], config.max_train_steps):
         metrics = {"learning_rate": config.learning_rate}
-        if config.method in ("sft", "rwr") or config.sft_updates:
-            metrics |= update("rwr" if config.method == "rwr" else "sft", sft_loss, step)
-        if config.method in ("prfl", "refl"):
-            metrics |= update("reward", reward_loss, step)
+        for name, loss_fn in updates.items():
+            metrics |= update(name, loss_fn, iteration)
 
-        done = step + 1
+        done = iteration + 1
         if validate and (done % config.validation_steps == 0 or done == config.max_train_steps):
             metrics |= validate(policy, done)
         log.log(done, **metrics)

@@ -24,14 +24,15 @@ import torch
 import common
 import data
 import flow
-import parallel
 import refl_baseline
-import world
 from common import arg
-from model import load_transformer
-from pavrm import LOSSES, POOLINGS, PAVRM
+from formats import runs
+from formats.weights import TASKS, resolve_model, save_module
+from model import image_inputs, load_transformer
+from pavrm import CRITERIA, PAVRM, POOLINGS
+from scale import parallel
 from validation import make_reward_report
-from weights import TASKS, resolve_model, save_module
+from world import clips, scene
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Config:
     frames: str = arg("first", "rgb: the first frame alone, or all", choices=refl_baseline.FRAMES)
     data: str | None = arg(None, "labelled shards from `data.py encode`; without, the generator's own samples")
     output_dir: str = arg("runs/reward", "run folder")
-    size: str = arg("tiny", "size of the embedded world (without --data)", choices=tuple(world.SIZES))
+    size: str = arg("tiny", "size of the embedded world (without --data)", choices=tuple(scene.SIZES))
     num_samples: int = arg(16384, "own samples to make and label (without --data)", above=0)
     samples_dir: str | None = arg(None, "where own samples are kept, or found; without, <output_dir>/samples")
     num_inference_steps: int = arg(16, "Euler steps of each own sample", above=0)
@@ -52,7 +53,7 @@ class Config:
                      above=0)
     pooling: str = arg("query_attention", "how tokens become one vector (Eq. 5; others for Table 5)",
                        choices=tuple(POOLINGS))
-    loss: str = arg("bce", "Eq. 6, or Bradley-Terry on the batch's pairs (Table 7)", choices=tuple(LOSSES))
+    loss: str = arg("bce", "Eq. 6, or Bradley-Terry on the batch's pairs (Table 7)", choices=tuple(CRITERIA))
     fixed_t: float | None = arg(None, "train at this one t in place of t ~ U(0, 1) (Fig. 3c)", at_least=0, at_most=1)
     learning_rate: float = arg(2e-3, "AdamW's for query and head, falling linearly to 0; the paper has 1e-5 at 14B",
                                above=0)
@@ -75,14 +76,14 @@ def main(config):
     common.refuse(config, ("frames",) if config.space == "latent" else pavrm_only, f"with --space {config.space}")
     runtime = common.setup(config.mixed_precision, config.seed)
     parallel.check(config.parallel)
-    generator = load_transformer(resolve_model(config)).eval().requires_grad_(False)
-    resume = config.resume_from_checkpoint and common.resolve_checkpoint(config.output_dir,
+    dit = load_transformer(resolve_model(config)).eval().requires_grad_(False)
+    resume = config.resume_from_checkpoint and runs.resolve_checkpoint(config.output_dir,
                                                                          config.resume_from_checkpoint)
-    state = common.load_state(resume) if resume else {"step": 0}
-    shards = data.Shards(config.data) if config.data else data.own_samples(
-        config.samples_dir or Path(config.output_dir) / "samples", generator.to(runtime.device), config.model,
+    state = runs.load_state(resume) if resume else {"step": 0}
+    shards = data.Shards(config.data) if config.data else clips.own_samples(
+        config.samples_dir or Path(config.output_dir) / "samples", dit.to(runtime.device), config.model,
         config.num_samples, config.num_inference_steps, config.size, config.seed, runtime)
-    shards.require_fit(generator, labelled=bool(config.data))
+    shards.require_fit(dit, labelled=bool(config.data))
     train, held = data.labelled_split(shards, config.holdout, config.seed)
     share = (shards.labels[train] == 1).float().mean().item()
     if runtime.rank == 0:
@@ -90,28 +91,29 @@ def main(config):
               f"{len(shards) - len(train) - len(held)} in between dropped")
 
     torch.manual_seed(config.seed)
-    generator_config = generator.config
     if config.space == "latent":
-        reward = judge = PAVRM.from_generator(generator, config.depth, config.pooling)
+        reward = PAVRM.from_generator(dit, config.depth, config.pooling)
         parallel.shard(reward, runtime, config.parallel)
         reward.trunk.gradient_checkpointing = config.gradient_checkpointing
-        groups, fixed_t = reward.parameter_groups(config.trunk_learning_rate, config.learning_rate), config.fixed_t
+        reward_fn = reward                                      # (x_t, t, context, **image) -> logits [b]
+        groups = reward.parameter_groups(config.trunk_learning_rate, config.learning_rate)
+        dit.to("meta")                                          # PAVRM has its own copy of the blocks it needs
     else:
-        reward = refl_baseline.PixelReward(config.frames, generator_config["text_dim"]).to(runtime.device)
-        vae = refl_baseline.load_decoder(config.model, generator_config["out_dim"]).to(runtime.device)
-        judge = partial(refl_baseline.judge, reward, vae, generator.to(runtime.device))
+        reward = refl_baseline.PixelReward(config.frames, dit.config["text_dim"]).to(runtime.device)
+        vae = refl_baseline.load_decoder(config.model, dit.config["out_dim"]).to(runtime.device)
+        reward_fn = partial(refl_baseline.predicted_reward, reward, vae, dit.to(runtime.device))
         groups = [{"params": list(reward.parameters()), "lr": config.learning_rate}]
-        fixed_t = 0.0                                                   # it learns from clean videos
-    del generator
+    for group in groups:
+        group["initial_lr"] = group["lr"]
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
     params = [p for p in reward.parameters() if p.requires_grad]
     if resume:
         parallel.load_state(resume, state, reward, optimizer)
-    common.start_run(config, state["step"] if resume else None)
-    log = common.MetricsLog(config.output_dir, state["step"] if resume else None)
+    runs.start_run(config, state["step"] if resume else None)
+    log = runs.MetricsLog(config.output_dir, state["step"] if resume else None)
     global_batch = config.batch_size * runtime.world_size
     bar = common.progress(config.max_train_steps, "reward model", initial=state["step"])
-    measure = make_reward_report(judge, shards.batch(held), generator_config, config, runtime)
+    measure = make_reward_report(reward_fn, shards.batch(held), dit.config, config, runtime)
     report = None
 
     for step in range(state["step"], config.max_train_steps):
@@ -121,19 +123,22 @@ def main(config):
         x0, context = batch["latents"].to(runtime.device), batch["context"].to(runtime.device)
         labels = batch["label"].to(runtime.device)                      # [b]
         t = common.uniform(config.seed, "t", step, indices).to(runtime.device)                      # Eq. 6: U(0, 1)
-        t = t if fixed_t is None else torch.full_like(t, fixed_t)                                   # 0 for pixels
+        if config.space == "rgb":
+            t = torch.zeros_like(t)                             # pixels: finished videos, which nothing has to predict
+        elif config.fixed_t is not None:
+            t = torch.full_like(t, config.fixed_t)
         x1 = common.noise(x0.shape[1:], config.seed, "x1", step, indices).to(runtime.device)
         with runtime.autocast():
-            logits = judge(flow.add_noise(x0, x1, t), t, context,
-                           **data.image_inputs(generator_config, batch, runtime.device))            # [b]
-        loss = LOSSES[config.loss](logits, labels)
+            logits = reward_fn(flow.add_noise(x0, x1, t), t, context,
+                               **image_inputs(dit.config, batch, runtime.device))                   # [b]
+        loss = CRITERIA[config.loss](logits, labels)
         common.check_finite(loss, "the loss", step + 1)
         optimizer.zero_grad()
         loss.backward()
-        grad_norm = common.clip_gradients(params, config.max_grad_norm, step + 1)
+        grad_norm = common.average_and_clip_gradients(params, config.max_grad_norm, step + 1)
         left = 1 - step / config.max_train_steps                        # of the learning rate
-        for group, rate in zip(optimizer.param_groups, (config.learning_rate, config.trunk_learning_rate)):
-            group["lr"] = rate * left
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * left
         optimizer.step()
 
         done = step + 1
@@ -155,7 +160,7 @@ def main(config):
     weights = parallel.full_state(reward)
     if runtime.rank == 0:
         save_module(reward, Path(config.output_dir) / "reward", state=weights)
-        common.write_json(Path(config.output_dir) / "report.json",
+        runs.write_json(Path(config.output_dir) / "report.json",
                           {**report, "trained_on": len(train), "held_out": len(held), "good_share": share})
         print(f"wrote {Path(config.output_dir) / 'reward'} and report.json")
     common.teardown()

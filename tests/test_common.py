@@ -16,6 +16,7 @@ import torch
 
 import common
 from common import InputError, arg
+from formats import runs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -169,7 +170,7 @@ def test_two_processes_average_gradients_as_one_with_both_halves(tmp_path):
             x = common.noise((6,), 0, "x", step, runtime.indices(8 // runtime.world_size))
             loss = model(x).square().mean()
             loss.backward()
-            norms.append(common.clip_gradients(model.parameters(), 0.5, step))
+            norms.append(common.average_and_clip_gradients(model.parameters(), 0.5, step))
             optimizer.step(); optimizer.zero_grad()
         value = torch.tensor(float(runtime.rank)); common.average([value])
         if runtime.rank == 0:
@@ -187,15 +188,15 @@ def test_two_processes_average_gradients_as_one_with_both_halves(tmp_path):
 
 
 # ---- gradients
-def test_clip_gradients_returns_the_norm_before_and_scales_to_the_limit():
+def test_average_and_clip_gradients_returns_the_norm_before_and_scales_to_the_limit():
     p = torch.nn.Parameter(torch.zeros(2))
     p.grad = torch.tensor([3.0, 4.0])
-    assert common.clip_gradients([p], 1.0) == 5.0
+    assert common.average_and_clip_gradients([p], 1.0) == 5.0
     torch.testing.assert_close(p.grad, torch.tensor([0.6, 0.8]))
-    assert abs(common.clip_gradients([p], None) - 1) < 1e-5
+    assert abs(common.average_and_clip_gradients([p], None) - 1) < 1e-5
     p.grad[0] = float("nan")
     with pytest.raises(FloatingPointError, match="step 17: .*norm is nan"):
-        common.clip_gradients([p], 1.0, 17)
+        common.average_and_clip_gradients([p], 1.0, 17)
 
 
 # ---- checkpoints
@@ -204,7 +205,7 @@ def write_weights(value):
 
 
 def save(folder, step, content=b"weights", **more):
-    return common.save_checkpoint(folder, step, {"transformer": write_weights(content)}, {"position": step},
+    return runs.save_checkpoint(folder, step, {"transformer": write_weights(content)}, {"position": step},
                                   Config(output_dir=str(folder)), **more)
 
 
@@ -216,27 +217,27 @@ def test_checkpoint_layout_and_resolution(tmp_path):
     saved = json.loads((path / "args.json").read_text())
     assert Config(**saved | {"seeds": (0, 1)}) == Config(output_dir=str(tmp_path))
     for spec in ("latest", str(path), "checkpoint-000200", str(tmp_path)):
-        assert common.resolve_checkpoint(tmp_path, spec) == path
-    assert common.load_state(path) == {"step": 200, "position": 200}
+        assert runs.resolve_checkpoint(tmp_path, spec) == path
+    assert runs.load_state(path) == {"step": 200, "position": 200}
     save(tmp_path, 300, keep=2)
-    assert [step for step, _ in common.checkpoints(tmp_path)] == [200, 300]
+    assert [step for step, _ in runs.list_checkpoints(tmp_path)] == [200, 300]
 
 
 def test_resolve_says_what_is_wrong(tmp_path):
     with pytest.raises(InputError, match="latest: there is no .*empty"):
-        common.resolve_checkpoint(tmp_path / "empty", "latest")
+        runs.resolve_checkpoint(tmp_path / "empty", "latest")
     with pytest.raises(InputError, match="--resume_from_checkpoint nowhere"):
-        common.resolve_checkpoint(tmp_path, "nowhere")
+        runs.resolve_checkpoint(tmp_path, "nowhere")
     path = save(tmp_path, 1)
     state = (path / "train_state.pt").read_bytes()
     for broken in (state[:len(state) // 2], b"", b"not a checkpoint"):
         (path / "train_state.pt").write_bytes(broken)
         with pytest.raises(InputError, match="train_state.pt is truncated or damaged") as error:
-            common.load_state(path)
+            runs.load_state(path)
         assert "\n" not in str(error.value)
     (path / "train_state.pt").unlink()
     with pytest.raises(InputError, match="there is no .*checkpoint-000001/train_state.pt"):
-        common.resolve_checkpoint(tmp_path, "latest")
+        runs.resolve_checkpoint(tmp_path, "latest")
 
 
 @pytest.mark.parametrize("name, at", [("rename", 0), ("rename", 1), ("fsync", 0), ("fsync", 2)])
@@ -256,11 +257,11 @@ def test_a_kill_while_saving_leaves_the_previous_checkpoint(tmp_path, monkeypatc
         patch.setattr(os, name, die)
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path, 2, b"new")
-    latest = common.resolve_checkpoint(tmp_path, "latest")
+    latest = runs.resolve_checkpoint(tmp_path, "latest")
     assert (latest / "transformer/w.safetensors").read_bytes() == b"old"
-    assert common.load_state(latest)["step"] == 2
+    assert runs.load_state(latest)["step"] == 2
     final = save(tmp_path, 3, b"next")
-    assert common.resolve_checkpoint(tmp_path, "latest") == final and not list(tmp_path.glob("*.tmp"))
+    assert runs.resolve_checkpoint(tmp_path, "latest") == final and not list(tmp_path.glob("*.tmp"))
     save(tmp_path, 2, b"new")
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"checkpoint-00000{n}" for n in (1, 2, 3)]
 
@@ -278,15 +279,15 @@ def test_kill_9_at_a_random_moment(tmp_path):
         process = subprocess.Popen([sys.executable, script])
         try:
             deadline = time.time() + 120  # importing torch is slow on a busy machine
-            while len(common.checkpoints(tmp_path / "run")) < 2 and time.time() < deadline:
+            while len(runs.list_checkpoints(tmp_path / "run")) < 2 and time.time() < deadline:
                 assert process.poll() is None, "the saver ended by itself"
                 time.sleep(0.01)
             time.sleep(pause)
         finally:
             process.send_signal(signal.SIGKILL)
             process.wait()
-        latest = common.resolve_checkpoint(tmp_path / "run", "latest")
-        step = common.load_state(latest)["step"]
+        latest = runs.resolve_checkpoint(tmp_path / "run", "latest")
+        step = runs.load_state(latest)["step"]
         assert (latest / "transformer/w.safetensors").read_bytes() == bytes([step]) * 20000
 
 
@@ -305,8 +306,8 @@ def test_resumed_adamw_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
         return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
 
     whole = run(0, 6)
-    path = common.save_checkpoint(tmp_path, 3, {}, run(0, 3), Config())
-    resumed = run(3, 6, common.load_state(path))
+    path = runs.save_checkpoint(tmp_path, 3, {}, run(0, 3), Config())
+    resumed = run(3, 6, runs.load_state(path))
     assert all(torch.equal(whole["model"][k], resumed["model"][k]) for k in whole["model"])
     for i, slot in whole["optimizer"]["state"].items():
         assert all(torch.equal(v, resumed["optimizer"]["state"][i][k]) for k, v in slot.items())
@@ -314,19 +315,19 @@ def test_resumed_adamw_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
 
 def test_a_fresh_run_sets_earlier_checkpoints_aside(tmp_path):
     config = Config(output_dir=str(tmp_path / "run"))
-    common.start_run(config)
+    runs.start_run(config)
     for step in (1, 2, 3):
         save(config.output_dir, step)
-    common.start_run(config, resume_step=2)
-    assert [step for step, _ in common.checkpoints(config.output_dir)] == [1, 2]
-    common.start_run(config)
-    assert common.checkpoints(config.output_dir) == [] and (tmp_path / "run/args.json").exists()
+    runs.start_run(config, resume_step=2)
+    assert [step for step, _ in runs.list_checkpoints(config.output_dir)] == [1, 2]
+    runs.start_run(config)
+    assert runs.list_checkpoints(config.output_dir) == [] and (tmp_path / "run/args.json").exists()
     assert len(list((tmp_path / "run").glob("earlier-*/train_state.pt"))) == 3  # nothing is deleted
 
 
 # ---- metrics
 def test_metrics_are_flushed_and_cut_back_on_resume(tmp_path):
-    log = common.MetricsLog(tmp_path)
+    log = runs.MetricsLog(tmp_path)
     for step in range(1, 5):
         log.log(step, loss=torch.tensor(0.5), note="a")
     lines = lambda: list(map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()))
@@ -334,12 +335,12 @@ def test_metrics_are_flushed_and_cut_back_on_resume(tmp_path):
     assert read() == [1, 2, 3, 4] and lines()[0] == {"step": 1, "loss": 0.5, "note": "a"}
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # a kill in the middle of a line
-    common.MetricsLog(tmp_path, resume_step=2).log(3, loss=1.0)
+    runs.MetricsLog(tmp_path, resume_step=2).log(3, loss=1.0)
     assert read() == [1, 2, 3]
     with pytest.raises(FloatingPointError, match="step 4: loss is nan"):
-        common.MetricsLog(tmp_path, resume_step=3).log(4, loss=torch.tensor(float("nan")))
+        runs.MetricsLog(tmp_path, resume_step=3).log(4, loss=torch.tensor(float("nan")))
     assert read() == [1, 2, 3]
-    common.MetricsLog(tmp_path)
+    runs.MetricsLog(tmp_path)
     assert read() == []
 
 

@@ -15,8 +15,9 @@ import torch
 import common
 import data
 import model
-import vae
 from common import InputError
+from formats.video import from_pixels, read_clip, read_video, to_pixels, write_video
+from world import vae
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,8 +37,8 @@ def clip(frames=9, height=32, width=32, seed=0):
 # ---- video files
 def test_what_is_read_is_what_was_written(tmp_path):
     for video in (clip(), torch.from_numpy(clip(17, 64, 48))):
-        data.write_video(tmp_path / "new/a.mp4", video, fps=8)
-        got = data.read_video(tmp_path / "new/a.mp4")
+        write_video(tmp_path / "new/a.mp4", video, fps=8)
+        got = read_video(tmp_path / "new/a.mp4")
         assert got.dtype == torch.uint8 and got.shape == video.shape
         error = (got.float() - torch.as_tensor(video).float()).abs()
         assert error.mean() < 2 and error.max() < 40
@@ -48,32 +49,32 @@ def test_what_is_read_is_what_was_written(tmp_path):
 
 
 def test_odd_sizes_gain_a_row_and_bad_arguments_are_named(tmp_path):
-    data.write_video(tmp_path / "a.mp4", clip(5, 33, 31))
-    assert data.read_video(tmp_path / "a.mp4").shape == (5, 34, 32, 3)
+    write_video(tmp_path / "a.mp4", clip(5, 33, 31))
+    assert read_video(tmp_path / "a.mp4").shape == (5, 34, 32, 3)
     with pytest.raises(InputError, match="must end in .mp4"):
-        data.write_video(tmp_path / "a.gif", clip())
+        write_video(tmp_path / "a.gif", clip())
     with pytest.raises(ValueError, match="uint8"):
-        data.write_video(tmp_path / "b.mp4", clip().astype(np.float32))
+        write_video(tmp_path / "b.mp4", clip().astype(np.float32))
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
-    data.write_video(tmp_path / "a.mp4", clip(5))
+    write_video(tmp_path / "a.mp4", clip(5))
     monkeypatch.setattr(data.os, "replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        data.write_video(tmp_path / "a.mp4", clip(9))
+        write_video(tmp_path / "a.mp4", clip(9))
     monkeypatch.undo()
-    assert len(data.read_video(tmp_path / "a.mp4")) == 5
+    assert len(read_video(tmp_path / "a.mp4")) == 5
 
 
 def test_float_and_back():
     video = torch.arange(256, dtype=torch.uint8).repeat(3 * 4).view(1, 1, 32, 32, 3)
-    x = data.to_float(video)
+    x = from_pixels(video)
     assert x.shape == (1, 3, 1, 32, 32) and x.min() == -1 and x.max() == 1
-    assert torch.equal(data.to_uint8(x), video)
+    assert torch.equal(to_pixels(x), video)
 
 
 def damaged_files(folder):
-    data.write_video(folder / "good.mp4", clip(17, 64, 64))
+    write_video(folder / "good.mp4", clip(17, 64, 64))
     whole = (folder / "good.mp4").read_bytes()
     start, hole = whole.find(b"mdat") + 4, len(whole) // 2
     (folder / "empty.mp4").write_bytes(b"")
@@ -93,45 +94,45 @@ def damaged_files(folder):
 def test_every_damaged_file_is_one_line_naming_it(tmp_path):
     for name in damaged_files(tmp_path):
         with pytest.raises(InputError) as error:
-            data.read_video(tmp_path / name)
+            read_video(tmp_path / name)
         assert str(error.value).startswith(f"{tmp_path / name}: ") and "\n" not in str(error.value)
-    assert len(data.read_video(tmp_path / "good.mp4")) == 17
+    assert len(read_video(tmp_path / "good.mp4")) == 17
 
 
 def test_scaling_covers_and_crops_the_centre(tmp_path):
     video = np.zeros((5, 64, 128, 3), np.uint8)
     video[:, :, 32:96] = 200  # the centre square is bright; sides are dark
-    data.write_video(tmp_path / "a.mp4", video)
-    got, _ = data.read_clip(tmp_path / "a.mp4", size=(32, 32))
+    write_video(tmp_path / "a.mp4", video)
+    got, _ = read_clip(tmp_path / "a.mp4", size=(32, 32))
     assert got.shape == (5, 32, 32, 3) and got[:, :, 2:-2].min() > 180
     for size in ((48, 16), (16, 48), (96, 96), (256, 160)):
-        assert data.read_clip(tmp_path / "a.mp4", size=size)[0].shape == (5, size[1], size[0], 3)
+        assert read_clip(tmp_path / "a.mp4", size=size)[0].shape == (5, size[1], size[0], 3)
 
 
 def test_frames_are_resampled_to_the_nearest_in_time(tmp_path):
     grey = np.arange(48, dtype=np.uint8)[:, None, None, None] * np.ones((1, 32, 32, 3), np.uint8) * 5
-    data.write_video(tmp_path / "a.mp4", grey, fps=24)
+    write_video(tmp_path / "a.mp4", grey, fps=24)
     for fps, picks in ((8, np.arange(0, 48, 3)), (16, np.arange(32) * 1.5), (24, np.arange(48)),
                        (30, np.arange(60) * 0.8), (48, np.arange(95) / 2)):
-        got, rate = data.read_clip(tmp_path / "a.mp4", fps=fps)
+        got, rate = read_clip(tmp_path / "a.mp4", fps=fps)
         index = got[:, 16, 16, 0].float().numpy() / 5
         assert rate == fps and len(got) == len(picks) and np.abs(index - picks).max() <= 0.75
-    assert len(data.read_clip(tmp_path / "a.mp4", frames=9, fps=8)[0]) == 9
+    assert len(read_clip(tmp_path / "a.mp4", frames=9, fps=8)[0]) == 9
 
 
 def test_portrait_clips_of_phones_stand_upright(tmp_path):
     video = np.zeros((5, 32, 64, 3), np.uint8)
     video[:, :16, :32] = 220  # upper left
-    data.write_video(tmp_path / "a.mp4", video)
+    write_video(tmp_path / "a.mp4", video)
     raw = bytearray((tmp_path / "a.mp4").read_bytes())
     at = raw.find(b"tkhd") + 44  # the matrix of a phone held upright: turn by 90 degrees clockwise
     raw[at:at + 36] = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 32 << 16, 0, 1 << 30)
     (tmp_path / "a.mp4").write_bytes(raw)
-    got = data.read_video(tmp_path / "a.mp4")
+    got = read_video(tmp_path / "a.mp4")
     assert got.shape == (5, 64, 32, 3)
     expected = np.rot90(video[0], -1)
     assert (got[0].numpy().astype(int) - expected).__abs__().mean() < 5
-    assert data.read_clip(tmp_path / "a.mp4", size=(16, 32))[0].shape == (5, 32, 16, 3)
+    assert read_clip(tmp_path / "a.mp4", size=(16, 32))[0].shape == (5, 32, 16, 3)
 
 
 # ---- metadata
@@ -321,15 +322,15 @@ def folder(tmp_path):
     """Ten good clips and six bad ones."""
     rows = []
     for i in range(10):  # the first one has two frames too many
-        data.write_video(tmp_path / f"{i}.mp4", clip(9 if i else 11, seed=i))
+        write_video(tmp_path / f"{i}.mp4", clip(9 if i else 11, seed=i))
         rows.append({"file_name": f"{i}.mp4", "prompt": f"clip {i}", "label": i % 2})
-    data.write_video(tmp_path / "short.mp4", clip(4))
-    data.write_video(tmp_path / "odd.mp4", clip(9, 40, 40))
-    data.write_video(tmp_path / "large.mp4", clip(9, 64, 64))
+    write_video(tmp_path / "short.mp4", clip(4))
+    write_video(tmp_path / "odd.mp4", clip(9, 40, 40))
+    write_video(tmp_path / "large.mp4", clip(9, 64, 64))
     (tmp_path / "cut.mp4").write_bytes((tmp_path / "0.mp4").read_bytes()[:700])
     rows += [{"file_name": f"{name}.mp4", "prompt": "x"} for name in ("short", "odd", "large", "cut", "none")]
     rows += [{"file_name": "1.mp4", "prompt": "clip 1", "label": 1}, {"file_name": "2b.mp4", "prompt": " "}]
-    data.write_video(tmp_path / "2b.mp4", clip())
+    write_video(tmp_path / "2b.mp4", clip())
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return tmp_path
 
@@ -395,9 +396,9 @@ def test_encode_writes_the_usable_clips_and_reports_the_rest(folder, fakes, caps
     assert [r["file_name"] for r in shards.rows] == [f"{i}.mp4" for i in range(10)]
     assert shards.labels.tolist() == [i % 2 for i in range(10)] and shards.fps == 8
     assert len(shards.index["shards"]) == 3 and shards.latent_shape == (16, 3, 4, 4)
-    video = torch.stack([data.read_video(folder / f"{i}.mp4")[:9] for i in range(10)])
+    video = torch.stack([read_video(folder / f"{i}.mp4")[:9] for i in range(10)])
     batch = shards.batch(range(10))
-    torch.testing.assert_close(batch["latents"], fakes.vae.encode(data.to_float(video)))
+    torch.testing.assert_close(batch["latents"], fakes.vae.encode(from_pixels(video)))
     torch.testing.assert_close(batch["context"], fakes.text.encode(batch["prompt"]))
     report = map(json.loads, (folder / "out/report.jsonl").read_text().splitlines())
     report = {r["file_name"]: r["reason"] for r in report}
@@ -445,11 +446,12 @@ def test_encode_refuses_to_mix(folder, fakes, capsys):
 def test_the_command_line_as_a_process(tmp_path):
     """The world's clips pass their own check; bad input ends with one line and code 2."""
     def run(*argv):
-        command = [sys.executable, ROOT / "data.py", *argv]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        command = ["-m", "world.clips"] if argv[:1] == ("clips",) else [ROOT / "data.py"]
+        done = subprocess.run([sys.executable, *command, *argv], capture_output=True, text=True, cwd=tmp_path,
+                              env=os.environ | {"PYTHONPATH": str(ROOT)})
         return done.returncode, done.stdout, [x for x in done.stderr.splitlines() if x.startswith("error")]
 
-    assert run("world", "clips", "--count", "6", "--kind", "clean")[0] == 0
+    assert run("clips", "--count", "6", "--kind", "clean")[0] == 0
     rows = data.read_metadata(tmp_path / "clips")
     assert len(rows) == 6 and all(row["label"] == 1 and row["prompt"] for row in rows)
     code, out, _ = run("check", "clips")
@@ -457,5 +459,5 @@ def test_the_command_line_as_a_process(tmp_path):
     code, _, errors = run("check", "nowhere")
     assert code == 2 and errors == ["error: nowhere: no such folder"]
     code, _, errors = run("chekc", "clips")
-    assert code == 2 and errors == ["error: data.py has world, check and encode, not chekc"]
+    assert code == 2 and errors == ["error: data.py has check and encode, not chekc"]
     assert run()[0] == 0

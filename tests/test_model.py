@@ -7,11 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import weights
 from common import InputError
-from model import (PRESETS, TextEncoder, VideoDiT, apply_rope, export_transformer, first_frame_condition,
-                   load_text_encoder, load_transformer, rope_table)
-from weights import WEIGHTS, diffusers_config, diffusers_name, load_weights, save_module
+from formats import weights
+from formats.codec import load_text_encoder
+from formats.weights import WEIGHTS, diffusers_config, diffusers_name, load_weights, save_module
+from model import PRESETS, VideoDiT, apply_rope, export_transformer, first_frame_condition, load_transformer, rope_table
+from world.text_encoder import TextEncoder
 
 T2V = dict(in_dim=4, out_dim=4, dim=24, ffn_dim=40, freq_dim=16, text_dim=8, text_len=5, num_heads=2,
            num_layers=3)

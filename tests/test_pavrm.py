@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 import pavrm as P
+import validation
 from common import InputError
+from formats.weights import save_module
 from model import VideoDiT
-from weights import save_module
 
 DIM = 24
 TINY = dict(in_dim=4, out_dim=4, dim=DIM, ffn_dim=32, num_heads=2, num_layers=3, freq_dim=16, text_dim=8, text_len=3)
@@ -174,10 +175,10 @@ def test_auc_is_the_share_of_pairs_in_order():
     score, y = torch.randint(6, (40,), generator=g).float(), torch.randint(2, (40,), generator=g)  # many ties
     pairs = [(score[i] > score[j]).item() + 0.5 * (score[i] == score[j]).item()
              for i in range(40) for j in range(40) if y[i] > y[j]]
-    assert P.auc(score, y) == pytest.approx(sum(pairs) / len(pairs))
-    assert P.auc(torch.arange(4.0), torch.tensor([0, 0, 1, 1])) == 1
-    assert P.auc(torch.zeros(4), torch.tensor([0, 0, 1, 1])) == 0.5
-    assert math.isnan(P.auc(torch.zeros(4), torch.ones(4)))
+    assert validation.auc(score, y) == pytest.approx(sum(pairs) / len(pairs))
+    assert validation.auc(torch.arange(4.0), torch.tensor([0, 0, 1, 1])) == 1
+    assert validation.auc(torch.zeros(4), torch.tensor([0, 0, 1, 1])) == 0.5
+    assert math.isnan(validation.auc(torch.zeros(4), torch.ones(4)))
 
 
 def measured(answer, m=30):
@@ -190,7 +191,7 @@ def measured(answer, m=30):
         seen.append((x, t))
         return answer(context[:, 0, 0])
 
-    return P.interval_metrics(P.interval_logits(model, latents, context, batch_size=8), labels), seen
+    return validation.interval_metrics(validation.interval_logits(model, latents, context, batch_size=8), labels), seen
 
 
 def test_interval_metrics_of_known_models():

@@ -5,9 +5,10 @@ import torch
 import flow
 import refl_baseline as R
 from common import InputError
+from formats.video import CHANNELS
+from formats.weights import save_module
 from model import VideoDiT
-from vae import CHANNELS, VideoVAE
-from weights import save_module
+from world.vae import VideoVAE
 
 TINY = dict(in_dim=16, out_dim=16, dim=24, ffn_dim=32, num_heads=2, num_layers=2, freq_dim=16, text_dim=8, text_len=3)
 N = 6
@@ -161,10 +162,10 @@ def test_the_first_frame_alone_is_the_first_frame_of_the_whole_clip(models, batc
     seen = []
     record = lambda video, context: seen.append(video.shape) or rewards["first"](video, context)
     record.config = rewards["first"].config
-    R.judge(record, vae, None, x, torch.zeros(3), context)
+    R.predicted_reward(record, vae, None, x, torch.zeros(3), context)
     assert seen == [(3, 3, 1, 16, 16)]                                          # the other frames are never decoded
     x.requires_grad_()
-    R.judge(rewards["first"], vae, None, x, torch.zeros(3), context).sum().backward()
+    R.predicted_reward(rewards["first"], vae, None, x, torch.zeros(3), context).sum().backward()
     assert x.grad[:, :, 0].abs().min() > 0 and torch.equal(x.grad[:, :, 1:], torch.zeros_like(x.grad[:, :, 1:]))
 
 
@@ -177,8 +178,8 @@ def test_judge_predicts_the_clean_video_in_one_step(models, batch):
     for t in (0.1, 0.7, 1.0):
         t = torch.full((3,), t, dtype=torch.float64)
         knows = lambda x, t, context, y=None: x1 - x0
-        torch.testing.assert_close(R.judge(rewards["all"], vae, knows, flow.add_noise(x0, x1, t), t, context), wanted)
-    torch.testing.assert_close(R.judge(rewards["all"], vae, None, x0, torch.zeros(3), context), wanted)
+        torch.testing.assert_close(R.predicted_reward(rewards["all"], vae, knows, flow.add_noise(x0, x1, t), t, context), wanted)
+    torch.testing.assert_close(R.predicted_reward(rewards["all"], vae, None, x0, torch.zeros(3), context), wanted)
 
 
 def test_pixel_reward_sees_motion_only_with_all_frames(models, batch):

@@ -10,19 +10,18 @@ import torch
 import common
 import data
 import evaluate
-import parts
-import pavrm
-import pretrain
 import report
-import reproduce
 import sample
 import train_align
 import train_reward
-import weights
-import world
-from model import PRESETS, VideoDiT, export_transformer, first_frame_condition, load_text_encoder, load_transformer
+import validation
+from formats import weights
+from formats.codec import load_text_encoder, load_vae
+from formats.video import from_pixels, read_video, to_pixels, write_png, write_video
+from model import PRESETS, VideoDiT, export_transformer, first_frame_condition, load_transformer
 from pavrm import PAVRM, load_pavrm
-from vae import load_vae, from_pixels, to_pixels
+from study import parts, reproduce
+from world import judge, pretrain, scene
 
 SHIPPED = str(sample.Path(sample.__file__).parent / "checkpoints")
 
@@ -51,23 +50,23 @@ def test_the_shipped_weights_fit_each_other_and_40_megabytes():
 
 
 def test_the_shipped_vae_keeps_clean_clips_clean():
-    videos, prompts, _ = world.make(200, 31, "clean")
+    videos, prompts, _ = scene.make(200, 31, "clean")
     vae = load_vae(f"{SHIPPED}/vae")
     with torch.no_grad():
         decoded = to_pixels(vae.decode(vae.encode(from_pixels(videos))))
-    assert world.annotate(decoded, prompts)["qualified"].float().mean() >= 0.985
+    assert judge.annotate(decoded, prompts)["qualified"].float().mean() >= 0.985
 
 
 def test_sample_writes_a_film_of_the_asked_colour(tmp_path, capsys):
     run(sample, "--prompt", "a red circle moving to the right", "--num_videos", 4, "--output", tmp_path / "x.mp4",
         "--contact_sheet", tmp_path / "sheets" / "x.png")
-    films = torch.stack([data.read_video(tmp_path / f"x-{i}.mp4") for i in range(4)])
+    films = torch.stack([read_video(tmp_path / f"x-{i}.mp4") for i in range(4)])
     assert films.shape == (4, 9, 32, 32, 3)
-    assert world.annotate(films, ["red"] * 4)["adherent"].sum() >= 3
+    assert judge.annotate(films, ["red"] * 4)["adherent"].sum() >= 3
     assert (tmp_path / "sheets" / "x.png").read_bytes().startswith(b"\x89PNG")
     first = films.clone()
     run(sample, "--prompt", "a red circle moving to the right", "--num_videos", 2, "--output", tmp_path / "x.mp4")
-    again = data.read_video(tmp_path / "x-1.mp4").float()        # noise depends on seed and index alone; codec rounding
+    again = read_video(tmp_path / "x-1.mp4").float()        # noise depends on seed and index alone; codec rounding
     assert (again - first[1].float()).abs().mean() < 2 < (again - first[0].float()).abs().mean()
 
 
@@ -101,7 +100,7 @@ def test_evaluate_refuses(capsys, tmp_path):
 
 
 def test_motion_smoothness_and_consistency_of_known_films():
-    videos, prompts, _ = world.make(8, 5, "clean")
+    videos, prompts, _ = scene.make(8, 5, "clean")
     still = videos[:, :1].expand(-1, 9, -1, -1, -1).contiguous()
     found = evaluate.measure(still, prompts)
     assert np.all(found["smoothness"] == 1) and np.allclose(found["consistency"], 1, atol=1e-5)
@@ -192,11 +191,11 @@ def test_a_task_at_odds_with_the_model_is_refused(i2v, capsys, tmp_path, monkeyp
 
 
 def test_sample_starts_from_the_given_image(i2v, tmp_path, capsys, monkeypatch):
-    frame = world.make(1, 3, "clean")[0][0, 0]                                                  # [32, 32, 3]
+    frame = scene.make(1, 3, "clean")[0][0, 0]                                                  # [32, 32, 3]
     large = np.pad(frame.numpy().repeat(3, 0).repeat(3, 1), ((0, 1), (10, 9), (0, 0)), mode="edge")     # 97x115, centred
-    data.write_png(tmp_path / "small.png", frame)
-    data.write_png(tmp_path / "odd.png", large)
-    data.write_video(tmp_path / "film.mp4", torch.stack([frame, 255 - frame]))
+    write_png(tmp_path / "small.png", frame)
+    write_png(tmp_path / "odd.png", large)
+    write_video(tmp_path / "film.mp4", torch.stack([frame, 255 - frame]))
     given = []
 
     def still(dit, shape, context, seed, indices, steps, *, y, **other):
@@ -214,12 +213,12 @@ def test_sample_starts_from_the_given_image(i2v, tmp_path, capsys, monkeypatch):
         y = given.pop()
         assert torch.equal(y[:, :4], wanted[:, :4]) and not y[:, 4:, 1:].any()
         assert (y - wanted).abs().mean() <= tolerance * wanted[:, 4:, 0].abs().mean()
-        assert (data.read_video(tmp_path / "x-1.mp4")[0].float() - frame.float()).abs().mean() < 8          # of 255
+        assert (read_video(tmp_path / "x-1.mp4")[0].float() - frame.float()).abs().mean() < 8          # of 255
 
 
 def test_sample_refuses_images(i2v, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    data.write_png("good.png", world.make(1, 3, "clean")[0][0, 0])
+    write_png("good.png", scene.make(1, 3, "clean")[0][0, 0])
     good = Path("good.png").read_bytes()
     for name, content in (("cut.png", good[:len(good) // 2]), ("text.png", b"hello"), ("empty.png", b"")):
         Path(name).write_bytes(content)
@@ -233,7 +232,7 @@ def test_sample_refuses_images(i2v, tmp_path, capsys, monkeypatch):
 
 
 def test_i2v_subject_is_the_likeness_to_the_given_frame():
-    videos, prompts, _ = world.make(8, 5, "clean")
+    videos, prompts, _ = scene.make(8, 5, "clean")
     still = videos[:, :1].expand(-1, 9, -1, -1, -1).contiguous()
     assert np.allclose(evaluate.measure(still, prompts, videos)["i2v_subject"], 1, atol=1e-5)
     assert np.all(evaluate.measure(videos, prompts, videos)["i2v_subject"] > 0.9)
@@ -263,7 +262,7 @@ def test_image_to_video_from_samples_to_evaluation(i2v, tmp_path, capsys, monkey
     run(train_reward, "--model", i2v, "--num_samples", 128, "--max_train_steps", 2, "--batch_size", 16, "--holdout", 16,
         "--depth", 1, *fast, "--output_dir", tmp_path / "reward")
     shards = data.Shards(tmp_path / "reward/samples").batch(range(128))
-    frames, prompts, _ = world.make(128, 10, "clean")
+    frames, prompts, _ = scene.make(128, 10, "clean")
     with torch.no_grad():
         given = load_vae(f"{SHIPPED}/vae").encode(from_pixels(frames[:, :1]))
     assert shards["prompt"] == prompts                          # the given frames show what the prompts say
@@ -282,7 +281,7 @@ def test_image_to_video_from_samples_to_evaluation(i2v, tmp_path, capsys, monkey
     run(evaluate, f"base={i2v}", f"prfl={tmp_path}/prfl", "--model", i2v, "--reward", tmp_path / "reward/reward",
         "--num_videos", 16, *fast, "--output_dir", tmp_path / "evaluation")
     with torch.no_grad():
-        assert are_given(load_vae(f"{SHIPPED}/vae").encode(from_pixels(world.make(16, 7000, "clean", split="test")[0])))
+        assert are_given(load_vae(f"{SHIPPED}/vae").encode(from_pixels(scene.make(16, 7000, "clean", split="test")[0])))
     rows = json.loads((tmp_path / "evaluation/table.json").read_text())["rows"]
     assert rows["clean renders"]["i2v_subject"]["mean"] > max(0.9, rows["base"]["i2v_subject"]["mean"])
     assert "I2V subject" in (tmp_path / "evaluation/table.md").read_text()
@@ -358,9 +357,9 @@ def test_auc_values_have_the_mean_and_the_spread_of_the_auc():
     labels = (torch.rand(1, 600, generator=g) < 0.3).long()
     logits = torch.randn(1, 5, 600, generator=g) + 0.8 * labels[:, None]
     values = report.auc_values(logits, labels)
-    assert values.mean(2)[0] == pytest.approx([pavrm.auc(row, labels[0]) for row in logits[0]])
+    assert values.mean(2)[0] == pytest.approx([validation.auc(row, labels[0]) for row in logits[0]])
     picks = torch.randint(0, 600, (1000, 600), generator=g)
-    wanted = np.quantile([pavrm.auc(logits[0, 0, pick], labels[0, pick]) for pick in picks], (0.025, 0.975))
+    wanted = np.quantile([validation.auc(logits[0, 0, pick], labels[0, pick]) for pick in picks], (0.025, 0.975))
     assert report.interval(values[:, 0]) == pytest.approx(wanted, abs=0.005)
 
 

@@ -20,11 +20,12 @@ import prfl
 import sample
 import train_align
 import train_reward
+from formats import runs
+from formats.weights import WEIGHTS, save_module
 from model import VideoDiT, export_transformer, load_transformer
 from pavrm import PAVRM, load_pavrm
 from refl_baseline import FRAMES, PixelReward
-from vae import VideoVAE
-from weights import WEIGHTS, save_module
+from world.vae import VideoVAE
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(in_dim=16, out_dim=16, dim=24, ffn_dim=48, num_heads=2, num_layers=2, freq_dim=16, text_dim=8, text_len=3)
@@ -328,7 +329,7 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(folder, one_rank, name)
     assert metrics(folder, out.name)[-1]["step"] == 4
     run(script, [*argv, "--resume", "latest"])
     assert same(weights(folder, name, out.name), weights(folder, name, whole.name))
-    states = [common.load_state(path / "checkpoint-000005") for path in (out, whole)]
+    states = [runs.load_state(path / "checkpoint-000005") for path in (out, whole)]
     assert same(*states) and states[0]["step"] == STEPS
     assert metrics(folder, out.name) == metrics(folder, whole.name)
     assert not [*out.rglob("*.tmp*"), *out.glob("earlier-*")]

@@ -1,0 +1,145 @@
+"""Wan2.1's own VAE, text encoder and image encoder, read from folders of diffusers and transformers, and the way back:
+an aligned transformer as diffusers loads it. Nobody needs this file to learn the method.
+
+    pip install -r requirements-wan.txt
+    python data.py encode clips --vae Wan2.1/vae --text_encoder Wan2.1/text_encoder ...
+    python -m formats.wan runs/align/transformer --out aligned
+    >>> transformer = WanTransformer3DModel.from_pretrained("aligned", torch_dtype=torch.bfloat16)
+    >>> pipeline = WanPipeline.from_pretrained("Wan2.1", transformer=transformer)
+
+formats/codec.py comes here when a folder's config.json is of such a model.
+
+Axes: b batch, c latent channels, F video frames (4k + 1), f latent frames (k + 1), H W pixels, h w latents,
+l text tokens, d text width, m image tokens.
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import common
+from common import InputError, arg
+
+TEXT_LEN = 512  # tokens of Wan2.1's context
+
+
+def extra(path):
+    """-> (diffusers, transformers), or InputError if requirements-wan.txt is not installed."""
+    try:
+        import diffusers
+        import transformers
+    except ImportError as error:
+        raise InputError(f"{path}: needs {error.name}: pip install -r requirements-wan.txt") from None
+    return diffusers, transformers
+
+
+def load(cls, path, dtype, word="dtype"):
+    """cls.from_pretrained(path) in eval mode, without gradients on its weights. Raises InputError if anything is
+    missing, damaged or of another shape, where the libraries fill in random weights and go on."""
+    try:
+        model, info = cls.from_pretrained(str(path), output_loading_info=True, local_files_only=True,
+                                          **{word: dtype})
+    except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError, ... by library and version
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{path}: not a whole folder of {cls.__name__}: {reason}") from None
+    wrong = [str(name) for kind in ("missing", "unexpected", "mismatched") for name in info.get(f"{kind}_keys") or ()]
+    if wrong:
+        raise InputError(f"{path}: missing, unexpected or misshapen weights of {cls.__name__}: "
+                         f"{', '.join(sorted(wrong)[:4])}{', ...' * (len(wrong) > 4)}")
+    return model.eval().requires_grad_(False)
+
+
+def beside(path, files, sibling):
+    """The folder that holds one of `files`: `path` itself or, as in a pipeline, `sibling` next to it; or None."""
+    folders = (Path(path), Path(path).resolve().parent / sibling)
+    return next((folder for folder in folders if any((folder / name).is_file() for name in files)), None)
+
+
+class WanVAE(nn.Module):
+    """diffusers' AutoencoderKLWan in float32, with Wan's latents: (z - mean) / std per channel."""
+
+    def __init__(self, path):
+        super().__init__()
+        diffusers, _ = extra(path)
+        self.vae = load(diffusers.AutoencoderKLWan, path, torch.float32, "torch_dtype")
+        self.past = None                                        # its decoder looks back too far to cut a clip
+        for name in ("mean", "std"):
+            values = torch.tensor(self.vae.config[f"latents_{name}"], dtype=torch.float32)
+            self.register_buffer(name, values.view(-1, 1, 1, 1))                            # [c, 1, 1, 1]
+
+    def encode(self, video):
+        """video [b, 3, F, H, W] in [-1, 1] -> latents [b, c, f, h, w]: the posterior's mode, normalised."""
+        return (self.vae.encode(video).latent_dist.mode() - self.mean) / self.std
+
+    def decode(self, latents):
+        """latents [b, c, f, h, w] -> video [b, 3, F, H, W], clamped to [-1, 1] by diffusers."""
+        return self.vae.decode(latents * self.std + self.mean).sample
+
+
+class WanTextEncoder(nn.Module):
+    """transformers' UMT5EncoderModel and its tokenizer, which lies in the same folder or in tokenizer/ beside it.
+    In bfloat16 on CUDA, as Wan runs it (5.7 billion parameters), else float32."""
+
+    def __init__(self, path):
+        super().__init__()
+        _, transformers = extra(path)
+        files = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
+        folder = beside(path, files, "tokenizer")
+        if folder is None:
+            raise InputError(f"{path}: there is no tokenizer in it, nor in tokenizer/ beside it")
+        try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # OSError, ValueError, KeyError, JSONDecodeError, ... by version
+            raise InputError(f"{folder}: not a whole tokenizer: {' '.join(str(error).split())[:300]}") from None
+        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        self.encoder = load(transformers.UMT5EncoderModel, path, dtype)
+
+    def encode(self, prompts):
+        """list of b strings -> context [b, 512, d] float32, zero behind each prompt's tokens, as Wan pads it."""
+        from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+        tokens = self.tokenizer([prompt_clean(prompt) for prompt in prompts], padding="max_length", truncation=True,
+                                max_length=TEXT_LEN, return_attention_mask=True, return_tensors="pt")
+        tokens = tokens.to(self.encoder.device)
+        context = self.encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state.float()       # [b, l, d]
+        return context * tokens.attention_mask[..., None]
+
+
+class WanImageEncoder(nn.Module):
+    """transformers' CLIPVisionModel in float32. Its preprocessor_config.json lies in the same folder or in
+    image_processor/ beside it."""
+
+    def __init__(self, path):
+        super().__init__()
+        _, transformers = extra(path)
+        folder = beside(path, ("preprocessor_config.json",), "image_processor")
+        if folder is None:
+            raise InputError(f"{path}: there is no preprocessor_config.json in it, nor in image_processor/ beside it")
+        self.processor = transformers.CLIPImageProcessor.from_pretrained(str(folder), local_files_only=True)
+        self.encoder = load(transformers.CLIPVisionModel, path, torch.float32)
+
+    def encode(self, images):
+        """uint8 [b, H, W, 3] -> all tokens of the layer before the last, float32 [b, m, d] (Wan2.1: 257 x 1280)."""
+        pixels = self.processor(images=list(images.cpu().numpy()), return_tensors="pt").pixel_values
+        return self.encoder(pixels.to(self.encoder.device), output_hidden_states=True).hidden_states[-2]
+
+
+@dataclass
+class Export:
+    transformer: str = arg(..., "folder of an aligned transformer", positional=True)
+    out: str = arg(..., "folder to write")
+    layout: str = arg("diffusers", "whose folder: diffusers' or the official Wan2.1's", choices=("diffusers", "wan"))
+    dtype: str = arg("bf16", "of the weights", choices=("bf16", "fp32"))
+
+
+def export(config):
+    from model import export_transformer, load_transformer
+    if Path(config.out).exists():
+        raise InputError(f"--out {config.out}: is there already; name a new folder")
+    dit = load_transformer(config.transformer)
+    export_transformer(dit, config.out, config.layout, {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype])
+    print(f"wrote {config.out}")
+
+
+if __name__ == "__main__":
+    common.cli(export, Export, __doc__)

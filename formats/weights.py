@@ -1,0 +1,211 @@
+"""Weight folders on disk: config.json beside safetensors, ours, Wan2.1's official ones and diffusers' alike.
+
+Nothing here is needed to understand the method; `model.load_transformer` and `model.export_transformer` use it. Reading
+is strict: what is missing, unexpected or of another shape is an InputError that lists it. Writing is whole or not at
+all: a temporary name, then a rename. Weights are read from safetensors only.
+"""
+import json
+import os
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from common import InputError
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+TASKS = ("t2v", "i2v")
+SHIPPED = dict(zip(TASKS, (Path(__file__).parents[1] / "checkpoints", Path(__file__).parents[1] / "checkpoints/i2v")))
+
+
+def write_folder(path, config, tensors):
+    """config.json and one safetensors file, complete under a temporary name first, then renamed to `path`."""
+    path = Path(path)
+    new, old = path.with_name(f"{path.name}.tmp{os.getpid()}"), path.with_name(f"{path.name}.old{os.getpid()}")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, new / WEIGHTS, {"format": "pt"})
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_config(path):
+    """The dict in path/config.json, or InputError."""
+    if not Path(path).is_dir():
+        raise InputError(f"{path} is not a folder; give one that holds config.json and {WEIGHTS}")
+    try:
+        config = json.loads((Path(path) / "config.json").read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path} holds no config.json") from None
+    except ValueError as error:
+        raise InputError(f"{path}/config.json is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path}/config.json holds no JSON object")
+    return config
+
+
+class WeightFiles:
+    """The tensors of a folder's safetensors file or shards, by name; read one at a time."""
+
+    def __init__(self, path):
+        path = Path(path)
+        index = path / f"{WEIGHTS}.index.json"
+        if (path / WEIGHTS).is_file():
+            files = [path / WEIGHTS]
+        elif index.is_file():
+            try:
+                files = [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise InputError(f"{index} is not a shard index: {error!r}") from None
+        else:
+            raise InputError(f"{path} holds no {WEIGHTS}, nor {index.name}")
+        self.handle = {}  # name -> open file
+        for file in files:
+            try:
+                handle = safe_open(file, "pt")
+            except FileNotFoundError:
+                raise InputError(f"{file} is missing; {index.name} names it") from None
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{file} is not a whole safetensors file: {error}".replace("\n", " ")) from None
+            self.handle |= dict.fromkeys(handle.keys(), handle)
+
+    def shape(self, name):
+        return tuple(self.handle[name].get_slice(name).get_shape())
+
+    def tensor(self, name):
+        return self.handle[name].get_tensor(name)
+
+
+def read_state(path, shapes, rename=lambda name: name, ignore=()):
+    """The tensors of a folder for `shapes` (name -> shape), strictly: all of them, nothing else, as stored.
+
+    rename: our name -> the name in the file. Names in the file that contain a word of `ignore` are dropped.
+    """
+    weights = WeightFiles(path)
+    want = {rename(name): tuple(shape) for name, shape in shapes.items()}
+    have = {name for name in weights.handle if not any(word in name for word in ignore)}
+    problems = {
+        "missing": sorted(want.keys() - have),
+        "unexpected": sorted(have - want.keys()),
+        "of another shape": [f"{name} {weights.shape(name)} instead of {want[name]}"
+                             for name in sorted(want.keys() & have) if weights.shape(name) != want[name]],
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+                           for kind, names in problems.items() if names)
+        raise InputError(f"the weights in {path} do not fit: {listed}")
+    return {name: weights.tensor(rename(name)) for name in shapes}
+
+
+def save_module(module, path, dtype=None, state=None):
+    """Write module.config and its weights (or `state`; cast to dtype if given) as a folder, atomically."""
+    write_folder(path, module.config, {n: v.to(dtype or v.dtype) for n, v in (state or module.state_dict()).items()})
+
+
+def load_weights(module, path):
+    """Fill `module`, keeping its dtype and device, from a folder that `save_module` wrote; returns the module.
+
+    InputError when the folder was written for another config or its weights are not exactly the module's.
+    """
+    stored, mine = read_config(path), json.loads(json.dumps(module.config))
+    differing = [f"{key} {stored.get(key)!r} instead of {mine.get(key)!r}"
+                 for key in sorted(stored.keys() | mine.keys()) if stored.get(key) != mine.get(key)]
+    if differing:
+        raise InputError(f"{path}/config.json is of another {type(module).__name__}: {', '.join(differing)}")
+    module.load_state_dict(read_state(path, {n: v.shape for n, v in module.state_dict().items()}))
+    return module
+
+
+# ---- Wan2.1's official folders and diffusers'
+# Wan's words and diffusers', applied in this order; the two libraries number the block's norms differently.
+DIFFUSERS_WORDS = (
+    ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
+    ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
+    ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
+    ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
+    ("time_projection.1", "condition_embedder.time_proj"),
+    ("img_emb.proj.0", "condition_embedder.image_embedder.norm1"),
+    ("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
+    ("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
+    ("img_emb.proj.4", "condition_embedder.image_embedder.norm2"),
+    ("head.modulation", "scale_shift_table"), ("head.head", "proj_out"), ("modulation", "scale_shift_table"),
+    ("self_attn", "attn1"), ("cross_attn", "attn2"), ("norm3", "norm2"), ("norm_k_img", "norm_added_k"),
+    (".q.", ".to_q."), (".k.", ".to_k."), (".v.", ".to_v."), (".o.", ".to_out.0."),
+    (".k_img.", ".add_k_proj."), (".v_img.", ".add_v_proj."), ("ffn.0", "ffn.net.0.proj"), ("ffn.2", "ffn.net.2"),
+)
+
+
+def diffusers_name(name):
+    for ours, theirs in DIFFUSERS_WORDS:
+        name = name.replace(ours, theirs)
+    return name
+
+
+def diffusers_config(config):
+    """Our config in the words of `WanTransformer3DModel`, which knows no text_len (512 is Wan's)."""
+    image_dim, dim, heads = config["image_dim"], config["dim"], config["num_heads"]
+    return dict(_class_name="WanTransformer3DModel", _text_len=config["text_len"], patch_size=config["patch_size"],
+                num_attention_heads=heads, attention_head_dim=dim // heads, in_channels=config["in_dim"],
+                out_channels=config["out_dim"], text_dim=config["text_dim"], freq_dim=config["freq_dim"],
+                ffn_dim=config["ffn_dim"], num_layers=config["num_layers"], cross_attn_norm=True,
+                qk_norm="rms_norm_across_heads", eps=config["eps"], image_dim=image_dim,
+                added_kv_proj_dim=None if image_dim is None else dim, rope_max_seq_len=1024)
+
+
+def from_diffusers_config(theirs):
+    """The inverse of `diffusers_config`; KeyError or InputError where that model is not Wan2.1's."""
+    if theirs.get("qk_norm", "rms_norm_across_heads") != "rms_norm_across_heads" \
+            or not theirs.get("cross_attn_norm", True) or theirs.get("pos_embed_seq_len") is not None:
+        raise InputError("qk_norm, cross_attn_norm or pos_embed_seq_len is not that of Wan2.1's t2v and i2v models")
+    config = {key: theirs[key] for key in ("patch_size", "text_dim", "freq_dim", "ffn_dim", "num_layers", "eps")}
+    in_dim, out_dim, heads = theirs["in_channels"], theirs["out_channels"], theirs["num_attention_heads"]
+    return config | dict(model_type="i2v" if in_dim > out_dim else "t2v", in_dim=in_dim, out_dim=out_dim,
+                         dim=heads * theirs["attention_head_dim"], num_heads=heads,
+                         text_len=theirs.get("_text_len", 512), image_dim=theirs.get("image_dim"))
+
+
+def from_wan_config(theirs, path):
+    """A config.json in Wan's words, ours or official; the official one leaves image_dim to the weights."""
+    if not (theirs.get("qk_norm", True) and theirs.get("cross_attn_norm", True)) \
+            or list(theirs.get("window_size", (-1, -1))) != [-1, -1]:
+        raise InputError("qk_norm, cross_attn_norm or window_size is not that of Wan2.1's t2v and i2v models")
+    config = {key: value for key, value in theirs.items()
+              if not key.startswith("_") and key not in ("qk_norm", "cross_attn_norm", "window_size")}
+    if "image_dim" not in config:
+        weights = WeightFiles(path)
+        name = "img_emb.proj.0.weight"
+        config["image_dim"] = weights.shape(name)[0] if name in weights.handle else None
+    return config
+
+
+def resolve_model(config, transformer=None):
+    """config.model, or the shipped generator of config.task without it; both are filled in, and the folder returned.
+
+    transformer: the generator's folder where it is not config.model. Raises InputError if it is of another task.
+    """
+    folder = transformer or config.model
+    task = transformer_folder(folder)[1].get("model_type", "t2v") if folder else config.task or "t2v"
+    if config.task not in (None, task):
+        raise InputError(f"--task is {config.task}, but the generator in {folder} is {task}")
+    config.task, config.model = task, config.model or str(SHIPPED.get(task, SHIPPED["t2v"]))
+    return config.model
+
+
+def transformer_folder(path):
+    """What a transformer's folder (or a folder that holds `transformer/`) is: its path, our config, the function from
+    our parameter names to its own, and words of names in it that no model reads. Raises InputError."""
+    path = Path(path)
+    if not (path / "config.json").exists() and (path / "transformer").is_dir():
+        path = path / "transformer"
+    theirs = read_config(path)
+    try:
+        if theirs.get("_class_name") == "WanTransformer3DModel" or "num_attention_heads" in theirs:
+            # diffusers' published i2v folders carry norm_added_q weights, which no model reads
+            return path, from_diffusers_config(theirs), diffusers_name, ("norm_added_q",)
+        return path, from_wan_config(theirs, path), str, ()
+    except (InputError, KeyError, TypeError) as error:
+        raise InputError(f"{path}/config.json: {error}") from None

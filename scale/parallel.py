@@ -1,0 +1,156 @@
+"""One model over many processes: `--parallel ddp`, a copy on each, or `--parallel fsdp`, a piece on each.
+
+ddp:  every rank holds all weights; common.average_and_clip_gradients averages the gradients.
+fsdp: every rank holds 1 / ranks of each weight, gradient and optimizer state, in float32 (fully_shard of
+      PyTorch, "FSDP2"). A block is gathered in the dtype of autocast when it runs, and freed after; its
+      gradients are averaged in float32, and each rank keeps its piece. The training loops are the same:
+      weights, gradients and optimizer state are DTensors there, and every backward pass averages. So
+      accumulated batches add up in the pieces, and optimizer.zero_grad() keeps SFT and reward gradients
+      apart as ever.
+
+What differs under fsdp: with bf16, a block's norms and modulation are bf16 too while it runs (autocast
+reads them in float32); and each forward call gathers, so all ranks must make the same ones.
+
+A checkpoint of either kind resumes under either kind, on any number of ranks: ddp's train_state.pt holds
+whole tensors, fsdp's sharded_state/ the ranks' pieces. (PyTorch unpickles sharded_state/.metadata: resume
+from what you wrote yourself.)
+"""
+import json
+import shutil
+import warnings
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+import common
+from common import InputError
+from formats import runs
+from formats.weights import read_config
+
+KINDS = ("ddp", "fsdp")
+PIECES = "sharded_state"  # of torch.distributed.checkpoint, inside a checkpoint folder of fsdp
+
+
+def check(kind):
+    """Raises InputError where there are no processes to shard over; for a script to call before it works."""
+    if kind == "fsdp" and not dist.is_initialized():
+        raise InputError("--parallel fsdp shards over processes: start with torchrun --nproc_per_node=<GPUs>")
+
+
+def shard(model, runtime, kind):
+    """Puts a VideoDiT or a PAVRM, in place, on this rank's device: whole (ddp) or its piece (fsdp) -> model.
+
+    Call it before the optimizer is made. For fsdp give the model on the CPU, so that one block at a time is
+    whole on the device; every rank must hold the same weights. Raises InputError without processes.
+    """
+    check(kind)
+    if kind == "ddp":
+        return model.to(runtime.device)
+    # PAVRM's logits are a view; no caller writes into them
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+    mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
+    # inputs are not cast: the residual stream stays float32, and the model casts where it multiplies
+    half = MixedPrecisionPolicy(runtime.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in getattr(model, "trunk", model).blocks:
+        fully_shard(block, mesh=mesh, mp_policy=half)
+    # the rest, embeddings and head, in float32, as autocast has it; freed after each forward, or a model that
+    # only sampled would stay gathered, and its parameters() would not be the optimizer's
+    fully_shard(model, mesh=mesh, reshard_after_forward=True,
+                mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    return model
+
+
+def full_state(model):
+    """{name: whole tensor on the CPU} on rank 0, {} on the others. Every rank must call it."""
+    whole = {}
+    for name, x in model.state_dict().items():  # one weight at a time is whole on the device
+        x = x.full_tensor() if isinstance(x, DTensor) else x
+        if common.rank() == 0:
+            whole[name] = x.cpu()
+    return whole
+
+
+def trained(model):
+    """{name: weight} of what trains: what is frozen comes from --model again."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def named_state(model, optimizer):
+    """{name: weight, name/exp_avg: ...}: the tensors of the training state themselves, whole or pieces."""
+    name_of = {p: name for name, p in model.named_parameters()}
+    return trained(model) | {f"{name_of[p]}/{key}": x for p, values in optimizer.state.items()
+                             for key, x in values.items()}
+
+
+def save_checkpoint(output_dir, step, folders, model, optimizer, config, keep=2):
+    """runs.save_checkpoint of a model in training. Every rank must call it; under fsdp each writes its pieces.
+
+    folders: {name: function(path, state)}, called on rank 0 with state=full_state(model).
+    """
+    whole, state = full_state(model), {}
+    folders = {name: partial(write, state=whole) for name, write in folders.items()}
+    if not any(isinstance(p, DTensor) for p in model.parameters()):
+        state = {"model": trained(model), "optimizer": optimizer.state_dict()}
+    else:
+        pieces = Path(output_dir) / f"{PIECES}.tmp"
+        if common.rank() == 0:
+            shutil.rmtree(pieces, ignore_errors=True)
+        common.gather(None)                                     # a killed run's pieces are gone
+        dcp.save(named_state(model, optimizer), checkpoint_id=pieces)
+        folders[PIECES] = pieces.replace
+    runs.save_checkpoint(output_dir, step, folders, state, config, keep)
+    common.gather(None)                                         # nobody goes on before the checkpoint is there
+
+
+def is_of(model, config):
+    """Whether a config.json is that of a model, but for notes (`_class_name`)."""
+    return {key: x for key, x in config.items() if key[0] != "_"} == json.loads(json.dumps(model.config))
+
+
+@torch.no_grad()
+def load_state(path, state, model, optimizer):
+    """Fills a model and its fresh AdamW from checkpoint folder `path`; state: runs.load_state(path).
+
+    Every rank must call it. Raises InputError if the folder is damaged, or holds other names or shapes.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for p in params:
+        optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p),
+                              "exp_avg_sq": torch.zeros_like(p)}
+    mine, pieces = named_state(model, optimizer), Path(path) / PIECES
+    saved, sizes = {}, {}
+    if "model" in state:                                        # whole tensors; the optimizer numbers its own
+        name_of = {p: name for name, p in model.named_parameters()}
+        names = {i: name_of[p] for i, p in enumerate(params)}
+        saved = state["model"] | {f"{names.get(i)}/{key}": x for i, values in
+                                  state["optimizer"]["state"].items() for key, x in values.items()}
+        sizes = {name: x.shape for name, x in saved.items()}
+    elif pieces.is_dir():
+        try:
+            sizes = {name: x.size for name, x in
+                     dcp.FileSystemReader(pieces).read_metadata().state_dict_metadata.items()}
+        except Exception as e:                                  # whatever unpickling a damaged file raises
+            raise InputError(f"{pieces} is truncated or damaged ({type(e).__name__})") from None
+    # a weight that never had a gradient has no optimizer state: it starts at zero
+    mine = {name: x for name, x in mine.items() if name in sizes or "/" not in name}
+    # frozen weights are not among them, so a model of another task could have the same
+    others = [config for config in Path(path).glob("*/config.json") if not is_of(model, read_config(config.parent))]
+    if others or sizes != {name: x.shape for name, x in mine.items()}:
+        raise InputError(f"--resume_from_checkpoint {path}: not a checkpoint of this script with the same "
+                         "--task, --model, --depth, --pooling, --lora_rank")
+    if saved:
+        for name, x in mine.items():
+            y = saved[name]
+            x.copy_(distribute_tensor(y, x.device_mesh, x.placements) if isinstance(x, DTensor) else y)
+        return
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs none
+    try:
+        dcp.load(mine, checkpoint_id=pieces)                    # in place; ranks read what they hold
+    except (Exception, dcp.api.CheckpointException) as e:       # the latter is no Exception
+        raise InputError(f"{pieces} is truncated or damaged ({type(e).__name__})") from None

@@ -1,0 +1,492 @@
+"""What an update costs before anybody pays for it: parameters, tokens, bytes, FLOPs, seconds, by pencil arithmetic.
+
+    python -m scale.plan wan2.1-t2v-14b --frames 81 --size 1280*720 --gpus 8 --method prfl
+    python -m scale.plan wan2.1-t2v-1.3b --gpus 1 --lora_rank 32 --no-gradient_checkpointing
+    python -m scale.plan wan2.1-t2v-1.3b --gpus 8 --parallel ddp --clips 500        and the whole way from clips: disk, hours
+
+Every line shows its formula with its numbers. What is counted: fp32 weights, gradients and AdamW moments of what is
+trained, bf16 autocast, what the backward pass keeps of each block (term by term in `block_bytes`, equal to the bytes
+that autograd saves), the two passing tensors of the feed-forward layer, the reward model, the decoder. What is not:
+the CUDA context (about 1 GB) and the allocator's unused pieces (up to a tenth). GB is 1e9 bytes.
+
+The numbers come from functions of plain integers; `report` alone prints. Under --parallel fsdp weights, gradients and
+moments are cut into --gpus parts, and a block is gathered before its use. Text encoder and VAE encoder do their work
+once, when clips are encoded, and cost an update nothing. `--method reward` is train_reward.py, the others train_align.py's.
+
+Symbols: b batch of one GPU, f latent frames, h w latent height and width, n video tokens, l text tokens, m CLIP image
+tokens, d model width, F feed-forward width, k heads, L blocks, K blocks of the reward model, N steps of a rollout.
+"""
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import common
+from common import InputError, arg
+from model import PRESETS
+
+IMAGE_TOKENS = 257      # CLIP ViT-H/14 at 224 pixels: 16 x 16 patches and a class token
+METHODS = ("prfl", "refl", "sft", "rwr", "reward")
+# Wan2.1's VAE decoder by resolution: space, time (frames a later latent frame has become here), convolutions 3x3x3 as
+# (input channels, output channels, how many); each follows a norm and a SiLU.
+DECODER = (
+    (1, 1, ((384, 384, 10),)),                          # middle block and first stage
+    (2, 2, ((192, 384, 1), (384, 384, 5))),
+    (4, 4, ((192, 192, 6),)),
+    (8, 4, ((96, 96, 6), (96, 3, 1))),                  # and the last convolution, to pixels
+)
+UPSAMPLERS = ((384, 192, True), (384, 192, True), (192, 96, False))     # in, out, doubles time; one after each stage
+DECODER_PARAMETERS = 73_295_603
+# Its encoder, as DECODER: space, time (by how much a frame was divided), convolutions 3x3x3, shortcuts 1x1x1, what follows:
+# 3x3 at half the resolution, and then perhaps 3x1x1 at half the rate.
+ENCODER = (
+    (1, 1, ((3, 96, 1), (96, 96, 4)), (), "space"),
+    (2, 1, ((96, 192, 1), (192, 192, 3)), ((96, 192),), "time"),
+    (4, 2, ((192, 384, 1), (384, 384, 3)), ((192, 384),), "time"),
+    (8, 4, ((384, 384, 8), (384, 32, 1)), (), None),
+)
+# What the scripts do unless told otherwise: steps between checkpoints and reports; how many checkpoints stay.
+REWARD_EVERY, ALIGN_EVERY, KEPT = 200, 40, 2
+
+
+@dataclass
+class Config:
+    preset: str = arg(..., f"the generator: {', '.join(PRESETS)}", choices=tuple(PRESETS), positional=True)
+    method: str = arg("prfl", "what to train with", choices=METHODS)
+    frames: int = arg(81, "video frames, 4 k + 1", above=0)
+    size: str = arg("832*480", "width*height in pixels (832x480 will do), each divisible by 16")
+    gpus: int = arg(1, "GPUs of one node", above=0)
+    parallel: str = arg("fsdp", "ddp: everything whole on every GPU; fsdp: cut into --gpus parts",
+                        choices=("ddp", "fsdp"))
+    batch_size: int = arg(1, "videos per update and GPU", above=0)
+    num_inference_steps: int = arg(40, "N, Euler steps of a rollout", above=0)
+    depth: int = arg(8, "K, blocks of the reward model (prfl, rwr, reward)", above=0)
+    lora_rank: int = arg(0, "train adapters of this rank on q, k, v, o of frozen weights; 0 trains all", at_least=0)
+    frames_decoded: str = arg("first", "what refl decodes: the first latent frame, or all", choices=("first", "all"))
+    pixel_reward_parameters: int = arg(986_000_000, "refl's reward model, in bf16; PickScore's CLIP ViT-H has "
+                                       "986 M", above=0)
+    gradient_checkpointing: bool = arg(True, "recompute each block in the backward pass")
+    num_samples: int = arg(2048, "own samples that rwr draws and weights once", above=0)
+    mfu: float = arg(0.4, "share of --tflops that the work reaches, recomputed products counted as work", above=0,
+                     at_most=1)
+    tflops: float = arg(989.0, "the GPU's peak in bf16, TFLOP/s; an H100 or H200 has 989", above=0)
+    memory: float = arg(80.0, "memory of one GPU, GB", above=0)
+    clips: int = arg(0, "prfl: also disk, memory and hours of the whole way from so many clips; 0 for none", at_least=0)
+    reward_steps: int = arg(1600, "--clips: steps of train_reward.py", above=0)
+    reward_batch_size: int = arg(2, "--clips: its videos per step and GPU", above=0)
+    holdout: int = arg(100, "--clips: labelled videos that it keeps for reports", above=0)
+    max_train_steps: int = arg(120, "--clips: iterations of train_align.py", above=0)
+    fp32_tflops: float = arg(67.0, "--clips: the GPU's peak in fp32, in which the VAE encodes; an H100 has 67", above=0)
+
+
+# ---- counts
+def latent_grid(frames, size):
+    """Latent (f, h, w) of a clip, or InputError naming the flag."""
+    try:
+        width, height = (int(s) for s in size.replace("x", "*").split("*"))
+    except ValueError:
+        raise InputError(f"--size {size!r} must be width*height, as in 832*480") from None
+    if width < 16 or height < 16 or width % 16 or height % 16:
+        raise InputError(f"--size {size}: width and height must be multiples of 16 (VAE 8, patch 2)")
+    if frames % 4 != 1:
+        raise InputError(f"--frames {frames} must be 4 k + 1, as in 81: the VAE keeps the first frame alone")
+    return (frames - 1) // 4 + 1, height // 8, width // 8
+
+
+def parameters(c):
+    """Parameters of a VideoDiT config `c`: {part: count}; `block` is one block, `blocks` all, `total` everything."""
+    d, F, patch = c["dim"], c["ffn_dim"], math.prod(c["patch_size"])
+    image = c.get("image_dim") or 0
+    count = {
+        "embeddings": (c["in_dim"] * patch * d + d) + (c["text_dim"] * d + d) + (d * d + d)     # patch, text
+        + (c["freq_dim"] * d + d) + (d * d + d) + (6 * d * d + 6 * d),                # time
+        "image": bool(image) * (2 * image + image ** 2 + image + image * d + d + 2 * d),        # CLIP tokens
+        "block": (10 if image else 8) * d * d + 2 * d * F + (24 if image else 21) * d + F,
+        "head": d * c["out_dim"] * patch + c["out_dim"] * patch + 2 * d}
+    count["blocks"] = c["num_layers"] * count["block"]
+    return count | {"total": sum(count[part] for part in ("embeddings", "image", "blocks", "head"))}
+
+
+def reward_parameters(c, depth):
+    """Parameters of a PAVRM with query attention: embeddings, K blocks, query, two projections, a three-layer head."""
+    count, d = parameters(c), c["dim"]
+    if depth > c["num_layers"]:
+        raise InputError(f"--depth must be 1 to {c['num_layers']}, the generator's blocks; got {depth}")
+    return count["embeddings"] + count["image"] + depth * count["block"] + (d + 2 * d * d) + 2 * (d * d + d) + d + 1
+
+
+def lora_parameters(c, rank):
+    """Adapters d x rank and rank x d on q, k, v, o of both attentions of every block."""
+    return c["num_layers"] * 8 * 2 * rank * c["dim"]
+
+
+# ---- FLOPs
+def forward_flops(c, n, layers, batch=1, ends=True):
+    """(linear layers, attention) of one forward pass of `layers` blocks on n tokens; a multiply-add is two.
+
+    ends: also patch and text embeddings and head (a reward model has no head; its own is not counted, being small).
+    """
+    d, l, patch = c["dim"], c["text_len"], math.prod(c["patch_size"])
+    m = IMAGE_TOKENS if c.get("image_dim") else 0
+    block = 2 * n * (6 * d * d + 2 * d * c["ffn_dim"]) + 4 * (l + m) * d * d    # video; text, image
+    attention = 4 * n * (n + l + m) * d                                         # scores and their weighted sum
+    outside = 2 * n * d * c["in_dim"] * patch + 2 * l * (c["text_dim"] * d + d * d)
+    outside += 2 * m * (c["image_dim"] ** 2 + c["image_dim"] * d) if m else 0
+    outside += ends * 2 * n * d * c["out_dim"] * patch
+    return batch * (layers * block + outside), batch * layers * attention
+
+
+def update_flops(forward, trained=True, checkpointing=True):
+    """One forward and backward pass. Backward: two products for each linear one, or one where weights are frozen; five
+    for the two of attention, as flash attention computes its scores again. Checkpointing: forward once more."""
+    linear, attention = forward
+    passes = 2 if checkpointing else 1
+    return linear * (passes + (2 if trained else 1)) + attention * (passes + 2.5)
+
+
+# ---- bytes
+def block_bytes(c, n, trained="all", batch=1):
+    """Bytes that the backward pass keeps of one block on n tokens, without its weights; {part: bytes}.
+
+    trained: "all", "lora" (adapters on q, k, v, o of frozen weights), "none" (frozen; the gradient passes through).
+    fp32 takes 4 bytes and bf16 2, so these are sums of 4s and 2s; a frozen weight needs no input kept.
+    """
+    d, l, k = c["dim"], c["text_len"], c["num_heads"]
+    m = IMAGE_TOKENS if c.get("image_dim") else 0
+    full, learns = trained == "all", trained != "none"
+    per_token = {
+        # x; normed x; its bf16 copies for q, k, v; q and k before and after their norm's division; rotated q, k
+        # and v, out; out as o's input; o's output, which the gate needs
+        "self-attention": 4 + 4 * full + 6 * learns + (16 if full else 8) + 8 + 2 * learns + 2 * full,
+        # x; q's input; q normed; q and out; o's input; with image tokens q and out once more
+        "cross-attention": 4 + 2 * learns + (8 if full else 4) + 4 + 2 * learns + 4 * (m > 0),
+        # x; normed x; its bf16 copy; the output, which the gate needs
+        "feed-forward": 4 + 4 * full + 2 * full + 2 * full}
+    kept = {part: batch * n * d * size for part, size in per_token.items()}
+    kept["hidden"] = batch * n * c["ffn_dim"] * (4 if full else 2)              # before GELU, and after it
+    # softmax sums; norms; k and v of text and image in bf16, and of k what its norm needs
+    kept["small"] = batch * (n * (8 * k + 4 * k * bool(m) + 48) + (l + m) * d * (4 + (8 if full else 4 * learns)))
+    return kept
+
+
+def decoder_costs(f, h, w, first=False):
+    """Wan2.1's VAE decoder on a latent [16, f, h, w] with gradients to its input, frozen in bf16, one latent frame at a
+    time as it works: {"kept", "passing": bytes, "flops": forward}. first: only the first latent frame is decoded."""
+    kept = flops = 0
+    for frame in range(1 if first else f):
+        for i, (space, time, convolutions) in enumerate(DECODER):
+            t = time if frame else 1                                            # the first latent frame is one frame
+            pixels, padded = t * h * w * space ** 2, (t + 2) * (h * space + 2) * (w * space + 2)
+            for c_in, c_out, count in convolutions:
+                # the norm's fp32 input, SiLU's input, the convolution's padded input
+                kept += count * c_in * (4 * pixels + 2 * pixels + 2 * padded)
+                flops += count * 2 * 27 * c_in * c_out * pixels
+            if i < len(UPSAMPLERS):
+                c_in, c_out, doubles = UPSAMPLERS[i]
+                if doubles and frame:                                           # 3 x 1 x 1 to twice the channels
+                    kept += 2 * c_in * (t + 2) * h * w * space ** 2
+                    flops += 2 * 3 * c_in * 2 * c_in * pixels
+                    pixels *= 2
+                kept += 2 * c_in * 4 * pixels                                   # 3 x 3 at the doubled resolution
+                flops += 2 * 9 * c_in * c_out * 4 * pixels
+    last = (1 if first else 4) * h * w * 64
+    return {"kept": kept, "passing": 6 * 4 * 96 * last, "flops": flops}
+
+
+def encoder_flops(f, h, w):
+    """Forward FLOPs of Wan2.1's VAE encoder for a clip of latent grid f, h, w."""
+    flops = 0
+    for i, (space, time, convolutions, shortcuts, after) in enumerate(ENCODER):
+        frames = 1 + (f - 1) * 4 // time                                        # the first frame is alone
+        pixels = frames * h * w * 64 // space ** 2
+        flops += sum(count * 2 * 27 * a * b * pixels for a, b, count in convolutions)
+        flops += sum(2 * a * b * pixels for a, b in shortcuts)
+        if after:
+            width = convolutions[-1][1]
+            flops += 2 * 9 * width ** 2 * pixels // 4
+            flops += (after == "time") * 2 * 3 * width ** 2 * (frames - 1) // 2 * (h * w * 64 // space ** 2) // 4
+    return flops
+
+
+def costs(config, c):
+    """Everything that `report` prints, as numbers, for a VideoDiT config `c` and flags: bytes and FLOPs on one GPU,
+    seconds. "with" and "without" are checkpointing. Raises InputError."""
+    b = config.batch_size
+    f, h, w = latent_grid(config.frames, config.size)
+    n, d, L, K = f * h * w // 4, c["dim"], c["num_layers"], config.depth
+    count, prfl, refl = parameters(c), config.method == "prfl", config.method == "refl"
+    stage1 = config.method == "reward"          # the reward model itself is trained, but not its embeddings
+    reward = reward_parameters(c, K) if config.method in ("prfl", "rwr", "reward") else \
+        refl * config.pixel_reward_parameters
+    lora = lora_parameters(c, config.lora_rank)
+    trained = lora or (reward - count["embeddings"] - count["image"] if stage1 else count["total"])
+    L = K if stage1 else L                      # blocks with gradients
+    fsdp = config.parallel == "fsdp" and config.gpus > 1
+    parts = config.gpus if fsdp else 1
+    one = dict(n=n, f=f, h=h, w=w, parameters=count, reward_parameters=reward, trained=trained, parts=parts)
+
+    # bytes that stay
+    one["weights"] = 4 * (reward if stage1 else count["total"] + lora) / parts
+    one["optimizer"] = 8 * trained / parts
+    one["gradients"] = 4 * trained / parts
+    one["reward_weights"] = 2 * reward if refl else 0 if stage1 else 4 * reward / parts
+    one["decoder_weights"] = 2 * DECODER_PARAMETERS * refl
+    one["static"] = sum(one[k] for k in ("weights", "optimizer", "reward_weights", "decoder_weights"))
+    # bytes of the backward pass
+    how = "lora" if lora else "all"
+    edge = 4 * b * n * d                                                        # a block's input
+    block, frozen = (sum(block_bytes(c, n, kind, b).values()) for kind in (how, "none"))
+    hidden = 2 * b * n * c["ffn_dim"]                                           # bf16
+    passing, passing_frozen = edge + (2 if lora else 1) * hidden, edge + 2 * hidden
+    copy = 2 * ((10 if c.get("image_dim") else 8) * d * d + 2 * d * c["ffn_dim"])   # a block's matrices in bf16
+    gathered = 4 * count["block"] * (not lora) + copy if fsdp else 0    # next block; whole gradients of this one
+    not_yet = 0 if lora else 4 * (count["block"] + count["embeddings"] * (not stage1)) / parts  # gradients that come last
+    one["decoder"] = {key: b * value for key, value in
+                      decoder_costs(f, h, w, config.frames_decoded == "first").items()} if refl else None
+    for checkpointing in (True, False):
+        layers = lambda count, each, copy: (                                    # what `count` blocks keep
+            count * edge + each - edge + copy if checkpointing else
+            count * (each + (0 if fsdp else copy)) + fsdp * copy)
+        waiting = L * edge if checkpointing else layers(L, block, copy)
+        moments = {"generator": layers(L, block, copy) + passing + gathered,
+                   "gradients": one["gradients"] - not_yet + block + copy + passing + gathered,
+                   "optimizer": one["gradients"] + 4 * trained / parts}
+        if prfl:        # behind the generator's head (3 edges) and under the reward's pooling (keys and values)
+            moments["reward"] = waiting + 3 * edge + layers(K, frozen, copy) + 2 * edge + passing_frozen + fsdp * copy
+        if refl:
+            moments["decoder"] = waiting + 3 * edge + one["decoder"]["kept"] + one["decoder"]["passing"]
+        worst = max(moments, key=moments.get)
+        one["with" if checkpointing else "without"] = dict(
+            waiting=waiting, moments=moments, worst=worst, peak=one["static"] + moments[worst])
+    one |= dict(edge=edge, block=block, block_parts=block_bytes(c, n, how, b), frozen=frozen, hidden=hidden,
+                passing=passing, passing_frozen=passing_frozen, copy=copy, gathered=gathered)
+
+    # FLOPs
+    forward, judging = forward_flops(c, n, L, b), forward_flops(c, n, K, b, ends=False)
+    N, recompute = config.num_inference_steps, config.gradient_checkpointing
+    one |= dict(forward=forward, judging=judging, rollout_steps=0, reward_flops=0)
+    one["update_flops"] = update_flops(judging if stage1 else forward, trained=not lora, checkpointing=recompute)
+    if prfl:                                    # the rewarded step is uniform on 1 .. N: (N - 1) / 2 steps before it
+        one["rollout_steps"] = (N - 1) / 2
+        one["reward_flops"] = update_flops(judging, trained=False, checkpointing=recompute)
+    if refl:                                    # uniform on the last third
+        one["rollout_steps"] = (2 * N // 3 + N - 1) / 2
+        one["reward_flops"] = 2 * one["decoder"]["flops"]       # frozen: backward costs as much as forward
+    one["rollout_flops"] = one["rollout_steps"] * sum(forward)
+    one["iteration_flops"] = one["update_flops"]
+    if prfl or refl:
+        one["iteration_flops"] += one["rollout_flops"] + one["update_flops"] + one["reward_flops"]
+    speed = config.mfu * config.tflops * 1e12
+    one["seconds"] = one["iteration_flops"] / speed
+    one["sampling_flops"] = 0
+    if config.method == "rwr":
+        one["sampling_flops"] = config.num_samples / config.gpus * (N * sum(forward) + sum(judging)) / b
+    one["sampling_seconds"] = one["sampling_flops"] / speed
+    return one
+
+
+def way(config, c):
+    """What the five commands of README.md take, by name: bytes on disk, seconds, bytes of each GPU and of the host."""
+    stage1 = costs(dataclasses.replace(config, method="reward", batch_size=config.reward_batch_size, lora_rank=0), c)
+    stage2 = costs(config, c)
+    i2v, f, h, w = c["model_type"] == "i2v", stage2["f"], stage2["h"], stage2["w"]
+    P, R, T1, T2 = stage2["parameters"]["total"], stage1["reward_parameters"], stage1["trained"], stage2["trained"]
+    one = {"clip": 4 * (c["out_dim"] * f * h * w * (2 if i2v else 1) + c["text_len"] * c["text_dim"]
+                        + IMAGE_TOKENS * (c.get("image_dim") or 0))}
+    one["shards"] = config.clips * one["clip"]
+    one["held"] = config.holdout * one["clip"]                  # stays on every GPU
+    stages = [("1", stage1, 4 * R, T1, config.reward_steps, REWARD_EVERY),
+              ("2", stage2, 4 * P, T2, config.max_train_steps, ALIGN_EVERY)]
+    for name, stage, weights, trained, steps, every in stages:
+        one["checkpoint" + name] = weights + 12 * trained       # weights as others read them; weights and moments
+        one["number" + name] = min(KEPT + 1, math.ceil(steps / every))
+        one["disk" + name] = one["number" + name] * one["checkpoint" + name] + weights          # and what is written last
+        one["peak" + name] = stage["with" if config.gradient_checkpointing else "without"]["peak"]
+    one["peak1"] += one["held"]
+    one["adapters"] = one["number2"] * 4 * T2 + 4 * T2 if config.lora_rank else 0
+    one["export"] = 2 * P
+    one["disk"] = sum(one[k] for k in ("shards", "disk1", "disk2", "adapters", "export"))
+    one["host"] = config.gpus * 4 * (P + R)
+    one["encoder_flops"] = encoder_flops(f, h, w) * (2 if i2v else 1)
+    one["encode_seconds"] = config.clips * one["encoder_flops"] / (config.mfu * config.fp32_tflops * 1e12)
+    one["reports"] = math.ceil(config.reward_steps / REWARD_EVERY)
+    one["report_flops"] = 6 * config.holdout * sum(stage1["judging"]) / config.reward_batch_size
+    one["seconds1"] = config.reward_steps * stage1["seconds"] + one["reports"] * one["report_flops"] / (
+        config.mfu * config.tflops * 1e12)
+    one["seconds2"] = config.max_train_steps * stage2["seconds"]
+    one["seconds"] = one["encode_seconds"] + one["seconds1"] + one["seconds2"]
+    return one | {"stage1": stage1, "stage2": stage2}
+
+
+# ---- paper
+ELSEWHERE = {       # flags that mean nothing with a method
+    "prfl": ("frames_decoded", "pixel_reward_parameters", "num_samples"), "refl": ("depth", "num_samples"),
+    "sft": ("depth", "num_inference_steps", "frames_decoded", "pixel_reward_parameters", "num_samples"),
+    "rwr": ("frames_decoded", "pixel_reward_parameters"),
+    "reward": ("num_inference_steps", "lora_rank", "frames_decoded", "pixel_reward_parameters", "num_samples")}
+OF_CLIPS = ("reward_steps", "reward_batch_size", "holdout", "max_train_steps", "fp32_tflops")
+
+
+def report(config, c):
+    """Print `costs` with one worked formula a line."""
+    common.refuse(config, ELSEWHERE[config.method] + ("clips",) * (config.method != "prfl"),
+                  f"with --method {config.method}")
+    common.refuse(config, () if config.clips else OF_CLIPS, "without --clips")
+    one, b, lora = costs(config, c), config.batch_size, bool(config.lora_rank)
+    stage1 = config.method == "reward"
+    n, d, F, L, l, N, K = (one["n"], c["dim"], c["ffn_dim"], c["num_layers"], c["text_len"], config.num_inference_steps,
+                           config.depth)
+    count, parts, image = one["parameters"], one["parts"], bool(c.get("image_dim"))
+    m = IMAGE_TOKENS if image else 0
+    prfl, refl, rwr = (config.method == name for name in ("prfl", "refl", "rwr"))
+    cut = f" / {parts}" if parts > 1 else ""
+    big = lambda x: f"{x / 1e9:.3f} B" if x >= 1e9 else f"{x / 1e6:.3f} M"
+    gb = lambda x: f"{x / 1e9:.2f}"
+    tera = lambda x: f"{x / 1e12:,.1f}" if x < 1e16 else f"{x / 1e12:,.0f}"
+    line = lambda name, value, formula="": print(f"  {name:25} {value:>12}  {formula}".rstrip())
+    row = lambda name, value, formula: line(name, gb(value) + " GB", formula)
+    work = lambda name, value, formula: line(name, tera(value) + " TF", formula)
+
+    print(f"{config.preset}, {config.method}: {config.frames} frames of {config.size}, {b} per GPU, {config.gpus} "
+          f"GPU{'s' * (config.gpus > 1)}{f' ({config.parallel})' if config.gpus > 1 else ''}, "
+          f"{f'LoRA of rank {config.lora_rank}' if lora else 'reward model' if stage1 else 'all weights'}"
+          f"{' trained' * (not lora)}, bf16")
+    print(f"b = {b}, d = {d}, F = {F}, k = {c['num_heads']} heads, L = {L} blocks, l = {l} text tokens"
+          f"{f', m = {m} image tokens' if m else ''}; GB = 1e9 bytes, TF = 1e12 FLOPs\n")
+
+    print("counts")
+    line("latent f x h x w", f"{one['f']} x {one['h']} x {one['w']}",
+         f"({config.frames} - 1) / 4 + 1, and the pixels / 8")
+    line("video tokens n", f"{n:,}", f"f h w / 4 = {one['f']} x {one['h']} x {one['w']} / 4")
+    line("a block", big(count["block"]), f"{10 if image else 8} d^2 + 2 d F + {24 if image else 21} d + F")
+    line("generator P", big(count["total"]), f"L x {big(count['block'])} + "
+         f"{big(count['total'] - count['blocks'])} (embeddings, head{', image' if image else ''})")
+    if prfl or rwr or stage1:
+        line("reward model R", big(one["reward_parameters"]), f"K = {K} blocks + embeddings + 4 d^2 + 4 d + 1 "
+             "(query, attention, head)")
+    if refl:
+        line("pixel reward R", big(one["reward_parameters"]), "--pixel_reward_parameters")
+        line("decoder D", big(DECODER_PARAMETERS), "of Wan2.1's VAE")
+    line("trained T", big(one["trained"]), f"L x 8 x 2 x {config.lora_rank} d (adapters on q, k, v, o, twice a block)"
+         if lora else "all of R but the embeddings" if stage1 else "all of P")
+
+    print("\nbytes on each GPU that stay")
+    row("weights", one["weights"], f"4 (P + T){cut}" if lora else f"4 R{cut}" if stage1 else f"4 T{cut}")
+    row("AdamW's two moments", one["optimizer"], f"8 T{cut}")
+    if prfl or rwr:
+        row("reward model", one["reward_weights"], f"4 R{cut}")
+    if refl:
+        row("pixel reward, decoder", one["reward_weights"] + one["decoder_weights"], "2 R + 2 D")
+    row("together", one["static"], "")
+
+    print("\nbytes on each GPU that come and go")
+    row("gradients", one["gradients"], f"4 T{cut}")
+    row("input of a block", one["edge"], f"4 b n d = 4 x {b} x {n} x {d}")
+    per = {part: round(size / (b * n * d)) for part, size in one["block_parts"].items()}
+    row("kept by a block", one["block"],
+        f"({per['self-attention']} + {per['cross-attention']} + {per['feed-forward']}) b n d + "
+        f"{2 if lora else 4} b n F + {gb(one['block_parts']['small'])} GB (attention, cross-attention, ffn; norms, text)")
+    if prfl:
+        row("kept by a frozen block", one["frozen"], "36 b n d + 2 b n F + ..., in the reward model" if not image else
+            "40 b n d + 2 b n F + ..., in the reward model")
+    row("passing through", one["passing"], f"4 b n d + {4 if lora else 2} b n F, gradients inside a block")
+    row("a block's bf16 copy", one["copy"], f"2 x ({10 if image else 8} d^2 + 2 d F)")
+    if parts > 1:
+        row("gathered by fsdp", one["gathered"], "the next block's bf16 copy" +
+            ("" if lora else ", whole fp32 gradients of this one"))
+    if refl:
+        row("kept by the decoder", one["decoder"]["kept"],
+            f"{config.frames_decoded} frame{'s' * (config.frames_decoded == 'all')}: norm 4, SiLU 2, padded input 2 "
+            "bytes a channel and pixel of every convolution")
+
+    L_ = "K" if stage1 else "L"
+    names = {"generator": "reward model's backward" if stage1 else "generator's backward", "gradients": "its end",
+             "optimizer": "optimizer step", "reward": "reward's backward", "decoder": "decoder's backward"}
+    fsdp_own, fsdp_reward = (" + gathered", " + copy") if parts > 1 else ("", "")
+    for key in ("with", "without"):
+        found, kept = one[key], key == "without"
+        print(f"\npeak {key} checkpointing: what stays + the largest of")
+        copies = " + copy" if parts > 1 else f" + {L_} copies"
+        waiting = f"{L_} ({gb(one['block'])})" + copies if kept else f"{L_} x {gb(one['edge'])}"
+        rewarding = f"K x {gb(one['frozen'])}" + (" + copy" if parts > 1 else " + K copies") if kept else \
+            f"(K - 1) x {gb(one['edge'])} + {gb(one['frozen'])} + copy"
+        formulas = {
+            "reward": f"{waiting} + 5 x {gb(one['edge'])} + {rewarding} + {gb(one['passing_frozen'])} passing"
+            + fsdp_reward,
+            "decoder": f"{waiting} + 3 x {gb(one['edge'])} + decoder" if refl else "",
+            "generator": (waiting if kept else f"({L_} - 1) x {gb(one['edge'])} + {gb(one['block'])} + copy")
+            + f" + passing{fsdp_own}",
+            "gradients": f"gradients, but the first block's and the embeddings' + {gb(one['block'])} + copy + passing"
+            + fsdp_own,
+            "optimizer": f"gradients + 4 T{cut} (square roots)"}
+        for name in ("reward", "decoder", "generator", "gradients", "optimizer"):
+            if name in found["moments"]:
+                row(names[name], found["moments"][name], formulas[name])
+        fits = f"{'fits' if found['peak'] <= 1e9 * config.memory else 'does NOT fit'} {config.memory:g} GB"
+        row("PEAK", found["peak"], f"{gb(one['static'])} + {gb(found['moments'][found['worst']])}: {fits}")
+
+    linear, attention = one["judging" if stage1 else "forward"]
+    print(f"\nFLOPs of one GPU, checkpointing {'on' if config.gradient_checkpointing else 'off'}")
+    work("linear layers, forward", linear, f"2 b n (6 d^2 + 2 d F) {L_} + text{', image' if image else ''}, "
+         f"embeddings{', head' * (not stage1)}")
+    work("attention, forward", attention, f"4 b n (n + l{' + m' if image else ''}) d {L_}")
+    passes = 2 if config.gradient_checkpointing else 1
+    work("forward and backward", one["update_flops"],
+         f"{passes + (1 if lora else 2)} x linear + {passes + 2.5} x attention "
+         f"(forward {'twice' if passes == 2 else 'once'})")
+    total = "as above" if not (prfl or refl) else "SFT update + rollout + step with gradients + reward"
+    if prfl or refl:
+        work("rollout", one["rollout_flops"], f"{one['rollout_steps']:g} forward passes on average: "
+             + ("(N - 1) / 2" if prfl else "a step of the last third") + f", N = {N}")
+    if prfl:
+        work("reward model", one["reward_flops"], f"{passes + 1} x {tera(one['judging'][0])} + {passes + 2.5} x "
+             f"{tera(one['judging'][1])} (K blocks, frozen)")
+    if refl:
+        work("decoder", one["reward_flops"], "2 x forward; the pixel reward is not counted")
+    work("one iteration", one["iteration_flops"], total)
+    line("SECONDS", f"{one['seconds']:,.1f} s", f"/ ({config.mfu:g} x {config.tflops:g} TF/s); "
+         f"{config.batch_size * config.gpus} clips on {config.gpus} GPU{'s' * (config.gpus > 1)}")
+    if rwr:
+        line("and once, own samples", f"{one['sampling_seconds'] / 3600:,.1f} h",
+             f"{config.num_samples} / {config.gpus} x (N forward passes + reward model)")
+    if config.clips:
+        report_way(config, c)
+
+
+def report_way(config, c):
+    """Print `way` with one worked formula a line."""
+    one = way(config, c)
+    i2v, image = c["model_type"] == "i2v", bool(c.get("image_dim"))
+    gb = lambda x: f"{x / 1e9:,.2f}"
+    line = lambda name, value, formula: print(f"  {name:25} {value:>12}  {formula}")
+    row = lambda name, value, formula: line(name, gb(value) + " GB", formula)
+    hours = lambda name, value, formula: line(name, f"{value / 3600:,.1f} h", formula)
+    print(f"\nthe whole way from {config.clips:,} clips, on disk")
+    row("shards", one["shards"], f"{config.clips:,} x {one['clip'] / 1e6:.1f} MB: 4 ({c['out_dim']} f h w{' x 2' * i2v} + l x "
+        f"{c['text_dim']}{' + m x %d' % (c['image_dim'] or 0) if image else ''})")
+    row("reward model's runs", one["disk1"], f"{one['number1']} checkpoints of 4 R + 12 T = {gb(one['checkpoint1'])}, and 4 R")
+    row("alignment's runs", one["disk2"] + one["adapters"], f"{one['number2']} checkpoints of 4 P + 12 T = "
+        f"{gb(one['checkpoint2'])}, and 4 P{'; adapters' * bool(config.lora_rank)}")
+    row("export", one["export"], "2 P, bf16")
+    row("DISK", one["disk"], "the third checkpoint is written before the first one goes")
+    print("and in memory")
+    row("train_reward.py, a GPU", one["peak1"], f"--method reward --batch_size {config.reward_batch_size}, and "
+        f"{config.holdout} held-out clips = {gb(one['held'])}")
+    row("train_align.py, a GPU", one["peak2"], "PEAK above")
+    row("host, while loading", one["host"], f"{config.gpus} x 4 (P + R), at least: every process reads the whole generator")
+    print("and in time")
+    hours("data.py encode", one["encode_seconds"],
+          f"{config.clips:,} x {one['encoder_flops'] / 1e12:.1f} TF (VAE{' twice' * i2v}) / ({config.mfu:g} x "
+          f"{config.fp32_tflops:g} TF/s in fp32), one GPU; no text, no reading")
+    hours("train_reward.py", one["seconds1"],
+          f"{config.reward_steps:,} x {one['stage1']['seconds']:.2f} s + {one['reports']} reports of 6 x {config.holdout} "
+          "forward passes")
+    hours("train_align.py", one["seconds2"], f"{config.max_train_steps:,} x {one['stage2']['seconds']:.1f} s")
+    hours("HOURS", one["seconds"], "")
+
+
+def main(config):
+    report(config, PRESETS[config.preset])
+
+
+if __name__ == "__main__":
+    common.cli(main, Config, __doc__, prog="python -m scale.plan")

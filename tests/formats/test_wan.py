@@ -1,0 +1,267 @@
+"""Wan2.1's own encoders through diffusers and transformers: tiny random instances of the very classes, saved to disk as
+a pipeline folder is, and the whole way from a folder of clips to a transformer that diffusers' pipelines run.
+"""
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import data
+import train_align
+import train_reward
+from common import InputError
+from formats import video, wan
+from formats.codec import load_text_encoder, load_vae
+from model import image_inputs, load_transformer
+
+diffusers = pytest.importorskip("diffusers", reason="needs requirements-wan.txt")
+transformers = pytest.importorskip("transformers", reason="needs requirements-wan.txt")
+
+WORDS = "a red circle moves to the right blue square falls &".split()
+TINY = dict(num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16, text_dim=20, freq_dim=16,
+            ffn_dim=32, num_layers=2)
+FLAGS = ["--size", "48*32", "--frames", "9", "--fps", "16"]
+SHORT = ["--mixed_precision", "no", "--batch_size", "2", "--max_train_steps", "2"]
+
+
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>",
+                                                unk_token="<unk>")
+
+
+def random_weights(module):
+    """So that no layer starts at zero."""
+    for p in module.parameters():
+        torch.nn.init.normal_(p, std=0.2) if p.dim() > 1 else torch.nn.init.uniform_(p, 0.5, 1)
+    return module.eval()
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory):
+    """t2v/ and i2v/: whole pipeline folders as diffusers writes them, tiny and random."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("wan")
+    vae = random_weights(diffusers.AutoencoderKLWan(base_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1))
+    text = random_weights(transformers.UMT5EncoderModel(transformers.UMT5Config(
+        vocab_size=3 + len(WORDS), d_model=20, d_kv=8, d_ff=24, num_layers=2, num_heads=2)))
+    image = random_weights(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(
+        hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=28,
+        patch_size=14)))
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    shared = dict(tokenizer=tokenizer(), text_encoder=text, vae=vae, scheduler=scheduler)
+    dit = random_weights(diffusers.WanTransformer3DModel(**TINY))
+    diffusers.WanPipeline(transformer=dit, **shared).save_pretrained(folder / "t2v")
+    dit = random_weights(diffusers.WanTransformer3DModel(**TINY | dict(
+        in_channels=36, image_dim=24, added_kv_proj_dim=24)))
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    diffusers.WanImageToVideoPipeline(transformer=dit, image_encoder=image, image_processor=processor,
+                                      **shared).save_pretrained(folder / "i2v")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Eight films of 64x48 at 24 per second and one too short, with labels."""
+    folder = tmp_path_factory.mktemp("clips")
+    rows = []
+    for i in range(9):
+        level = np.linspace(40, 200, 64)[None, None, :, None] * np.ones((16 if i < 8 else 6, 48, 1, 3))
+        level[:, 8:20, 4 + 4 * i:20 + 4 * i] = 230
+        video.write_video(folder / f"{i}.mp4", level.astype(np.uint8), fps=24)
+        rows.append({"file_name": f"{i}.mp4", "prompt": " ".join(WORDS[:i + 1]), "label": i % 2})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def run(module, *argv, command=None):
+    function, Config = data.COMMANDS[command] if command else (module.main, module.Config)
+    common.cli(function, Config, "", [str(a) for a in argv])
+
+
+def encode(clips, out, pipeline, *more):
+    run(data, clips, "--out", out, "--vae", pipeline / "vae", "--text_encoder", pipeline / "text_encoder", *FLAGS,
+        *more, command="encode")
+    return data.Shards(out)
+
+
+def pictures(clips, i):
+    return video.from_pixels(video.read_clip(clips / f"{i}.mp4", (48, 32), 9, 16)[0][None])       # [1, 3, 9, 32, 48]
+
+
+# ---- the encoders
+def test_latents_are_diffusers_own_normalised(pipelines):
+    theirs = diffusers.AutoencoderKLWan.from_pretrained(pipelines / "t2v/vae")
+    x = torch.rand(2, 3, 9, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mean, std = (torch.tensor(values).view(1, 16, 1, 1, 1) for values in (theirs.config.latents_mean,
+                                                                         theirs.config.latents_std))
+    ours = load_vae(pipelines / "t2v/vae")
+    with torch.no_grad():
+        z = theirs.encode(x).latent_dist.mode()
+        latents = ours.encode(x)
+        assert latents.shape == (2, 16, 3, 4, 6) and mean[0, 0].item() == pytest.approx(-0.7571)
+        torch.testing.assert_close(latents, (z - mean) / std, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours.decode(latents), theirs.decode(z).sample, rtol=1e-4, atol=1e-4)
+        alone = ours.encode(x[:, :, :1])                            # causal: what image-to-video relies on
+        torch.testing.assert_close(latents[:, :, :1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_context_is_the_pipelines_own(pipelines):
+    pipeline = diffusers.WanPipeline.from_pretrained(pipelines / "t2v")
+    prompts = ["a red circle", "", "  the  blue square &amp; a circle\n falls ", " ".join(WORDS * 60)]
+    wanted, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=512)
+    context = load_text_encoder(pipelines / "t2v/text_encoder").encode(prompts)
+    assert context.shape == (4, 512, 20) and context.dtype == torch.float32
+    assert [int(row.abs().sum(-1).count_nonzero()) for row in context] == [4, 1, 8, 512]
+    torch.testing.assert_close(context, wanted, rtol=1e-4, atol=2e-5)
+
+
+def test_image_tokens_are_the_pipelines_own(pipelines):
+    pipeline = diffusers.WanImageToVideoPipeline.from_pretrained(pipelines / "i2v")
+    images = torch.randint(0, 256, (2, 32, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    tokens = wan.WanImageEncoder(pipelines / "i2v/image_encoder").encode(images)
+    assert tokens.shape == (2, 5, 24)
+    wanted = torch.cat([pipeline.encode_image(image.numpy(), "cpu") for image in images])
+    torch.testing.assert_close(tokens, wanted)
+
+
+def test_the_condition_is_the_pipelines_own(pipelines, clips, tmp_path):
+    """y of image-to-video equals the mask and latents that diffusers' pipeline makes of the first frame."""
+    shards = encode(clips, tmp_path, pipelines / "i2v", "--image_encoder", pipelines / "i2v/image_encoder")
+    assert shards.shapes["clip_fea"] == (5, 24) and shards.shapes["condition"] == (16, 3, 4, 6)
+    pipeline = diffusers.WanImageToVideoPipeline.from_pretrained(pipelines / "i2v")
+    config = load_transformer(pipelines / "i2v").config
+    given = image_inputs(config, shards.batch([0, 5]), "cpu")
+    for row, i in enumerate((0, 5)):
+        first = pictures(clips, i)[:, :, 0]                                                # [1, 3, H, W]
+        _, y = pipeline.prepare_latents(first, 1, 16, 32, 48, 9, torch.float32, torch.device("cpu"))
+        torch.testing.assert_close(given["y"][row:row + 1], y, rtol=1e-4, atol=1e-5)
+        frame = video.read_clip(clips / f"{i}.mp4", (48, 32), 9, 16)[0][0]
+        torch.testing.assert_close(given["clip"][row:row + 1], pipeline.encode_image(frame.numpy(), "cpu"))
+
+
+# ---- from a folder of clips to diffusers
+@pytest.mark.parametrize("kind", ["t2v", "i2v"])
+def test_clips_to_an_aligned_transformer_in_diffusers(pipelines, clips, tmp_path, kind):
+    pipeline = pipelines / kind
+    more = ["--image_encoder", pipeline / "image_encoder"] if kind == "i2v" else []
+    shards = encode(clips, tmp_path / "data", pipeline, *more)
+    assert len(shards) == 8 and shards.latent_shape == (16, 3, 4, 6) and shards.context_shape == (512, 20)
+    assert "too short" in (tmp_path / "data/report.jsonl").read_text()
+    vae, text = load_vae(pipeline / "vae"), load_text_encoder(pipeline / "text_encoder")
+    with torch.no_grad():
+        torch.testing.assert_close(shards.batch([3])["latents"], vae.encode(pictures(clips, 3)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(shards.batch([3])["context"], text.encode([shards.rows[3]["prompt"]]))
+
+    common_flags = ["--model", pipeline, "--data", tmp_path / "data", *SHORT]
+    run(train_reward, *common_flags, "--output_dir", tmp_path / "reward", "--holdout", 4, "--depth", 1)
+    for method in ("prfl", "rwr"):
+        run(train_align, *common_flags, "--output_dir", tmp_path / method, "--method", method, "--reward",
+            tmp_path / "reward/reward", "--learning_rate", "1e-2", "--num_inference_steps", 2, "--num_samples", 4)
+    wan.export(wan.Export(str(tmp_path / "prfl/transformer"), out=str(tmp_path / "aligned"), dtype="fp32"))
+
+    transformer = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "aligned")
+    ours, base = load_transformer(tmp_path / "prfl"), load_transformer(pipeline)
+    g = torch.Generator().manual_seed(0)
+    batch, t = shards.batch([0]), torch.tensor([0.6])
+    x = torch.randn(1, 16, 3, 4, 6, generator=g)
+    image = image_inputs(ours.config, batch, "cpu")
+    with torch.no_grad():
+        velocity = ours(x, t, batch["context"], **image)
+        theirs = transformer(torch.cat([x, image["y"]], 1) if image else x, 1000 * t, batch["context"],
+                             encoder_hidden_states_image=image.get("clip"))[0]
+        assert (velocity - base(x, t, batch["context"], **image)).abs().max() > 1e-2          # it was trained
+    assert (velocity - theirs).norm() < 1e-4 * theirs.norm()
+
+    cls = diffusers.WanPipeline if kind == "t2v" else diffusers.WanImageToVideoPipeline
+    whole = cls.from_pretrained(pipeline, transformer=transformer)
+    given = {"image": torch.rand(1, 3, 32, 48, generator=g)} if kind == "i2v" else {}
+    made = whole(prompt_embeds=batch["context"], height=32, width=48, num_frames=9, num_inference_steps=1, output_type="pt",
+                 guidance_scale=1.0, generator=g, **given).frames
+    assert made.shape == (1, 9, 3, 32, 48) and made.isfinite().all()
+
+
+def test_shards_without_image_tokens_are_refused(pipelines, clips, tmp_path):
+    """An image-to-video model with image tokens refuses shards without them, in one line that names the flag."""
+    encode(clips, tmp_path / "data", pipelines / "i2v")
+    for module, more in ((train_reward, ["--holdout", 4]), (train_align, ["--method", "sft"])):
+        with pytest.raises(SystemExit) as end:
+            run(module, "--model", pipelines / "i2v", "--data", tmp_path / "data", "--output_dir", tmp_path / "run",
+                *SHORT, *more)
+        assert end.value.code == 2 and not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match="image tokens of width 24, .*: encode with --image_encoder"):
+        data.Shards(tmp_path / "data").require(image_dim=24)
+
+
+@pytest.mark.parametrize("module", [train_reward, train_align])
+def test_without_data_there_is_one_line(pipelines, tmp_path, capsys, module):
+    """The embedded world is no world for Wan."""
+    reward = ["--method", "sft"] if module is train_align else []
+    with pytest.raises(SystemExit) as end:
+        run(module, "--model", pipelines / "t2v", "--output_dir", tmp_path / "run", *SHORT, *reward)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2 and len(lines) == 1 and "--data" in lines[0] and not (tmp_path / "run").exists()
+
+
+# ---- refusals
+def refused(capsys, clips, tmp_path, *flags):
+    with pytest.raises(SystemExit) as end:
+        run(data, clips, "--out", tmp_path / "refused", *FLAGS, *flags, command="encode")
+    line = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert end.value.code == 2 and len(line) == 1 and not (tmp_path / "refused").exists()
+    return line[0]
+
+
+def test_broken_folders_are_one_line(pipelines, clips, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+    vae = shutil.copytree(pipelines / "t2v/vae", tmp_path / "vae")
+    file = vae / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    lacking = {name: x for name, x in weights.items() if name != "quant_conv.bias"}
+    for broken in (lacking, weights | {"quant_conv.bias": torch.zeros(3)}, weights | {"other": torch.zeros(3)}):
+        save_file(broken, file, {"format": "pt"})
+        line = refused(capsys, clips, tmp_path, "--vae", vae)
+        assert str(vae) in line and "AutoencoderKLWan" in line
+    file.write_bytes(file.read_bytes()[:1000])
+    assert str(vae) in refused(capsys, clips, tmp_path, "--vae", vae)
+    file.unlink()
+    assert str(vae) in refused(capsys, clips, tmp_path, "--vae", vae)
+
+    text = shutil.copytree(pipelines / "t2v/text_encoder", tmp_path / "text/text_encoder")
+    assert "no tokenizer in it" in refused(capsys, clips, tmp_path, "--text_encoder", text)
+    tokens = shutil.copytree(pipelines / "t2v/tokenizer", tmp_path / "text/tokenizer")
+    file = text / "model.safetensors"
+    weights = load_file(file)
+    save_file({n: x for n, x in weights.items() if "block.1" not in n}, file, {"format": "pt"})
+    line = refused(capsys, clips, tmp_path, "--text_encoder", text)
+    assert "missing" in line and "encoder.block.1" in line and str(text) in line
+    save_file(weights, file, {"format": "pt"})
+    for name in tokens.glob("tokenizer.json"):
+        name.write_text("{")
+    assert f"{tokens}: not a whole tokenizer" in refused(capsys, clips, tmp_path, "--text_encoder", text)
+    assert "nowhere" in refused(capsys, clips, tmp_path, "--image_encoder", tmp_path / "nowhere")
+
+
+def test_without_the_extra_there_is_one_line(pipelines, clips, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)                                       # as if not installed
+    for flag, name in (("--vae", "vae"), ("--text_encoder", "text_encoder")):
+        line = refused(capsys, clips, tmp_path, flag, pipelines / "t2v" / name)
+        assert line.endswith("needs diffusers: pip install -r requirements-wan.txt")
+    run(data, clips, "--out", tmp_path / "core", *FLAGS, command="encode")              # the shipped models need none
+    assert len(data.Shards(tmp_path / "core")) == 8
+
+
+def test_export_never_replaces_a_folder(pipelines, tmp_path):
+    with pytest.raises(InputError, match="is there already"):
+        wan.export(wan.Export(str(pipelines / "t2v"), out=str(pipelines / "t2v")))
+    wan.export(wan.Export(str(pipelines / "t2v"), out=str(tmp_path / "official"), layout="wan", dtype="fp32"))
+    a, b = (load_transformer(folder).state_dict() for folder in (pipelines / "t2v", tmp_path / "official"))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

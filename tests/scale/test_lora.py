@@ -1,0 +1,129 @@
+"""LoRA: the base at step 0, the merge, diffusers' reading of the file, and training with --lora_rank."""
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_training import (
+    STEPS,
+    command,
+    distance,
+    generator,
+    run,
+    same,
+    weights,  # noqa: F401, cpu and folder are fixtures
+)
+
+from formats import runs
+from model import VideoDiT, export_transformer, load_transformer
+from scale import lora
+
+LORA = ["--lora_rank", "2", "--lora_alpha", "4", "--learning_rate", "1e-3"]
+
+
+def batch():
+    g = torch.Generator().manual_seed(5)
+    return torch.randn(3, 16, 2, 4, 4, generator=g), torch.rand(3, generator=g), torch.randn(3, 3, 8, generator=g)
+
+
+def adapted(alpha=4):
+    """A generator with adapters of rank 2 that do something, beside their values by hand."""
+    dit = generator()
+    lora.add(dit, 2, alpha)
+    g = torch.Generator().manual_seed(6)
+    for name, p in dit.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.3, generator=g)
+    return dit
+
+
+def test_step_0_is_the_base_and_only_adapters_train():
+    dit = generator()
+    base = dit(*batch())
+    before = {name: p.clone() for name, p in dit.state_dict().items()}
+    lora.add(dit, 2, 8)
+    assert torch.equal(dit(*batch()), base)
+    dit(*batch()).square().sum().backward()
+    for name, p in dit.named_parameters():
+        assert p.requires_grad == (".lora_" in name) and (p.grad is None) == (".lora_" not in name)
+        if "lora_B" in name:
+            assert p.grad.abs().max() > 0, name
+    assert {name.split(".lora_")[0] for name, p in dit.named_parameters() if p.requires_grad} == {
+        f"blocks.{i}.{kind}_attn.{x}" for i in range(2) for kind in ("self", "cross") for x in "qkvo"}
+    assert same(lora.merge(dit.state_dict(), 8), before)
+
+
+@pytest.mark.parametrize("alpha", [None, 4])
+def test_merged_by_hand_and_equal_outputs(tmp_path, alpha):
+    dit = adapted(alpha)
+    state, plain = dit.state_dict(), generator().state_dict()
+    for name in [name for name in state if name.endswith("lora_A.weight")]:
+        layer = name.removesuffix(".lora_A.weight")
+        plain[f"{layer}.weight"] += (1 if alpha is None else 2) * state[f"{layer}.lora_B.weight"] @ state[name]
+    export_transformer(dit, tmp_path / "merged", state=lora.merge(state, alpha))
+    merged = load_transformer(tmp_path / "merged")
+    assert distance(merged.state_dict(), plain) < 1e-6
+    out = dit(*batch())
+    torch.testing.assert_close(merged(*batch()), out, rtol=1e-5, atol=1e-5)
+    assert (out - generator()(*batch())).norm() > 0.05 * out.norm()
+
+
+def test_diffusers_reads_the_file(tmp_path):
+    """Transformer and pipeline load it, and their outputs are ours."""
+    pytest.importorskip("peft")
+    diffusers = pytest.importorskip("diffusers")
+    dit = adapted()
+    export_transformer(generator(), tmp_path / "base", layout="diffusers")
+    lora.save(dit.state_dict(), tmp_path, 4)
+    assert len(load_file(tmp_path / lora.FILE)) == len([n for n in dit.state_dict() if ".lora_" in n]) == 32
+    x, t, context = batch()
+    wanted = dit(x, t, context)
+
+    def theirs():
+        return diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "base").eval()
+
+    def velocity(transformer):
+        with torch.no_grad():
+            return transformer(hidden_states=x, timestep=1000 * t, encoder_hidden_states=context).sample
+
+    alone = theirs()
+    alone.load_lora_adapter(tmp_path / lora.FILE)
+    pipeline = diffusers.WanPipeline(tokenizer=None, text_encoder=None, transformer=theirs(), vae=None,
+                                     scheduler=diffusers.UniPCMultistepScheduler())
+    pipeline.load_lora_weights(str(tmp_path))
+    for transformer in (alone, pipeline.transformer):
+        assert sum(".lora_" in name for name, _ in transformer.named_parameters()) == 32
+        torch.testing.assert_close(velocity(transformer), wanted, rtol=1e-4, atol=1e-4)
+    assert (velocity(theirs()) - wanted).norm() > 0.05 * wanted.norm()
+
+
+def test_training(folder):
+    """Adapters and merged weights are written and agree; the base has no optimizer state; resume is bit for bit."""
+    run(*command(folder, "prfl", "lora", *LORA))
+    checkpoint = folder / "lora/checkpoint-000005"
+    state = runs.load_state(checkpoint)
+    assert len(state["optimizer"]["state"]) == len(state["model"]) == 32
+    assert all(".lora_" in name for name in state["model"])
+    base, merged = generator().state_dict(), weights(folder, "prfl", "lora")
+    adapters = load_file(folder / "lora" / lora.FILE)
+    B, A = (adapters[f"transformer.blocks.1.attn2.to_out.0.lora_{x}.weight"] for x in "BA")
+    assert B.abs().max() > 1e-4
+    name = "blocks.1.cross_attn.o.weight"
+    torch.testing.assert_close(merged[name], base[name] + B @ A)
+    for name in base:
+        moves = name.endswith(("attn.q.weight", "attn.k.weight", "attn.v.weight", "attn.o.weight"))
+        assert torch.equal(base[name], merged[name]) != moves, name
+    run(*command(folder, "prfl", "resumed", *LORA, "--resume", str(folder / "lora/checkpoint-000004")))
+    assert (folder / "resumed" / lora.FILE).read_bytes() == (folder / "lora" / lora.FILE).read_bytes()
+    assert same(weights(folder, "prfl", "resumed"), merged)
+    assert same(runs.load_state(folder / "resumed/checkpoint-000005"), state) and state["step"] == STEPS
+
+
+def test_adapters_start_alike_whatever_was_drawn_before():
+    """A run on more ranks, or a resumed one, starts from the same A."""
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        dit = VideoDiT(**generator().config)
+        torch.rand(seed)
+        lora.add(dit, 2, seed=7)
+        found.append({name: p for name, p in dit.state_dict().items() if "lora_A" in name})
+    assert same(*found) and len({x.sum().item() for x in found[0].values()}) == 16

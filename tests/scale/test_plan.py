@@ -1,0 +1,393 @@
+"""plan.py: its counts against the modules, its bytes against what autograd saves and tensors that live, its FLOPs against
+PyTorch's counter, and all of it against the paper's Table 4.
+
+The true widths and clip sizes run under FakeTensorMode: tensors of the right shape and size without data, so that 14B
+blocks on 33 thousand tokens take seconds and no memory. Attention takes the GPU's path (bf16, fused) on the CPU too."""
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+import common
+import data
+import model
+import pavrm
+import prfl
+import train_align
+import train_reward
+from formats import weights
+from model import PRESETS
+from scale import parallel, plan
+
+ROOT = Path(plan.__file__).parents[1]
+WAN = PRESETS["wan2.1-t2v-1.3b"] | dict(num_layers=2)
+IMAGE = WAN | dict(model_type="i2v", in_dim=36, image_dim=1280)
+
+
+def gpu_attend(q, k, v):
+    """`model.attend` as it is off the CPU."""
+    q, k, v = (y.to(v.dtype).transpose(1, 2) for y in (q, k, v))
+    return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(model, "attend", gpu_attend)
+    model.rope_table.cache_clear()              # no table of another fake mode, nor a fake one left behind
+    yield
+    model.rope_table.cache_clear()
+
+
+class LiveBytes(TorchDispatchMode):
+    """`peak`: the most bytes that tensors held at one time, each storage counted once."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and (key := (storage := x.untyped_storage())._cdata) not in self.seen:
+                self.seen[key] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.freed, key)
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def freed(self, key):
+        self.now -= self.seen.pop(key)
+
+
+class Adapter(nn.Module):
+    def __init__(self, base, rank):
+        super().__init__()
+        self.base, self.down = base, nn.Linear(base.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, base.out_features, bias=False)
+        self.weight = base.weight
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+def build(config, trained="all", rank=4):
+    """A VideoDiT; "none": frozen; "lora": adapters beside frozen q, k, v, o."""
+    dit = model.VideoDiT(**config).requires_grad_(trained == "all")
+    for block in dit.blocks if trained == "lora" else ():
+        for attention in (block.self_attn, block.cross_attn):
+            for name in "qkvo":
+                setattr(attention, name, Adapter(getattr(attention, name), rank))
+    return dit
+
+
+def inputs(config, grid, batch=1, grad=False):
+    args = dict(x=torch.randn(batch, 16, *grid, requires_grad=grad), t=torch.rand(batch),
+                context=torch.randn(batch, config["text_len"], config["text_dim"]))
+    if config["model_type"] == "i2v":
+        args["y"] = torch.randn(batch, 20, *grid)
+    if config.get("image_dim"):
+        args["clip"] = torch.randn(batch, plan.IMAGE_TOKENS, config["image_dim"])
+    return args
+
+
+def saved_bytes(call, exclude):
+    """Bytes of the storages that autograd keeps for `call()`, without those in `exclude` (a set of storage ids)."""
+    kept = {}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        kept[storage._cdata] = storage          # held, so that no id is used twice
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = call()
+    del out
+    return sum(storage.nbytes() for key, storage in kept.items() if key not in exclude)
+
+
+def costs(config, **flags):
+    return plan.costs(plan.Config("tiny-t2v", **dict(depth=min(8, config["num_layers"])) | flags), config)
+
+
+# ---- counts
+@pytest.mark.parametrize("preset", PRESETS)
+def test_parameters_are_those_of_the_modules(preset):
+    config = PRESETS[preset]
+    with torch.device("meta"):
+        dit, reward = model.VideoDiT(**config), pavrm.PAVRM(config | dict(num_layers=3))
+    size = lambda module: sum(p.numel() for p in module.parameters())
+    found = plan.parameters(config)
+    assert found["total"] == size(dit) and found["block"] == size(dit.blocks[0]) and found["head"] == size(dit.head)
+    assert plan.reward_parameters(config, 3) == size(reward)
+    adapters = [p for n, p in build(config | dict(num_layers=3), "lora", 5).named_parameters() if ".up." in n or
+                ".down." in n] if config["dim"] < 1000 else []
+    assert not adapters or plan.lora_parameters(config | dict(num_layers=3), 5) == sum(p.numel() for p in adapters)
+
+
+def test_tokens_of_wans_sizes():
+    assert plan.latent_grid(81, "832*480") == (21, 60, 104) and plan.latent_grid(81, "1280*720") == (21, 90, 160)
+    assert costs(WAN, frames=81, size="832*480")["n"] == 32_760
+    assert costs(WAN, frames=81, size="1280*720")["n"] == 75_600
+
+
+# ---- bytes
+@pytest.mark.parametrize("trained", ["all", "lora", "none"])
+@pytest.mark.parametrize("config, batch, grid", [(WAN, 1, (21, 60, 104)), (IMAGE, 2, (5, 60, 104))])
+def test_a_block_keeps_what_autograd_saves(config, batch, grid, trained):
+    with FakeTensorMode():
+        dit, args = build(config, trained), inputs(config, grid, batch, grad=trained != "all")
+        d, F = config["dim"], config["ffn_dim"]
+        weights = {p.untyped_storage()._cdata for p in dit.parameters()}
+
+        def blocks(depth):
+            with torch.autocast("cpu", torch.bfloat16):
+                return dit.features(args["x"], args["t"], args["context"], depth=depth, y=args.get("y"),
+                                    clip=args.get("clip"))
+        measured = saved_bytes(lambda: blocks(2), weights) - saved_bytes(lambda: blocks(1), weights)
+    # bf16 copies of the matrices are a term of their own; frozen ones that see only the prompt or the image keep none
+    squares = 6 if trained != "all" else 10 if config.get("image_dim") else 8
+    measured -= 2 * (squares * d * d + 2 * d * F)
+    n = grid[0] * grid[1] * grid[2] // 4
+    assert sum(plan.block_bytes(config, n, trained, batch).values()) == pytest.approx(measured, rel=0.005)
+
+
+@pytest.mark.parametrize("frames, h, w", [(1, 60, 104), (3, 16, 16)])
+def test_the_decoder_keeps_and_computes_what_diffusers_does(frames, h, w):
+    diffusers = pytest.importorskip("diffusers", reason="Wan2.1's VAE is taken from diffusers")
+    with FakeTensorMode(), FlopCounterMode(display=False) as flops:
+        torch.set_default_dtype(torch.bfloat16)
+        vae = diffusers.AutoencoderKLWan().requires_grad_(False)
+        torch.set_default_dtype(torch.float32)
+        weights = {p.untyped_storage()._cdata for p in vae.parameters()}
+        z = torch.randn(1, 16, frames, h, w, dtype=torch.bfloat16, requires_grad=True)
+        measured = saved_bytes(lambda: vae.decode(z, return_dict=False)[0], weights)
+    found = plan.decoder_costs(frames, h, w)
+    assert found["kept"] == pytest.approx(measured, rel=0.02)
+    assert found["flops"] == pytest.approx(flops.get_total_flops(), rel=0.01)
+    assert sum(p.numel() for p in [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]) == plan.DECODER_PARAMETERS
+    first = plan.decoder_costs(frames, h, w, first=True)
+    assert first["kept"] == plan.decoder_costs(1, h, w)["kept"]
+
+
+@pytest.mark.parametrize("width, layers, size, method, checkpointing", [
+    ("wan2.1-t2v-1.3b", 4, "832*480", "sft", True), ("wan2.1-t2v-1.3b", 4, "832*480", "prfl", True),
+    ("wan2.1-t2v-1.3b", 2, "832*480", "prfl", False), ("wan2.1-t2v-14b", 3, "832*480", "prfl", True),
+    ("wan2.1-t2v-1.3b", 3, "64*64", "prfl", True)])
+def test_peak_of_live_tensors(width, layers, size, method, checkpointing):
+    """Weights, moments, gradients and activations of a whole update at the true width and clip; three blocks."""
+    config = PRESETS[width] | dict(num_layers=layers)
+    found = costs(config, method=method, size=size, parallel="ddp", depth=2)
+    with FakeTensorMode(), LiveBytes() as live:
+        dit = build(config)
+        dit.gradient_checkpointing = checkpointing
+        reward = pavrm.PAVRM(config | dict(num_layers=2)).freeze() if method == "prfl" else None
+        if reward:
+            reward.trunk.gradient_checkpointing = checkpointing
+        optimizer = torch.optim.AdamW(dit.parameters(), foreach=True)         # as it is on a GPU
+        for p in dit.parameters():
+            optimizer.state[p] = dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        x, t, context = inputs(config, (found["f"], found["h"], found["w"])).values()
+        live.peak = live.now
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = (prfl.reward_update_loss(dit, reward, x, context, 1, 40)[0] if reward else
+                    prfl.sft_loss(dit, x, torch.randn_like(x), t, context))
+        loss.backward()
+        optimizer.step()
+    assert found["with" if checkpointing else "without"]["peak"] == pytest.approx(live.peak, rel=0.06)
+
+
+def test_peak_measured_by_the_allocator():
+    """Small models on real tensors, in a process of their own."""
+    done = subprocess.run([sys.executable, ROOT / "tests/measure_peak.py"], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert done.returncode == 0 and len(found) == 10, done.stderr[-3000:]
+    for row in found:
+        assert row["planned"] == pytest.approx(row["measured"], rel=0.1), row
+
+
+def test_fsdp_cuts_and_checkpointing_and_lora_save():
+    config = PRESETS["wan2.1-t2v-14b"]
+    whole, cut = costs(config, gpus=8, parallel="ddp"), costs(config, gpus=8, parallel="fsdp")
+    for part in ("weights", "gradients", "optimizer", "reward_weights"):
+        assert whole[part] == 8 * cut[part]
+    assert cut["with"]["peak"] < cut["without"]["peak"] and whole["without"]["peak"] > whole["with"]["peak"]
+    assert costs(config, gpus=8, parallel="fsdp")["block"] == whole["block"]
+    adapters = costs(config, lora_rank=32, parallel="ddp")
+    assert adapters["with"]["peak"] < whole["with"]["peak"] / 2
+    assert adapters["trained"] == 40 * 16 * 32 * 5120
+
+
+# ---- FLOPs
+@pytest.mark.parametrize("config, trained, checkpointing, tolerance", [
+    (WAN, True, True, 0.02), (WAN, True, False, 0.02), (IMAGE, True, True, 0.02),
+    (WAN, False, True, 0.06), (WAN, False, False, 0.06)])       # frozen: text's k and v take no backward at all
+def test_flops_are_those_of_pytorchs_counter(config, trained, checkpointing, tolerance):
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    rules = {flash: lambda q, k, v, *a, out_shape=None, **kw: sdpa_flop_count(q, k, v),
+             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+                 lambda g, q, k, v, *a, out_shape=None, **kw: sdpa_backward_flop_count(g, q, k, v)}
+    with FakeTensorMode(), FlopCounterMode(display=False, custom_mapping=rules) as counter:
+        dit, args = build(config, "all" if trained else "none"), inputs(config, (5, 32, 32), grad=not trained)
+        dit.gradient_checkpointing = checkpointing
+        with torch.autocast("cpu", torch.bfloat16):
+            velocity = dit(**args)
+        once = counter.get_total_flops()
+        velocity.sum().backward()
+    forward = plan.forward_flops(config, 5 * 16 * 16, 2)
+    assert sum(forward) == pytest.approx(once, rel=0.001)
+    assert plan.update_flops(forward, trained, checkpointing) == pytest.approx(counter.get_total_flops(), rel=tolerance)
+
+
+# ---- the whole way
+@pytest.mark.parametrize("frames, size", [(1, "64*48"), (9, "64*48")])
+def test_the_encoder_computes_what_diffusers_does(frames, size):
+    diffusers = pytest.importorskip("diffusers", reason="Wan2.1's VAE is taken from diffusers")
+    f, h, w = plan.latent_grid(frames, size)
+    with FakeTensorMode(), FlopCounterMode(display=False) as flops, torch.no_grad():
+        diffusers.AutoencoderKLWan().encode(torch.randn(1, 3, frames, 8 * h, 8 * w))
+    assert plan.encoder_flops(f, h, w) == pytest.approx(flops.get_total_flops(), rel=0.02)
+
+
+def test_disk_is_that_of_the_files(tmp_path):
+    """Checkpoints and shards of a small model, written as the scripts do."""
+    config = PRESETS["tiny-t2v"]
+    found = plan.way(plan.Config("tiny-t2v", frames=9, size="32*32", depth=4, clips=3), config)
+    size = lambda folder: sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    for name, trained in (("1", pavrm.PAVRM(config | dict(num_layers=4))), ("2", model.VideoDiT(**config))):
+        groups = trained.parameter_groups(1e-4, 1e-4) if name == "1" else [{"params": list(trained.parameters())}]
+        optimizer = torch.optim.AdamW(groups)
+        for p in (p for group in groups for p in group["params"]):
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        write = lambda path, state: weights.save_module(trained, path, state=state)
+        parallel.save_checkpoint(tmp_path / name, 1, {"weights": write}, trained, optimizer, train_align.Config())
+        assert size(tmp_path / name) == pytest.approx(found["checkpoint" + name], rel=0.01)
+    data.write_shards(tmp_path / "shards", torch.zeros(3, 16, 3, 4, 4),
+                      torch.zeros(3, config["text_len"], config["text_dim"]), [0, 1, None], ["a"] * 3)
+    assert (tmp_path / "shards/shard-00000.safetensors").stat().st_size == pytest.approx(
+        found["shards"], abs=1000)                               # its header
+
+
+def test_what_the_scripts_do_by_default():
+    one, reward, align = plan.Config("tiny-t2v"), train_reward.Config(), train_align.Config()
+    assert (one.reward_steps, plan.REWARD_EVERY) == (reward.max_train_steps, reward.checkpointing_steps)
+    assert (one.max_train_steps, plan.ALIGN_EVERY) == (align.max_train_steps, align.checkpointing_steps)
+    assert reward.validation_steps == plan.REWARD_EVERY
+    assert inspect.signature(parallel.save_checkpoint).parameters["keep"].default == plan.KEPT
+
+
+def readme():
+    """The section for one's own model: [what each of its `model.py plan` commands has been given], and its text."""
+    section = (ROOT / "README.md").read_text().split("## Your own model")[1].split("\n## ")[0]
+    return [words.split() for words in re.findall(r"python -m scale.plan (wan[^`(\n]+)", section)], section
+
+
+def test_readme_says_what_is_printed_today(capsys):
+    (shown, *columns), section = readme()
+    lines = section.split("$ python -m scale.plan")[1].split("```")[0].splitlines()[1:]
+    out = printed(capsys, *shown).splitlines()
+    assert len(lines) > 8 and [line for line in lines if line not in out] == []
+    assert len(columns) == 2
+    found = [re.findall(r"^  \S.*? {2,}([\d,.]+ (?:GB|h))  ", printed(capsys, *flags).split("the whole way")[1], re.M)
+             for flags in columns]
+    table = re.findall(r"^\| .* \| (.* (?:GB|h)) \| (.* (?:GB|h)) \|$", section, re.M)
+    assert len(table) == 12 and table == list(zip(*found))
+
+
+def test_readme_commands_are_the_ones_planned():
+    """The flags of its five commands that the planner takes for granted."""
+    section = readme()[1].replace("\\\n", " ")
+    reward, align = (re.search(rf"torchrun.* {name}.py (.*)", section)[1].split() for name in ("train_reward", "train_align"))
+    one = plan.Config("tiny-t2v")
+    for flag, value, argv in (("--depth", one.depth, reward), ("--holdout", one.holdout, reward),
+                              ("--batch_size", one.reward_batch_size, reward), ("--batch_size", one.batch_size, align),
+                              ("--num_inference_steps", one.num_inference_steps, align)):
+        assert argv[argv.index(flag) + 1] == str(value)
+    assert "--gradient_checkpointing" in reward and "--gradient_checkpointing" in align
+    assert f'--size "{one.size}" --frames {one.frames} --fps 16' in section
+
+
+# ---- the paper
+def test_table_4():
+    """66.81 GB for PRFL, 55.47 GB for the first frame, out of memory for all; 1.42 and 1.49 times faster."""
+    config = PRESETS["wan2.1-t2v-14b"]
+    found = {name: costs(config, gpus=8, method=name.split()[0], frames_decoded=name.split()[-1])
+             for name in ("prfl first", "refl first", "refl all")}
+    assert found["prfl first"]["with"]["peak"] / 1e9 == pytest.approx(66.81, rel=0.15)
+    assert 55.47 < found["refl first"]["with"]["peak"] / 1e9 < 80 < found["refl all"]["with"]["peak"] / 1e9
+    work = {name: (one["iteration_flops"], one["iteration_flops"] - one["update_flops"]) for name, one in found.items()}
+    assert work["refl first"][0] / work["prfl first"][0] == pytest.approx(1.42, abs=0.05)
+    assert work["refl first"][1] / work["prfl first"][1] == pytest.approx(1.49, abs=0.05)
+    text = (ROOT / "results" / "plan.md").read_text()           # says the planner's figures as they are
+    for one in found.values():
+        assert f"{one['with']['peak'] / 1e9:.2f} GB" in text
+
+
+# ---- what is printed
+def printed(capsys, *flags):
+    common.cli(lambda config: plan.report(config, PRESETS[config.preset]), plan.Config, plan.__doc__,
+               [str(flag) for flag in flags])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [
+    ("wan2.1-t2v-14b", "--gpus", 8), ("wan2.1-i2v-14b", "--gpus", 8, "--parallel", "ddp", "--no-gradient_checkpointing"),
+    ("wan2.1-t2v-1.3b", "--method", "refl", "--frames_decoded", "all"), ("tiny-i2v", "--method", "rwr", "--size", "32*32"),
+    ("wan2.1-t2v-14b", "--method", "reward", "--batch_size", 2, "--gpus", 8), ("wan2.1-t2v-1.3b", "--size", "832x480"),
+    ("wan2.1-i2v-14b", "--clips", 500, "--lora_rank", 8), ("wan2.1-t2v-14b", "--method", "sft", "--lora_rank", 16), ("wan2.1-t2v-14b", "--lora_rank", 16, "--gpus", 2)])
+def test_printed_sums_add_up(capsys, flags):
+    """Peak = what stays + the largest moment, and both are printed."""
+    out = printed(capsys, *flags)
+    stays = float(re.search(r"together +([\d.]+) GB", out)[1])
+    for part in out.split("\npeak ")[1:]:
+        part = part.split("\n\n")[0]
+        *moments, peak = (float(x) for x in re.findall(r"  ([\d.]+) GB", part))
+        assert peak == pytest.approx(stays + max(moments), abs=0.02)
+    edge, formula = re.search(r"input of a block +([\d.]+) GB  4 b n d = ([\dx ]+)", out).groups()
+    assert float(edge) == pytest.approx(eval(formula.replace("x", "*")) / 1e9, abs=0.006)
+    assert max(map(len, out.splitlines())) < 150
+
+
+def test_seconds_follow_the_flops(capsys):
+    a, b = costs(WAN, mfu=0.4, tflops=989.0), costs(WAN, mfu=0.2, tflops=100.0)
+    assert b["seconds"] / a["seconds"] == pytest.approx(2 * 9.89)
+    assert a["seconds"] == a["iteration_flops"] / (0.4 * 989e12)
+    double = costs(WAN, num_inference_steps=80)
+    assert double["rollout_steps"] == 39.5 and a["rollout_steps"] == 19.5
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("wan2.1-t2v-13b",), "wan2.1-t2v-14b"), (("tiny-t2v", "--size", "830*480"), "--size 830*480"),
+    (("tiny-t2v", "--size", "big"), "--size"), (("tiny-t2v", "--frames", 80), "--frames 80"),
+    (("tiny-t2v", "--depth", 9), "--depth"), (("tiny-t2v", "--mfu", 1.5), "--mfu"), (("tiny-t2v", "--gpus", 0), "--gpus"),
+    (("tiny-t2v", "--method", "ppo"), "method"), ((), "preset"), (("tiny-t2v", "--size", "0x0"), "--size 0x0"),
+    (("tiny-t2v", "--method", "sft", "--depth", 2), "--depth means nothing with --method sft"),
+    (("tiny-t2v", "--num_samples", 5), "--num_samples means nothing with --method prfl"),
+    (("tiny-t2v", "--method", "rwr", "--clips", 5), "--clips means nothing with --method rwr"),
+    (("tiny-t2v", "--holdout", 5), "--holdout means nothing without --clips")])
+def test_bad_input_is_one_line(capsys, flags, words):
+    with pytest.raises(SystemExit) as end:
+        printed(capsys, *flags)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2 and len(lines) == 1 and words in lines[0]
+
+
+def test_the_planner_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "scale.plan", "tiny-t2v", "--size", "32*32"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "video tokens n" in done.stdout, done.stderr
