@@ -381,8 +381,8 @@ def fakes(monkeypatch):
         def encode(self, prompts):
             return torch.tensor([[[float(len(p))] * 4] * 2 for p in prompts])
 
-    monkeypatch.setattr(vae, "load_vae", lambda path: VAE())
-    monkeypatch.setattr(model, "load_text_encoder", lambda path: Text(), raising=False)
+    monkeypatch.setattr(data, "load_vae", lambda path: VAE())
+    monkeypatch.setattr(data, "load_text_encoder", lambda path: Text(), raising=False)
     return SimpleNamespace(vae=VAE(), text=Text(), calls=calls)
 
 

@@ -375,7 +375,7 @@ def test_table9_of_a_reward_model_that_errs_on_other_generators_near_clean(tmp_p
     for name in ("load_transformer", "train_rewards", "train_aligned"):
         monkeypatch.setattr(reproduce, name, lambda *args: None)
     monkeypatch.setattr(reproduce, "test_set", test_set)
-    monkeypatch.setattr(reproduce, "judge_of", lambda work, seed, flags:
+    monkeypatch.setattr(reproduce, "reward_fn_of", lambda work, seed, flags:
                         lambda x, t, context: context[:, 0, 0] * torch.where(t < 0.2, context[:, 0, 1], 1.0))
     config = reproduce.Config("table9", "quick", seeds=2, output_dir=str(tmp_path), results_dir=str(tmp_path))
     reproduce.table9(parts.Work(config))
@@ -406,7 +406,7 @@ def test_fig3_judges_each_panel_where_the_paper_does(tmp_path, monkeypatch):
 
     monkeypatch.setattr(reproduce, "train_rewards", lambda *args: None)
     monkeypatch.setattr(reproduce, "test_set", lambda work: (torch.zeros(n, 1, 1, 1, 1), context, labels))
-    monkeypatch.setattr(reproduce, "judge_of", judge_of)
+    monkeypatch.setattr(reproduce, "reward_fn_of", judge_of)
     reproduce.fig3(parts.Work(reproduce.Config("fig3", "quick", seeds=2, output_dir=str(tmp_path), results_dir=str(tmp_path))))
     claims = {claim["claim"]: claim for claim in json.loads((tmp_path / "fig3.json").read_text())["claims"]}
     swing = claims["swing of pixels, all frames above swing of fine-tuned, random t"]

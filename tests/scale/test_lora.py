@@ -2,20 +2,21 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training import (
+from tiny import (
     STEPS,
     command,
     distance,
     generator,
     run,
     same,
-    weights,  # noqa: F401, cpu and folder are fixtures
+    weights,
 )
 
 from formats import runs
 from model import VideoDiT, export_transformer, load_transformer
 from scale import lora
 
+pytestmark = pytest.mark.usefixtures("cpu")
 LORA = ["--lora_rank", "2", "--lora_alpha", "4", "--learning_rate", "1e-3"]
 
 

@@ -1,6 +1,6 @@
 """--parallel fsdp: two ranks against one process, checkpoints across numbers of ranks, a kill, bad inputs.
 
-The generator, the data and the runs are those of test_training.py, where ddp on two ranks is held against one;
+The generator, the data and the runs are those of tiny.py, with which test_training.py holds two ddp ranks against one;
 here two FSDP ranks with accumulated, checkpointed batches of 2 are held against one process with batches of 8.
 """
 import json
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
-from test_training import (
+from tiny import (
     DRIVER,
     ENV,
     STEPS,
@@ -22,7 +22,7 @@ from test_training import (
     generator,
     metrics,
     one_line,
-    run,  # noqa: F401, cpu and folder are fixtures
+    run,
     same,
     weights,
 )
@@ -37,6 +37,7 @@ from scale import parallel
 from scale.lora import FILE
 
 MICRO = ["--gradient_accumulation_steps", "2", "--gradient_checkpointing"]
+pytestmark = pytest.mark.usefixtures("cpu")
 LORA = ["--lora_rank", "2", "--lora_alpha", "4", "--learning_rate", "1e-3"]
 KILLED = """
 import os, signal, sys, torch.distributed.checkpoint as dcp, common, train_align

@@ -212,7 +212,7 @@ def test_peak_of_live_tensors(width, layers, size, method, checkpointing):
 
 def test_peak_measured_by_the_allocator():
     """Small models on real tensors, in a process of their own."""
-    done = subprocess.run([sys.executable, ROOT / "tests/measure_peak.py"], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, ROOT / "tests/scale/measure_peak.py"], capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert done.returncode == 0 and len(found) == 10, done.stderr[-3000:]

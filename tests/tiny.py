@@ -1,0 +1,95 @@
+"""A tiny random generator with its reward models, labelled shards, and runs of the training scripts on them (the fixture
+`folder` of conftest.py holds them on disk). Everything runs on the CPU."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import common
+import data
+import sample
+import train_align
+import train_reward
+from formats.weights import WEIGHTS
+from model import VideoDiT
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = dict(in_dim=16, out_dim=16, dim=24, ffn_dim=48, num_heads=2, num_layers=2, freq_dim=16, text_dim=8, text_len=3)
+STEPS = 5
+RUNS = {"reward": ("train_reward", "reward", ["--holdout", "8", "--depth", "2"]),
+        "reward_rgb": ("train_reward", "reward", ["--holdout", "8", "--space", "rgb", "--frames", "all"]),
+        "prfl": ("train_align", "transformer", ["--method", "prfl"]),
+        "refl": ("train_align", "transformer", ["--method", "refl"]),
+        "sft": ("train_align", "transformer", ["--method", "sft"]),
+        "rwr": ("train_align", "transformer", ["--method", "rwr", "--num_samples", "24"])}
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+
+
+def generator(**changes):
+    torch.manual_seed(0)
+    dit = VideoDiT(**TINY | changes)
+    torch.nn.init.normal_(dit.head.head.weight, std=0.1)        # Wan's own start is zero
+    return dit
+
+
+def write_data(folder, channels=16, context=(3, 8), labels=None, **extra):
+    g = torch.Generator().manual_seed(1)
+    labels = [i % 2 for i in range(32)] if labels is None else labels
+    data.write_shards(folder, torch.randn(32, channels, 2, 4, 4, generator=g),
+                      torch.randn(32, *context, generator=g), labels, [f"prompt {i}" for i in range(32)], **extra)
+
+
+def command(folder, name, output, *more, batch_size=8):
+    """(script, flags) of a run of RUNS."""
+    script, _, flags = RUNS[name]
+    steps = [] if script == "train_reward" else ["--num_inference_steps", "4"]
+    return script, [*flags, *steps, "--model", str(folder / "generator"), "--data", str(folder / "data"),
+                    "--output_dir", str(folder / output), "--mixed_precision", "no", "--batch_size", str(batch_size),
+                    "--max_train_steps", str(STEPS), "--checkpointing_steps", "2", *more]
+
+
+def run(script, argv):
+    """In this process: importing torch costs more than such a run."""
+    module = {"train_reward": train_reward, "train_align": train_align, "sample": sample}[script]
+    common.cli(module.main, module.Config, module.__doc__, argv)
+
+
+def weights(folder, name, output):
+    return load_file(folder / output / RUNS[name][1] / WEIGHTS)
+
+
+def metrics(folder, output):
+    rows = [json.loads(line) for line in (folder / output / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in rows]
+
+
+def distance(a, b):
+    """Largest difference of any weight."""
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+DRIVER = """
+import json, sys, common, train_align, train_reward
+leave, common.teardown = common.teardown, lambda: None          # one process group for all runs
+for script, argv in json.loads(sys.argv[1]):
+    common.cli(sys.modules[script].main, sys.modules[script].Config, "", argv)
+leave()
+"""
+
+
+def same(a, b):
+    """Bit for bit, for tensors in dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, (list, tuple)) else a == b
+
+
+def one_line(stderr):
+    return stderr.count("\n") == 1 and stderr.startswith("error: ") and len(stderr) < 600
