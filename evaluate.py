@@ -6,8 +6,9 @@
 
 Each folder holds transformer/ (or is one); `name=folder` names it in the tables. The first is the one the others are
 compared with. Prompts and seeds are disjoint from all training. Writes table.md, table.json, per_video.json,
-videos.png (a row a prompt, the checkpoints from left to right, every other frame) and side_by_side.mp4. The judge is
-the embedded world's annotator, which sees pixels only.
+videos.png (a row a prompt, the checkpoints from left to right, every other frame), side_by_side.mp4 and side_by_side.gif
+(the same moving, each clip framed green or red by its verdict). The judge is the embedded world's annotator, which sees
+pixels only.
 
 Metrics, all means over videos, with 95 % intervals from a bootstrap over videos:
   qualified            both axes qualified and the prompt followed
@@ -33,6 +34,7 @@ import flow
 from common import InputError, arg
 from formats import runs
 from formats.codec import load_text_encoder, load_vae
+from formats.picture import wall, write_gif
 from formats.video import contact_sheet, from_pixels, to_pixels, write_video
 from formats.weights import TASKS, resolve_model
 from model import first_frame_condition, load_transformer
@@ -189,11 +191,15 @@ def main(config):
     gap = torch.full_like(next(iter(videos.values()))[:8, :1], 255)                             # a white frame between
     bands = [part for name in named for part in (videos[name][:8, ::2], gap)][:-1]
     contact_sheet(torch.cat(bands, 1), folder / "videos.png", scale=2)
-    wall = torch.stack([videos[name][:min(8, n)] for name in named])                            # [m, 8, f, h, w, 3]
-    wall = wall.permute(2, 0, 3, 1, 4, 5).flatten(3, 4).flatten(1, 2)                           # [f, m h, 8 w, 3]
-    write_video(folder / "side_by_side.mp4", wall.repeat_interleave(3, 1).repeat_interleave(3, 2), fps=scene.FPS)
+    few = min(8, n)
+    side_by_side = wall({name: videos[name][:few] for name in named}, prompts[:few],
+                        {name: (name, f"{rows[name]['qualified']['mean']:.0%} qualified") for name in named},
+                        {name: found[name]["qualified"][:few] > 0 for name in named})
+    write_video(folder / "side_by_side.mp4", side_by_side, fps=scene.FPS)
+    write_gif(folder / "side_by_side.gif", side_by_side, fps=scene.FPS)
     print(tables)
     print(f"wrote {folder}/table.md, table.json, per_video.json, videos.png and side_by_side.mp4")
+    print(f"look at {folder}/side_by_side.gif: the same prompts and noise, framed green where the annotator is content")
     common.teardown()
 
 

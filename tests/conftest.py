@@ -7,12 +7,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest
 import torch
+from tiny import TINY, generator, write_data
 
 from formats.weights import save_module
 from model import export_transformer
 from pavrm import PAVRM
 from refl_baseline import FRAMES, PixelReward
-from tiny import TINY, generator, write_data
 from world.vae import VideoVAE
 
 torch.set_num_threads(1)

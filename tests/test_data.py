@@ -14,10 +14,8 @@ import torch
 
 import common
 import data
-import model
 from common import InputError
 from formats.video import from_pixels, read_clip, read_video, to_pixels, write_video
-from world import vae
 
 ROOT = Path(__file__).resolve().parent.parent
 

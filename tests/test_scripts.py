@@ -91,7 +91,7 @@ def test_evaluate_of_one_model_twice_is_a_tie(tmp_path, capsys):
     per_video = json.loads((tmp_path / "per_video.json").read_text())
     assert np.mean(per_video["a"]["qualified"]) == pytest.approx(table["rows"]["a"]["qualified"]["mean"])
     assert {f.name for f in tmp_path.iterdir()} == {"table.md", "table.json", "per_video.json", "videos.png",
-                                                    "side_by_side.mp4"}
+                                                    "side_by_side.mp4", "side_by_side.gif"}
 
 
 def test_evaluate_refuses(capsys, tmp_path):

@@ -3,30 +3,40 @@
 Everything runs on the CPU, on a tiny random generator and random labelled shards.
 """
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import (
+    DRIVER,
+    ENV,
+    ROOT,
+    RUNS,
+    STEPS,
+    TINY,
+    command,
+    distance,
+    generator,
+    metrics,
+    one_line,
+    run,
+    same,
+    weights,
+    write_data,
+)
 
 import common
 import data
 import prfl
-import sample
-import train_align
-import train_reward
 from formats import runs
 from formats.weights import WEIGHTS, save_module
-from model import VideoDiT, export_transformer, load_transformer
+from model import export_transformer, load_transformer
 from pavrm import PAVRM, load_pavrm
-from refl_baseline import FRAMES, PixelReward
-from tiny import DRIVER, ENV, ROOT, RUNS, STEPS, TINY, command, distance, generator, metrics, one_line, run, same, weights, write_data
-from world.vae import VideoVAE
+from refl_baseline import PixelReward
 
 pytestmark = pytest.mark.usefixtures("cpu")
 

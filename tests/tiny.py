@@ -2,8 +2,6 @@
 `folder` of conftest.py holds them on disk). Everything runs on the CPU."""
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
