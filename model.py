@@ -101,8 +101,9 @@ def modulated_norm(x, shift, scale, eps):
 def attend(q, k, v):
     """q [b, n, k, e] against keys and values [b, m, k, e], every key seen -> [b, n, d]
 
-    On CPU in float32, and a few keys by plain products: for 12 of them PyTorch's fused CPU kernel takes 1.4
-    times as long in float32 and ten times in bfloat16; for 80, bfloat16 takes it twice as long as float32.
+    One result, three ways to it: PyTorch's fused kernel on a GPU, the same in float32 on a CPU, and plain products on
+    a CPU for few keys. For 12 of them the fused CPU kernel takes 1.4 times as long in float32 and ten times in
+    bfloat16; for 80, bfloat16 takes it twice as long as float32.
     """
     if v.device.type != "cpu":
         q, k, v = (y.to(v.dtype).transpose(1, 2) for y in (q, k, v))                 # [b, k, n, e]
@@ -258,7 +259,11 @@ class VideoDiT(nn.Module):
         return self.run_blocks(x, t, context, depth, y, clip)[0]
 
     def run_blocks(self, x, t, context, depth, y, clip):
-        """-> tokens [b, n, d], time embedding [b, d], token grid (f, h, w)"""
+        """-> tokens [b, n, d], time embedding [b, d], token grid (f, h, w)
+
+        The rule of dtypes: matrices multiply in theirs (or autocast's); the residual stream `tokens`, norms, modulation
+        and everything about time stay `wide`.
+        """
         if not 0 <= depth <= len(self.blocks):
             raise InputError(f"depth is {depth}; this model has 0 to {len(self.blocks)} blocks")
         x = x if y is None else torch.cat([x, self.checked_y(x, y)], dim=1)             # [b, in_dim, f, h, w]

@@ -27,15 +27,17 @@ from model import VideoDiT
 class QueryAttention(nn.Module):
     """Eq. 5: z = softmax(q (h W_K)^T / sqrt(D)) (h W_V) + q.
 
-    residual=False is the ablation "attention without query"; heads > 1 is the released code's variant.
+    Eq. 5 adds the query to what it has collected, as a residual connection does: the head is given what was asked beside
+    what was found. (Without it nothing changes that can be told here: results/table5.md.) add_query=False is that ablation,
+    "attention without query"; heads > 1 is the released code's variant.
     """
 
-    def __init__(self, dim, residual=True, heads=1):
+    def __init__(self, dim, add_query=True, heads=1):
         super().__init__()
         self.query = nn.Parameter(torch.randn(1, dim) / dim ** 0.5)
         self.w_k = nn.Linear(dim, dim, bias=False)
         self.w_v = nn.Linear(dim, dim, bias=False)
-        self.residual, self.heads = residual, heads
+        self.add_query, self.heads = add_query, heads
 
     def forward(self, h):                                       # [b, n, d]
         b, _, d = h.shape
@@ -43,7 +45,7 @@ class QueryAttention(nn.Module):
         q = self.query.expand(b, 1, d)
         z = F.scaled_dot_product_attention(split(q), split(self.w_k(h)), split(self.w_v(h)))
         z = z.transpose(1, 2).reshape(b, d)
-        return z + self.query if self.residual else z           # [b, d]
+        return z + self.query if self.add_query else z          # [b, d]
 
 
 class MeanPool(nn.Module):
@@ -58,7 +60,7 @@ class MaxPool(nn.Module):
 
 POOLINGS = {
     "query_attention": QueryAttention,                                                  # Eq. 5
-    "attention": lambda dim: QueryAttention(dim, residual=False),                       # Table 5
+    "attention": lambda dim: QueryAttention(dim, add_query=False),                       # Table 5
     "mean": lambda dim: MeanPool(), "max": lambda dim: MaxPool(),                       # Table 5
     "multihead": lambda dim: QueryAttention(dim, heads=8 if dim % 8 == 0 else 4),       # the released code
 }
