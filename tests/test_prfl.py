@@ -99,6 +99,41 @@ def test_loss_reward_and_gradient_are_algorithm_1_by_hand(models, batch):
     assert not close(grads, gradients(policy, through_all), rtol=1e-2)   # no gradient through the rollout
 
 
+@pytest.mark.parametrize("N, passes, stops", [
+    (6, 4, {1: [0], 4: [0, 2, 3], 6: [0, 2, 4, 5]}),                 # strides of ceil(6 / 4) = 2, or what is left
+    (10, 4, {1: [0], 5: [0, 3, 4], 10: [0, 3, 6, 9]}),
+    (10, 1, {2: [0, 1], 5: [0, 4], 10: [0, 9]}),                     # one pass, straight to x_{s+dt}
+    (6, 0, {1: [0], 3: [0, 1, 2], 6: [0, 1, 2, 3, 4, 5]})])          # every step, and still a step for each video
+def test_steady_by_hand(models, batch, N, passes, stops):
+    """A step for each video, a coarse rollout up to x_{s+dt}, one step of 1 / N with gradients, -log sigmoid(r)."""
+    policy, pavrm = models
+    x_T, context = batch
+    rewards = []
+    for i, (step, route) in enumerate(stops.items()):                # one video at a time
+        x, text = x_T[i:i + 1], context[i:i + 1]
+        with torch.no_grad():
+            for a, b in zip(route, route[1:]):
+                x = x - (b - a) / N * policy(x, torch.tensor([1 - a / N]), text)
+        assert route[-1] == step - 1
+        x = x - policy(x, torch.tensor([1 - route[-1] / N]), text) / N
+        rewards.append(pavrm(x, torch.tensor([1 - step / N]), text))
+    r = torch.cat(rewards)
+    wanted = -torch.log(1 / (1 + torch.exp(-r))).mean()
+    how = dict(rollout_passes=passes, loss="logsigmoid")
+    loss, reward = prfl.reward_update_loss(policy, pavrm, x_T, context, torch.tensor(list(stops)), N, longest=max(stops), **how)
+    torch.testing.assert_close(reward, r.detach(), rtol=1e-5, atol=1e-6)
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    grads = gradients(policy, loss)
+    assert close(grads, gradients(policy, wanted))
+    more, _ = prfl.reward_update_loss(policy, pavrm, x_T, context, torch.tensor(list(stops)), N, longest=N, **how)
+    assert close(grads, gradients(policy, more), rtol=1e-10)         # passes for other ranks' sake change nothing
+
+
+def test_the_recipes_are_algorithm_1_and_the_steady_one():
+    assert prfl.RECIPES == {"paper": {"rewarded_step": "per_batch", "rollout_passes": 0, "reward_loss": "linear"},
+                            "steady": {"rewarded_step": "per_video", "rollout_passes": 4, "reward_loss": "logsigmoid"}}
+
+
 def test_two_grad_steps_are_backpropagation_through_two_steps(models, batch):
     policy, pavrm = models
     x_T, context = batch
@@ -187,6 +222,36 @@ def test_a_part_without_steps():
     with pytest.raises(InputError, match="--num_inference_steps 2 .*early"):
         prfl.draw_step(0, 0, 2, "early")
     assert {prfl.draw_step(0, i, 1) for i in range(9)} == {1}
+
+
+@pytest.mark.parametrize("part, first, last", [("full", 0, 40), ("late", 26, 40)])
+@pytest.mark.parametrize("B", [1, 7, 32, 80])
+def test_steps_per_video_are_spread_evenly_over_the_part(part, first, last, B):
+    n = last - first
+    for iteration in range(50):
+        steps = sorted(prfl.draw_steps(0, iteration, 40, B, part).tolist())
+        for j, step in enumerate(steps):                             # one in each of B equal stretches
+            assert first + 1 + j * n // B <= step <= first - (-(j + 1) * n // B), (iteration, j)
+        if B % n == 0:
+            assert Counter(steps) == {step: B // n for step in range(first + 1, last + 1)}
+
+
+@pytest.mark.parametrize("place", [0, 31])
+def test_the_step_of_each_video_is_uniform(place):
+    """As draw_step's, wherever in the batch the video is."""
+    expected, n = 60, 40
+    counts = Counter(prfl.draw_steps(0, i, n, 32)[place].item() for i in range(expected * n))
+    assert set(counts) == set(range(1, n + 1))
+    chi2 = sum((count - expected) ** 2 / expected for count in counts.values())
+    assert abs(chi2 - (n - 1)) < 4 * math.sqrt(2 * (n - 1))          # neither skewed nor too even for chance
+
+
+def test_steps_per_video_depend_on_seed_and_iteration_only():
+    drawn = lambda seed, iteration: prfl.draw_steps(seed, iteration, 16, 32).tolist()
+    torch.manual_seed(3)
+    first = drawn(0, 5)
+    torch.manual_seed(4)
+    assert drawn(0, 5) == first and drawn(1, 5) != first and drawn(0, 6) != first
 
 
 # ---- the other updates

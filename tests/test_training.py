@@ -50,8 +50,10 @@ def one_rank(folder):
 
 
 # ---- the loop
-def test_one_iteration_is_algorithm_1_by_hand(folder):
-    run(*command(folder, "prfl", "hand", "--max_train_steps", "1", "--learning_rate", "1e-4"))
+@pytest.mark.parametrize("name, N", [("prfl", 4), ("steady", 4), ("steady", 7)])
+def test_one_iteration_is_algorithm_1_by_hand(folder, name, N):
+    """The paper's recipe; and the steady one, with strides of two steps (N = 4), and of four (7: at most 2 passes)."""
+    run(*command(folder, name, "hand", "--max_train_steps", "1", "--learning_rate", "1e-4", "--num_inference_steps", str(N)))
     policy, pavrm = load_transformer(folder / "generator"), load_pavrm(folder / "generator/reward")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4, weight_decay=0)
     shards, indices = data.Shards(folder / "data"), range(8)
@@ -74,23 +76,46 @@ def test_one_iteration_is_algorithm_1_by_hand(folder):
     sft = ((policy((1 - t_) * x0 + t_ * x1, t, curated["context"]) - (x1 - x0)) ** 2).mean()     # Eq. 10
     sft_norm = update(sft)
     context = shards.batch(good[data.order(len(good), 1, 0, indices, 8)])["context"]
-    x, step = common.noise((16, 2, 4, 4), 0, "x_T", 0, indices), prfl.draw_step(0, 0, 4)
-    for i in range(step):                                                           # dt = 1 / 4
-        x = x.detach() - policy(x.detach(), torch.full((8,), 1 - i / 4), context) / 4
-    reward = pavrm(x, torch.full((8,), 1 - step / 4), context).mean()
-    reward_norm = update(-reward)
+    x_T, rewards = common.noise((16, 2, 4, 4), 0, "x_T", 0, indices), []
+    steps = [prfl.draw_step(0, 0, N)] * 8 if name == "prfl" else prfl.draw_steps(0, 0, N, 8).tolist()
+    stride = 1 if name == "prfl" else -(-N // 2)
+    for i, step in enumerate(steps):                                                # one video at a time
+        x, stops = x_T[i:i + 1], [*range(0, step - 1, stride), step - 1, step]
+        for a, b in zip(stops, stops[1:]):
+            x = x.detach()                                                          # the last step alone has gradients
+            x = x - (b - a) / N * policy(x, torch.tensor([1 - a / N]), context[i:i + 1])
+        rewards.append(pavrm(x, torch.tensor([1 - step / N]), context[i:i + 1]))
+    r = torch.cat(rewards)
+    loss = -r.mean() if name == "prfl" else torch.log(1 + torch.exp(-r)).mean()
+    reward_norm = update(loss)
 
     row, = metrics(folder, "hand")
-    wanted = {"sft_loss": sft.item(), "sft_grad_norm": sft_norm, "reward": reward.item(),
-              "reward_loss": -reward.item(), "reward_grad_norm": reward_norm, "rewarded_step": step}
+    wanted = {"sft_loss": sft.item(), "sft_grad_norm": sft_norm, "reward": r.mean().item(), "reward_loss": loss.item(),
+              "reward_grad_norm": reward_norm, "rewarded_step": sum(steps) / 8}
     assert {k: row[k] for k in wanted} == pytest.approx(wanted, rel=1e-4)
     start = load_transformer(folder / "generator").state_dict()
-    moved = distance(weights(folder, "prfl", "hand"), start)
-    assert 1e-4 < moved < 3e-4 and distance(weights(folder, "prfl", "hand"), policy.state_dict()) < 0.01 * moved
+    moved = distance(weights(folder, name, "hand"), start)
+    assert 1e-4 < moved < 3e-4 and distance(weights(folder, name, "hand"), policy.state_dict()) < 0.01 * moved
+
+
+def test_a_recipe_is_its_three_flags(folder):
+    """Bit for bit; a flag that is given goes before the recipe's; args.json holds what they came to."""
+    spelled = {"paper": "--rewarded_step per_batch --rollout_passes 0 --reward_loss linear",
+               "steady": "--rewarded_step per_video --rollout_passes 4 --reward_loss logsigmoid"}
+    other = {"paper": "steady", "steady": "paper"}
+    for recipe, flags in spelled.items():
+        method = ["--method", "prfl", "--num_inference_steps", "7", "--max_train_steps", "2", "--recipe"]
+        run(*command(folder, "sft", f"named-{recipe}", *method, recipe))
+        run(*command(folder, "sft", f"spelled-{recipe}", *method, other[recipe], *flags.split()))
+        named, spelled_out = (metrics(folder, f"{kind}-{recipe}") for kind in ("named", "spelled"))
+        assert named == spelled_out
+        args = json.loads((folder / f"spelled-{recipe}/args.json").read_text())
+        assert {name: args[name] for name in prfl.RECIPES[recipe]} == prfl.RECIPES[recipe]
+    assert metrics(folder, "named-paper")[1] != metrics(folder, "named-steady")[1]
 
 
 def test_updates_and_what_they_move(folder, one_rank):
-    for name, updates in (("prfl", 2), ("refl", 2), ("sft", 1), ("rwr", 1)):                     # per iteration
+    for name, updates in (("prfl", 2), ("steady", 2), ("refl", 2), ("sft", 1), ("rwr", 1)):                     # per iteration
         state = torch.load(folder / f"one-{name}/checkpoint-000005/train_state.pt", weights_only=True)
         assert state["step"] == STEPS and state["optimizer"]["state"][0]["step"] == STEPS * updates
         saved = load_file(folder / f"one-{name}/checkpoint-000005/transformer" / WEIGHTS)
@@ -220,6 +245,34 @@ def test_two_ranks_are_one_rank_with_twice_the_batch(folder, one_rank, two_ranks
     assert distance(weights(folder, name, f"half-{name}"), alone) > 0.2 * moved
     for row, other in zip(metrics(folder, f"one-{name}"), metrics(folder, f"two-{name}"), strict=True):
         assert row == pytest.approx(other, rel=1e-3, abs=1e-5)
+
+
+COUNTED = """
+import os, sys, common, model, train_align
+forward, count = model.VideoDiT.forward, []
+
+def counted(self, x, *more, **how):
+    count.append(self.training)                                 # the policy trains, PAVRM's trunk is frozen in eval mode
+    return forward(self, x, *more, **how)
+
+model.VideoDiT.forward, leave = counted, common.teardown
+common.teardown = lambda: (open(f"{sys.argv[1]}-{os.environ['RANK']}", "w").write(str(sum(count))), leave())
+common.cli(train_align.main, train_align.Config, "", sys.argv[2:])
+"""
+
+
+def test_both_ranks_make_the_same_number_of_passes(folder):
+    """Under FSDP they must; with one video a rank their own steps differ in nearly every iteration."""
+    (folder / "counted.py").write_text(COUNTED)
+    script, argv = command(folder, "prfl", "counted", "--recipe", "steady", "--num_inference_steps", "8", "--no-sft_updates",
+                           "--checkpointing_steps", "9", batch_size=1)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           folder / "counted.py", folder / "passes", *argv], env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    drawn = [prfl.draw_steps(0, i, 8, 2).tolist() for i in range(STEPS)]
+    needed = sum(-(-(max(steps) - 1) // 2) + 1 for steps in drawn)                  # strides of two, and one with gradients
+    alone = sum(-(-(steps[0] - 1) // 2) + 1 for steps in drawn)
+    assert [int((folder / f"passes-{rank}").read_text()) for rank in range(2)] == [needed, needed] and alone < needed
 
 
 # ---- kill and resume

@@ -20,8 +20,9 @@ TINY = dict(in_dim=16, out_dim=16, dim=24, ffn_dim=48, num_heads=2, num_layers=2
 STEPS = 5
 RUNS = {"reward": ("train_reward", "reward", ["--holdout", "8", "--depth", "2"]),
         "reward_rgb": ("train_reward", "reward", ["--holdout", "8", "--space", "rgb", "--frames", "all"]),
-        "prfl": ("train_align", "transformer", ["--method", "prfl"]),
-        "refl": ("train_align", "transformer", ["--method", "refl"]),
+        "prfl": ("train_align", "transformer", ["--method", "prfl", "--recipe", "paper"]),
+        "steady": ("train_align", "transformer", ["--method", "prfl", "--recipe", "steady", "--rollout_passes", "2"]),  # of 4
+        "refl": ("train_align", "transformer", ["--method", "refl", "--recipe", "paper"]),
         "sft": ("train_align", "transformer", ["--method", "sft"]),
         "rwr": ("train_align", "transformer", ["--method", "rwr", "--num_samples", "24"])}
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}

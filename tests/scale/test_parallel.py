@@ -66,16 +66,16 @@ def torchrun(folder, code, *argv):
 def runs(folder):
     """one-*: one process, batch 8. two-*: two FSDP ranks. one-to-two-*: its last iteration, on two FSDP ranks.
     killed-prfl: two FSDP ranks, one killed while the second checkpoint was written, and resumed."""
-    for name, more in (("prfl", []), ("reward", []), ("lora", LORA)):
-        kind = "reward" if name == "reward" else "prfl"
+    for name, more in (("prfl", []), ("steady", []), ("reward", []), ("lora", LORA)):
+        kind = "prfl" if name == "lora" else name
         run(*command(folder, kind, f"one-{name}", *more))
     fsdp = lambda kind, output, *more, b: command(folder, kind, output, "--parallel", "fsdp", *more, batch_size=b)
     killed = fsdp("prfl", "killed-prfl", *MICRO, b=2)
     done = torchrun(folder, KILLED, *killed[1])
     assert done.returncode == 1 and "Signal 9 (SIGKILL)" in done.stderr, done.stderr[-3000:]
     assert [step for step, _ in list_checkpoints(folder / "killed-prfl")] == [2]
-    jobs = [fsdp("prfl", "two-prfl", *MICRO, b=2), fsdp("reward", "two-reward", "--gradient_checkpointing", b=4),
-            fsdp("prfl", "two-lora", *LORA, b=4), (killed[0], [*killed[1], "--resume", "latest"])]
+    jobs = [*(fsdp(name, f"two-{name}", *MICRO, b=2) for name in ("prfl", "steady")),
+            fsdp("reward", "two-reward", "--gradient_checkpointing", b=4), fsdp("prfl", "two-lora", *LORA, b=4), (killed[0], [*killed[1], "--resume", "latest"])]
     for name in ("prfl", "reward"):
         jobs.append(fsdp(name, f"one-to-two-{name}", "--resume", f"{folder}/one-{name}/checkpoint-000004", b=4))
     done = torchrun(folder, DRIVER, json.dumps(jobs))
@@ -83,13 +83,13 @@ def runs(folder):
 
 
 def start_of(name):
-    if name == "prfl":
+    if name != "reward":
         return generator().state_dict()
     torch.manual_seed(0)                                        # as the script seeds it
     return PAVRM.from_generator(generator(), 2).state_dict()
 
 
-@pytest.mark.parametrize("name", ["prfl", "reward"])
+@pytest.mark.parametrize("name", ["prfl", "steady", "reward"])
 def test_two_fsdp_ranks_are_one_process_with_twice_the_batch(folder, runs, name):
     alone, together = (weights(folder, name, f"{ranks}-{name}") for ranks in ("one", "two"))
     assert distance(alone, together) < 0.005 * distance(alone, start_of(name))
