@@ -1,0 +1,46 @@
+"""One writer at a time in a folder. Readers take no lock and are not held up.
+
+The lock is the system's (flock on FOLDER/.lock), so it goes when its process ends, however that ends: a file that was
+left behind locks nothing. The file holds the writer's process id, for the one that comes second.
+"""
+import errno
+import fcntl
+import os
+import socket
+import sys
+from pathlib import Path
+
+from common import InputError
+
+NAME = ".lock"
+UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)      # file systems that were mounted without locks
+
+
+def hold(folder):
+    """Creates `folder` and becomes its one writer -> the open lock file. The lock lasts until that file is closed, or the
+    process ends: keep it in a variable, or `with hold(folder):`. Raises InputError naming the process that writes there."""
+    path = Path(folder) / NAME
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")  # not "w": who comes second must find the first one's number
+    except OSError as error:
+        raise InputError(f"{error.filename or path}: cannot be written ({error.strerror}): name another folder") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read(200).strip() or "another one"
+        file.close()
+        raise InputError(f"{folder}: process {holder} is writing there: wait until it ends, or name another folder") from None
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            file.close()
+            raise InputError(f"{path}: cannot be locked ({error.strerror})") from None
+        print(f"warning: {folder}: its file system has no locks: see to it that nothing else writes there", file=sys.stderr)
+    try:
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+    except OSError as error:  # a full disk: locked all the same, but nothing else will fit either
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+    return file
