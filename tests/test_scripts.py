@@ -498,7 +498,7 @@ def test_best_of_is_what_search_gives_and_lifts_the_base(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, words", [
     (("--best_of", 8, "--cuts", "half"), "--cuts half"), (("--cuts", "0:1"), "--best_of 1"), (("--reward", "x"), "--best_of"),
-    (("--best_of", 2, "--reward", "nowhere"), "nowhere"), (("--best_of", 0), "--best_of"), (("--task", "i2v", "--best_of", 2), "reward")])
+    (("--best_of", 2, "--reward", "nowhere"), "nowhere"), (("--best_of", 0), "--best_of")])
 def test_search_refuses(capsys, tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)
     assert words in refused(capsys, sample, "--prompt", "a", *flags)
