@@ -3,6 +3,8 @@
     python evaluate.py checkpoints runs/sft runs/prfl --output_dir results/mine
     python evaluate.py base=checkpoints prfl=runs/prfl --num_videos 512
     python evaluate.py --task i2v base=checkpoints/i2v prfl=runs/prfl_i2v
+    python evaluate.py checkpoints --best_of 8                  search.py: of 8 candidates a video, what the reward keeps
+    python evaluate.py checkpoints --split reworded             sentences in wordings that no training saw
 
 Each folder holds transformer/ (or is one); `name=folder` names it in the tables. The first is the one the others are
 compared with. Prompts and seeds are disjoint from all training. Writes table.md, table.json, per_video.json,
@@ -31,6 +33,7 @@ import torch.nn.functional as F
 
 import common
 import flow
+import search
 from common import InputError, arg
 from formats import runs
 from formats.codec import load_text_encoder, load_vae
@@ -59,8 +62,11 @@ class Config:
     num_videos: int = arg(512, "held-out prompts, one video each", above=0)
     num_inference_steps: int = arg(16, "Euler steps", above=0)
     guidance_scale: float = arg(1.0, "classifier-free guidance; 1 is none", at_least=0)
-    split: str = arg("test", "held-out sentences: test to report on, validation to choose on",
-                     choices=("test", "validation"))
+    best_of: int = arg(1, "candidates a video, of which the reward model keeps one (search.py)", above=0)
+    cuts: str | None = arg(None, "when it drops them: time:candidates that stay, such as .75:4,.56:2,.37:1; 0:1 judges finished "
+                           "ones alone; without, half at .75, a quarter at .56, one at .37")
+    split: str = arg("test", "held-out sentences: test to report on, validation to choose on; reworded: with verbs, order and "
+                     "phrases that training never sees", choices=("test", "validation", "reworded"))
     seed: int = arg(0, "of the noise and of the prompts, among the held-out ones", at_least=0)
     mixed_precision: str = arg("bf16", "autocast dtype", choices=("no", "bf16"))
 
@@ -135,6 +141,7 @@ def main(config):
     runtime = common.setup(config.mixed_precision, config.seed)
     if runtime.world_size > 1:
         raise InputError("evaluate.py runs on one process: start it without torchrun")
+    cuts = search.parse_cuts(config.best_of, config.cuts)
     named = dict(part.split("=", 1) if "=" in part else (Path(part).name, part) for part in config.checkpoints)
     if len(named) < len(config.checkpoints):
         raise InputError("two checkpoints have one name: give them as name=folder")
@@ -144,6 +151,8 @@ def main(config):
     text = load_text_encoder(f"{config.model}/text_encoder").to(runtime.device).eval()
     vae = load_vae(f"{config.model}/vae").to(runtime.device)
     reward = config.reward or (f"{config.model}/reward" if Path(f"{config.model}/reward").is_dir() else None)
+    if config.best_of > 1 and not reward:
+        raise InputError(f"--best_of {config.best_of} needs a reward model: name one with --reward")
     pavrms = {name: load_pavrm(reward, dit).to(runtime.device) for name, dit in generators.items()} if reward else {}
     n = config.num_videos
     seed = 7_000 + config.seed
@@ -158,11 +167,17 @@ def main(config):
     found, videos = {}, {}
     for name, dit in generators.items():
         dit = dit.to(runtime.device).eval()
-        latents = torch.cat([
-            flow.sample(dit, given.shape[1:], context[i:i + 128], seed, range(i, min(n, i + 128)),
-                        config.num_inference_steps, guidance_scale=config.guidance_scale,
-                        y=None if y is None else y[i:i + 128], autocast=runtime.autocast)
-            for i in common.progress(range(0, n, 128), f"{name} (x128)")])
+        latents = []
+        for i in common.progress(range(0, n, 128), f"{name} (x128)"):
+            j = range(i, min(n, i + 128))
+            what = given.shape[1:], context[j], seed, j, config.num_inference_steps
+            how = dict(guidance_scale=config.guidance_scale, y=None if y is None else y[j], autocast=runtime.autocast)
+            if config.best_of > 1:
+                found_best, passes = search.best_of(dit, pavrms[name], *what, cuts, **how)
+            else:
+                found_best = flow.sample(dit, *what, **how)
+            latents.append(found_best)
+        latents = torch.cat(latents)
         videos[name] = torch.cat([to_pixels(vae.decode(x)).cpu() for x in latents.split(128)])
         found[name] = measure(videos[name], prompts, clean if image_to_video else None)
         if reward:
@@ -181,7 +196,8 @@ def main(config):
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     tables = markdown(rows, pairs)
-    (folder / "table.md").write_text(f"{n} held-out prompts, same noise, {config.num_inference_steps} Euler steps; "
+    searched = "" if config.best_of == 1 else f"the best of {config.best_of} by the reward, {passes:g} forward passes a video; "
+    (folder / "table.md").write_text(f"{n} held-out prompts, same noise, {config.num_inference_steps} Euler steps; {searched}"
                                      "95 % bootstrap intervals.\n\n" + tables)
     runs.write_json(folder / "table.json", {"config": {k: v for k, v in vars(config).items()}, "rows": rows,
                                               "against_first": pairs})

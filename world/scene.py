@@ -28,6 +28,13 @@ WORDINGS = ("a {c} {s} moving {d}", "a {c} {s} moves {d}", "the {c} {s} glides {
             "a {c} {s} that slides {d}")
 PHRASES = {"right": ("to the right", "right"), "left": ("to the left", "left"),
            "up": ("up", "upwards"), "down": ("down", "downwards")}
+# Sentences of the split "reworded", kept out of all training, validation and choice: built otherwise, with other verbs and
+# phrases, in another order. Only the words for colour, shape and direction are the world's own, or the annotator could not tell
+# what was asked.
+REWORDED = ("{c} coloured {s} that goes {d}", "see this {c} {s}: it floats {d}", "some {c} {s} rolling {d}", "{d} flies a {c} {s}",
+            "a {s}, {c}, on its way {d}")
+REPHRASED = {"right": ("towards the right", "rightwards"), "left": ("towards the left", "leftwards"),
+             "up": ("straight up", "up and up"), "down": ("straight down", "down and down")}
 RADIUS = (0.15, 0.18)            # of a disc with the subject's area
 SPEED = (0.036, 0.070)           # per frame
 MAX_SKEW = math.radians(20)      # between the motion and the caption's direction
@@ -88,13 +95,15 @@ def split_of(prompt):
 
 
 def all_prompts(split):
-    """Every caption of `split` ("train", "validation" or "test") as {(colour, shape, direction): [sentences]}."""
+    """Every caption of `split` ("train", "validation", "test", or "reworded") as {(colour, shape, direction): [sentences]}."""
+    reworded = split == "reworded"
     prompts = {}
     for color in COLORS:
         for shape in SHAPES:
-            for direction, phrases in PHRASES.items():
-                sentences = [wording.format(c=color, s=shape, d=phrase) for wording in WORDINGS for phrase in phrases]
-                prompts[color, shape, direction] = [s for s in sentences if split_of(s) == split]
+            for direction, phrases in (REPHRASED if reworded else PHRASES).items():
+                sentences = [wording.format(c=color, s=shape, d=phrase)
+                             for wording in (REWORDED if reworded else WORDINGS) for phrase in phrases]
+                prompts[color, shape, direction] = [s for s in sentences if reworded or split_of(s) == split]
     return prompts
 
 
@@ -217,6 +226,6 @@ def make(count, seed, kind="clean", size="tiny", split="train", severity=None):
 
 def parse_prompt(prompt):
     """What a caption asks for: {"color", "shape", "direction"}, None where it says nothing."""
-    words = prompt.lower().replace(",", " ").replace(".", " ").split()
+    words = prompt.lower().translate(str.maketrans(",.:", "   ")).split()
     first = lambda names: next((n for word in words for n in names if word in (n, n + "s", n + "wards")), None)
     return {"color": first(COLORS), "shape": first(SHAPES), "direction": first(DIRECTIONS)}

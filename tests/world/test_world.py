@@ -106,8 +106,21 @@ def test_prompts_of_training_validation_and_test_are_disjoint():
     assert set(scene.draw_prompts(64, 5, split="validation")) <= flat["validation"]
 
 
+def test_reworded_sentences_share_no_wording_with_the_world():
+    """Every combination, no sentence, verb or phrase of the world's; what is left in common are the words asked for, and
+    articles."""
+    reworded = scene.all_prompts("reworded")
+    everything = {s for split in ("train", "validation", "test") for of in scene.all_prompts(split).values() for s in of}
+    assert set(reworded) == COMBINATIONS
+    sentences = {s for of in reworded.values() for s in of}
+    assert len(sentences) == len(COMBINATIONS) * len(scene.REWORDED) * 2 and not sentences & everything
+    words = lambda sentences: {word.strip(",:") for s in sentences for word in s.split()}
+    assert words(sentences) & words(everything) <= {*scene.COLORS, *scene.SHAPES, *scene.DIRECTIONS, "a", "the", "that"}
+    assert set(scene.make(64, 5, split="reworded")[1]) <= sentences
+
+
 def test_prompts_are_read_back():
-    for split in ("train", "validation", "test"):
+    for split in ("train", "validation", "test", "reworded"):
         for (c, s, d), sentences in scene.all_prompts(split).items():
             for sentence in sentences:
                 assert scene.parse_prompt(sentence) == {"color": c, "shape": s, "direction": d}

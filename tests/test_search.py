@@ -1,0 +1,134 @@
+"""search.py against rewards and velocities whose best candidate is known, and against flow.sample."""
+import pytest
+import torch
+from tiny import generator
+from torch import nn
+
+import common
+import flow
+import search
+from common import InputError
+from pavrm import PAVRM
+
+SHAPE = (2, 3, 2, 2)  # c, f, h, w
+N = 8
+
+
+class Straight(nn.Module):
+    """Ends at x_T - target, whatever the steps; counts the videos it was called with."""
+
+    def __init__(self, target=0.5, blocks=4):
+        super().__init__()
+        self.target, self.blocks, self.seen = target, range(blocks), 0
+
+    def forward(self, x, t, context, y=None):
+        self.seen += len(x)
+        return torch.full_like(x, self.target) if y is None else y.expand_as(x)
+
+
+class Brightest(nn.Module):
+    """Rewards the mean of x; half as deep as the generator."""
+
+    def __init__(self, blocks=2):
+        super().__init__()
+        self.trunk, self.seen = nn.Module(), []
+        self.trunk.blocks = range(blocks)
+
+    def forward(self, x, t, context, y=None):
+        self.seen.append((float(t[0]), len(x)))
+        return x.mean((1, 2, 3, 4)) + context.mean((1, 2))
+
+
+def find(n, cuts=None, indices=range(5), dit=None, reward=None, seed=3, **how):
+    context = torch.zeros(len(indices), 2, 4)
+    return search.best_of(dit or Straight(), reward or Brightest(), SHAPE, context, seed, indices, N,
+                          search.parse_cuts(n, cuts), **how)
+
+
+def candidates(n, indices=range(5), seed=3):
+    return torch.stack([common.noise(SHAPE, seed, "sample", k, indices) for k in range(n)], 1)      # [m, n, c, f, h, w]
+
+
+@pytest.mark.parametrize("cuts", ["0:1", ".5:1", ".75:3,.5:2,.25:1", ".75:3", None])
+def test_the_brightest_start_ends_brightest_so_every_plan_finds_it(cuts):
+    x = candidates(6)
+    best = x.mean((2, 3, 4, 5)).argmax(1)
+    found, _ = find(6, cuts)
+    torch.testing.assert_close(found, x[range(5), best] - 0.5)
+
+
+def test_each_cut_ranks_what_the_one_before_left_at_its_own_time():
+    """A reward that turns around: the two brightest of six at t = 3/4, of these the darker one at the end."""
+    class Turning(Brightest):
+        def forward(self, x, t, context, y=None):
+            return super().forward(x, t, context) * torch.where(t > 0.5, 1, -1)
+    x, reward = candidates(6), Turning()
+    second = x.mean((2, 3, 4, 5)).topk(2, 1).indices[:, 1]
+    found, _ = find(6, ".75:2,0:1", reward=reward)
+    torch.testing.assert_close(found, x[range(5), second] - 0.5)
+    assert reward.seen == [(0.75, 30), (0.0, 10)]
+
+
+def test_one_candidate_is_what_sample_makes_and_more_begin_with_it():
+    dit = generator()
+    context = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0))
+    shape = (16, 2, 4, 4)
+    one = flow.sample(dit, shape, context, 7, range(5), 4)
+    found, passes = search.best_of(dit, PAVRM.from_generator(dit, 1), shape, context, 7, range(5), 4, search.parse_cuts(1))
+    assert torch.equal(found, one) and passes == 4
+    never = lambda x, t, context: (x - never.first).square().flatten(1).sum(1).neg()               # nearest to a given video
+    never.trunk, never.first = PAVRM.from_generator(dit, 1).trunk, one[2]
+    found, _ = search.best_of(dit, never, shape, context[2:3], 7, [2], 4, search.parse_cuts(3, "0:1"))
+    torch.testing.assert_close(found[0], one[2])
+
+
+@pytest.mark.parametrize("n, cuts, guidance, passes", [
+    (8, "0:1", 1.0, 8 * 8 + 8 / 2),                                     # every candidate whole, one reward each: K / L = 1/2
+    (8, ".75:4,.5:2,.25:1", 1.0, 8 * 2 + 4 + 4 * 2 + 2 + 2 * 2 + 1 + 2),
+    (8, ".75:4,.5:2,.25:1", 3.0, 8 * 4 + 4 + 4 * 4 + 2 + 2 * 4 + 1 + 4),           # guidance: two passes a step
+    (4, ".5:2", 1.0, 4 * 4 + 2 + 2 * 4 + 1),                            # down to one at the end, though it does not say so
+    (1, None, 1.0, 8)])
+def test_passes_are_those_made(n, cuts, guidance, passes):
+    dit, reward = Straight(), Brightest()
+    assert find(n, cuts, dit=dit, reward=reward, guidance_scale=guidance)[1] == passes
+    assert (dit.seen + sum(k for _, k in reward.seen) / 2) / 5 == passes
+
+
+def test_a_video_depends_on_seed_and_index_only():
+    whole = find(6)[0]
+    torch.testing.assert_close(find(6, batch_size=4)[0], whole)         # fewer at a time than a video has candidates
+    torch.testing.assert_close(find(6, indices=[4, 1])[0], whole[[4, 1]])
+    assert not torch.allclose(find(6, indices=[1], seed=4)[0], whole[1:2])
+
+
+def test_every_candidate_has_its_own_videos_prompt_and_image():
+    y = torch.randn(5, 1, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    x = candidates(4)
+    found, _ = find(4, "0:1", y=y, batch_size=3)
+    torch.testing.assert_close(found, x[range(5), x.mean((2, 3, 4, 5)).argmax(1)] - y)
+
+
+def test_a_candidate_that_is_not_finite_never_wins():
+    class Broken(Brightest):
+        def forward(self, x, t, context, y=None):
+            return super().forward(x, t, context).index_fill(0, torch.tensor([0]), torch.nan)
+    found, _ = find(3, "0:1", indices=[0], reward=Broken())
+    x = candidates(3, [0])[0, 1:]
+    torch.testing.assert_close(found[0], x[x.mean((1, 2, 3, 4)).argmax()] - 0.5)
+
+
+def test_cuts():
+    assert search.parse_cuts(8, ".75:4,.56:2,.37:1") == ((1.0, 8), (0.75, 4), (0.56, 2), (0.37, 1))
+    assert search.parse_cuts(8, ".5:2") == ((1.0, 8), (0.5, 2), (0.0, 1))
+    for n in range(1, 20):
+        cuts = search.default_cuts(n)
+        assert cuts[0] == (1.0, n) and cuts[-1][1] == 1
+        assert all(t > later and keep > fewer for (t, keep), (later, fewer) in zip(cuts, cuts[1:]))
+
+
+@pytest.mark.parametrize("n, text", [
+    (8, ""), (8, "x"), (8, ".5"), (8, ".5:2:1"), (8, ".5:8"), (8, ".5:0"), (8, "1:4"), (8, "-.1:1"), (8, ".5:4,.75:2"),
+    (8, ".5:2,.25:2"), (8, ".5:1.5"), (8, "nan:1"), (8, "0:1,0:1"), (1, "0:1")])
+def test_cuts_that_cannot_be(n, text):
+    with pytest.raises(InputError, match="--cuts"):
+        search.parse_cuts(n, text)
