@@ -1,4 +1,4 @@
-"""Which VAE, text encoder and image encoder a folder holds: the one place that decides it.
+"""Which VAE, text encoder and image encoder a folder holds, and how its generator is used: the one place that decides it.
 
 A folder's config.json tells. The embedded world's own small models (world/) and Wan2.1's (formats/wan.py, which needs
 requirements-wan.txt) have the same methods, so nothing else in this repository asks which of them it has:
@@ -10,6 +10,7 @@ All come in eval mode, without gradients on their weights. Weights that do not f
 """
 from common import InputError
 from formats.weights import load_weights, read_config
+from world import scene
 from world.text_encoder import TextEncoder
 from world.vae import VideoVAE
 
@@ -44,3 +45,27 @@ def load_image_encoder(path):
     """The image encoder in folder `path`: Wan2.1's CLIP vision model as transformers stores it."""
     from formats.wan import WanImageEncoder
     return WanImageEncoder(path)
+
+
+# ---- how a generator is used
+WAN_CONTEXT = 512                                               # tokens of UMT5's context, by which Wan2.1 is known
+# Wan2.1's own negative prompt: it names what the films it was trained on should not have looked like.
+WAN_NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，"
+                "残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，"
+                "三条腿，背景人很多，倒着走")
+
+
+def published(dit_config, height=None):
+    """How a generator of this config is used where nobody says otherwise: {"size" (W, H), "frames", "fps",
+    "num_inference_steps", "guidance_scale", "shift", "negative_prompt"}.
+
+    Wan2.1: what its authors publish, but for the steps, which are the paper's (Sec. 5.1). height: of the video in pixels,
+    where it is not the default, as the shift depends on it: 3 at 480P, 5 at 720P. The embedded world's: as it was trained;
+    its null prompt is all zeros, so it has no negative one.
+    """
+    if dit_config["text_len"] == WAN_CONTEXT:
+        return {"size": (832, 480), "frames": 81, "fps": 16.0, "num_inference_steps": 40, "guidance_scale": 5.0,
+                "shift": 5.0 if (height or 480) >= 720 else 3.0, "negative_prompt": WAN_NEGATIVE}
+    world = scene.SIZES["small" if dit_config["dim"] > 192 else "tiny"]
+    return {"size": (world["resolution"],) * 2, "frames": world["frames"], "fps": float(scene.FPS),
+            "num_inference_steps": 32, "guidance_scale": 1.0, "shift": 1.0, "negative_prompt": None}

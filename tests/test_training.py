@@ -50,8 +50,12 @@ def one_rank(folder):
 
 
 # ---- the loop
-def test_one_iteration_is_algorithm_1_by_hand(folder):
-    run(*command(folder, "prfl", "hand", "--max_train_steps", "1", "--learning_rate", "1e-4"))
+@pytest.mark.parametrize("shift", [None, 3])
+def test_one_iteration_is_algorithm_1_by_hand(folder, shift):
+    """Without --shift, and with one: rollout, rewarded step and PAVRM's t are at the warped times."""
+    run(*command(folder, "prfl", "hand", "--max_train_steps", "1", "--learning_rate", "1e-4",
+                 *(["--shift", str(shift)] if shift else [])))
+    times = [(shift or 1) * u / (1 + ((shift or 1) - 1) * u) for u in (1, 0.75, 0.5, 0.25, 0)]
     policy, pavrm = load_transformer(folder / "generator"), load_pavrm(folder / "generator/reward")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4, weight_decay=0)
     shards, indices = data.Shards(folder / "data"), range(8)
@@ -75,9 +79,9 @@ def test_one_iteration_is_algorithm_1_by_hand(folder):
     sft_norm = update(sft)
     context = shards.batch(good[data.order(len(good), 1, 0, indices, 8)])["context"]
     x, step = common.noise((16, 2, 4, 4), 0, "x_T", 0, indices), prfl.draw_step(0, 0, 4)
-    for i in range(step):                                                           # dt = 1 / 4
-        x = x.detach() - policy(x.detach(), torch.full((8,), 1 - i / 4), context) / 4
-    reward = pavrm(x, torch.full((8,), 1 - step / 4), context).mean()
+    for now, after in zip(times[:step], times[1:]):
+        x = x.detach() - policy(x.detach(), torch.full((8,), now), context) * (now - after)
+    reward = pavrm(x, torch.full((8,), times[step]), context).mean()
     reward_norm = update(-reward)
 
     row, = metrics(folder, "hand")
