@@ -58,7 +58,7 @@ def guided_velocity(dit, x, t, context, guidance_scale=1.0, null=None, **image):
     v = dit(x, t, context, **image)
     if guidance_scale == 1.0:
         return v
-    v_null = dit(x, t, torch.zeros_like(context) if null is None else null.expand_as(context), **image)
+    v_null = dit(x, t, torch.zeros_like(context) if null is None else null.expand(len(x), -1, -1), **image)
     return v_null + guidance_scale * (v - v_null)
 
 
