@@ -133,7 +133,7 @@ def check_images(videos, dit_config, size):
     """Raises InputError for an image that is missing, superfluous, damaged or does not fit."""
     for image in dict.fromkeys(video.image for video in videos):
         if (dit_config["model_type"] == "i2v") != (image is not None):
-            raise InputError("--image, or an image in each row of --prompts, is needed by image-to-video models, and by those "
+            raise InputError("--image is needed by image-to-video models (or an image in each row of --prompts), and by those "
                              f"alone; this one is {dit_config['model_type']}")
         if image is not None:
             read_clip(image, size=size, frames=1)

@@ -9,7 +9,6 @@ requirements-wan.txt) have the same methods, so nothing else in this repository 
 All come in eval mode, without gradients on their weights. Weights that do not fit are an InputError.
 """
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -58,9 +57,10 @@ def load_image_encoder(path):
 # ---- how a generator is used
 WAN_CONTEXT = 512                                               # tokens of UMT5's context, by which Wan2.1 is known
 # Wan2.1's own negative prompt: it names what the films it was trained on should not have looked like.
-WAN_NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，"
-                "残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，"
-                "三条腿，背景人很多，倒着走")
+WAN_NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，"
+                "最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，"
+                "畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，"
+                "背景人很多，倒着走")
 
 
 def published(dit_config, height=None):

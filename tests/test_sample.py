@@ -98,7 +98,7 @@ def refused(capsys, *argv):
     with pytest.raises(SystemExit) as end:
         run(*argv)
     lines = capsys.readouterr().err.strip().splitlines()
-    assert end.value.code == 2 and len([line for line in lines if line.startswith("error: ")]) == 1 and "Traceback" not in str(lines)
+    assert end.value.code == 2 and [line.startswith("error: ") for line in lines].count(True) == 1 and "Traceback" not in str(lines)
     return lines[-1]
 
 
@@ -140,7 +140,8 @@ def test_prompts_of_every_kind_of_file(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("a.txt", b"", "no prompt"), ("a.txt", b" \n\n", "no prompt"), ("a.txt", b"\xff\xfe", "UTF-8"), ("a.csv", b"prompt\n", "no prompt"),
+    ("a.txt", b"", "no prompt"), ("a.txt", b" \n\n", "no prompt"), ("a.txt", b"\xff\xfe", "UTF-8"),
+    ("a.csv", b"prompt\n", "no prompt"),
     ("a.jsonl", b'["x"]', "row 1: is not a JSON object"), ("a.jsonl", b'{"prompt": "x"}\n{', "row 2: is not a JSON object"),
     ("a.jsonl", b'{"prompt": ["x"]}', "must be text"), ("a.jsonl", b'{"prompt": 3}', "must be text"),
     ("a.jsonl", b'{"prompts": "x"}', "must be text"), ("a.jsonl", b'{"prompt": "x \\ud83d"}', "lone surrogate"),
