@@ -52,18 +52,19 @@ def predict_x0(x, v, t):
     return x - _like(t, x) * v.to(x.dtype)
 
 
-def guided_velocity(dit, x, t, context, guidance_scale=1.0, **image):
-    """Velocity with classifier-free guidance against the null prompt (all-zero context); 1 switches it off."""
+def guided_velocity(dit, x, t, context, guidance_scale=1.0, null=None, **image):
+    """Velocity with classifier-free guidance; 1 switches it off. null [l, d_text]: the context of the prompt that it leads
+    away from, for Wan the encoded negative prompt; None is all zeros, as the embedded world's generators were trained."""
     v = dit(x, t, context, **image)
     if guidance_scale == 1.0:
         return v
-    v_null = dit(x, t, torch.zeros_like(context), **image)
+    v_null = dit(x, t, torch.zeros_like(context) if null is None else null.expand(len(x), -1, -1), **image)
     return v_null + guidance_scale * (v - v_null)
 
 
 @torch.no_grad()
 def rollout(dit, x, context, num_steps, *, first=0, last=None, longest=None, passes=0, shift=1.0, guidance_scale=1.0,
-            **image):
+            null=None, **image):
     """Integrate from noise towards data without gradients. image: y and clip of an image-to-video model.
 
     x: [b, c, f, h, w] at schedule(num_steps)[first]; runs steps first .. last - 1 (last = num_steps: to t = 0), so
@@ -81,14 +82,14 @@ def rollout(dit, x, context, num_steps, *, first=0, last=None, longest=None, pas
             moving = torch.tensor([0])                                      # a pass for the other ranks' sake: dt = 0
         t, t_next = (times[last[moving].clamp(max=k).to(x.device)] for k in (i, i + stride))
         j = moving.to(x.device)
-        v = guided_velocity(dit, x[j], t, None if context is None else context[j], guidance_scale,
+        v = guided_velocity(dit, x[j], t, None if context is None else context[j], guidance_scale, null,
                             **{name: z[j] for name, z in image.items() if z is not None})
         x = x.index_copy(0, j, euler_step(x[j], v, t, t_next))
     return x
 
 
 @torch.no_grad()
-def sample(dit, latent_shape, context, seed, indices, num_steps, *, shift=1.0, guidance_scale=1.0,
+def sample(dit, latent_shape, context, seed, indices, num_steps, *, shift=1.0, guidance_scale=1.0, null=None,
            batch_size=128, autocast=None, **image):
     """Finished latents [m, c, f, h, w] of examples `indices`, whose noise depends only on (seed, index).
 
@@ -99,6 +100,6 @@ def sample(dit, latent_shape, context, seed, indices, num_steps, *, shift=1.0, g
         j = slice(i, i + batch_size)
         x_T = common.noise(latent_shape, seed, "sample", 0, indices[j]).to(context.device)
         with autocast() if autocast else torch.autocast(context.device.type, enabled=False):
-            latents.append(rollout(dit, x_T, context[j], num_steps, shift=shift, guidance_scale=guidance_scale,
+            latents.append(rollout(dit, x_T, context[j], num_steps, shift=shift, guidance_scale=guidance_scale, null=null,
                                    **{name: z[j] for name, z in image.items() if z is not None}))
     return torch.cat(latents)

@@ -21,14 +21,15 @@ def rwr_weights(rewards):
     return weights.float(), (weights.sum() ** 2 / weights.square().sum() / len(weights)).item()
 
 
-def weighted_samples(policy, pavrm, latent_shape, context, seed, num_steps, runtime, **image):
+def weighted_samples(policy, pavrm, latent_shape, context, seed, num_steps, runtime, shift=1.0, **image):
     """The untrained policy's own samples of given prompts: x0 [m, c, f, h, w], and exp(reward) of each with mean 1 [m].
 
     context [m, l, d_text]; image: y and clip [m, ...] of an image-to-video policy. Raises FloatingPointError if a reward
     is not finite.
     """
     m = len(context)
-    x0 = flow.sample(policy, latent_shape, context, seed, range(m), num_steps, autocast=runtime.autocast, **image)
+    x0 = flow.sample(policy, latent_shape, context, seed, range(m), num_steps, shift=shift, autocast=runtime.autocast,
+                     **image)
     t = torch.zeros(m, device=context.device)
     with torch.no_grad(), runtime.autocast():
         rewards = torch.cat([pavrm(x0[i:i + 128], t[i:i + 128], context[i:i + 128],

@@ -1,101 +1,256 @@
-"""Sample videos for a prompt, to mp4.
+"""Sample videos, one prompt or thousands, from every generator that training knows, to mp4.
 
     python sample.py --prompt "a red circle moving to the right"
     python sample.py --prompt "a blue square moves up" --transformer runs/align/transformer --num_videos 4 \\
         --contact_sheet sheet.png
     python sample.py --prompt "a blue square moves up" --best_of 8         search.py: the best of 8, by the latent reward
     python sample.py --task i2v --prompt "a red circle moving to the right" --image first.png
+    python sample.py --model Wan2.1 --lora pytorch_lora_weights.safetensors --prompt "a cat lands on its feet"
+    torchrun --nproc_per_node=8 sample.py --model Wan2.1 --prompts prompts.txt --output_dir clips     own samples, to label
+
+--prompts FILE: .txt, a prompt a line; or .jsonl or .csv with prompt and, where wanted, image (a first frame) and seed.
+--output_dir gets an mp4 a video and metadata.jsonl, which label.py and data.py read. Under torchrun each process makes its
+share. A second run goes on where a killed one stopped; the files are the same, byte for byte, on any number of processes.
+
+What is not said comes from the model. Embedded world: 32*32, 9 frames at 8 fps, 32 steps, no guidance, shift 1. Wan2.1, as
+published: 832*480, 81 frames at 16 fps, guidance 5, shift 3 (5 from 720P on), its negative prompt; and the paper's 40 steps.
+Text encoder, generator and VAE are on the GPU one after another.
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 """
+import dataclasses
+import hashlib
+import itertools
+import json
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import common
+import data
 import flow
 import search
 from common import InputError, arg
-from formats.codec import load_text_encoder, load_vae
-from formats.video import contact_sheet, from_pixels, read_clip, to_pixels, write_video
+from formats import codec, runs
+from formats.prompts import read_prompts
+from formats.video import contact_sheet, read_clip, write_video
 from formats.weights import TASKS, resolve_model
-from model import first_frame_condition, load_transformer
+from model import load_transformer
 from pavrm import load_pavrm
-from world import scene
+from scale import lora, parallel
+
+BATCH_LATENTS = 2 ** 12                                         # latent positions of a batch where no flag says
 
 
 @dataclass
 class Config:
-    prompt: str = arg(..., "what the video shows, in plain words")
+    prompt: str | None = arg(None, "what the video shows, in plain words")
+    prompts: str | None = arg(None, "file of many prompts; give --output_dir too")
     output: str = arg("sample.mp4", "mp4 to write; with several videos, sample-0.mp4, sample-1.mp4, ...")
+    output_dir: str | None = arg(None, "folder for the videos of --prompts, and metadata.jsonl")
     task: str | None = arg(None, "which shipped generator, without --model: t2v, or i2v (image-to-video)", choices=TASKS)
-    model: str | None = arg(None, "another folder with transformer/, text_encoder/ and vae/")
+    model: str | None = arg(None, "another folder with transformer/, text_encoder/, vae/ (and image_encoder/), e.g. Wan2.1's")
     transformer: str | None = arg(None, "another generator, e.g. runs/align/transformer")
+    lora: str | None = arg(None, "LoRA file to add to the generator, in diffusers' or ComfyUI's names")
     image: str | None = arg(None, "first frame (png, jpg, or a video's first frame), for image-to-video models")
-    size: str = arg("tiny", "size of the video", choices=tuple(scene.SIZES))
-    num_videos: int = arg(1, "videos to make", above=0)
-    num_inference_steps: int = arg(32, "Euler steps from noise to video", above=0)
-    guidance_scale: float = arg(1.0, "classifier-free guidance; 1 is none", at_least=0)
-    seed: int = arg(0, "of the noise", at_least=0)
+    size: str | None = arg(None, "W*H of the video; without, the model's")
+    frames: int | None = arg(None, "frames, 4k + 1; without, the model's", at_least=5)
+    fps: float | None = arg(None, "frames per second of the file; without, the model's", above=0)
+    num_videos: int = arg(1, "videos of each prompt", above=0)
+    num_inference_steps: int | None = arg(None, "Euler steps from noise to video; without, the model's", above=0)
+    guidance_scale: float | None = arg(None, "classifier-free guidance, 1 is none; without, the model's", at_least=0)
+    negative_prompt: str | None = arg(None, "what guidance leads away from; without, Wan2.1's own, or an all-zero context")
+    shift: float | None = arg(None, "warps the times of the steps towards noise, 1 is uniform; without, the model's", above=0)
+    seed: int = arg(0, "of the noise; a row of --prompts may have its own", at_least=0)
     best_of: int = arg(1, "candidates a video, of which the reward model keeps one (search.py)", above=0)
     cuts: str | None = arg(None, "when it drops them: time:candidates that stay, such as .75:4,.56:2,.37:1; 0:1 judges finished "
                            "ones alone; without, half at .75, a quarter at .56, one at .37")
     reward: str | None = arg(None, "reward model of --best_of; without, <model>/reward")
     contact_sheet: str | None = arg(None, "also write all frames of all videos as one PNG")
-    mixed_precision: str = arg("no", "autocast dtype", choices=("no", "bf16"))
+    batch_size: int | None = arg(None, "videos of one seed in a pass; without, by their size: 1 for Wan2.1's", above=0)
+    mixed_precision: str | None = arg(None, "autocast dtype; without, bf16 for Wan2.1, else no", choices=("no", "bf16"))
+    parallel: str = arg("ddp", "under torchrun: the generator whole on each GPU (ddp), or 1 / GPUs of it (fsdp)",
+                        choices=parallel.KINDS)
 
 
-@torch.no_grad()
-def main(config):
-    if not config.prompt.strip():
+@dataclass
+class Video:
+    """One video to make; its noise depends on seed and index alone."""
+    path: Path
+    prompt: str
+    image: str | None
+    seed: int
+    index: int
+
+
+def check_flags(config):
+    """Raises InputError for flags that cannot work, before anything is loaded."""
+    if (config.prompt is None) == (config.prompts is None):
+        raise InputError("give --prompt, or --prompts with a file of them")
+    if config.prompts is None:
+        common.refuse(config, ("output_dir",), "with one --prompt: --output names its file")
+    else:
+        common.refuse(config, ("output", "contact_sheet"), "with --prompts: --output_dir names their folder")
+        if config.output_dir is None:
+            raise InputError("--prompts needs --output_dir, the folder for its videos")
+    if config.prompt is not None and not config.prompt.strip():
         raise InputError("--prompt is empty: say what the video shows")
     if Path(config.output).suffix.lower() != ".mp4":
         raise InputError(f"--output {config.output}: the name must end in .mp4")
     if config.contact_sheet and Path(config.contact_sheet).suffix.lower() != ".png":
         raise InputError(f"--contact_sheet {config.contact_sheet}: the name must end in .png")
-    cuts = search.parse_cuts(config.best_of, config.cuts)
+    data.parse_size(config)
+    search.parse_cuts(config.best_of, config.cuts)
     if config.best_of == 1:
         common.refuse(config, ("reward",), "without --best_of")
-    runtime = common.setup(config.mixed_precision, config.seed)
-    if runtime.world_size > 1:
-        raise InputError("sample.py runs on one process: start it without torchrun")
-    resolve_model(config, config.transformer)
-    dit = load_transformer(config.transformer or config.model).to(runtime.device).eval()
-    if config.best_of > 1:
-        pavrm = load_pavrm(config.reward or f"{config.model}/reward", dit).to(runtime.device)
-    text = load_text_encoder(f"{config.model}/text_encoder").to(runtime.device).eval()
-    vae = load_vae(f"{config.model}/vae").to(runtime.device)
-    b = config.num_videos
-    shape = scene.LATENT_SHAPES[config.size]
-    if (dit.config["model_type"] == "i2v") != (config.image is not None):
-        raise InputError("--image is needed by image-to-video models, and by those alone; this one is "
-                         + dit.config["model_type"])
-    y = None
-    if config.image:
-        side = scene.SIZES[config.size]["resolution"]
-        frame = read_clip(config.image, size=(side, side), frames=1)[0]                    # [1, h, w, 3]
-        first = vae.encode(from_pixels(frame[None].to(runtime.device)))                         # [1, c, 1, h, w]
-        y = first_frame_condition(first.expand(b, -1, shape[1], -1, -1))                        # [b, 4 + c, f, h, w]
-    context = text.encode([config.prompt] * b)                                                  # [b, l, d]
-    what = shape, context, config.seed, range(b), config.num_inference_steps
-    how = dict(guidance_scale=config.guidance_scale, y=y, autocast=runtime.autocast)
-    if config.best_of > 1:
-        latents, passes = search.best_of(dit, pavrm, *what, cuts, **how)
-        print(f"best of {config.best_of}: {passes:g} forward passes a video, {passes / config.num_inference_steps:.1f} times "
-              "those of one candidate")
-    else:
-        latents = flow.sample(dit, *what, **how)
-    videos = to_pixels(vae.decode(latents)).cpu()                                               # [b, F, H, W, 3]
 
-    output = Path(config.output)
-    for i, video in enumerate(videos):
-        path = output if b == 1 else output.with_name(f"{output.stem}-{i}{output.suffix}")
-        write_video(path, video, fps=scene.FPS)
-        print(f"wrote {path}")
-    if config.contact_sheet:
-        contact_sheet(videos, config.contact_sheet)
-        print(f"wrote {config.contact_sheet}")
+
+def fill_in(config, dit_config):
+    """What the flags leave open, as the model is used -> size (W, H)."""
+    size = data.parse_size(config) or codec.published(dit_config)["size"]
+    for name, value in codec.published(dit_config, size[1]).items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+    config.size = f"{size[0]}*{size[1]}"
+    c, f, h, w = codec.latent_shape(dit_config, size, config.frames)
+    config.batch_size = config.batch_size or max(1, BATCH_LATENTS // (f * h * w))
+    return size
+
+
+def list_videos(config):
+    """[Video], in order."""
+    output, n = Path(config.output), config.num_videos
+    if config.prompt is not None:
+        paths = [output if n == 1 else output.with_name(f"{output.stem}-{k}{output.suffix}") for k in range(n)]
+        return [Video(path, config.prompt, config.image, config.seed, k) for k, path in enumerate(paths)]
+    return [Video(Path(config.output_dir) / (f"{i:06d}.mp4" if n == 1 else f"{i:06d}-{k}.mp4"), row["prompt"],
+                  row["image"] or config.image, *((config.seed, i * n + k) if row["seed"] is None else (row["seed"], k)))
+            for i, row in enumerate(read_prompts(config.prompts)) for k in range(n)]
+
+
+def batches(videos, batch_size):
+    """The list cut into batches of one seed. They are the same whatever is done already and however many processes there
+    are, as rounding, and with it the bytes of a file, can depend on a video's neighbours in its batch."""
+    for _, same in itertools.groupby(videos, lambda video: video.seed):
+        same = list(same)
+        yield from (same[i:i + batch_size] for i in range(0, len(same), batch_size))
+
+
+def check_images(videos, dit_config, size):
+    """Raises InputError for an image that is missing, superfluous, damaged or does not fit."""
+    for image in dict.fromkeys(video.image for video in videos):
+        if (dit_config["model_type"] == "i2v") != (image is not None):
+            raise InputError("--image is needed by image-to-video models (or an image in each row of --prompts), and by those "
+                             f"alone; this one is {dit_config['model_type']}")
+        if image is not None:
+            read_clip(image, size=size, frames=1)
+
+
+def start_folder(config, videos):
+    """Makes --output_dir; sample.json in it says how its videos are made. Raises InputError where it says otherwise."""
+    kept = ("model", "transformer", "lora", "size", "frames", "fps", "num_inference_steps", "guidance_scale", "negative_prompt",
+            "shift", "batch_size", "mixed_precision", "best_of", "cuts", "reward")
+    rows = repr([(video.path.name, *dataclasses.astuple(video)[1:]) for video in videos])
+    settings = {name: getattr(config, name) for name in kept} | {"videos": hashlib.sha256(rows.encode()).hexdigest()[:16]}
+    path = Path(config.output_dir) / "sample.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        if changed := [name for name in settings if before.get(name) != settings[name]]:
+            raise InputError(f"--output_dir {config.output_dir}: its videos were made with other {', '.join(changed)}: use the "
+                             "same flags and prompts, or another folder")
+    elif Path(config.output_dir).is_dir() and any(Path(config.output_dir).iterdir()):
+        raise InputError(f"--output_dir {config.output_dir}: holds files of something else; name a new folder")
+    else:
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        runs.write_json(path, settings)
+
+
+def write_metadata(folder, videos):
+    """metadata.jsonl of the videos that are there."""
+    rows = [{"file_name": video.path.name, "prompt": video.prompt, "seed": video.seed}
+            | ({"image": video.image} if video.image else {}) for video in videos if video.path.exists()]
+    data.replace_text(Path(folder) / "metadata.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+@torch.no_grad()
+def main(config):
+    check_flags(config)
+    model = resolve_model(config, config.transformer)
+    videos = list_videos(config)
+    dit = load_transformer(config.transformer or model, dtype=None).eval().requires_grad_(False)
+    wan = dit.config["text_len"] == codec.WAN_CONTEXT
+    config.mixed_precision = config.mixed_precision or ("bf16" if wan else "no")
+    runtime = common.setup(config.mixed_precision, config.seed)
+    parallel.check(config.parallel)
+    size, device = fill_in(config, dit.config), runtime.device
+    if config.lora:
+        lora.merge_file(dit, config.lora)
+    check_images(videos, dit.config, size)
+    cuts = search.parse_cuts(config.best_of, config.cuts)
+    pavrm = load_pavrm(config.reward or f"{model}/reward", dit) if config.best_of > 1 else None
+    todo = list(batches(videos, config.batch_size))
+    if config.output_dir:
+        if runtime.rank == 0:
+            start_folder(config, videos)
+        todo = common.gather([batch for batch in todo if not all(video.path.exists() for video in batch)])[0]
+    shape = codec.latent_shape(dit.config, size, config.frames)
+    mine, shown = parallel.rounds(todo, runtime, config.parallel), []
+
+    vae = codec.load_vae(f"{model}/vae")
+    clip = codec.load_image_encoder(f"{model}/image_encoder") if dit.config["image_dim"] else None
+    negative = [] if config.negative_prompt is None else [config.negative_prompt]
+    prompts = [video.prompt for batch, _ in mine for video in batch] + negative
+    contexts = codec.encode_texts(f"{model}/text_encoder", prompts, device)
+    null = contexts[negative[0]].to(device) if negative else None                                   # [l, d]
+    if config.parallel == "fsdp":
+        on_device = partial(nullcontext, parallel.shard(dit.float(), runtime, "fsdp"))
+    else:
+        on_device = partial(codec.on, parallel.narrow(dit, runtime.dtype), device)
+
+    for batch, counts in common.progress(mine, f"videos (x{config.batch_size * runtime.world_size})"):
+        context = codec.stack_contexts([contexts[video.prompt] for video in batch]).to(device)          # [b, l, d]
+        image = {}
+        if batch[0].image:
+            images = list(dict.fromkeys(video.image for video in batch))
+            first = torch.stack([read_clip(image, size=size, frames=1)[0][0] for image in images]).to(device)
+            with codec.on(vae, device), codec.on(clip or vae, device):
+                image = codec.image_conditions(dit.config, vae, clip, first, config.frames)
+            image = {name: x[[images.index(video.image) for video in batch]] for name, x in image.items()}
+        what = shape, context, batch[0].seed, [video.index for video in batch], config.num_inference_steps
+        how = dict(shift=config.shift, guidance_scale=config.guidance_scale, null=null, autocast=runtime.autocast, **image)
+        with on_device():
+            if pavrm is None:
+                latents = flow.sample(dit, *what, **how)                                            # [b, c, f, h, w]
+            else:
+                with codec.on(pavrm, device):
+                    latents, passes = search.best_of(dit, pavrm, *what, cuts, batch_size=config.batch_size, **how)
+        if not counts:
+            continue
+        with codec.on(vae, device):
+            pixels = codec.decode_pixels(vae, latents)                                              # [b, F, H, W, 3]
+        for video, frames in zip(batch, pixels):
+            write_video(video.path, frames, config.fps)
+        if config.output_dir and runtime.rank == 0:
+            write_metadata(config.output_dir, videos)
+        if config.contact_sheet:
+            shown += [(video.index, frames) for video, frames in zip(batch, pixels)]
+    shown = sorted(itertools.chain(*common.gather(shown)), key=lambda one: one[0])
+    if runtime.rank == 0:
+        if pavrm is not None and mine:
+            print(f"best of {config.best_of}: {passes:g} forward passes a video, {passes / config.num_inference_steps:.1f} times "
+                  "those of one candidate")
+        if config.output_dir:
+            write_metadata(config.output_dir, videos)
+            print(f"wrote {len(videos)} videos and metadata.jsonl in {config.output_dir}")
+        else:
+            print(*(f"wrote {video.path}" for video in videos), sep="\n")
+        if config.contact_sheet:
+            contact_sheet(torch.stack([frames for _, frames in shown]), config.contact_sheet)
+            print(f"wrote {config.contact_sheet}")
+    common.teardown()
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def parse_cuts(n, text=None):
 
 @torch.no_grad()
 def best_of(dit, pavrm, latent_shape, context, seed, indices, num_steps, cuts, *, shift=1.0, guidance_scale=1.0,
-            batch_size=128, autocast=None, **image):
+            null=None, batch_size=128, autocast=None, **image):
     """-> (the best candidates' latents [m, c, f, h, w], forward passes of dit per video; a reward counts as the share of
     dit's blocks that it runs).
 
@@ -73,7 +73,7 @@ def best_of(dit, pavrm, latent_shape, context, seed, indices, num_steps, cuts, *
     x, step, passes = x.to(context.device), 0, 0                                                # [m, k, c, f, h, w]
     for cut in sorted({*keep_at, num_steps}):
         x = each(lambda x, text, **image: flow.rollout(dit, x, text, num_steps, first=step, last=cut, shift=shift,
-                                                     guidance_scale=guidance_scale, **image), x)
+                                                     guidance_scale=guidance_scale, null=null, **image), x)
         passes += (cut - step) * cost_of_step * x.shape[1]
         step = cut
         if cut in keep_at:

@@ -30,6 +30,8 @@ import refl_baseline
 import rwr_baseline
 from common import InputError, arg
 from formats import runs
+from formats.codec import published
+from formats.video import SPACE
 from formats.weights import TASKS, resolve_model
 from model import export_transformer, image_inputs, load_transformer
 from pavrm import load_pavrm
@@ -54,6 +56,8 @@ class Config:
     curated_dir: str | None = arg(None, "where curated clips are kept, or found; without, <output_dir>/curated")
     num_samples: int = arg(2048, "own samples that rwr weights", above=0)
     num_inference_steps: int = arg(16, "N, Euler steps of a rollout; the paper has 40", above=0)
+    shift: float | None = arg(None, "warps the times of rollouts and own samples towards noise; without, as the model is "
+                              "used: 1 (uniform) in the embedded world, Wan2.1: 3, from 720P on 5", above=0)
     reward_weight: float = arg(1.0, "lambda of Alg. 1; Adam and clipping make its size matter little", above=0)
     recipe: str = arg("paper", "prfl and refl: the paper's Alg. 1 to the letter, or steady, which needs no stopping in time: "
                       "sets the three flags below where they are not given", choices=tuple(prfl.RECIPES))
@@ -150,6 +154,7 @@ def main(config):
     resume = config.resume_from_checkpoint and runs.resolve_checkpoint(config.output_dir, config.resume_from_checkpoint)
     state = runs.load_state(resume) if resume else {"step": 0}
     shards, curated = load_curated(config, policy, runtime)
+    config.shift = config.shift or published(policy.config, SPACE * shards.latent_shape[2])["shift"]
     accumulation = config.gradient_accumulation_steps
     global_batch = config.batch_size * runtime.world_size * accumulation
     N = config.num_inference_steps
@@ -164,7 +169,7 @@ def main(config):
         # The untrained policy makes these, also on a resume: so before parallel.load_state fills in trained weights.
         _, own_context, own_image = curated_batch(config.seed + 1, 0, range(config.num_samples))
         own_x0, own_weights = rwr_baseline.weighted_samples(policy, pavrm, shards.latent_shape, own_context,
-                                                            config.seed + 2, N, runtime, **own_image)
+                                                            config.seed + 2, N, runtime, config.shift, **own_image)
     # One AdamW for both updates, as in Alg. 1: their gradients never meet, its moments average over both.
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=config.learning_rate,
                                   weight_decay=config.weight_decay)
@@ -200,8 +205,8 @@ def main(config):
             drawn = prfl.draw_steps(config.seed, iteration, N, global_batch, config.trajectory_part)    # of all ranks
         else:
             drawn = torch.tensor([prfl.draw_step(config.seed, iteration, N, config.trajectory_part)]).expand(global_batch)
-        how = dict(longest=int(drawn.max()), rollout_passes=config.rollout_passes, reward_weight=config.reward_weight,
-                   loss=config.reward_loss, **image)
+        how = dict(longest=int(drawn.max()), rollout_passes=config.rollout_passes, shift=config.shift,
+                   reward_weight=config.reward_weight, loss=config.reward_loss, **image)
         with runtime.autocast():
             if config.method == "refl":
                 loss, reward = refl_baseline.refl_update_loss(policy, pixel_reward, vae, x_T, context, drawn[indices], N,

@@ -48,6 +48,7 @@ class Config:
     num_samples: int = arg(16384, "own samples to make and label (without --data)", above=0)
     samples_dir: str | None = arg(None, "where own samples are kept, or found; without, <output_dir>/samples")
     num_inference_steps: int = arg(16, "Euler steps of each own sample", above=0)
+    shift: float = arg(1.0, "warps the times of own samples towards noise; 1: uniform", above=0)
     holdout: int = arg(400, "labelled videos kept for the report", above=0)
     depth: int = arg(8, "K, blocks of the generator in the trunk (Table 8); the paper has 8 of 40, the shipped model 8 in all",
                      above=0)
@@ -82,7 +83,7 @@ def main(config):
     state = runs.load_state(resume) if resume else {"step": 0}
     shards = data.Shards(config.data) if config.data else clips.own_samples(
         config.samples_dir or Path(config.output_dir) / "samples", dit.to(runtime.device), config.model,
-        config.num_samples, config.num_inference_steps, config.size, config.seed, runtime)
+        config.num_samples, config.num_inference_steps, config.size, config.seed, runtime, config.shift)
     shards.require_fit(dit, labelled=bool(config.data))
     train, held = data.labelled_split(shards, config.holdout, config.seed)
     share = (shards.labels[train] == 1).float().mean().item()

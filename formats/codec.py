@@ -1,4 +1,4 @@
-"""Which VAE, text encoder and image encoder a folder holds: the one place that decides it.
+"""Which VAE, text encoder and image encoder a folder holds, and how its generator is used: the one place that decides it.
 
 A folder's config.json tells. The embedded world's own small models (world/) and Wan2.1's (formats/wan.py, which needs
 requirements-wan.txt) have the same methods, so nothing else in this repository asks which of them it has:
@@ -8,8 +8,16 @@ requirements-wan.txt) have the same methods, so nothing else in this repository 
 
 All come in eval mode, without gradients on their weights. Weights that do not fit are an InputError.
 """
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+
 from common import InputError
+from formats.video import SPACE, TIME, from_pixels, to_pixels
 from formats.weights import load_weights, read_config
+from model import image_inputs
+from world import scene
 from world.text_encoder import TextEncoder
 from world.vae import VideoVAE
 
@@ -44,3 +52,82 @@ def load_image_encoder(path):
     """The image encoder in folder `path`: Wan2.1's CLIP vision model as transformers stores it."""
     from formats.wan import WanImageEncoder
     return WanImageEncoder(path)
+
+
+# ---- how a generator is used
+WAN_CONTEXT = 512                                               # tokens of UMT5's context, by which Wan2.1 is known
+# Wan2.1's own negative prompt: it names what the films it was trained on should not have looked like.
+WAN_NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，"
+                "最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，"
+                "畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，"
+                "背景人很多，倒着走")
+
+
+def published(dit_config, height=None):
+    """How a generator of this config is used where nobody says otherwise: {"size" (W, H), "frames", "fps",
+    "num_inference_steps", "guidance_scale", "shift", "negative_prompt"}.
+
+    Wan2.1: what its authors publish, but for the steps, which are the paper's (Sec. 5.1). height: of the video in pixels,
+    where it is not the default, as the shift depends on it: 3 at 480P, 5 at 720P. The embedded world's: as it was trained;
+    its null prompt is all zeros, so it has no negative one.
+    """
+    if dit_config["text_len"] == WAN_CONTEXT:
+        return {"size": (832, 480), "frames": 81, "fps": 16.0, "num_inference_steps": 40, "guidance_scale": 5.0,
+                "shift": 5.0 if (height or 480) >= 720 else 3.0, "negative_prompt": WAN_NEGATIVE}
+    world = scene.SIZES["small" if dit_config["dim"] > 192 else "tiny"]
+    return {"size": (world["resolution"],) * 2, "frames": world["frames"], "fps": float(scene.FPS),
+            "num_inference_steps": 32, "guidance_scale": 1.0, "shift": 1.0, "negative_prompt": None}
+
+
+# ---- text, generator and VAE on the device one after another
+@contextmanager
+def on(module, device):
+    """The module on the device, and off it after, where that is a GPU: a 14B generator's 29 GB make room for the VAE."""
+    yield module.to(device)
+    if torch.device(device).type == "cuda":
+        module.cpu()
+
+
+def encode_texts(folder, prompts, device):
+    """{prompt: context [l, d] on the CPU, without the zeros behind it, which every generator adds again}. The text encoder
+    in `folder` is loaded, used and let go. One prompt at a time: rounding, and with it the bytes of a video, would depend on
+    its neighbours in a batch."""
+    text, found = load_text_encoder(folder).to(device), {}
+    for prompt in dict.fromkeys(prompts):
+        context = text.encode([prompt])[0].float().cpu()                                    # [l, d]
+        tokens = context.abs().sum(-1).nonzero()
+        found[prompt] = context[:int(tokens.max()) + 1 if len(tokens) else 1].clone()
+    return found
+
+
+def stack_contexts(contexts):
+    """Contexts [l, d] of several lengths -> [b, longest l, d], zeros behind the shorter ones."""
+    return torch.nn.utils.rnn.pad_sequence(contexts, batch_first=True)
+
+
+def latent_shape(dit_config, size, frames):
+    """(c, f, h, w) of the latents of a video of size (W, H)."""
+    return dit_config["out_dim"], (frames - 1) // TIME + 1, size[1] // SPACE, size[0] // SPACE
+
+
+def image_conditions(dit_config, vae, image_encoder, first, frames):
+    """What an image-to-video generator takes of first frames uint8 [b, H, W, 3] of videos of so many frames, as keywords:
+    y [b, 4 + c, f, h, w], and clip [b, m, image_dim] if it has image tokens. As Wan does where the context is Wan's: the
+    VAE's code of the frame with blank ones behind it; in the embedded world zeros stand behind it."""
+    video = from_pixels(first[:, None])                                                     # [b, 3, 1, H, W]
+    if dit_config["text_len"] == WAN_CONTEXT:
+        video = F.pad(video, (0, 0, 0, 0, 0, frames - 1))                                   # [b, 3, F, H, W]
+        x = vae.encode(video)
+        batch = {"latents": x, "condition": x}
+    else:
+        batch = {"latents": F.pad(vae.encode(video), (0, 0, 0, 0, 0, (frames - 1) // TIME))}
+    if dit_config["image_dim"]:
+        batch["clip_fea"] = image_encoder.encode(first)
+    return image_inputs(dit_config, batch, first.device)
+
+
+def decode_pixels(vae, latents, pixels=2 ** 23):
+    """latents [b, c, f, h, w] -> uint8 videos [b, F, H, W, 3] on the CPU; so many pixels at a time, one video at least."""
+    _, _, f, h, w = latents.shape
+    at_once = max(1, pixels // (TIME * f * h * w * SPACE ** 2))
+    return torch.cat([to_pixels(vae.decode(x)).cpu() for x in latents.split(at_once)])

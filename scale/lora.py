@@ -1,22 +1,19 @@
 """LoRA: y = W x + b + alpha / r * B A x, with W and b frozen, on q, k, v, o of every attention of the policy.
 
-A [r, d] starts random and B [d, r] at zero, so training starts at the base model. Only A and B have
-gradients and optimizer state. The file is what diffusers reads, `pipeline.load_lora_weights(output_dir)`;
-alpha / r is multiplied into B there, so that every reader finds scale 1. `merge` gives plain weights again.
+A [r, d] starts random and B [d, r] at zero, so training starts at the base model; or both start from a file, on the layers
+that it names. Only A and B have gradients and optimizer state. formats/adapters.py has the files. `merge` gives plain
+weights again.
 
 Axes: d model width, r rank.
 """
-import os
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
 from common import InputError, generator
-from formats.weights import diffusers_name
-
-FILE = "pytorch_lora_weights.safetensors"
+from formats.adapters import FILE, read_adapters, write_adapters
 
 
 class LoRALinear(nn.Module):
@@ -32,24 +29,42 @@ class LoRALinear(nn.Module):
         return F.linear(x, self.weight, self.bias) + self.scale * self.lora_B(self.lora_A(x))
 
 
-def add(dit, rank, alpha=None, seed=0):
-    """Freezes a VideoDiT, in place, and gives its attentions adapters that train. rank 0: changes nothing.
+def read_for(dit, path):
+    """`read_adapters`, and they fit a VideoDiT. Raises InputError if they are of another model."""
+    adapters, shapes = read_adapters(path), {name: tuple(p.shape) for name, p in dit.named_parameters()}
+    for layer, (A, B) in adapters.items():
+        if shapes.get(f"{layer}.weight") != (len(B), A.shape[1]):
+            raise InputError(f"--lora {path}: is of another model: {layer} changes a weight of {[len(B), A.shape[1]]}, "
+                             f"this one has {list(shapes.get(f'{layer}.weight', []))}")
+    return adapters
 
-    alpha None: as rank, scale 1. Call it before parallel.shard. Raises InputError on an alpha without a rank.
+
+def add(dit, rank, alpha=None, seed=0, path=None):
+    """Freezes a VideoDiT, in place, and gives its attentions adapters that train. rank 0 and no path: changes nothing.
+
+    alpha None: as rank, scale 1. path: a LoRA file to go on from, which has its own rank. Call it before parallel.shard.
+    Raises InputError on an alpha without a rank, a rank that is not the file's, or a file of another model.
     """
-    if not rank:
+    start = read_for(dit, path) if path else {}
+    if not rank and not start:
         if alpha:
             raise InputError("--lora_alpha scales adapters: give --lora_rank too, or leave it out")
         return
+    if wrong := [len(A) for A, _ in start.values() if rank and len(A) != rank]:
+        raise InputError(f"--lora_rank {rank}: the adapters in {path} have rank {wrong[0]}; leave it out to go on from them")
     dit.requires_grad_(False)
     draws = generator(seed, "lora")
-    for block in dit.blocks:
-        for attention in (block.self_attn, block.cross_attn):
-            for name in ("q", "k", "v", "o"):
-                layer = LoRALinear(getattr(attention, name), rank, (alpha or rank) / rank)
-                nn.init.kaiming_uniform_(layer.lora_A.weight, a=5 ** 0.5, generator=draws)
-                nn.init.zeros_(layer.lora_B.weight)
-                setattr(attention, name, layer)
+    for layer in start or [f"blocks.{i}.{kind}_attn.{x}" for i in range(len(dit.blocks))
+                           for kind in ("self", "cross") for x in "qkvo"]:
+        r = rank or len(start[layer][0])
+        adapted = LoRALinear(dit.get_submodule(layer), r, (alpha or r) / r)
+        if start:
+            adapted.lora_A.weight.data, adapted.lora_B.weight.data = start[layer][0], start[layer][1] / adapted.scale
+        else:
+            nn.init.kaiming_uniform_(adapted.lora_A.weight, a=5 ** 0.5, generator=draws)
+            nn.init.zeros_(adapted.lora_B.weight)
+        parent, name = layer.rsplit(".", 1)
+        setattr(dit.get_submodule(parent), name, adapted)
 
 
 def scaled(state, alpha):
@@ -71,13 +86,15 @@ def merge(state, alpha=None):
     return merged
 
 
-def save(state, folder, alpha=None):
+@torch.no_grad()
+def merge_file(dit, path):
+    """Adds the adapters in a LoRA file to a plain VideoDiT's weights, in place. Raises InputError if they do not fit."""
+    for layer, (A, B) in read_for(dit, path).items():
+        W = dit.get_parameter(f"{layer}.weight")
+        W.copy_(W.float() + B @ A)
+
+
+def save(state, folder, alpha=None, layout="diffusers"):
     """Writes the adapters of a state_dict, if it has any, as folder/pytorch_lora_weights.safetensors."""
-    adapters = {}
-    for layer, (A, B) in scaled(state, alpha).items():
-        theirs = diffusers_name(f"transformer.{layer}.")
-        adapters |= {f"{theirs}lora_A.weight": A.contiguous(), f"{theirs}lora_B.weight": B.contiguous()}
-    if adapters:
-        temporary = Path(folder) / f"{FILE}.tmp"
-        save_file(adapters, temporary, {"format": "pt"})
-        os.replace(temporary, Path(folder) / FILE)              # whole or not at all
+    if adapters := scaled(state, alpha):
+        write_adapters(Path(folder) / FILE, adapters, layout)

@@ -66,6 +66,24 @@ def shard(model, runtime, kind):
     return model
 
 
+def rounds(work, runtime, kind):
+    """This rank's share of `work`, a list: [(item, whether it counts)]. Under fsdp it is equally long on every rank, as all
+    must call a model equally often: one that has less repeats an item without effect."""
+    mine = [(item, True) for item in work[runtime.rank::runtime.world_size]]
+    longest = -(-len(work) // runtime.world_size) if kind == "fsdp" else 0
+    return mine + [(work[0], False)] * (longest - len(mine))
+
+
+def narrow(dit, dtype):
+    """Stores the matrices of a VideoDiT's blocks in the dtype of autocast and the rest in float32, in place, to sample
+    with -> dit. Autocast would cast the same matrices at each call: results are the same, in half the memory."""
+    dit.float()
+    for layer in dit.blocks.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.to(dtype)
+    return dit
+
+
 def full_state(model):
     """{name: whole tensor on the CPU} on rank 0, {} on the others. Every rank must call it."""
     whole = {}

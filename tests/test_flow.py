@@ -140,6 +140,21 @@ def test_guidance():
         torch.testing.assert_close(flow.guided_velocity(curved, x, t, context, g), (1 - g) * v_null + g * v)
 
 
+def test_guidance_leads_away_from_the_null_context():
+    """Given one, the null prompt's velocity is that of its context, in a rollout and in samples too."""
+    x, context, null = randn(3, *SHAPE), randn(3, 2, 4, seed=1), randn(2, 4, seed=2)
+    t = torch.tensor([0.1, 0.5, 0.9])
+    v, v_null = curved(x, t, context), curved(x, t, null.expand(3, 2, 4))
+    torch.testing.assert_close(flow.guided_velocity(curved, x, t, context, 5.0, null), 5 * v - 4 * v_null)
+    guided = lambda x, t, context: flow.guided_velocity(curved, x, t, context, 5.0, null)
+    wanted = flow.rollout(guided, x, context, 4, shift=3.0)
+    assert torch.equal(flow.rollout(curved, x, context, 4, shift=3.0, guidance_scale=5.0, null=null), wanted)
+    drawn = flow.sample(curved, SHAPE, context, 7, range(3), 4, shift=3.0, guidance_scale=5.0, null=null)
+    x_T = common.noise(SHAPE, 7, "sample", 0, range(3))
+    assert torch.equal(drawn, flow.rollout(guided, x_T, context, 4, shift=3.0))
+    assert not torch.allclose(drawn, flow.sample(curved, SHAPE, context, 7, range(3), 4, shift=3.0, guidance_scale=5.0))
+
+
 def test_sample_depends_on_seed_and_index_only():
     context = randn(6, 2, 4)
     draw = lambda indices, seed=0, **how: flow.sample(curved, SHAPE, context[list(indices)], seed, indices, 4, **how)

@@ -50,10 +50,13 @@ def one_rank(folder):
 
 
 # ---- the loop
-@pytest.mark.parametrize("name, N", [("prfl", 4), ("steady", 4), ("steady", 7)])
-def test_one_iteration_is_algorithm_1_by_hand(folder, name, N):
-    """The paper's recipe; and the steady one, with strides of two steps (N = 4), and of four (7: at most 2 passes)."""
-    run(*command(folder, name, "hand", "--max_train_steps", "1", "--learning_rate", "1e-4", "--num_inference_steps", str(N)))
+@pytest.mark.parametrize("name, N, shift", [("prfl", 4, None), ("prfl", 4, 3), ("steady", 4, None), ("steady", 7, None)])
+def test_one_iteration_is_algorithm_1_by_hand(folder, name, N, shift):
+    """The paper's recipe, without --shift and with one (rollout, rewarded step and PAVRM's t are at the warped times); and
+    the steady one, with strides of two steps (N = 4), and of four (7: at most 2 passes)."""
+    run(*command(folder, name, "hand", "--max_train_steps", "1", "--learning_rate", "1e-4", "--num_inference_steps", str(N),
+                 *(["--shift", str(shift)] if shift else [])))
+    times = [(shift or 1) * u / (1 + ((shift or 1) - 1) * u) for u in (1 - i / N for i in range(N + 1))]
     policy, pavrm = load_transformer(folder / "generator"), load_pavrm(folder / "generator/reward")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4, weight_decay=0)
     shards, indices = data.Shards(folder / "data"), range(8)
@@ -83,8 +86,8 @@ def test_one_iteration_is_algorithm_1_by_hand(folder, name, N):
         x, stops = x_T[i:i + 1], [*range(0, step - 1, stride), step - 1, step]
         for a, b in zip(stops, stops[1:]):
             x = x.detach()                                                          # the last step alone has gradients
-            x = x - (b - a) / N * policy(x, torch.tensor([1 - a / N]), context[i:i + 1])
-        rewards.append(pavrm(x, torch.tensor([1 - step / N]), context[i:i + 1]))
+            x = x - (times[a] - times[b]) * policy(x, torch.tensor([times[a]]), context[i:i + 1])
+        rewards.append(pavrm(x, torch.tensor([times[step]]), context[i:i + 1]))
     r = torch.cat(rewards)
     loss = -r.mean() if name == "prfl" else torch.log(1 + torch.exp(-r)).mean()
     reward_norm = update(loss)

@@ -34,7 +34,7 @@ def require_world(model):
 
 
 @torch.no_grad()
-def own_samples(folder, generator, model, count, num_steps, size, seed, runtime):
+def own_samples(folder, generator, model, count, num_steps, size, seed, runtime, shift=1.0):
     """Shards of `count` samples of a VideoDiT, judged by the embedded world's annotator; made once and kept.
 
     Label 1: qualified on both axes and true to the prompt; 0: unqualified on an axis or against the prompt; none in
@@ -43,6 +43,7 @@ def own_samples(folder, generator, model, count, num_steps, size, seed, runtime)
     other settings.
     """
     settings = {"model": str(model), "count": count, "num_steps": num_steps, "size": size, "seed": seed}
+    settings |= {} if shift == 1 else {"shift": shift}
     if (Path(folder) / "shards.json").exists():
         shards = data.Shards(folder)
         if shards.settings != settings:
@@ -62,7 +63,7 @@ def own_samples(folder, generator, model, count, num_steps, size, seed, runtime)
         context = text.encode(wanted)                                                               # [b, l, d]
         y = first_frame_condition(vae.encode(from_pixels(first_frames[indices]).to(runtime.device))) \
             if image_to_video else None
-        x0 = flow.sample(generator, scene.LATENT_SHAPES[size], context, seed, indices, num_steps, y=y,
+        x0 = flow.sample(generator, scene.LATENT_SHAPES[size], context, seed, indices, num_steps, shift=shift, y=y,
                          autocast=runtime.autocast)                                                 # [b, c, f, h, w]
         judged = annotate(to_pixels(vae.decode(x0)).cpu(), wanted)
         labels = [1 if good else 0 if bad else None for good, bad in

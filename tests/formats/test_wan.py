@@ -6,15 +6,17 @@ import shutil
 import sys
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
 import common
 import data
+import sample
 import train_align
 import train_reward
 from common import InputError
-from formats import video, wan
+from formats import codec, video, wan
 from formats.codec import load_text_encoder, load_vae
 from model import image_inputs, load_transformer
 
@@ -265,3 +267,56 @@ def test_export_never_replaces_a_folder(pipelines, tmp_path):
     wan.export(wan.Export(str(pipelines / "t2v"), out=str(tmp_path / "official"), layout="wan", dtype="fp32"))
     a, b = (load_transformer(folder).state_dict() for folder in (pipelines / "t2v", tmp_path / "official"))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---- sample.py
+class Uniform(diffusers.FlowMatchEulerDiscreteScheduler):
+    """diffusers' Euler scheduler at flow.schedule's times: N + 1 of them, evenly from 1 to 0, then shifted once."""
+
+    def set_timesteps(self, num_inference_steps=None, device=None, **_):
+        super().set_timesteps(device=device, sigmas=np.linspace(1, 1 / num_inference_steps, num_inference_steps))
+
+
+def sampled(monkeypatch, *argv):
+    """-> latents [b, c, f, h, w] of sample.py's videos, in order"""
+    found, decode = [], codec.decode_pixels
+    with monkeypatch.context() as patch:
+        patch.setattr(codec, "decode_pixels", lambda vae, x: found.append(x.clone()) or decode(vae, x))
+        run(sample, *argv)
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("kind", ["t2v", "i2v"])
+def test_samples_are_the_pipelines_own(pipelines, tmp_path, monkeypatch, kind):
+    """Noise, shift, guidance against the negative prompt, first frame, every Euler step: the latents of diffusers' pipeline."""
+    g = torch.Generator().manual_seed(3)
+    picture = torch.randint(0, 256, (32, 48, 3), dtype=torch.uint8, generator=g)
+    video.write_png(tmp_path / "first.png", picture)
+    image = ["--image", tmp_path / "first.png"] if kind == "i2v" else []
+    ours = sampled(monkeypatch, "--model", pipelines / kind, "--prompt", "a red circle falls", "--negative_prompt", "blue square",
+                   *image, *FLAGS, "--num_inference_steps", 4, "--guidance_scale", 3.5, "--shift", 3, "--num_videos", 2,
+                   "--mixed_precision", "no", "--seed", 5, "--output", tmp_path / "x.mp4")
+    cls = diffusers.WanPipeline if kind == "t2v" else diffusers.WanImageToVideoPipeline
+    pipeline = cls.from_pretrained(pipelines / kind, scheduler=Uniform(shift=3.0))
+    pipeline.set_progress_bar_config(disable=True)
+    given = {"image": PIL.Image.fromarray(picture.numpy())} if kind == "i2v" else {}
+    for k in range(2):
+        theirs = pipeline(prompt="a red circle falls", negative_prompt="blue square", height=32, width=48, num_frames=9,
+                          num_inference_steps=4, guidance_scale=3.5, latents=common.noise((16, 3, 4, 6), 5, "sample", 0, [k]),
+                          output_type="latent", **given).frames
+        assert ours[k].abs().mean() > 0.1
+        torch.testing.assert_close(ours[k:k + 1], theirs, rtol=1e-4, atol=1e-4)
+        assert video.read_clip(tmp_path / f"x-{k}.mp4")[0].shape == (9, 32, 48, 3)
+        assert video.read_clip(tmp_path / f"x-{k}.mp4")[1] == 16
+
+
+def test_what_is_not_said_is_wans_own(pipelines, tmp_path):
+    """Published size, frames, rate, guidance, shift by size, negative prompt; the paper's 40 steps."""
+    dit = load_transformer(pipelines / "t2v")
+    config = sample.Config("a red circle")
+    assert sample.fill_in(config, dit.config) == (832, 480)
+    assert (config.frames, config.fps, config.num_inference_steps, config.guidance_scale, config.shift) == (81, 16, 40, 5, 3)
+    assert config.negative_prompt.startswith("色调艳丽") and config.batch_size == 1
+    config = sample.Config("a red circle", size="1280*720", guidance_scale=5.5)
+    sample.fill_in(config, dit.config)
+    assert config.shift == 5 and config.guidance_scale == 5.5
