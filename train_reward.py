@@ -9,9 +9,8 @@
 
 Without --data the base generator makes its own samples, the annotator labels them from pixels (good: qualified on both
 axes and true to the prompt; bad: unqualified; in between: dropped), and they stay in <output_dir>/samples. With --data
-they are your shards; labels are those beside their clips at start, label.py's answers or else the metadata's. Writes
-<output_dir>/reward, metrics.jsonl and report.json: held-out accuracy on clean videos and by t, where a pixel reward judges
-the clean video that the generator predicts from x_t.
+they are your shards, with the labels beside their clips (label.py's, else the metadata's). Writes <output_dir>/reward,
+metrics.jsonl and report.json: held-out accuracy on clean videos and by t (pixels: of the video predicted from x_t).
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 """
@@ -28,6 +27,7 @@ import flow
 import refl_baseline
 from common import arg
 from formats import runs
+from formats.labels import BAD
 from formats.weights import TASKS, resolve_model, save_module
 from model import image_inputs, load_transformer
 from pavrm import CRITERIA, PAVRM, POOLINGS
@@ -45,7 +45,7 @@ class Config:
     frames: str = arg("first", "rgb: the first frame alone, or all", choices=refl_baseline.FRAMES)
     data: str | None = arg(None, "labelled shards from `data.py encode`; without, the generator's own samples")
     labels: str | None = arg(None, "with --data: a labels.jsonl in place of the one beside the clips")
-    bad: str = arg("both", "with --data: bad is unqualified on both axes (A.2.3), or on any", choices=data.people.BAD)
+    bad: str = arg("both", "with --data: bad is unqualified on both axes (A.2.3), or on any", choices=BAD)
     output_dir: str = arg("runs/reward", "run folder")
     size: str = arg("tiny", "size of the embedded world (without --data)", choices=tuple(scene.SIZES))
     num_samples: int = arg(16384, "own samples to make and label (without --data)", above=0)
