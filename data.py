@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 
 import common
 from common import InputError, arg
+from formats import labels as people
 from formats.codec import load_image_encoder, load_text_encoder, load_vae
 from formats.video import frame_rate, from_pixels, read_clip
 from formats.weights import SHIPPED
@@ -88,16 +89,18 @@ def read_metadata(folder):
 
 # ---- latent shards
 def write_shards(folder, latents, contexts, labels, prompts, file_names=None, fps=8.0, settings=None,
-                 append=False, **extra):
+                 append=False, clips=None, **extra):
     """Writes one shard: latents [n, c, f, h, w] and contexts [n, l, d] as float32, labels (0, 1, None or -1),
     prompts; extra: of image-to-video, clip_fea [n, m, d'] and condition [n, c, f, h, w]. append: after the shards
-    there, else in their place. A kill at any moment leaves whole shards."""
+    there, else in their place. clips: the folder they were made of, for `Shards.relabel`. A kill at any moment leaves
+    whole shards."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shapes = {"latent_shape": list(latents.shape[1:]), "context_shape": list(contexts.shape[1:]),
               "extra_shapes": {name: list(x.shape[1:]) for name, x in extra.items()}}
     before = Shards(folder) if append and (folder / "shards.json").exists() else None
     index = before.index if before else shapes | {"fps": fps, "settings": settings, "shards": []}
+    index |= {"clips": os.path.relpath(os.path.realpath(clips), os.path.realpath(folder))} if clips else {}
     if {key: index.get(key, {}) for key in shapes} != shapes:
         raise InputError(f"{folder}: shards there have another shape than {shapes}")
     values = torch.tensor([-1 if x is None else int(x) for x in labels], dtype=torch.int8)
@@ -155,11 +158,33 @@ class Shards:
             raise InputError(f"{folder}: shards.json counts {self.index['count']} clips, the shards hold "
                              f"{len(self)}, metadata.jsonl {len(self.rows)}: encode again")
         if [-1 if row["label"] is None else row["label"] for row in self.rows] != self.labels.tolist():
-            raise InputError(f"{folder}: metadata.jsonl and shards differ in labels: change them beside "
-                             "the clips and encode again")
+            raise InputError(f"{folder}: metadata.jsonl and shards differ in labels: leave these as they were encoded, "
+                             "and change labels beside the clips")
+        self.label_note = "labels as they were encoded"
 
     def __len__(self):
         return len(self.where)
+
+    def relabel(self, answers=None, bad="both"):
+        """-> self, with today's labels, the same on every rank: people's answers in the labels.jsonl beside the clips (or in
+        the file `answers`), for clips without one those of the clips' metadata, else as encoded. bad: formats/labels.py's."""
+        folder = self.index.get("clips") and Path(os.path.normpath(self.folder / self.index["clips"]))
+        if answers and not Path(answers).is_file():
+            raise InputError(f"--labels {answers}: there is no such file")
+        rows = read_metadata(folder) if folder and any(folder.glob("metadata.*")) else []
+        labels = lambda rows: {os.path.normpath(row["file_name"]): row["label"] for row in reversed(rows)}
+        path = answers or folder and folder / "labels.jsonl"
+        sources = {f"{path}": people.majority(people.read_answers(path), bad) if path else {},
+                   f"the metadata in {folder}": labels(rows), "encoding": labels(self.rows)}
+        counts = collections.Counter()
+        for i, name in enumerate(os.path.normpath(row["file_name"]) for row in self.rows):
+            source = next(source for source, found in sources.items() if name in found)
+            label = sources[source][name]
+            self.labels[i] = -1 if label is None else label
+            counts[source] += label is not None
+        note = "labels from " + (", ".join(f"{source}: {counts[source]}" for source in sources if counts[source]) or "nowhere")
+        self.labels, self.label_note = common.gather((self.labels, note))[0]    # a person may be answering meanwhile
+        return self
 
     def batch(self, indices):
         """-> {latents [b, c, f, h, w], context [b, l, d], label int8 [b] (-1: none), prompt: list of b}, and in
@@ -177,7 +202,7 @@ class Shards:
 
     def require(self, channels=None, context_shape=None, labelled=False, image_dim=None):
         """Raises InputError naming the field that does not fit a model of these latent channels, contexts [l, d]
-        and CLIP tokens of width image_dim; labelled: every clip needs a label, and both labels must occur."""
+        and CLIP tokens of width image_dim; labelled: both labels must occur."""
         if channels not in (None, self.latent_shape[0]):
             raise InputError(f"{self.folder}: latents have {self.latent_shape[0]} channels, the model "
                              f"has {channels}: encode with its own VAE")
@@ -187,13 +212,10 @@ class Shards:
         if image_dim not in (None, self.shapes.get("clip_fea", (0,))[-1]):
             raise InputError(f"{self.folder}: holds no CLIP image tokens of width {image_dim}, which the model takes: "
                              "encode with --image_encoder")
-        bare = [row["file_name"] for row in self.rows if row["label"] is None]
-        if labelled and bare:
-            raise InputError(f"{self.folder}: labels missing for {len(bare)} of {len(self)} clips: "
-                             f"{', '.join(bare[:3] + ['...'][:len(bare) > 3])}: label them and encode again")
-        if labelled and len(self.labels.unique()) < 2:
-            raise InputError(f"{self.folder}: every label is {self.labels[0]}: a reward model needs 0 and 1")
-
+        found = sorted(set(self.labels.tolist()) - {-1})
+        if labelled and len(found) < 2:
+            raise InputError(f"{self.folder}: " + (f"every label is {found[0]}" if found else "no clip has a label")
+                             + ": a reward model needs 0 and 1 (label.py, or `label` in the clips' metadata)")
 
     def require_fit(self, dit, labelled=False):
         """`require` what the VideoDiT wants; its context may be shorter than text_len, as it pads."""
@@ -360,8 +382,8 @@ def encode_command(config):
     if before and before.settings != settings | {"kind": kind}:
         raise InputError(f"{out}: was encoded with {before.settings}: use these flags, or another --out")
     first = {row["file_name"]: row for row in reversed(rows)}  # of rows that name one file twice, the upper one
-    if changed := [name for name, row in first.items() if done.get(name, row) != row]:
-        raise InputError(f"{out}: prompt or label of {changed[-1]} has changed since: use another --out")
+    if changed := [name for name, row in first.items() if done.get(name, row)["prompt"] != row["prompt"]]:
+        raise InputError(f"{out}: the prompt of {changed[-1]} has changed since: use another --out")
     vae, text, image = load_vae(config.vae).to(device), load_text_encoder(config.text_encoder).to(device), None
     if config.image_encoder:
         image = load_image_encoder(config.image_encoder).to(device)
@@ -392,7 +414,7 @@ def encode_command(config):
                 tensors = {name: torch.stack([x[name] for x in tensors]) for name in tensors[0]}
                 write_shards(out, tensors.pop("latents"), tensors.pop("context"), *(
                     [row[name] for row in kept] for name in ("label", "prompt", "file_name")),
-                    fps=kinds[0][3], settings=settings | {"kind": kinds[0]}, append=True, **tensors)
+                    fps=kinds[0][3], settings=settings | {"kind": kinds[0]}, append=True, clips=config.folder, **tensors)
                 ready = []
     bar.close()
     print(f"{out}: {len(rows) - skipped} of {len(rows)} clips encoded"

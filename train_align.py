@@ -132,7 +132,7 @@ def load_pixel_reward(config, policy, runtime):
 
 def load_curated(config, policy, runtime):
     """The shards, and the indices in them of what is good or unlabelled: what is called bad is not curated."""
-    shards = data.Shards(config.data) if config.data else clips.clean_clips(
+    shards = data.Shards(config.data).relabel() if config.data else clips.clean_clips(
         config.curated_dir or Path(config.output_dir) / "curated", config.model, config.num_curated, config.size,
         config.seed + 500, runtime)
     shards.require_fit(policy)

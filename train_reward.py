@@ -9,8 +9,8 @@
 
 Without --data the base generator makes its own samples, the annotator labels them from pixels (good: qualified on both
 axes and true to the prompt; bad: unqualified; in between: dropped), and they stay in <output_dir>/samples. With --data
-they are your shards, every clip labelled 0 or 1. Writes <output_dir>/reward, metrics.jsonl and report.json: held-out
-accuracy on clean videos and by t, where a pixel reward judges the clean video that the generator predicts from x_t.
+they are your shards, with the labels beside their clips (label.py's, else the metadata's). Writes <output_dir>/reward,
+metrics.jsonl and report.json: held-out accuracy on clean videos and by t (pixels: of the video predicted from x_t).
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 """
@@ -27,6 +27,7 @@ import flow
 import refl_baseline
 from common import arg
 from formats import runs
+from formats.labels import BAD
 from formats.weights import TASKS, resolve_model, save_module
 from model import image_inputs, load_transformer
 from pavrm import CRITERIA, PAVRM, POOLINGS
@@ -43,6 +44,8 @@ class Config:
     space: str = arg("latent", "noisy latents are judged (PAVRM), or pixels (RGB ReFL)", choices=("latent", "rgb"))
     frames: str = arg("first", "rgb: the first frame alone, or all", choices=refl_baseline.FRAMES)
     data: str | None = arg(None, "labelled shards from `data.py encode`; without, the generator's own samples")
+    labels: str | None = arg(None, "with --data: a labels.jsonl in place of the one beside the clips")
+    bad: str = arg("both", "with --data: bad is unqualified on both axes (A.2.3), or on any", choices=BAD)
     output_dir: str = arg("runs/reward", "run folder")
     size: str = arg("tiny", "size of the embedded world (without --data)", choices=tuple(scene.SIZES))
     num_samples: int = arg(16384, "own samples to make and label (without --data)", above=0)
@@ -75,21 +78,22 @@ class Config:
 def main(config):
     pavrm_only = ("depth", "pooling", "fixed_t", "trunk_learning_rate", "gradient_checkpointing")
     common.refuse(config, ("frames",) if config.space == "latent" else pavrm_only, f"with --space {config.space}")
+    common.refuse(config, () if config.data else ("labels", "bad"), "without --data")
     runtime = common.setup(config.mixed_precision, config.seed)
     parallel.check(config.parallel)
     dit = load_transformer(resolve_model(config)).eval().requires_grad_(False)
     resume = config.resume_from_checkpoint and runs.resolve_checkpoint(config.output_dir,
                                                                          config.resume_from_checkpoint)
     state = runs.load_state(resume) if resume else {"step": 0}
-    shards = data.Shards(config.data) if config.data else clips.own_samples(
+    shards = data.Shards(config.data).relabel(config.labels, config.bad) if config.data else clips.own_samples(
         config.samples_dir or Path(config.output_dir) / "samples", dit.to(runtime.device), config.model,
         config.num_samples, config.num_inference_steps, config.size, config.seed, runtime, config.shift)
     shards.require_fit(dit, labelled=bool(config.data))
     train, held = data.labelled_split(shards, config.holdout, config.seed)
     share = (shards.labels[train] == 1).float().mean().item()
     if runtime.rank == 0:
-        print(f"{len(train)} videos to train on ({share:.0%} good), {len(held)} held out, "
-              f"{len(shards) - len(train) - len(held)} in between dropped")
+        print(f"{shards.label_note}\n{len(train)} videos to train on ({share:.0%} good), {len(held)} held out, "
+              f"{len(shards) - len(train) - len(held)} in between or unlabelled left out")
 
     torch.manual_seed(config.seed)
     if config.space == "latent":

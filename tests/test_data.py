@@ -1,6 +1,7 @@
 """data.py: what is read equals what was written, and every bad file is named in one line."""
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -274,11 +275,14 @@ def test_require_names_the_field(tmp_path):
     shards = data.Shards(tmp_path / "a")
     shards.require(channels=16, context_shape=(8, 32))
     for wants, wanted in ((dict(channels=48), "latents have 16 channels, the model has 48"),
-                          (dict(context_shape=(512, 4096)), r"context is \[8, 32\] .*not \[512, 4096\]"),
-                          (dict(labelled=True), "labels missing for 2 of 8 clips: .*#2, .*#2:")):
+                          (dict(context_shape=(512, 4096)), r"context is \[8, 32\] .*not \[512, 4096\]")):
         with pytest.raises(InputError, match=wanted):
             shards.require(**wants)
-    make_shards(tmp_path / "b", labels=(1,))
+    shards.require(labelled=True)                                       # the unlabelled ones are left out
+    make_shards(tmp_path / "d", labels=(None,))
+    with pytest.raises(InputError, match="no clip has a label: a reward model needs 0 and 1"):
+        data.Shards(tmp_path / "d").require(labelled=True)
+    make_shards(tmp_path / "b", labels=(1, None))
     with pytest.raises(InputError, match="every label is 1"):
         data.Shards(tmp_path / "b").require(labelled=True)
     make_shards(tmp_path / "c", labels=(0, 1))
@@ -435,10 +439,51 @@ def test_encode_refuses_to_mix(folder, fakes, capsys):
             encode(folder, *flags)
         assert wanted in capsys.readouterr().err
     text = (folder / "metadata.jsonl").read_text()
-    (folder / "metadata.jsonl").write_text(text.replace('"clip 3", "label": 1', '"clip 3", "label": 0'))
+    (folder / "metadata.jsonl").write_text(text.replace('"clip 3"', '"clip three"'))
     with pytest.raises(SystemExit):
         encode(folder)
-    assert "prompt or label of 3.mp4 has changed" in capsys.readouterr().err
+    assert "the prompt of 3.mp4 has changed" in capsys.readouterr().err
+
+
+def test_relabelling_needs_no_new_encoding(folder, fakes):
+    """Labels are those beside the clips now: people's answers, else the metadata, else what was encoded."""
+    encode(folder)
+    encoded, text = [i % 2 for i in range(10)], (folder / "metadata.jsonl").read_text()
+    assert data.Shards(folder / "out").relabel().labels.tolist() == encoded
+    (folder / "metadata.jsonl").write_text(text.replace('"clip 3", "label": 1', '"clip 3", "label": 0'))
+    assert data.Shards(folder / "out").labels.tolist() == encoded
+    assert data.Shards(folder / "out").relabel().labels.tolist() == [0, 1, 0, 0, 0, 1, 0, 1, 0, 1]
+    fakes.calls.clear()
+    encode(folder)                                                      # the change is no reason to refuse or to encode
+    assert fakes.calls == []
+    row = lambda name, p, d, who="ada": json.dumps({"file_name": name, "annotator": who, "physical": p, "deformity": d}) + "\n"
+    answers = (row("0.mp4", 2, 2) + row("x/../1.mp4", 0, 0) + row("2.mp4", 2, 1) + row("9.mp4", 2, 0) + row("9.mp4", 2, 0, "ben")
+               + row("9.mp4", 2, 2, "eva") + row("elsewhere.mp4", 0, 0))
+    (folder / "labels.jsonl").write_text(answers)
+    shards = data.Shards(folder / "out").relabel()
+    assert shards.labels.tolist() == [1, 0, -1, 0, 0, 1, 0, 1, 0, -1]
+    assert shards.label_note == f"labels from {folder}/labels.jsonl: 2, the metadata in {folder}: 6"
+    assert shards.batch([0, 2])["label"].tolist() == [1, -1]
+    assert data.Shards(folder / "out").relabel(bad="any").labels.tolist() == [1, 0, -1, 0, 0, 1, 0, 1, 0, 0]
+    (folder / "other.jsonl").write_text(row("5.mp4", 0, 0))
+    assert data.Shards(folder / "out").relabel(folder / "other.jsonl").labels.tolist() == [0, 1, 0, 0, 0, 0, 0, 1, 0, 1]
+    with pytest.raises(InputError, match="--labels /nowhere: there is no such file"):
+        data.Shards(folder / "out").relabel("/nowhere")
+    (folder / "labels.jsonl").write_text(answers + "garbage}\n" + answers)
+    with pytest.raises(InputError, match="labels.jsonl line 8: not a JSON object"):
+        data.Shards(folder / "out").relabel()
+
+
+def test_shards_that_moved_without_their_clips_keep_the_labels_they_were_encoded_with(folder, fakes, tmp_path_factory):
+    encode(folder)
+    moved = tmp_path_factory.mktemp("node") / "deep/out"
+    shutil.copytree(folder / "out", moved)
+    shards = data.Shards(moved).relabel()
+    assert shards.labels.tolist() == [i % 2 for i in range(10)] and shards.label_note == "labels from encoding: 10"
+    together = tmp_path_factory.mktemp("all") / "clips"                 # with them, they find each other
+    shutil.copytree(folder, together)
+    (together / "labels.jsonl").write_text(json.dumps({"file_name": "0.mp4", "annotator": "a", "physical": 2, "deformity": 2}))
+    assert data.Shards(together / "out").relabel().labels[0] == 1
 
 
 def test_the_command_line_as_a_process(tmp_path):

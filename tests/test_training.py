@@ -340,7 +340,7 @@ def broken(folder, one_rank):
     write_data(folder / "bad/channels", channels=5)
     write_data(folder / "bad/width", context=(3, 9))
     write_data(folder / "bad/long", context=(4, 8))
-    write_data(folder / "bad/unlabelled", labels=[None, 1, 0, None] * 8)
+    write_data(folder / "bad/unlabelled", labels=[None] * 32)
     write_data(folder / "bad/one_label", labels=[1] * 32)
     return folder / "bad"
 
@@ -385,7 +385,8 @@ BAD = [
     ("train_reward", "--resume {folder}/one-sft/checkpoint-000004", "checkpoint-000004: not a checkpoint of this"),
     ("train_reward", "--resume {folder}/one-reward --depth 1", "checkpoint-000005: not a checkpoint of this"),
     ("train_reward", "--model {bad}/cut", f"cut/transformer/{WEIGHTS} is not a whole safetensors file"),
-    ("train_reward", "--data {bad}/unlabelled", "labels missing for 16 of 32 clips"),
+    ("train_reward", "--data {bad}/unlabelled", "no clip has a label: a reward model needs 0 and 1"),
+    ("train_reward", "--labels {bad}/absent", "--labels {bad}/absent: there is no such file"),
     ("train_reward", "--data {bad}/one_label", "every label is 1: a reward model needs 0 and 1"),
     ("train_reward", "--data {bad}/channels", "latents have 5 channels, the model has 16"),
     ("train_reward", "--data {bad}/long", "context is [4, 8] (tokens, width), not [3, 8]"),
@@ -418,7 +419,7 @@ def test_bad_inputs_are_one_line_and_leave_nothing_behind(folder, broken, capsys
     with pytest.raises(SystemExit) as stop:
         run(script, bad_command(folder, script, flags))
     stderr = capsys.readouterr().err
-    assert stop.value.code == 2 and one_line(stderr) and words in stderr, stderr
+    assert stop.value.code == 2 and one_line(stderr) and words.replace("{bad}", str(folder / "bad")) in stderr, stderr
     assert sorted(folder.rglob("*")) == before
 
 

@@ -1,0 +1,164 @@
+"""Answers on disk, labels from answers, and agreement against values computed by hand."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common import InputError
+from formats import labels
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def say(name, physical, deformity, who="ada", **more):
+    return {"file_name": name, "annotator": who, "physical": physical, "deformity": deformity, "time": 1.0} | more
+
+
+def undo(name, who="ada"):
+    return {"file_name": name, "annotator": who, "retracted": True, "time": 2.0}
+
+
+def write(path, *lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+# ---- the file
+def test_the_last_answer_stands_and_a_retracted_one_does_not(tmp_path):
+    path = write(tmp_path / "labels.jsonl", say("a", 2, 2), say("b", 0, 0), say("a", 1, 0), say("b", 0, 1, "ben"), undo("b"),
+                 undo("c"), say("d", 2, 1), undo("d"), say("d", 2, 2))
+    assert labels.read_answers(path) == [say("a", 1, 0), say("b", 0, 1, "ben"), say("d", 2, 2)]
+    assert labels.read_answers(tmp_path / "nowhere.jsonl") == []
+
+
+def test_a_line_that_a_kill_cut_short_was_never_said_and_the_next_one_is_whole(tmp_path):
+    path = write(tmp_path / "labels.jsonl", say("a", 2, 2))
+    whole = path.read_bytes()
+    for tail in (b'{"file_name": "b", "ann', "{\"file_name\": \"ä".encode()[:-1], b"{", b'{"file_name": "b"}'[:-1]):
+        path.write_bytes(whole + tail)
+        assert labels.read_answers(path) == [say("a", 2, 2)]
+        journal = labels.Journal(path)
+        journal.append(say("ü.mp4", 0, 0))
+        journal.file.close()
+        assert labels.read_answers(path) == [say("a", 2, 2), say("ü.mp4", 0, 0)]
+    path.write_bytes(whole + json.dumps(say("b", 1, 1)).encode())       # whole, only its newline is missing: kept
+    assert len(labels.read_answers(path)) == 2
+    labels.Journal(path).append(say("c", 0, 0))
+    assert [line["file_name"] for line in labels.read_answers(path)] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("line, wanted", [
+    ("garbage}", "line 2: not a JSON object"), ("[1]", "line 2: not a JSON object"),
+    ('{"annotator": "ada", "physical": 1, "deformity": 1}', "line 2: file_name is None"),
+    ('{"file_name": "a", "physical": 1, "deformity": 1}', "line 2: annotator is None"),
+    ('{"file_name": "a", "annotator": "ada", "physical": 3, "deformity": 1}', "line 2: physical is 3"),
+    ('{"file_name": "a", "annotator": "ada", "physical": true, "deformity": 1}', "line 2: physical is True"),
+    ('{"file_name": "a", "annotator": "ada", "physical": 1}', "line 2: deformity is None"),
+    ('{"file_name": "a", "annotator": "ada", "physical": 1, "deformity": 1.0}', "line 2: deformity is 1.0"),
+    ('{"file_name": "a", "annotator": 7, "retracted": true}', "line 2: annotator is 7"), ("\xff", "line 2: not a JSON")])
+def test_a_damaged_line_is_named(tmp_path, line, wanted):
+    path = write(tmp_path / "labels.jsonl", say("a", 2, 2))
+    path.write_bytes(path.read_bytes() + line.encode("latin-1") + b"\n" + json.dumps(say("b", 0, 0)).encode() + b"\n")
+    with pytest.raises(InputError) as error:
+        labels.read_answers(path)
+    assert str(error.value).startswith(f"{path} {wanted}") and "\n" not in str(error.value)
+
+
+WRITER = """
+import sys; sys.path.insert(0, sys.argv[1])
+from formats.labels import Journal
+journal = Journal(sys.argv[2])
+for i in range(10 ** 6):
+    journal.append({"file_name": f"{i}.mp4", "annotator": "ada", "physical": i % 3, "deformity": 2, "time": 0.0})
+    print(i, flush=True)
+"""
+
+
+def test_what_was_confirmed_is_there_after_kill_9_and_only_one_process_writes(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    for _ in range(2):
+        before = len(labels.read_answers(path))
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, ROOT, path], stdout=subprocess.PIPE, text=True)
+        writer.stdout.readline()
+        with pytest.raises(InputError, match="another label.py has this folder open"):
+            labels.Journal(path)
+        time.sleep(0.1)
+        os.kill(writer.pid, signal.SIGKILL)
+        confirmed = 1 + len(writer.stdout.read().splitlines())
+        writer.wait()
+        got = labels.read_answers(path)
+        assert confirmed <= len(got) <= max(before, confirmed + 1)
+    labels.Journal(path).append(say("0.mp4", 2, 2))                     # its lock died with it
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    path = write(tmp_path / "labels.jsonl", say("a", 2, 2))
+    journal, before = labels.Journal(path), path.read_bytes()
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        journal.append(say("b", 0, 0))
+    assert path.read_bytes() == before
+
+
+# ---- labels
+def test_verdicts_are_the_papers():
+    grid = lambda bad: {(p, d): labels.verdict(say("a", p, d), bad) for p in range(3) for d in range(3)}
+    assert grid("both") == {(2, 2): 1, (0, 0): 0} | {key: None for key in grid("both") if key not in ((2, 2), (0, 0))}
+    assert grid("any") == {(2, 2): 1, (1, 1): None, (1, 2): None, (2, 1): None,
+                           (0, 0): 0, (0, 1): 0, (0, 2): 0, (1, 0): 0, (2, 0): 0}
+
+
+def test_the_majority_decides_and_a_tie_is_dropped():
+    good, bad, middle = (2, 2), (0, 0), (1, 2)
+    said = {"one": [good], "two": [good, bad], "three": [good, good, bad], "none": [good, bad, middle],
+            "half": [good, good, bad, middle], "down": [bad, bad, middle], "partial": [middle, middle, good]}
+    answers = [say(name, *grades, who=f"p{i}") for name, votes in said.items() for i, grades in enumerate(votes)]
+    assert labels.majority(answers) == {"one": 1, "two": None, "three": 1, "none": None, "half": None, "down": 0,
+                                        "partial": None}
+    assert labels.majority([say("x/../a.mp4", 2, 0)], "any") == {"a.mp4": 0}
+
+
+# ---- agreement
+def test_cohens_kappa_by_hand():
+    # 20 yes/yes, 5 yes/no, 10 no/yes, 15 no/no: observed .7, chance .5 * .6 + .5 * .4 = .5, kappa .2 / .5
+    a = [1] * 25 + [0] * 25
+    b = [1] * 20 + [0] * 5 + [1] * 10 + [0] * 15
+    assert labels.cohen_kappa(a, b) == pytest.approx(0.4)
+    # three grades, diagonal 2 of 3, chance (1/3)(2/3) + (1/3)(0) + (1/3)(1/3) = 1/3
+    assert labels.cohen_kappa([0, 1, 2], [0, 0, 2]) == pytest.approx((2 / 3 - 1 / 3) / (2 / 3))
+    assert labels.cohen_kappa([0, 1], [1, 0]) == pytest.approx(-1) and labels.cohen_kappa([2, 2], [2, 2]) is None
+    assert labels.cohen_kappa([], []) is None
+
+
+def test_fleiss_kappa_by_hand():
+    # Fleiss' layout of 10 subjects, 14 raters, 5 categories: mean agreement .378, chance .213, kappa .210
+    counts = [[0, 0, 0, 0, 14], [0, 2, 6, 4, 2], [0, 0, 3, 5, 6], [0, 3, 9, 2, 0], [2, 2, 8, 1, 1],
+              [7, 7, 0, 0, 0], [3, 2, 6, 3, 0], [2, 5, 3, 2, 2], [6, 5, 2, 1, 0], [0, 2, 2, 3, 7]]
+    assert labels.fleiss_kappa(counts) == pytest.approx(0.20993, abs=1e-5)
+    # three raters: clips 3-0 and 2-1, agreement (1 + 1/3) / 2 = 2/3, chance (5/6)^2 + (1/6)^2 = 26/36
+    assert labels.fleiss_kappa([[3, 0], [2, 1]]) == pytest.approx((2 / 3 - 26 / 36) / (1 - 26 / 36))
+    # a clip of one rater says nothing; two raters of one and three of another: agreement (0 + 1) / 2, shares 1/4 and 3/4
+    assert labels.fleiss_kappa([[1, 1], [0, 3], [1, 0]]) == pytest.approx((0.5 - 0.625) / 0.375)
+    assert labels.fleiss_kappa([[3, 0], [3, 0]]) is None and labels.fleiss_kappa([[1, 0]]) is None
+
+
+def test_agreement_is_over_the_clips_that_both_graded():
+    answers = [say("a", 2, 2), say("b", 0, 0), say("c", 1, 1), say("a", 2, 0, "ben"), say("./b", 0, 0, "ben"),
+               say("d", 0, 0, "eva")]
+    found = labels.agreement(answers)
+    assert found["physical"]["ada", "ben"] == (1.0, 2) and found["physical"]["all"] == (1.0, 2)
+    assert found["deformity"]["ada", "ben"] == (0.0, 2)                 # agrees on one of two, chance .5 * 1 + .5 * 0
+    assert found["label"]["ada", "ben"] == (pytest.approx(1 / 3), 2)    # good, bad against dropped, bad: (.5 - .25) / .75
+    assert found["label"]["ada", "eva"] == (None, 0)
+
+
+def test_preference_is_a_share_per_pair():
+    row = lambda a, winner, who: {"against": "../b", "prompt": "p", "a": a, "b": "x", "winner": winner, "annotator": who}
+    got = labels.preference([row("1", "a", "ada"), row("1", "b", "ben"), row("2", "tie", "ada"), row("3", "b", "ada")])
+    assert np.array_equal(got, [[0.5, 0, 0.5], [0, 1, 0], [0, 0, 1]]) and labels.preference([]).shape == (0, 3)
