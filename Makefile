@@ -20,7 +20,7 @@ test: .venv/test
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/test: requirements-test.txt requirements-wan.txt .venv/core
+.venv/test: requirements-test.txt requirements-wan.txt requirements-label.txt .venv/core
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	touch $@
 

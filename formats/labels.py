@@ -56,7 +56,7 @@ class Journal:
     def append(self, line):
         """Raises OSError, and leaves the file as it was, if the line cannot be saved."""
         before = os.fstat(self.file.fileno()).st_size
-        data = (json.dumps(line, ensure_ascii=False) + "\n").encode()
+        data = (json.dumps(line) + "\n").encode()
         try:
             if self.file.write(data) < len(data):
                 raise OSError("the disk is full")

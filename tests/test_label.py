@@ -1,0 +1,380 @@
+"""label.py: what a person presses is on the disk, once; nobody else reaches the page; bad input is one line."""
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+
+import common
+import data
+import label
+from common import InputError
+from formats import labels
+from formats.video import write_video
+
+ROOT = Path(__file__).resolve().parents[1]
+page = pytest.mark.skipif(label.flask is None, reason="Flask is not installed (requirements-label.txt)")
+
+
+def clips(folder, count=4, first=0):
+    rows = []
+    for i in range(first, first + count):
+        video = np.full((9, 32, 48, 3), 20 * (i % 12), np.uint8) + np.arange(9, dtype=np.uint8)[:, None, None, None]
+        write_video(folder / f"{i}.mp4", video)
+        rows.append({"file_name": f"{i}.mp4", "prompt": f"prompt {i - first}", "note": [i]})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return clips(tmp_path / "clips")
+
+
+def open_session(folder, annotator="ada", **more):
+    return label.Session("clip", label.clip_items(folder), labels.Journal(folder / "labels.jsonl"), annotator, **more)
+
+
+def open_client(session, scratch="/nowhere"):
+    return label.make_app(session, "secret", scratch).test_client()
+
+
+def get(client, path, host="127.0.0.1:8765", **headers):
+    return client.get(f"/secret/{path}", headers={"Host": host} | headers)
+
+
+def post(client, path, body):
+    return client.post(f"/secret/{path}", json=body, headers={"Host": "localhost:9000"})
+
+
+# ---- answers
+@page
+def test_each_answer_is_on_the_disk_before_the_next_clip_shows(folder, monkeypatch):
+    session = open_session(folder)
+    client, synced, real = open_client(session), [], os.fsync
+    there = lambda: len(labels.read_answers(folder / "labels.jsonl"))
+    monkeypatch.setattr(os, "fsync", lambda handle: (real(handle), synced.append(there())))
+    state, seen = get(client, "state").json, []
+    for k, grades in enumerate(((2, 2), (0, 0), (1, 2), (2, 0))):
+        assert (state["done"], state["total"]) == (k, 4)
+        seen.append(state["now"]["name"])
+        state = post(client, "answer", {"id": state["now"]["id"], "physical": grades[0], "deformity": grades[1]}).json
+        assert synced[-1] == k + 1
+    assert state["now"] is None and state["tables"][1][2] == [[1, 1, 2]] and sorted(seen) == [f"{i}.mp4" for i in range(4)]
+    said = labels.read_answers(folder / "labels.jsonl")
+    assert [(x["file_name"], x["physical"], x["deformity"]) for x in said] == list(zip(seen, (2, 0, 1, 2), (2, 0, 2, 0)))
+    assert all(set(x) == {"file_name", "annotator", "physical", "deformity", "time"} for x in said)
+    assert seen != sorted(seen)                                         # shuffled, and for everyone alike
+    session.journal.file.close()
+    assert open_session(folder, "ben").coming(9) == [session.index[name,] for name in seen]
+
+
+def test_undo_and_skip(folder):
+    session = open_session(folder)
+    a, b, c, d = session.coming(4)
+    good, bad = {"physical": 2, "deformity": 2}, {"physical": 0, "deformity": 0}
+    session.answer(a, good)
+    session.skip(b)
+    assert session.coming(9) == [c, d, b]
+    session.answer(c, bad)
+    session.undo()
+    session.undo()
+    assert session.coming(9) == [a, c, d, b] and labels.read_answers(folder / "labels.jsonl") == []
+    session.skip(a)
+    assert session.coming(9) == [c, d, b, a]
+    session.answer(c, good)
+    session.journal.file.close()
+    assert open_session(folder).coming(9) == [a, b, d]                  # a restart knows answers, and nothing else
+
+
+@page
+def test_an_undo_that_is_sent_twice_takes_back_one_answer(folder):
+    session = open_session(folder)
+    client = open_client(session)
+    for i in session.coming(2):
+        session.answer(i, {"physical": 2, "deformity": 2})
+    assert [post(client, "undo", {"done": 2}).json["done"] for _ in range(2)] == [1, 1]
+    assert post(client, "undo", {"done": 1}).json["done"] == 0 == post(client, "undo", {"done": 0}).json["done"]
+
+
+@page
+def test_what_is_no_answer_is_refused_and_a_full_disk_is_told(folder, monkeypatch):
+    session = open_session(folder)
+    client, before = open_client(session), (folder / "labels.jsonl").read_bytes()
+    for body in (None, [], {}, {"id": 0}, {"id": 9, "physical": 1, "deformity": 1}, {"id": -1, "physical": 1, "deformity": 1},
+                 {"id": "0", "physical": 1, "deformity": 1}, {"id": 0, "physical": 3, "deformity": 1},
+                 {"id": 0, "physical": 1, "deformity": None}, {"id": 0, "physical": True, "deformity": 1}):
+        assert post(client, "answer", body).status_code == 400, body
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    reply = post(client, "answer", {"id": 0, "physical": 1, "deformity": 1})
+    assert reply.status_code == 507 and "No space left on device" in reply.text
+    assert (folder / "labels.jsonl").read_bytes() == before and not session.answers
+
+
+@page
+def test_a_clip_that_is_deleted_meanwhile_is_left_out(folder):
+    session = open_session(folder)
+    client = open_client(session)
+    now, then = session.coming(2)
+    for path in session.items[now]["files"]:
+        path.unlink()
+    assert get(client, f"clip/{now}/0").status_code == 410
+    state = post(client, "answer", {"id": now, "skip": True}).json
+    assert state["now"]["id"] == then and (state["gone"], state["total"], state["done"]) == (1, 3, 0)
+
+
+# ---- who may see what
+@page
+def test_only_who_was_told_the_address_and_only_clips_of_the_folder(folder, tmp_path):
+    (tmp_path / "secret.txt").write_text("secret")
+    write_video(tmp_path / "outside.mp4", np.zeros((5, 32, 32, 3), np.uint8))
+    (folder / "link.mp4").symlink_to(tmp_path / "outside.mp4")
+    with (folder / "metadata.jsonl").open("a") as file:
+        for name in ("../outside.mp4", str(tmp_path / "outside.mp4"), "link.mp4", "none.mp4", "./0.mp4"):
+            file.write(json.dumps({"file_name": name, "prompt": "x"}) + "\n")
+    session = open_session(folder)
+    client = open_client(session)
+    assert sorted(item["show"]["name"] for item in session.items) == [f"{i}.mp4" for i in range(4)]
+    assert get(client, "").status_code == 200 == get(client, "state").status_code
+    for path in ("/", "/state", "/wrong/state", "/secrets/state", "/static/x", "/secret", "/wrong/clip/0/0"):
+        assert client.get(path, headers={"Host": "127.0.0.1:8765"}).status_code in (403, 308), path
+    for host in ("evil.example", "127.0.0.1.evil.example:8765", "192.168.0.2:8765"):
+        assert get(client, "state", host).status_code == 403
+    for path in ("clip/4/0", "clip/0/1", "clip/-1/0", "clip/../secret.txt", "clip/..%2Fsecret.txt", "secret.txt", "metadata.jsonl"):
+        assert get(client, path).status_code in (403, 404, 410), path
+
+
+@page
+def test_ranges_so_that_seeking_works(folder, tmp_path):
+    session = open_session(folder)
+    client, whole = open_client(session), session.items[0]["files"][0].read_bytes()
+    assert get(client, "clip/0/0").data == whole
+    part = get(client, "clip/0/0", Range="bytes=100-199")
+    assert part.status_code == 206 and part.data == whole[100:200]
+    assert part.headers["Content-Range"] == f"bytes 100-199/{len(whole)}"
+    again = get(open_client(session, tmp_path), "clip/0/0?as=mp4")      # for what a browser does not play
+    with av.open(str(tmp_path / "0-0.mp4")) as copy:
+        assert again.status_code == 200 and copy.streams.video[0].codec_context.name == "h264"
+        assert sum(1 for _ in copy.decode(video=0)) == 9
+    session.items[0]["files"][0].write_bytes(whole[:200])
+    assert "damaged" in get(open_client(session, tmp_path / "new"), "clip/0/0?as=mp4").text
+
+
+# ---- pairs
+@page
+def test_pairs_are_blind_and_sides_are_drawn(tmp_path):
+    a, b = clips(tmp_path / "a", 40), clips(tmp_path / "b", 41, first=100)
+    items = label.pair_items([str(a), str(b)], 0)
+    assert items == label.pair_items([str(a), str(b)], 0) and len(items) == 40
+    lefts = [item["line"]["left"] for item in items]
+    assert 10 < lefts.count("a") < 30 and lefts != [item["line"]["left"] for item in label.pair_items([str(a), str(b)], 1)]
+    session = label.Session("pair", items, labels.Journal(a / "pairs.jsonl"), "ada")
+    client = open_client(session)
+    state, wanted = get(client, "state").json, []
+    for k in range(40):
+        item = session.items[state["now"]["id"]]
+        assert set(state["now"]) == {"id", "prompt"} and item["line"]["a"] == f"{int(item['line']['b'][:-4]) - 100}.mp4"
+        left, right = (get(client, f"clip/{state['now']['id']}/{side}").data for side in (0, 1))
+        assert (left, right)["ab".index(item["line"]["left"])] == (a / item["line"]["a"]).read_bytes()
+        choice = ("left", "right", "tie")[k % 3]
+        wanted.append({"left": item["line"]["left"], "right": "ba"["ab".index(item["line"]["left"])], "tie": "tie"}[choice])
+        state = post(client, "answer", {"id": state["now"]["id"], "winner": choice}).json
+    said = labels.read_answers(a / "pairs.jsonl", "pair")
+    assert [line["winner"] for line in said] == wanted and {line["against"] for line in said} == {"../b"}
+    (_, _, [row]), = state["tables"]
+    assert row[1:4] == [40, 40, 1] and row[4].startswith(f"{wanted.count('a') / 40:.3f} [")
+    assert row[5].startswith("0.325 [") and row[6].startswith(f"{wanted.count('b') / 40:.3f} [")
+
+
+# ---- report and export
+def say(folder, *answers):
+    lines = [{"file_name": name, "annotator": who, "physical": p, "deformity": d, "time": 0.0} for name, who, p, d in answers]
+    (folder / "labels.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_export_changes_labels_and_nothing_else(folder, capsys):
+    text = (folder / "metadata.jsonl").read_text().splitlines(True)
+    text[1] = '{"video": "1.mp4",  "reward": 1, "prompt": "vier \u2028 ä"}\n'
+    text[3] = '{"file_name": "3.mp4", "label": 1,   "prompt": "untouched"}\n'
+    (folder / "metadata.jsonl").write_text("".join(text))
+    say(folder, ("0.mp4", "ada", 2, 2), ("1.mp4", "ada", 0, 0), ("1.mp4", "ben", 2, 2), ("./2.mp4", "ada", 0, 1),
+        ("gone.mp4", "ada", 0, 0))
+    label.export_command(label.Said(folder=str(folder), bad="any"))
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").open(newline="")]
+    assert rows[:3] == [json.loads(text[0]) | {"label": 1}, {"video": "1.mp4", "reward": None, "prompt": "vier \u2028 ä"},
+                        json.loads(text[2]) | {"label": 0}]
+    assert (folder / "metadata.jsonl").read_text().endswith(text[3]) and not (folder / "metadata.jsonl.tmp").exists()
+    out = capsys.readouterr().out
+    assert "1 good, 1 bad, 1 dropped, 1 without answers left" in out and "1 answered clips are not" in out
+    assert [row["label"] for row in data.read_metadata(folder)] == [1, None, 0, 1]
+    (folder / "metadata.jsonl").unlink()
+    (folder / "metadata.csv").write_text('file_name,prompt,extra\n0.mp4,"a, b",x\n1.mp4,c,y\n3.mp4,d,z\n')
+    label.export_command(label.Said(folder=str(folder)))
+    assert list(csv.reader((folder / "metadata.csv").open())) == [
+        ["file_name", "prompt", "extra", "label"], ["0.mp4", "a, b", "x", "1"], ["1.mp4", "c", "y", ""], ["3.mp4", "d", "z", ""]]
+
+
+def test_report_tells_counts_and_agreement(folder, capsys):
+    say(folder, ("0.mp4", "ada", 2, 2), ("1.mp4", "ada", 0, 0), ("0.mp4", "ben", 2, 2), ("1.mp4", "ben", 0, 1))
+    label.report_command(label.Said(folder=str(folder)))
+    out = capsys.readouterr().out
+    assert "| ada | 2 | 1 / 0 / 1 | 1 / 0 / 1 |" in out and "| 1 | 0 | 1 |" in out
+    assert "| ada and ben (Cohen) | 1.00 (2) | 0.33 (2) | 0.33 (2) |" in out      # (1/2 - 1/4) / (3/4)
+
+
+# ---- nonsense
+@page
+def test_bad_input_is_one_line_and_leaves_nothing_behind(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "no_rows").mkdir()
+    (tmp_path / "no_rows/metadata.jsonl").write_text("")
+    shutil.copytree(folder, tmp_path / "damaged")
+    (tmp_path / "damaged/labels.jsonl").write_text("garbage}\n")
+    shutil.copytree(folder, tmp_path / "alone")
+    for path in (tmp_path / "alone").glob("*.mp4"):
+        path.unlink()
+    clips(tmp_path / "other", 2)
+    (tmp_path / "other/metadata.jsonl").write_text((tmp_path / "other/metadata.jsonl").read_text().replace("prompt ", "said "))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        before = sorted(tmp_path.rglob("*"))
+        for argv, words in (
+                (["nowhere"], "nowhere: no such folder"), (["empty"], "empty: no metadata.jsonl or metadata.csv in it"),
+                (["no_rows"], "no_rows: its metadata file has no rows"), (["alone"], "none of the clips in its metadata is there"),
+                (["damaged", "--port", "0"], "damaged/labels.jsonl line 1: not a JSON object: mend or remove that line"),
+                (["report", "damaged"], "labels.jsonl line 1"), (["export", "damaged"], "labels.jsonl line 1"),
+                (["report", "clips"], "no answers in a labels.jsonl"), (["export", "clips"], "labels.jsonl: no answers"),
+                (["clips", "--port", str(port)], f"--port {port}: address already in use"),
+                (["clips", "--port", "70000"], "--port must be"), (["clips", "--annotator", " "], "--annotator is empty"),
+                (["clips", "--bad", "some"], "--bad: invalid choice"), ([], "required: folder"),
+                (["--pairs", "clips"], "--pairs takes two folders, got 1"),
+                (["--pairs", "clips", "nowhere"], "nowhere: no such folder"),
+                (["--pairs", "clips", "other"], "no prompt is in both folders")):
+            stderr = []
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+                patch.chdir(tmp_path)
+                patch.setattr(sys, "stderr", SimpleNamespace(write=stderr.append, flush=lambda: None))
+                name, config = argv[0] if argv else "", label.Pairs if "--pairs" in argv else label.Clips
+                common.cli(*label.COMMANDS.get(name, (label.serve, config)), "doc", argv[name in label.COMMANDS:])
+            text = "".join(stderr)
+            assert stop.value.code == 2 and text.count("\n") == 1 and words in text, (argv, text)
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_without_flask_one_line_says_what_to_install(folder, monkeypatch):
+    monkeypatch.setattr(label, "flask", None)
+    with pytest.raises(InputError, match="pip install -r requirements-label.txt"):
+        label.serve(label.Clips(folder=str(folder)))
+
+
+# ---- a person at work
+class Server:
+    def __init__(self, *argv):
+        self.process = subprocess.Popen([sys.executable, ROOT / "label.py", *map(str, argv), "--port", "0"], stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        lines = [self.process.stdout.readline() for _ in range(3)]
+        self.told, self.address = lines[0], re.search(r"http://127\.0\.0\.1:\d+/\S+/", lines[1])[0]
+
+    def end(self, how):
+        self.process.send_signal(how)
+        out, err = self.process.communicate(timeout=30)
+        return self.process.returncode, out, err
+
+
+@page
+def test_a_second_one_on_the_folder_is_refused_and_ctrl_c_reports(folder):
+    server = Server(folder, "--annotator", "ada")
+    with pytest.raises(InputError, match="another label.py has this folder open: stop that one first"):
+        label.serve(label.Clips(folder=str(folder), port=0))
+    code, out, err = server.end(signal.SIGINT)
+    assert (code, err) == (0, "") and "0 of 4 clips answered by ada" in out
+
+
+@page
+@pytest.mark.skipif(not (shutil.which("chromium") and shutil.which("chromedriver")), reason="no chromium and chromedriver here")
+def test_ten_clips_by_keys_through_reload_and_kill_9(tmp_path):
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (requirements-test.txt)")
+    folder, options = clips(tmp_path / "clips", 10), webdriver.ChromeOptions()
+    options.binary_location, profile = shutil.which("chromium"), tempfile.mkdtemp(dir=tmp_path)
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+                 "disable-component-update", "disable-sync", "window-size=1440,900", f"user-data-dir={profile}"):
+        options.add_argument(f"--{flag}")
+    server = Server(folder, "--annotator", "ada")
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    said = lambda: labels.read_answers(folder / "labels.jsonl")
+    look = lambda script: browser.execute_script(f"return {script}")
+
+    def press(*keys):
+        for key in keys:
+            browser.find_element("tag name", "body").send_keys(key)
+
+    def wait(what, wanted):
+        end = time.monotonic() + 20
+        while what() != wanted and time.monotonic() < end:
+            time.sleep(0.02)
+        assert what() == wanted
+
+    count = lambda: look("document.getElementById('count').textContent")
+    playing = lambda: look("[slots[0].front.currentTime > 0, slots[0].front.videoWidth, slots[0].front.paused]")
+    try:
+        browser.get(server.address)
+        wait(count, "0 of 10")
+        wait(playing, [True, 48, False])
+        name = look("state.now.name")
+        press("1", "3")
+        wait(count, "1 of 10")
+        assert [(x["file_name"], x["physical"], x["deformity"]) for x in said()] == [(name, 2, 0)]
+        wait(playing, [True, 48, False])                                # the one that was loaded meanwhile
+        press("2", "\ue003")                                            # a first grade, taken back: nothing is said yet
+        assert look("grades") == [] and len(said()) == 1
+        press("\ue003")                                                 # and now the answer
+        wait(count, "0 of 10")
+        assert said() == [] and look("state.now.name") == name
+        press("1", "1")
+        wait(count, "1 of 10")
+        skipped = look("state.now.name")
+        press("s")
+        wait(lambda: look("state.now.name") != skipped, True)
+        press(" ")
+        wait(lambda: look("slots[0].front.paused"), True)
+        for k in (2, 3, 4):
+            press("3", "3")
+            wait(count, f"{k} of 10")
+        browser.refresh()
+        wait(count, "4 of 10")
+        press("1", "2")
+        wait(count, "5 of 10")
+        before = said()
+        server.end(signal.SIGKILL)
+        press("1", "1")                                                 # nobody is there to save it: the page says so
+        wait(lambda: "Not saved yet" in look("document.getElementById('trouble').textContent"), True)
+        assert said() == before and len(before) == 5
+        server = Server(folder, "--annotator", "ada")
+        assert server.told == "10 clips, 5 answered by ada\n"
+        browser.get(server.address)
+        wait(count, "5 of 10")
+        for k in range(6, 11):
+            press("j", "l")                                             # the same grades under the right hand
+            wait(count, f"{k} of 10")
+        wait(lambda: look("document.getElementById('end').innerText.startsWith('All 10 clips are answered')"), True)
+        assert [(x["physical"], x["deformity"]) for x in said()] == [(2, 2)] + [(0, 0)] * 3 + [(2, 1)] + [(2, 0)] * 5
+        assert len({x["file_name"] for x in said()}) == 10
+        assert not [line for line in browser.get_log("browser") if "ERR_CONNECTION_REFUSED" not in line["message"]]
+    finally:
+        browser.quit()
+        code, out, _ = server.end(signal.SIGINT)
+    assert code == 0 and "| 1 | 3 | 6 |" in out
