@@ -1,19 +1,17 @@
 """Answers on disk, labels from answers, and agreement against values computed by hand."""
+import contextlib
+import itertools
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from common import InputError
 from formats import labels
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def say(name, physical, deformity, who="ada", **more):
@@ -70,30 +68,31 @@ def test_a_damaged_line_is_named(tmp_path, line, wanted):
     assert str(error.value).startswith(f"{path} {wanted}") and "\n" not in str(error.value)
 
 
-WRITER = """
-import sys; sys.path.insert(0, sys.argv[1])
-from formats.labels import Journal
-journal = Journal(sys.argv[2])
-for i in range(10 ** 6):
-    journal.append({"file_name": f"{i}.mp4", "annotator": "ada", "physical": i % 3, "deformity": 2, "time": 0.0})
-    print(i, flush=True)
-"""
+def write_for_ever(path, pipe):
+    journal = labels.Journal(path)
+    for i in itertools.count():
+        journal.append(say(f"{i}.mp4", i % 3, 2))
+        pipe.send(i)
 
 
 def test_what_was_confirmed_is_there_after_kill_9_and_only_one_process_writes(tmp_path):
-    path = tmp_path / "labels.jsonl"
-    for _ in range(2):
+    path, fork = tmp_path / "labels.jsonl", multiprocessing.get_context("fork")
+    for _ in range(5):
         before = len(labels.read_answers(path))
-        writer = subprocess.Popen([sys.executable, "-c", WRITER, ROOT, path], stdout=subprocess.PIPE, text=True)
-        writer.stdout.readline()
+        mine, other = fork.Pipe(duplex=False)
+        writer = fork.Process(target=write_for_ever, args=(path, other))
+        writer.start()
+        other.close()
+        confirmed = mine.recv()
         with pytest.raises(InputError, match="another label.py has this folder open"):
             labels.Journal(path)
-        time.sleep(0.1)
+        time.sleep(0.05)
         os.kill(writer.pid, signal.SIGKILL)
-        confirmed = 1 + len(writer.stdout.read().splitlines())
-        writer.wait()
-        got = labels.read_answers(path)
-        assert confirmed <= len(got) <= max(before, confirmed + 1)
+        writer.join()
+        with contextlib.suppress(EOFError):
+            while True:
+                confirmed = mine.recv()
+        assert confirmed + 1 <= len(labels.read_answers(path)) <= max(before, confirmed + 2)
     labels.Journal(path).append(say("0.mp4", 2, 2))                     # its lock died with it
 
 
