@@ -75,7 +75,8 @@ def runs(folder):
     assert done.returncode == 1 and "Signal 9 (SIGKILL)" in done.stderr, done.stderr[-3000:]
     assert [step for step, _ in list_checkpoints(folder / "killed-prfl")] == [2]
     jobs = [*(fsdp(name, f"two-{name}", *MICRO, b=2) for name in ("prfl", "steady")),
-            fsdp("reward", "two-reward", "--gradient_checkpointing", b=4), fsdp("prfl", "two-lora", *LORA, b=4), (killed[0], [*killed[1], "--resume", "latest"])]
+            fsdp("reward", "two-reward", "--gradient_checkpointing", b=4), fsdp("prfl", "two-lora", *LORA, b=4),
+            (killed[0], [*killed[1], "--resume", "latest"])]
     for name in ("prfl", "reward"):
         jobs.append(fsdp(name, f"one-to-two-{name}", "--resume", f"{folder}/one-{name}/checkpoint-000004", b=4))
     done = torchrun(folder, DRIVER, json.dumps(jobs))

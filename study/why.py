@@ -1,0 +1,192 @@
+"""Why does a coarse rollout keep PRFL from collapsing? Variants of its reward update that are no flags of train_align.py.
+
+    python -m study.why --variant noise --reward runs/reward/reward --output_dir runs/why/noise
+    python -m study.why --variant ema --resume latest
+    python -m study.reproduce steady                            all of them, three seeds, beside train_align.py's own
+
+What could mend the collapse, or explain why coarse rollouts do:
+noise        the exact rollout's state plus Gaussian noise, strength (1 - t): is it the mere spread of the states?
+exact_last   a coarse rollout up to the step before, and that step exact: is it the blur where the rewarded step starts?
+no_rollout   curated clips noised to where the rewarded step starts: does it need the generator's own states?
+ema          an average of the weights over iterations, factor strength, is what is validated and written
+pull         plus strength (v - v_ref)^2 in the rewarded step, v_ref the velocity of the generator as it was
+ceiling      -min(r, strength): nothing is learned from a reward above it
+none         train_align.py --method prfl, number for number: so that what is compared differs in the variant alone
+
+On the embedded world, in one process. Each iteration an SFT update and a reward update, with train_align.py's draws; writes
+what train_align.py writes: metrics.jsonl, transformer/, checkpoints, samples/.
+
+Axes: b batch, c channels, f frames, h height, w width, l text tokens.
+"""
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import common
+import data
+import flow
+import prfl
+from common import InputError, arg
+from formats import runs
+from formats.weights import SHIPPED
+from model import export_transformer, load_transformer
+from pavrm import load_pavrm
+from scale import parallel
+from validation import make_validation
+from world import clips
+
+BASE = SHIPPED["t2v"]
+STRENGTH = {"noise": 0.2, "ema": 0.98, "pull": 1.0, "ceiling": 2.0}      # where --strength is not given
+VARIANTS = ("none", "noise", "exact_last", "no_rollout", "ema", "pull", "ceiling")
+
+
+@dataclass
+class Config:
+    variant: str = arg("none", "what is changed", choices=VARIANTS)
+    strength: float | None = arg(None, "of noise, pull or ceiling, or ema's factor; without: "
+                                 + ", ".join(f"{variant} {value:g}" for variant, value in STRENGTH.items()), at_least=0)
+    rewarded_step: str = arg("per_video", "as in train_align.py", choices=("per_batch", "per_video"))
+    rollout_passes: int = arg(0, "as in train_align.py", at_least=0)
+    reward_loss: str = arg("linear", "as in train_align.py", choices=tuple(prfl.REWARD_LOSSES))
+    reward: str = arg(str(BASE / "reward"), "folder of the reward model")
+    output_dir: str = arg("runs/why", "run folder")
+    curated_dir: str | None = arg(None, "where curated clips are kept, or found; without, <output_dir>/curated")
+    num_curated: int = arg(1024, "curated clips to render", above=0)
+    num_inference_steps: int = arg(16, "N, Euler steps of a rollout", above=0)
+    learning_rate: float = arg(1e-4, "AdamW's", above=0)
+    max_train_steps: int = arg(480, "iterations", above=0)
+    batch_size: int = arg(32, "videos, and prompts, per update", above=0)
+    max_grad_norm: float = arg(1.0, "each update's gradient is clipped to this norm", above=0)
+    mixed_precision: str = arg("bf16", "autocast dtype", choices=("no", "bf16"))
+    checkpointing_steps: int = arg(40, "iterations between checkpoints", above=0)
+    validation_steps: int = arg(40, "iterations between validations", above=0)
+    num_validation: int = arg(256, "videos of a validation; 0 for none", at_least=0)
+    resume_from_checkpoint: str | None = arg(None, "'latest' or a checkpoint folder", alias="resume")
+    seed: int = arg(0, "seed of order, t, noise and steps", at_least=0)
+
+
+def start_state(config, policy, x_T, context, first, curated, eps):
+    """Where the rewarded step of each video starts, x_{s+dt} [b, c, f, h, w], without gradients.
+
+    x_T [b, c, f, h, w] noise, context [b, l, d_text], first [b] steps already made there, curated: x0 of those prompts,
+    eps: the noise variant's draw, as large.
+    """
+    N, times = config.num_inference_steps, flow.schedule(config.num_inference_steps, device=x_T.device)
+    if config.variant == "no_rollout":
+        return flow.add_noise(curated, x_T, times[first])
+    if config.variant == "exact_last":
+        before = (first - 1).clamp(min=0)
+        x = flow.rollout(policy, x_T, context, N, last=before, passes=config.rollout_passes)
+        with torch.no_grad():                                   # a video whose first step is rewarded does not move: dt = 0
+            return flow.euler_step(x, policy(x, times[before], context), times[before], times[first])
+    x = flow.rollout(policy, x_T, context, N, last=first, passes=config.rollout_passes)
+    if config.variant == "noise":
+        x = x + config.strength * (1 - times[first]).view(-1, 1, 1, 1, 1) * eps
+    return x
+
+
+def reward_update_loss(config, policy, base, pavrm, x_T, context, step, curated, eps):
+    """prfl.reward_update_loss with the variant in it: -> (loss, reward [b], detached). base: the generator as it was."""
+    times = flow.schedule(config.num_inference_steps, device=x_T.device)
+    x = start_state(config, policy, x_T, context, step - 1, curated, eps)
+    torch.clear_autocast_cache()        # on torch < 2.13, weights it cast without gradients would be used below
+    t, s = times[step - 1], times[step]
+    v = policy(x, t, context)
+    r = pavrm(flow.euler_step(x, v, t, s), s, context)
+    judged = r.clamp(max=config.strength) if config.variant == "ceiling" else r
+    loss = prfl.REWARD_LOSSES[config.reward_loss](judged).mean()
+    if config.variant == "pull":
+        with torch.no_grad():
+            v_ref = base(x, t, context)
+        loss = loss + config.strength * (v - v_ref).float().square().mean()
+    return loss, r.detach()
+
+
+def main(config):
+    common.refuse(config, () if config.variant in STRENGTH else ("strength",), f"with --variant {config.variant}")
+    config.strength = STRENGTH.get(config.variant) if config.strength is None else config.strength
+    config.model, config.size = str(BASE), "tiny"               # what make_validation asks for beside the flags
+    runtime = common.setup(config.mixed_precision, config.seed)
+    if runtime.world_size > 1:
+        raise InputError("study.why runs in one process: start it without torchrun")
+    frozen = lambda folder: load_transformer(folder).to(runtime.device).eval().requires_grad_(False)
+    policy, base = load_transformer(BASE).to(runtime.device).train(), frozen(BASE)
+    pavrm = load_pavrm(config.reward, policy).to(runtime.device)
+    resume = config.resume_from_checkpoint and runs.resolve_checkpoint(config.output_dir, config.resume_from_checkpoint)
+    state = runs.load_state(resume) if resume else {"step": 0}
+    shards = clips.clean_clips(config.curated_dir or Path(config.output_dir) / "curated", config.model, config.num_curated,
+                               config.size, config.seed + 500, runtime)
+    curated = (shards.labels != 0).nonzero()[:, 0]
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    if resume:
+        parallel.load_state(resume, state, policy, optimizer)
+    average = frozen(resume / "transformer" if resume else BASE) if config.variant == "ema" else policy
+    runs.start_run(config, state["step"] if resume else None)
+    log = runs.MetricsLog(config.output_dir, state["step"] if resume else None)
+    validate = make_validation(config, runtime) if config.num_validation else None
+    indices, B, N = range(config.batch_size), config.batch_size, config.num_inference_steps
+
+    def curated_batch(seed, iteration):
+        batch = shards.batch(curated[data.order(len(curated), seed, iteration, indices, B)])
+        return batch["latents"].to(runtime.device), batch["context"].to(runtime.device)
+
+    def draw(purpose, iteration):
+        return common.noise(shards.latent_shape, config.seed, purpose, iteration, indices).to(runtime.device)
+
+    def sft_loss(iteration):
+        """Eq. 10 on curated videos."""
+        x0, context = curated_batch(config.seed, iteration)
+        t = common.uniform(config.seed, "sft t", iteration, indices).to(runtime.device)
+        return prfl.sft_loss(policy, x0, draw("sft x1", iteration), t, context), {}
+
+    def reward_loss(iteration):
+        x0, context = curated_batch(config.seed + 1, iteration)
+        step = prfl.draw_steps(config.seed, iteration, N, B) if config.rewarded_step == "per_video" else torch.tensor(
+            [prfl.draw_step(config.seed, iteration, N)]).expand(B)
+        loss, reward = reward_update_loss(config, policy, base, pavrm, draw("x_T", iteration), context, step, x0,
+                                          draw("why noise", iteration))
+        return loss, {"reward": reward.mean().item(), "rewarded_step": step.float().mean().item()}
+
+    def update(name, loss_fn, iteration):
+        """One optimizer update, as train_align.py's."""
+        clock, cpu_clock = time.perf_counter(), time.process_time()
+        optimizer.zero_grad()
+        with runtime.autocast():
+            loss, extra = loss_fn(iteration)
+        common.check_finite(loss.detach(), f"the {name} loss", iteration + 1)
+        loss.backward()
+        norm = common.average_and_clip_gradients(policy.parameters(), config.max_grad_norm, iteration + 1)
+        optimizer.step()
+        return {f"{name}_loss": loss.item(), **extra, f"{name}_grad_norm": norm, f"{name}_seconds": time.perf_counter() - clock,
+                f"{name}_cpu_seconds": time.process_time() - cpu_clock}
+
+    def export(path, state):
+        export_transformer(average, path, dtype=torch.float32)
+
+    bar = common.progress(config.max_train_steps, config.variant, initial=state["step"])
+    if validate and not resume:
+        log.log(0, **validate(average, 0))
+    for iteration in range(state["step"], config.max_train_steps):
+        metrics = {"learning_rate": config.learning_rate}
+        for name, loss_fn in (("sft", sft_loss), ("reward", reward_loss)):
+            metrics |= update(name, loss_fn, iteration)
+        if average is not policy:
+            with torch.no_grad():
+                torch._foreach_lerp_(list(average.parameters()), list(policy.parameters()), 1 - config.strength)
+        done = iteration + 1
+        if validate and (done % config.validation_steps == 0 or done == config.max_train_steps):
+            metrics |= validate(average, done)
+        log.log(done, **metrics)
+        bar.set_postfix(reward=f"{metrics['reward']:.3f}")
+        bar.update()
+        if done % config.checkpointing_steps == 0 or done == config.max_train_steps:
+            parallel.save_checkpoint(config.output_dir, done, {"transformer": export}, policy, optimizer, config)
+    bar.close()
+    export(Path(config.output_dir) / "transformer", None)
+    print(f"wrote {Path(config.output_dir) / 'transformer'}")
+
+
+if __name__ == "__main__":
+    common.cli(main, Config, __doc__, prog="python -m study.why")

@@ -1,0 +1,114 @@
+"""study/why.py: without a variant it is train_align.py bit for bit; each variant by hand; a resumed average is the same."""
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import same
+
+import common
+import flow
+import train_align
+from formats.weights import WEIGHTS
+from model import VideoDiT
+from pavrm import PAVRM
+from study import why
+
+N = 6
+
+
+def run(script, folder, output, *flags):
+    common.cli(script.main, script.Config, "", [
+        *flags, "--curated_dir", str(folder / "curated"), "--num_curated", "16", "--batch_size", "4", "--max_train_steps", "2",
+        "--num_validation", "0", "--checkpointing_steps", "1", "--output_dir", str(folder / output)])
+    return load_file(folder / output / "transformer" / WEIGHTS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("why")
+
+
+@pytest.mark.parametrize("flags", ["--rewarded_step per_video --rollout_passes 4 --reward_loss logsigmoid",
+                                   "--rewarded_step per_batch --rollout_passes 0 --reward_loss linear --max_grad_norm .1"])
+def test_without_a_variant_it_is_train_align(folder, cpu, flags):
+    ours, theirs = (run(script, folder, f"same-{script.__name__}", *flags.split()) for script in (why, train_align))
+    assert same(ours, theirs)
+
+
+def test_a_resumed_average_is_the_uninterrupted_one(folder, cpu):
+    whole = run(why, folder, "ema", "--variant", "ema", "--strength", ".5")
+    shutil.copytree(folder / "ema/checkpoint-000001", folder / "ema-resumed/checkpoint-000001")
+    assert same(run(why, folder, "ema-resumed", "--variant", "ema", "--strength", ".5", "--resume", "latest"), whole)
+    first, last = (load_file(folder / f"ema/checkpoint-00000{k}/transformer" / WEIGHTS) for k in (1, 2))
+    trained = torch.load(folder / "ema/checkpoint-000002/train_state.pt", weights_only=True)["model"]
+    assert all(torch.allclose(last[name], (first[name] + x.view_as(first[name])) / 2, atol=1e-6) for name, x in trained.items())
+
+
+def test_bad_flags_are_one_line(folder, cpu, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(why, folder, "bad", "--variant", "exact_last", "--strength", "1")
+    assert stop.value.code == 2 and capsys.readouterr().err == (
+        "error: --strength means nothing with --variant exact_last: leave it out\n") and not (folder / "bad").exists()
+
+
+# ---- each variant by hand
+@pytest.fixture
+def parts():
+    """(policy, the generator as it was, PAVRM), float64; x_T, curated x0 and noise [3, ...]; contexts; steps."""
+    torch.manual_seed(0)
+    tiny = dict(in_dim=4, out_dim=4, dim=24, ffn_dim=32, num_heads=2, num_layers=2, freq_dim=16, text_dim=8, text_len=3)
+    models = [VideoDiT(**tiny) for _ in range(2)]
+    for dit in models:
+        torch.nn.init.normal_(dit.head.head.weight, std=0.2)
+    pavrm = PAVRM.from_generator(models[1], 1).freeze()
+    x_T, x0, eps = torch.randn(3, 3, 4, 2, 2, 2, dtype=torch.float64)
+    return [m.double() for m in (*models, pavrm)], x_T, x0, eps, torch.randn(3, 3, 8, dtype=torch.float64), torch.tensor([1, 4, 6])
+
+
+def start(parts, variant, passes=0, strength=None):
+    (policy, _, _), x_T, x0, eps, context, step = parts
+    config = why.Config(variant=variant, num_inference_steps=N, rollout_passes=passes, strength=strength)
+    return why.start_state(config, policy, x_T, context, step - 1, x0, eps)
+
+
+def euler(policy, x, context, stops):
+    with torch.no_grad():
+        for a, b in zip(stops, stops[1:]):
+            x = x - (b - a) / N * policy(x, torch.tensor([1 - a / N]), context)
+    return x
+
+
+def test_where_the_rewarded_step_starts(parts):
+    (policy, _, _), x_T, x0, eps, context, _ = parts
+    every = {1: [0], 4: [0, 1, 2, 3], 6: [0, 1, 2, 3, 4, 5]}
+    coarse = {1: [0], 4: [0, 2, 3], 6: [0, 2, 4, 5]}                    # strides of two; the last pass is exact anyway
+    exact_last = {1: [0], 4: [0, 2, 3], 6: [0, 3, 4, 5]}                # strides of three up to the step before, then one
+    by_hand = lambda routes: torch.cat([euler(policy, x_T[i:i + 1], context[i:i + 1], route)
+                                        for i, route in enumerate(routes.values())])
+    close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    close(start(parts, "none"), by_hand(every))
+    close(start(parts, "none", passes=4), by_hand(coarse))
+    close(start(parts, "exact_last", passes=2), by_hand(exact_last))
+    t = (1 - (torch.tensor([1, 4, 6]) - 1) / N).double().view(3, 1, 1, 1, 1)
+    close(start(parts, "noise", strength=0.2), by_hand(every) + 0.2 * (1 - t) * eps)
+    close(start(parts, "no_rollout"), (1 - t) * x0 + t * x_T)
+
+
+def test_pull_and_ceiling(parts):
+    (policy, base, pavrm), x_T, x0, eps, context, step = parts
+
+    def update(variant, strength=None, loss="linear"):
+        config = why.Config(variant=variant, num_inference_steps=N, strength=strength, reward_loss=loss)
+        return why.reward_update_loss(config, policy, base, pavrm, x_T, context, step, x0, eps)
+
+    plain, r = update("none")
+    assert plain.item() == pytest.approx(-r.mean().item())
+    x, t = start(parts, "none"), flow.schedule(N)[step - 1]
+    apart = (policy(x, t, context) - base(x, t, context)).square().mean().item()
+    assert apart > 0 and update("pull", 3.0)[0].item() == pytest.approx(plain.item() + 3 * apart, rel=1e-5)
+    middle = r.sort().values[1].item()                                  # one reward below, two at or above
+    loss, same_r = update("ceiling", middle)
+    assert torch.equal(same_r, r) and loss.item() == pytest.approx(-r.clamp(max=middle).mean().item())
+    low = update("ceiling", r.min().item() - 1)[0]
+    assert all(g is None or not g.any() for g in torch.autograd.grad(low, list(policy.parameters()), allow_unused=True))
