@@ -76,7 +76,7 @@ class Config:
     learning_rate: float = arg(1e-4, "AdamW's, the best in results/table1.md; the paper has 5e-6 at 14B", above=0)
     weight_decay: float = arg(0.0, "AdamW's", at_least=0)
     max_train_steps: int = arg(120, "iterations; of prfl and refl, each is two updates", above=0)
-    batch_size: int = arg(32, "videos, and prompts, per update and rank, or group of --sequence_parallel (30 in all in the paper)", above=0)
+    batch_size: int = arg(32, "videos, and prompts, per update and rank, or group of ranks (the paper: 30 in all)", above=0)
     gradient_accumulation_steps: int = arg(1, "batches per update; SFT and reward gradients never mix", above=0)
     max_grad_norm: float = arg(1.0, "each update's gradient is clipped to this norm", above=0)
     mixed_precision: str = arg("bf16", "autocast dtype; weights, optimizer and rollout state are fp32",

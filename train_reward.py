@@ -64,7 +64,7 @@ class Config:
     trunk_learning_rate: float = arg(1e-3, "the same for the trunk's blocks (1e-6 at 14B); 0 freezes them", at_least=0)
     weight_decay: float = arg(0.01, "AdamW's", at_least=0)
     max_train_steps: int = arg(1600, "optimizer steps", above=0)
-    batch_size: int = arg(64, "videos per step and rank, or group of --sequence_parallel", above=0)
+    batch_size: int = arg(64, "videos per step and rank, or group of ranks", above=0)
     max_grad_norm: float = arg(1.0, "gradients are clipped to this norm", above=0)
     mixed_precision: str = arg("bf16", "autocast dtype", choices=("no", "bf16"))
     gradient_checkpointing: bool = arg(False, "recompute the trunk's blocks in the backward pass")

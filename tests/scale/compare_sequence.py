@@ -3,10 +3,6 @@ Prints one JSON object a case: the largest relative difference of what was compu
 import copy
 import itertools
 import json
-import sys
-from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
 
 import torch
 import torch.distributed as dist

@@ -20,7 +20,8 @@ STEADY = ["--recipe", "steady", "--rollout_passes", "2"]
 
 def torchrun(ranks, script, *argv):
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return subprocess.run([*start, str(script), *argv], env=ENV, capture_output=True, text=True, timeout=900)
+    return subprocess.run([*start, str(script), *argv], env=ENV | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+                          capture_output=True, text=True, timeout=900)
 
 
 @pytest.mark.parametrize("ranks, cases", [(2, 13), (4, 15)])
@@ -58,8 +59,9 @@ def test_groups_draw_as_ranks_did():
     """Four ranks that share their clips in pairs have the examples of two."""
     cpu = torch.device("cpu"), torch.float32
     shared = [common.Runtime(rank, 4, *cpu, 2) for rank in range(4)]
+    pairs = [common.Runtime(rank // 2, 2, *cpu) for rank in range(4)]
     for micro in range(3):
-        assert [one.indices(3, micro) for one in shared] == [common.Runtime(rank // 2, 2, *cpu).indices(3, micro) for rank in range(4)]
+        assert [one.indices(3, micro) for one in shared] == [one.indices(3, micro) for one in pairs]
     assert shared[0].groups == 2
 
 
