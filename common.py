@@ -95,16 +95,22 @@ class Runtime:
     world_size: int
     device: torch.device
     dtype: torch.dtype  # of autocast; weights stay float32
+    sequence_parallel: int = 1  # neighbouring ranks that share their clips
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def indices(self, batch_size, micro=0):
         """Positions in the global batch of this rank's examples; micro counts gradient accumulation."""
-        return [(micro * self.world_size + self.rank) * batch_size + j for j in range(batch_size)]
+        group = micro * self.groups + self.rank // self.sequence_parallel
+        return [group * batch_size + j for j in range(batch_size)]
+
+    @property
+    def groups(self):  # how many batches there are at once
+        return self.world_size // self.sequence_parallel
 
 
-def setup(mixed_precision="no", seed=0):
+def setup(mixed_precision="no", seed=0, sequence_parallel=1):
     """-> Runtime; joins torchrun's process group if there is one. mixed_precision: no | bf16."""
     cuda = torch.cuda.is_available()
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
@@ -114,7 +120,7 @@ def setup(mixed_precision="no", seed=0):
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=1))
     torch.manual_seed(seed)  # equal on every rank: modules start from equal weights
     dtype = {"no": torch.float32, "bf16": torch.bfloat16}[mixed_precision]
-    return Runtime(rank(), int(os.environ.get("WORLD_SIZE", 1)), device, dtype)
+    return Runtime(rank(), int(os.environ.get("WORLD_SIZE", 1)), device, dtype, sequence_parallel)
 
 
 def teardown():

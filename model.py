@@ -98,13 +98,16 @@ def modulated_norm(x, shift, scale, eps):
     return (F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale)).add_(shift)
 
 
-def attend(q, k, v):
+def attend(q, k, v, sequence=None):
     """q [b, n, k, e] against keys and values [b, m, k, e], every key seen -> [b, n, d]
 
+    sequence: each of several GPUs has its own n tokens, and attends over all tokens with its own heads in between.
     One result, three ways to it: PyTorch's fused kernel on a GPU, the same in float32 on a CPU, and plain products on
     a CPU for few keys. For 12 of them the fused CPU kernel takes 1.4 times as long in float32 and ten times in
     bfloat16; for 80, bfloat16 takes it twice as long as float32.
     """
+    if sequence is not None:
+        return sequence.tokens(attend(*sequence.heads(q, k, v)))
     if v.device.type != "cpu":
         q, k, v = (y.to(v.dtype).transpose(1, 2) for y in (q, k, v))                 # [b, k, n, e]
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)    # [b, n, d]
@@ -130,15 +133,15 @@ class Attention(nn.Module):
             self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
             self.norm_k_img = RMSNorm(dim, eps)
 
-    def forward(self, x, source=None, image=None, rope=None):
-        """x [b, n, d]; source [b, l, d] or None for x itself; image [b, m, d]; rope as in `rope_table`."""
+    def forward(self, x, source=None, image=None, rope=None, sequence=None):
+        """x [b, n, d]; source [b, l, d] or None for x itself; image [b, m, d]; rope, sequence as in `run_blocks`."""
         x = x.to(self.q.weight.dtype)
         source = x if source is None else source
         split = partial(torch.unflatten, dim=2, sizes=(self.num_heads, -1))        # [b, ., d] -> [b, ., k, e]
         q, k, v = split(self.norm_q(self.q(x))), split(self.norm_k(self.k(source))), split(self.v(source))
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
-        out = attend(q, k, v)
+        out = attend(q, k, v, sequence)
         if image is not None:
             out = out + attend(q, split(self.norm_k_img(self.k_img(image))), split(self.v_img(image)))
         return self.o(out.to(self.o.weight.dtype))
@@ -154,10 +157,10 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim ** 0.5)
 
-    def forward(self, x, e, context, image, rope):
+    def forward(self, x, e, context, image, rope, sequence=None):
         """x [b, n, d] float32, e [b, 6, d] float32 (shared by all blocks), context [b, l, d] -> [b, n, d]"""
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.modulation.to(x.dtype) + e).split(1, dim=1)
-        y = self.self_attn(modulated_norm(x, shift_a, scale_a, self.eps), rope=rope)
+        y = self.self_attn(modulated_norm(x, shift_a, scale_a, self.eps), rope=rope, sequence=sequence)
         x = (y * gate_a).add_(x)
         weight, bias = self.norm3.weight.to(x.dtype), self.norm3.bias.to(x.dtype)
         y = F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
@@ -197,8 +200,10 @@ class VideoDiT(nn.Module):
     patch embedding (16, or 36 in i2v: 16 noisy + 20 of `y`); out_dim; dim; ffn_dim; freq_dim of the sinusoid;
     text_dim and text_len of the context; num_heads; num_layers; eps of the norms; image_dim of CLIP tokens
     or None.
-    Set `dit.gradient_checkpointing = True` to recompute each block in the backward pass.
+    Set `dit.gradient_checkpointing = True` to recompute each block in the backward pass. `sequence`: None, or how n tokens
+    lie over several GPUs (scale/sequence.py); every one of them is given, and gives, the whole video.
     """
+    sequence = None
 
     def __init__(self, *, model_type="t2v", patch_size=(1, 2, 2), in_dim=16, out_dim=16, dim=1536,
                  ffn_dim=8960, freq_dim=256, text_dim=4096, text_len=512, num_heads=12, num_layers=30,
@@ -246,20 +251,21 @@ class VideoDiT(nn.Module):
         first-frame latent); clip [b, m, image_dim] when the model has image tokens (Wan2.1: m = 257).
         Returns [b, out_dim, f, h, w], float32 (float64 in a float64 model). InputError on a wrong shape.
         """
-        tokens, e, grid = self.run_blocks(x, t, context, len(self.blocks), y, clip)
+        tokens, e, (f, h, w), sequence = self.run_blocks(x, t, context, len(self.blocks), y, clip)
         with torch.autocast(x.device.type, enabled=False):
             out = self.head(tokens, e[:, None])                                     # [b, n, c * patch volume]
-        f, h, w = grid
+        out = sequence.whole(out) if sequence else out
         pf, ph, pw = self.config["patch_size"]
         return rearrange(out, "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)",
                          f=f, h=h, w=w, pf=pf, ph=ph, pw=pw)                                # [b, c, f, h, w]
 
     def features(self, x, t, context, *, depth, y=None, clip=None):
         """Tokens [b, n, d] after the first `depth` blocks, 0 <= depth <= num_layers; the rest is not run."""
-        return self.run_blocks(x, t, context, depth, y, clip)[0]
+        tokens, _, _, sequence = self.run_blocks(x, t, context, depth, y, clip)
+        return sequence.whole(tokens) if sequence else tokens
 
     def run_blocks(self, x, t, context, depth, y, clip):
-        """-> tokens [b, n, d], time embedding [b, d], token grid (f, h, w)
+        """-> tokens [b, n, d], time embedding [b, d], token grid (f, h, w), None; or this GPU's tokens, and `sequence`
 
         The rule of dtypes: matrices multiply in theirs (or autocast's); the residual stream `tokens`, norms, modulation
         and everything about time stay `wide`.
@@ -269,26 +275,29 @@ class VideoDiT(nn.Module):
         x = x if y is None else torch.cat([x, self.checked_y(x, y)], dim=1)             # [b, in_dim, f, h, w]
         grid = self.check_inputs(x, t, context, clip)
         dtype = self.patch_embedding.weight.dtype
-        tokens = self.patchify(x.to(dtype)).to(wide(dtype))                                  # [b, n, d]
+        sequence = self.sequence and self.sequence(math.prod(grid))
+        tokens = self.patchify(x.to(dtype), sequence).to(wide(dtype))                        # [b, n, d]
         with torch.autocast(x.device.type, enabled=False):
             e, e_blocks = self.embed_time(t.to(wide(dtype)))                               # [b, d], [b, 6, d]
         context = F.pad(context.to(dtype), (0, 0, 0, self.config["text_len"] - context.shape[1]))
         context = self.text_embedding(context)                                               # [b, l, d]
         image = None if clip is None else self.img_emb(clip.to(dtype)).to(dtype)             # [b, m, d]
         rope = rope_table(grid, self.config["dim"] // self.config["num_heads"], x.device, wide(dtype))
+        rope = sequence.mine(rope, dim=0) if sequence else rope
         for block in self.blocks[:depth]:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 # no dropout inside, so there is no random state to preserve
-                tokens = checkpoint(block, tokens, e_blocks, context, image, rope,
+                tokens = checkpoint(block, tokens, e_blocks, context, image, rope, sequence,
                                     use_reentrant=False, preserve_rng_state=False)
             else:
-                tokens = block(tokens, e_blocks, context, image, rope)
-        return tokens, e, grid
+                tokens = block(tokens, e_blocks, context, image, rope, sequence)
+        return tokens, e, grid, sequence
 
-    def patchify(self, x):
+    def patchify(self, x, sequence=None):
         """The patch embedding (its stride is its kernel) as one product. [b, c, f, h, w] -> [b, n, d]"""
         pf, ph, pw = self.config["patch_size"]
         x = rearrange(x, "b c (f pf) (h ph) (w pw) -> b (f h w) (c pf ph pw)", pf=pf, ph=ph, pw=pw)
+        x = sequence.mine(x) if sequence else x
         return F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
 
     def embed_time(self, t):

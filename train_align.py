@@ -76,7 +76,7 @@ class Config:
     learning_rate: float = arg(1e-4, "AdamW's, the best in results/table1.md; the paper has 5e-6 at 14B", above=0)
     weight_decay: float = arg(0.0, "AdamW's", at_least=0)
     max_train_steps: int = arg(120, "iterations; of prfl and refl, each is two updates", above=0)
-    batch_size: int = arg(32, "videos, and prompts, per update and rank (30 in all in the paper)", above=0)
+    batch_size: int = arg(32, "videos, and prompts, per update and rank, or group of ranks (the paper: 30 in all)", above=0)
     gradient_accumulation_steps: int = arg(1, "batches per update; SFT and reward gradients never mix", above=0)
     max_grad_norm: float = arg(1.0, "each update's gradient is clipped to this norm", above=0)
     mixed_precision: str = arg("bf16", "autocast dtype; weights, optimizer and rollout state are fp32",
@@ -84,6 +84,7 @@ class Config:
     gradient_checkpointing: bool = arg(False, "recompute each block in the backward pass")
     parallel: str = arg("ddp", "under torchrun: ddp keeps policy (16 bytes a weight: itself, gradient, Adam) and reward "
                         "model whole on each GPU; fsdp, 1 / GPUs of them", choices=parallel.KINDS)
+    sequence_parallel: int = arg(1, "neighbouring GPUs that share a clip's tokens: long clips (the paper: 4)", above=0)
     lora_rank: int = arg(0, "train adapters of this rank (such as 16) beside the frozen q, k, v, o of each attention, "
                          "often at 10 times the learning rate; 0 trains every weight", at_least=0)
     lora_alpha: float | None = arg(None, "adapters are scaled by lora_alpha / lora_rank; without, by 1", above=0)
@@ -145,7 +146,7 @@ def load_curated(config, policy, runtime):
 def main(config):
     # ---- what trains, what rewards it, what it learns from
     check_flags(config)
-    runtime = common.setup(config.mixed_precision, config.seed)
+    runtime = common.setup(config.mixed_precision, config.seed, config.sequence_parallel)
     policy = load_policy(config, runtime)
     if config.method == "refl":
         pixel_reward, vae = load_pixel_reward(config, policy, runtime)
@@ -156,7 +157,7 @@ def main(config):
     shards, curated = load_curated(config, policy, runtime)
     config.shift = config.shift or published(policy.config, SPACE * shards.latent_shape[2])["shift"]
     accumulation = config.gradient_accumulation_steps
-    global_batch = config.batch_size * runtime.world_size * accumulation
+    global_batch = config.batch_size * runtime.groups * accumulation
     N = config.num_inference_steps
 
     def curated_batch(seed, iteration, indices):

@@ -64,11 +64,12 @@ class Config:
     trunk_learning_rate: float = arg(1e-3, "the same for the trunk's blocks (1e-6 at 14B); 0 freezes them", at_least=0)
     weight_decay: float = arg(0.01, "AdamW's", at_least=0)
     max_train_steps: int = arg(1600, "optimizer steps", above=0)
-    batch_size: int = arg(64, "videos per step and rank", above=0)
+    batch_size: int = arg(64, "videos per step and rank, or group of ranks", above=0)
     max_grad_norm: float = arg(1.0, "gradients are clipped to this norm", above=0)
     mixed_precision: str = arg("bf16", "autocast dtype", choices=("no", "bf16"))
     gradient_checkpointing: bool = arg(False, "recompute the trunk's blocks in the backward pass")
     parallel: str = arg("ddp", "under torchrun: a copy on each GPU (ddp), or 1 / GPUs (fsdp)", choices=parallel.KINDS)
+    sequence_parallel: int = arg(1, "neighbouring GPUs that share a clip's tokens: long clips (the paper: 4)", above=0)
     checkpointing_steps: int = arg(200, "steps between checkpoints", above=0)
     validation_steps: int = arg(200, "steps between reports on the held-out videos", above=0)
     resume_from_checkpoint: str | None = arg(None, "'latest' or a checkpoint folder", alias="resume")
@@ -76,11 +77,11 @@ class Config:
 
 
 def main(config):
-    pavrm_only = ("depth", "pooling", "fixed_t", "trunk_learning_rate", "gradient_checkpointing")
+    pavrm_only = ("depth", "pooling", "fixed_t", "trunk_learning_rate", "gradient_checkpointing", "sequence_parallel")
     common.refuse(config, ("frames",) if config.space == "latent" else pavrm_only, f"with --space {config.space}")
     common.refuse(config, () if config.data else ("labels", "bad"), "without --data")
-    runtime = common.setup(config.mixed_precision, config.seed)
-    parallel.check(config.parallel)
+    runtime = common.setup(config.mixed_precision, config.seed, config.sequence_parallel)
+    parallel.check(config.parallel, config.sequence_parallel)
     dit = load_transformer(resolve_model(config)).eval().requires_grad_(False)
     resume = config.resume_from_checkpoint and runs.resolve_checkpoint(config.output_dir,
                                                                          config.resume_from_checkpoint)
@@ -116,7 +117,7 @@ def main(config):
         parallel.load_state(resume, state, reward, optimizer)
     runs.start_run(config, state["step"] if resume else None)
     log = runs.MetricsLog(config.output_dir, state["step"] if resume else None)
-    global_batch = config.batch_size * runtime.world_size
+    global_batch = config.batch_size * runtime.groups
     bar = common.progress(config.max_train_steps, "reward model", initial=state["step"])
     measure = make_reward_report(reward_fn, shards.batch(held), dit.config, config, runtime)
     report = None

@@ -32,24 +32,28 @@ import common
 from common import InputError
 from formats import runs
 from formats.weights import read_config
+from scale import sequence
 
 KINDS = ("ddp", "fsdp")
 PIECES = "sharded_state"  # of torch.distributed.checkpoint, inside a checkpoint folder of fsdp
 
 
-def check(kind):
-    """Raises InputError where there are no processes to shard over; for a script to call before it works."""
+def check(kind, sequence_parallel=1):
+    """Raises InputError where there are no processes to share the work; for a script to call before it works."""
+    sequence.check(sequence_parallel)
     if kind == "fsdp" and not dist.is_initialized():
         raise InputError("--parallel fsdp shards over processes: start with torchrun --nproc_per_node=<GPUs>")
 
 
 def shard(model, runtime, kind):
-    """Puts a VideoDiT or a PAVRM, in place, on this rank's device: whole (ddp) or its piece (fsdp) -> model.
+    """Puts a VideoDiT or a PAVRM, in place, on this rank's device: whole (ddp) or its piece (fsdp) -> model. Its clips are
+    shared as runtime.sequence_parallel says.
 
     Call it before the optimizer is made. For fsdp give the model on the CPU, so that one block at a time is
     whole on the device; every rank must hold the same weights. Raises InputError without processes.
     """
     check(kind)
+    sequence.spread(getattr(model, "trunk", model), runtime)
     if kind == "ddp":
         return model.to(runtime.device)
     # PAVRM's logits are a view; no caller writes into them

@@ -25,7 +25,8 @@ from common import InputError, arg
 from model import PRESETS
 
 IMAGE_TOKENS = 257      # CLIP ViT-H/14 at 224 pixels: 16 x 16 patches and a class token
-METHODS = ("prfl", "refl", "sft", "rwr", "reward")
+METHODS = ("prfl", "refl", "sft", "rwr", "reward", "sample")
+STEADY_PASSES = 4       # most Euler steps of a rollout without gradients under --recipe steady, as in prfl.RECIPES
 # Wan2.1's VAE decoder by resolution: space, time (frames a later latent frame has become here), convolutions 3x3x3 as
 # (input channels, output channels, how many); each follows a norm and a SiLU.
 DECODER = (
@@ -54,10 +55,14 @@ class Config:
     method: str = arg("prfl", "what to train with", choices=METHODS)
     frames: int = arg(81, "video frames, 4 k + 1", above=0)
     size: str = arg("832*480", "width*height in pixels (832x480 will do), each divisible by 16")
-    gpus: int = arg(1, "GPUs of one node", above=0)
-    parallel: str = arg("fsdp", "ddp: everything whole on every GPU; fsdp: cut into --gpus parts",
+    recipe: str = arg("paper", "prfl, refl: a rollout of every step to one rewarded step a batch, or of at most "
+                      f"{STEADY_PASSES} passes to one for each video", choices=("paper", "steady"))
+    gpus: int = arg(1, "GPUs of a node", above=0)
+    nodes: int = arg(1, "nodes; with more, also the bytes that an update sends from one to the others", above=0)
+    parallel: str = arg("fsdp", "ddp: everything whole on every GPU; fsdp: cut over all of them",
                         choices=("ddp", "fsdp"))
-    batch_size: int = arg(1, "videos per update and GPU", above=0)
+    sequence_parallel: int = arg(1, "GPUs that share a clip's tokens", above=0)
+    batch_size: int = arg(1, "videos per update and GPU, or GPUs that share them", above=0)
     num_inference_steps: int = arg(40, "N, Euler steps of a rollout", above=0)
     depth: int = arg(8, "K, blocks of the reward model (prfl, rwr, reward)", above=0)
     lora_rank: int = arg(0, "train adapters of this rank on q, k, v, o of frozen weights; 0 trains all", at_least=0)
@@ -120,18 +125,20 @@ def lora_parameters(c, rank):
 
 
 # ---- FLOPs
-def forward_flops(c, n, layers, batch=1, ends=True):
+def forward_flops(c, n, layers, batch=1, ends=True, ranks=1):
     """(linear layers, attention) of one forward pass of `layers` blocks on n tokens; a multiply-add is two.
 
+    ranks: how many share the tokens; each still works on the whole prompt.
     ends: also patch and text embeddings and head (a reward model has no head; its own is not counted, being small).
     """
     d, l, patch = c["dim"], c["text_len"], math.prod(c["patch_size"])
     m = IMAGE_TOKENS if c.get("image_dim") else 0
-    block = 2 * n * (6 * d * d + 2 * d * c["ffn_dim"]) + 4 * (l + m) * d * d    # video; text, image
-    attention = 4 * n * (n + l + m) * d                                         # scores and their weighted sum
-    outside = 2 * n * d * c["in_dim"] * patch + 2 * l * (c["text_dim"] * d + d * d)
+    mine = math.ceil(n / ranks)
+    block = 2 * mine * (6 * d * d + 2 * d * c["ffn_dim"]) + 4 * (l + m) * d * d     # video; text, image
+    attention = 4 * mine * (n + l + m) * d                                      # scores and their weighted sum
+    outside = 2 * mine * d * c["in_dim"] * patch + 2 * l * (c["text_dim"] * d + d * d)
     outside += 2 * m * (c["image_dim"] ** 2 + c["image_dim"] * d) if m else 0
-    outside += ends * 2 * n * d * c["out_dim"] * patch
+    outside += ends * 2 * mine * d * c["out_dim"] * patch
     return batch * (layers * block + outside), batch * layers * attention
 
 
@@ -141,6 +148,26 @@ def update_flops(forward, trained=True, checkpointing=True):
     linear, attention = forward
     passes = 2 if checkpointing else 1
     return linear * (passes + (2 if trained else 1)) + attention * (passes + 2.5)
+
+
+def rollout_passes(first, last, stride=1, batch=1, groups=1):
+    """Forward passes, in batches, that a rollout without gradients takes on average before rewarded steps that are drawn
+    from first + 1 .. last, a step for each video, stratified over batch x groups of them, as prfl.draw_steps has it.
+
+    A pass moves the videos that have not arrived, and at least one: all groups make as many passes, for FSDP's sake.
+    """
+    every, total = batch * groups, 0.0
+    for start in range(0, last - 1, stride):                    # a pass from step `start`: which videos lie beyond?
+        beyond = every * min(1, (last - max(start + 1, first)) / (last - first))
+        whole, part = int(beyond), beyond - int(beyond)         # stretches that do, and the share of the next one
+        none = lambda moving: math.comb(every - moving, batch) / math.comb(every, batch)    # in one group's batch
+        if whole == every:
+            total += batch
+        elif whole:
+            total += batch * beyond / every + (1 - part) * none(whole) + part * none(whole + 1)
+        else:
+            total += part
+    return total / batch
 
 
 # ---- bytes
@@ -192,10 +219,18 @@ def decoder_costs(f, h, w, first=False):
     return {"kept": kept, "passing": 6 * 4 * 96 * last, "flops": flops}
 
 
+def decoding(f, h, w):
+    """Bytes that pass through Wan2.1's VAE decoder in fp32 without gradients: the video twice, a stage of four frames, and
+    the last two frames of what enters each convolution, kept for the next latent frame."""
+    video = 3 * (4 * f - 3) * 64 * h * w
+    cache = sum(count * c_in * 2 * h * w * space ** 2 for space, _, convolutions in DECODER for c_in, _, count in convolutions)
+    return 4 * (2 * video + cache) + decoder_costs(f, h, w)["passing"]
+
+
 def encoder_flops(f, h, w):
     """Forward FLOPs of Wan2.1's VAE encoder for a clip of latent grid f, h, w."""
     flops = 0
-    for i, (space, time, convolutions, shortcuts, after) in enumerate(ENCODER):
+    for space, time, convolutions, shortcuts, after in ENCODER:
         frames = 1 + (f - 1) * 4 // time                                        # the first frame is alone
         pixels = frames * h * w * 64 // space ** 2
         flops += sum(count * 2 * 27 * a * b * pixels for a, b, count in convolutions)
@@ -210,32 +245,41 @@ def encoder_flops(f, h, w):
 def costs(config, c):
     """Everything that `report` prints, as numbers, for a VideoDiT config `c` and flags: bytes and FLOPs on one GPU,
     seconds. "with" and "without" are checkpointing. Raises InputError."""
-    b = config.batch_size
+    b, ranks, world = config.batch_size, config.sequence_parallel, config.gpus * config.nodes
     f, h, w = latent_grid(config.frames, config.size)
     n, d, L, K = f * h * w // 4, c["dim"], c["num_layers"], config.depth
+    if world % ranks or c["num_heads"] % ranks:
+        works = [str(i) for i in range(1, world + 1) if world % i == c["num_heads"] % i == 0]
+        raise InputError(f"--sequence_parallel {ranks} must divide {world} GPUs and {c['num_heads']} heads: choose one of "
+                         + ", ".join(works))
+    m = math.ceil(n / ranks)                    # tokens of one GPU
     count, prfl, refl = parameters(c), config.method == "prfl", config.method == "refl"
     stage1 = config.method == "reward"          # the reward model itself is trained, but not its embeddings
+    sampling = config.method == "sample"        # nothing is
     reward = reward_parameters(c, K) if config.method in ("prfl", "rwr", "reward") else \
         refl * config.pixel_reward_parameters
     lora = lora_parameters(c, config.lora_rank)
     trained = lora or (reward - count["embeddings"] - count["image"] if stage1 else count["total"])
+    trained = 0 if sampling else trained
     L = K if stage1 else L                      # blocks with gradients
-    fsdp = config.parallel == "fsdp" and config.gpus > 1
-    parts = config.gpus if fsdp else 1
-    one = dict(n=n, f=f, h=h, w=w, parameters=count, reward_parameters=reward, trained=trained, parts=parts)
+    fsdp = config.parallel == "fsdp" and world > 1
+    parts = world if fsdp else 1
+    one = dict(n=n, m=m, f=f, h=h, w=w, parameters=count, reward_parameters=reward, trained=trained, parts=parts,
+               groups=world // ranks)
 
     # bytes that stay
     one["weights"] = 4 * (reward if stage1 else count["total"] + lora) / parts
     one["optimizer"] = 8 * trained / parts
     one["gradients"] = 4 * trained / parts
     one["reward_weights"] = 2 * reward if refl else 0 if stage1 else 4 * reward / parts
-    one["decoder_weights"] = 2 * DECODER_PARAMETERS * refl
+    one["decoder_weights"] = 2 * DECODER_PARAMETERS * refl + 4 * DECODER_PARAMETERS * sampling
     one["static"] = sum(one[k] for k in ("weights", "optimizer", "reward_weights", "decoder_weights"))
     # bytes of the backward pass
     how = "lora" if lora else "all"
-    edge = 4 * b * n * d                                                        # a block's input
-    block, frozen = (sum(block_bytes(c, n, kind, b).values()) for kind in (how, "none"))
-    hidden = 2 * b * n * c["ffn_dim"]                                           # bf16
+    edge = 4 * b * m * d                                                        # a block's input
+    pooled = 4 * b * n * d                                                      # every rank pools all tokens
+    block, frozen = (sum(block_bytes(c, m, kind, b).values()) for kind in (how, "none"))
+    hidden = 2 * b * m * c["ffn_dim"]                                           # bf16
     passing, passing_frozen = edge + (2 if lora else 1) * hidden, edge + 2 * hidden
     copy = 2 * ((10 if c.get("image_dim") else 8) * d * d + 2 * d * c["ffn_dim"])   # a block's matrices in bf16
     gathered = 4 * count["block"] * (not lora) + copy if fsdp else 0    # next block; whole gradients of this one
@@ -251,37 +295,66 @@ def costs(config, c):
                    "gradients": one["gradients"] - not_yet + block + copy + passing + gathered,
                    "optimizer": one["gradients"] + 4 * trained / parts}
         if prfl:        # behind the generator's head (3 edges) and under the reward's pooling (keys and values)
+            judged = K * edge if checkpointing else layers(K, frozen, copy)
+            if ranks > 1:                       # tokens of all ranks, their keys and values, and gradients of two of these
+                moments["pooling"] = waiting + 3 * edge + judged + 5 * pooled
             moments["reward"] = waiting + 3 * edge + layers(K, frozen, copy) + 2 * edge + passing_frozen + fsdp * copy
         if refl:
             moments["decoder"] = waiting + 3 * edge + one["decoder"]["kept"] + one["decoder"]["passing"]
+        if sampling:    # attention's tensors in a forward pass, its bf16 copies; then pixels, twice, and a last stage
+            moments = {"generator": 25 * b * m * d + copy, "decoder": decoding(f, h, w) * b}
         worst = max(moments, key=moments.get)
         one["with" if checkpointing else "without"] = dict(
             waiting=waiting, moments=moments, worst=worst, peak=one["static"] + moments[worst])
-    one |= dict(edge=edge, block=block, block_parts=block_bytes(c, n, how, b), frozen=frozen, hidden=hidden,
+    one |= dict(edge=edge, block=block, block_parts=block_bytes(c, m, how, b), frozen=frozen, hidden=hidden, pooled=pooled,
                 passing=passing, passing_frozen=passing_frozen, copy=copy, gathered=gathered)
 
     # FLOPs
-    forward, judging = forward_flops(c, n, L, b), forward_flops(c, n, K, b, ends=False)
+    forward, judging = forward_flops(c, n, L, b, ranks=ranks), forward_flops(c, n, K, b, ends=False, ranks=ranks)
     N, recompute = config.num_inference_steps, config.gradient_checkpointing
     one |= dict(forward=forward, judging=judging, rollout_steps=0, reward_flops=0)
     one["update_flops"] = update_flops(judging if stage1 else forward, trained=not lora, checkpointing=recompute)
-    if prfl:                                    # the rewarded step is uniform on 1 .. N: (N - 1) / 2 steps before it
-        one["rollout_steps"] = (N - 1) / 2
+    first = 2 * N // 3 if refl else 0           # the rewarded step is uniform on 1 .. N, or on the last third
+    if config.recipe == "steady":
+        one["rollout_steps"] = rollout_passes(first, N, math.ceil(N / STEADY_PASSES), b, one["groups"])
+    else:                                       # one step for all: those before it
+        one["rollout_steps"] = (first + N - 1) / 2
+    one["rollout_steps"] *= prfl or refl
+    if prfl:
         one["reward_flops"] = update_flops(judging, trained=False, checkpointing=recompute)
-    if refl:                                    # uniform on the last third
-        one["rollout_steps"] = (2 * N // 3 + N - 1) / 2
+    if refl:
         one["reward_flops"] = 2 * one["decoder"]["flops"]       # frozen: backward costs as much as forward
     one["rollout_flops"] = one["rollout_steps"] * sum(forward)
     one["iteration_flops"] = one["update_flops"]
     if prfl or refl:
         one["iteration_flops"] += one["rollout_flops"] + one["update_flops"] + one["reward_flops"]
+    if sampling:
+        one["iteration_flops"] = one["update_flops"] = N * sum(forward)
     speed = config.mfu * config.tflops * 1e12
     one["seconds"] = one["iteration_flops"] / speed
     one["sampling_flops"] = 0
     if config.method == "rwr":
-        one["sampling_flops"] = config.num_samples / config.gpus * (N * sum(forward) + sum(judging)) / b
+        one["sampling_flops"] = config.num_samples / one["groups"] * (N * sum(forward) + sum(judging)) / b
     one["sampling_seconds"] = one["sampling_flops"] / speed
+    one |= network(config, c, one)
     return one
+
+
+def network(config, c, one):
+    """Bytes that an iteration sends out of each node. fsdp over all GPUs: each forward and each backward pass gathers
+    every block in bf16 and the rest in fp32, and each update sums gradients in fp32, as ddp does. In a ring of G GPUs
+    what is gathered, or summed in pieces, passes every edge (G - 1) / G times, and what is summed everywhere twice that."""
+    count, two = one["parameters"], config.method in ("prfl", "refl")
+    gathers = 2 * (1 + two) + one["rollout_steps"]
+    outside = count["total"] - count["blocks"]
+    bytes_policy = 2 * count["blocks"] + 4 * outside
+    bytes_judge = 2 * config.depth * count["block"] + 4 * (one["reward_parameters"] - config.depth * count["block"])
+    gathered = (gathers * bytes_policy * (config.method != "reward")
+                + 2 * bytes_judge * (config.method in ("prfl", "reward"))) * (one["parts"] > 1)
+    summed = 4 * one["trained"] * (1 + two) * (1 if one["parts"] > 1 else 2)
+    world = config.gpus * config.nodes
+    return {"gathers": gathers, "network_weights": gathered, "network_gradients": summed,
+            "network": (config.nodes > 1) * (world - 1) / world * (gathered + summed)}
 
 
 def way(config, c):
@@ -305,7 +378,7 @@ def way(config, c):
     one["adapters"] = one["number2"] * 4 * T2 + 4 * T2 if config.lora_rank else 0
     one["export"] = 2 * P
     one["disk"] = sum(one[k] for k in ("shards", "disk1", "disk2", "adapters", "export"))
-    one["host"] = config.gpus * 4 * (P + R)
+    one["host"] = config.gpus * 4 * (P + R)                     # of a node
     one["encoder_flops"] = encoder_flops(f, h, w) * (2 if i2v else 1)
     one["encode_seconds"] = config.clips * one["encoder_flops"] / (config.mfu * config.fp32_tflops * 1e12)
     one["reports"] = math.ceil(config.reward_steps / REWARD_EVERY)
@@ -319,10 +392,12 @@ def way(config, c):
 
 # ---- paper
 ELSEWHERE = {       # flags that mean nothing with a method
+    "sample": ("depth", "recipe", "lora_rank", "frames_decoded", "pixel_reward_parameters", "num_samples",
+               "gradient_checkpointing"),
     "prfl": ("frames_decoded", "pixel_reward_parameters", "num_samples"), "refl": ("depth", "num_samples"),
-    "sft": ("depth", "num_inference_steps", "frames_decoded", "pixel_reward_parameters", "num_samples"),
-    "rwr": ("frames_decoded", "pixel_reward_parameters"),
-    "reward": ("num_inference_steps", "lora_rank", "frames_decoded", "pixel_reward_parameters", "num_samples")}
+    "sft": ("depth", "recipe", "num_inference_steps", "frames_decoded", "pixel_reward_parameters", "num_samples"),
+    "rwr": ("recipe", "frames_decoded", "pixel_reward_parameters"),
+    "reward": ("recipe", "num_inference_steps", "lora_rank", "frames_decoded", "pixel_reward_parameters", "num_samples")}
 OF_CLIPS = ("reward_steps", "reward_batch_size", "holdout", "max_train_steps", "fp32_tflops")
 
 
@@ -332,11 +407,11 @@ def report(config, c):
                   f"with --method {config.method}")
     common.refuse(config, () if config.clips else OF_CLIPS, "without --clips")
     one, b, lora = costs(config, c), config.batch_size, bool(config.lora_rank)
-    stage1 = config.method == "reward"
+    stage1, sampling, ranks = config.method == "reward", config.method == "sample", config.sequence_parallel
     n, d, F, L, l, N, K = (one["n"], c["dim"], c["ffn_dim"], c["num_layers"], c["text_len"], config.num_inference_steps,
                            config.depth)
     count, parts, image = one["parameters"], one["parts"], bool(c.get("image_dim"))
-    m = IMAGE_TOKENS if image else 0
+    M = IMAGE_TOKENS if image else 0
     prfl, refl, rwr = (config.method == name for name in ("prfl", "refl", "rwr"))
     cut = f" / {parts}" if parts > 1 else ""
     big = lambda x: f"{x / 1e9:.3f} B" if x >= 1e9 else f"{x / 1e6:.3f} M"
@@ -346,17 +421,22 @@ def report(config, c):
     row = lambda name, value, formula: line(name, gb(value) + " GB", formula)
     work = lambda name, value, formula: line(name, tera(value) + " TF", formula)
 
-    print(f"{config.preset}, {config.method}: {config.frames} frames of {config.size}, {b} per GPU, {config.gpus} "
-          f"GPU{'s' * (config.gpus > 1)}{f' ({config.parallel})' if config.gpus > 1 else ''}, "
-          f"{f'LoRA of rank {config.lora_rank}' if lora else 'reward model' if stage1 else 'all weights'}"
-          f"{' trained' * (not lora)}, bf16")
+    world = config.gpus * config.nodes
+    print(f"{config.preset}, {config.method}{f' ({config.recipe})' * (prfl or refl)}: {config.frames} frames of {config.size}, "
+          f"{b} per {f'{ranks} GPUs that share it' if ranks > 1 else 'GPU'}, "
+          f"{f'{config.nodes} nodes of ' * (config.nodes > 1)}{config.gpus} GPU{'s' * (config.gpus > 1)}"
+          f"{f' ({config.parallel})' if world > 1 else ''}"
+          + ("" if sampling else f", LoRA of rank {config.lora_rank}" if lora else ", reward model trained" if stage1 else
+             ", all weights trained") + ", bf16")
     print(f"b = {b}, d = {d}, F = {F}, k = {c['num_heads']} heads, L = {L} blocks, l = {l} text tokens"
-          f"{f', m = {m} image tokens' if m else ''}; GB = 1e9 bytes, TF = 1e12 FLOPs\n")
+          f"{f', {M} image tokens' if M else ''}; GB = 1e9 bytes, TF = 1e12 FLOPs\n")
 
     print("counts")
     line("latent f x h x w", f"{one['f']} x {one['h']} x {one['w']}",
          f"({config.frames} - 1) / 4 + 1, and the pixels / 8")
     line("video tokens n", f"{n:,}", f"f h w / 4 = {one['f']} x {one['h']} x {one['w']} / 4")
+    if ranks > 1:
+        line("of one GPU, m", f"{one['m']:,}", f"n / {ranks}, rounded up")
     line("a block", big(count["block"]), f"{10 if image else 8} d^2 + 2 d F + {24 if image else 21} d + F")
     line("generator P", big(count["total"]), f"L x {big(count['block'])} + "
          f"{big(count['total'] - count['blocks'])} (embeddings, head{', image' if image else ''})")
@@ -366,6 +446,8 @@ def report(config, c):
     if refl:
         line("pixel reward R", big(one["reward_parameters"]), "--pixel_reward_parameters")
         line("decoder D", big(DECODER_PARAMETERS), "of Wan2.1's VAE")
+    if sampling:
+        return report_sampling(config, one, line, row, work)
     line("trained T", big(one["trained"]), f"L x 8 x 2 x {config.lora_rank} d (adapters on q, k, v, o, twice a block)"
          if lora else "all of R but the embeddings" if stage1 else "all of P")
 
@@ -380,15 +462,17 @@ def report(config, c):
 
     print("\nbytes on each GPU that come and go")
     row("gradients", one["gradients"], f"4 T{cut}")
-    row("input of a block", one["edge"], f"4 b n d = 4 x {b} x {n} x {d}")
-    per = {part: round(size / (b * n * d)) for part, size in one["block_parts"].items()}
+    m, mine = ("m", one["m"]) if ranks > 1 else ("n", n)
+    row("input of a block", one["edge"], f"4 b {m} d = 4 x {b} x {mine} x {d}")
+    per = {part: round(size / (b * mine * d)) for part, size in one["block_parts"].items()}
     row("kept by a block", one["block"],
-        f"({per['self-attention']} + {per['cross-attention']} + {per['feed-forward']}) b n d + "
-        f"{2 if lora else 4} b n F + {gb(one['block_parts']['small'])} GB (attention, cross-attention, ffn; norms, text)")
+        f"({per['self-attention']} + {per['cross-attention']} + {per['feed-forward']}) b {m} d + "
+        f"{2 if lora else 4} b {m} F + {gb(one['block_parts']['small'])} GB (attention, cross-attention, ffn; norms, text)")
     if prfl:
-        row("kept by a frozen block", one["frozen"], "36 b n d + 2 b n F + ..., in the reward model" if not image else
-            "40 b n d + 2 b n F + ..., in the reward model")
-    row("passing through", one["passing"], f"4 b n d + {4 if lora else 2} b n F, gradients inside a block")
+        row("kept by a frozen block", one["frozen"], f"{40 if image else 36} b {m} d + 2 b {m} F + ..., in the reward model")
+    if prfl and ranks > 1:
+        row("tokens to pool", one["pooled"], "4 b n d, whole on each GPU, as are their keys and values")
+    row("passing through", one["passing"], f"4 b {m} d + {4 if lora else 2} b {m} F, gradients inside a block")
     row("a block's bf16 copy", one["copy"], f"2 x ({10 if image else 8} d^2 + 2 d F)")
     if parts > 1:
         row("gathered by fsdp", one["gathered"], "the next block's bf16 copy" +
@@ -400,7 +484,8 @@ def report(config, c):
 
     L_ = "K" if stage1 else "L"
     names = {"generator": "reward model's backward" if stage1 else "generator's backward", "gradients": "its end",
-             "optimizer": "optimizer step", "reward": "reward's backward", "decoder": "decoder's backward"}
+             "optimizer": "optimizer step", "reward": "reward's backward", "decoder": "decoder's backward",
+             "pooling": "reward's pooling"}
     fsdp_own, fsdp_reward = (" + gathered", " + copy") if parts > 1 else ("", "")
     for key in ("with", "without"):
         found, kept = one[key], key == "without"
@@ -410,6 +495,8 @@ def report(config, c):
         rewarding = f"K x {gb(one['frozen'])}" + (" + copy" if parts > 1 else " + K copies") if kept else \
             f"(K - 1) x {gb(one['edge'])} + {gb(one['frozen'])} + copy"
         formulas = {
+            "pooling": f"{waiting} + 3 x {gb(one['edge'])} + K x {gb(one['frozen' if kept else 'edge'])}"
+            f"{' + copy' * kept} + 5 x {gb(one['pooled'])} (tokens, keys, values, two gradients)",
             "reward": f"{waiting} + 5 x {gb(one['edge'])} + {rewarding} + {gb(one['passing_frozen'])} passing"
             + fsdp_reward,
             "decoder": f"{waiting} + 3 x {gb(one['edge'])} + decoder" if refl else "",
@@ -418,25 +505,33 @@ def report(config, c):
             "gradients": f"gradients, but the first block's and the embeddings' + {gb(one['block'])} + copy + passing"
             + fsdp_own,
             "optimizer": f"gradients + 4 T{cut} (square roots)"}
-        for name in ("reward", "decoder", "generator", "gradients", "optimizer"):
+        for name in ("pooling", "reward", "decoder", "generator", "gradients", "optimizer"):
             if name in found["moments"]:
                 row(names[name], found["moments"][name], formulas[name])
-        fits = f"{'fits' if found['peak'] <= 1e9 * config.memory else 'does NOT fit'} {config.memory:g} GB"
-        row("PEAK", found["peak"], f"{gb(one['static'])} + {gb(found['moments'][found['worst']])}: {fits}")
+        row("PEAK", found["peak"], verdict(config, one, found))
+
+    if config.nodes > 1:
+        print("\nbytes that each node sends to the others, an iteration")
+        if parts > 1:
+            row("weights", one["network_weights"], f"{one['gathers']:g} x (2 of blocks + 4 of the rest)"
+                + ", 2 x the reward model's" * prfl + ": gathered at every pass")
+        row("gradients", one["network_gradients"], f"{1 + (prfl or refl)} x 4 T{'' if parts > 1 else ' x 2'}, summed at every update")
+        row("NETWORK", one["network"], f"x ({world} - 1) / {world}")
 
     linear, attention = one["judging" if stage1 else "forward"]
     print(f"\nFLOPs of one GPU, checkpointing {'on' if config.gradient_checkpointing else 'off'}")
-    work("linear layers, forward", linear, f"2 b n (6 d^2 + 2 d F) {L_} + text{', image' if image else ''}, "
+    work("linear layers, forward", linear, f"2 b {m} (6 d^2 + 2 d F) {L_} + text{', image' if image else ''}, "
          f"embeddings{', head' * (not stage1)}")
-    work("attention, forward", attention, f"4 b n (n + l{' + m' if image else ''}) d {L_}")
+    work("attention, forward", attention, f"4 b {m} (n + l{f' + {M}' if image else ''}) d {L_}")
     passes = 2 if config.gradient_checkpointing else 1
     work("forward and backward", one["update_flops"],
          f"{passes + (1 if lora else 2)} x linear + {passes + 2.5} x attention "
          f"(forward {'twice' if passes == 2 else 'once'})")
     total = "as above" if not (prfl or refl) else "SFT update + rollout + step with gradients + reward"
     if prfl or refl:
-        work("rollout", one["rollout_flops"], f"{one['rollout_steps']:g} forward passes on average: "
-             + ("(N - 1) / 2" if prfl else "a step of the last third") + f", N = {N}")
+        mean = f"at most {STEADY_PASSES}, each of {math.ceil(N / STEADY_PASSES)} steps" if config.recipe == "steady" else \
+            "(N - 1) / 2" if prfl else "a step of the last third"
+        work("rollout", one["rollout_flops"], f"{one['rollout_steps']:.4g} forward passes on average: {mean}, N = {N}")
     if prfl:
         work("reward model", one["reward_flops"], f"{passes + 1} x {tera(one['judging'][0])} + {passes + 2.5} x "
              f"{tera(one['judging'][1])} (K blocks, frozen)")
@@ -444,12 +539,30 @@ def report(config, c):
         work("decoder", one["reward_flops"], "2 x forward; the pixel reward is not counted")
     work("one iteration", one["iteration_flops"], total)
     line("SECONDS", f"{one['seconds']:,.1f} s", f"/ ({config.mfu:g} x {config.tflops:g} TF/s); "
-         f"{config.batch_size * config.gpus} clips on {config.gpus} GPU{'s' * (config.gpus > 1)}")
+         f"{b * one['groups']} clips on {world} GPU{'s' * (world > 1)}")
     if rwr:
         line("and once, own samples", f"{one['sampling_seconds'] / 3600:,.1f} h",
-             f"{config.num_samples} / {config.gpus} x (N forward passes + reward model)")
+             f"{config.num_samples} / {one['groups']} x (N forward passes + reward model)")
     if config.clips:
         report_way(config, c)
+
+
+def verdict(config, one, found):
+    """The sum of a peak, and whether it fits."""
+    fits = f"{'fits' if found['peak'] <= 1e9 * config.memory else 'does NOT fit'} {config.memory:g} GB"
+    return f"{one['static'] / 1e9:.2f} + {found['moments'][found['worst']] / 1e9:.2f}: {fits}"
+
+
+def report_sampling(config, one, line, row, work):
+    """What sample.py takes: memory of generator and decoder, not of the text encoder, which can be gone by then."""
+    print("\nbytes on each GPU")
+    row("together", one["static"], "4 P + 4 D: weights of generator and decoder (73 M)")
+    row("generator's forward", one["with"]["moments"]["generator"], "25 b n d + a block's bf16 copy")
+    row("decoder's forward", one["with"]["moments"]["decoder"], "pixels twice, two frames a convolution, a stage of four")
+    row("PEAK", one["with"]["peak"], verdict(config, one, one["with"]))
+    print("\nFLOPs of one GPU")
+    work("all steps", one["iteration_flops"], f"N = {config.num_inference_steps} forward passes without guidance")
+    line("SECONDS", f"{one['seconds']:,.1f} s", f"/ ({config.mfu:g} x {config.tflops:g} TF/s), and the decoder")
 
 
 def report_way(config, c):
@@ -460,9 +573,10 @@ def report_way(config, c):
     line = lambda name, value, formula: print(f"  {name:25} {value:>12}  {formula}")
     row = lambda name, value, formula: line(name, gb(value) + " GB", formula)
     hours = lambda name, value, formula: line(name, f"{value / 3600:,.1f} h", formula)
+    tokens = f" + m x {c['image_dim']}" if image else ""
     print(f"\nthe whole way from {config.clips:,} clips, on disk")
     row("shards", one["shards"], f"{config.clips:,} x {one['clip'] / 1e6:.1f} MB: 4 ({c['out_dim']} f h w{' x 2' * i2v} + l x "
-        f"{c['text_dim']}{' + m x %d' % (c['image_dim'] or 0) if image else ''})")
+        f"{c['text_dim']}{tokens})")
     row("reward model's runs", one["disk1"], f"{one['number1']} checkpoints of 4 R + 12 T = {gb(one['checkpoint1'])}, and 4 R")
     row("alignment's runs", one["disk2"] + one["adapters"], f"{one['number2']} checkpoints of 4 P + 12 T = "
         f"{gb(one['checkpoint2'])}, and 4 P{'; adapters' * bool(config.lora_rank)}")

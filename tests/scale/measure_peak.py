@@ -23,7 +23,7 @@ CASES = (       # method, checkpointing, rank of adapters, blocks, size
     ("reward", True, 0, 2, "256*256"), ("reward", False, 0, 2, "256*256"))
 
 
-def gpu_attend(q, k, v):
+def gpu_attend(q, k, v, sequence=None):
     """`model.attend` as it is off the CPU."""
     q, k, v = (y.to(v.dtype).transpose(1, 2) for y in (q, k, v))
     return scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

@@ -37,8 +37,10 @@ WAN = PRESETS["wan2.1-t2v-1.3b"] | dict(num_layers=2)
 IMAGE = WAN | dict(model_type="i2v", in_dim=36, image_dim=1280)
 
 
-def gpu_attend(q, k, v):
+def gpu_attend(q, k, v, sequence=None):
     """`model.attend` as it is off the CPU."""
+    if sequence is not None:
+        return sequence.tokens(gpu_attend(*sequence.heads(q, k, v)))
     q, k, v = (y.to(v.dtype).transpose(1, 2) for y in (q, k, v))
     return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
@@ -253,6 +255,71 @@ def test_flops_are_those_of_pytorchs_counter(config, trained, checkpointing, tol
     assert plan.update_flops(forward, trained, checkpointing) == pytest.approx(counter.get_total_flops(), rel=tolerance)
 
 
+@pytest.mark.parametrize("part, num_steps, batch, groups", [("full", 40, 1, 1), ("full", 40, 1, 8), ("full", 40, 3, 2),
+                                                            ("late", 40, 2, 4), ("full", 16, 8, 1), ("full", 5, 1, 4)])
+def test_passes_of_the_steady_recipe(part, num_steps, batch, groups):
+    """Counted over 4,000 drawn batches, as flow.rollout moves them."""
+    stride, rounds, passes = -(-num_steps // plan.STEADY_PASSES), 4000, 0
+    for iteration in range(rounds):
+        last = prfl.draw_steps(0, iteration, num_steps, batch * groups, part) - 1
+        for start in range(0, int(last.max()), stride):
+            passes += max(1, int((last[:batch] > start).sum()))
+    first = prfl.steps_of(part, num_steps)[0]
+    assert plan.rollout_passes(first, num_steps, stride, batch, groups) == pytest.approx(passes / rounds / batch, rel=0.02)
+    assert plan.STEADY_PASSES == prfl.RECIPES["steady"]["rollout_passes"]
+
+
+def test_shared_clips_take_a_share_of_the_work():
+    """Linear layers and attention, but for the prompt; two clips on eight GPUs; the reward pools all tokens on each."""
+    whole, shared = (costs(PRESETS["wan2.1-t2v-14b"], gpus=8, size="1280*720", sequence_parallel=n) for n in (1, 4))
+    assert (shared["m"], shared["n"], shared["groups"]) == (18_900, 75_600, 2) and whole["groups"] == 8
+    assert shared["forward"][1] == whole["forward"][1] / 4
+    assert whole["forward"][0] / 4 < shared["forward"][0] < 1.02 * whole["forward"][0] / 4
+    assert shared["edge"] == whole["edge"] / 4 and shared["static"] == whole["static"]
+    odd = costs(WAN, frames=1, size="96*96", gpus=4, sequence_parallel=4)
+    assert odd["n"] == 36 and odd["m"] == 9 and costs(WAN, frames=1, size="112*112", gpus=4, sequence_parallel=4)["m"] == 13
+
+
+@pytest.mark.parametrize("recipe", ["paper", "steady"])
+@pytest.mark.parametrize("ranks", [4, 8])
+def test_720p_fits_as_the_papers_did(ranks, recipe):
+    found = costs(PRESETS["wan2.1-t2v-14b"], size="1280*720", gpus=8, sequence_parallel=ranks, recipe=recipe)
+    assert found["with"]["peak"] < 66.81e9
+
+
+def test_network_of_two_nodes_by_hand():
+    config = PRESETS["wan2.1-t2v-1.3b"]
+    count, R = plan.parameters(config), plan.reward_parameters(config, 8)
+    once = 2 * count["blocks"] + 4 * (count["total"] - count["blocks"])
+    judge = 2 * 8 * count["block"] + 4 * (R - 8 * count["block"])
+    found = costs(config, gpus=4, nodes=2)
+    assert found["network"] == pytest.approx(7 / 8 * ((4 + 19.5) * once + 2 * judge + 2 * 4 * count["total"]))
+    assert costs(config, gpus=4, nodes=2, parallel="ddp")["network"] == pytest.approx(7 / 8 * 2 * 2 * 4 * count["total"])
+    assert costs(config, gpus=8)["network"] == 0
+
+
+def test_sampling_beside_live_tensors():
+    """The generator's forward pass at the true width, and Wan's decoder."""
+    diffusers = pytest.importorskip("diffusers", reason="Wan2.1's VAE is taken from diffusers")
+    config = PRESETS["wan2.1-t2v-14b"] | dict(num_layers=2)
+    found = costs(config, method="sample", size="832*480")
+    with FakeTensorMode(), torch.no_grad():
+        with LiveBytes() as live:
+            dit = build(config, "none")
+            args = inputs(config, (found["f"], found["h"], found["w"]))
+            live.peak = live.now
+            with torch.autocast("cpu", torch.bfloat16):
+                dit(**args)
+        planned = 4 * found["parameters"]["total"] + found["with"]["moments"]["generator"]
+        assert planned == pytest.approx(live.peak, rel=0.06)
+        with LiveBytes() as live:
+            vae = diffusers.AutoencoderKLWan()
+            z, weights = torch.randn(1, 16, 5, 60, 104), live.now
+            live.peak = live.now
+            vae.decode(z, return_dict=False)
+        assert plan.decoding(5, 60, 104) == pytest.approx(live.peak - weights, rel=0.25)
+
+
 # ---- the whole way
 @pytest.mark.parametrize("frames, size", [(1, "64*48"), (9, "64*48")])
 def test_the_encoder_computes_what_diffusers_does(frames, size):
@@ -334,8 +401,14 @@ def test_table_4():
     assert work["refl first"][0] / work["prfl first"][0] == pytest.approx(1.42, abs=0.05)
     assert work["refl first"][1] / work["prfl first"][1] == pytest.approx(1.49, abs=0.05)
     text = (ROOT / "results" / "plan.md").read_text()           # says the planner's figures as they are
+    found |= {(ranks, recipe): costs(config, gpus=8, size="1280*720", sequence_parallel=ranks, recipe=recipe)
+              for ranks in (1, 4, 8) for recipe in ("paper", "steady")}
     for one in found.values():
         assert f"{one['with']['peak'] / 1e9:.2f} GB" in text
+    for ranks in (1, 4, 8):
+        paper, steady = (f"{found[ranks, recipe]['seconds'] / found[ranks, recipe]['groups']:.1f} s"
+                         for recipe in ("paper", "steady"))
+        assert f"| {paper} | {steady} |" in text
 
 
 # ---- what is printed
@@ -349,7 +422,10 @@ def printed(capsys, *flags):
     ("wan2.1-t2v-14b", "--gpus", 8), ("wan2.1-i2v-14b", "--gpus", 8, "--parallel", "ddp", "--no-gradient_checkpointing"),
     ("wan2.1-t2v-1.3b", "--method", "refl", "--frames_decoded", "all"), ("tiny-i2v", "--method", "rwr", "--size", "32*32"),
     ("wan2.1-t2v-14b", "--method", "reward", "--batch_size", 2, "--gpus", 8), ("wan2.1-t2v-1.3b", "--size", "832x480"),
-    ("wan2.1-i2v-14b", "--clips", 500, "--lora_rank", 8), ("wan2.1-t2v-14b", "--method", "sft", "--lora_rank", 16), ("wan2.1-t2v-14b", "--lora_rank", 16, "--gpus", 2)])
+    ("wan2.1-i2v-14b", "--clips", 500, "--lora_rank", 8), ("wan2.1-t2v-14b", "--method", "sft", "--lora_rank", 16),
+    ("wan2.1-t2v-14b", "--lora_rank", 16, "--gpus", 2), ("wan2.1-t2v-14b", "--gpus", 8, "--nodes", 2, "--recipe", "steady"),
+    ("wan2.1-i2v-14b", "--gpus", 8, "--sequence_parallel", 4, "--size", "1280*720"),
+    ("wan2.1-t2v-1.3b", "--gpus", 4, "--sequence_parallel", 4, "--method", "refl"), ("wan2.1-t2v-1.3b", "--method", "sample")])
 def test_printed_sums_add_up(capsys, flags):
     """Peak = what stays + the largest moment, and both are printed."""
     out = printed(capsys, *flags)
@@ -358,8 +434,8 @@ def test_printed_sums_add_up(capsys, flags):
         part = part.split("\n\n")[0]
         *moments, peak = (float(x) for x in re.findall(r"  ([\d.]+) GB", part))
         assert peak == pytest.approx(stays + max(moments), abs=0.02)
-    edge, formula = re.search(r"input of a block +([\d.]+) GB  4 b n d = ([\dx ]+)", out).groups()
-    assert float(edge) == pytest.approx(eval(formula.replace("x", "*")) / 1e9, abs=0.006)
+    for edge, formula in re.findall(r"input of a block +([\d.]+) GB  4 b [nm] d = ([\dx ]+)", out):
+        assert float(edge) == pytest.approx(eval(formula.replace("x", "*")) / 1e9, abs=0.006)
     assert max(map(len, out.splitlines())) < 150
 
 
@@ -379,7 +455,9 @@ def test_seconds_follow_the_flops(capsys):
     (("tiny-t2v", "--method", "sft", "--depth", 2), "--depth means nothing with --method sft"),
     (("tiny-t2v", "--num_samples", 5), "--num_samples means nothing with --method prfl"),
     (("tiny-t2v", "--method", "rwr", "--clips", 5), "--clips means nothing with --method rwr"),
-    (("tiny-t2v", "--holdout", 5), "--holdout means nothing without --clips")])
+    (("tiny-t2v", "--holdout", 5), "--holdout means nothing without --clips"),
+    (("tiny-t2v", "--gpus", 4, "--sequence_parallel", 4), "must divide 4 GPUs and 6 heads: choose one of 1, 2"),
+    (("tiny-t2v", "--method", "sft", "--recipe", "steady"), "--recipe means nothing with --method sft")])
 def test_bad_input_is_one_line(capsys, flags, words):
     with pytest.raises(SystemExit) as end:
         printed(capsys, *flags)

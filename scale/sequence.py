@@ -1,0 +1,97 @@
+"""One clip over several GPUs: `--sequence_parallel n`, for clips whose tokens are too many for one.
+
+The ranks of a group hold the same noise, prompt and weights, and each works on its own n-th of the video tokens: patch
+embedding, linear layers, norms, cross-attention to the whole prompt, head. Self-attention alone needs all tokens; it
+needs them head by head, so an all-to-all trades tokens for heads before it, and one back after it ("Ulysses"). The
+velocity, and the features that a reward model pools, are whole again on every rank of the group:
+
+    x --mine--> tokens [b, n / ranks, d] --blocks--> [b, n / ranks, d] --head--> --whole--> velocity
+                        q, k, v [b, n / ranks, k, e] --heads--> [b, n, k / ranks, e] --attention, tokens--> [b, n / ranks, d]
+
+Where the ranks do not divide n, zeros stand behind the last token; they are cut off before attention, pooling and loss.
+Gradients need no rule of their own: every rank of a group computes the clip's loss, and these collectives are their own
+adjoints, so a backward pass gives each rank its part of the gradient of `ranks` equal losses, and the average over all
+ranks, which ddp and fsdp take anyway, is the gradient of the one.
+
+Axes: b batch, n video tokens, m = ceil(n / ranks), d model width, k heads, e channels of one head, p ranks of a group.
+"""
+from functools import lru_cache
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
+from torch.distributed._functional_collectives import all_gather_single_autograd, all_to_all_single_autograd
+from torch.distributed.device_mesh import init_device_mesh
+
+from common import InputError
+
+
+class Sequence:
+    """n tokens over the ranks of a process group; what `model.VideoDiT` asks where one rank does not hold them all."""
+
+    def __init__(self, group, n):
+        self.group, self.n, self.ranks = group, n, dist.get_world_size(group)
+        self.rank, self.m = dist.get_rank(group), -(-n // self.ranks)
+
+    def mine(self, x, dim=1):
+        """This rank's tokens of x, which holds all: size n along `dim` -> m."""
+        first = min(self.rank * self.m, self.n)
+        x = x.narrow(dim, first, min(self.m, self.n - first))
+        missing = self.m - x.shape[dim]
+        return F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, missing)) if missing else x
+
+    def whole(self, x):
+        """All tokens of x [b, m, ...], of which every rank has its own: -> [b, n, ...]."""
+        every = all_gather_single_autograd(x.transpose(0, 1).contiguous(), 0, self.group)         # [p m, b, ...]
+        return every[:self.n].transpose(0, 1)
+
+    def heads(self, q, k, v):
+        """q, k, v [b, m, k, e], this rank's tokens and all heads -> [b, n, k / p, e], all tokens and its heads."""
+        x = torch.stack([y.to(v.dtype) for y in (q, k, v)])                             # a GPU attends in v's dtype
+        x = rearrange(x, "q b m (p k) e -> p q b m k e", p=self.ranks).contiguous()
+        x = all_to_all_single_autograd(x, None, None, self.group)                       # p: whose tokens
+        return rearrange(x, "p q b m k e -> q b (p m) k e")[:, :, :self.n].unbind()
+
+    def tokens(self, x):
+        """x [b, n, d / p], all tokens and this rank's heads -> [b, m, d], its tokens and all heads."""
+        x = F.pad(x, (0, 0, 0, self.m * self.ranks - self.n))
+        x = rearrange(x, "b (p m) d -> p b m d", p=self.ranks).contiguous()
+        x = all_to_all_single_autograd(x, None, None, self.group)                       # p: whose heads
+        return rearrange(x, "p b m d -> b m (p d)")
+
+
+def check(ranks):
+    """Raises InputError where `ranks` processes cannot share a clip; for a script to call before it works."""
+    if ranks > 1 and not dist.is_initialized():
+        raise InputError(f"--sequence_parallel {ranks} spreads a clip over processes: start with torchrun "
+                         "--nproc_per_node=<GPUs>")
+    if dist.is_initialized() and dist.get_world_size() % ranks:
+        world = dist.get_world_size()
+        raise InputError(f"--sequence_parallel {ranks} does not divide the {world} processes: choose one of {divisors(world)}")
+
+
+def divisors(*numbers):
+    """What divides all of them, as words."""
+    return ", ".join(str(i) for i in range(1, min(numbers) + 1) if not any(x % i for x in numbers))
+
+
+@lru_cache(maxsize=1)
+def group_of(world, ranks, device):
+    """The process group of the `ranks` neighbours that this rank shares its clips with."""
+    return init_device_mesh(device, (world.size() // ranks, ranks), mesh_dim_names=("data", "sequence"))["sequence"].get_group()
+
+
+def spread(dit, runtime):
+    """A VideoDiT whose forward calls share their tokens among runtime.sequence_parallel ranks; every rank must call it.
+
+    Raises InputError if they do not divide its heads.
+    """
+    ranks, heads = runtime.sequence_parallel, dit.config["num_heads"]
+    check(ranks)
+    if heads % ranks:
+        raise InputError(f"--sequence_parallel {ranks} does not divide the generator's {heads} heads: choose one of "
+                         f"{divisors(heads, runtime.world_size)}")
+    if ranks > 1:
+        group = group_of(dist.group.WORLD, ranks, runtime.device.type)
+        dit.sequence = lambda n: Sequence(group, n)
