@@ -143,8 +143,8 @@ class Session:
 
     def coming(self, count):
         """-> the next `count` items to show, fewer at the end; those whose file has gone meanwhile are left out."""
-        found = []
-        fresh = (i for i in range(len(self.items)) if i not in self.again and i not in self.skipped)
+        found, moved = [], {*self.again, *self.skipped}
+        fresh = (i for i in range(len(self.items)) if i not in moved)
         for i in (*self.again[::-1], *fresh, *self.skipped):
             if len(found) == count:
                 break
