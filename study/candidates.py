@@ -35,8 +35,8 @@ REWARDED = (0.75, 0.5625, 0.375, 0.1875, 0.0)                   # the times at w
 
 @dataclass
 class Config:
+    reward: str = arg(..., "reward model, a folder")
     transformer: str | None = arg(None, "generator, a folder; without, the shipped one")
-    reward: str = arg(..., "its reward model, a folder")
     output_dir: str = arg("runs/candidates", "where candidates.safetensors goes")
     first: int = arg(0, "number of the first candidate", at_least=0)
     count: int = arg(8, "candidates of a video", above=0)
