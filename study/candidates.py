@@ -28,7 +28,7 @@ from model import load_transformer
 from pavrm import load_pavrm
 from world import judge, scene
 
-JUDGED = ("qualified", "physical", "deformity", *judge.PANEL, *judge.LIMITS)
+JUDGED = ("qualified", "physical", "deformity", *judge.PANEL, *judge.LIMITS, "absent")
 SEED = 7_000                                                    # that of evaluate.py's test videos
 REWARDED = (0.75, 0.5625, 0.375, 0.1875, 0.0)                   # the times at which candidates can be dropped
 
