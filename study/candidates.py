@@ -28,17 +28,18 @@ from model import load_transformer
 from pavrm import load_pavrm
 from world import judge, scene
 
-JUDGED = ("qualified", "physical", "deformity", *judge.PANEL, *judge.LIMITS)
+JUDGED = ("qualified", "physical", "deformity", *judge.PANEL, *judge.LIMITS, "absent")
 SEED = 7_000                                                    # that of evaluate.py's test videos
 REWARDED = (0.75, 0.5625, 0.375, 0.1875, 0.0)                   # the times at which candidates can be dropped
 
 
 @dataclass
 class Config:
+    reward: str = arg(..., "reward model, a folder")
     transformer: str | None = arg(None, "generator, a folder; without, the shipped one")
-    reward: str = arg(..., "its reward model, a folder")
     output_dir: str = arg("runs/candidates", "where candidates.safetensors goes")
-    count: int = arg(16, "candidates of a video", above=0)
+    first: int = arg(0, "number of the first candidate", at_least=0)
+    count: int = arg(8, "candidates of a video", above=0)
     num_videos: int = arg(512, "held-out prompts", above=0)
     split: str = arg("test", "of the prompts", choices=("test", "validation", "reworded"))
     num_inference_steps: int = arg(16, "Euler steps", above=0)
@@ -81,7 +82,7 @@ def main(config):
     prompts = scene.draw_prompts(config.num_videos, SEED + 1, config.split)                     # evaluate.py's, seed 0
     context = load_text_encoder(SHIPPED["t2v"] / "text_encoder").to(runtime.device).eval().encode(prompts)
     shape, n = scene.LATENT_SHAPES["tiny"], config.count
-    pairs = [(video, candidate) for video in range(config.num_videos) for candidate in range(n)]
+    pairs = [(video, candidate) for video in range(config.num_videos) for candidate in range(config.first, config.first + n)]
     rows = []
     for i in common.progress(range(0, len(pairs), 128), "candidates (x128)"):
         some = pairs[i:i + 128]

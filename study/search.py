@@ -8,7 +8,7 @@ Axes: m videos, n candidates.
 import json
 
 from formats import runs
-from study.parts import align_folder, named, reward_folder, train_aligned, train_rewards
+from study.parts import align_folder, named, reward_folder, train_rewards
 
 RECIPES = {  # rows of PRFL: train_align flags, 480 iterations, every checkpoint kept
     "PRFL, paper's recipe": ("--keep", 12, "--rewarded_step", "per_batch", "--rollout_passes", 0, "--reward_loss", "linear"),
@@ -46,5 +46,6 @@ def generators(work, seed):
 def candidates_part(work, seed, name, transformer, *flags):
     """A part that samples all candidates of a generator's videos with the noise, and by the reward model, of `seed`."""
     generator = () if transformer is None else ("--transformer", transformer)
-    return (work.folder / f"seed-{seed}" / named("candidates", (name, *flags)), "candidates.safetensors", "-m", "study.candidates",
-            *generator, "--reward", reward_folder(work, seed) / "reward", "--seed", seed, "--num_videos", work.preset["videos"], *flags)
+    return (work.folder / f"seed-{seed}" / named("candidates", (name, *flags)), "candidates.safetensors",
+            "-m", "study.candidates", *generator, "--reward", reward_folder(work, seed) / "reward", "--seed", seed,
+            "--num_videos", work.preset["videos"], *flags)

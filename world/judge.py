@@ -22,6 +22,7 @@ LIMITS = {
 }
 AXES = {"physical": ("track_error", "speed_error"),
         "deformity": ("area_error", "shape_error", "color_error", "presence_error")}
+ANNOTATORS = {"strict": 0.8, "firm": 1.0, "loose": 1.25}         # how much of LIMITS they tolerate, for `grade`
 MAX_DIRECTION_ERROR = math.radians(38)
 
 
@@ -45,15 +46,28 @@ def _fit_path(center, low, high):
     return best_v, path
 
 
+def grade(found, tolerance=1.0):
+    """What `annotate` found, judged by LIMITS times tolerance (of ANNOTATORS) -> {"physical", "deformity", "qualified",
+    "unqualified"}, as annotate has them, each [b]."""
+    graded = {}
+    for axis, names in AXES.items():
+        above = [sum(found[name] > tolerance * limit for limit in LIMITS[name]) for name in names]              # 0, 1 or 2 limits
+        graded[axis] = (2 - torch.stack(above).amax(0)) * ~found["absent"]
+    graded["qualified"] = (graded["physical"] == 2) & (graded["deformity"] == 2) & found["adherent"]
+    graded["unqualified"] = (graded["physical"] == 0) | (graded["deformity"] == 0) | ~found["adherent"]
+    return graded
+
+
 @torch.no_grad()
 def annotate(videos, prompts):
     """Judge clips by their pixels, and by their prompts for adherence.
 
     videos: uint8 [b, f, h, w, 3]; prompts: b strings. Returns a dict of tensors [b]: "physical" and "deformity"
     (2 qualified, 1 partially, 0 unqualified), "adherent" and "qualified" (bool; both axes qualified and adherent),
-    "unqualified" (bool; an axis is 0 or the prompt is contradicted), every continuous error of LIMITS, and the
-    panel that exposes reward hacking: "speed" (fraction of the width per frame), "dynamic" (bool), "brightness",
-    "saturation"; and "center" [b, f, 2], the tracked subject. Raises InputError for a video of another dtype or layout.
+    "unqualified" (bool; an axis is 0 or the prompt is contradicted), every continuous error of LIMITS, "absent" (bool;
+    no subject worth the name), and the panel that exposes reward hacking: "speed" (fraction of the width per frame),
+    "dynamic" (bool), "brightness", "saturation"; and "center" [b, f, 2], the tracked subject. Raises InputError for a
+    video of another dtype or layout.
     """
     if videos.dtype != torch.uint8 or videos.ndim != 5 or videos.shape[-1] != 3 or videos.shape[1] < 4 \
             or videos.shape[2] != videos.shape[3] or len(prompts) != len(videos):
@@ -106,13 +120,8 @@ def annotate(videos, prompts):
         "presence_error": 1 - (strength.amin(1) / typical[:, 0].clamp_min(0.1)).clamp(0, 1),
     }
     # No subject worth the name: fainter than half of the faintest colour, or not a subject's size.
-    absent = (typical[:, 0] < 0.30) | (radius.median(1).values < 0.7 * RADIUS[0]) \
+    out["absent"] = (typical[:, 0] < 0.30) | (radius.median(1).values < 0.7 * RADIUS[0]) \
         | (radius.median(1).values > 1.3 * RADIUS[1])
-    for axis, names in AXES.items():
-        level = torch.full((b,), 2)
-        for name in names:
-            level = torch.minimum(level, 2 - (out[name] > LIMITS[name][0]).long() - (out[name] > LIMITS[name][1]).long())
-        out[axis] = level * ~absent
     asked = [parse_prompt(p) for p in prompts]
     index = lambda key, names: torch.tensor([-1 if a[key] is None else list(names).index(a[key]) for a in asked])
     want_shape, want_hue, want_way = index("shape", SHAPES), index("color", COLORS), index("direction", DIRECTIONS)
@@ -122,8 +131,7 @@ def annotate(videos, prompts):
     out["direction_error"] = torch.where(want_way < 0, 0.0, torch.arccos(cosine.clamp(-1, 1)))
     out["adherent"] = (((want_shape < 0) | (want_shape == shape)) & ((want_hue < 0) | (want_hue == hue))
                        & (out["direction_error"] < MAX_DIRECTION_ERROR))
-    out["qualified"] = (out["physical"] == 2) & (out["deformity"] == 2) & out["adherent"]
-    out["unqualified"] = (out["physical"] == 0) | (out["deformity"] == 0) | ~out["adherent"]
+    out |= grade(out)
     step = (center[:, 1:] - center[:, :-1]).norm(dim=-1)
     out["speed"] = step.median(1).values
     out["dynamic"] = out["speed"] > 0.5 * SPEED[0]

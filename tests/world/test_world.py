@@ -188,6 +188,24 @@ def test_degenerate_videos_never_qualify(clean):
     assert wrong == dict.fromkeys(degenerate, 0.0)
 
 
+def test_strict_and_loose_annotators_differ_in_their_limits_alone():
+    """A loose one takes what a strict one takes, and more; each error is held to its own limits."""
+    videos, prompts, _ = scene.make(200, 3, "mixture")
+    found = judge.annotate(videos, prompts)
+    strict, firm, loose = (judge.grade(found, tolerance) for tolerance in judge.ANNOTATORS.values())
+    assert all(torch.equal(found[name], firm[name]) for name in firm)
+    for a, b in ((strict, firm), (firm, loose)):
+        assert (a["physical"] <= b["physical"]).all() and (a["deformity"] <= b["deformity"]).all()
+        assert a["qualified"].sum() < b["qualified"].sum() and not (a["qualified"] & ~b["qualified"]).any()
+    none = {name: torch.zeros(4) for name in judge.LIMITS} | {"absent": torch.tensor([False, False, False, True]),
+                                                              "adherent": torch.ones(4, dtype=torch.bool)}
+    error = none | {"area_error": torch.tensor([0.19, 0.21, 0.31, 0.0])}        # LIMITS: .20 and .30
+    assert judge.grade(error)["deformity"].tolist() == [2, 1, 0, 0] and judge.grade(error)["physical"].tolist() == [2, 2, 2, 0]
+    assert judge.grade(error, 1.25)["deformity"].tolist() == [2, 2, 1, 0]
+    assert judge.grade(error, 0.8)["deformity"].tolist() == [1, 1, 0, 0]
+    assert judge.grade(error)["qualified"].tolist() == [True, False, False, False]
+
+
 def test_the_panel_sees_what_hacking_changes(clean):
     videos, prompts, judged = clean
     frozen = judge.annotate(videos[:50, :1].expand(-1, 9, -1, -1, -1), prompts[:50])
