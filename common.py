@@ -44,7 +44,7 @@ def parse(Config, doc, argv=None, prog=None):
     """-> Config from the command line. Raises InputError naming the flag; --help prints doc and flags."""
     style, hints = argparse.RawDescriptionHelpFormatter, typing.get_type_hints(Config)
     parser = _Parser(prog, description=doc, allow_abbrev=False, formatter_class=style)
-    for f in dataclasses.fields(Config):
+    for f in sorted(dataclasses.fields(Config), key=lambda f: f.name not in Config.__annotations__):  # its own come first
         rule, hint, required = f.metadata, hints[f.name], f.default is dataclasses.MISSING
         kind = next((a for a in typing.get_args(hint) if a is not type(None)), hint)  # Optional[int] -> int
         how = dict(type=kind, choices=rule["choices"])
@@ -102,12 +102,8 @@ class Runtime:
 
     def indices(self, batch_size, micro=0):
         """Positions in the global batch of this rank's examples; micro counts gradient accumulation."""
-        group = micro * self.groups + self.rank // self.sequence_parallel
-        return [group * batch_size + j for j in range(batch_size)]
-
-    @property
-    def groups(self):  # how many batches there are at once
-        return self.world_size // self.sequence_parallel
+        place = (micro * self.world_size + self.rank) // self.sequence_parallel
+        return [place * batch_size + j for j in range(batch_size)]
 
 
 def setup(mixed_precision="no", seed=0, sequence_parallel=1):

@@ -203,7 +203,6 @@ class VideoDiT(nn.Module):
     Set `dit.gradient_checkpointing = True` to recompute each block in the backward pass. `sequence`: None, or how n tokens
     lie over several GPUs (scale/sequence.py); every one of them is given, and gives, the whole video.
     """
-    sequence = None
 
     def __init__(self, *, model_type="t2v", patch_size=(1, 2, 2), in_dim=16, out_dim=16, dim=1536,
                  ffn_dim=8960, freq_dim=256, text_dim=4096, text_len=512, num_heads=12, num_layers=30,
@@ -219,7 +218,7 @@ class VideoDiT(nn.Module):
                            out_dim=out_dim, dim=dim, ffn_dim=ffn_dim, freq_dim=freq_dim, text_dim=text_dim,
                            text_len=text_len, num_heads=num_heads, num_layers=num_layers, eps=eps,
                            image_dim=image_dim)
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing, self.sequence = False, None
         patch = self.config["patch_size"]
         self.patch_embedding = nn.Conv3d(in_dim, dim, kernel_size=patch, stride=patch)
         self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))

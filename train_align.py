@@ -43,7 +43,7 @@ METHODS = ("prfl", "refl", "sft", "rwr")
 
 
 @dataclass
-class Config:
+class Config(parallel.Flags):
     method: str = arg("prfl", "what to train with", choices=METHODS)
     task: str | None = arg(None, "which shipped generator, without --model: t2v, or i2v (image-to-video)", choices=TASKS)
     model: str | None = arg(None, "another generator: a folder with transformer/ (and text_encoder/, vae/ "
@@ -81,10 +81,6 @@ class Config:
     max_grad_norm: float = arg(1.0, "each update's gradient is clipped to this norm", above=0)
     mixed_precision: str = arg("bf16", "autocast dtype; weights, optimizer and rollout state are fp32",
                                choices=("no", "bf16"))
-    gradient_checkpointing: bool = arg(False, "recompute each block in the backward pass")
-    parallel: str = arg("ddp", "under torchrun: ddp keeps policy (16 bytes a weight: itself, gradient, Adam) and reward "
-                        "model whole on each GPU; fsdp, 1 / GPUs of them", choices=parallel.KINDS)
-    sequence_parallel: int = arg(1, "neighbouring GPUs that share a clip's tokens: long clips (the paper: 4)", above=0)
     lora_rank: int = arg(0, "train adapters of this rank (such as 16) beside the frozen q, k, v, o of each attention, "
                          "often at 10 times the learning rate; 0 trains every weight", at_least=0)
     lora_alpha: float | None = arg(None, "adapters are scaled by lora_alpha / lora_rank; without, by 1", above=0)
@@ -157,7 +153,7 @@ def main(config):
     shards, curated = load_curated(config, policy, runtime)
     config.shift = config.shift or published(policy.config, SPACE * shards.latent_shape[2])["shift"]
     accumulation = config.gradient_accumulation_steps
-    global_batch = config.batch_size * runtime.groups * accumulation
+    global_batch = config.batch_size * runtime.world_size // config.sequence_parallel * accumulation
     N = config.num_inference_steps
 
     def curated_batch(seed, iteration, indices):

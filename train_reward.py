@@ -37,7 +37,7 @@ from world import clips, scene
 
 
 @dataclass
-class Config:
+class Config(parallel.Flags):
     task: str | None = arg(None, "which shipped generator, without --model: t2v, or i2v (image-to-video)", choices=TASKS)
     model: str | None = arg(None, "another generator: a folder with transformer/ (and text_encoder/, vae/ "
                             "when it makes the samples)")
@@ -67,9 +67,6 @@ class Config:
     batch_size: int = arg(64, "videos per step and rank, or group of ranks", above=0)
     max_grad_norm: float = arg(1.0, "gradients are clipped to this norm", above=0)
     mixed_precision: str = arg("bf16", "autocast dtype", choices=("no", "bf16"))
-    gradient_checkpointing: bool = arg(False, "recompute the trunk's blocks in the backward pass")
-    parallel: str = arg("ddp", "under torchrun: a copy on each GPU (ddp), or 1 / GPUs (fsdp)", choices=parallel.KINDS)
-    sequence_parallel: int = arg(1, "neighbouring GPUs that share a clip's tokens: long clips (the paper: 4)", above=0)
     checkpointing_steps: int = arg(200, "steps between checkpoints", above=0)
     validation_steps: int = arg(200, "steps between reports on the held-out videos", above=0)
     resume_from_checkpoint: str | None = arg(None, "'latest' or a checkpoint folder", alias="resume")
@@ -117,7 +114,7 @@ def main(config):
         parallel.load_state(resume, state, reward, optimizer)
     runs.start_run(config, state["step"] if resume else None)
     log = runs.MetricsLog(config.output_dir, state["step"] if resume else None)
-    global_batch = config.batch_size * runtime.groups
+    global_batch = config.batch_size * runtime.world_size // config.sequence_parallel
     bar = common.progress(config.max_train_steps, "reward model", initial=state["step"])
     measure = make_reward_report(reward_fn, shards.batch(held), dit.config, config, runtime)
     report = None

@@ -18,6 +18,7 @@ from what you wrote yourself.)
 import json
 import shutil
 import warnings
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -29,13 +30,23 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import common
-from common import InputError
+from common import InputError, arg
 from formats import runs
 from formats.weights import read_config
 from scale import sequence
 
 KINDS = ("ddp", "fsdp")
 PIECES = "sharded_state"  # of torch.distributed.checkpoint, inside a checkpoint folder of fsdp
+
+
+@dataclass
+class Flags:
+    """What both training scripts take."""
+    gradient_checkpointing: bool = arg(False, "recompute each block in the backward pass")
+    parallel: str = arg("ddp", "under torchrun: ddp keeps what trains (16 bytes a weight: itself, gradient, Adam) and the "
+                        "reward model whole on each GPU; fsdp, 1 / GPUs of them", choices=KINDS)
+    sequence_parallel: int = arg(1, "neighbouring GPUs that share each clip's tokens, for clips too long for one; the "
+                                 "paper has 4", above=0)
 
 
 def check(kind, sequence_parallel=1):

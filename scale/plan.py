@@ -515,7 +515,7 @@ def report(config, c):
         if parts > 1:
             row("weights", one["network_weights"], f"{one['gathers']:g} x (2 of blocks + 4 of the rest)"
                 + ", 2 x the reward model's" * prfl + ": gathered at every pass")
-        row("gradients", one["network_gradients"], f"{1 + (prfl or refl)} x 4 T{'' if parts > 1 else ' x 2'}, summed at every update")
+        row("gradients", one["network_gradients"], f"{1 + (prfl or refl)} x 4 T{'' if parts > 1 else ' x 2'}, at each update")
         row("NETWORK", one["network"], f"x ({world} - 1) / {world}")
 
     linear, attention = one["judging" if stage1 else "forward"]

@@ -43,7 +43,7 @@ def compare(runtime, kind, image, checkpointing, rank, pooling):
     for model in many:
         parallel.shard(model, runtime, kind)
     many[0].gradient_checkpointing = many[1].trunk.gradient_checkpointing = checkpointing
-    B = 2 * runtime.groups
+    B = 2 * runtime.world_size // runtime.sequence_parallel
     x, context = torch.randn(B, 16, 3, 6, 4, generator=g), torch.randn(B, 3, 8, generator=g)
     given = dict(y=torch.randn(B, 20, 3, 6, 4, generator=g), clip=torch.randn(B, 5, 32, generator=g)) if image else {}
     steps = prfl.draw_steps(3, 0, 4, B)
