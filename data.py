@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 import common
 from common import InputError, arg
 from formats import labels as people
-from formats.codec import load_image_encoder, load_text_encoder, load_vae
+from formats.codec import load_image_encoder, load_text_encoder, load_vae, save_null_context
 from formats.video import frame_rate, from_pixels, read_clip
 from formats.weights import SHIPPED
 
@@ -388,6 +388,7 @@ def encode_command(config):
     if config.image_encoder:
         image = load_image_encoder(config.image_encoder).to(device)
     out.mkdir(parents=True, exist_ok=True)
+    save_null_context(out, text)
     left = dict(done)
     todo = [row for row in rows if left.pop(row["file_name"], None) is None]
     batch, ready, skipped = [], [], 0

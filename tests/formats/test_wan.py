@@ -314,9 +314,9 @@ def test_what_is_not_said_is_wans_own(pipelines, tmp_path):
     """Published size, frames, rate, guidance, shift by size, negative prompt; the paper's 40 steps."""
     dit = load_transformer(pipelines / "t2v")
     config = sample.Config("a red circle")
-    assert sample.fill_in(config, dit.config) == (832, 480)
+    assert sample.settle(config, dit.config) == (832, 480)
     assert (config.frames, config.fps, config.num_inference_steps, config.guidance_scale, config.shift) == (81, 16, 40, 5, 3)
     assert config.negative_prompt.startswith("色调艳丽") and config.batch_size == 1
     config = sample.Config("a red circle", size="1280*720", guidance_scale=5.5)
-    sample.fill_in(config, dit.config)
+    sample.settle(config, dit.config)
     assert config.shift == 5 and config.guidance_scale == 5.5
