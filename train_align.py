@@ -13,8 +13,7 @@ sft:  each iteration one flow-matching update on curated videos (Eq. 10).
 rwr:  each iteration one flow-matching update on the generator's own samples, weighted by exp(reward).
 Without --data the curated set is clean clips of the embedded world, written as mp4 and encoded like anybody's clips;
 with it, the shards' clips that are not labelled 0.
-Writes <output_dir>/transformer, metrics.jsonl, and at each validation samples/step-*: fixed prompts, fixed noise, as
-mp4s, a contact sheet and numbers; best/ holds the weights whose samples the judge (here: the annotator) liked best.
+Writes <output_dir>/transformer, metrics.jsonl, samples/ of fixed prompts and noise, and best/, which the judge likes best.
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 """
@@ -141,8 +140,7 @@ def load_pixel_reward(config, policy, runtime):
 
 
 def load_curated(config, policy, runtime):
-    """The shards, and the indices in them of what is good or unlabelled, as what is called bad is not curated: those to
-    train on, and, of own data, those held out for validation."""
+    """The shards, and the indices in them of what is not called bad: to train on, and, of own data, held out to watch."""
     shards = data.Shards(config.data).relabel() if config.data else clips.clean_clips(
         config.curated_dir or Path(config.output_dir) / "curated", config.model, config.num_curated, config.size,
         config.seed + 500, runtime)
@@ -200,8 +198,7 @@ def main(config):
     def curated_loss(iteration, indices):
         """Eq. 10 on curated videos; of some the prompt is dropped."""
         x0, context, image = curated_batch(config.seed, iteration, indices)
-        context = drop_contexts(context, config, iteration, indices, empty)
-        return sft_loss(iteration, indices, x0, context, **image)
+        return sft_loss(iteration, indices, x0, drop_contexts(context, config, iteration, indices, empty), **image)
 
     def rwr_loss(iteration, indices):
         """Eq. 10 on own samples, each weighted by exp(reward)."""
