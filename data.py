@@ -247,6 +247,19 @@ def split(n, holdout, seed):
     return shuffled[count:].sort().values, shuffled[:count].sort().values
 
 
+def take_fold(shards, fold):
+    """Shards of which all clips outside `fold` count as unlabelled: "i/n" is the i-th of n random parts, which have no clip in
+    common and depend on nothing but their number; None: all clips. Raises InputError."""
+    if fold is None:
+        return shards
+    i, n = (int(part) if part.isdecimal() else 0 for part in f"{fold}/x".split("/")[:2])
+    if fold.count("/") != 1 or not 1 <= i <= n:
+        raise InputError(f"--fold {fold}: must be i/n, as 1/2 and 2/2 are, with i from 1 to n")
+    outside = torch.randperm(len(shards), generator=common.generator(0, "fold")) % n != i - 1
+    shards.labels = shards.labels.masked_fill(outside, -1)
+    return shards
+
+
 def labelled_split(shards, holdout, seed):
     """`split` of the labelled clips, holdout in number. Raises InputError if a part is empty or all of one label."""
     labelled = (shards.labels >= 0).nonzero()[:, 0]

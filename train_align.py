@@ -33,9 +33,9 @@ import rwr_baseline
 import validation
 from common import InputError, arg
 from formats import runs
-from formats.codec import drop_contexts, fill_in, null_context, published
+from formats.codec import drop_contexts, fill_in, null_context, published, training
 from formats.video import SPACE
-from formats.weights import TASKS, resolve_model
+from formats.weights import TASKS, resolve_model, transformer_folder
 from model import image_inputs, load_transformer
 from pavrm import load_pavrm
 from scale import lora, parallel
@@ -57,7 +57,7 @@ class Config:
     num_curated: int = arg(1024, "curated clips to render (without --data)", above=0)
     curated_dir: str | None = arg(None, "where curated clips are kept, or found; without, <output_dir>/curated")
     num_samples: int = arg(2048, "own samples that rwr weights", above=0)
-    num_inference_steps: int = arg(16, "N, Euler steps of a rollout; the paper has 40", above=0)
+    num_inference_steps: int | None = arg(None, "N, Euler steps of a rollout; without, 16, Wan-sized: the paper's 40", above=0)
     shift: float | None = arg(None, "warps times towards noise; without, 1 (uniform), Wan2.1: 3, from 720P on 5", above=0)
     reward_weight: float = arg(1.0, "lambda of Alg. 1; Adam and clipping make its size matter little", above=0)
     recipe: str = arg("paper", "prfl and refl: the paper's Alg. 1 to the letter, or steady, which needs no stopping in time: "
@@ -75,11 +75,11 @@ class Config:
     decoder_checkpointing: bool = arg(False, "refl: decode video by video, long ones in chunks, twice")
     sft_updates: bool = arg(True, "prfl's and refl's SFT update, which keeps the reward from being hacked (Alg. 1)")
     context_dropout: float = arg(0.0, "share of SFT's prompts that become empty: keeps guidance usable", at_least=0, at_most=1)
-    learning_rate: float = arg(1e-4, "AdamW's, the best in results/table1.md; the paper has 5e-6 at 14B", above=0)
+    learning_rate: float | None = arg(None, "AdamW's; without, 1e-4 (results/table1.md), Wan-sized: the paper's 5e-6", above=0)
     weight_decay: float = arg(0.0, "AdamW's", at_least=0)
-    max_train_steps: int = arg(120, "iterations; of prfl and refl, each is two updates", above=0)
-    batch_size: int = arg(32, "videos, and prompts, per update and rank, or group of ranks (the paper: 30 in all)", above=0)
-    gradient_accumulation_steps: int = arg(1, "batches per update; SFT and reward gradients never mix", above=0)
+    max_train_steps: int | None = arg(None, "iterations, of prfl and refl two updates; without, 120, Wan-sized: 800", above=0)
+    batch_size: int | None = arg(None, "videos, and prompts, a pass and rank, or group of ranks; without, 32, Wan-sized: 1", above=0)
+    gradient_accumulation_steps: int | None = arg(None, "passes per update; without, 1, Wan-sized: 30 videos in all", above=0)
     max_grad_norm: float = arg(1.0, "each update's gradient is clipped to this norm", above=0)
     mixed_precision: str = arg("bf16", "autocast dtype; weights, optimizer and rollout state are fp32",
                                choices=("no", "bf16"))
@@ -109,7 +109,7 @@ def check_flags(config):
     """Fills in what the recipe says. Raises InputError for flags that would be ignored or cannot work."""
     unused = ("grad_steps",) if config.method == "refl" else ("frames", "decoder_checkpointing")
     common.refuse(config, unused, f"with --method {config.method}")
-    fill_in(config, prfl.RECIPES[config.recipe])
+    fill_in(config, prfl.RECIPES[config.recipe] | training(transformer_folder(resolve_model(config))[1], "align"))
     config.trajectory_part = config.trajectory_part or ("late" if config.method == "refl" else "full")
     prfl.steps_of(config.trajectory_part, config.num_inference_steps)
     validation.check_flags(config)
@@ -117,7 +117,7 @@ def check_flags(config):
 
 def load_policy(config, runtime):
     """The VideoDiT in training: all its weights, or LoRA's."""
-    policy = load_transformer(resolve_model(config)).train()
+    policy = load_transformer(config.model).train()
     lora.add(policy, config.lora_rank, config.lora_alpha, config.seed, config.lora)
     parallel.shard(policy, runtime, config.parallel)
     policy.gradient_checkpointing = config.gradient_checkpointing

@@ -336,8 +336,8 @@ def make_reward_report(reward_fn, batch, generator_config, config, runtime):
     """-> measure() -> (report, its averages over t for the log); rank 0 prints it as the paper's table.
 
     reward_fn(x_t, t, context, **image) -> logits [b]; config: train_reward.py's; batch: held-out latents
-    [m, c, f, h, w], context [m, l, d_text] and label [m]. The report holds accuracy, balanced_accuracy and auc: five numbers each, by t (interval_metrics), and
-    under "clean" one each, of the videos at t = 0.
+    [m, c, f, h, w], context [m, l, d_text] and label [m]. The report holds accuracy, balanced_accuracy and auc: five numbers
+    each, by t (interval_metrics), and under "clean" one each, of the videos at t = 0.
     """
     x0, context, labels = (batch[name].to(runtime.device) for name in ("latents", "context", "label"))
     zero = torch.zeros(len(x0), device=runtime.device)                                                  # t

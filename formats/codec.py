@@ -8,6 +8,7 @@ requirements-wan.txt) have the same methods, so nothing else in this repository 
 
 All come in eval mode, without gradients on their weights. Weights that do not fit are an InputError.
 """
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -86,6 +87,29 @@ def published(dit_config, height=None):
     world = scene.SIZES["small" if dit_config["dim"] > 192 else "tiny"]
     return {"size": (world["resolution"],) * 2, "frames": world["frames"], "fps": float(scene.FPS),
             "num_inference_steps": 32, "guidance_scale": 1.0, "shift": 1.0, "negative_prompt": None}
+
+
+# Defaults of the training scripts: in the embedded world the best in results/table1.md; for a generator of Wan2.1's size the
+# paper's (A.2.3 to A.2.5: its batch of 30 is that of all ranks, and 800 iterations are one epoch over its prompts; how many
+# videos PAVRM sees at once it does not say).
+BATCH = 30
+TRAINING = {
+    "align": ({"learning_rate": 1e-4, "batch_size": 32, "gradient_accumulation_steps": 1, "max_train_steps": 120,
+               "num_inference_steps": 16},
+              {"learning_rate": 5e-6, "batch_size": 1, "max_train_steps": 800, "num_inference_steps": 40}),
+    "reward": ({"learning_rate": 2e-3, "trunk_learning_rate": 1e-3, "batch_size": 64},
+               {"learning_rate": 1e-5, "trunk_learning_rate": 1e-6, "batch_size": 2}),
+}
+
+
+def training(dit_config, stage):
+    """What train_align.py ("align") or train_reward.py ("reward") do where no flag says: {flag: value}. dit_config: of the
+    generator; one of width 1536 or more is of Wan2.1's size."""
+    world, wan = TRAINING[stage]
+    if dit_config["dim"] < 1536:
+        return world
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    return wan | ({"gradient_accumulation_steps": max(1, round(BATCH / ranks))} if stage == "align" else {})
 
 
 NULL_CONTEXT = "null_context.safetensors"                       # beside shards
