@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 import common
 from common import InputError, arg
 from formats import labels as people
-from formats.codec import load_image_encoder, load_text_encoder, load_vae
+from formats.codec import load_image_encoder, load_text_encoder, load_vae, save_null_context
 from formats.video import frame_rate, from_pixels, read_clip
 from formats.weights import SHIPPED
 
@@ -247,6 +247,19 @@ def split(n, holdout, seed):
     return shuffled[count:].sort().values, shuffled[:count].sort().values
 
 
+def take_fold(shards, fold):
+    """Shards of which all clips outside `fold` count as unlabelled: "i/n" is the i-th of n random parts, which have no clip in
+    common and depend on nothing but their number; None: all clips. Raises InputError."""
+    if fold is None:
+        return shards
+    i, n = (int(part) if part.isdecimal() else 0 for part in f"{fold}/x".split("/")[:2])
+    if fold.count("/") != 1 or not 1 <= i <= n:
+        raise InputError(f"--fold {fold}: must be i/n, as 1/2 and 2/2 are, with i from 1 to n")
+    outside = torch.randperm(len(shards), generator=common.generator(0, "fold")) % n != i - 1
+    shards.labels = shards.labels.masked_fill(outside, -1)
+    return shards
+
+
 def labelled_split(shards, holdout, seed):
     """`split` of the labelled clips, holdout in number. Raises InputError if a part is empty or all of one label."""
     labelled = (shards.labels >= 0).nonzero()[:, 0]
@@ -388,6 +401,7 @@ def encode_command(config):
     if config.image_encoder:
         image = load_image_encoder(config.image_encoder).to(device)
     out.mkdir(parents=True, exist_ok=True)
+    save_null_context(out, text)
     left = dict(done)
     todo = [row for row in rows if left.pop(row["file_name"], None) is None]
     batch, ready, skipped = [], [], 0

@@ -108,12 +108,10 @@ def check_flags(config):
         common.refuse(config, ("reward",), "without --best_of")
 
 
-def fill_in(config, dit_config):
+def settle(config, dit_config):
     """What the flags leave open, as the model is used -> size (W, H)."""
     size = data.parse_size(config) or codec.published(dit_config)["size"]
-    for name, value in codec.published(dit_config, size[1]).items():
-        if getattr(config, name) is None:
-            setattr(config, name, value)
+    codec.fill_in(config, codec.published(dit_config, size[1]))
     config.size = f"{size[0]}*{size[1]}"
     c, f, h, w = codec.latent_shape(dit_config, size, config.frames)
     config.batch_size = config.batch_size or max(1, BATCH_LATENTS // (f * h * w))
@@ -185,7 +183,7 @@ def main(config):
     config.mixed_precision = config.mixed_precision or ("bf16" if wan else "no")
     runtime = common.setup(config.mixed_precision, config.seed)
     parallel.check(config.parallel)
-    size, device = fill_in(config, dit.config), runtime.device
+    size, device = settle(config, dit.config), runtime.device
     if config.lora:
         lora.merge_file(dit, config.lora)
     check_images(videos, dit.config, size)

@@ -13,12 +13,14 @@ sft:  each iteration one flow-matching update on curated videos (Eq. 10).
 rwr:  each iteration one flow-matching update on the generator's own samples, weighted by exp(reward).
 Without --data the curated set is clean clips of the embedded world, written as mp4 and encoded like anybody's clips;
 with it, the shards' clips that are not labelled 0.
-Writes <output_dir>/transformer, metrics.jsonl, and at each validation samples/step-*.png: fixed prompts, fixed noise.
+Writes <output_dir>/transformer, metrics.jsonl, samples/ of fixed prompts and noise, and best/, which the judge likes best.
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 """
+import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,15 +30,15 @@ import data
 import prfl
 import refl_baseline
 import rwr_baseline
+import validation
 from common import InputError, arg
 from formats import runs
-from formats.codec import published
+from formats.codec import drop_contexts, fill_in, null_context, published, training
 from formats.video import SPACE
-from formats.weights import TASKS, resolve_model
-from model import export_transformer, image_inputs, load_transformer
+from formats.weights import TASKS, resolve_model, transformer_folder
+from model import image_inputs, load_transformer
 from pavrm import load_pavrm
 from scale import lora, parallel
-from validation import make_validation
 from world import clips, scene
 
 METHODS = ("prfl", "refl", "sft", "rwr")
@@ -55,9 +57,8 @@ class Config(parallel.Flags):
     num_curated: int = arg(1024, "curated clips to render (without --data)", above=0)
     curated_dir: str | None = arg(None, "where curated clips are kept, or found; without, <output_dir>/curated")
     num_samples: int = arg(2048, "own samples that rwr weights", above=0)
-    num_inference_steps: int = arg(16, "N, Euler steps of a rollout; the paper has 40", above=0)
-    shift: float | None = arg(None, "warps the times of rollouts and own samples towards noise; without, as the model is "
-                              "used: 1 (uniform) in the embedded world, Wan2.1: 3, from 720P on 5", above=0)
+    num_inference_steps: int | None = arg(None, "N, Euler steps of a rollout; without, 16, Wan-sized: the paper's 40", above=0)
+    shift: float | None = arg(None, "warps times towards noise; without, 1 (uniform), Wan2.1: 3, from 720P on 5", above=0)
     reward_weight: float = arg(1.0, "lambda of Alg. 1; Adam and clipping make its size matter little", above=0)
     recipe: str = arg("paper", "prfl and refl: the paper's Alg. 1 to the letter, or steady, which needs no stopping in time: "
                       "sets the three flags below where they are not given", choices=tuple(prfl.RECIPES))
@@ -73,21 +74,29 @@ class Config(parallel.Flags):
     frames: str = arg("first", "refl: what is decoded and judged", choices=refl_baseline.FRAMES)
     decoder_checkpointing: bool = arg(False, "refl: decode video by video, long ones in chunks, twice")
     sft_updates: bool = arg(True, "prfl's and refl's SFT update, which keeps the reward from being hacked (Alg. 1)")
-    learning_rate: float = arg(1e-4, "AdamW's, the best in results/table1.md; the paper has 5e-6 at 14B", above=0)
+    context_dropout: float = arg(0.0, "share of SFT's prompts that become empty: keeps guidance usable", at_least=0, at_most=1)
+    learning_rate: float | None = arg(None, "AdamW's; without, 1e-4 (results/table1.md), Wan-sized: the paper's 5e-6", above=0)
     weight_decay: float = arg(0.0, "AdamW's", at_least=0)
-    max_train_steps: int = arg(120, "iterations; of prfl and refl, each is two updates", above=0)
-    batch_size: int = arg(32, "videos, and prompts, per update and rank, or group of ranks (the paper: 30 in all)", above=0)
-    gradient_accumulation_steps: int = arg(1, "batches per update; SFT and reward gradients never mix", above=0)
+    max_train_steps: int | None = arg(None, "iterations, of prfl and refl two updates; without, 120, Wan-sized: 800", above=0)
+    batch_size: int | None = arg(None, "videos, and prompts, a pass and rank, or group of ranks; without, 32, Wan-sized: 1", above=0)
+    gradient_accumulation_steps: int | None = arg(None, "passes per update; without, 1, Wan-sized: 30 videos in all", above=0)
     max_grad_norm: float = arg(1.0, "each update's gradient is clipped to this norm", above=0)
     mixed_precision: str = arg("bf16", "autocast dtype; weights, optimizer and rollout state are fp32",
                                choices=("no", "bf16"))
     lora_rank: int = arg(0, "train adapters of this rank (such as 16) beside the frozen q, k, v, o of each attention, "
                          "often at 10 times the learning rate; 0 trains every weight", at_least=0)
     lora_alpha: float | None = arg(None, "adapters are scaled by lora_alpha / lora_rank; without, by 1", above=0)
+    lora: str | None = arg(None, "LoRA file whose adapters the training goes on from")
+    export: str = arg("merged", "of LoRA: whole weights and adapters, or adapters alone (lora)", choices=("merged", "lora"))
     checkpointing_steps: int = arg(40, "iterations between checkpoints", above=0)
-    keep: int = arg(2, "checkpoints that stay, the newest", above=0)
-    validation_steps: int = arg(40, "iterations between validations (embedded world)", above=0)
-    num_validation: int = arg(128, "videos of a validation; 0 for none", at_least=0)
+    keep: int = arg(2, "checkpoints that stay, the newest, beside best/", above=0)
+    validation_steps: int = arg(40, "iterations between validations", above=0)
+    num_validation: int | None = arg(None, "held-out prompts whose samples are watched, 0: none; without, 128 of the embedded "
+                                     "world, or 8 clips of --data, a fifth at most, which are not trained on", at_least=0)
+    validation_prompts: str | None = arg(None, "with --data: file of other prompts to watch (.txt, .jsonl, .csv)")
+    guidance_scale: float | None = arg(None, "of the samples that are watched; without, the model's own", at_least=0)
+    judge: str | None = arg(None, "second reward model, which is only watched: its opinion chooses best/")
+    patience: int | None = arg(None, "stop after so many validations without gain of the judge, or the annotator", above=0)
     resume_from_checkpoint: str | None = arg(None, "'latest' or a checkpoint folder", alias="resume")
     seed: int = arg(0, "seed of order, t, noise and steps", at_least=0)
 
@@ -96,17 +105,16 @@ def check_flags(config):
     """Fills in what the recipe says. Raises InputError for flags that would be ignored or cannot work."""
     unused = ("grad_steps",) if config.method == "refl" else ("frames", "decoder_checkpointing")
     common.refuse(config, unused, f"with --method {config.method}")
-    for name, value in prfl.RECIPES[config.recipe].items():
-        if getattr(config, name) is None:
-            setattr(config, name, value)
+    fill_in(config, prfl.RECIPES[config.recipe] | training(transformer_folder(resolve_model(config))[1], "align"))
     config.trajectory_part = config.trajectory_part or ("late" if config.method == "refl" else "full")
     prfl.steps_of(config.trajectory_part, config.num_inference_steps)
+    validation.check_flags(config)
 
 
 def load_policy(config, runtime):
     """The VideoDiT in training: all its weights, or LoRA's."""
-    policy = load_transformer(resolve_model(config)).train()
-    lora.add(policy, config.lora_rank, config.lora_alpha, config.seed)
+    policy = load_transformer(config.model).train()
+    lora.add(policy, config.lora_rank, config.lora_alpha, config.seed, config.lora)
     parallel.shard(policy, runtime, config.parallel)
     policy.gradient_checkpointing = config.gradient_checkpointing
     return policy
@@ -128,7 +136,7 @@ def load_pixel_reward(config, policy, runtime):
 
 
 def load_curated(config, policy, runtime):
-    """The shards, and the indices in them of what is good or unlabelled: what is called bad is not curated."""
+    """The shards, and the indices in them of what is not called bad: to train on, and, of own data, held out to watch."""
     shards = data.Shards(config.data).relabel() if config.data else clips.clean_clips(
         config.curated_dir or Path(config.output_dir) / "curated", config.model, config.num_curated, config.size,
         config.seed + 500, runtime)
@@ -136,7 +144,8 @@ def load_curated(config, policy, runtime):
     curated = (shards.labels != 0).nonzero()[:, 0]
     if not len(curated):
         raise InputError(f"{shards.folder}: every clip is labelled 0; alignment needs good ones")
-    return shards, curated
+    fill_in(config, published(policy.config, SPACE * shards.latent_shape[2]))
+    return shards, *validation.hold_out(config, curated)
 
 
 def main(config):
@@ -150,11 +159,11 @@ def main(config):
         pavrm = load_latent_reward(config, policy, runtime)
     resume = config.resume_from_checkpoint and runs.resolve_checkpoint(config.output_dir, config.resume_from_checkpoint)
     state = runs.load_state(resume) if resume else {"step": 0}
-    shards, curated = load_curated(config, policy, runtime)
-    config.shift = config.shift or published(policy.config, SPACE * shards.latent_shape[2])["shift"]
+    shards, curated, held = load_curated(config, policy, runtime)
     accumulation = config.gradient_accumulation_steps
     global_batch = config.batch_size * runtime.world_size // config.sequence_parallel * accumulation
     N = config.num_inference_steps
+    empty = null_context(policy.config, "empty", config.data, config.model, runtime.device) if config.context_dropout else None
 
     def curated_batch(seed, iteration, indices):
         """-> x0 [b, c, f, h, w], context [b, l, d_text], and {y, clip} of an image-to-video model"""
@@ -174,7 +183,6 @@ def main(config):
         parallel.load_state(resume, state, policy, optimizer)
     runs.start_run(config, state["step"] if resume else None)
     log = runs.MetricsLog(config.output_dir, state["step"] if resume else None)
-    validate = make_validation(config, runtime) if config.num_validation and not config.data else None
 
     # ---- the losses: each of (iteration, places in the global batch) -> loss, {what is logged beside it}
     def sft_loss(iteration, indices, x0, context, weight=None, **image):
@@ -184,9 +192,9 @@ def main(config):
             return prfl.sft_loss(policy, x0, x1, t, context, weight, **image), {}
 
     def curated_loss(iteration, indices):
-        """Eq. 10 on curated videos."""
+        """Eq. 10 on curated videos; of some the prompt is dropped."""
         x0, context, image = curated_batch(config.seed, iteration, indices)
-        return sft_loss(iteration, indices, x0, context, **image)
+        return sft_loss(iteration, indices, x0, drop_contexts(context, config, iteration, indices, empty), **image)
 
     def rwr_loss(iteration, indices):
         """Eq. 10 on own samples, each weighted by exp(reward)."""
@@ -235,11 +243,10 @@ def main(config):
     updates = {"rwr": rwr_loss} if config.method == "rwr" else updates
     updates |= {"reward": reward_loss} if config.method in ("prfl", "refl") else {}
 
-    def export(path, state):
-        export_transformer(policy, path, dtype=torch.float32, state=lora.merge(state, config.lora_alpha))
-        lora.save(state, path.parent, config.lora_alpha)        # the adapters, if there are any
+    export = partial(lora.export, policy, alpha=config.lora_alpha, kind=config.export)
 
     # ---- the loop
+    validate = config.num_validation and validation.make_validation(config, runtime, policy, shards, held, export, log)
     bar = common.progress(config.max_train_steps, config.method, initial=state["step"])
     if validate and not resume:
         log.log(0, **validate(policy, 0))
@@ -249,18 +256,21 @@ def main(config):
             metrics |= update(name, loss_fn, iteration)
 
         done = iteration + 1
-        if validate and (done % config.validation_steps == 0 or done == config.max_train_steps):
+        last = done == config.max_train_steps
+        if validate and (done % config.validation_steps == 0 or last):
             metrics |= validate(policy, done)
+            last |= metrics.get("validation_since_best", 0) >= (config.patience or math.inf)
         log.log(done, **metrics)
         bar.set_postfix({k: f"{metrics[k]:.3f}" for k in ("reward", "sft_loss", "rwr_loss") if k in metrics})
         bar.update()
-        if done % config.checkpointing_steps == 0 or done == config.max_train_steps:
+        if done % config.checkpointing_steps == 0 or last:
             parallel.save_checkpoint(config.output_dir, done, {"transformer": export}, policy, optimizer, config, config.keep)
+        if last:
+            break
     bar.close()
     weights = parallel.full_state(policy)
     if runtime.rank == 0:
-        export(Path(config.output_dir) / "transformer", weights)
-        print(f"wrote {Path(config.output_dir) / 'transformer'}")
+        print(f"wrote {export(Path(config.output_dir) / 'transformer', weights)}")
     common.teardown()
 
 

@@ -2,6 +2,7 @@
 
     python train_reward.py                                          the embedded world: samples, labels, trains
     torchrun --nproc_per_node=8 train_reward.py --data clips_encoded --holdout 100
+    python train_reward.py --data clips_encoded --fold 2/2 --seed 1     a judge, where another run had --fold 1/2
     python train_reward.py --trunk_learning_rate 0                  a probe on frozen features
     python train_reward.py --space rgb --frames all                 a pixel reward for refl_baseline.py, on clean videos
     python train_reward.py --task i2v                               for the image-to-video generator
@@ -27,6 +28,7 @@ import flow
 import refl_baseline
 from common import arg
 from formats import runs
+from formats.codec import fill_in, training
 from formats.labels import BAD
 from formats.weights import TASKS, resolve_model, save_module
 from model import image_inputs, load_transformer
@@ -52,19 +54,18 @@ class Config(parallel.Flags):
     samples_dir: str | None = arg(None, "where own samples are kept, or found; without, <output_dir>/samples")
     num_inference_steps: int = arg(16, "Euler steps of each own sample", above=0)
     shift: float = arg(1.0, "warps the times of own samples towards noise; 1: uniform", above=0)
+    fold: str | None = arg(None, "i/n: the i-th of n parts of the labelled videos alone, as for a judge beside the reward model")
     holdout: int = arg(400, "labelled videos kept for the report", above=0)
     depth: int = arg(8, "K, blocks of the generator in the trunk (Table 8); the paper has 8 of 40, the shipped model 8 in all",
                      above=0)
-    pooling: str = arg("query_attention", "how tokens become one vector (Eq. 5; others for Table 5)",
-                       choices=tuple(POOLINGS))
+    pooling: str = arg("query_attention", "how tokens become one vector (Eq. 5, Table 5)", choices=tuple(POOLINGS))
     loss: str = arg("bce", "Eq. 6, or Bradley-Terry on the batch's pairs (Table 7)", choices=tuple(CRITERIA))
     fixed_t: float | None = arg(None, "train at this one t in place of t ~ U(0, 1) (Fig. 3c)", at_least=0, at_most=1)
-    learning_rate: float = arg(2e-3, "AdamW's for query and head, falling linearly to 0; the paper has 1e-5 at 14B",
-                               above=0)
-    trunk_learning_rate: float = arg(1e-3, "the same for the trunk's blocks (1e-6 at 14B); 0 freezes them", at_least=0)
+    learning_rate: float | None = arg(None, "AdamW's for query and head, falling to 0; without, 2e-3, Wan-sized: 1e-5", above=0)
+    trunk_learning_rate: float | None = arg(None, "of the trunk's blocks; without, 1e-3, Wan-sized: 1e-6; 0: frozen", at_least=0)
     weight_decay: float = arg(0.01, "AdamW's", at_least=0)
     max_train_steps: int = arg(1600, "optimizer steps", above=0)
-    batch_size: int = arg(64, "videos per step and rank, or group of ranks", above=0)
+    batch_size: int | None = arg(None, "videos per step and rank, or group of ranks; without, 64, Wan-sized: 2", above=0)
     max_grad_norm: float = arg(1.0, "gradients are clipped to this norm", above=0)
     mixed_precision: str = arg("bf16", "autocast dtype", choices=("no", "bf16"))
     checkpointing_steps: int = arg(200, "steps between checkpoints", above=0)
@@ -80,14 +81,14 @@ def main(config):
     runtime = common.setup(config.mixed_precision, config.seed, config.sequence_parallel)
     parallel.check(config.parallel, config.sequence_parallel)
     dit = load_transformer(resolve_model(config)).eval().requires_grad_(False)
-    resume = config.resume_from_checkpoint and runs.resolve_checkpoint(config.output_dir,
-                                                                         config.resume_from_checkpoint)
+    fill_in(config, training(dit.config, "reward"))
+    resume = config.resume_from_checkpoint and runs.resolve_checkpoint(config.output_dir, config.resume_from_checkpoint)
     state = runs.load_state(resume) if resume else {"step": 0}
     shards = data.Shards(config.data).relabel(config.labels, config.bad) if config.data else clips.own_samples(
         config.samples_dir or Path(config.output_dir) / "samples", dit.to(runtime.device), config.model,
         config.num_samples, config.num_inference_steps, config.size, config.seed, runtime, config.shift)
     shards.require_fit(dit, labelled=bool(config.data))
-    train, held = data.labelled_split(shards, config.holdout, config.seed)
+    train, held = data.labelled_split(data.take_fold(shards, config.fold), config.holdout, config.seed)
     share = (shards.labels[train] == 1).float().mean().item()
     if runtime.rank == 0:
         print(f"{shards.label_note}\n{len(train)} videos to train on ({share:.0%} good), {len(held)} held out, "

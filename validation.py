@@ -1,54 +1,300 @@
-"""What the training scripts report while they train: a reward model's accuracy on held-out videos, and, on the
-embedded world, what the annotator says of a generator's samples of held-out prompts.
+"""What is watched while training: a reward model's accuracy on held-out videos, and a generator's samples of held-out
+prompts, always from the same noise.
 
-Axes: b batch, m held-out videos, c channels, f frames, h height, w width, l text tokens.
+On the embedded world the annotator judges the samples. On clips of one's own nobody does, so there is a panel (`panel`),
+each value beside that at step 0 and that of real clips; and, with --judge, a second reward model, trained on other clips
+and from another seed than the one that is climbed: where its opinion falls while the reward still rises, the reward is
+being exploited. best/ keeps the weights whose samples were liked best.
+
+Axes: b batch, m held-out videos, c channels, f frames, h height, w width, F H W of pixels, l text tokens.
 """
+import json
+import os
+import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
+import common
+import data
 import flow
-from common import noise, uniform
+from common import InputError, noise, uniform
 from flow import add_noise
-from formats.codec import load_text_encoder, load_vae
-from formats.video import contact_sheet, from_pixels, to_pixels
+from formats import codec, runs
+from formats.prompts import read_prompts
+from formats.video import SPACE, TIME, contact_sheet, from_pixels, read_clip, write_video
 from model import first_frame_condition, image_inputs
+from pavrm import load_pavrm
+from scale import parallel
 from world import judge, scene
 
 INTERVALS = 5                                                   # of t, in the paper's reward-model tables
+SEED, SHOWN = 900, 8                                            # of the samples' noise; of them, on the disk
+GROUP_LATENTS = 2 ** 11                                         # latent positions of a batch of samples
+PANEL = ("speed", "flow", "brightness", "saturation", "sharpness")
 
 
-def make_validation(config, runtime):
-    """-> validate(policy, step) -> {validation_<name>: value}, on rank 0; {} on the others. config: train_align.py's.
+# ---- what can be said of pixels without an annotator
+def largest_flow(videos, side=64):
+    """How fast the fastest 5 % of a video moves: optical flow in widths per frame, [b]. videos: uint8 [b, F, H, W, 3].
 
-    Samples num_validation fixed prompts from fixed noise, prints what the annotator says of them, and draws the
-    first eight in <output_dir>/samples/step-<step>.png.
+    Least squares over windows of 5x5 pixels (Lucas and Kanade) at about `side` pixels of height; motion of more than two
+    such pixels a frame is told apart from less, but not measured.
     """
-    n = config.num_validation
-    vae = load_vae(f"{config.model}/vae").to(runtime.device)
-    text = load_text_encoder(f"{config.model}/text_encoder").to(runtime.device)
-    clips, prompts, _ = scene.make(n, 900, "clean", config.size, split="validation")
-    folder = Path(config.output_dir) / "samples"
+    b, frames = videos.shape[:2]
+    gray = videos.float().mean(-1).div_(255).flatten(0, 1)[:, None]                             # [b F, 1, H, W]
+    scale = min(1.0, side / gray.shape[2])
+    gray = F.interpolate(gray, scale_factor=scale, mode="area") if scale < 1 else gray
+    gray = gray[:, 0].unflatten(0, (b, frames))                                                 # [b, F, h, w]
+    middle = F.pad((gray[:, 1:] + gray[:, :-1]) / 2, (1, 1, 1, 1), mode="replicate")
+    dx = (middle[..., 1:-1, 2:] - middle[..., 1:-1, :-2]) / 2
+    dy = (middle[..., 2:, 1:-1] - middle[..., :-2, 1:-1]) / 2
+    dt = gray[:, 1:] - gray[:, :-1]
+    window = lambda z: F.avg_pool2d(z, 5, stride=1, padding=2)
+    xx, yy, xy, xt, yt = window(dx * dx) + 1e-4, window(dy * dy) + 1e-4, window(dx * dy), window(dx * dt), window(dy * dt)
+    det = xx * yy - xy * xy
+    u, v = (xy * yt - yy * xt) / det, (xy * xt - xx * yt) / det                                 # [b, F - 1, h, w] in pixels
+    length = (u.square() + v.square()).sqrt().flatten(1) / gray.shape[3]
+    return length.topk(max(1, length.shape[1] // 20), 1).values.mean(1)
+
+
+def panel(videos):
+    """{name: [b]} of uint8 videos [b, F, H, W, 3]: what a generator changes when it games a reward. speed: mean absolute
+    difference of neighbouring frames; flow: `largest_flow`; brightness, saturation: means of max and of max - min of RGB;
+    sharpness: mean absolute difference of neighbouring pixels. All but flow in pixels from 0 to 1."""
+    rows = []
+    for video in videos:                                        # one at a time: 81 frames of 832x480 are 388 MB in float32
+        x = video.float() / 255                                                                 # [F, H, W, 3]
+        high, low, gray = x.amax(-1), x.amin(-1), x.mean(-1)
+        sharp = (gray[:, 1:] - gray[:, :-1]).abs().mean() + (gray[:, :, 1:] - gray[:, :, :-1]).abs().mean()
+        rows.append([(x[1:] - x[:-1]).abs().mean(), largest_flow(video[None])[0], high.mean(), (high - low).mean(), sharp])
+    return dict(zip(PANEL, torch.tensor(rows).T))
+
+
+def dynamic_degree(fastest, real):
+    """Share of videos that move: whose `largest_flow` is over half of the real clips' median. Both [m] -> bool [m]"""
+    return np.asarray(fastest) > np.median(real) / 2
+
+
+# ---- samples of held-out prompts
+def check_flags(config):
+    """Raises InputError for flags of train_align.py about what is watched and kept that would be ignored or cannot work."""
+    if not config.data:
+        common.refuse(config, ("validation_prompts",), "without --data")
+    if config.num_validation == 0:
+        common.refuse(config, ("validation_prompts", "judge", "patience", "guidance_scale"), "with --num_validation 0")
+    if config.patience and config.data and not config.judge:
+        raise InputError("--patience needs an opinion of the samples: name a second reward model with --judge")
+    if config.export == "lora" and not (config.lora or config.lora_rank):
+        raise InputError("--export lora writes adapters: give --lora_rank or --lora too, or leave it out")
+
+
+def hold_out(config, curated):
+    """-> (clips of own data to train on, those held out: num_validation of them); fills in how many that is."""
+    if config.num_validation is None:
+        config.num_validation = min(8, len(curated) // 5) if config.data else 128
+    if config.data and config.num_validation >= len(curated):
+        raise InputError(f"--num_validation {config.num_validation} leaves nothing to train on: there are {len(curated)} clips")
+    train, held = data.split(len(curated), config.num_validation if config.data else 0, config.seed)
+    return curated[train], curated[held]
+
+
+def held_out_prompts(config, dit_config, shards, held, vae, device):
+    """What is sampled: (prompts, contexts: m of [l, d], {y, clip}: [m, ...], latent shape, clean clips uint8 or None).
+
+    The embedded world's validation sentences, or --validation_prompts, or the prompts of held-out clips of the data.
+    """
+    n, i2v = config.num_validation, dit_config["model_type"] == "i2v"
+    if not config.data:
+        clips, prompts, _ = scene.make(n, SEED, "clean", config.size, split="validation")
+        contexts = list(codec.load_text_encoder(f"{config.model}/text_encoder").to(device).encode(prompts).cpu())
+        y = first_frame_condition(vae.encode(from_pixels(clips.to(device)))) if i2v else None
+        return prompts, contexts, {"y": y.cpu()} if i2v else {}, scene.LATENT_SHAPES[config.size]
+    if not config.validation_prompts:
+        batch = shards.batch(held)
+        return batch["prompt"], list(batch["context"]), image_inputs(dit_config, batch, "cpu"), shards.latent_shape
+    rows = read_prompts(config.validation_prompts)[:n]
+    prompts, image = [row["prompt"] for row in rows], {}
+    if bad := [row["prompt"] for row in rows if (row["image"] is not None) != i2v]:
+        raise InputError(f"--validation_prompts {config.validation_prompts}: {bad[0]!r} has {'no' if i2v else 'an'} image, "
+                         f"the model is {dit_config['model_type']}")
+    if i2v:
+        _, f, h, w = shards.latent_shape
+        first = torch.stack([read_clip(row["image"], size=(SPACE * w, SPACE * h), frames=1)[0][0] for row in rows]).to(device)
+        clip = codec.load_image_encoder(f"{config.model}/image_encoder").to(device) if dit_config["image_dim"] else None
+        given = [codec.image_conditions(dit_config, vae, clip, frame, TIME * (f - 1) + 1) for frame in first.split(1)]
+        image = {name: torch.cat([one[name] for one in given]).cpu() for name in given[0]}
+    contexts = codec.encode_texts(f"{config.model}/text_encoder", prompts, device)
+    return prompts, [contexts[prompt] for prompt in prompts], image, shards.latent_shape
+
+
+@torch.no_grad()
+def make_validation(config, runtime, policy, shards=None, held=None, export=None, log=None):
+    """-> validate(policy, step) -> {validation_<name>: mean over videos}, the same on every rank; every rank must call it.
+
+    config: train_align.py's. shards, held: own data, and the clips of it that are not trained on. export(path, state):
+    writes the policy; best/ in the run folder keeps what it writes of the best step. Draws samples/step-<step>.png, and
+    writes the first eight samples as mp4, all values by video as json. Raises InputError before anything is trained if
+    encoders, prompts or judge do not fit.
+    """
+    device, folder, own, dit_config = runtime.device, Path(config.output_dir) / "samples", bool(config.data), policy.config
+    vae = codec.load_vae(f"{config.model}/vae").to(device)
+    prompts, contexts, image, shape = held_out_prompts(config, dit_config, shards, held, vae, device)
+    null = None if config.guidance_scale == 1 else codec.null_context(dit_config, "negative", config.data, config.model, device)
+    second = load_pavrm(config.judge, policy) if config.judge else None
+    if second:
+        parallel.shard(second, runtime, config.parallel)
+    fps = shards.fps if own else scene.FPS
+    size = max(1, GROUP_LATENTS // (shape[1] * shape[2] * shape[3]))
+    groups = [list(range(i, min(i + size, len(prompts)))) for i in range(0, len(prompts), size)]
+
+    def latents_of(policy, group):
+        j = torch.tensor(group)
+        context = codec.stack_contexts([contexts[i] for i in group]).to(device)
+        given = {name: x[j].to(device) for name, x in image.items()}
+        x = flow.sample(policy, shape, context, SEED, group, config.num_inference_steps, shift=config.shift,
+                        guidance_scale=config.guidance_scale, null=null, autocast=runtime.autocast, **given)
+        found = {}
+        if second:
+            logits = interval_logits(second, x, context, SEED, autocast=runtime.autocast, indices=group, **given)
+            found = {f"judge_t{k + 1}": row.float().cpu() for k, row in enumerate(logits)}
+            found["judge"] = torch.sigmoid(logits.float()).mean(0).cpu()
+        return x, found
+
+    def measured(videos, group):
+        if own:
+            return panel(videos)
+        found = judge.annotate(videos, [prompts[i] for i in group])
+        grades = {f"{axis}_qualified": found[axis] == 2 for axis in ("physical", "deformity")}
+        return {"qualified": found["qualified"], **grades, **{name: found[name] for name in judge.PANEL}}
+
+    def table(rows):
+        """[(index, {name: value})] of every rank -> {name: values in order}"""
+        rows = [values for _, values in sorted(sum(common.gather(rows), []), key=lambda row: row[0])]
+        return {name: [float(row[name]) for row in rows] for name in rows[0]}
+
+    def split(group, found):
+        return [(i, {name: values[k] for name, values in found.items()}) for k, i in enumerate(group)]
+
+    def held_out_loss(policy):
+        """Eq. 10 on the held-out clips, at four fixed times each."""
+        rows = []
+        for group, counts in parallel.rounds([held[i:i + size].tolist() for i in range(0, len(held), size)], runtime,
+                                             config.parallel):
+            batch, losses = shards.batch(group), 0
+            x0, context = batch["latents"].to(device), batch["context"].to(device)
+            for k in range(4):
+                x1 = noise(x0.shape[1:], SEED, "held-out x1", k, group).to(device)
+                t = torch.full((len(x0),), (k + 0.5) / 4, device=device)
+                with runtime.autocast():
+                    v = policy(add_noise(x0, x1, t), t, context, **image_inputs(dit_config, batch, device))
+                losses += (v.float() - (x1 - x0)).square().flatten(1).mean(1).cpu() / 4
+            rows += split(group, {"sft_loss": losses}) if counts else []
+        return table(rows)
+
+    real = {}                                                   # the held-out clips, through the same VAE
+    if own:
+        rows = []
+        for group, _ in parallel.rounds([held[i:i + 1].tolist() for i in range(len(held))], runtime, "ddp"):
+            with codec.on(vae, device):
+                rows += split(group, panel(codec.decode_pixels(vae, shards.batch(group)["latents"].to(device))))
+        real = table(rows)
+        real["dynamic"] = dynamic_degree(real["flow"], real["flow"]).tolist()
+    history = past_scores(config.output_dir)
 
     @torch.no_grad()
     def validate(policy, step):
-        image_to_video = policy.config["model_type"] == "i2v"
-        y = first_frame_condition(vae.encode(from_pixels(clips.to(runtime.device)))) if image_to_video else None
-        latents = flow.sample(policy, scene.LATENT_SHAPES[config.size], text.encode(prompts), 900, range(n),
-                              config.num_inference_steps, y=y, autocast=runtime.autocast)
-        if runtime.rank > 0:                                    # it sampled with the others: FSDP gathers
-            return {}
-        videos = to_pixels(vae.decode(latents)).cpu()
-        folder.mkdir(parents=True, exist_ok=True)
-        contact_sheet(videos[:8], folder / f"step-{step:06d}.png")
-        found = judge.summary(judge.annotate(videos, prompts))
-        tqdm.write("  ".join([f"iteration {step}"] + [f"{name} {value:.3f}" for name, value in found.items()]))
-        return {f"validation_{name}": value for name, value in found.items()}
+        rows, films = [], []
+        for group, counts in parallel.rounds(groups, runtime, config.parallel):
+            x, found = latents_of(policy, group)
+            if counts:
+                with codec.on(vae, device):
+                    videos = codec.decode_pixels(vae, x)
+                rows += split(group, measured(videos, group) | found)
+                films += [(i, video) for i, video in zip(group, videos) if i < SHOWN]
+        found = table(rows)
+        if own:
+            found["dynamic"] = dynamic_degree(found["flow"], real["flow"]).tolist()
+            found |= held_out_loss(policy)
+        for i, video in films:
+            write_video(folder / f"step-{step:06d}" / f"{i}.mp4", video, fps)
+        strips = [video for _, video in sorted(sum(common.gather([(i, strip(video)) for i, video in films]), []),
+                                               key=lambda one: one[0])]
+        means = {f"validation_{name}": float(np.mean(values)) for name, values in found.items()}
+        score = means.get("validation_judge", means.get("validation_qualified"))
+        if score is not None:
+            gain = not history or score > max(history)
+            history.append(score)
+            since = len(history) - 1 - history.index(max(history))
+            means |= {"validation_score": score, "validation_since_best": since}
+            if gain and step and export:
+                save_best(config.output_dir, policy, export, {"step": step, "score": score, "judge": config.judge or "annotator"})
+        if runtime.rank == 0:
+            contact_sheet(torch.stack(strips), folder / f"step-{step:06d}.png", scale=1 if own else 3)
+            runs.write_json(folder / f"step-{step:06d}.json", {"prompts": prompts, "values": found, "real": real})
+            show(step, means, real, folder)
+            if log:
+                log.videos(step, folder / f"step-{step:06d}")
+        return means
 
     return validate
 
 
+def strip(video, count=9, side=96):
+    """A few frames of a uint8 video [F, H, W, 3], small: for a contact sheet. -> uint8 [count, h, w, 3]"""
+    frames = video[torch.linspace(0, len(video) - 1, min(count, len(video))).round().long()]
+    scale = side / max(frames.shape[1:3])
+    if scale >= 1:
+        return frames
+    small = F.interpolate(frames.permute(0, 3, 1, 2).float(), scale_factor=scale, mode="area")
+    return small.permute(0, 2, 3, 1).round().to(torch.uint8)
+
+
+def show(step, means, real, folder):
+    """Prints the means; on own data each beside its value at step 0 and that of the real clips."""
+    if not real:
+        tqdm.write("  ".join([f"iteration {step}"] + [f"{name.removeprefix('validation_')} {value:.3f}"
+                                                      for name, value in means.items()]))
+        return
+    first = folder / "step-000000.json"
+    start = json.loads(first.read_text())["values"] if first.exists() else {}
+    cell = lambda values: f"{np.mean(values):11.4f}" if values else " " * 11
+    tqdm.write(f"iteration {step:<7}" + "".join(f"{name:>11}" for name in ("now", "step 0", "real clips")))
+    for name, value in means.items():
+        name = name.removeprefix("validation_")
+        tqdm.write(f"{name:17}{value:11.4f}{cell(start.get(name))}{cell(real.get(name))}".rstrip())
+
+
+def past_scores(output_dir):
+    """Scores of the validations that metrics.jsonl holds: those of the run that is resumed. The same on every rank."""
+    path, found = Path(output_dir) / "metrics.jsonl", []
+    if common.rank() == 0 and path.exists():
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        found = [row["validation_score"] for row in rows if "validation_score" in row]
+    return common.gather(found)[0]
+
+
+def save_best(output_dir, policy, export, note):
+    """Replaces best/ in the run folder by the policy's weights and best.json. Every rank must call it."""
+    state, best = parallel.full_state(policy), Path(output_dir) / "best"
+    if common.rank() == 0:
+        new, old = best.with_name("best.tmp"), best.with_name("best.old")
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        export(new / "transformer", state)
+        runs.write_json(new / "best.json", note)
+        shutil.rmtree(old, ignore_errors=True)
+        if best.exists():
+            os.rename(best, old)
+        os.rename(new, best)
+        shutil.rmtree(old, ignore_errors=True)
+    common.gather(None)                                         # nobody goes on before it is there
+
+
+# ---- reward models
 def auc(scores, labels):
     """Probability that a good one scores above a bad one, ties counted half; nan if one kind is missing."""
     good, bad = scores[labels == 1], scores[labels == 0]
@@ -57,16 +303,17 @@ def auc(scores, labels):
 
 
 @torch.no_grad()
-def interval_logits(model, latents, context, seed=0, batch_size=256, autocast=None, **image):
+def interval_logits(model, latents, context, seed=0, batch_size=256, autocast=None, indices=None, **image):
     """Section 4's test: logits [5, m] of m videos, each noised to one random t in every fifth of (0, 1].
 
-    latents [m, c, f, h, w], context [m, l, d_text], image: y and clip [m, ...] (i2v). t and noise depend on seed,
-    interval and place only.
+    latents [m, c, f, h, w], context [m, l, d_text], image: y and clip [m, ...] (i2v). t and noise depend on seed, interval
+    and the video's number only: indices [m], or its place.
     """
     rows, (device, m) = [], (latents.device, len(latents))
+    indices = range(m) if indices is None else indices
     for k in range(INTERVALS):
-        t = ((k + uniform(seed, "interval t", k, range(m))) / INTERVALS).to(device)
-        x1 = noise(latents.shape[1:], seed, "interval noise", k, range(m)).to(device)
+        t = ((k + uniform(seed, "interval t", k, indices)) / INTERVALS).to(device)
+        x1 = noise(latents.shape[1:], seed, "interval noise", k, indices).to(device)
         for i in range(0, m, batch_size):
             j = slice(i, i + batch_size)
             with autocast() if autocast else torch.autocast(device.type, enabled=False):
@@ -89,8 +336,8 @@ def make_reward_report(reward_fn, batch, generator_config, config, runtime):
     """-> measure() -> (report, its averages over t for the log); rank 0 prints it as the paper's table.
 
     reward_fn(x_t, t, context, **image) -> logits [b]; config: train_reward.py's; batch: held-out latents
-    [m, c, f, h, w], context [m, l, d_text] and label [m]. The report holds accuracy, balanced_accuracy and auc: five numbers each, by t (interval_metrics), and
-    under "clean" one each, of the videos at t = 0.
+    [m, c, f, h, w], context [m, l, d_text] and label [m]. The report holds accuracy, balanced_accuracy and auc: five numbers
+    each, by t (interval_metrics), and under "clean" one each, of the videos at t = 0.
     """
     x0, context, labels = (batch[name].to(runtime.device) for name in ("latents", "context", "label"))
     zero = torch.zeros(len(x0), device=runtime.device)                                                  # t

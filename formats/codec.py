@@ -8,12 +8,15 @@ requirements-wan.txt) have the same methods, so nothing else in this repository 
 
 All come in eval mode, without gradients on their weights. Weights that do not fit are an InputError.
 """
+import os
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
-from common import InputError
+from common import InputError, uniform
 from formats.video import SPACE, TIME, from_pixels, to_pixels
 from formats.weights import load_weights, read_config
 from model import image_inputs
@@ -63,6 +66,13 @@ WAN_NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，
                 "背景人很多，倒着走")
 
 
+def fill_in(config, values):
+    """Sets the flags that were left open (None) to `values`, as far as config has them."""
+    for name, value in values.items():
+        if getattr(config, name, "") is None:
+            setattr(config, name, value)
+
+
 def published(dit_config, height=None):
     """How a generator of this config is used where nobody says otherwise: {"size" (W, H), "frames", "fps",
     "num_inference_steps", "guidance_scale", "shift", "negative_prompt"}.
@@ -77,6 +87,32 @@ def published(dit_config, height=None):
     world = scene.SIZES["small" if dit_config["dim"] > 192 else "tiny"]
     return {"size": (world["resolution"],) * 2, "frames": world["frames"], "fps": float(scene.FPS),
             "num_inference_steps": 32, "guidance_scale": 1.0, "shift": 1.0, "negative_prompt": None}
+
+
+# Defaults of the training scripts: in the embedded world the best in results/table1.md; for a generator of Wan2.1's size the
+# paper's (A.2.3 to A.2.5: its batch of 30 is that of all ranks, and 800 iterations are one epoch over its prompts; how many
+# videos PAVRM sees at once it does not say).
+BATCH = 30
+TRAINING = {
+    "align": ({"learning_rate": 1e-4, "batch_size": 32, "gradient_accumulation_steps": 1, "max_train_steps": 120,
+               "num_inference_steps": 16},
+              {"learning_rate": 5e-6, "batch_size": 1, "max_train_steps": 800, "num_inference_steps": 40}),
+    "reward": ({"learning_rate": 2e-3, "trunk_learning_rate": 1e-3, "batch_size": 64},
+               {"learning_rate": 1e-5, "trunk_learning_rate": 1e-6, "batch_size": 2}),
+}
+
+
+def training(dit_config, stage):
+    """What train_align.py ("align") or train_reward.py ("reward") do where no flag says: {flag: value}. dit_config: of the
+    generator; one of width 1536 or more is of Wan2.1's size."""
+    world, wan = TRAINING[stage]
+    if dit_config["dim"] < 1536:
+        return world
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    return wan | ({"gradient_accumulation_steps": max(1, round(BATCH / ranks))} if stage == "align" else {})
+
+
+NULL_CONTEXT = "null_context.safetensors"                       # beside shards
 
 
 # ---- text, generator and VAE on the device one after another
@@ -98,6 +134,35 @@ def encode_texts(folder, prompts, device):
         tokens = context.abs().sum(-1).nonzero()
         found[prompt] = context[:int(tokens.max()) + 1 if len(tokens) else 1].clone()
     return found
+
+
+def save_null_context(folder, text):
+    """Beside shards of Wan's contexts: those of the empty and of the negative prompt. The embedded world's are all zeros."""
+    if not isinstance(text, TextEncoder):
+        empty, negative = text.encode(["", WAN_NEGATIVE]).float().cpu().contiguous()
+        save_file({"empty": empty.clone(), "negative": negative.clone()}, Path(folder) / NULL_CONTEXT)
+
+
+def null_context(dit_config, kind, shards, model, device):
+    """[l, d_text] of the "empty" or the "negative" prompt of a Wan generator, from the folder of shards, or by the text
+    encoder in `model`; None in the embedded world, whose null context is all zeros. Raises InputError if neither has it."""
+    if dit_config["text_len"] != WAN_CONTEXT:
+        return None
+    if shards and (path := Path(shards) / NULL_CONTEXT).is_file():
+        return load_file(path)[kind].to(device)
+    if not Path(f"{model}/text_encoder").is_dir():
+        raise InputError(f"{shards}: holds no {NULL_CONTEXT}, and {model} no text_encoder/ to make it with: encode again")
+    prompt = {"empty": "", "negative": WAN_NEGATIVE}[kind]
+    return encode_texts(f"{model}/text_encoder", [prompt], device)[prompt].to(device)
+
+
+def drop_contexts(context, config, iteration, indices, null):
+    """context [b, l, d_text] of examples `indices`, a share context_dropout of them the null context [l, d_text] or zeros."""
+    dropped = uniform(config.seed, "context dropout", iteration, indices) < config.context_dropout
+    if not dropped.any():
+        return context
+    null = torch.zeros_like(context[0]) if null is None else null[:context.shape[1]]
+    return torch.where(dropped.to(context.device)[:, None, None], null, context)
 
 
 def stack_contexts(contexts):

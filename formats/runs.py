@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from common import InputError, rank
+from formats.video import read_clip
 
 
 def write_json(path, value):
@@ -123,3 +124,12 @@ class MetricsLog:
             self.board.flush()
         if self.file:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def videos(self, step, folder):
+        """The mp4s in `folder`, to TensorBoard, if that and moviepy, by which it shows them, are installed."""
+        for path in sorted(Path(folder).glob("*.mp4")) if self.board else []:
+            video, fps = read_clip(path)                                                    # uint8 [f, h, w, 3]
+            try:
+                self.board.add_video(f"samples/{path.stem}", video.permute(0, 3, 1, 2)[None], step, fps)
+            except ImportError:
+                return

@@ -4,6 +4,7 @@ an aligned transformer as diffusers loads it. Nobody needs this file to learn th
     pip install -r requirements-wan.txt
     python data.py encode clips --vae Wan2.1/vae --text_encoder Wan2.1/text_encoder ...
     python -m formats.wan runs/align/transformer --out aligned
+    python -m formats.wan runs/align/pytorch_lora_weights.safetensors --out comfyui.safetensors --layout wan
     >>> transformer = WanTransformer3DModel.from_pretrained("aligned", torch_dtype=torch.bfloat16)
     >>> pipeline = WanPipeline.from_pretrained("Wan2.1", transformer=transformer)
 
@@ -20,6 +21,7 @@ from torch import nn
 
 import common
 from common import InputError, arg
+from formats.adapters import LAYOUTS, read_adapters, write_adapters
 
 TEXT_LEN = 512  # tokens of Wan2.1's context
 
@@ -126,18 +128,23 @@ class WanImageEncoder(nn.Module):
 
 @dataclass
 class Export:
-    transformer: str = arg(..., "folder of an aligned transformer", positional=True)
-    out: str = arg(..., "folder to write")
-    layout: str = arg("diffusers", "whose folder: diffusers' or the official Wan2.1's", choices=("diffusers", "wan"))
+    transformer: str = arg(..., "folder of an aligned transformer, or a LoRA file (.safetensors)", positional=True)
+    out: str = arg(..., "folder, or LoRA file, to write")
+    layout: str = arg("diffusers", "whose names: diffusers', or the official Wan2.1's, which ComfyUI reads", choices=LAYOUTS)
     dtype: str = arg("bf16", "of the weights", choices=("bf16", "fp32"))
 
 
 def export(config):
     from model import export_transformer, load_transformer
     if Path(config.out).exists():
-        raise InputError(f"--out {config.out}: is there already; name a new folder")
-    dit = load_transformer(config.transformer)
-    export_transformer(dit, config.out, config.layout, {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype])
+        raise InputError(f"--out {config.out}: is there already; name a new one")
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
+    if Path(config.transformer).suffix == ".safetensors":
+        adapters = {layer: (A.to(dtype), B.to(dtype)) for layer, (A, B) in read_adapters(config.transformer).items()}
+        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+        write_adapters(config.out, adapters, config.layout)
+    else:
+        export_transformer(load_transformer(config.transformer), config.out, config.layout, dtype)
     print(f"wrote {config.out}")
 
 

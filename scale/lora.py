@@ -14,6 +14,7 @@ from torch import nn
 
 from common import InputError, generator
 from formats.adapters import FILE, read_adapters, write_adapters
+from model import export_transformer
 
 
 class LoRALinear(nn.Module):
@@ -98,3 +99,15 @@ def save(state, folder, alpha=None, layout="diffusers"):
     """Writes the adapters of a state_dict, if it has any, as folder/pytorch_lora_weights.safetensors."""
     if adapters := scaled(state, alpha):
         write_adapters(Path(folder) / FILE, adapters, layout)
+
+
+def export(dit, path, state, alpha=None, kind="merged"):
+    """Writes a state_dict of `dit`, all of it with adapters merged in, to folder `path`, and the adapters, if it has any,
+    beside it; kind "lora": the adapters alone -> what a reader looks for."""
+    save(state, path.parent, alpha)
+    if kind == "merged":
+        export_transformer(dit, path, dtype=torch.float32, state=merge(state, alpha))
+        return path
+    if path.is_dir() and not any(path.iterdir()):
+        path.rmdir()                                            # made for weights that are left out
+    return path.parent / FILE

@@ -108,6 +108,7 @@ def main(config):
     common.refuse(config, () if config.variant in STRENGTH else ("strength",), f"with --variant {config.variant}")
     config.strength = STRENGTH.get(config.variant) if config.strength is None else config.strength
     config.model, config.size = str(BASE), "tiny"               # what make_validation asks for beside the flags
+    config.data, config.judge, config.parallel, config.shift, config.guidance_scale = None, None, "ddp", 1.0, 1.0
     runtime = common.setup(config.mixed_precision, config.seed)
     if runtime.world_size > 1:
         raise InputError("study.why runs in one process: start it without torchrun")
@@ -125,7 +126,7 @@ def main(config):
     average = frozen(resume / "transformer" if resume else BASE) if config.variant == "ema" else policy
     runs.start_run(config, state["step"] if resume else None)
     log = runs.MetricsLog(config.output_dir, state["step"] if resume else None)
-    validate = make_validation(config, runtime) if config.num_validation else None
+    validate = make_validation(config, runtime, policy) if config.num_validation else None
     indices, B, N = range(config.batch_size), config.batch_size, config.num_inference_steps
 
     def curated_batch(seed, iteration):

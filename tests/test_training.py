@@ -32,9 +32,12 @@ from tiny import (
 import common
 import data
 import prfl
-from formats import runs
+import train_align
+import train_reward
+from common import InputError
+from formats import codec, runs
 from formats.weights import WEIGHTS, save_module
-from model import export_transformer, load_transformer
+from model import PRESETS, export_transformer, load_transformer
 from pavrm import PAVRM, load_pavrm
 from refl_baseline import PixelReward
 
@@ -115,6 +118,47 @@ def test_a_recipe_is_its_three_flags(folder):
         args = json.loads((folder / f"spelled-{recipe}/args.json").read_text())
         assert {name: args[name] for name in prfl.RECIPES[recipe]} == prfl.RECIPES[recipe]
     assert metrics(folder, "named-paper")[1] != metrics(folder, "named-steady")[1]
+
+
+def test_a_share_of_the_prompts_is_dropped_in_sft():
+    config = train_align.Config(context_dropout=0.3, seed=4)
+    context, null = torch.randn(1000, 3, 8), torch.randn(5, 8)
+    found = codec.drop_contexts(context, config, 7, range(1000), None)
+    dropped = (found == 0).flatten(1).all(1)
+    assert 0.25 < dropped.float().mean() < 0.35 and torch.equal(found[~dropped], context[~dropped])
+    given = codec.drop_contexts(context, config, 7, range(1000), null)
+    assert torch.equal(given[dropped], null[:3].expand(int(dropped.sum()), 3, 8))
+    assert torch.equal(codec.drop_contexts(context[300:400], config, 7, range(300, 400), None), found[300:400])    # any rank
+    assert codec.drop_contexts(context, train_align.Config(), 7, range(1000), None) is context
+
+
+def test_folds_are_disjoint_and_together_everything(folder):
+    labels = [data.take_fold(data.Shards(folder / "data"), f"{i}/3").labels for i in (1, 2, 3)]
+    assert [int((x >= 0).sum()) for x in labels] in ([11, 11, 10], [11, 10, 11], [10, 11, 11])
+    assert torch.equal(torch.stack(labels).max(0).values, data.Shards(folder / "data").labels)
+    assert (torch.stack(labels) >= 0).sum(0).eq(1).all()
+    assert data.take_fold(data.Shards(folder / "data"), None).labels.ge(0).all()
+    for fold in ("0/2", "3/2", "1", "a/b", "1/2/3", "-1/2", ""):
+        with pytest.raises(InputError, match="--fold"):
+            data.take_fold(data.Shards(folder / "data"), fold)
+    run(*command(folder, "reward", "folded", "--fold", "2/2", "--holdout", "4"))
+    assert json.loads((folder / "folded/report.json").read_text())["trained_on"] == 12
+
+
+def test_defaults_are_the_papers_where_the_model_is_wans_size(monkeypatch):
+    for preset, rate, head, batch in (("tiny-t2v", 1e-4, 2e-3, 32), ("wan2.1-t2v-1.3b", 5e-6, 1e-5, 1),
+                                      ("wan2.1-i2v-14b", 5e-6, 1e-5, 1)):
+        align, reward = train_align.Config(learning_rate=None), train_reward.Config(max_train_steps=7)
+        codec.fill_in(align, codec.training(PRESETS[preset], "align"))
+        codec.fill_in(reward, codec.training(PRESETS[preset], "reward"))
+        assert (align.learning_rate, align.batch_size, reward.learning_rate, reward.max_train_steps) == (rate, batch, head, 7)
+    assert (align.num_inference_steps, align.max_train_steps, align.gradient_accumulation_steps) == (40, 800, 30)
+    assert reward.trunk_learning_rate == 1e-6
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert codec.training(PRESETS["wan2.1-t2v-14b"], "align")["gradient_accumulation_steps"] == 4      # 32 videos
+    given = train_align.Config(learning_rate=1e-3)
+    codec.fill_in(given, codec.training(PRESETS["wan2.1-t2v-14b"], "align"))
+    assert given.learning_rate == 1e-3
 
 
 def test_updates_and_what_they_move(folder, one_rank):
@@ -402,7 +446,7 @@ BAD = [
     ("train_reward", "--resume latest", "--resume_from_checkpoint latest: there is no"),
     ("sample", "--prompt=", "--prompt is empty"),
     ("sample", "--prompt red --output x.gif", "--output x.gif: the name must end in .mp4"),
-    ("sample", "--output {folder}/x.mp4", "required: --prompt"),
+    ("sample", "--output {folder}/x.mp4", "give --prompt"),
 ]
 ids = [f"{script} {flags}" for script, flags, _ in BAD]
 

@@ -310,13 +310,32 @@ def test_samples_are_the_pipelines_own(pipelines, tmp_path, monkeypatch, kind):
         assert video.read_clip(tmp_path / f"x-{k}.mp4")[1] == 16
 
 
+def test_shards_carry_the_null_contexts(pipelines, clips, tmp_path, monkeypatch):
+    """Of the empty and of the negative prompt, as the text encoder has them; without them it is asked again, or named."""
+    encode(clips, tmp_path / "data", pipelines / "t2v")
+    text, dit = load_text_encoder(pipelines / "t2v/text_encoder"), load_transformer(pipelines / "t2v")
+    for kind, prompt in (("empty", ""), ("negative", codec.WAN_NEGATIVE)):
+        found = codec.null_context(dit.config, kind, tmp_path / "data", tmp_path, "cpu")
+        torch.testing.assert_close(found, text.encode([prompt])[0])
+        again = codec.null_context(dit.config, kind, tmp_path, pipelines / "t2v", "cpu")       # without the zeros behind it
+        torch.testing.assert_close(found[:len(again)], again)
+        assert not found[len(again):].any()
+    with pytest.raises(InputError, match="encode again"):
+        codec.null_context(dit.config, "empty", tmp_path, tmp_path, "cpu")
+    run(train_align, "--model", pipelines / "t2v", "--data", tmp_path / "data", *SHORT, "--output_dir", tmp_path / "run", "--method",
+        "sft", "--context_dropout", 0.5, "--num_validation", 2, "--num_inference_steps", 2)
+    args = json.loads((tmp_path / "run/args.json").read_text())
+    assert (args["shift"], args["guidance_scale"]) == (3, 5)
+    assert len(list((tmp_path / "run/samples/step-000002").glob("*.mp4"))) == 2
+
+
 def test_what_is_not_said_is_wans_own(pipelines, tmp_path):
     """Published size, frames, rate, guidance, shift by size, negative prompt; the paper's 40 steps."""
     dit = load_transformer(pipelines / "t2v")
     config = sample.Config("a red circle")
-    assert sample.fill_in(config, dit.config) == (832, 480)
+    assert sample.settle(config, dit.config) == (832, 480)
     assert (config.frames, config.fps, config.num_inference_steps, config.guidance_scale, config.shift) == (81, 16, 40, 5, 3)
     assert config.negative_prompt.startswith("色调艳丽") and config.batch_size == 1
     config = sample.Config("a red circle", size="1280*720", guidance_scale=5.5)
-    sample.fill_in(config, dit.config)
+    sample.settle(config, dit.config)
     assert config.shift == 5 and config.guidance_scale == 5.5

@@ -1,7 +1,7 @@
 """LoRA: the base at step 0, the merge, diffusers' reading of the file, and training with --lora_rank."""
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import (
     STEPS,
     command,
@@ -12,7 +12,9 @@ from tiny import (
     weights,
 )
 
-from formats import runs
+from common import InputError
+from formats import runs, wan
+from formats.adapters import LAYOUTS, read_adapters
 from model import VideoDiT, export_transformer, load_transformer
 from scale import lora
 
@@ -128,3 +130,84 @@ def test_adapters_start_alike_whatever_was_drawn_before():
         lora.add(dit, 2, seed=7)
         found.append({name: p for name, p in dit.state_dict().items() if "lora_A" in name})
     assert same(*found) and len({x.sum().item() for x in found[0].values()}) == 16
+
+
+# ---- files
+def test_both_layouts_say_the_same_and_convert_both_ways(tmp_path):
+    dit = adapted()
+    wanted = lora.scaled(dit.state_dict(), 4)
+    for layout in LAYOUTS:
+        (tmp_path / layout).mkdir()
+        lora.save(dit.state_dict(), tmp_path / layout, 4, layout)
+    names = load_file(tmp_path / "wan" / lora.FILE)
+    assert "diffusion_model.blocks.1.cross_attn.o.lora_B.weight" in names and len(names) == 32
+    for first, second in (LAYOUTS, LAYOUTS[::-1]):
+        wan.export(wan.Export(str(tmp_path / first / lora.FILE), out=str(tmp_path / f"{first}.safetensors"), layout=second,
+                              dtype="fp32"))
+        assert same(load_file(tmp_path / f"{first}.safetensors"), load_file(tmp_path / second / lora.FILE))
+        assert same(read_adapters(tmp_path / first / lora.FILE), wanted)
+    with pytest.raises(InputError, match="is there already"):
+        wan.export(wan.Export(str(tmp_path / "wan" / lora.FILE), out=str(tmp_path / "wan.safetensors")))
+
+
+def test_diffusers_converts_comfyuis_names_to_the_same_adapters(tmp_path):
+    """diffusers reads both layouts; what it makes of ComfyUI's is what we write for it."""
+    pytest.importorskip("diffusers")
+    from diffusers.loaders import WanLoraLoaderMixin
+    for layout in LAYOUTS:
+        lora.save(adapted().state_dict(), tmp_path, 4, layout)
+        (tmp_path / lora.FILE).rename(tmp_path / f"{layout}.safetensors")
+    read = {layout: WanLoraLoaderMixin.lora_state_dict(str(tmp_path), weight_name=f"{layout}.safetensors") for layout in LAYOUTS}
+    assert same(read["wan"], read["diffusers"]) and len(read["wan"]) == 32
+
+
+def test_files_of_other_trainers_are_read(tmp_path):
+    """lora_down, lora_up and alpha; names joined by underscores; feed-forward layers."""
+    A, B = torch.randn(2, 24), torch.randn(48, 2)
+    save_file({"lora_unet_blocks_1_ffn_0.lora_down.weight": A, "lora_unet_blocks_1_ffn_0.lora_up.weight": B,
+               "lora_unet_blocks_1_ffn_0.alpha": torch.tensor(1.0)}, tmp_path / "x.safetensors")
+    (layer, (a, b)), = read_adapters(tmp_path / "x.safetensors").items()
+    assert layer == "blocks.1.ffn.0" and torch.equal(a, A) and torch.equal(b, B / 2)
+    dit = generator()
+    lora.merge_file(dit, tmp_path / "x.safetensors")
+    torch.testing.assert_close(dit.blocks[1].ffn[0].weight, generator().blocks[1].ffn[0].weight + B @ A / 2)
+
+
+def test_training_goes_on_from_a_file(folder, tmp_path):
+    """The run starts where the file's model stands, with its rank, and says so by its outputs; sampling merges the same."""
+    dit = adapted()
+    lora.save(dit.state_dict(), tmp_path, 4)
+    started, merged = generator(), generator()
+    lora.add(started, 0, 8, path=tmp_path / lora.FILE)          # another alpha: the same function
+    lora.merge_file(merged, tmp_path / lora.FILE)
+    torch.testing.assert_close(started(*batch()), dit(*batch()), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(merged(*batch()), dit(*batch()), rtol=1e-5, atol=1e-5)
+    run(*command(folder, "sft", "onwards", "--lora", str(tmp_path / lora.FILE), "--learning_rate", "1e-4"))
+    before, after = (load_file(path / lora.FILE) for path in (tmp_path, folder / "onwards"))
+    assert before.keys() == after.keys() and 1e-5 < distance(before, after) < 2e-3
+
+
+@pytest.mark.parametrize("tensors, words", [
+    ({"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.zeros(2, 24)}, "A and B of blocks.0.self_attn.q"),
+    ({"text_encoder.layers.0.q.lora_A.weight": torch.zeros(2, 24)}, "no adapter"), ({}, "holds no adapters"),
+    ({"blocks.0.self_attn.q.lora_A.weight": torch.zeros(2, 30), "blocks.0.self_attn.q.lora_B.weight": torch.zeros(30, 2)},
+     "another model"),
+    ({"blocks.7.self_attn.q.lora_A.weight": torch.zeros(2, 24), "blocks.7.self_attn.q.lora_B.weight": torch.zeros(24, 2)},
+     "another model")])
+def test_files_that_do_not_fit(tmp_path, tensors, words):
+    save_file(tensors, tmp_path / "x.safetensors")
+    dit = generator()
+    for use in (lambda: lora.add(dit, 0, path=tmp_path / "x.safetensors"), lambda: lora.merge_file(dit, tmp_path / "x.safetensors")):
+        with pytest.raises(InputError, match=words) as error:
+            use()
+        assert "x.safetensors" in str(error.value)
+    assert same(dit.state_dict(), generator().state_dict())
+
+
+def test_a_file_that_is_cut_or_of_another_rank(tmp_path):
+    lora.save(adapted().state_dict(), tmp_path, 4)
+    with pytest.raises(InputError, match="--lora_rank 3: .* have rank 2"):
+        lora.add(generator(), 3, path=tmp_path / lora.FILE)
+    (tmp_path / lora.FILE).write_bytes((tmp_path / lora.FILE).read_bytes()[:500])
+    with pytest.raises(InputError, match="not a whole safetensors file"):
+        lora.add(generator(), 0, path=tmp_path / lora.FILE)

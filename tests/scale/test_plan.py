@@ -29,6 +29,7 @@ import prfl
 import train_align
 import train_reward
 from formats import weights
+from formats.codec import fill_in, training
 from model import PRESETS
 from scale import parallel, plan
 
@@ -332,7 +333,7 @@ def test_the_encoder_computes_what_diffusers_does(frames, size):
 
 def test_disk_is_that_of_the_files(tmp_path):
     """Checkpoints and shards of a small model, written as the scripts do."""
-    config = PRESETS["tiny-t2v"]
+    config = model.PRESETS["tiny-t2v"]
     found = plan.way(plan.Config("tiny-t2v", frames=9, size="32*32", depth=4, clips=3), config)
     size = lambda folder: sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     for name, trained in (("1", pavrm.PAVRM(config | dict(num_layers=4))), ("2", model.VideoDiT(**config))):
@@ -352,6 +353,7 @@ def test_disk_is_that_of_the_files(tmp_path):
 
 def test_what_the_scripts_do_by_default():
     one, reward, align = plan.Config("tiny-t2v"), train_reward.Config(), train_align.Config()
+    fill_in(align, training(model.PRESETS["tiny-t2v"], "align"))
     assert (one.reward_steps, plan.REWARD_EVERY) == (reward.max_train_steps, reward.checkpointing_steps)
     assert (one.max_train_steps, plan.ALIGN_EVERY) == (align.max_train_steps, align.checkpointing_steps)
     assert reward.validation_steps == plan.REWARD_EVERY
