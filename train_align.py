@@ -128,13 +128,6 @@ def load_latent_reward(config, policy, runtime):
     return pavrm
 
 
-def load_pixel_reward(config, policy, runtime):
-    """refl's frozen reward of pixels, and the decoder that makes them."""
-    folder = config.reward or f"{config.model}/reward_rgb_{config.frames}"
-    return (refl_baseline.load_pixel_reward(folder, config.frames, policy.config["text_dim"]).to(runtime.device),
-            refl_baseline.load_decoder(config.model, policy.config["out_dim"]).to(runtime.device))
-
-
 def load_curated(config, policy, runtime):
     """The shards, and the indices in them of what is not called bad: to train on, and, of own data, held out to watch."""
     shards = data.Shards(config.data).relabel() if config.data else clips.clean_clips(
@@ -154,7 +147,7 @@ def main(config):
     runtime = common.setup(config.mixed_precision, config.seed, config.sequence_parallel)
     policy = load_policy(config, runtime)
     if config.method == "refl":
-        pixel_reward, vae = load_pixel_reward(config, policy, runtime)
+        pixel_reward, vae = refl_baseline.load_reward_and_decoder(config, policy, runtime)
     elif config.method in ("prfl", "rwr"):
         pavrm = load_latent_reward(config, policy, runtime)
     resume = config.resume_from_checkpoint and runs.resolve_checkpoint(config.output_dir, config.resume_from_checkpoint)
