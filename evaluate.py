@@ -209,7 +209,7 @@ def main(config):
     contact_sheet(torch.cat(bands, 1), folder / "videos.png", scale=2)
     few = min(8, n)
     side_by_side = wall({name: videos[name][:few] for name in named}, prompts[:few],
-                        {name: (name, f"{rows[name]['qualified']['mean']:.0%} qualified") for name in named},
+                        {name: (name, f"{rows[name]['qualified']['mean']:.0%} good") for name in named},
                         {name: found[name]["qualified"][:few] > 0 for name in named})
     write_video(folder / "side_by_side.mp4", side_by_side, fps=scene.FPS)
     write_gif(folder / "side_by_side.gif", side_by_side, fps=scene.FPS)
