@@ -206,7 +206,8 @@ def train_aligned(work, runs):
     for seed, method, flags in runs:
         two_updates = method in ("prfl", "refl")
         flags = at_a_rate(method, flags)
-        default = {"--max_train_steps": work.preset["iterations"] * (1 if two_updates else 2)}
+        default = {"--recipe": "paper"} if two_updates else {}  # these tables are about the paper's
+        default["--max_train_steps"] = work.preset["iterations"] * (1 if two_updates else 2)
         if method != "sft":
             default["--reward"] = reward_folder(work, seed, judge_flags(method, flags)) / "reward"
         added = [word for flag, value in default.items() if flag not in flags for word in (flag, value)]

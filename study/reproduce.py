@@ -16,6 +16,8 @@ fig3       a reward model of pixels on one-step-denoised states; frozen probes b
 fig5       wins, ties and losses of PRFL, the annotator in the place of people
 labels     how many samples PAVRM learns from
 loss       PRFL's loss form, lambda, steps with gradients, with and without SFT updates
+steady     the steady recipe beside the paper's: what of it holds, why, and what else was tried
+speed      CPU seconds of alignment to a quality: PRFL, RGB ReFL, both by both recipes, and SFT
 hacking    proxy reward, quality, speed, brightness, saturation while aligning, with and without SFT updates
 annotator  the judge itself, after mp4 and VAE: clean clips that pass, flaws that fail
 
@@ -53,6 +55,7 @@ from report import auc_values, balanced_values, claims_table, interval, judge_cl
 from scale import plan
 from study import parts
 from study.parts import I2V, align_folder, evaluations, named, reward_folder, task_of, train_aligned, train_rewards
+from study.steady import speed, steady
 from validation import interval_logits, interval_metrics
 from world import clips, scene
 from world.judge import annotate
@@ -233,15 +236,15 @@ def fig5(work):
 
 
 def hacking(work):
-    """The panel over alignment, with and without SFT updates, twice as long as table1's: checkpoints are validated as they
-    train."""
+    """The panel over alignment by the paper's recipe, with and without SFT updates, twice as long as table1's: checkpoints
+    are validated as they train, which needs the world's own clips and not shards."""
     variants = {"PRFL": (), "without SFT updates": ("--no-sft_updates",)}
     length, every = 2 * work.preset["iterations"], 20
     train_rewards(work, [()])
     folder = lambda seed, flags: work.folder / f"seed-{seed}" / named("hacking", flags)
-    work.run([(folder(seed, flags), "transformer/config.json", "train_align.py", "--seed", seed,  # no --data: it validates then
-               "--reward", reward_folder(work, seed) / "reward", "--learning_rate", parts.TUNED["prfl"], "--max_train_steps", length,
-               "--validation_steps", every, "--num_validation", work.preset["videos"] // 2, *flags)
+    work.run([(folder(seed, flags), "transformer/config.json", "train_align.py", "--recipe", "paper", "--seed", seed,  # no --data
+               "--reward", reward_folder(work, seed) / "reward", "--learning_rate", parts.TUNED["prfl"],
+               "--max_train_steps", length, "--validation_steps", every, "--num_validation", work.preset["videos"] // 2, *flags)
               for seed in work.seeds for flags in variants.values()])
 
     panel = ("qualified", "speed", "brightness", "saturation")
@@ -587,7 +590,7 @@ def annotator(work):
 
 
 STUDIES = {study.__name__: study for study in (table1, table2, table3, table4, table5, table7, table8, table9, fig3, fig5, labels,
-                                               loss, hacking, annotator)}
+                                               loss, steady, speed, hacking, annotator)}
 
 
 @dataclass

@@ -5,34 +5,8 @@ kept by any plan of cuts.
 
 Axes: m videos, n candidates.
 """
-import json
-
-from formats import runs
-from study.parts import align_folder, named, reward_folder, train_rewards
-
-RECIPES = {  # rows of PRFL: train_align flags, 480 iterations, every checkpoint kept
-    "PRFL, paper's recipe": ("--keep", 12, "--rewarded_step", "per_batch", "--rollout_passes", 0, "--reward_loss", "linear"),
-    "PRFL, steady recipe": ("--keep", 12, "--rewarded_step", "per_video", "--rollout_passes", 4, "--reward_loss", "logsigmoid")}
-
-
-def recipe_folder(work, seed, row):
-    return work.folder / f"seed-{seed}" / named("steady", RECIPES[row])
-
-
-def train_recipes(work):
-    """Both recipes, 480 iterations, validated every 40 (so not on shards: the world's own clips)."""
-    train_rewards(work, [()])
-    work.run([(recipe_folder(work, seed, row), "transformer/config.json", "train_align.py", "--method", "prfl", "--seed", seed,
-               "--curated_dir", work.folder / f"seed-{seed}" / "curated", "--reward", reward_folder(work, seed) / "reward",
-               "--learning_rate", 1e-4, "--max_train_steps", 480, "--validation_steps", 40, "--num_validation", 256, *flags)
-              for seed in work.seeds for row, flags in RECIPES.items()])
-
-
-def stopped_at_its_best(folder):
-    """The checkpoint that did best on the validation videos: what somebody who watches would stop at."""
-    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    best = max((row["validation_qualified"], row["step"]) for row in rows if row["step"] and "validation_qualified" in row)
-    return dict(runs.list_checkpoints(folder))[best[1]]
+from study.parts import align_folder, named, reward_folder
+from study.steady import RECIPES, recipe_folder, stopped_at_its_best
 
 
 def generators(work, seed):

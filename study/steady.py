@@ -1,0 +1,298 @@
+"""`python -m study.reproduce steady` and `speed`: the two recipes of prfl.RECIPES, what of the steady one keeps it from
+collapsing, and how many CPU seconds of alignment each method takes to a quality.
+
+Unlike table1's, these runs are validated as they train, so their curated clips are the world's own, rendered for each seed.
+"""
+import json
+from typing import NamedTuple
+
+import numpy as np
+
+from formats import runs
+from formats.weights import SHIPPED
+from model import PRESETS as MODELS
+from report import claims_table, judge_claims, plot, show, summary, table
+from scale import plan
+from study.parts import I2V, TUNED, evaluations, judge_flags, named, reward_folder, task_of, train_rewards
+
+WAN = "wan2.1-t2v-14b"
+EVERY = 40                                                      # iterations between validations, and checkpoints
+LEVELS = (0.80, 0.85, 0.90, 0.95)                               # of the validation videos, for `speed`
+
+
+def combination(step, passes, loss):
+    return ("--rewarded_step", step, "--rollout_passes", passes, "--reward_loss", loss)
+
+
+PAPER, STEADY = combination("per_batch", 0, "linear"), combination("per_video", 4, "logsigmoid")
+RECIPES = {"PRFL, paper's recipe": ("--keep", 12, *PAPER), "PRFL, steady recipe": ("--keep", 12, *STEADY)}
+
+
+class Run(NamedTuple):
+    """Flags of train_align.py, or of study/why.py; a part is known by them."""
+    flags: tuple
+    name: str = "steady"                                        # what its folder's name begins with: steady, why, speed-<method>
+    one_seed: bool = False
+
+
+def folder_of(work, seed, run):
+    return work.folder / f"seed-{seed}" / named(run.name, run.flags)
+
+
+def recipe_folder(work, seed, row):
+    return folder_of(work, seed, Run(RECIPES[row]))
+
+
+def length(work):
+    """Iterations of a run that names none: 480 in full."""
+    return 4 * work.preset["iterations"]
+
+
+def part_of_run(work, seed, run):
+    """(folder, file that it ends with, script, *flags), as Work.run takes them."""
+    method = method_of(run)
+    script = ("-m", "study.why") if run.name == "why" else ("train_align.py", "--method", method)
+    curated = work.folder / f"seed-{seed}" / named("curated", task_of(run.flags))
+    reward = () if method == "sft" else ("--reward", reward_folder(work, seed, judge_flags(method, run.flags)) / "reward")
+    default = {"--learning_rate": TUNED[method], "--max_train_steps": length(work), "--validation_steps": EVERY,
+               "--num_validation": work.preset["videos"] // 2}
+    added = [word for flag, value in default.items() if flag not in run.flags for word in (flag, value)]
+    return (folder_of(work, seed, run), "transformer/config.json", *script, "--seed", seed, "--curated_dir", curated, *reward,
+            *added, *run.flags)
+
+
+def method_of(run):
+    return run.name.removeprefix("speed-") if run.name.startswith("speed-") else "prfl"
+
+
+def train(work, wanted):
+    """Runs [(seed, Run)], their reward models first; of those that share curated clips, one before the others: it renders."""
+    train_rewards(work, dict.fromkeys(judge_flags(method_of(run), run.flags) for _, run in wanted if method_of(run) != "sft"))
+    first = {(seed, task_of(run.flags)): (seed, run) for seed, run in reversed(wanted)}
+    work.run([part_of_run(work, *each) for each in first.values()])
+    work.run([part_of_run(work, *each) for each in wanted])
+
+
+def seeds_of(work, run):
+    return work.seeds[:1] if run.one_seed else work.seeds
+
+
+def train_recipes(work):
+    """Both recipes, every checkpoint kept."""
+    train(work, [(seed, Run(flags)) for seed in work.seeds for flags in RECIPES.values()])
+
+
+def metrics_of(work, seed, run):
+    return [json.loads(line) for line in (folder_of(work, seed, run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(work, seed, run):
+    """{iteration: share of the validation videos that are qualified}"""
+    return {row["step"]: row["validation_qualified"] for row in metrics_of(work, seed, run) if "validation_qualified" in row}
+
+
+def stopped_at_its_best(folder):
+    """The checkpoint that did best on the validation videos, the earliest of equals: where somebody who watches would stop."""
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    validated = {row["step"]: row["validation_qualified"] for row in rows if row["step"] and "validation_qualified" in row}
+    return dict(runs.list_checkpoints(folder))[max(validated, key=validated.get)]
+
+
+# ---- steady
+def comparisons(work):
+    """{title: {row: Run}}; a run that stands under several titles is made once."""
+    whole, half = length(work), length(work) // 2
+    said = {"per_video": "step per video", "per_batch": "step per batch", 0: "every step", 4: "at most 4 passes",
+            "linear": "linear", "logsigmoid": "-log sigmoid"}
+    kept = {flags[2:]: Run(flags) for flags in RECIPES.values()}
+    of = lambda *how: kept.get(combination(*how), Run(combination(*how)))
+    steady, paper = of("per_video", 4, "logsigmoid"), of("per_batch", 0, "linear")
+    why = lambda variant, *how: Run(("--variant", variant, *combination(*how)), "why")
+    return {
+        "Rewarded step, rollout, loss": {
+            ", ".join(said[word] for word in how) + recipe: of(*how) for *how, recipe in (
+                ("per_batch", 0, "linear", " (the paper's recipe)"), ("per_batch", 0, "logsigmoid", ""),
+                ("per_batch", 4, "linear", ""), ("per_batch", 4, "logsigmoid", ""), ("per_video", 0, "linear", ""),
+                ("per_video", 0, "logsigmoid", ""), ("per_video", 4, "linear", ""),
+                ("per_video", 4, "logsigmoid", " (the steady recipe)"))},
+        "Why coarse rollouts hold (step per video)": {
+            "linear, every step": of("per_video", 0, "linear"),
+            "linear, every step, noise .2 (1 - t) on the state": why("noise", "per_video", 0, "linear"),
+            "linear, at most 4 passes and an exact last one": why("exact_last", "per_video", 4, "linear"),
+            "linear, at most 4 passes": of("per_video", 4, "linear"),
+            "linear, no rollout: curated clips noised": why("no_rollout", "per_video", 0, "linear"),
+            "-log sigmoid, no rollout: curated clips noised": why("no_rollout", "per_video", 0, "logsigmoid"),
+            "-log sigmoid, at most 4 passes": steady},
+        "Passes and steps of the steady recipe": {
+            **{f"at most {n} pass{'es' * (n > 1)}": of("per_video", n, "logsigmoid") for n in (1, 2, 4, 8)},
+            "every step": of("per_video", 0, "logsigmoid"),
+            "at most 4 passes, N = 40": Run(("--num_inference_steps", 40, *STEADY))},
+        "Learning rates of the steady recipe": {
+            **{f"{rate:g}": Run(("--learning_rate", rate, "--max_train_steps", half, *STEADY)) for rate in (3e-5, 2e-4, 3e-4)},
+            f"{TUNED['prfl']:g}, twice as long": steady},
+        "The steady recipe elsewhere": {
+            "the steady recipe": steady, "without SFT updates": Run(("--no-sft_updates", *STEADY)),
+            "twice as long, one seed": Run(("--max_train_steps", 2 * whole, *STEADY), one_seed=True),
+            "image-to-video, one seed": Run((*I2V, *STEADY), one_seed=True),
+            "image-to-video, the paper's recipe, one seed": Run((*I2V, *PAPER), one_seed=True)},
+        "The paper's recipe and one thing more": {
+            "the paper's recipe": paper, "a pull to the base, + (v - v_ref)^2": why("pull", "per_batch", 0, "linear"),
+            "an average of the weights, factor .98": why("ema", "per_batch", 0, "linear"),
+            "gradients clipped to norm .1": Run(("--max_grad_norm", 0.1, *PAPER)),
+            "the reward clipped at 2": why("ceiling", "per_batch", 0, "linear")}}
+
+
+def curve_table(curves, every):
+    """curves: {row: [a seed's {iteration: rate}]} -> lines of a table: means over the seeds at some iterations."""
+    at = [step for step in (1, 2, 3, 6, 12, 24) if any(step * every in seed for found in curves.values() for seed in found)]
+    mean = lambda found, step: f"{np.mean([seed[step] for seed in found]):.3f}" if all(step in seed for seed in found) else ""
+    return table(["", *(f"{step * every}" for step in at), "best, mean", "last, mean", "last, by seed"],
+                 [[row, *(mean(found, step * every) for step in at), f"{np.mean([max(seed.values()) for seed in found]):.3f}",
+                   f"**{np.mean([seed[max(seed)] for seed in found]):.3f}**", " ".join(f"{seed[max(seed)]:.3f}" for seed in found)]
+                  for row, found in curves.items()])
+
+
+def test_rows(work):
+    """[{row: {metric: values of the test videos}}], a dict a seed: the base, the paper's recipe at the end and where somebody
+    who watches validation would have stopped, the steady recipe at the end."""
+    paper, steady = RECIPES
+    ends = evaluations(work, "test", {seed: {"base": SHIPPED["t2v"], f"{paper}, at the end": recipe_folder(work, seed, paper),
+                                             f"{steady}, at the end": recipe_folder(work, seed, steady)} for seed in work.seeds})
+    best = f"{paper}, stopped at its best"
+    stopped = evaluations(work, "paper-at-its-best", {seed: {best: stopped_at_its_best(recipe_folder(work, seed, paper))}
+                                                      for seed in work.seeds})
+    return [{"base": end["base"], best: stop[best]} | end for end, stop in zip(ends, stopped)]
+
+
+def expectations(work, found, curves, rates, verdicts):
+    """[(what was asked for beforehand, what was found, whether it is so)] of the steady recipe."""
+    paper, steady = RECIPES
+    end, clean = f"{steady}, at the end", "clean renders"
+    mean = lambda row, metric: float(np.mean([f[row][metric] for f in found]))
+    falls = [max(seed.values()) - seed[max(seed)] for seed in curves]
+    lasts = {rate: np.mean([seed[length(work) // 2] for seed in by_seed]) for rate, by_seed in rates.items()}
+    drift = {metric: mean(end, metric) / mean(clean, metric) - 1 for metric in ("speed", "brightness", "saturation")}
+    yes = lambda so: "yes" if so else "no"
+    return [
+        ["at least .95 of the test videos at the end", f"{mean(end, 'qualified'):.3f}", yes(mean(end, "qualified") >= 0.95)],
+        ["on validation videos no seed ends more than .03 below its own best", " ".join(f"{fall:.3f}" for fall in falls),
+         yes(max(falls) <= 0.03)],
+        ["above the paper's recipe stopped at its best", show(verdicts[0]["difference"], verdicts[0]["interval"], "+"),
+         yes(verdicts[0]["verdict"] == "holds")],
+        ["speed, brightness, saturation within 5 % of clean renders", ", ".join(f"{m} {d:+.1%}" for m, d in drift.items()),
+         yes(max(map(abs, drift.values())) <= 0.05)],
+        [f"above .85 after {length(work) // 2} iterations at every rate", ", ".join(f"{r} {v:.3f}" for r, v in lasts.items()),
+         yes(min(lasts.values()) > 0.85)]]
+
+
+def steady(work):
+    compared = comparisons(work)
+    train_recipes(work)
+    wanted = dict.fromkeys((seed, run) for rows in compared.values() for run in rows.values() for seed in seeds_of(work, run))
+    train(work, list(wanted))
+    curves = {title: {row: [curve(work, seed, run) for seed in seeds_of(work, run)] for row, run in rows.items()}
+              for title, rows in compared.items()}
+    found = test_rows(work)
+    paper, own = RECIPES
+    metrics = ("qualified", "speed", "brightness", "saturation")
+    rows = {row: {metric: summary([f[row][metric] for f in found]) for metric in metrics} for row in found[0]}
+    values = {row: [f[row]["qualified"] for f in found] for row in rows}
+    end = f"{own}, at the end"
+    claims = judge_claims([(end, f"{paper}, stopped at its best", "not in it"), (end, f"{paper}, at the end", "not in it"),
+                           (end, "base", "not in it")], values)
+    first, *_ = curves.values()
+    asked = expectations(work, found, list(first.values())[-1], curves["Learning rates of the steady recipe"], claims)
+    plot(work.results / "steady.png", {
+        title: ("iteration", {row: (list(seeds[0]), np.mean([list(seed.values()) for seed in seeds], 0).tolist())
+                              for row, seeds in by_row.items()}) for title, by_row in curves.items()})
+    lines = [f"{work.preset['videos']} test videos ({work.said_seeds()}); at the end: after {length(work)} iterations. "
+             "Stopped at its best: at the checkpoint that did best on validation videos, which takes somebody to watch.", "",
+             *table(["", *metrics, "qualified, by seed"],
+                    [[row, f"**{show(**cells['qualified'])}**", *(f"{cells[m]['mean']:.3f}" for m in metrics[1:]),
+                      " ".join(f"{v:.3f}" for v in cells["qualified"]["seeds"])] for row, cells in rows.items()]),
+             *claims_table(claims), "What was asked of the steady recipe beforehand:", "", *table(["", "found", "so"], asked),
+             f"Below: the share of {work.preset['videos'] // 2} validation videos that are qualified, after so many iterations, "
+             "mean over the seeds (steady.png has the curves). Best: each seed's own best, which is luck in part.", ""]
+    for title, by_row in curves.items():
+        lines += [f"## {title}", "", *curve_table(by_row, EVERY)]
+    work.write("steady", "The steady recipe: what holds, and why", lines, {"rows": rows, "claims": claims, "asked": asked,
+                                                                         "curves": curves})
+
+
+# ---- speed
+def racers(work):
+    """{row: Run}: each method, validated more often than elsewhere."""
+    short, often = work.preset["iterations"] * 4 // 3, ("--validation_steps", 10)
+    refl = {f"RGB ReFL, {name}, {said} recipe": Run(("--frames", frames, "--recipe", recipe, "--max_train_steps", short, *often),
+                                                   "speed-refl")
+            for name, frames in (("first frame", "first"), ("all frames", "all"))
+            for said, recipe in (("paper's", "paper"), ("steady", "steady"))}
+    return {**{f"PRFL, {said} recipe": Run(("--recipe", recipe, "--max_train_steps", short, *often), "speed-prfl")
+               for said, recipe in (("paper's", "paper"), ("steady", "steady"))}, **refl,
+            "SFT": Run(("--max_train_steps", 4 * work.preset["iterations"], "--validation_steps", 20), "speed-sft")}
+
+
+def quality_over_seconds(rows):
+    """metrics.jsonl's rows -> [(CPU seconds of all updates until then, qualified rate)] at each validation."""
+    found, seconds = [], 0.0
+    for row in rows:
+        seconds += sum(value for key, value in row.items() if key.endswith("_cpu_seconds"))
+        if "validation_qualified" in row:
+            found.append((seconds, row["validation_qualified"]))
+    return found
+
+
+def seconds_to(level, found):
+    """The CPU seconds after which a validation was first at a level; None: never."""
+    return next((seconds for seconds, rate in found if rate >= level), None)
+
+
+def wan_flops(method, recipe="paper", decoded="first"):
+    """FLOPs of an iteration at Wan 14B, one clip of 81 frames of 832x480, N = 40, by scale/plan.py."""
+    return plan.costs(plan.Config(WAN, method=method, recipe=recipe, frames=81, size="832*480", num_inference_steps=40,
+                                  batch_size=1, gpus=8, frames_decoded=decoded), MODELS[WAN])["iteration_flops"]
+
+
+def speed(work):
+    compared = racers(work)
+    train(work, [(seed, run) for run in compared.values() for seed in work.seeds])
+    found = {row: [quality_over_seconds(metrics_of(work, seed, run)) for seed in work.seeds] for row, run in compared.items()}
+    times = {row: {level: [seconds_to(level, seed) for seed in by_seed] for level in LEVELS} for row, by_seed in found.items()}
+
+    def cell(by_seed):
+        reached = [seconds for seconds in by_seed if seconds is not None]
+        share = f" ({len(reached)} of {len(by_seed)})" * (len(reached) < len(by_seed))
+        return f"{np.mean(reached):.0f}{share}" if reached else "never"
+
+    def once(by_seed):
+        """Mean seconds where all seeds got there, else None."""
+        return None if None in by_seed else float(np.mean(by_seed))
+
+    paper, own = "PRFL, paper's recipe", "PRFL, steady recipe"
+    slow, fast = once(times[paper][0.90]), once(times[own][0.90])
+    ratio = fast / slow if slow and fast else None
+    flops = {row: wan_flops(*how) for row, how in {
+        paper: ("prfl",), own: ("prfl", "steady"), "RGB ReFL, first frame, paper's recipe": ("refl",),
+        "RGB ReFL, first frame, steady recipe": ("refl", "steady"),
+        "RGB ReFL, all frames, paper's recipe": ("refl", "paper", "all"),
+        "RGB ReFL, all frames, steady recipe": ("refl", "steady", "all"), "SFT": ("sft",)}.items()}
+    grid = {row: sorted({seconds for seed in by_seed for seconds, _ in seed}) for row, by_seed in found.items()}
+    mean = {row: np.mean([np.interp(grid[row], *zip(*seed)) for seed in by_seed], 0).tolist() for row, by_seed in found.items()}
+    plot(work.results / "speed.png", {"qualified of the validation videos": ("CPU seconds of alignment", {
+        row: (grid[row], mean[row]) for row in found})})
+    work.write("speed", "Quality over CPU seconds of alignment", [
+        f"CPU seconds of all updates, one thread, until a validation ({work.preset['videos'] // 2} videos, every 10 iterations; "
+        f"SFT: every 20 updates) first reached a level; mean over the seeds that did ({work.said_seeds()}). Validations themselves "
+        "and the reward models' own training are not counted. Highest and last: mean over the seeds of a run's highest and last "
+        "validation, with its CPU seconds.", "",
+        *table(["", *(f"{level:.2f}" for level in LEVELS), "highest", "last", "CPU seconds in all", "iterations"],
+               [[row, *(cell(times[row][level]) for level in LEVELS), f"{np.mean([max(r for _, r in s) for s in by_seed]):.3f}",
+                 f"{np.mean([s[-1][1] for s in by_seed]):.3f}", f"{np.mean([s[-1][0] for s in by_seed]):.0f}",
+                 compared[row].flags[compared[row].flags.index("--max_train_steps") + 1]] for row, by_seed in found.items()]),
+        "To .90 the steady recipe takes " + (f"{ratio:.2f} of the paper recipe's CPU seconds" if ratio else
+                                             "an unknown share of the paper recipe's: not every seed of both got there")
+        + " (asked for beforehand: at most a third).", "",
+        "FLOPs of an iteration at Wan 14B, one clip of 81 frames of 832x480, N = 40, by the formulas of `python -m scale.plan`. "
+        "Arithmetic, not measured:", "", *table(["", "PFLOPs"], [[row, f"{value / 1e15:.1f}"] for row, value in flops.items()])],
+        {"seconds": {row: {str(level): values for level, values in by_level.items()} for row, by_level in times.items()},
+         "curves": found, "ratio_at_.90": ratio, "flops": flops})
