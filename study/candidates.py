@@ -26,11 +26,10 @@ from formats.video import to_pixels
 from formats.weights import SHIPPED
 from model import load_transformer
 from pavrm import load_pavrm
+from study.search import REWARDED, SEED
 from world import judge, scene
 
 JUDGED = ("qualified", "physical", "deformity", *judge.PANEL, *judge.LIMITS, "absent")
-SEED = 7_000                                                    # that of evaluate.py's test videos
-REWARDED = (0.75, 0.5625, 0.375, 0.1875, 0.0)                   # the times at which candidates can be dropped
 
 
 @dataclass

@@ -21,9 +21,9 @@ I2V = ("--task", "i2v")                                         # among a part's
 TUNED = {"prfl": 1e-4, "sft": 3e-4, "rwr": 1e-4, "refl": 1e-4}   # the best of the sweep in results/table1.md
 PRESETS = {
     "quick": {"seeds": 1, "sweep": False, "videos": 256, "samples": 4096, "reward_steps": 600, "study_steps": 200,
-              "iterations": 80, "tested": 512, "rounds": 4, "clips": 400},
+              "iterations": 80, "tested": 512, "rounds": 4, "clips": 400, "candidates": 8},
     "full": {"seeds": 3, "sweep": True, "videos": 512, "samples": 16384, "reward_steps": 1600, "study_steps": 800,
-             "iterations": 120, "tested": 2048, "rounds": 16, "clips": 2000},
+             "iterations": 120, "tested": 2048, "rounds": 16, "clips": 2000, "candidates": 16},
 }
 
 

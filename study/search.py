@@ -5,21 +5,214 @@ kept by any plan of cuts.
 
 Axes: m videos, n candidates.
 """
-from study.parts import align_folder, named, reward_folder
-from study.steady import RECIPES, recipe_folder, stopped_at_its_best
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from formats.codec import load_vae
+from formats.video import from_pixels, to_pixels
+from formats.weights import SHIPPED
+from report import claims_table, judge_claims, plot, show, summary, table, verdict
+from search import parse_cuts as search_plan
+from study.parts import align_folder, named, reward_folder, train_aligned
+from study.steady import RECIPES, recipe_folder, stopped_at_its_best, train_recipes
+from world import judge, scene
 
 
 def generators(work, seed):
     """{row: folder}, None for the shipped base."""
     paper, steady = RECIPES
-    return {"base": None, "SFT": align_folder(work, seed, "sft"),
-            f"{paper}, stopped at its best": stopped_at_its_best(recipe_folder(work, seed, paper)) / "transformer",
-            steady: recipe_folder(work, seed, steady) / "transformer"}
+    return {"base": None, "SFT": align_folder(work, seed, "sft"), "paper": stopped_at_its_best(recipe_folder(work, seed, paper))
+            / "transformer", "steady": recipe_folder(work, seed, steady) / "transformer"}
 
 
-def candidates_part(work, seed, name, transformer, *flags):
-    """A part that samples all candidates of a generator's videos with the noise, and by the reward model, of `seed`."""
-    generator = () if transformer is None else ("--transformer", transformer)
-    return (work.folder / f"seed-{seed}" / named("candidates", (name, *flags)), "candidates.safetensors",
+SEED = 7_000                                                    # that of evaluate.py's test videos
+REWARDED = (0.75, 0.5625, 0.375, 0.1875, 0.0)                   # the times at which candidates can be dropped
+STEPS, GROUP = 16, 8                                            # of a sample; candidates that one part makes
+ROWS = {"base": "base", "SFT": "SFT", "paper": "PRFL, paper's recipe, stopped at its best", "steady": "PRFL, steady recipe"}
+GUIDANCE = (4.0, 16.0, 64.0)
+PANEL = ("qualified", "physical", "deformity", "adherent", "speed", "brightness", "saturation")
+HOW = {"at the end": "0:1", "once, at t = .38": ".375:1", "in a chain": None}                  # --cuts
+
+
+# ---- candidates: sampled once, chosen from as often as there are plans
+def candidates_part(work, seed, row, *flags):
+    """A part that samples candidates of a generator's videos with the noise, and by the reward model, of `seed`."""
+    folder = generators(work, seed)[row]
+    generator = () if folder is None else ("--transformer", folder)
+    return (work.folder / f"seed-{seed}" / named("candidates", (row, *flags)), "candidates.safetensors",
             "-m", "study.candidates", *generator, "--reward", reward_folder(work, seed) / "reward", "--seed", seed,
             "--num_videos", work.preset["videos"], *flags)
+
+
+def candidates(work, wanted):
+    """wanted {name: (row, [flags of one part, of the next, ...])} -> {name: [seeds] of {what study/candidates.py wrote:
+    [m, n, ...]}}, the axes' grades as qualified or not. What is not there is sampled."""
+    parts = {name: [[candidates_part(work, seed, row, *flags) for flags in groups] for seed in work.seeds]
+             for name, (row, groups) in wanted.items()}
+    work.run([part for seeds in parts.values() for group in seeds for part in group])
+    found = {}
+    for name, seeds in parts.items():
+        files = [[load_file(folder / last) for folder, last, *_ in group] for group in seeds]
+        found[name] = [{what: torch.cat([file[what] for file in group], 1) for what in group[0]} for group in files]
+    return found
+
+
+def passes_of(cuts, share=1.0):
+    """Forward passes that search.best_of makes for a video; share: of the generator's blocks in the reward model."""
+    n, step, passes = cuts[0][1], 0, 0.0
+    for t, keep in cuts[1:]:
+        cut = round((1 - t) * STEPS)
+        passes += n * (cut - step + share)
+        step, n = cut, keep
+    return passes + n * (STEPS - step)
+
+
+def replay(rewards, cuts):
+    """Which candidate search.best_of keeps of each video -> [m]. rewards [m, >= n, times] at REWARDED."""
+    alive = torch.arange(cuts[0][1]).expand(len(rewards), -1)                                   # [m, n]
+    for t, keep in cuts[1:]:
+        at = min(range(len(REWARDED)), key=lambda i: abs(REWARDED[i] - t))
+        alive = alive.gather(1, rewards[:, :, at].gather(1, alive).topk(keep, 1).indices)
+    return alive[:, 0]
+
+
+def kept(seeds, cuts, tolerance=1.0):
+    """[seeds] of `candidates` -> {what of PANEL: [seeds, m]} of the candidates that a plan of cuts keeps, judged by an
+    annotator of that tolerance."""
+    rows = []
+    for found in seeds:
+        j = replay(found["rewards"], cuts)[:, None]
+        chosen = {what: values.gather(1, j)[:, 0] for what, values in found.items() if what != "rewards"}
+        rows.append(graded(chosen, tolerance))
+    return {what: np.stack([row[what] for row in rows]) for what in PANEL}
+
+
+def graded(found, tolerance=1.0):
+    """What the annotator found [m] -> {what of PANEL: [m]}, the axes as qualified or not."""
+    found = found | {what: found[what].bool() for what in ("absent", "adherent")}
+    found |= judge.grade(found, tolerance)
+    return {what: (found[what] == 2 if what in judge.AXES else found[what]).double().numpy() for what in PANEL}
+
+
+@torch.no_grad()
+def clean_renders(m, split="test"):
+    """What the annotator finds in clean renders of the same prompts, after the VAE -> {what: [m]}"""
+    videos, prompts, _ = scene.make(m, SEED, "clean", split=split)
+    vae = load_vae(SHIPPED["t2v"] / "vae")
+    return judge.annotate(torch.cat([to_pixels(vae.decode(vae.encode(from_pixels(x)))) for x in videos.split(128)]), prompts)
+
+
+# ---- the tables
+def label(n, how=""):
+    return f"best of {n} {how}" if n > 1 else "one sample"
+
+
+def search(work):
+    train_recipes(work)
+    train_aligned(work, [(seed, "sft", ()) for seed in work.seeds])
+    most = work.preset["candidates"]
+    counts = [n for n in (4, 8, 16) if n <= most]
+    plans = {label(1): search_plan(1)} | {label(n, how): search_plan(n, text) for n in counts for how, text in HOW.items()}
+    found = candidates(work, {row: (row, [("--first", first) for first in range(0, most, GROUP)]) for row in ROWS})
+    values = {row: {plan: kept(seeds, cuts) for plan, cuts in plans.items()} for row, seeds in found.items()}
+    cells = {row: {plan: summary(panel["qualified"]) for plan, panel in panels.items()} for row, panels in values.items()}
+    shown = lambda plan: [show(**cells[row][plan]) for row in ROWS]
+    lines = [f"{work.preset['videos']} held-out videos, the same prompts and noise in every column ({work.said_seeds()}: of the "
+             f"noise, and of the reward model, SFT and PRFL). {STEPS} Euler steps. A reward counts as a forward pass, as it runs all "
+             "of the generator's blocks here. Every candidate was sampled once; what search.py keeps of them is replayed. In a "
+             "chain: half of the candidates stay at t = .75, a quarter at .56, one at .38.", "",
+             *table(["qualified", "forward passes", "times one sample's", *ROWS.values()], [
+                 [plan, f"{passes_of(cuts):g}", f"{passes_of(cuts) / STEPS:.1f}", *shown(plan)] for plan, cuts in plans.items()])]
+
+    held = {n: {row: summary([seed["qualified"][:, :n].amax(1).numpy() for seed in found[row]]) for row in ROWS} for n in counts}
+    once = {t: search_plan(8, f"{t}:1") for t in REWARDED}
+    once_cells = {t: {row: summary(kept(found[row], cuts)["qualified"]) for row in ROWS} for t, cuts in once.items()}
+    lines += ["The most that any choice could reach: videos with a qualified candidate among n.", "",
+              *table(["", *ROWS.values()], [[f"any of {n}", *(show(**cell) for cell in of.values())] for n, of in held.items()]),
+              "Best of 8, all but one dropped at one time t.", "",
+              *table(["at t", "forward passes", *ROWS.values()], [
+                  [f"{t:g}", f"{passes_of(cuts):g}", *(show(**cell) for cell in once_cells[t].values())]
+                  for t, cuts in once.items()])]
+
+    clean = graded(clean_renders(work.preset["videos"]))
+    hacking = {"clean renders": {what: float(x.mean()) for what, x in clean.items()}} | {
+        f"{ROWS[row]}, {plan}": {what: float(x.mean()) for what, x in values[row][plan].items()}
+        for row in ROWS for plan in plans if plan == label(1) or plan.endswith("chain")}
+    lines += ["Does the choice favour what only looks good to the reward? Means, beside clean renders'.", "",
+              *table(["", *PANEL], [[row, *(f"{panel[what]:.3f}" for what in PANEL)] for row, panel in hacking.items()])]
+
+    ways = other_ways(work) | {plan: (values["base"][plan], passes_of(plans[plan]))
+                               for plan in (label(1), label(4, "at the end"), label(8, "in a chain"))}
+    lines += ["Other ways to spend forward passes on the base: more Euler steps; guidance, x moved along the reward's gradient at "
+              "t <= 1/2 (study/candidates.py), where the gradient counts as three passes.", "",
+              *table(["", "forward passes", *PANEL], [[way, f"{cost:g}", show(**summary(panel["qualified"])),
+                                                      *(f"{panel[what].mean():.3f}" for what in PANEL[1:])]
+                                                     for way, (panel, cost) in ways.items()])]
+
+    by = {f"{row}, {plan}": panel["qualified"] for row in ROWS for plan, panel in values[row].items()}
+    by |= {f"base, {way}": panel["qualified"] for way, (panel, _) in ways.items()}
+    chain, end = label(8, "in a chain"), label(4, "at the end")                                 # about as many passes
+    claims = judge_claims([(*pair, "not in it") for pair in (
+        *((f"{row}, {chain}", f"{row}, {label(1)}") for row in ROWS), *((f"{row}, {chain}", f"{row}, {end}") for row in ROWS),
+        (f"base, {chain}", f"base, one sample, {4 * STEPS} steps"), (f"steady, {label(1)}", f"base, {chain}"),
+        *((f"base, guided, scale {scale:g}, {end}", f"base, {end}") for scale in GUIDANCE))], by)
+    aims = [("base", chain, 0.85), ("steady", label(4, "in a chain"), 0.98), ("steady", end, 0.98)]
+    lines += [*claims_table(claims), *table(["", "aim", "qualified", "above the aim"], [
+        [f"{ROWS[row]}, {plan}", f"{aim:g}", show(**cells[row][plan]), verdict(*cells[row][plan]["interval"], at=aim)]
+        for row, plan, aim in aims])]
+    plot(work.results / "search.png", {ROWS[row]: ("forward passes of a video", {
+        how: zip(*[(passes_of(plans[plan]), cells[row][plan]["mean"]) for plan in (label(1), *(label(n, how) for n in counts))])
+        for how in HOW}) for row in ROWS})
+    work.write("search", "Best of n by the latent reward, while sampling", lines, {
+        "rows": cells, "passes": {plan: passes_of(cuts) for plan, cuts in plans.items()}, "any": held, "once": once_cells,
+        "panel": hacking, "ways": {way: {"passes": cost, **summary(panel["qualified"])} for way, (panel, cost) in ways.items()},
+        "claims": claims})
+
+
+def other_ways(work):
+    """On the base, {way: ({what of PANEL: [seeds, m]}, forward passes)}"""
+    longer = {f"one sample, {k * STEPS} steps": k * STEPS for k in (2, 4)}
+    guided = {f"guided, scale {scale:g}": scale for scale in GUIDANCE}
+    found = candidates(work, {way: ("base", [("--count", 1, "--num_inference_steps", steps)]) for way, steps in longer.items()}
+                       | {way: ("base", [("--count", 4, "--guidance", scale)]) for way, scale in guided.items()})
+    cost = STEPS + 3 * STEPS / 2                                # a reward and its gradient, three passes, in half of the steps
+    return ({way: (kept(found[way], search_plan(1)), steps) for way, steps in longer.items()}
+            | {way: (kept(found[way], search_plan(1)), cost) for way in guided}
+            | {f"{way}, {label(4, 'at the end')}": (kept(found[way], search_plan(4, "0:1")), 4 * (cost + 1)) for way in guided})
+
+
+def fooled(work):
+    """Headline rows by a strict and a loose annotator, and in wordings the world never uses."""
+    train_recipes(work)
+    train_aligned(work, [(seed, "sft", ()) for seed in work.seeds])
+    best = "base, best of 8 in a chain"
+    names = ROWS | {best: best}
+    flags = {"test": dict.fromkeys(ROWS, ("--first", 0)),       # search's own candidates
+             "reworded": {row: ("--count", 8 if row == "base" else 1, "--split", "reworded") for row in ROWS}}
+    values = {}
+    for split in flags:
+        found = candidates(work, {row: (row, [of]) for row, of in flags[split].items()})
+        clean = clean_renders(work.preset["videos"], split)
+        for annotator, tolerance in judge.ANNOTATORS.items():
+            values[split, annotator] = {row: kept(seeds, search_plan(1), tolerance) for row, seeds in found.items()} | {
+                best: kept(found["base"], search_plan(8), tolerance),
+                "clean renders": {what: x[None] for what, x in graded(clean, tolerance).items()}}
+    cells = {key: {row: summary(panel["qualified"]) for row, panel in of.items()} for key, of in values.items()}
+    lines = [f"Qualified, of {work.preset['videos']} videos ({work.said_seeds()}). Strict, loose: the annotator's limits times "
+             f"{judge.ANNOTATORS['strict']:g} and {judge.ANNOTATORS['loose']:g}.", ""]
+    for split, said in (("test", "test sentences"), ("reworded", "reworded")):
+        lines += table([said, *judge.ANNOTATORS, "true to the prompt", "both axes"], [
+            [names.get(row, row), *(show(**cells[split, annotator][row]) for annotator in judge.ANNOTATORS),
+             f"{panel['adherent'].mean():.3f}", f"{(panel['physical'] * panel['deformity']).mean():.3f}"]
+            for row, panel in values[split, "firm"].items()])
+    lines += ["Reworded: sentences that no training, choice or validation saw (world/scene.py, REWORDED), with other verbs and "
+              "phrases, in another order. Only the words for colour, shape and direction are the world's.", ""]
+    order = [("steady", "paper"), ("paper", "SFT"), ("SFT", "base"), (best, "base"), ("steady", best)]
+    claims = {f"{split}, {annotator}": judge_claims([(*pair, "not in it") for pair in order],
+                                                   {row: of[row]["qualified"] for row in names})
+              for (split, annotator), of in values.items()}
+    for where, found in claims.items():
+        lines += [f"Orderings, {where}:", "", *claims_table(found)]
+    work.write("fooled", "Is the annotator fooled? A strict and a loose one, and other wordings", lines, {
+        "rows": {f"{split}, {annotator}": of for (split, annotator), of in cells.items()}, "claims": claims})
