@@ -198,9 +198,10 @@ def make_validation(config, runtime, policy, shards=None, held=None, export=None
     real = {}                                                   # the held-out clips, through the same VAE
     if own:
         rows = []
-        for group, _ in parallel.rounds([held[i:i + 1].tolist() for i in range(len(held))], runtime, "ddp"):
+        for i, counts in parallel.rounds(held.tolist(), runtime, "ddp"):
             with codec.on(vae, device):
-                rows += split(group, panel(codec.decode_pixels(vae, shards.batch(group)["latents"].to(device))))
+                film = codec.decode_pixels(vae, shards.batch([i])["latents"].to(device))
+            rows += split([i], panel(film)) if counts else []
         real = table(rows)
         real["dynamic"] = dynamic_degree(real["flow"], real["flow"]).tolist()
     history = past_scores(config.output_dir)
