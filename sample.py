@@ -174,8 +174,8 @@ def told_if_it_does_not_fit(config, dit_config, runtime, memory):
                         num_inference_steps=config.num_inference_steps)
     peak = plan.costs(flags, dit_config)["with"]["peak"]
     if peak > memory:
-        return (f"likely out of memory: {peak / 1e9:.0f} GB are wanted of a GPU's {memory / 1e9:.0f}: lower --batch_size, --size or "
-                "--frames, or start on more GPUs with torchrun and --parallel fsdp or --sequence_parallel")
+        return (f"likely out of memory: {peak / 1e9:.0f} GB are wanted of a GPU's {memory / 1e9:.0f}: lower --batch_size, --size "
+                "or --frames, or start on more GPUs with torchrun and --parallel fsdp or --sequence_parallel")
     return None
 
 
@@ -218,7 +218,7 @@ def main(config):
     clip = codec.load_image_encoder(f"{model}/image_encoder") if dit.config["image_dim"] else None
     negative = [] if config.negative_prompt is None else [config.negative_prompt]
     prompts = [video.prompt for batch, _ in mine for video in batch] + negative
-    contexts = codec.encode_texts(f"{model}/text_encoder", prompts, device)
+    contexts = codec.encode_texts(f"{model}/text_encoder", prompts, device, dit.config["text_dim"])
     null = contexts[negative[0]].to(device) if negative else None                                   # [l, d]
     if config.parallel == "fsdp":
         on_device = partial(nullcontext, parallel.shard(dit.float(), runtime, "fsdp"))

@@ -87,9 +87,10 @@ def rounds(work, runtime, kind):
     Ranks that share a clip have the same items, and the first of them keeps. Under fsdp the lists are equally long, as all
     ranks must call a model equally often: who has less repeats an item without effect.
     """
-    first = runtime.rank % runtime.sequence_parallel == 0
-    mine = [(item, first) for item in work[runtime.rank // runtime.sequence_parallel::runtime.groups]]
-    longest = -(-len(work) // runtime.groups) if kind == "fsdp" else 0
+    group, place = divmod(runtime.rank, runtime.sequence_parallel)
+    groups = runtime.world_size // runtime.sequence_parallel
+    mine = [(item, place == 0) for item in work[group::groups]]
+    longest = -(-len(work) // groups) if kind == "fsdp" else 0
     return mine + [(work[0], False)] * (longest - len(mine))
 
 
