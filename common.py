@@ -49,7 +49,7 @@ def parse(Config, doc, argv=None, prog=None):
         kind = next((a for a in typing.get_args(hint) if a is not type(None)), hint)  # Optional[int] -> int
         how = dict(type=kind, choices=rule["choices"])
         how = dict(action=argparse.BooleanOptionalAction) if kind is bool else how
-        how |= dict(nargs="+") if typing.get_origin(hint) is tuple else {}
+        how |= dict(nargs="*" if rule["positional"] and not required else "+") if typing.get_origin(hint) is tuple else {}
         how |= {} if rule["positional"] else dict(required=required, default=None if required else f.default)
         text = rule["help"].replace("%", "%%") + (" (default: %(default)s)" if not required else "")
         names = [f.name] if rule["positional"] else [f"--{name}" for name in (f.name, rule["alias"]) if name]

@@ -6,6 +6,9 @@
     python evaluate.py checkpoints --best_of 8                  search.py: of 8 candidates a video, what the reward keeps
     python evaluate.py checkpoints --split reworded             sentences in wordings that no training saw
 
+    python evaluate.py --model Wan2.1 --prompts test.txt base=Wan2.1 prfl=runs/prfl --reward runs/reward/reward
+    python evaluate.py --clips my_clips --reward runs/reward/reward     scores clips that exist: to clean, or to check, labels
+
 Each folder holds transformer/ (or is one); `name=folder` names it in the tables. The first is the one the others are
 compared with. Prompts and seeds are disjoint from all training. Writes table.md, table.json, per_video.json,
 videos.png (a row a prompt, the checkpoints from left to right, every other frame), side_by_side.mp4 and side_by_side.gif
@@ -23,26 +26,41 @@ Metrics, all means over videos, with 95 % intervals from a bootstrap over videos
   PAVRM score          share the reward model calls good at one random t
   speed, brightness, saturation   against reward hacking; clean renders stand in the last row
 
+--prompts: any generator's samples of prompts of one's own, of which no annotator says anything: the table has the reward
+model and, with --judge, a second one, each as share called good at five random t; the panel of validation.py (dynamic: over
+half of the first checkpoint's median flow); and every difference from the first checkpoint, prompt by prompt, with its
+interval. <output_dir>/<name>/ gets the videos and metadata.jsonl, ready for `label.py --pairs`. What no flag says is as
+sample.py has it. Runs under torchrun.
+
+--clips: a folder of clips or of shards. scores.jsonl lists them, the worst first, with the probability of "good" that the
+reward model gives each at one random t in every fifth of (0, 1]; where labels are known, accuracy and calibration too.
+
 Axes: b batch, c channels, f frames, h height, w width.
 """
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 import common
+import data
 import flow
 import search
+import validation
 from common import InputError, arg
-from formats import runs
+from formats import codec, runs
 from formats.codec import load_text_encoder, load_vae
 from formats.picture import wall, write_gif
-from formats.video import contact_sheet, from_pixels, to_pixels, write_video
-from formats.weights import TASKS, resolve_model
-from model import first_frame_condition, load_transformer
+from formats.prompts import read_prompts
+from formats.video import contact_sheet, from_pixels, read_clip, to_pixels, write_video
+from formats.weights import SHIPPED, TASKS, resolve_model, transformer_folder
+from model import first_frame_condition, image_inputs, load_transformer
 from pavrm import load_pavrm
-from report import interval, show, table
+from report import interval, plot, show, table
+from scale import parallel
 from world import judge, scene
 
 TABLE = {"qualified": "qualified", "physical_qualified": "physical", "deformity_qualified": "deformity",
@@ -53,15 +71,21 @@ TABLE = {"qualified": "qualified", "physical_qualified": "physical", "deformity_
 
 @dataclass
 class Config:
-    checkpoints: tuple[str, ...] = arg(..., "folders, or name=folder; the first is compared with", positional=True)
+    checkpoints: tuple[str, ...] = arg((), "folders, or name=folder; the first is compared with", positional=True)
     output_dir: str = arg("runs/evaluate", "where tables and pictures go")
     task: str | None = arg(None, "t2v, or i2v (image-to-video); without, what the checkpoints are", choices=TASKS)
     model: str | None = arg(None, "folder with text_encoder/, vae/ and reward/; without, the shipped one of --task")
     reward: str | None = arg(None, "reward model of the PAVRM score; without, <model>/reward if there is one")
-    size: str = arg("tiny", "size of the world", choices=tuple(scene.SIZES))
-    num_videos: int = arg(512, "held-out prompts, one video each", above=0)
-    num_inference_steps: int = arg(16, "Euler steps", above=0)
-    guidance_scale: float = arg(1.0, "classifier-free guidance; 1 is none", at_least=0)
+    prompts: str | None = arg(None, "file of prompts (.txt, .jsonl, .csv) in place of the embedded world's")
+    clips: str | None = arg(None, "folder of clips, or of their shards, to score with --reward; without checkpoints")
+    judge: str | None = arg(None, "--prompts: second reward model, trained on other clips and from another seed")
+    size: str | None = arg(None, "of the world: tiny (if none is given) or small; else W*H; without, the model's, or the clips'")
+    frames: int | None = arg(None, "--prompts, --clips: frames, 4k + 1; without, the model's, or the clips'", at_least=5)
+    fps: float | None = arg(None, "--prompts, --clips: frames per second; without, the model's, or the clips'", above=0)
+    num_videos: int | None = arg(None, "prompts, one video each; without, 512 held-out ones, or all of --prompts", above=0)
+    num_inference_steps: int | None = arg(None, "Euler steps; without, 16, or with --prompts the model's", above=0)
+    guidance_scale: float | None = arg(None, "classifier-free guidance, 1 is none; without, the model's", at_least=0)
+    shift: float | None = arg(None, "--prompts: warps the times of the steps towards noise; without, the model's", above=0)
     best_of: int = arg(1, "candidates a video, of which the reward model keeps one (search.py)", above=0)
     cuts: str | None = arg(None, "when it drops them: time:candidates that stay, such as .75:4,.56:2,.37:1; 0:1 judges finished "
                            "ones alone; without, half at .75, a quarter at .56, one at .37")
@@ -136,17 +160,204 @@ def markdown(rows, pairs):
     return "\n".join(lines)
 
 
+# ---- any generator, on prompts of one's own
+WATCHED = {"pavrm": "PAVRM score", "judge": "judge", **{name: name for name in validation.PANEL}, "dynamic": "dynamic degree"}
+BATCH_LATENTS = 2 ** 12                                         # latent positions of a batch of samples
+SHOWN, HEIGHT = 6, 160                                          # prompts in the pictures, pixels of a video there
+
+
+def sampled(config, folder, name, rows, contexts, size, runtime):
+    """Samples every prompt from one generator, writes them to <output_dir>/<name>, and measures them.
+
+    -> ({metric: [n]}, {index: small video uint8 [F, h, w, 3]} of the first few), the same on every rank.
+    """
+    dit, device = load_transformer(folder, dtype=None).eval().requires_grad_(False), runtime.device
+    shape = codec.latent_shape(dit.config, size, config.frames)
+    rewards = {kind: load_pavrm(path, dit) for kind, path in (("pavrm", config.reward), ("judge", config.judge)) if path}
+    vae = load_vae(f"{config.model}/vae")
+    clip = codec.load_image_encoder(f"{config.model}/image_encoder") if dit.config["image_dim"] else None
+    null = contexts[None].to(device) if None in contexts else None
+    cuts = search.parse_cuts(config.best_of, config.cuts)
+    dit, found, films = parallel.narrow(dit, runtime.dtype), [], []
+    once = max(1, BATCH_LATENTS // (shape[1] * shape[2] * shape[3]))
+    groups = [list(range(i, min(i + once, len(rows)))) for i in range(0, len(rows), once)]
+    for group, _ in common.progress(parallel.rounds(groups, runtime, "ddp"), f"{name} (x{once * runtime.world_size})"):
+        context = codec.stack_contexts([contexts[rows[i]["prompt"]] for i in group]).to(device)
+        image = {}
+        if rows[group[0]]["image"]:
+            first = torch.stack([read_clip(rows[i]["image"], size=size, frames=1)[0][0] for i in group]).to(device)
+            with codec.on(vae, device), codec.on(clip or vae, device):
+                image = codec.image_conditions(dit.config, vae, clip, first, config.frames)
+        what = shape, context, 7_000 + config.seed, group, config.num_inference_steps
+        how = dict(shift=config.shift, guidance_scale=config.guidance_scale, null=null, autocast=runtime.autocast, **image)
+        with codec.on(dit, device):
+            if config.best_of == 1:
+                x = flow.sample(dit, *what, **how)                                                  # [b, c, f, h, w]
+            else:
+                with codec.on(rewards["pavrm"], device) as pavrm:
+                    x, _ = search.best_of(dit, pavrm, *what, cuts, batch_size=once, **how)
+        values = {}
+        for kind, reward in rewards.items():
+            with codec.on(reward, device):
+                logits = validation.interval_logits(reward, x, context, 7_000, autocast=runtime.autocast, indices=group, **image)
+            values[kind] = (logits >= 0).double().mean(0).cpu()
+        with codec.on(vae, device):
+            videos = codec.decode_pixels(vae, x)
+        values |= validation.panel(videos)
+        found += [(i, {key: float(x[k]) for key, x in values.items()}) for k, i in enumerate(group)]
+        for i, video in zip(group, videos):
+            write_video(Path(config.output_dir) / name / f"{i:06d}.mp4", video, config.fps)
+        films += [(i, validation.shrunk(video, HEIGHT)) for i, video in zip(group, videos) if i < SHOWN]
+    found = [values for _, values in sorted(sum(common.gather(found), []), key=lambda row: row[0])]
+    films = dict(sum(common.gather(films), []))
+    return {key: np.array([values[key] for values in found]) for key in found[0]}, films
+
+
+def compare_on_prompts(config, named, runtime):
+    """`--prompts`: samples of each generator side by side."""
+    common.refuse(config, ("split",), "with --prompts")
+    rows = read_prompts(config.prompts)[:config.num_videos]
+    dit_config = transformer_folder(next(iter(named.values())))[1]
+    size = data.parse_size(config) or codec.published(dit_config)["size"]
+    codec.fill_in(config, codec.published(dit_config, size[1]))
+    for row in rows:
+        if (row["image"] is not None) != (dit_config["model_type"] == "i2v"):
+            raise InputError(f"--prompts {config.prompts}: an image in each row is needed by image-to-video models, and by those "
+                             f"alone; these are {dit_config['model_type']}")
+        if row["image"]:
+            read_clip(row["image"], size=size, frames=1)
+    if config.best_of > 1 and not config.reward:
+        raise InputError(f"--best_of {config.best_of} needs a reward model: name one with --reward")
+    for folder in named.values():                               # fails before any work
+        for path in filter(None, (config.reward, config.judge)):
+            load_pavrm(path, load_transformer(folder, dtype=None))
+    negative = codec.published(dit_config)["negative_prompt"]
+    contexts = codec.encode_texts(f"{config.model}/text_encoder", [row["prompt"] for row in rows]
+                                  + [negative] * (negative is not None), runtime.device, dit_config["text_dim"])
+    contexts |= {None: contexts[negative]} if negative is not None else {}
+    found, films = {}, {}
+    for name, folder in named.items():
+        found[name], films[name] = sampled(config, folder, name, rows, contexts, size, runtime)
+    first = next(iter(named))
+    for values in found.values():
+        values["dynamic"] = validation.dynamic_degree(values["flow"], found[first]["flow"]).astype(float)
+    if runtime.rank > 0:
+        return common.teardown()
+
+    folder, metrics = Path(config.output_dir), [name for name in WATCHED if name in found[first]]
+    for name in named:
+        lines = [{"file_name": f"{i:06d}.mp4", "prompt": row["prompt"]} for i, row in enumerate(rows)]
+        data.replace_text(folder / name / "metadata.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    means = {name: {metric: summary(values[metric]) for metric in metrics} for name, values in found.items()}
+    against = {name: {metric: summary(found[name][metric] - found[first][metric]) for metric in metrics}
+               for name in named if name != first}
+    lines = table(["", *(WATCHED[metric] for metric in metrics)],
+                  [[name, *(show(**row[metric]) for metric in metrics)] for name, row in means.items()])
+    lines += table([f"above {first}", *(WATCHED[metric] for metric in metrics)],
+                   [[name, *(show(**row[metric], sign="+") for metric in metrics)] for name, row in against.items()])
+    (folder / "table.md").write_text(f"{len(rows)} prompts, same noise, {config.num_inference_steps} Euler steps, guidance "
+                                     f"{config.guidance_scale:g}; 95 % bootstrap intervals.\n\n" + "\n".join(lines))
+    runs.write_json(folder / "table.json", {"config": vars(config), "rows": means, "against_first": against})
+    runs.write_json(folder / "per_video.json", {name: {key: x.round(5).tolist() for key, x in values.items()}
+                                                for name, values in found.items()})
+    few = range(min(SHOWN, len(rows)))
+    side_by_side = wall({name: torch.stack([films[name][i] for i in few]) for name in named}, [rows[i]["prompt"] for i in few],
+                        {name: (name,) for name in named})
+    write_video(folder / "side_by_side.mp4", side_by_side, config.fps)
+    strips = [torch.stack([validation.strip(films[name][i], 4) for i in few]) for name in named]
+    contact_sheet(torch.cat(strips, 1), folder / "videos.png", scale=1)
+    print("\n".join(lines))
+    print(f"wrote {folder}/table.md, table.json, per_video.json, videos.png, side_by_side.mp4 and "
+          + ", ".join(f"{name}/" for name in named))
+    if len(named) > 1:
+        other = list(named)[1]
+        print(f"let people choose: python label.py --pairs {folder / first} {folder / other}")
+    common.teardown()
+
+
+# ---- clips that exist
+def score_clips(config, runtime):
+    """`--clips`: what a reward model thinks of each clip, and how right it is where labels are known."""
+    common.refuse(config, ("prompts", "judge", "num_videos", "num_inference_steps", "guidance_scale", "shift", "best_of", "split"),
+                  "with --clips")
+    if config.checkpoints:
+        raise InputError("--clips scores clips that exist: give no checkpoints")
+    if not config.reward:
+        raise InputError("--clips needs a reward model: name one with --reward")
+    pavrm, model = load_pavrm(config.reward), config.model or str(SHIPPED["t2v"])
+    source, folder = Path(config.clips), Path(config.output_dir)
+    if not (source / "shards.json").exists():
+        flags = {name: getattr(config, name) for name in ("size", "frames", "fps")}
+        flags |= {name: f"{model}/{name}" for name in ("vae", "text_encoder")}
+        flags |= {"image_encoder": f"{model}/image_encoder"} if pavrm.trunk.config["image_dim"] else {}
+        data.encode_command(data.Encode(str(source), out=str(folder / "latents"), **flags))
+        source = folder / "latents"
+    shards = data.Shards(source).relabel()
+    shards.require_fit(pavrm.trunk)
+    pavrm, rows = pavrm.to(runtime.device), []
+    for i in common.progress(range(0, len(shards), 16), "clips (x16)"):
+        indices = list(range(i, min(i + 16, len(shards))))
+        batch = shards.batch(indices)
+        rows.append(validation.interval_logits(
+            pavrm, batch["latents"].to(runtime.device), batch["context"].to(runtime.device), config.seed, autocast=runtime.autocast,
+            indices=indices, **image_inputs(pavrm.trunk.config, batch, runtime.device)).float().cpu())
+    logits = torch.cat(rows, 1)                                                                     # [5, m]
+    good, labels = torch.sigmoid(logits), shards.labels
+    order = good.mean(0).argsort()
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"file_name": shards.rows[i]["file_name"], "prompt": shards.rows[i]["prompt"],
+                         "label": None if labels[i] < 0 else int(labels[i]), "good": round(good[:, i].mean().item(), 4),
+                         "good_by_t": [round(p, 4) for p in good[:, i].tolist()]}, ensure_ascii=False) for i in order.tolist()]
+    data.replace_text(folder / "scores.jsonl", "\n".join(lines) + "\n")
+    head = ["t in", *(f"({k / 5:.1f}, {(k + 1) / 5:.1f}]" for k in range(5))]
+    cells = {"mean probability": good.mean(1).tolist(), "share called good": (logits >= 0).double().mean(1).tolist()}
+    known = labels >= 0
+    if len(labels[known].unique()) == 2:
+        cells |= validation.interval_metrics(logits[:, known], labels[known])
+        curves = calibration(good[:, known], labels[known])
+        runs.write_json(folder / "calibration.json", curves)
+        drawn = {f"t in {t}": ([x["predicted"] for x in bins], [x["good"] for x in bins]) for t, bins in curves.items()}
+        plot(folder / "calibration.png", {"share that is good": ("probability of good", {"exact": ([0, 1], [0, 1])} | drawn)})
+    lines = table(head, [[name, *(f"{x:.3f}" for x in row)] for name, row in cells.items()])
+    print("\n".join(lines))
+    print(f"wrote {folder}/scores.jsonl: {len(shards)} clips, the worst first; {int(known.sum())} of them have labels")
+    common.teardown()
+
+
+def calibration(good, labels, bins=10):
+    """{interval of t: [{"predicted", "good", "count"}]}: clips by the probability [5, m] given them, in ten equal steps (those
+    that hold any); the mean of it, and the share that labels [m] call good."""
+    found = {}
+    for k, row in enumerate(good):
+        place = (row * bins).long().clamp(max=bins - 1)
+        found[f"({k / 5:.1f}, {(k + 1) / 5:.1f}]"] = [
+            {"predicted": row[place == i].mean().item(), "good": (labels[place == i] == 1).double().mean().item(),
+             "count": int((place == i).sum())} for i in range(bins) if (place == i).any()]
+    return found
+
+
 @torch.no_grad()
 def main(config):
     runtime = common.setup(config.mixed_precision, config.seed)
-    if runtime.world_size > 1:
-        raise InputError("evaluate.py runs on one process: start it without torchrun")
-    cuts = search.parse_cuts(config.best_of, config.cuts)
+    if config.clips:
+        return score_clips(config, runtime)
     named = dict(part.split("=", 1) if "=" in part else (Path(part).name, part) for part in config.checkpoints)
-    if len(named) < len(config.checkpoints):
-        raise InputError("two checkpoints have one name: give them as name=folder")
+    if not named or len(named) < len(config.checkpoints):
+        raise InputError("two checkpoints have one name: give them as name=folder" if named else
+                         "give checkpoints to compare, or --clips with a folder of clips")
     for folder in named.values():
         resolve_model(config, folder)                                                   # all must be of one task
+    if config.prompts:
+        return compare_on_prompts(config, named, runtime)
+    common.refuse(config, ("judge", "frames", "fps", "shift"), "without --prompts or --clips")
+    if any(transformer_folder(folder)[1]["text_len"] == codec.WAN_CONTEXT for folder in named.values()):
+        raise InputError("the embedded world's prompts and annotator mean nothing to Wan2.1's generators: give --prompts FILE")
+    codec.fill_in(config, {"size": "tiny", "num_videos": 512, "num_inference_steps": 16, "guidance_scale": 1.0})
+    if config.size not in scene.SIZES:
+        raise InputError(f"--size {config.size}: the embedded world's is {' or '.join(scene.SIZES)}; --prompts takes W*H")
+    if runtime.world_size > 1:
+        raise InputError("evaluate.py runs on one process without --prompts: start it without torchrun")
+    cuts = search.parse_cuts(config.best_of, config.cuts)
     generators = {name: load_transformer(folder) for name, folder in named.items()}     # fails before any work
     text = load_text_encoder(f"{config.model}/text_encoder").to(runtime.device).eval()
     vae = load_vae(f"{config.model}/vae").to(runtime.device)

@@ -40,7 +40,7 @@ from formats.video import contact_sheet, read_clip, write_video
 from formats.weights import TASKS, resolve_model
 from model import load_transformer
 from pavrm import load_pavrm
-from scale import lora, parallel
+from scale import lora, parallel, plan, sequence
 
 BATCH_LATENTS = 2 ** 12                                         # latent positions of a batch where no flag says
 
@@ -74,6 +74,7 @@ class Config:
     mixed_precision: str | None = arg(None, "autocast dtype; without, bf16 for Wan2.1, else no", choices=("no", "bf16"))
     parallel: str = arg("ddp", "under torchrun: the generator whole on each GPU (ddp), or 1 / GPUs of it (fsdp)",
                         choices=parallel.KINDS)
+    sequence_parallel: int = arg(1, "neighbouring GPUs that share a video's tokens, for long ones", above=0)
 
 
 @dataclass
@@ -166,6 +167,18 @@ def start_folder(config, videos):
         runs.write_json(path, settings)
 
 
+def told_if_it_does_not_fit(config, dit_config, runtime, memory):
+    """The planner's one line where a GPU of `memory` bytes is too small, else None."""
+    flags = plan.Config("wan2.1-t2v-14b", method="sample", frames=config.frames, size=config.size, gpus=runtime.world_size,
+                        parallel=config.parallel, sequence_parallel=config.sequence_parallel, batch_size=config.batch_size,
+                        num_inference_steps=config.num_inference_steps)
+    peak = plan.costs(flags, dit_config)["with"]["peak"]
+    if peak > memory:
+        return (f"likely out of memory: {peak / 1e9:.0f} GB are wanted of a GPU's {memory / 1e9:.0f}: lower --batch_size, --size "
+                "or --frames, or start on more GPUs with torchrun and --parallel fsdp or --sequence_parallel")
+    return None
+
+
 def write_metadata(folder, videos):
     """metadata.jsonl of the videos that are there."""
     rows = [{"file_name": video.path.name, "prompt": video.prompt, "seed": video.seed}
@@ -181,8 +194,8 @@ def main(config):
     dit = load_transformer(config.transformer or model, dtype=None).eval().requires_grad_(False)
     wan = dit.config["text_len"] == codec.WAN_CONTEXT
     config.mixed_precision = config.mixed_precision or ("bf16" if wan else "no")
-    runtime = common.setup(config.mixed_precision, config.seed)
-    parallel.check(config.parallel)
+    runtime = common.setup(config.mixed_precision, config.seed, config.sequence_parallel)
+    parallel.check(config.parallel, config.sequence_parallel)
     size, device = settle(config, dit.config), runtime.device
     if config.lora:
         lora.merge_file(dit, config.lora)
@@ -194,6 +207,10 @@ def main(config):
         if runtime.rank == 0:
             start_folder(config, videos)
         todo = common.gather([batch for batch in todo if not all(video.path.exists() for video in batch)])[0]
+    if device.type == "cuda" and runtime.rank == 0:
+        memory = torch.cuda.get_device_properties(device).total_memory
+        if line := told_if_it_does_not_fit(config, dit.config, runtime, memory):
+            print(line, flush=True)
     shape = codec.latent_shape(dit.config, size, config.frames)
     mine, shown = parallel.rounds(todo, runtime, config.parallel), []
 
@@ -201,11 +218,12 @@ def main(config):
     clip = codec.load_image_encoder(f"{model}/image_encoder") if dit.config["image_dim"] else None
     negative = [] if config.negative_prompt is None else [config.negative_prompt]
     prompts = [video.prompt for batch, _ in mine for video in batch] + negative
-    contexts = codec.encode_texts(f"{model}/text_encoder", prompts, device)
+    contexts = codec.encode_texts(f"{model}/text_encoder", prompts, device, dit.config["text_dim"])
     null = contexts[negative[0]].to(device) if negative else None                                   # [l, d]
     if config.parallel == "fsdp":
         on_device = partial(nullcontext, parallel.shard(dit.float(), runtime, "fsdp"))
     else:
+        sequence.spread(dit, runtime)
         on_device = partial(codec.on, parallel.narrow(dit, runtime.dtype), device)
 
     for batch, counts in common.progress(mine, f"videos (x{config.batch_size * runtime.world_size})"):

@@ -78,7 +78,7 @@ class Config(parallel.Flags):
     learning_rate: float | None = arg(None, "AdamW's; without, 1e-4 (results/table1.md), Wan-sized: the paper's 5e-6", above=0)
     weight_decay: float = arg(0.0, "AdamW's", at_least=0)
     max_train_steps: int | None = arg(None, "iterations, of prfl and refl two updates; without, 120, Wan-sized: 800", above=0)
-    batch_size: int | None = arg(None, "videos, and prompts, a pass and rank, or group of ranks; without, 32, Wan-sized: 1", above=0)
+    batch_size: int | None = arg(None, "videos, or prompts, a pass and rank, or group of ranks; without, 32, Wan-sized: 1", above=0)
     gradient_accumulation_steps: int | None = arg(None, "passes per update; without, 1, Wan-sized: 30 videos in all", above=0)
     max_grad_norm: float = arg(1.0, "each update's gradient is clipped to this norm", above=0)
     mixed_precision: str = arg("bf16", "autocast dtype; weights, optimizer and rollout state are fp32",

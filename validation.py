@@ -127,7 +127,7 @@ def held_out_prompts(config, dit_config, shards, held, vae, device):
         clip = codec.load_image_encoder(f"{config.model}/image_encoder").to(device) if dit_config["image_dim"] else None
         given = [codec.image_conditions(dit_config, vae, clip, frame, TIME * (f - 1) + 1) for frame in first.split(1)]
         image = {name: torch.cat([one[name] for one in given]).cpu() for name in given[0]}
-    contexts = codec.encode_texts(f"{config.model}/text_encoder", prompts, device)
+    contexts = codec.encode_texts(f"{config.model}/text_encoder", prompts, device, dit_config["text_dim"])
     return prompts, [contexts[prompt] for prompt in prompts], image, shards.latent_shape
 
 
@@ -198,9 +198,10 @@ def make_validation(config, runtime, policy, shards=None, held=None, export=None
     real = {}                                                   # the held-out clips, through the same VAE
     if own:
         rows = []
-        for group, _ in parallel.rounds([held[i:i + 1].tolist() for i in range(len(held))], runtime, "ddp"):
+        for i, counts in parallel.rounds(held.tolist(), runtime, "ddp"):
             with codec.on(vae, device):
-                rows += split(group, panel(codec.decode_pixels(vae, shards.batch(group)["latents"].to(device))))
+                film = codec.decode_pixels(vae, shards.batch([i])["latents"].to(device))
+            rows += split([i], panel(film)) if counts else []
         real = table(rows)
         real["dynamic"] = dynamic_degree(real["flow"], real["flow"]).tolist()
     history = past_scores(config.output_dir)
@@ -243,14 +244,18 @@ def make_validation(config, runtime, policy, shards=None, held=None, export=None
     return validate
 
 
+def shrunk(video, side):
+    """A uint8 video [F, H, W, 3] whose longer side is at most `side`."""
+    scale = side / max(video.shape[1:3])
+    if scale >= 1:
+        return video
+    small = F.interpolate(video.permute(0, 3, 1, 2).float(), scale_factor=scale, mode="area")
+    return small.permute(0, 2, 3, 1).round().to(torch.uint8)
+
+
 def strip(video, count=9, side=96):
     """A few frames of a uint8 video [F, H, W, 3], small: for a contact sheet. -> uint8 [count, h, w, 3]"""
-    frames = video[torch.linspace(0, len(video) - 1, min(count, len(video))).round().long()]
-    scale = side / max(frames.shape[1:3])
-    if scale >= 1:
-        return frames
-    small = F.interpolate(frames.permute(0, 3, 1, 2).float(), scale_factor=scale, mode="area")
-    return small.permute(0, 2, 3, 1).round().to(torch.uint8)
+    return shrunk(video[torch.linspace(0, len(video) - 1, min(count, len(video))).round().long()], side)
 
 
 def show(step, means, real, folder):

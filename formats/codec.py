@@ -124,13 +124,16 @@ def on(module, device):
         module.cpu()
 
 
-def encode_texts(folder, prompts, device):
+def encode_texts(folder, prompts, device, width=None):
     """{prompt: context [l, d] on the CPU, without the zeros behind it, which every generator adds again}. The text encoder
     in `folder` is loaded, used and let go. One prompt at a time: rounding, and with it the bytes of a video, would depend on
-    its neighbours in a batch."""
+    its neighbours in a batch. width: d that the generator takes, else an InputError."""
     text, found = load_text_encoder(folder).to(device), {}
     for prompt in dict.fromkeys(prompts):
         context = text.encode([prompt])[0].float().cpu()                                    # [l, d]
+        if width not in (None, context.shape[1]):
+            raise InputError(f"{folder}: its contexts have width {context.shape[1]}, the generator takes {width}: give --model, "
+                             "the folder that the generator came from")
         tokens = context.abs().sum(-1).nonzero()
         found[prompt] = context[:int(tokens.max()) + 1 if len(tokens) else 1].clone()
     return found

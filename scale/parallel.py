@@ -82,10 +82,15 @@ def shard(model, runtime, kind):
 
 
 def rounds(work, runtime, kind):
-    """This rank's share of `work`, a list: [(item, whether it counts)]. Under fsdp it is equally long on every rank, as all
-    must call a model equally often: one that has less repeats an item without effect."""
-    mine = [(item, True) for item in work[runtime.rank::runtime.world_size]]
-    longest = -(-len(work) // runtime.world_size) if kind == "fsdp" else 0
+    """This rank's share of `work`, a list: [(item, whether this rank keeps what comes of it)].
+
+    Ranks that share a clip have the same items, and the first of them keeps. Under fsdp the lists are equally long, as all
+    ranks must call a model equally often: who has less repeats an item without effect.
+    """
+    group, place = divmod(runtime.rank, runtime.sequence_parallel)
+    groups = runtime.world_size // runtime.sequence_parallel
+    mine = [(item, place == 0) for item in work[group::groups]]
+    longest = -(-len(work) // groups) if kind == "fsdp" else 0
     return mine + [(work[0], False)] * (longest - len(mine))
 
 

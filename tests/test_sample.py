@@ -17,6 +17,7 @@ import sample
 from common import InputError
 from formats.prompts import read_prompts
 from formats.video import read_video, write_png
+from model import PRESETS
 from world import judge
 
 FAST = ["--num_inference_steps", "2", "--batch_size", "2"]
@@ -152,3 +153,13 @@ def test_files_of_prompts_that_are_none(tmp_path, name, content, words):
     with pytest.raises(InputError, match=words) as error:
         read_prompts(tmp_path / name)
     assert str(tmp_path / name) in str(error.value)
+
+
+def test_what_does_not_fit_is_told_before():
+    """Wan2.1 14B at 480P fits one GPU of 80 GB; 1.3B fits, and 14B does not fit, 24 GB."""
+    config = sample.Config("a", size="832*480", frames=81, num_inference_steps=40, batch_size=1)
+    one = common.Runtime(0, 1, torch.device("cpu"), torch.bfloat16)
+    told = lambda preset, memory: sample.told_if_it_does_not_fit(config, PRESETS[preset], one, memory)
+    assert told("wan2.1-t2v-14b", 80e9) is None and told("wan2.1-t2v-1.3b", 24e9) is None
+    line = told("wan2.1-t2v-14b", 24e9)
+    assert line.startswith("likely out of memory: ") and "of a GPU's 24" in line and "\n" not in line

@@ -12,13 +12,16 @@ import torch
 
 import common
 import data
+import evaluate
 import sample
 import train_align
 import train_reward
 from common import InputError
 from formats import codec, video, wan
 from formats.codec import load_text_encoder, load_vae
+from formats.weights import save_module
 from model import image_inputs, load_transformer
+from pavrm import PAVRM
 
 diffusers = pytest.importorskip("diffusers", reason="needs requirements-wan.txt")
 transformers = pytest.importorskip("transformers", reason="needs requirements-wan.txt")
@@ -322,8 +325,8 @@ def test_shards_carry_the_null_contexts(pipelines, clips, tmp_path, monkeypatch)
         assert not found[len(again):].any()
     with pytest.raises(InputError, match="encode again"):
         codec.null_context(dit.config, "empty", tmp_path, tmp_path, "cpu")
-    run(train_align, "--model", pipelines / "t2v", "--data", tmp_path / "data", *SHORT, "--output_dir", tmp_path / "run", "--method",
-        "sft", "--context_dropout", 0.5, "--num_validation", 2, "--num_inference_steps", 2)
+    run(train_align, "--model", pipelines / "t2v", "--data", tmp_path / "data", *SHORT, "--output_dir", tmp_path / "run",
+        "--method", "sft", "--context_dropout", 0.5, "--num_validation", 2, "--num_inference_steps", 2)
     args = json.loads((tmp_path / "run/args.json").read_text())
     assert (args["shift"], args["guidance_scale"]) == (3, 5)
     assert len(list((tmp_path / "run/samples/step-000002").glob("*.mp4"))) == 2
@@ -339,3 +342,27 @@ def test_what_is_not_said_is_wans_own(pipelines, tmp_path):
     config = sample.Config("a red circle", size="1280*720", guidance_scale=5.5)
     sample.settle(config, dit.config)
     assert config.shift == 5 and config.guidance_scale == 5.5
+
+
+@pytest.mark.parametrize("kind", ["t2v", "i2v"])
+def test_evaluation_of_wan(pipelines, tmp_path, capsys, kind):
+    """Its own size, guidance and negative prompt, the panel and rewards, none of the toy's metrics; without prompts refused."""
+    image = {}
+    if kind == "i2v":
+        picture = torch.randint(0, 256, (32, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+        video.write_png(tmp_path / "first.png", picture)
+        image = {"image": "first.png"}
+    rows = [{"prompt": " ".join(WORDS[:i + 2])} | image for i in range(3)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_module(PAVRM.from_generator(load_transformer(pipelines / kind), 1), tmp_path / "reward")
+    run(evaluate, "--model", pipelines / kind, "--prompts", tmp_path / "p.jsonl", f"a={pipelines / kind}", f"b={pipelines / kind}",
+        "--reward", tmp_path / "reward", *FLAGS, "--num_inference_steps", 2, "--output_dir", tmp_path / "out")
+    table = json.loads((tmp_path / "out/table.json").read_text())
+    assert table["config"]["guidance_scale"] == 5 and table["config"]["shift"] == 3
+    assert "pavrm" in table["rows"]["a"] and "qualified" not in table["rows"]["a"]
+    assert video.read_clip(tmp_path / "out/b/000002.mp4")[0].shape == (9, 32, 48, 3)
+    for flags, words in (((), "--prompts FILE"), (("--prompts", tmp_path / "p.jsonl"), "give --model")):
+        with pytest.raises(SystemExit) as end:
+            run(evaluate, f"a={pipelines / kind}", *flags, "--output_dir", tmp_path / "no", *([] if not flags else FLAGS))
+        assert end.value.code == 2 and words in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()

@@ -1,0 +1,99 @@
+"""evaluate.py on prompts of one's own and on clips that exist."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import data
+import evaluate
+import validation
+from formats.video import read_video
+from formats.weights import SHIPPED
+from pavrm import load_pavrm
+from world import clips
+
+BASE = str(SHIPPED["t2v"])
+
+
+def run(*argv):
+    common.cli(evaluate.main, evaluate.Config, evaluate.__doc__, [str(a) for a in argv])
+
+
+def refused(capsys, *argv):
+    with pytest.raises(SystemExit) as end:
+        run(*argv)
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert end.value.code == 2 and line.startswith("error: ")
+    return line
+
+
+def test_prompts_of_ones_own(tmp_path, capsys):
+    """No word of the annotator; the same checkpoint twice differs by nothing; folders as label.py --pairs takes them."""
+    (tmp_path / "p.txt").write_text("a red circle moving up\na blue square moving down\na big cat\n")
+    run("--prompts", tmp_path / "p.txt", f"a={BASE}", f"b={BASE}", "--num_inference_steps", 4, "--reward", f"{BASE}/reward",
+        "--judge", f"{BASE}/reward", "--output_dir", tmp_path / "out", "--mixed_precision", "no")
+    table = json.loads((tmp_path / "out/table.json").read_text())
+    assert set(table["rows"]["a"]) == {"pavrm", "judge", "dynamic", *validation.PANEL}
+    assert all(cell["mean"] == 0 and cell["interval"] == [0, 0] for cell in table["against_first"]["b"].values())
+    assert "qualified" not in (tmp_path / "out/table.md").read_text()
+    values = json.loads((tmp_path / "out/per_video.json").read_text())
+    for name in "ab":
+        rows = data.read_metadata(tmp_path / "out" / name)
+        assert [row["prompt"] for row in rows] == ["a red circle moving up", "a blue square moving down", "a big cat"]
+        films = torch.stack([read_video(tmp_path / "out" / name / row["file_name"]) for row in rows])
+        found = validation.panel(films)["brightness"]           # after a codec
+        assert values[name]["brightness"] == pytest.approx(found.tolist(), abs=0.01)
+    assert table["rows"]["a"]["brightness"]["mean"] == pytest.approx(np.mean(values["a"]["brightness"]), abs=1e-4)
+    assert read_video(tmp_path / "out/side_by_side.mp4").shape[0] == 9
+    assert "label.py --pairs" in capsys.readouterr().out
+
+
+def test_clips_are_scored_worst_first(tmp_path, capsys):
+    """Of the embedded world, whose labels are known: the shipped reward model is better than chance, and says so itself."""
+    clips.main(clips.Config(str(tmp_path / "clips"), count=96, seed=40, kind="mixture"))
+    run("--clips", tmp_path / "clips", "--reward", f"{BASE}/reward", "--output_dir", tmp_path / "out", "--mixed_precision", "no")
+    rows = [json.loads(line) for line in (tmp_path / "out/scores.jsonl").read_text().splitlines()]
+    assert len(rows) == 96 and [row["good"] for row in rows] == sorted(row["good"] for row in rows)
+    labels = {row["file_name"]: row["label"] for row in data.read_metadata(tmp_path / "clips")}
+    assert {row["file_name"]: row["label"] for row in rows} == labels
+    good, bad = ([row["good"] for row in rows if row["label"] == label] for label in (1, 0))
+    assert np.mean(good) > np.mean(bad) + 0.1
+    assert "balanced_accuracy" in capsys.readouterr().out
+    bins = json.loads((tmp_path / "out/calibration.json").read_text())["(0.4, 0.6]"]
+    assert sum(x["count"] for x in bins) == sum(label is not None for label in labels.values())
+    shards = data.Shards(tmp_path / "out/latents")              # one clip by hand
+    i = next(i for i, row in enumerate(shards.rows) if row["file_name"] == rows[0]["file_name"])
+    batch, pavrm = shards.batch([i]), load_pavrm(f"{BASE}/reward")
+    t = (4 + common.uniform(0, "interval t", 4, [i])) / 5
+    x1 = common.noise(shards.latent_shape, 0, "interval noise", 4, [i])
+    with torch.no_grad():
+        wanted = torch.sigmoid(pavrm((1 - t) * batch["latents"] + t * x1, t, batch["context"])).item()
+    assert rows[0]["good_by_t"][4] == pytest.approx(wanted, abs=2e-4)
+    run("--clips", tmp_path / "out/latents", "--reward", f"{BASE}/reward", "--output_dir", tmp_path / "again", "--mixed_precision",
+        "no")
+    assert (tmp_path / "again/scores.jsonl").read_text() == (tmp_path / "out/scores.jsonl").read_text()
+
+
+def test_calibration_by_hand():
+    good = torch.tensor([[0.05, 0.06, 0.92, 0.96, 1.0]]).expand(5, 5)
+    bins = evaluate.calibration(good, torch.tensor([0, 1, 1, 1, 0]))["(0.0, 0.2]"]
+    assert [x["count"] for x in bins] == [2, 3]
+    assert bins[0]["predicted"] == pytest.approx(0.055) and bins[0]["good"] == 0.5
+    assert bins[1]["predicted"] == pytest.approx(0.96) and bins[1]["good"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("flags, words", [
+    ((), "give checkpoints"), (("--clips", "x"), "--reward"), (("--clips", "x", "--reward", "y", "base=z"), "no checkpoints"),
+    (("--clips", "nowhere", "--reward", f"{BASE}/reward"), "nowhere"), ((BASE, "--judge", f"{BASE}/reward"), "--judge"),
+    ((BASE, "--size", "64*64"), "--prompts takes"), ((BASE, "--prompts", "none.txt"), "none.txt"),
+    ((BASE, "--prompts", "p.txt", "--reward", "nowhere"), "nowhere"), ((BASE, "--prompts", "p.txt", "--split", "test"), None)])
+def test_flags_that_cannot_work(tmp_path, monkeypatch, capsys, flags, words):
+    monkeypatch.chdir(tmp_path)
+    Path("p.txt").write_text("a red circle")
+    if words is None:
+        return run(*flags, "--num_inference_steps", 2, "--output_dir", "out")                       # the default, given
+    assert words in refused(capsys, *flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["p.txt"]
