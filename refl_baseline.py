@@ -97,8 +97,8 @@ def load_decoder(model, channels):
 
 def load_reward_and_decoder(config, policy, runtime):
     """The frozen reward of pixels that train_align.py's flags name, and the decoder that makes the pixels."""
-    folder = config.reward or f"{config.model}/reward_rgb_{config.frames}"
-    return (load_pixel_reward(folder, config.frames, policy.config["text_dim"]).to(runtime.device),
+    config.reward = config.reward or f"{config.model}/reward_rgb_{config.frames}"
+    return (load_pixel_reward(config.reward, config.frames, policy.config["text_dim"]).to(runtime.device),
             load_decoder(config.model, policy.config["out_dim"]).to(runtime.device))
 
 
