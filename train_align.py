@@ -45,7 +45,7 @@ METHODS = ("prfl", "refl", "sft", "rwr")
 
 
 @dataclass
-class Config(parallel.Flags):
+class Config(validation.Flags, lora.Flags, parallel.Flags):
     method: str = arg("prfl", "what to train with", choices=METHODS)
     task: str | None = arg(None, "which shipped generator, without --model: t2v, or i2v (image-to-video)", choices=TASKS)
     model: str | None = arg(None, "another generator: a folder with transformer/ (and text_encoder/, vae/ "
@@ -86,23 +86,7 @@ class Config(parallel.Flags):
     max_grad_norm: float = arg(1.0, "each update's gradient is clipped to this norm", above=0)
     mixed_precision: str = arg("bf16", "autocast dtype; weights, optimizer and rollout state are fp32",
                                choices=("no", "bf16"))
-    lora_rank: int = arg(0, "train adapters of this rank (such as 16) beside the frozen q, k, v, o of each attention, "
-                         "often at 10 times the learning rate; 0 trains every weight", at_least=0)
-    lora_alpha: float | None = arg(None, "adapters are scaled by lora_alpha / lora_rank; without, by 1", above=0, only="lora_rank")
-    lora: str | None = arg(None, "LoRA file whose adapters the training goes on from")
-    export: str = arg("merged", "of LoRA: whole weights and adapters, or adapters alone (lora)", choices=("merged", "lora"))
     checkpointing_steps: int = arg(40, "iterations between checkpoints", above=0)
-    keep: int = arg(2, "checkpoints that stay, the newest, beside best/", above=0)
-    validation_steps: int = arg(40, "iterations between validations", above=0, only="!num_validation 0")
-    num_validation: int | None = arg(None, "held-out prompts whose samples are watched, 0: none; without, 128 of the embedded "
-                                     "world, or 8 clips of --data, a fifth at most, which are not trained on", at_least=0)
-    validation_prompts: str | None = arg(None, "file of other prompts to watch (.txt, .jsonl, .csv)",
-                                         only="data, !num_validation 0")
-    guidance_scale: float | None = arg(None, "of the samples that are watched; without, the model's own", at_least=0,
-                                       only="!num_validation 0")
-    judge: str | None = arg(None, "second reward model, which is only watched: its opinion chooses best/", only="!num_validation 0")
-    patience: int | None = arg(None, "stop after so many validations without gain of the judge, or the annotator", above=0,
-                               only="!num_validation 0")
     resume_from_checkpoint: str | None = arg(None, "'latest' or a checkpoint folder", alias="resume")
     seed: int = arg(0, "seed of order, t, noise and steps", at_least=0)
 

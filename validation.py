@@ -11,6 +11,7 @@ Axes: b batch, m held-out videos, c channels, f frames, h height, w width, F H W
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from tqdm import tqdm
 import common
 import data
 import flow
-from common import InputError, noise, uniform
+from common import InputError, arg, noise, uniform
 from flow import add_noise
 from formats import codec, runs
 from formats.prompts import read_prompts
@@ -80,6 +81,22 @@ def dynamic_degree(fastest, real):
 
 
 # ---- samples of held-out prompts
+@dataclass
+class Flags:
+    """What train_align.py takes for what is watched, and for what stays of it."""
+    keep: int = arg(2, "checkpoints that stay, the newest, beside best/", above=0)
+    validation_steps: int = arg(40, "iterations between validations", above=0, only="!num_validation 0")
+    num_validation: int | None = arg(None, "held-out prompts whose samples are watched, 0: none; without, 128 of the embedded "
+                                     "world, or 8 clips of --data, a fifth at most, which are not trained on", at_least=0)
+    validation_prompts: str | None = arg(None, "file of other prompts to watch (.txt, .jsonl, .csv)",
+                                         only="data, !num_validation 0")
+    guidance_scale: float | None = arg(None, "of the samples that are watched; without, the model's own", at_least=0,
+                                       only="!num_validation 0")
+    judge: str | None = arg(None, "second reward model, which is only watched: its opinion chooses best/", only="!num_validation 0")
+    patience: int | None = arg(None, "stop after so many validations without gain of the judge, or the annotator", above=0,
+                               only="!num_validation 0")
+
+
 def check_flags(config):
     """Raises InputError for flags of train_align.py about what is watched and kept that cannot work."""
     if config.patience and config.data and not config.judge:

@@ -6,15 +6,26 @@ weights again.
 
 Axes: d model width, r rank.
 """
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import InputError, generator
+from common import InputError, arg, generator
 from formats.adapters import FILE, read_adapters, write_adapters
 from model import export_transformer
+
+
+@dataclass
+class Flags:
+    """What train_align.py takes for adapters."""
+    lora_rank: int = arg(0, "train adapters of this rank (such as 16) beside the frozen q, k, v, o of each attention, "
+                         "often at 10 times the learning rate; 0 trains every weight", at_least=0)
+    lora_alpha: float | None = arg(None, "adapters are scaled by lora_alpha / lora_rank; without, by 1", above=0, only="lora_rank")
+    lora: str | None = arg(None, "LoRA file whose adapters the training goes on from")
+    export: str = arg("merged", "of LoRA: whole weights and adapters, or adapters alone (lora)", choices=("merged", "lora"))
 
 
 class LoRALinear(nn.Module):
