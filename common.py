@@ -27,10 +27,10 @@ def rank():
 
 
 # ---- command line
-def arg(default, help, *, choices=None, above=None, at_least=None, at_most=None, alias=None,
-        positional=False):
+def arg(default, help, *, choices=None, above=None, at_least=None, at_most=None, alias=None, positional=False, only=""):
     """A dataclass field that is also a flag: int, float, str, bool, or Optional[X] or tuple[X, ...] of these.
-    default=... (Ellipsis) makes it required; above, at_least, at_most bound every value."""
+    default=... (Ellipsis) makes it required; above, at_least, at_most bound every value. only: where it does
+    anything, such as "method prfl refl, !data or keep": --method is one of two and --data not given, or --keep is. Elsewhere it is refused."""
     rule = {k: v for k, v in locals().items() if k != "default"}
     return dataclasses.field(default=dataclasses.MISSING if default is ... else default, metadata=rule)
 
@@ -42,44 +42,71 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(Config, doc, argv=None, prog=None):
     """-> Config from the command line. Raises InputError naming the flag; --help prints doc and flags."""
-    style, hints = argparse.RawDescriptionHelpFormatter, typing.get_type_hints(Config)
-    parser = _Parser(prog, description=doc, allow_abbrev=False, formatter_class=style)
-    for f in sorted(dataclasses.fields(Config), key=lambda f: f.name not in Config.__annotations__):  # its own come first
-        rule, hint, required = f.metadata, hints[f.name], f.default is dataclasses.MISSING
-        kind = next((a for a in typing.get_args(hint) if a is not type(None)), hint)  # Optional[int] -> int
-        how = dict(type=kind, choices=rule["choices"])
-        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else how
-        how |= dict(nargs="*" if rule["positional"] and not required else "+") if typing.get_origin(hint) is tuple else {}
-        how |= {} if rule["positional"] else dict(required=required, default=None if required else f.default)
-        text = rule["help"].replace("%", "%%") + (" (default: %(default)s)" if not required else "")
-        names = [f.name] if rule["positional"] else [f"--{name}" for name in (f.name, rule["alias"]) if name]
-        parser.add_argument(*names, help=text, **how)
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
-    for f in dataclasses.fields(Config):
-        rules = ("above", operator.gt), ("at_least", operator.ge), ("at_most", operator.le)
-        bounds = [(name.replace('_', ' '), f.metadata[name], holds) for name, holds in rules]
-        for v in values[f.name] if isinstance(values[f.name], tuple) else [values[f.name]]:
-            broken = [f" {word} {x}" for word, x, holds in bounds if None not in (v, x) and not holds(v, x)]
-            if broken or isinstance(v, float) and not math.isfinite(v):
-                raise InputError(f"--{f.name} must be a finite number{''.join(broken)}, got {v}")
-    return Config(**values)
+    parser = _Parser(prog, description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    hints, fields = typing.get_type_hints(Config), dataclasses.fields(Config)
+    for field in sorted(fields, key=lambda field: field.name not in Config.__annotations__):     # its own come first
+        _add_flag(parser, field, hints[field.name])
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(parser.parse_args(argv)).items()}
+    config = Config(**given)
+    for field in fields:
+        _check_bounds(field, getattr(config, field.name))
+        if field.name in given and (unmet := _unmet(config, field.metadata["only"])):
+            raise InputError(f"--{field.name} means nothing {unmet}: leave it out")
+    return config
+
+
+def _add_flag(parser, field, hint):
+    rule, required = field.metadata, field.default is dataclasses.MISSING
+    kind = (*typing.get_args(hint), hint)[0]                # X | None and tuple[X, ...] -> X
+    notes = [f"only: {rule['only'].replace('!', 'no ')}"] * bool(rule["only"]) + [f"default: {field.default}"] * (not required)
+    how = {"help": (rule["help"] + (f" ({'; '.join(notes)})" if notes else "")).replace("%", "%%")}
+    how |= {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "choices": rule["choices"]}
+    how |= {"nargs": "*" if rule["positional"] and not required else "+"} if typing.get_origin(hint) is tuple else {}
+    if not rule["positional"]:
+        how |= {"required": required, "default": argparse.SUPPRESS}     # what is not given is left to Config
+    names = [field.name] if rule["positional"] else [f"--{name}" for name in (field.name, rule["alias"]) if name]
+    parser.add_argument(*names, **how)
+
+
+def _check_bounds(field, value):
+    tests = ("above", operator.gt), ("at_least", operator.ge), ("at_most", operator.le)
+    bounds = [(name.replace("_", " "), field.metadata[name], holds) for name, holds in tests if field.metadata[name] is not None]
+    for v in value if isinstance(value, tuple) else (value,):
+        broken = [f" {words} {bound}" for words, bound, holds in bounds if v is not None and not holds(v, bound)]
+        if broken or isinstance(v, float) and not math.isfinite(v):
+            raise InputError(f"--{field.name} must be a finite number{''.join(broken)}, got {v}")
+
+
+def _unmet(config, only):
+    """Why a flag of this rule (see arg) does nothing here; "" if it does something."""
+    reasons = []
+    for alternative in filter(None, only.split(" or ")):
+        broken = []
+        for flag, *values in (condition.split() for condition in alternative.split(", ")):
+            value = getattr(config, flag.lstrip("!"))
+            if (str(value) in values if values else bool(value)) == flag.startswith("!"):
+                broken += [f"without --{flag}" if value is None or value is False else f"with --{flag.lstrip('!')} {value}"]
+        if not broken:
+            return ""
+        reasons += [reason for reason in broken[:1] if reason not in reasons]
+    return " and ".join(reasons)
 
 
 def refuse(config, names, why):
     """Raises InputError for a flag of `names` that was given (is not its default) where it would be ignored."""
-    for f in dataclasses.fields(config):
-        if f.name in names and getattr(config, f.name) != f.default:
-            raise InputError(f"--{f.name} means nothing {why}: leave it out")
+    for field in dataclasses.fields(config):
+        if field.name in names and getattr(config, field.name) != field.default:
+            raise InputError(f"--{field.name} means nothing {why}: leave it out")
 
 
 def cli(main, Config, doc, argv=None, prog=None):
-    """main(Config from the command line), expected failures as one line on stderr. Exit code 2: unusable
-    input, 1: non-finite numbers or out of memory, 130: interrupted. Other exceptions are bugs: traceback."""
+    """main(Config from the command line), expected failures as one line on stderr. Exit code 2: unusable input,
+    1: the disk, non-finite numbers or out of memory, 130: interrupted. Other exceptions are bugs: traceback."""
     try:
         return main(parse(Config, doc, argv, prog))
     except (InputError, PermissionError, FileExistsError, NotADirectoryError) as e:
         code, message = 2, str(e)
-    except (FloatingPointError, torch.OutOfMemoryError) as e:
+    except (OSError, FloatingPointError, torch.OutOfMemoryError) as e:
         code, message = 1, str(e)
     except KeyboardInterrupt:
         code, message = 130, "interrupted"

@@ -50,31 +50,34 @@ class Config(parallel.Flags):
     task: str | None = arg(None, "which shipped generator, without --model: t2v, or i2v (image-to-video)", choices=TASKS)
     model: str | None = arg(None, "another generator: a folder with transformer/ (and text_encoder/, vae/ "
                             "for the embedded world)")
-    reward: str | None = arg(None, "folder of the reward model; without, <model>/reward; refl: /reward_rgb_<frames>")
+    reward: str | None = arg(None, "reward model; without, <model>/reward; refl: /reward_rgb_<frames>", only="method prfl refl rwr")
     data: str | None = arg(None, "curated shards from `data.py encode`; without, clean clips of the embedded world")
     output_dir: str = arg("runs/align", "run folder")
-    size: str = arg("tiny", "size of the embedded world (without --data)", choices=tuple(scene.SIZES))
-    num_curated: int = arg(1024, "curated clips to render (without --data)", above=0)
-    curated_dir: str | None = arg(None, "where curated clips are kept, or found; without, <output_dir>/curated")
-    num_samples: int = arg(2048, "own samples that rwr weights", above=0)
-    num_inference_steps: int | None = arg(None, "N, Euler steps of a rollout; without, 16, Wan-sized: the paper's 40", above=0)
-    shift: float | None = arg(None, "warps times towards noise; without, 1 (uniform), Wan2.1: 3, from 720P on 5", above=0)
-    reward_weight: float = arg(1.0, "lambda of Alg. 1; Adam and clipping make its size matter little", above=0)
-    recipe: str = arg("paper", "prfl and refl: the paper's Alg. 1 to the letter, or steady, which needs no stopping in time: "
-                      "sets the three flags below where they are not given", choices=tuple(prfl.RECIPES))
+    size: str = arg("tiny", "size of the embedded world", choices=tuple(scene.SIZES), only="!data")
+    num_curated: int = arg(1024, "curated clips to render", above=0, only="!data")
+    curated_dir: str | None = arg(None, "where curated clips are kept, or found; without, <output_dir>/curated", only="!data")
+    num_samples: int = arg(2048, "own samples that are weighted", above=0, only="method rwr")
+    num_inference_steps: int | None = arg(None, "N, Euler steps of a rollout; without, 16, Wan-sized: the paper's 40", above=0,
+                                          only="method prfl refl rwr or !num_validation 0")
+    shift: float | None = arg(None, "warps times towards noise; without, 1 (uniform), Wan2.1: 3, from 720P on 5", above=0,
+                              only="method prfl refl rwr or !num_validation 0")
+    reward_weight: float = arg(1.0, "lambda of Alg. 1; Adam and clipping leave it little effect", above=0, only="method prfl refl")
+    recipe: str = arg("paper", "the paper's Alg. 1 to the letter, or steady, which needs no stopping in time: "
+                      "sets the three flags below where they are not given", choices=tuple(prfl.RECIPES), only="method prfl refl")
     rewarded_step: str | None = arg(None, "one random step for the whole batch (Alg. 1), or one for each video, spread "
-                                    "evenly over the trajectory", choices=("per_batch", "per_video"))
+                                    "evenly over the trajectory", choices=("per_batch", "per_video"), only="method prfl refl")
     rollout_passes: int | None = arg(None, "most Euler steps of the rollout without gradients, each a longer one; 0: every "
-                                     "step (Alg. 1)", at_least=0)
+                                     "step (Alg. 1)", at_least=0, only="method prfl refl")
     reward_loss: str | None = arg(None, "-lambda r (linear, Alg. 1), -log sigmoid(r), or the released code's",
-                                  choices=tuple(prfl.REWARD_LOSSES))
+                                  choices=tuple(prfl.REWARD_LOSSES), only="method prfl refl")
     trajectory_part: str | None = arg(None, "steps that can be rewarded (Table 3); without, full, and late for refl",
-                                      choices=tuple(prfl.PARTS))
-    grad_steps: int = arg(1, "prfl: steps with gradients before the reward; 1 is Alg. 1", above=0)
-    frames: str = arg("first", "refl: what is decoded and judged", choices=refl_baseline.FRAMES)
-    decoder_checkpointing: bool = arg(False, "refl: decode video by video, long ones in chunks, twice")
-    sft_updates: bool = arg(True, "prfl's and refl's SFT update, which keeps the reward from being hacked (Alg. 1)")
-    context_dropout: float = arg(0.0, "share of SFT's prompts that become empty: keeps guidance usable", at_least=0, at_most=1)
+                                      choices=tuple(prfl.PARTS), only="method prfl refl")
+    grad_steps: int = arg(1, "steps with gradients before the reward; 1 is Alg. 1", above=0, only="method prfl")
+    frames: str = arg("first", "what is decoded and judged", choices=refl_baseline.FRAMES, only="method refl")
+    decoder_checkpointing: bool = arg(False, "decode video by video, long ones in chunks, twice", only="method refl")
+    sft_updates: bool = arg(True, "the SFT update that keeps the reward from being hacked (Alg. 1)", only="method prfl refl")
+    context_dropout: float = arg(0.0, "share of SFT's prompts that become empty: keeps guidance usable", at_least=0, at_most=1,
+                                 only="method sft or method prfl refl, sft_updates")
     learning_rate: float | None = arg(None, "AdamW's; without, 1e-4 (results/table1.md), Wan-sized: the paper's 5e-6", above=0)
     weight_decay: float = arg(0.0, "AdamW's", at_least=0)
     max_train_steps: int | None = arg(None, "iterations, of prfl and refl two updates; without, 120, Wan-sized: 800", above=0)
@@ -85,26 +88,27 @@ class Config(parallel.Flags):
                                choices=("no", "bf16"))
     lora_rank: int = arg(0, "train adapters of this rank (such as 16) beside the frozen q, k, v, o of each attention, "
                          "often at 10 times the learning rate; 0 trains every weight", at_least=0)
-    lora_alpha: float | None = arg(None, "adapters are scaled by lora_alpha / lora_rank; without, by 1", above=0)
+    lora_alpha: float | None = arg(None, "adapters are scaled by lora_alpha / lora_rank; without, by 1", above=0, only="lora_rank")
     lora: str | None = arg(None, "LoRA file whose adapters the training goes on from")
     export: str = arg("merged", "of LoRA: whole weights and adapters, or adapters alone (lora)", choices=("merged", "lora"))
     checkpointing_steps: int = arg(40, "iterations between checkpoints", above=0)
     keep: int = arg(2, "checkpoints that stay, the newest, beside best/", above=0)
-    validation_steps: int = arg(40, "iterations between validations", above=0)
+    validation_steps: int = arg(40, "iterations between validations", above=0, only="!num_validation 0")
     num_validation: int | None = arg(None, "held-out prompts whose samples are watched, 0: none; without, 128 of the embedded "
                                      "world, or 8 clips of --data, a fifth at most, which are not trained on", at_least=0)
-    validation_prompts: str | None = arg(None, "with --data: file of other prompts to watch (.txt, .jsonl, .csv)")
-    guidance_scale: float | None = arg(None, "of the samples that are watched; without, the model's own", at_least=0)
-    judge: str | None = arg(None, "second reward model, which is only watched: its opinion chooses best/")
-    patience: int | None = arg(None, "stop after so many validations without gain of the judge, or the annotator", above=0)
+    validation_prompts: str | None = arg(None, "file of other prompts to watch (.txt, .jsonl, .csv)",
+                                         only="data, !num_validation 0")
+    guidance_scale: float | None = arg(None, "of the samples that are watched; without, the model's own", at_least=0,
+                                       only="!num_validation 0")
+    judge: str | None = arg(None, "second reward model, which is only watched: its opinion chooses best/", only="!num_validation 0")
+    patience: int | None = arg(None, "stop after so many validations without gain of the judge, or the annotator", above=0,
+                               only="!num_validation 0")
     resume_from_checkpoint: str | None = arg(None, "'latest' or a checkpoint folder", alias="resume")
     seed: int = arg(0, "seed of order, t, noise and steps", at_least=0)
 
 
 def check_flags(config):
-    """Fills in what the recipe says. Raises InputError for flags that would be ignored or cannot work."""
-    unused = ("grad_steps",) if config.method == "refl" else ("frames", "decoder_checkpointing")
-    common.refuse(config, unused, f"with --method {config.method}")
+    """Fills in what the recipe says. Raises InputError for flags that cannot work together."""
     fill_in(config, prfl.RECIPES[config.recipe] | training(transformer_folder(resolve_model(config))[1], "align"))
     config.trajectory_part = config.trajectory_part or ("late" if config.method == "refl" else "full")
     prfl.steps_of(config.trajectory_part, config.num_inference_steps)
@@ -122,7 +126,8 @@ def load_policy(config, runtime):
 
 def load_latent_reward(config, policy, runtime):
     """The frozen PAVRM that prfl climbs and rwr weighs by."""
-    pavrm = load_pavrm(config.reward or f"{config.model}/reward", policy)
+    config.reward = config.reward or f"{config.model}/reward"
+    pavrm = load_pavrm(config.reward, policy)
     parallel.shard(pavrm, runtime, config.parallel)
     pavrm.trunk.gradient_checkpointing = config.gradient_checkpointing
     return pavrm
@@ -150,8 +155,7 @@ def main(config):
         pixel_reward, vae = refl_baseline.load_reward_and_decoder(config, policy, runtime)
     elif config.method in ("prfl", "rwr"):
         pavrm = load_latent_reward(config, policy, runtime)
-    resume = config.resume_from_checkpoint and runs.resolve_checkpoint(config.output_dir, config.resume_from_checkpoint)
-    state = runs.load_state(resume) if resume else {"step": 0}
+    resume, state = runs.open_checkpoint(config)
     shards, curated, held = load_curated(config, policy, runtime)
     accumulation = config.gradient_accumulation_steps
     global_batch = config.batch_size * runtime.world_size // config.sequence_parallel * accumulation
@@ -174,8 +178,7 @@ def main(config):
                                   weight_decay=config.weight_decay)
     if resume:
         parallel.load_state(resume, state, policy, optimizer)
-    runs.start_run(config, state["step"] if resume else None)
-    log = runs.MetricsLog(config.output_dir, state["step"] if resume else None)
+    log = runs.start_run(config, state["step"] if resume else None, shards)
 
     # ---- the losses: each of (iteration, places in the global batch) -> loss, {what is logged beside it}
     def sft_loss(iteration, indices, x0, context, weight=None, **image):

@@ -26,7 +26,7 @@ import common
 import data
 import flow
 import refl_baseline
-from common import arg
+from common import InputError, arg
 from formats import runs
 from formats.codec import fill_in, training
 from formats.labels import BAD
@@ -44,25 +44,27 @@ class Config(parallel.Flags):
     model: str | None = arg(None, "another generator: a folder with transformer/ (and text_encoder/, vae/ "
                             "when it makes the samples)")
     space: str = arg("latent", "noisy latents are judged (PAVRM), or pixels (RGB ReFL)", choices=("latent", "rgb"))
-    frames: str = arg("first", "rgb: the first frame alone, or all", choices=refl_baseline.FRAMES)
+    frames: str = arg("first", "the first frame alone, or all", choices=refl_baseline.FRAMES, only="space rgb")
     data: str | None = arg(None, "labelled shards from `data.py encode`; without, the generator's own samples")
-    labels: str | None = arg(None, "with --data: a labels.jsonl in place of the one beside the clips")
-    bad: str = arg("both", "with --data: bad is unqualified on both axes (A.2.3), or on any", choices=BAD)
+    labels: str | None = arg(None, "a labels.jsonl in place of the one beside the clips", only="data")
+    bad: str = arg("both", "bad is unqualified on both axes (A.2.3), or on any", choices=BAD, only="data")
     output_dir: str = arg("runs/reward", "run folder")
-    size: str = arg("tiny", "size of the embedded world (without --data)", choices=tuple(scene.SIZES))
-    num_samples: int = arg(16384, "own samples to make and label (without --data)", above=0)
-    samples_dir: str | None = arg(None, "where own samples are kept, or found; without, <output_dir>/samples")
-    num_inference_steps: int = arg(16, "Euler steps of each own sample", above=0)
-    shift: float = arg(1.0, "warps the times of own samples towards noise; 1: uniform", above=0)
+    size: str = arg("tiny", "size of the embedded world", choices=tuple(scene.SIZES), only="!data")
+    num_samples: int = arg(16384, "own samples to make and label", above=0, only="!data")
+    samples_dir: str | None = arg(None, "where own samples are kept, or found; without, <output_dir>/samples", only="!data")
+    num_inference_steps: int = arg(16, "Euler steps of each own sample", above=0, only="!data")
+    shift: float = arg(1.0, "warps the times of own samples towards noise; 1: uniform", above=0, only="!data")
     fold: str | None = arg(None, "i/n: the i-th of n parts of the labelled videos alone, as for a judge beside the reward model")
     holdout: int = arg(400, "labelled videos kept for the report", above=0)
     depth: int = arg(8, "K, blocks of the generator in the trunk (Table 8); the paper has 8 of 40, the shipped model 8 in all",
-                     above=0)
-    pooling: str = arg("query_attention", "how tokens become one vector (Eq. 5, Table 5)", choices=tuple(POOLINGS))
+                     above=0, only="space latent")
+    pooling: str = arg("query_attention", "how tokens become one vector (Eq. 5, Table 5)", choices=tuple(POOLINGS),
+                       only="space latent")
     loss: str = arg("bce", "Eq. 6, or Bradley-Terry on the batch's pairs (Table 7)", choices=tuple(CRITERIA))
-    fixed_t: float | None = arg(None, "train at this one t in place of t ~ U(0, 1) (Fig. 3c)", at_least=0, at_most=1)
+    fixed_t: float | None = arg(None, "train at this t, not at U(0, 1) (Fig. 3c)", at_least=0, at_most=1, only="space latent")
     learning_rate: float | None = arg(None, "AdamW's for query and head, falling to 0; without, 2e-3, Wan-sized: 1e-5", above=0)
-    trunk_learning_rate: float | None = arg(None, "of the trunk's blocks; without, 1e-3, Wan-sized: 1e-6; 0: frozen", at_least=0)
+    trunk_learning_rate: float | None = arg(None, "of the trunk's blocks; without, 1e-3, Wan-sized: 1e-6; 0: frozen", at_least=0,
+                                            only="space latent")
     weight_decay: float = arg(0.01, "AdamW's", at_least=0)
     max_train_steps: int = arg(1600, "optimizer steps", above=0)
     batch_size: int | None = arg(None, "videos per step and rank, or group of ranks; without, 64, Wan-sized: 2", above=0)
@@ -75,15 +77,16 @@ class Config(parallel.Flags):
 
 
 def main(config):
-    pavrm_only = ("depth", "pooling", "fixed_t", "trunk_learning_rate", "gradient_checkpointing", "sequence_parallel")
-    common.refuse(config, ("frames",) if config.space == "latent" else pavrm_only, f"with --space {config.space}")
-    common.refuse(config, () if config.data else ("labels", "bad"), "without --data")
+    shared = ("gradient_checkpointing", "parallel", "sequence_parallel")
+    common.refuse(config, shared if config.space == "rgb" else (), "with --space rgb")
+    common.refuse(config, shared[:1] if config.trunk_learning_rate == 0 else (), "with --trunk_learning_rate 0")
+    if config.loss == "bt" and config.batch_size == 1:
+        raise InputError("--loss bt compares the good and the bad of a batch: it needs --batch_size 2 or more")
     runtime = common.setup(config.mixed_precision, config.seed, config.sequence_parallel)
     parallel.check(config.parallel, config.sequence_parallel)
     dit = load_transformer(resolve_model(config)).eval().requires_grad_(False)
     fill_in(config, training(dit.config, "reward"))
-    resume = config.resume_from_checkpoint and runs.resolve_checkpoint(config.output_dir, config.resume_from_checkpoint)
-    state = runs.load_state(resume) if resume else {"step": 0}
+    resume, state = runs.open_checkpoint(config)
     shards = data.Shards(config.data).relabel(config.labels, config.bad) if config.data else clips.own_samples(
         config.samples_dir or Path(config.output_dir) / "samples", dit.to(runtime.device), config.model,
         config.num_samples, config.num_inference_steps, config.size, config.seed, runtime, config.shift)
@@ -113,8 +116,7 @@ def main(config):
     params = [p for p in reward.parameters() if p.requires_grad]
     if resume:
         parallel.load_state(resume, state, reward, optimizer)
-    runs.start_run(config, state["step"] if resume else None)
-    log = runs.MetricsLog(config.output_dir, state["step"] if resume else None)
+    log = runs.start_run(config, state["step"] if resume else None, shards)
     global_batch = config.batch_size * runtime.world_size // config.sequence_parallel
     bar = common.progress(config.max_train_steps, "reward model", initial=state["step"])
     measure = make_reward_report(reward_fn, shards.batch(held), dit.config, config, runtime)

@@ -81,11 +81,7 @@ def dynamic_degree(fastest, real):
 
 # ---- samples of held-out prompts
 def check_flags(config):
-    """Raises InputError for flags of train_align.py about what is watched and kept that would be ignored or cannot work."""
-    if not config.data:
-        common.refuse(config, ("validation_prompts",), "without --data")
-    if config.num_validation == 0:
-        common.refuse(config, ("validation_prompts", "judge", "patience", "guidance_scale"), "with --num_validation 0")
+    """Raises InputError for flags of train_align.py about what is watched and kept that cannot work."""
     if config.patience and config.data and not config.judge:
         raise InputError("--patience needs an opinion of the samples: name a second reward model with --judge")
     if config.export == "lora" and not (config.lora or config.lora_rank):

@@ -7,6 +7,8 @@
         samples/  best/  transformer/   what the script makes of it
 """
 import dataclasses
+import errno
+import hashlib
 import json
 import math
 import os
@@ -16,9 +18,20 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from common import InputError, rank
+from formats import lock
 from formats.video import read_clip
+from formats.weights import WeightFiles, read_config, transformer_folder
+
+# What a run that goes on may do otherwise than before; it is told. Every other flag makes it another run.
+MAY_CHANGE = {"max_train_steps", "learning_rate", "trunk_learning_rate", "weight_decay", "batch_size",
+              "gradient_accumulation_steps", "max_grad_norm", "mixed_precision", "gradient_checkpointing",
+              "decoder_checkpointing", "parallel", "sequence_parallel", "checkpointing_steps", "keep", "export",
+              "validation_steps", "validation_prompts", "guidance_scale", "judge", "patience"}
+BY_CONTENT = {"model", "reward", "data", "labels", "samples_dir", "curated_dir"}    # may move: `made_from` knows what they hold
+NEVER_THE_SAME = {"output_dir", "resume_from_checkpoint"}
 
 
 def write_json(path, value):
@@ -34,46 +47,150 @@ def list_checkpoints(output_dir):
     return sorted({int(name[1]): path for name, path in names if name}.items())
 
 
-def start_run(config, resume_step=None):
-    """Rank 0: creates config.output_dir and its args.json. Checkpoints past resume_step (None: all) are of an
-    earlier run; they are renamed to earlier-<time>-checkpoint-<step>, so that `latest` never means them."""
+# ---- the same run, or another
+def fingerprint(source):
+    """16 hex digits of what is in a folder of weights, or in data.Shards, wherever that lies: the config, names, shapes and
+    some of the bytes of every weight; the prompt, label and some of the latent of every clip."""
+    digest = hashlib.blake2b(digest_size=8)
+    if isinstance(source, (str, Path)):
+        folder = transformer_folder(source)[0] if (Path(source) / "transformer").is_dir() else Path(source)
+        weights = WeightFiles(folder)
+        digest.update(json.dumps(read_config(folder), sort_keys=True).encode())
+        for name in sorted(weights.handle):
+            row = weights.handle[name].get_slice(name)
+            digest.update(repr((name, row.get_shape(), row[:1].flatten()[:64].tolist())).encode())
+    else:
+        digest.update(repr((source.shapes, [row["prompt"] for row in source.rows], source.labels.tolist())).encode())
+        for path in dict.fromkeys(path for path, _ in source.where):
+            mine = [place for shard, place in source.where if shard == path]
+            with safe_open(path, "pt") as file:
+                digest.update(repr(file.get_slice("latents")[:, 0, 0, 0][mine].tolist()).encode())
+    return digest.hexdigest()
+
+
+def contents(config, shards):
+    """{"model", "reward", "data": fingerprint} of what a run learns from."""
+    sources = {name: getattr(config, name, None) for name in ("model", "reward")} | {"data": shards}
+    return {name: fingerprint(source) for name, source in sources.items() if source}
+
+
+def changes(path, config, made_from=None):
+    """What config does otherwise than the run of checkpoint folder `path`: ([(flag, there, now)] that make it another run,
+    [...] that may change). made_from: its `contents`; without, what is not given (None) may still be filled in, and is
+    not compared."""
+    saved, now = read_args(path), json.loads(json.dumps(dataclasses.asdict(config)))
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}        # of flags younger than the run
+    if foreign := sorted(saved.keys() - now.keys() - {"made_from"}):
+        raise InputError(f"{path}: not a checkpoint of this script: its args.json has --{foreign[0]}")
+    there = {name: saved.get(name, defaults[name]) for name in now.keys() - NEVER_THE_SAME}
+    differ = [(name, there[name], now[name]) for name in sorted(there) if there[name] != now[name]]
+    if made_from is None:
+        differ = [row for row in differ if row[2] is not None and row[0] not in BY_CONTENT]
+    elif known := saved.get("made_from"):                       # an old run knows its paths only
+        differ = [row for row in differ if row[0] not in BY_CONTENT]
+        differ += [(f"{name}, what it holds:", known.get(name), x) for name, x in made_from.items() if known.get(name) != x]
+    return [row for row in differ if row[0] not in MAY_CHANGE], [row for row in differ if row[0] in MAY_CHANGE]
+
+
+def read_args(path):
+    """The flags in a run's or a checkpoint's args.json. Raises InputError."""
+    try:
+        saved = json.loads((Path(path) / "args.json").read_text())
+    except ValueError as e:
+        raise InputError(f"{path}/args.json is damaged ({e})") from None
+    if not isinstance(saved, dict) or not isinstance(saved.get("made_from", {}), dict):
+        raise InputError(f"{path}/args.json is damaged: it holds no flags")
+    return saved
+
+
+def refuse_another_run(path, differ):
+    if differ:
+        said = ", ".join(f"--{name} {there} (now {now})" for name, there, now in differ)
+        raise InputError(f"--resume_from_checkpoint {path}: that run has {said}: give it the same, or start afresh in another "
+                         "--output_dir")
+
+
+def open_checkpoint(config):
+    """-> (path, state) of the checkpoint that --resume_from_checkpoint names; (None, {"step": 0}) without. Raises InputError
+    if it is of another run, by the flags given, or past --max_train_steps."""
+    if not config.resume_from_checkpoint:
+        return None, {"step": 0}
+    path = resolve_checkpoint(config.output_dir, config.resume_from_checkpoint)
+    refuse_another_run(path, changes(path, config)[0])
+    state = load_state(path)
+    if state["step"] > config.max_train_steps:
+        raise InputError(f"--max_train_steps {config.max_train_steps}: {path} has made {state['step']} steps already")
+    return path, state
+
+
+def start_run(config, resume_step=None, shards=None):
+    """Rank 0 becomes the one writer of config.output_dir and writes its args.json -> MetricsLog, which keeps the lock.
+
+    Checkpoints past resume_step (None: all) are of an earlier run; they are renamed to earlier-<time>-checkpoint-<step>, so
+    that `latest` never means them. A run that goes on is compared with its checkpoint: InputError if it is another, a line
+    for what it does otherwise. shards: what it learns from.
+    """
+    held, folder = None, Path(config.output_dir)
     if rank() == 0:
-        folder = Path(config.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        made_from = contents(config, shards)
+        if resume_step is not None:
+            path = resolve_checkpoint(folder, config.resume_from_checkpoint)
+            other, told = changes(path, config, made_from)
+            refuse_another_run(path, other)
+            print(f"goes on from {path}" + "".join(f"; --{name} {now} (was {there})" for name, there, now in told))
+        held = lock.hold(folder)
         for step, path in list_checkpoints(folder):
             if resume_step is None or step > resume_step:
                 path.rename(folder / f"earlier-{time.time_ns()}-{path.name}")
-        write_json(folder / "args.json", dataclasses.asdict(config))
+        write_json(folder / "args.json", dataclasses.asdict(config) | {"made_from": made_from})
+    return MetricsLog(folder, resume_step, held)
 
 
 def save_checkpoint(output_dir, step, folders, state, config, keep=None):
     """Rank 0: writes checkpoint-<step> (folders {name: function(path)}, train_state.pt, args.json) under a
-    temporary name, flushes, renames: a kill at any moment leaves the previous one usable. keep: n stay."""
+    temporary name, flushes, renames: a kill at any moment leaves the previous one usable. keep: n stay.
+    Raises OSError, which names the last whole checkpoint, if the disk is full, read-only or gone."""
     final = Path(output_dir) / f"checkpoint-{step:06d}"
     temporary, old = Path(f"{final}.tmp"), Path(f"{final}.old")
     if rank() > 0:
         return final
-    for leftover in Path(output_dir).glob("checkpoint-*.tmp"):
-        shutil.rmtree(leftover)
-    temporary.mkdir(parents=True)
-    for name, write in folders.items():
-        (temporary / name).mkdir()
-        write(temporary / name)
-    torch.save({"step": step, **state}, temporary / "train_state.pt")
-    write_json(temporary / "args.json", dataclasses.asdict(config))
-    for path in [*temporary.rglob("*"), temporary]:  # on the disk before the name is
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    if final.exists():  # a folder cannot be replaced in one move
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(final, old)
-    os.rename(temporary, final)
+    try:
+        for leftover in Path(output_dir).glob("checkpoint-*.tmp"):
+            shutil.rmtree(leftover)
+        temporary.mkdir()
+        for name, write in folders.items():
+            (temporary / name).mkdir()
+            write(temporary / name)
+        save_state({"step": step, **state}, temporary / "train_state.pt")
+        run = read_args(output_dir) if (Path(output_dir) / "args.json").exists() else {}           # has `made_from`
+        write_json(temporary / "args.json", run | dataclasses.asdict(config))
+        for path in [*temporary.rglob("*"), temporary]:  # on the disk before the name is
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        if final.exists():  # a folder cannot be replaced in one move
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(final, old)
+        os.rename(temporary, final)
+    except OSError as e:
+        shutil.rmtree(temporary, ignore_errors=True)    # what it holds is needed by nobody; a full disk needs the room
+        whole = list_checkpoints(output_dir)
+        there = f"the last whole one is {whole[-1][1]}: --resume latest goes on from it" if whole else "there is none before it"
+        raise OSError(e.errno, f"{e.strerror}: checkpoint {final.name} could not be written; {there}", e.filename) from None
     shutil.rmtree(old, ignore_errors=True)
     whole = [path for _, path in list_checkpoints(output_dir)]
-    for path in whole[:len(whole) - keep] if keep else []:
+    for path in whole[:-keep] if keep else []:
         shutil.rmtree(path, ignore_errors=True)
     return final
+
+
+def save_state(state, path):
+    """torch.save, whose RuntimeError on a full disk names neither the file nor the cause, as an OSError that does."""
+    try:
+        with open(path, "wb") as file:
+            torch.save(state, file)
+    except RuntimeError as e:
+        raise OSError(errno.EIO, f"not written whole ({e})", str(path)) from None
 
 
 def resolve_checkpoint(output_dir, spec):
@@ -90,22 +207,35 @@ def resolve_checkpoint(output_dir, spec):
 def load_state(path):
     """-> the state given to save_checkpoint, plus `step`. Raises InputError if it is truncated."""
     try:
-        return torch.load(Path(path) / "train_state.pt", map_location="cpu", weights_only=True)
+        state = torch.load(Path(path) / "train_state.pt", map_location="cpu", weights_only=True)
+        state["step"] + 0
     except Exception as e:  # torch raises RuntimeError, EOFError, UnpicklingError, ... for one cause
         raise InputError(f"{path}/train_state.pt is truncated or damaged ({type(e).__name__})") from None
+    return state
+
+
+def read_metrics(path):
+    """[(step, line)] of the lines of a metrics.jsonl that are whole."""
+    found = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            found.append((int(json.loads(line)["step"]), line))
+        except (ValueError, TypeError, KeyError):
+            pass                                                # cut short by a kill, or by another hand
+    return found
 
 
 class MetricsLog:
     """metrics.jsonl, one flushed line a step (rank 0); TensorBoard events if that is installed. On resume,
-    lines past resume_step, or cut short by a kill, are dropped; None starts afresh."""
+    lines past resume_step, or that are damaged, are dropped; None starts afresh. held: a lock to keep."""
 
-    def __init__(self, output_dir, resume_step=None):
-        path, self.file, self.board = Path(output_dir) / "metrics.jsonl", None, None
+    def __init__(self, output_dir, resume_step=None, held=None):
+        path, self.file, self.board, self.held = Path(output_dir) / "metrics.jsonl", None, None, held
         if rank() == 0:
-            lines = path.read_text().splitlines(True) if resume_step is not None and path.exists() else []
-            lines = [x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= resume_step]
-            self.file = path.open("w", buffering=1)  # flushes each line
-            self.file.writelines(lines)
+            kept = [line for step, line in read_metrics(path) if resume_step is not None and step <= resume_step]
+            Path(f"{path}.tmp").write_text("".join(f"{line}\n" for line in kept))
+            os.replace(f"{path}.tmp", path)
+            self.file = path.open("a", buffering=1)             # flushes each line
             try:
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(str(output_dir), purge_step=(resume_step or 0) + 1)
@@ -113,7 +243,7 @@ class MetricsLog:
                 pass
 
     def log(self, step, **values):
-        """Numbers, scalar tensors or strings. Raises FloatingPointError if one is not finite."""
+        """Numbers, scalar tensors or strings. Raises FloatingPointError if one is not finite, OSError if the file is gone."""
         values = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
         for name, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
@@ -123,6 +253,8 @@ class MetricsLog:
         if self.board:
             self.board.flush()
         if self.file:
+            if not os.fstat(self.file.fileno()).st_nlink:       # the file, or the whole folder, was removed
+                raise FileNotFoundError(errno.ENOENT, f"was removed while step {step} was made", self.file.name)
             self.file.write(json.dumps({"step": step, **values}) + "\n")
 
     def videos(self, step, folder):

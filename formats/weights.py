@@ -4,8 +4,10 @@ Nothing here is needed to understand the method; `model.load_transformer` and `m
 is strict: what is missing, unexpected or of another shape is an InputError that lists it. Writing is whole or not at
 all: a temporary name, then a rename. Weights are read from safetensors only.
 """
+import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -19,17 +21,29 @@ TASKS = ("t2v", "i2v")
 SHIPPED = dict(zip(TASKS, (Path(__file__).parents[1] / "checkpoints", Path(__file__).parents[1] / "checkpoints/i2v")))
 
 
+def write_tensors(tensors, path, metadata=None):
+    """safetensors' save_file, whose error on a full disk does not name the file, as an OSError that does."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        code = int((re.search(r"os error (\d+)", str(error)) or [0, errno.EIO])[1])
+        raise OSError(code, os.strerror(code), str(path)) from None
+
+
 def write_folder(path, config, tensors):
     """config.json and one safetensors file, complete under a temporary name first, then renamed to `path`."""
     path = Path(path)
     new, old = path.with_name(f"{path.name}.tmp{os.getpid()}"), path.with_name(f"{path.name}.old{os.getpid()}")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-    (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, new / WEIGHTS, {"format": "pt"})
-    if path.exists():
-        path.rename(old)
-    new.rename(path)
+    try:
+        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_tensors({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, new / WEIGHTS, {"format": "pt"})
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)          # a failed one's; it is not there otherwise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -260,7 +260,7 @@ def test_image_to_video_resumes_bit_for_bit(folder, capsys, name):
     with pytest.raises(SystemExit) as stop:
         run(*command(folder, name, parts, "--resume", "latest"))                                    # a t2v --model
     stderr = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and "not a checkpoint of this" in stderr, stderr
+    assert stop.value.code == 2 and "that run has --task i2v (now t2v)" in stderr, stderr
 
 
 # ---- two ranks against one
@@ -327,13 +327,14 @@ KILLED = """
 import os, signal, sys, torch, common, train_align, train_reward
 save, count = torch.save, 0
 
-def save_or_die(state, path):
+def save_or_die(state, file):
     global count
     count += 1
     if count == 2:                                              # half way through the second checkpoint
-        open(path, "wb").write(b"PK")
+        file.write(b"PK")
+        file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
-    save(state, path)
+    save(state, file)
 
 torch.save = save_or_die
 script = sys.modules[sys.argv[1]]
@@ -411,7 +412,7 @@ BAD = [
     ("train_align", "--method refl --model {bad}/four_channels", "decodes latents of 16 channels, the generator makes 4"),
     ("train_align", "--method refl --grad_steps 2", "--grad_steps means nothing with --method refl: leave it out"),
     ("train_align", "--frames all", "--frames means nothing with --method prfl: leave it out"),
-    ("train_align", "--method sft --decoder_checkpointing", "--decoder_checkpointing means nothing with --method sft"),
+    ("train_align", "--method rwr --decoder_checkpointing", "--decoder_checkpointing means nothing with --method rwr"),
     ("train_align", "--data {bad}/absent", "bad/absent/shards.json is missing"),
     ("train_align", "--data {bad}/empty", "bad/empty/shards.json is missing"),
     ("train_align", "--data {bad}/cut_data", "shard-00000.safetensors: truncated or damaged"),
@@ -427,7 +428,7 @@ BAD = [
     ("train_align", "--resume {bad}/empty", "bad/empty: there is no"),
     ("train_align", "--resume {folder}/one-reward/checkpoint-000004", "checkpoint-000004: not a checkpoint of this"),
     ("train_reward", "--resume {folder}/one-sft/checkpoint-000004", "checkpoint-000004: not a checkpoint of this"),
-    ("train_reward", "--resume {folder}/one-reward --depth 1", "checkpoint-000005: not a checkpoint of this"),
+    ("train_reward", "--resume {folder}/one-reward --depth 1", "checkpoint-000005: that run has --depth 2 (now 1): give it the same"),
     ("train_reward", "--model {bad}/cut", f"cut/transformer/{WEIGHTS} is not a whole safetensors file"),
     ("train_reward", "--data {bad}/unlabelled", "no clip has a label: a reward model needs 0 and 1"),
     ("train_reward", "--labels {bad}/absent", "--labels {bad}/absent: there is no such file"),
@@ -438,7 +439,7 @@ BAD = [
     ("train_reward", "--depth 3", "--depth must be 1 to 2, the generator's blocks; got 3"),
     ("train_reward", "--space rgb", "--depth means nothing with --space rgb: leave it out"),
     ("train_reward", "--space latent --frames all", "--frames means nothing with --space latent: leave it out"),
-    ("train_reward", "--resume {folder}/one-reward_rgb/checkpoint-000004", "checkpoint-000004: not a checkpoint of this"),
+    ("train_reward", "--resume {folder}/one-reward_rgb/checkpoint-000004", "--space rgb (now latent)"),
     ("train_reward", "--space hsv", "--space: invalid choice: 'hsv'"),
     ("train_reward", "--pooling sum", "--pooling: invalid choice: 'sum'"),
     ("train_reward", "--fixed_t 1.5", "--fixed_t must be a finite number at most 1, got 1.5"),

@@ -125,11 +125,9 @@ def train(config, modules, optimizers, loss_fn, validate, folders):
     validate(averaged modules) -> metrics; folders: names of the modules that are also saved as weight folders."""
     params = [p for module in modules.values() for p in module.parameters()]
     averaged = {name: copy.deepcopy(module).requires_grad_(False) for name, module in modules.items()}
-    start, resume = 0, None
-    if config.resume_from_checkpoint:
-        resume = runs.resolve_checkpoint(config.output_dir, config.resume_from_checkpoint)
-        state = runs.load_state(resume)
-        start = state["step"]
+    resume, state = runs.open_checkpoint(config)
+    start = state["step"]
+    if resume:
         try:
             for name in modules:
                 modules[name].load_state_dict(state["modules"][name])
@@ -138,8 +136,7 @@ def train(config, modules, optimizers, loss_fn, validate, folders):
                 optimizer.load_state_dict(saved)
         except (KeyError, ValueError, RuntimeError):
             raise InputError(f"--resume_from_checkpoint {resume}: not a checkpoint of this stage") from None
-    runs.start_run(config, start if resume else None)
-    log = runs.MetricsLog(config.output_dir, start if resume else None)
+    log = runs.start_run(config, start if resume else None)
     bar = common.progress(config.max_train_steps, config.stage, initial=start)
     seconds = time.perf_counter()
 

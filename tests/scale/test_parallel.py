@@ -168,7 +168,7 @@ def test_damaged_pieces_are_one_line(folder, runs, tmp_path, capsys, damage, wor
     ("prfl", ["--parallel", "fsdp"], "--parallel fsdp shards over processes: start with torchrun"),
     ("reward", ["--parallel", "fsdp"], "--parallel fsdp shards over processes: start with torchrun"),
     ("prfl", ["--parallel", "zero"], "--parallel: invalid choice: 'zero'"),
-    ("prfl", ["--lora_alpha", "8"], "--lora_alpha scales adapters: give --lora_rank too"),
+    ("prfl", ["--lora_alpha", "8"], "--lora_alpha means nothing with --lora_rank 0: leave it out"),
     ("prfl", ["--lora_rank", "-1"], "--lora_rank must be a finite number at least 0, got -1"),
 ])
 def test_bad_inputs_are_one_line(folder, runs, capsys, name, flags, words):
