@@ -29,8 +29,8 @@ def rank():
 # ---- command line
 def arg(default, help, *, choices=None, above=None, at_least=None, at_most=None, alias=None, positional=False, only=""):
     """A dataclass field that is also a flag: int, float, str, bool, or Optional[X] or tuple[X, ...] of these.
-    default=... (Ellipsis) makes it required; above, at_least, at_most bound every value. only: where it does
-    anything, such as "method prfl refl, !data or keep": --method is one of two and --data not given, or --keep is. Elsewhere it is refused."""
+    default=... (Ellipsis) makes it required; above, at_least, at_most bound every value. only: where it does anything, such
+    as "method prfl refl, !data or keep": --method is one of two and --data not given, or --keep is. Elsewhere it is refused."""
     rule = {k: v for k, v in locals().items() if k != "default"}
     return dataclasses.field(default=dataclasses.MISSING if default is ... else default, metadata=rule)
 
