@@ -176,7 +176,7 @@ def save_checkpoint(output_dir, step, folders, state, config, keep=None):
         shutil.rmtree(temporary, ignore_errors=True)    # what it holds is needed by nobody; a full disk needs the room
         whole = list_checkpoints(output_dir)
         there = f"the last whole one is {whole[-1][1]}: --resume latest goes on from it" if whole else "there is none before it"
-        raise OSError(e.errno, f"{e.strerror}: checkpoint {final.name} could not be written; {there}", e.filename) from None
+        raise OSError(e.errno, f"{e.strerror}: {final.name} could not be written; {there}", e.filename) from None
     shutil.rmtree(old, ignore_errors=True)
     whole = [path for _, path in list_checkpoints(output_dir)]
     for path in whole[:-keep] if keep else []:

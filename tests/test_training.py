@@ -104,6 +104,43 @@ def test_one_iteration_is_algorithm_1_by_hand(folder, name, N, shift):
     assert 1e-4 < moved < 3e-4 and distance(weights(folder, name, "hand"), policy.state_dict()) < 0.01 * moved
 
 
+@pytest.mark.parametrize("fixed_t", [None, 0.3])
+def test_three_steps_of_the_reward_model_by_hand(folder, fixed_t):
+    """Eq. 4 to 6: t uniform, or the one given; rates that fall linearly; accuracy counts logits from 0 on as good."""
+    flags = [] if fixed_t is None else ["--fixed_t", str(fixed_t)]
+    run(*command(folder, "reward", "hand-reward", "--max_train_steps", "3", "--learning_rate", "3e-2", "--trunk_learning_rate",
+                 "6e-3", "--weight_decay", "0.01", *flags))
+    torch.manual_seed(0)
+    pavrm, shards, indices = PAVRM.from_generator(load_transformer(folder / "generator"), 2), data.Shards(folder / "data"), range(8)
+    train, _ = data.labelled_split(shards, 8, 0)
+    heads = [p for name, p in pavrm.named_parameters() if not name.startswith("trunk.")]
+    blocks = [p for name, p in pavrm.named_parameters() if name.startswith("trunk.blocks.")]
+    optimizer = torch.optim.AdamW([{"params": heads}, {"params": blocks}], weight_decay=0.01)
+    for step in range(3):
+        batch = shards.batch(train[data.order(len(train), 0, step, indices, 8)])
+        t = common.uniform(0, "t", step, indices) if fixed_t is None else torch.full((8,), fixed_t)
+        t_, x1 = t.view(-1, 1, 1, 1, 1), common.noise((16, 2, 4, 4), 0, "x1", step, indices)
+        logits = pavrm((1 - t_) * batch["latents"] + t_ * x1, t, batch["context"])
+        p, y = logits.sigmoid(), batch["label"].float()
+        loss = -(y * p.log() + (1 - y) * (1 - p).log()).mean()                          # Eq. 6
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.stack([p.grad.norm() for p in heads + blocks]).norm()
+        for p in heads + blocks:
+            p.grad.mul_(min(1.0, 1.0 / norm.item()))
+        for group, rate in zip(optimizer.param_groups, (3e-2, 6e-3)):
+            group["lr"] = rate * (3 - step) / 3
+        optimizer.step()
+        wanted = {"loss": loss.item(), "grad_norm": norm.item(), "learning_rate": 3e-2 * (3 - step) / 3,
+                  "accuracy": ((logits > 0).float() == y).float().mean().item()}
+        row = metrics(folder, "hand-reward")[step]
+        assert {key: row[key] for key in wanted} == pytest.approx(wanted, rel=2e-4)
+    start = PAVRM.from_generator(load_transformer(folder / "generator"), 2).state_dict()
+    trunk = lambda state: {name: x for name, x in state.items() if "trunk" in name}
+    moved = distance(trunk(pavrm.state_dict()), trunk(start))
+    assert distance(weights(folder, "reward", "hand-reward"), pavrm.state_dict()) < 0.02 * moved
+
+
 def test_a_recipe_is_its_three_flags(folder):
     """Bit for bit; a flag that is given goes before the recipe's; args.json holds what they came to."""
     spelled = {"paper": "--rewarded_step per_batch --rollout_passes 0 --reward_loss linear",
@@ -273,8 +310,8 @@ def two_ranks(folder):
     (folder / "driver.py").write_text(DRIVER)
     jobs = {name: command(folder, name, f"two-{name}", batch_size=4) for name in RUNS}
     script, argv = jobs.pop("prfl")
-    for argv in ([str(ROOT / f"{script}.py"), *argv], [str(folder / "driver.py"), json.dumps(list(jobs.values()))]):
-        done = subprocess.run([*torchrun, *argv], env=ENV, capture_output=True, text=True, timeout=300)
+    for words in ([str(ROOT / f"{script}.py"), *argv], [str(folder / "driver.py"), json.dumps(list(jobs.values()))]):
+        done = subprocess.run([*torchrun, *words], env=ENV, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
     return "two-"
 
@@ -428,7 +465,7 @@ BAD = [
     ("train_align", "--resume {bad}/empty", "bad/empty: there is no"),
     ("train_align", "--resume {folder}/one-reward/checkpoint-000004", "checkpoint-000004: not a checkpoint of this"),
     ("train_reward", "--resume {folder}/one-sft/checkpoint-000004", "checkpoint-000004: not a checkpoint of this"),
-    ("train_reward", "--resume {folder}/one-reward --depth 1", "checkpoint-000005: that run has --depth 2 (now 1): give it the same"),
+    ("train_reward", "--resume {folder}/one-reward --depth 1", "that run has --depth 2 (now 1): give it the same"),
     ("train_reward", "--model {bad}/cut", f"cut/transformer/{WEIGHTS} is not a whole safetensors file"),
     ("train_reward", "--data {bad}/unlabelled", "no clip has a label: a reward model needs 0 and 1"),
     ("train_reward", "--labels {bad}/absent", "--labels {bad}/absent: there is no such file"),

@@ -45,8 +45,8 @@ def write_data(folder, channels=16, context=(3, 8), labels=None, **extra):
 def command(folder, name, output, *more, batch_size=8):
     """(script, flags) of a run of RUNS."""
     script, _, flags = RUNS[name]
-    steps = ["--num_inference_steps", "4"] if name in ("prfl", "refl", "rwr") else []
-    steps += [] if script == "train_reward" else ["--num_validation", "0"]
+    steps = [] if script == "train_reward" else ["--num_validation", "0"]
+    steps += ["--num_inference_steps", "4"] if steps and name != "sft" else []
     return script, [*flags, *steps, "--model", str(folder / "generator"), "--data", str(folder / "data"),
                     "--output_dir", str(folder / output), "--mixed_precision", "no", "--batch_size", str(batch_size),
                     "--max_train_steps", str(STEPS), "--checkpointing_steps", "2", *more]

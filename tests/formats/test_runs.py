@@ -1,0 +1,144 @@
+"""formats/runs.py with the training scripts: a run that goes on is the same run or is refused; one writer; a disk that fails."""
+import json
+import resource
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import ENV, ROOT, command, metrics, one_line, run, same, weights, write_data
+
+from formats import lock, runs
+from formats.weights import WEIGHTS
+
+pytestmark = pytest.mark.usefixtures("cpu")
+
+
+@pytest.fixture(scope="module")
+def started(folder):
+    """One run of each script that stopped after its second step, in folders of its own; other data, models and rewards."""
+    for name in ("prfl", "reward"):
+        run(*command(folder, name, f"started-{name}", "--max_train_steps", "2"))
+    shutil.copytree(folder / "data", folder / "moved/data")
+    shutil.copytree(folder / "generator", folder / "moved/model")
+    write_data(folder / "relabelled", labels=[(i + 1) % 2 for i in range(32)])
+    write_data(folder / "refilmed")
+    shard = load_file(folder / "refilmed/shard-00000.safetensors")
+    shard["latents"][17] += 1                                                       # one clip is another film
+    save_file(shard, folder / "refilmed/shard-00000.safetensors")
+    shutil.copytree(folder / "generator", folder / "retrained")
+    for part in ("transformer", "reward"):
+        state = load_file(folder / "retrained" / part / WEIGHTS)
+        state["blocks.1.ffn.2.weight" if part == "transformer" else "mlp.0.weight"][0, 0] += 1
+        save_file(state, folder / "retrained" / part / WEIGHTS)
+    return folder
+
+
+def resumed(folder, name, *flags):
+    out = folder / f"again-{name}"
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(folder / f"started-{name}", out)
+    run(*command(folder, name, out.name, *flags, "--resume", "latest"))
+    return out
+
+
+@pytest.mark.parametrize("name, flags, words", [
+    ("prfl", "--method refl", "--method prfl (now refl)"), ("prfl", "--seed 1", "--seed 0 (now 1)"),
+    ("prfl", "--data {folder}/relabelled", "--data, what it holds: "),
+    ("prfl", "--data {folder}/refilmed", "--data, what it holds: "),
+    ("prfl", "--model {folder}/retrained --reward {folder}/generator/reward", "--model, what it holds: "),
+    ("prfl", "--reward {folder}/retrained/reward", "--reward, what it holds: "),
+    ("prfl", "--recipe steady", "--recipe paper (now steady)"),
+    ("prfl", "--num_inference_steps 5", "--num_inference_steps 4 (now 5)"),
+    ("prfl", "--num_validation 4", "--num_validation 0 (now 4)"),                   # held-out clips, once trained on
+    ("prfl", "--lora_rank 2", "--lora_rank 0 (now 2)"), ("prfl", "--max_train_steps 1", "--max_train_steps 1: "),
+    ("reward", "--holdout 9", "--holdout 8 (now 9)"), ("reward", "--seed 1", "--seed 0 (now 1)"),
+    ("reward", "--fixed_t 0.5", "--fixed_t None (now 0.5)"), ("reward", "--loss bt", "--loss bce (now bt)"),
+    ("reward", "--data {folder}/relabelled", "--data, what it holds: "), ("reward", "--max_train_steps 1", "--max_train_steps 1: "),
+])
+def test_another_run_is_refused_by_name_and_nothing_changes(started, capsys, name, flags, words):
+    with pytest.raises(SystemExit) as stop:
+        resumed(started, name, *flags.format(folder=started).split())
+    stderr = capsys.readouterr().err
+    assert stop.value.code == 2 and one_line(stderr) and words in stderr, stderr
+    read = lambda folder: {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert read(started / f"again-{name}") == read(started / f"started-{name}")
+
+
+def test_what_may_change_is_told_and_folders_may_move(started, capsys):
+    run(*command(started, "prfl", "whole"))
+    out = resumed(started, "prfl", "--data", str(started / "moved/data"), "--model", str(started / "moved/model"))
+    assert same(weights(started, "prfl", out.name), weights(started, "prfl", "whole"))
+    assert f"goes on from {out}/checkpoint-000002; --max_train_steps 5 (was 2)\n" in capsys.readouterr().out
+    resumed(started, "prfl", "--learning_rate", "2e-4", "--keep", "3")
+    assert "; --keep 3 (was 2); --learning_rate 0.0002 (was 0.0001); --max_train_steps 5 (was 2)\n" in capsys.readouterr().out
+    assert not same(weights(started, "prfl", out.name), weights(started, "prfl", "whole"))
+
+
+def test_damaged_lines_and_args(started, capsys):
+    out = resumed(started, "prfl")
+    wanted = metrics(started, out.name)
+    shutil.rmtree(out)
+    shutil.copytree(started / "started-prfl", out)
+    text = (out / "metrics.jsonl").read_text().splitlines(True)
+    (out / "metrics.jsonl").write_text("".join([text[0], 'garbage}\n', '[1]\n', '{"step": null}\n', *text[1:], '{"step": 3, "lo']))
+    run(*command(started, "prfl", out.name, "--resume", "latest"))
+    assert metrics(started, out.name) == wanted
+    for content in ("{", "[]", '{"made_from": 3}'):
+        (out / "checkpoint-000005/args.json").write_text(content)
+        with pytest.raises(SystemExit):
+            run(*command(started, "prfl", out.name, "--resume", "latest"))
+        assert "checkpoint-000005/args.json is damaged" in capsys.readouterr().err
+
+
+def test_the_second_writer_of_a_run_folder_is_refused(started, capsys):
+    with lock.hold(started / "held"):
+        with pytest.raises(SystemExit) as stop:
+            run(*command(started, "sft", "held"))
+    assert stop.value.code == 2 and one_line(stderr := capsys.readouterr().err) and "is writing there" in stderr
+    assert [path.name for path in (started / "held").iterdir()] == [".lock"]
+
+
+def test_a_disk_that_fails_is_one_line_and_the_last_checkpoint_whole(started):
+    """No file may grow past 20 kB, as on a full disk: checkpoint 4 fails, checkpoint 2 and the log stay."""
+    for name in ("prfl", "reward"):
+        out = started / f"full-{name}"
+        shutil.copytree(started / f"started-{name}", out)
+        script, argv = command(started, name, out.name, "--resume", "latest")
+        limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        done = subprocess.run([sys.executable, ROOT / f"{script}.py", *argv], env=ENV, capture_output=True, text=True,
+                              preexec_fn=limit)
+        last = done.stderr.splitlines()[-1]
+        assert done.returncode == 1 and last.startswith("error: [Errno 27] File too large: checkpoint-000004"), done.stderr
+        assert "Traceback" not in done.stderr and f"the last whole one is {out}/checkpoint-000002" in last
+        assert not [*out.rglob("*.tmp*")] and runs.load_state(out / "checkpoint-000002")["step"] == 2
+        run(script, argv)                                       # there is room again
+        assert same(weights(started, name, out.name), weights(started, name, resumed(started, name).name))
+
+
+def test_a_folder_that_vanishes_ends_the_run(started, capsys, monkeypatch):
+    log = runs.MetricsLog.log
+
+    def remove_first(self, step, **values):
+        if step == 3:
+            shutil.rmtree(started / "vanished")
+        log(self, step, **values)
+
+    monkeypatch.setattr(runs.MetricsLog, "log", remove_first)
+    with pytest.raises(SystemExit) as stop:
+        run(*command(started, "sft", "vanished"))
+    assert stop.value.code == 1 and "was removed while step 3 was made" in capsys.readouterr().err.splitlines()[-1]
+    assert not (started / "vanished").exists()                  # and is not made anew, without its first half
+    with pytest.raises(SystemExit) as stop:
+        run(*command(started, "sft", "x", "--output_dir", "/proc/none"))            # a file system that takes no folders
+    assert stop.value.code == 2 and "/proc/none" in capsys.readouterr().err
+
+
+def test_fingerprints_know_content_not_paths(started):
+    same_model = {runs.fingerprint(started / name) for name in ("generator", "moved/model", "generator/transformer")}
+    assert len(same_model) == 1 and runs.fingerprint(started / "retrained") not in same_model
+    args = json.loads((started / "started-prfl/checkpoint-000002/args.json").read_text())
+    assert args["made_from"].keys() == {"model", "reward", "data"}
+    assert torch.load(started / "started-prfl/checkpoint-000002/train_state.pt", weights_only=True)["step"] == 2

@@ -1,0 +1,186 @@
+"""Every flag of the training scripts does something, or is refused where it does nothing.
+
+ACTS holds, for each flag, a run of tiny.RUNS in which it acts, with a value: what that run leaves behind, or what it calls, must
+be another than without the flag. A flag that is missing here fails the test: say what it does.
+"""
+import dataclasses
+import shutil
+
+import pytest
+import torch
+from tiny import RUNS, command, generator, metrics, one_line, run, weights, write_data
+
+import common
+import data
+import model
+import train_align
+import train_reward
+from formats.weights import save_module
+from pavrm import PAVRM
+from world import clips
+from world.vae import VideoVAE
+
+pytestmark = pytest.mark.usefixtures("cpu")
+WORLD = ("--data", "")                                          # the last of two counts: without --data
+ACTS = {"train_align": {
+    "method": ("sft", "--method rwr --num_samples 8 --num_inference_steps 2"), "task": ("sft", "--task i2v"),
+    "model": ("sft", "--model {folder}/other/model"), "reward": ("prfl", "--reward {folder}/other/reward"),
+    "data": ("sft", "--data {folder}/other/data"), "output_dir": ("sft", "--output_dir {folder}/elsewhere"),
+    "size": ("world", "--size small"), "num_curated": ("world", "--num_curated 20"), "curated_dir": ("world", "--curated_dir x"),
+    "num_samples": ("rwr", "--num_samples 9"), "num_inference_steps": ("prfl", "--num_inference_steps 7"),
+    "shift": ("prfl", "--shift 3"), "reward_weight": ("prfl", "--reward_weight 2"), "recipe": ("prfl", "--recipe steady"),
+    "rewarded_step": ("prfl", "--rewarded_step per_video"), "rollout_passes": ("prfl", "--rollout_passes 1"),
+    "reward_loss": ("prfl", "--reward_loss logsigmoid"), "trajectory_part": ("prfl", "--trajectory_part late"),
+    "grad_steps": ("prfl", "--grad_steps 2"), "frames": ("refl", "--frames all"),
+    "decoder_checkpointing": ("refl", "--decoder_checkpointing"), "sft_updates": ("prfl", "--no-sft_updates"),
+    "context_dropout": ("sft", "--context_dropout 0.9"), "learning_rate": ("sft", "--learning_rate 1e-3"),
+    "weight_decay": ("sft", "--weight_decay 9"), "max_train_steps": ("sft", "--max_train_steps 1"),
+    "batch_size": ("sft", "--batch_size 4"), "gradient_accumulation_steps": ("sft", "--gradient_accumulation_steps 2"),
+    "max_grad_norm": ("sft", "--max_grad_norm 1e-9"), "mixed_precision": ("sft", "--mixed_precision bf16"),
+    "lora_rank": ("sft", "--lora_rank 2"), "lora_alpha": ("lora", "--lora_alpha 9"),
+    "lora": ("sft", "--lora {folder}/base-lora/pytorch_lora_weights.safetensors"), "export": ("lora", "--export lora"),
+    "checkpointing_steps": ("sft", "--checkpointing_steps 1"), "keep": ("sft", "--checkpointing_steps 1 --keep 1"),
+    "validation_steps": ("watched", "--validation_steps 1"), "num_validation": ("watched", "--num_validation 1"),
+    "validation_prompts": ("watched", "--validation_prompts {folder}/prompts.txt"),
+    "guidance_scale": ("watched", "--guidance_scale 3"), "judge": ("watched", "--judge {folder}/other/reward"),
+    "patience": ("watched", "--patience 1 --judge {folder}/other/reward"),
+    "resume_from_checkpoint": ("sft", "--resume latest"), "seed": ("sft", "--seed 1"),
+    "gradient_checkpointing": ("sft", "--gradient_checkpointing"), "parallel": ("sft", "--parallel fsdp"),
+    "sequence_parallel": ("sft", "--sequence_parallel 2"),
+}, "train_reward": {
+    "task": ("reward", "--task i2v"), "model": ("reward", "--model {folder}/other/model"), "space": ("reward", "--space rgb"),
+    "frames": ("reward_rgb", "--frames first"), "data": ("reward", "--data {folder}/other/data"),
+    "labels": ("reward", "--labels {folder}/nowhere.jsonl"), "bad": None,                   # tests/test_labels.py's
+    "output_dir": ("reward", "--output_dir {folder}/elsewhere"), "size": ("own", "--size small"),
+    "num_samples": ("own", "--num_samples 20"), "samples_dir": ("own", "--samples_dir x"),
+    "num_inference_steps": ("own", "--num_inference_steps 3"), "shift": ("own", "--shift 2"), "fold": ("reward", "--fold 1/2"),
+    "holdout": ("reward", "--holdout 9"), "depth": ("reward", "--depth 1"), "pooling": ("reward", "--pooling mean"),
+    "loss": ("reward", "--loss bt"), "fixed_t": ("reward", "--fixed_t 0.1"), "learning_rate": ("reward", "--learning_rate 1e-2"),
+    "trunk_learning_rate": ("reward", "--trunk_learning_rate 0"), "weight_decay": ("reward", "--weight_decay 9"),
+    "max_train_steps": ("reward", "--max_train_steps 1"), "batch_size": ("reward", "--batch_size 4"),
+    "max_grad_norm": ("reward", "--max_grad_norm 1e-9"), "mixed_precision": ("reward", "--mixed_precision bf16"),
+    "checkpointing_steps": ("reward", "--checkpointing_steps 1"), "validation_steps": ("reward", "--validation_steps 1"),
+    "resume_from_checkpoint": ("reward", "--resume latest"), "seed": ("reward", "--seed 1"),
+    "gradient_checkpointing": ("reward", "--gradient_checkpointing"), "parallel": ("reward", "--parallel fsdp"),
+    "sequence_parallel": ("reward", "--sequence_parallel 2"),
+}}
+FLAGS = [(script, flag) for script, module in (("train_align", train_align), ("train_reward", train_reward))
+         for flag in (field.name for field in dataclasses.fields(module.Config))]
+MORE = {"lora": ("sft", "--lora_rank 2"), "watched": ("sft", "--num_validation 2 --validation_steps 2"),
+        "world": ("sft", "--data= --num_validation 0"), "own": ("reward", "--data=")}      # runs beside RUNS
+
+
+@pytest.fixture(scope="module")
+def others(folder):
+    """Another model, reward, set of shards and file of prompts in folder."""
+    shutil.copytree(folder / "generator", folder / "other/model")
+    dit = generator()
+    with torch.no_grad():
+        dit.blocks[0].ffn[0].weight += 0.1
+    model.export_transformer(dit, folder / "other/model/transformer")
+    torch.manual_seed(5)
+    save_module(PAVRM.from_generator(generator(), 2), folder / "other/reward")
+    write_data(folder / "other/data", labels=[1] * 16 + [0] * 16)
+    (folder / "prompts.txt").write_text("a red circle\na blue square\n")
+    return {}
+
+
+@pytest.fixture
+def left_behind(folder, others, monkeypatch, capsys):
+    """-> left_behind(run, flags): everything that a two-step run leaves behind and calls, or its refusal."""
+    calls = {}
+
+    def count(owner, name):
+        real = getattr(owner, name)
+
+        def counted(*args, **kwargs):
+            calls[name] = calls.get(name, 0) + 1
+            return real(*args, **kwargs)
+        monkeypatch.setattr(owner, name, counted)
+
+    def made(*args):
+        calls["asked for"] = [str(x) for x in args if isinstance(x, (str, int, float)) or hasattr(x, "parts")]
+        return data.Shards(folder / "data")
+
+    count(model.Block, "forward"), count(VideoVAE, "decode")
+    monkeypatch.setattr(clips, "clean_clips", made)
+    monkeypatch.setattr(clips, "own_samples", made)
+
+    def left_behind(name, flags=""):
+        base, more = MORE.get(name, (name, ""))
+        shutil.rmtree(folder / f"base-{name}", ignore_errors=True)
+        calls.clear()
+        script, argv = command(folder, base, f"base-{name}", "--max_train_steps", "2", *more.split(),
+                               *flags.format(folder=folder).split())
+        out = folder / ("elsewhere" if "elsewhere" in flags else f"base-{name}")
+        try:
+            run(script, argv)
+        except SystemExit:
+            stderr = capsys.readouterr().err
+            assert one_line(stderr) or "error: " in stderr.splitlines()[-1]
+            return stderr.splitlines()[-1]
+        files = sorted(str(path.relative_to(folder)) for path in out.rglob("*") if ".tmp" not in path.name)
+        part = RUNS[base][1]
+        saved = {key: x.sum().item() for key, x in weights(folder, base, out.name).items()} if (out / part).exists() else {}
+        return files, saved, metrics(folder, out.name), dict(calls)
+
+    return left_behind
+
+
+@pytest.mark.parametrize("script, flag", FLAGS, ids=[f"{script} --{flag}" for script, flag in FLAGS])
+def test_every_flag_does_something(left_behind, others, script, flag):
+    if ACTS[script][flag] is None:
+        return
+    name, flags = ACTS[script][flag]
+    if name not in others:
+        others[name] = left_behind(name)
+    assert isinstance(others[name], tuple), others[name]
+    found = left_behind(name, flags)
+    assert found != others[name]
+    if isinstance(found, str):                                  # it acts by what it asks for, and that is not there
+        assert any(word in found for word in (f"--{flag}", "--resume_from_checkpoint", "nowhere.jsonl")), found
+
+
+ELSEWHERE = {"method prfl refl rwr": "--method sft", "method prfl refl": "--method sft", "method rwr": "--method prfl",
+             "method prfl": "--method refl", "method refl": "--method prfl", "!data": "--data x", "data": "",
+             "method prfl refl rwr or !num_validation 0": "--method sft --num_validation 0",
+             "!num_validation 0": "--num_validation 0",
+             "data, !num_validation 0": "--num_validation 0", "method sft or method prfl refl, sft_updates": "--method rwr",
+             "lora_rank": "", "space latent": "--space rgb", "space rgb": "--space latent"}
+VALUES = {"sft_updates": "--no-sft_updates", "decoder_checkpointing": "--decoder_checkpointing"}
+
+
+@pytest.mark.parametrize("script, flag", FLAGS, ids=[f"{script} --{flag}" for script, flag in FLAGS])
+def test_a_flag_is_refused_where_it_does_nothing(script, flag):
+    Config = {"train_align": train_align, "train_reward": train_reward}[script].Config
+    field = next(field for field in dataclasses.fields(Config) if field.name == flag)
+    if rule := field.metadata["only"]:
+        choice = (field.metadata["choices"] or ["2"])[-1]
+        argv = [*ELSEWHERE[rule].split(), *VALUES.get(flag, f"--{flag} {choice}").split()]
+        with pytest.raises(common.InputError, match=f"--{flag} means nothing with.*: leave it out"):
+            common.parse(Config, "", argv)
+
+
+def test_rules_of_flags():
+    """Values, given or not, one of two ways; where it acts it is taken, at its default too."""
+    @dataclasses.dataclass
+    class Config:
+        method: str = common.arg("a", "", choices=("a", "b", "c"))
+        data: str | None = common.arg(None, "")
+        rank: int = common.arg(0, "")
+        only_ab: int = common.arg(1, "", only="method a b")
+        fresh: int = common.arg(1, "", only="!data, rank")
+        either: int = common.arg(1, "", only="method c, data or !rank 0")
+
+    parse = lambda line: common.parse(Config, "", line.split())
+    for line in ("--only_ab 1", "--method b --only_ab 2", "--rank 1 --fresh 1", "--rank 1 --either 2",
+                 "--method c --data x --either 2"):
+        assert isinstance(parse(line), Config)
+    for line, words in (("--method c --only_ab 1", "--only_ab means nothing with --method c: leave it out"),
+                        ("--fresh 1", "--fresh means nothing with --rank 0: leave it out"),
+                        ("--rank 1 --data x --fresh 1", "--fresh means nothing with --data x: leave it out"),
+                        ("--either 1", "--either means nothing with --method a and with --rank 0: leave it out"),
+                        ("--method c --either 1", "--either means nothing without --data and with --rank 0: leave it out")):
+        with pytest.raises(common.InputError) as refused:
+            parse(line)
+        assert str(refused.value) == words
