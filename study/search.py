@@ -119,13 +119,14 @@ def search(work):
     cells = {row: {plan: summary(panel["qualified"]) for plan, panel in panels.items()} for row, panels in values.items()}
     shown = lambda plan: [show(**cells[row][plan]) for row in ROWS]
     lines = [f"{work.preset['videos']} held-out videos, the same prompts and noise in every column ({work.said_seeds()}: of the "
-             f"noise, and of the reward model, SFT and PRFL). {STEPS} Euler steps. A reward counts as a forward pass, as it runs all "
-             "of the generator's blocks here. Every candidate was sampled once; what search.py keeps of them is replayed. In a "
-             "chain: half of the candidates stay at t = .75, a quarter at .56, one at .38.", "",
-             *table(["qualified", "forward passes", "times one sample's", *ROWS.values()], [
-                 [plan, f"{passes_of(cuts):g}", f"{passes_of(cuts) / STEPS:.1f}", *shown(plan)] for plan, cuts in plans.items()])]
+             f"noise, and of the reward model, SFT and PRFL). {STEPS} Euler steps. A reward counts as a forward pass, as it "
+             "runs all of the generator's blocks here. Every candidate was sampled once; what search.py keeps of them is "
+             "replayed. In a chain: half of the candidates stay at t = .75, a quarter at .56, one at .38.", "",
+             *table(["qualified", "forward passes", "times one sample's", *ROWS.values()],
+                    [[plan, f"{passes_of(cuts):g}", f"{passes_of(cuts) / STEPS:.1f}", *shown(plan)]
+                     for plan, cuts in plans.items()])]
 
-    held = {n: {row: summary([seed["qualified"][:, :n].amax(1).numpy() for seed in found[row]]) for row in ROWS} for n in counts}
+    held = {n: {row: summary([seed["qualified"][:, :n].amax(1).double().numpy() for seed in found[row]]) for row in ROWS} for n in counts}
     once = {t: search_plan(8, f"{t}:1") for t in REWARDED}
     once_cells = {t: {row: summary(kept(found[row], cuts)["qualified"]) for row in ROWS} for t, cuts in once.items()}
     lines += ["The most that any choice could reach: videos with a qualified candidate among n.", "",
