@@ -20,6 +20,8 @@ steady     the steady recipe beside the paper's: what of it holds, why, and what
 speed      CPU seconds of alignment to a quality: PRFL, RGB ReFL, both by both recipes, and SFT
 hacking    proxy reward, quality, speed, brightness, saturation while aligning, with and without SFT updates
 annotator  the judge itself, after mp4 and VAE: clean clips that pass, flaws that fail
+search     best of n by the latent reward while sampling: quality against forward passes, candidates dropped on the way
+fooled     the headline rows by a strict and a loose annotator, and in wordings that the world never uses
 
 Every part is a plain call of this repository's own scripts, printed as it starts; what it said is in log.txt in its
 folder. Writes results/<name>.md and .json, and a .png where a curve says more (if matplotlib is there). Intervals are
@@ -55,6 +57,7 @@ from report import auc_values, balanced_values, claims_table, interval, judge_cl
 from scale import plan
 from study import parts
 from study.parts import I2V, align_folder, evaluations, named, reward_folder, task_of, train_aligned, train_rewards
+from study.search import fooled, search
 from study.steady import speed, steady
 from validation import interval_logits, interval_metrics
 from world import clips, scene
@@ -590,7 +593,7 @@ def annotator(work):
 
 
 STUDIES = {study.__name__: study for study in (table1, table2, table3, table4, table5, table7, table8, table9, fig3, fig5, labels,
-                                               loss, steady, speed, hacking, annotator)}
+                                               loss, steady, speed, hacking, annotator, search, fooled)}
 
 
 @dataclass

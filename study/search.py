@@ -18,14 +18,6 @@ from study.parts import align_folder, named, reward_folder, train_aligned
 from study.steady import RECIPES, recipe_folder, stopped_at_its_best, train_recipes
 from world import judge, scene
 
-
-def generators(work, seed):
-    """{row: folder}, None for the shipped base."""
-    paper, steady = RECIPES
-    return {"base": None, "SFT": align_folder(work, seed, "sft"), "paper": stopped_at_its_best(recipe_folder(work, seed, paper))
-            / "transformer", "steady": recipe_folder(work, seed, steady) / "transformer"}
-
-
 SEED = 7_000                                                    # that of evaluate.py's test videos
 REWARDED = (0.75, 0.5625, 0.375, 0.1875, 0.0)                   # the times at which candidates can be dropped
 STEPS, GROUP = 16, 8                                            # of a sample; candidates that one part makes
@@ -33,6 +25,13 @@ ROWS = {"base": "base", "SFT": "SFT", "paper": "PRFL, paper's recipe, stopped at
 GUIDANCE = (4.0, 16.0, 64.0)
 PANEL = ("qualified", "physical", "deformity", "adherent", "speed", "brightness", "saturation")
 HOW = {"at the end": "0:1", "once, at t = .38": ".375:1", "in a chain": None}                  # --cuts
+
+
+def generators(work, seed):
+    """{row: folder}, None for the shipped base."""
+    paper, steady = (recipe_folder(work, seed, row) for row in RECIPES)
+    return {"base": None, "SFT": align_folder(work, seed, "sft"), "paper": stopped_at_its_best(paper) / "transformer",
+            "steady": steady / "transformer"}
 
 
 # ---- candidates: sampled once, chosen from as often as there are plans
@@ -119,13 +118,15 @@ def search(work):
     cells = {row: {plan: summary(panel["qualified"]) for plan, panel in panels.items()} for row, panels in values.items()}
     shown = lambda plan: [show(**cells[row][plan]) for row in ROWS]
     lines = [f"{work.preset['videos']} held-out videos, the same prompts and noise in every column ({work.said_seeds()}: of the "
-             f"noise, and of the reward model, SFT and PRFL). {STEPS} Euler steps. A reward counts as a forward pass, as it runs all "
-             "of the generator's blocks here. Every candidate was sampled once; what search.py keeps of them is replayed. In a "
-             "chain: half of the candidates stay at t = .75, a quarter at .56, one at .38.", "",
-             *table(["qualified", "forward passes", "times one sample's", *ROWS.values()], [
-                 [plan, f"{passes_of(cuts):g}", f"{passes_of(cuts) / STEPS:.1f}", *shown(plan)] for plan, cuts in plans.items()])]
+             f"noise, and of the reward model, SFT and PRFL). {STEPS} Euler steps. A reward counts as a forward pass, as it "
+             "runs all of the generator's blocks here. Every candidate was sampled once; what search.py keeps of them is "
+             "replayed. In a chain: half of the candidates stay at t = .75, a quarter at .56, one at .38.", "",
+             *table(["qualified", "forward passes", "times one sample's", *ROWS.values()],
+                    [[plan, f"{passes_of(cuts):g}", f"{passes_of(cuts) / STEPS:.1f}", *shown(plan)]
+                     for plan, cuts in plans.items()])]
 
-    held = {n: {row: summary([seed["qualified"][:, :n].amax(1).numpy() for seed in found[row]]) for row in ROWS} for n in counts}
+    any_of = lambda seeds, n: summary([seed["qualified"][:, :n].amax(1).double().numpy() for seed in seeds])
+    held = {n: {row: any_of(found[row], n) for row in ROWS} for n in counts}
     once = {t: search_plan(8, f"{t}:1") for t in REWARDED}
     once_cells = {t: {row: summary(kept(found[row], cuts)["qualified"]) for row in ROWS} for t, cuts in once.items()}
     lines += ["The most that any choice could reach: videos with a qualified candidate among n.", "",

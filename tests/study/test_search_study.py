@@ -1,0 +1,99 @@
+"""study/search.py: a replay is what search.best_of does; the tables, from candidates whose best is known."""
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import generator
+
+import common
+import flow
+import search as best_of_n
+from pavrm import PAVRM
+from study import candidates, parts
+from study import search as study
+from world import judge
+
+SHAPE = (16, 2, 4, 4)
+
+
+@pytest.mark.parametrize("n, cuts", [(1, None), (4, None), (6, None), (6, "0:1"), (6, ".75:3,.38:2"), (6, ".19:1")])
+def test_a_replay_is_what_best_of_does(n, cuts):
+    dit, context = generator(), torch.randn(3, 3, 8, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(1)
+    pavrm = PAVRM.from_generator(dit, 1)
+    cuts = best_of_n.parse_cuts(n, cuts)
+    wanted, passes = best_of_n.best_of(dit, pavrm, SHAPE, context, 7, range(3), study.STEPS, cuts)
+    x_T = torch.cat([common.noise(SHAPE, 7, "sample", k, [i]) for i in range(3) for k in range(n)])
+    x, rewards = candidates.sample_and_reward(dit, pavrm, x_T, context.repeat_interleave(n, 0), study.STEPS, 0.0)
+    chosen = study.replay(rewards.unflatten(0, (3, n)), cuts)
+    torch.testing.assert_close(x.unflatten(0, (3, n))[range(3), chosen], wanted, atol=1e-4, rtol=1e-4)
+    assert study.passes_of(cuts, 1 / 2) == passes
+
+
+def test_guidance_moves_x_along_the_rewards_gradient():
+    """A reward that is linear in x, under no velocity: what is left is the sum of the steps at t <= 1/2."""
+    w, x_T = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)), torch.zeros(2, *SHAPE)
+    linear = lambda x, t, context: (x * w).flatten(1).sum(1)
+    still = lambda x, t, context: torch.zeros_like(x)
+    x, rewards = candidates.sample_and_reward(still, linear, x_T, torch.zeros(2, 3, 8), 16, 2.0)
+    moved = sum(1 / 16 * 2.0 * t / (1 - t) for t in (k / 16 for k in range(1, 9)))
+    torch.testing.assert_close(x, (moved * w).expand(2, *SHAPE))
+    torch.testing.assert_close(rewards[:, -1], (moved * w.square().sum()).expand(2))
+    assert torch.equal(rewards[:, :2], torch.zeros(2, 2))                               # t = .75 and .56: nothing moved yet
+    assert flow.schedule(16).tolist()[::4] == [1, 0.75, 0.5, 0.25, 0]
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """Candidates of 40 videos, three seeds; the reward at the end knows which are qualified, that of before does not."""
+    def run(wanted):
+        for folder, last, *words in wanted:
+            flags = dict(zip(words[::2], words[1::2]))
+            n, g = flags.get("--count", 8), common.generator(str(folder))
+            folder.mkdir(parents=True, exist_ok=True)
+            good = (torch.rand(40, n, generator=g) < (0.3 if "base" in folder.name else 0.6)).float()
+            rewards = torch.randn(40, n, len(study.REWARDED), generator=g)
+            rewards[..., -1] += 100 * good
+            found = {name: 0.9 * judge.LIMITS[name][0] * torch.ones(40, n) for name in judge.LIMITS}     # firm: yes, strict: no
+            found |= {name: 0.05 * torch.ones(40, n) for name in ("speed", "dynamic", "brightness", "saturation")}
+            save_file(found | {"rewards": rewards, "adherent": good, "absent": 0 * good, "qualified": good.clone()}, folder / last)
+    monkeypatch.setattr(study, "train_recipes", lambda work: None)
+    monkeypatch.setattr(study, "train_aligned", lambda work, runs: None)
+    monkeypatch.setattr(study, "stopped_at_its_best", lambda folder: folder / "checkpoint-000080")
+    monkeypatch.setattr(parts.Work, "run", lambda self, wanted: run(wanted))
+    made = parts.Work(SimpleNamespace(preset="full", output_dir=tmp_path / "runs", results_dir=tmp_path / "results", seeds=None))
+    made.preset = made.preset | {"videos": 40}
+    return made
+
+
+def test_tables_of_the_search(work, tmp_path):
+    study.search(work)
+    found = json.loads((tmp_path / "results/search.json").read_text())
+    for row in study.ROWS:
+        for n in (4, 8, 16):                                    # the last reward is always right
+            assert found["rows"][row][f"best of {n} at the end"]["mean"] == found["any"][str(n)][row]["mean"]
+        assert abs(found["rows"][row]["best of 16 once, at t = .38"]["mean"] - found["rows"][row]["one sample"]["mean"]) < 0.2
+    assert found["passes"]["best of 8 in a chain"] == 70 and found["passes"]["best of 16 at the end"] == 272
+    assert found["rows"]["base"]["one sample"]["mean"] == pytest.approx(0.3, abs=0.15)
+    assert found["once"]["0.0"]["base"]["mean"] == found["any"]["8"]["base"]["mean"]
+    assert len(found["claims"][0]["seeds"]) == 3 and (tmp_path / "results/search.md").read_text().count("best of 8 in a chain") > 5
+
+
+def test_tables_of_other_annotators_and_wordings(work, tmp_path):
+    study.fooled(work)
+    found = json.loads((tmp_path / "results/fooled.json").read_text())["rows"]
+    assert all(found[f"{split}, strict"][row]["mean"] == 0 for split in ("test", "reworded") for row in study.ROWS)
+    assert all(found["test, firm"][row] == found["test, loose"][row] for row in study.ROWS)
+    assert found["test, strict"]["clean renders"]["mean"] < found["test, firm"]["clean renders"]["mean"]
+    assert np.mean([found["reworded, firm"][row]["mean"] for row in ("SFT", "paper", "steady")]) == pytest.approx(0.6, abs=0.1)
+
+
+def test_the_paper_recipe_is_stopped_where_validation_was_best(tmp_path):
+    for step, value in ((0, 0.99), (40, 0.8), (80, 0.9), (120, 0.7)):
+        (tmp_path / f"checkpoint-{step:06d}").mkdir()
+        with (tmp_path / "metrics.jsonl").open("a") as f:
+            f.write(json.dumps({"step": step, "validation_qualified": value}) + "\n" + json.dumps({"step": step + 1}) + "\n")
+    assert study.stopped_at_its_best(tmp_path).name == "checkpoint-000080"
