@@ -273,8 +273,8 @@ def two_ranks(folder):
     (folder / "driver.py").write_text(DRIVER)
     jobs = {name: command(folder, name, f"two-{name}", batch_size=4) for name in RUNS}
     script, argv = jobs.pop("prfl")
-    for argv in ([str(ROOT / f"{script}.py"), *argv], [str(folder / "driver.py"), json.dumps(list(jobs.values()))]):
-        done = subprocess.run([*torchrun, *argv], env=ENV, capture_output=True, text=True, timeout=300)
+    for words in ([str(ROOT / f"{script}.py"), *argv], [str(folder / "driver.py"), json.dumps(list(jobs.values()))]):
+        done = subprocess.run([*torchrun, *words], env=ENV, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
     return "two-"
 
@@ -428,7 +428,8 @@ BAD = [
     ("train_align", "--resume {bad}/empty", "bad/empty: there is no"),
     ("train_align", "--resume {folder}/one-reward/checkpoint-000004", "checkpoint-000004: not a checkpoint of this"),
     ("train_reward", "--resume {folder}/one-sft/checkpoint-000004", "checkpoint-000004: not a checkpoint of this"),
-    ("train_reward", "--resume {folder}/one-reward --depth 1", "checkpoint-000005: that run has --depth 2 (now 1): give it the same"),
+    ("train_reward", "--resume {folder}/one-reward --depth 1",
+     "checkpoint-000005: that run has --depth 2 (now 1): give it the same"),
     ("train_reward", "--model {bad}/cut", f"cut/transformer/{WEIGHTS} is not a whole safetensors file"),
     ("train_reward", "--data {bad}/unlabelled", "no clip has a label: a reward model needs 0 and 1"),
     ("train_reward", "--labels {bad}/absent", "--labels {bad}/absent: there is no such file"),
