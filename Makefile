@@ -1,6 +1,7 @@
-# Two commands. Each makes its own .venv first (about a minute, once).
+# Three commands. Each makes its own .venv first (about a minute, once).
 #   make demo   base model -> reward model -> SFT and PRFL -> table, interval and picture in runs/demo
 #   make test   every test
+#   make lint   ruff, with the rules of pyproject.toml
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
@@ -15,6 +16,9 @@ demo: .venv/core
 test: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests
 
+lint: .venv/test
+	$(BIN)/ruff check .
+
 .venv/core: requirements.txt
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
@@ -24,4 +28,4 @@ test: .venv/test
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	touch $@
 
-.PHONY: demo test
+.PHONY: demo test lint

@@ -53,7 +53,7 @@ def wall(videos, prompts, titles, verdicts=None, cell=64):
         lines = textwrap.wrap(prompt, (text - 12) // 6)[:(high - 8) // 10]
         for j, line in enumerate(lines):
             draw_text(canvas[0], line, 8, head + i * (high + gap) + high // 2 - 5 * len(lines) + 10 * j, GREY)
-    for column, (name, clips) in enumerate(videos.items()):
+    for column, name in enumerate(videos):
         left = text + column * (wide + gap)
         for j, line in enumerate(titles[name]):
             draw_text(canvas[0], line[:wide // 6], left + 2, 6 + 14 * j, WHITE if j == 0 else GREY)

@@ -358,7 +358,7 @@ def network(config, c, one):
 
 
 def way(config, c):
-    """What the five commands of README.md take, by name: bytes on disk, seconds, bytes of each GPU and of the host."""
+    """What the five commands of docs/your_model.md take, by name: bytes on disk, seconds, bytes of each GPU and of the host."""
     stage1 = costs(dataclasses.replace(config, method="reward", batch_size=config.reward_batch_size, lora_rank=0), c)
     stage2 = costs(config, c)
     i2v, f, h, w = c["model_type"] == "i2v", stage2["f"], stage2["h"], stage2["w"]

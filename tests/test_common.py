@@ -9,7 +9,6 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import Optional
 
 import pytest
 import torch
@@ -27,7 +26,7 @@ class Config:
     learning_rate: float = arg(1e-4, "100 % of it", above=0)
     max_train_steps: int = arg(10, "steps", at_least=1)
     ema: float = arg(0.9, "decay", at_least=0, at_most=1)
-    resume_from_checkpoint: Optional[str] = arg(None, "where from", alias="resume")
+    resume_from_checkpoint: str | None = arg(None, "where from", alias="resume")
     seeds: tuple[int, ...] = arg((0, 1), "seeds", at_least=0)
     method: str = arg("prfl", "which", choices=("prfl", "sft"))
     gradient_checkpointing: bool = arg(False, "less memory")

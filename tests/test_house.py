@@ -4,8 +4,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("world", "formats", "scale", "study")
-SCRIPTS = {"label", "train_reward", "train_align", "sample", "evaluate", "world.pretrain", "study.reproduce", "study.cost", "study.gpu",
-           "study.dit", "study.why", "study.candidates"}
+SCRIPTS = {"label", "train_reward", "train_align", "sample", "evaluate", "world.pretrain", "study.reproduce", "study.cost",
+           "study.gpu", "study.dit", "study.why", "study.candidates"}
 METHOD = ("flow", "model", "pavrm", "prfl", "refl_baseline", "rwr_baseline", "search")
 READ = ("model", "flow", "pavrm", "prfl", "train_reward", "train_align", "common")
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path

@@ -74,7 +74,7 @@ def own_samples(folder, generator, model, count, num_steps, size, seed, runtime,
     if runtime.rank == 0:
         _, latents, contexts, labels, *condition = zip(*made)
         data.write_shards(folder, torch.stack(latents), torch.stack(contexts), labels, prompts, settings=settings,
-                     **{"condition": torch.stack(x) for x in condition})
+                     **({"condition": torch.stack(condition[0])} if condition else {}))
     common.gather(None)                                         # the others wait for the file
     return data.Shards(folder)
 

@@ -151,7 +151,7 @@ def make(count, seed, kind="clean", size="tiny", split="train", severity=None):
     start = start_low + (start_high - start_low) * rand(count, 2)
 
     flaws = []
-    for i in range(count):
+    for _ in range(count):
         names = []
         if kind in flaw_names:
             names = [kind]

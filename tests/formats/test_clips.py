@@ -45,7 +45,8 @@ GOOD = {
 # name: what the report says of it
 BAD = {
     "zero.mp4": "damaged or not a video", "text.mp4": "damaged or not a video", "missing.mp4": "there is no such file",
-    "cut.mp4": "damaged or not a video", "cut index.mp4": "damaged or not a video (no decoder", "cut.mkv": "damaged: ends after 0.", "cut.webm": "damaged: ends after 0.",
+    "cut.mp4": "damaged or not a video", "cut index.mp4": "damaged or not a video (no decoder",
+    "cut.mkv": "damaged: ends after 0.", "cut.webm": "damaged: ends after 0.",
     "sound only.mp4": "holds no video stream", "photo.png": "too short: 1 frames of 17 at 16 fps",
     "short.mp4": "too short: 13 frames of 17 at 16 fps", "narrow.mkv": "is too narrow to be cropped to 64x48",
     "h264.mp4": "listed twice", "./rgb.mov": "listed twice", "nameless.mp4": "empty prompt",

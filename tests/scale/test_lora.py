@@ -197,7 +197,8 @@ def test_training_goes_on_from_a_file(folder, tmp_path):
 def test_files_that_do_not_fit(tmp_path, tensors, words):
     save_file(tensors, tmp_path / "x.safetensors")
     dit = generator()
-    for use in (lambda: lora.add(dit, 0, path=tmp_path / "x.safetensors"), lambda: lora.merge_file(dit, tmp_path / "x.safetensors")):
+    path = tmp_path / "x.safetensors"
+    for use in (lambda: lora.add(dit, 0, path=path), lambda: lora.merge_file(dit, path)):
         with pytest.raises(InputError, match=words) as error:
             use()
         assert "x.safetensors" in str(error.value)

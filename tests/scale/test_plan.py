@@ -360,14 +360,14 @@ def test_what_the_scripts_do_by_default():
     assert inspect.signature(parallel.save_checkpoint).parameters["keep"].default == plan.KEPT
 
 
-def readme():
-    """The section for one's own model: [what each of its `model.py plan` commands has been given], and its text."""
-    section = (ROOT / "README.md").read_text().split("## Your own model")[1].split("\n## ")[0]
+def your_model():
+    """docs/your_model.md: [what each of its planner's commands has been given], and its text."""
+    section = (ROOT / "docs" / "your_model.md").read_text()
     return [words.split() for words in re.findall(r"python -m scale.plan (wan[^`(\n]+)", section)], section
 
 
-def test_readme_says_what_is_printed_today(capsys):
-    (shown, *columns), section = readme()
+def test_docs_say_what_is_printed_today(capsys):
+    (shown, *columns), section = your_model()
     lines = section.split("$ python -m scale.plan")[1].split("```")[0].splitlines()[1:]
     out = printed(capsys, *shown).splitlines()
     assert len(lines) > 8 and [line for line in lines if line not in out] == []
@@ -378,9 +378,9 @@ def test_readme_says_what_is_printed_today(capsys):
     assert len(table) == 12 and table == list(zip(*found))
 
 
-def test_readme_commands_are_the_ones_planned():
+def test_docs_commands_are_the_ones_planned():
     """The flags of its five commands that the planner takes for granted."""
-    section = readme()[1].replace("\\\n", " ")
+    section = your_model()[1].replace("\\\n", " ")
     reward, align = (re.search(rf"torchrun.* {name}.py (.*)", section)[1].split() for name in ("train_reward", "train_align"))
     one = plan.Config("tiny-t2v")
     for flag, value, argv in (("--depth", one.depth, reward), ("--holdout", one.holdout, reward),

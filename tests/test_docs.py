@@ -1,0 +1,282 @@
+"""README.md and docs/ say what is so: every figure is that of results/*.json, every file and flag they name exists."""
+import dataclasses
+import importlib
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "CONTRIBUTING.md", "LOG.md", "docs/your_model.md", "docs/results.md", "docs/metrics.md")
+FIGURE = re.compile(r"(?<![\w.,])[+-]?(?:\d*\.\d+|\d+ %)")     # .874, +.143, 1.21, 99.6 %
+
+
+def load(name):
+    return json.loads((ROOT / "results" / f"{name}.json").read_text())
+
+
+def section(page, title):
+    """The text under a heading, on one line."""
+    return " ".join(re.split(r"^#+ ", (ROOT / page).read_text().split(f"\n{title}\n")[1], maxsplit=1, flags=re.M)[0].split())
+
+
+def number(value, digits=3, sign=""):
+    """.874, +.143, 1.21: as the pages write it"""
+    return f"{value:{sign}.{digits}f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:{sign}.{digits}f}"
+
+
+def with_interval(cell, digits=3, sign="", key="mean"):
+    low, high = (number(x, digits, sign) for x in cell["interval"])
+    return f"{number(cell[key], digits, sign)} [{low}, {high}]"
+
+
+def alignment_row(title, row):
+    """A row of the README's tables from one of table1.json's or evaluate.py's."""
+    cells = [with_interval(row["qualified"])]
+    cells += [number(row[name]["mean"]) for name in ("physical_qualified", "deformity_qualified", "adherent", "speed")]
+    return f"| {title} | {' | '.join(cells)} |"
+
+
+def test_the_readmes_table_of_results():
+    rows, text = load("table1")["rows"], (ROOT / "README.md").read_text()
+    table = {"base": "base", "RWR, 240 updates": "RWR", "SFT, 240 updates": "SFT", "SFT, PRFL's wall time": "SFT, equal time",
+             "RGB ReFL, first frame, 240 updates": "RGB ReFL, first frame",
+             "RGB ReFL, all frames, 240 updates": "RGB ReFL, all frames", "PRFL, 240 updates": "PRFL",
+             "clean renders": "clean renders"}
+    expected = [alignment_row(title, rows[name]) for title, name in table.items()]
+    assert re.findall(r"^\| .*\d.* \|$", text.split("\n## Results\n")[1].split("<!--")[0], re.M) == expected
+
+
+def claims():
+    """-> {section of docs/results.md: [what it has to say, figures from its results file]}"""
+    def of(name):
+        """rows by qualified or average accuracy, differences by claim"""
+        found = load(name)
+        return found["rows"], {claim["claim"]: claim for claim in found["claims"]}
+
+    def gap(claims, name, flip=False):
+        """The difference of a claim, and its interval; flip: of worse above better, without signs"""
+        claim = claims[name]
+        if flip:
+            low, high = sorted(abs(x) for x in claim["interval"])
+            return f"{number(abs(claim['difference']))} [{number(low)}, {number(high)}]"
+        return with_interval(claim, sign="+", key="difference")
+
+    said = {}
+    rows, differ = of("table1")
+    md = (ROOT / "results" / "table1.md").read_text().split("Sampled in 40")[0]
+    forty = dict(re.findall(r"^\| (.*?) \| 0(\.\d+ \[0\.\d+, 0\.\d+\]) \|$", md, re.M))
+    half = "SFT, half as many updates"
+    said["## Table 1: methods"] = [
+        f"above it by {gap(differ, 'PRFL above RGB ReFL, all frames')} at equal updates",
+        f"above it by {gap(differ, 'PRFL above RGB ReFL, all frames, equal time')}",
+        f"above SFT by {gap(differ, 'PRFL above SFT, equal time')}",
+        f"SFT is above RWR by {gap(differ, 'SFT above RWR')}",
+        f"the difference is {gap(differ, 'RWR above RGB ReFL, first frame')}",
+        f"reach {with_interval(rows[half]['qualified'])}",
+        f"updates alone: {gap(differ, f'RGB ReFL, first frame above {half}')}",
+        f"above them, by {gap(differ, f'RGB ReFL, all frames above {half}')}",
+        f"move at {number(rows['PRFL']['speed']['mean'])} widths a frame, clean renders at "
+        f"{number(rows['clean renders']['speed']['mean'])}. PRFL's brightness is {number(rows['PRFL']['brightness']['mean'])}, "
+        f"theirs {number(rows['clean renders']['brightness']['mean'])}",
+        f"the base reaches {forty['base'].split()[0]}, SFT at equal time {forty['SFT, equal time'].split()[0]}, PRFL "
+        f"{forty['PRFL'].replace('0.', '.')}"]
+
+    rows, differ = of("table2")
+    q2 = lambda name: number(rows[name]["qualified"]["mean"])
+    said["## Table 2: image-to-video"] = [
+        f"reaches {q2('base')}, SFT {q2('SFT')}, PRFL {with_interval(rows['PRFL']['qualified'])}, clean renders "
+        f"{q2('clean renders')}", f"above SFT by {gap(differ, 'PRFL above SFT')}",
+        f"dynamic degree is {number(rows['base']['dynamic']['mean'])}, PRFL's {number(rows['PRFL']['dynamic']['mean'])}"]
+
+    rows, differ = of("table3")
+    cell = lambda name, metric="qualified": number(rows[name][metric]["mean"])
+    said["## Table 3: which part of the trajectory is rewarded"] = [
+        f"all of it reaches {cell('full')}, late steps {cell('late')}, middle steps {cell('middle')}, early steps {cell('early')}",
+        f"the difference is {gap(differ, 'middle above late')}",
+        f"physical {cell('early', 'physical_qualified')}) and lose the prompt (adherent {cell('early', 'adherent')}, where the "
+        f"base has {cell('base', 'adherent')})", f"deformity {cell('middle', 'deformity_qualified')}"]
+
+    table4 = load("table4")
+    ratio = {r["setting"]: with_interval(r, 2, key="ratio") for r in table4["ratios"] if r["row"] == "RGB ReFL, first frame"}
+    memory = {c["row"]: round(c["bytes"] / 1e6) for c in table4["cells"] if (c["frames"], c["size"]) == (81, "64*64")}
+    paper = {r["paper"] for r in table4["ratios"] if r["setting"] == "N = 40, K = 2"}
+    said["## Table 4: cost"] = [
+        f"paper's ratio is {paper.pop()}", f"of 8 the ratio is {ratio['N = 16, K = 8']}", f"ratio is {ratio['N = 40, K = 8']}",
+        f"ratio is {ratio['N = 40, K = 2']}", f"PRFL takes {memory['PRFL']} MB",
+        f"takes {memory['RGB ReFL, first frame']} MB there with the first frame and {memory['RGB ReFL, all frames']} MB",
+        f"all frames take {memory['the same, --decoder_checkpointing']} MB",
+        f"through {dict((w[0], w[3]) for w in table4['wan'])['wan2.1-t2v-14b']} decoded frames"]
+
+    rows, differ = of("loss")
+    one = "PRFL: linear, lambda 1, 1 step"
+    q3 = lambda name: number(rows[name]["qualified"]["mean"])
+    said["## PRFL's own choices"] = [
+        f"Lambda 0.1, 1 and 5 reach {q3('lambda 0.1')}, {q3(one)} and {q3('lambda 5')}",
+        f"loss reaches {q3('sigmoid hinge (released code)')}",
+        f"lambda 30 reaches {q3('sigmoid hinge, lambda 30')}. The linear loss is below it by "
+        f"{gap(differ, f'{one} above sigmoid hinge, lambda 30', flip=True)}",
+        f"-log sigmoid reaches {q3('-log sigmoid')}. The linear loss is below it by "
+        f"{gap(differ, f'{one} above -log sigmoid', flip=True)}",
+        f"Two steps with gradients reach {q3('2 steps with gradients')} and four reach {q3('4 steps with gradients')}",
+        f"qualified: {q3('without SFT updates')}"]
+
+    curves = load("hacking")["curves"]
+    at = lambda run, name: dict(zip(*curves[run][name][:2]))
+    proxy, quality, alone = at("PRFL", "proxy reward"), at("PRFL", "qualified"), at("without SFT updates", "qualified")
+    peak = max(quality.values())
+    assert number(quality[80]) == number(quality[120]) == number(peak)
+    said["## Reward hacking"] = [
+        f"from {proxy[20]:.1f} to {proxy[240]:.1f} in 240", f"at {number(peak)}, and is {number(quality[240])} at 240",
+        f"{number(alone[20])} at 20 iterations, {number(alone[40])} at 40 and {number(alone[120])} at 120"]
+
+    rows, differ = of("table5")
+    a = lambda name: number(rows[name]["average"]["mean"])
+    said["## Table 5: pooling"] = [
+        f"(Eq. 5) reaches {a('attention with query')}, mean {a('mean')}, max {a('max')}, attention without query "
+        f"{a('attention without query')}, eight heads {a('8 heads (released code)')}",
+        f"pixel reward of all frames reaches {a('pixels, all frames')}, of the first {a('pixels, first frame')}"]
+
+    rows, differ = of("table7")
+    auc = lambda name: number(sum(rows[name]["auc"]) / 5)
+    said["## Table 7: cross-entropy or Bradley-Terry"] = [
+        f"AUC is {auc('BCE')} with cross-entropy and {auc('BT')} with",
+        f"the difference is {number(differ['BCE in (.2, .4] above BT in (.2, .4]']['difference'])}"]
+
+    rows, differ = of("table8")
+    depths = [number(rows[f"K = {k}"]["average"]["mean"]) for k in (1, 2, 4, 6, 8)]
+    said["## Table 8: depth"] = [f"Accuracy is {', '.join(depths[:4])} and {depths[4]} with"]
+
+    rows, differ = of("table9")
+    balanced, plain = (lambda name: number(sum(rows[name]["balanced"]) / 5)), (lambda name: number(rows[name]["average"]["mean"]))
+    said["## Table 9: other generators"] = [
+        f"reaches {balanced('own base')}, on those of three other generators {balanced('the other three, mean')}",
+        f"The loss is {gap(differ, 'own base above the other three, mean')}", f"it reaches {balanced('PRFL-aligned')}",
+        f"{plain('own base')} on its own base, {plain('the other three, mean')} on the others",
+        f"interval by {gap(differ, 'the other three, mean, in (.8, 1] above in [0, .2]', flip=True)}"]
+
+    rows, differ = of("fig3")
+    at_2 = lambda k: number(rows[f"probe, t = 0.2, K = {k}"]["at"]["mean"])
+    b = lambda name: number(rows[name]["average"]["mean"])
+    said["## Figure 3: where a reward can be read"] = [
+        f"reach {at_2(1)} at K = 1, {at_2(6)} at K = 6 and {at_2(8)} at K = 8",
+        f"K = 1 by {gap(differ, 'probe, t = 0.2, K = 8 at 0.2 above probe, t = 0.2, K = 1 at 0.2')}",
+        f"trained at t = .2 reaches {b('probe, t = 0.2, K = 8')} and one trained at random t reaches {b('probe, random t')}",
+        f"the model reaches {b('fine-tuned, t = 0.2')}, at random t {b('fine-tuned, random t')}",
+        f"one step, reach {b('pixels, all frames')}",
+        f"ours**: {gap(differ, 'swing of pixels, all frames above swing of fine-tuned, random t')}",
+        f"above pixels**, by {gap(differ, 'pixels, all frames above probe, random t', flip=True)}"]
+
+    fig5 = load("fig5")
+    share = lambda row, what: f"{fig5[row][what]['mean']:.0%}".replace("%", " %")
+    said["## Figure 5: video by video"] = [
+        f"Against RWR, PRFL wins {share('RWR', 'win')} and loses {share('RWR', 'lose')}",
+        f"Against SFT it wins {share('SFT', 'win')} and loses {share('SFT', 'lose')}",
+        f"first frame it wins {share('RGB ReFL, first frame', 'win')} and loses {share('RGB ReFL, first frame', 'lose')}, with all "
+        f"frames {share('RGB ReFL, all frames', 'win')} and {share('RGB ReFL, all frames', 'lose')}"]
+
+    rows, _ = of("labels")
+    c = lambda n: number(rows[f"{n} samples"]["average"]["mean"])
+    said["## Label count"] = [f"Accuracy is {c(1024)} from 1,024 own samples, {c(4096)} from 4,096 and {c(16384)} from 16,384"]
+
+    judge = load("annotator")
+    said["## The annotator"] = [
+        f"{100 * judge['clean_pass']:.2f} % of 2,000 clean clips pass", f"clips {100 * judge['flawed_fail']:.1f} % fail",
+        f"jitter, {number(judge['fails']['jitter'])}, and reversal, {number(judge['fails']['reversal'])}"]
+    least = sorted(judge["fails"], key=judge["fails"].get)[:2]
+    assert least == ["jitter", "reversal"]
+    return said
+
+
+# What is no result: settings and intervals of t.
+SETTINGS = re.compile(r"\bt = \.\d|\(\.2, \.4\]|[Ll]ambda 0?\.1|Wan2\.1|\.040 of the width|from \.030|95 %|1\.3B")
+
+
+@pytest.mark.parametrize("title", list(claims()))
+def test_figures_are_those_of_the_results_and_none_is_left_out(title):
+    text = section("docs/results.md", title)
+    for claim in claims()[title]:
+        assert claim in text, f"{title}: results/ now says {claim!r}"
+        text = text.replace(claim, "", 1)
+    assert not FIGURE.findall(SETTINGS.sub("", text)), f"{title}: a figure that no results file vouches for"
+
+
+def test_no_figure_stands_elsewhere():
+    """Sections of docs/results.md without a results file, and the README outside of its tables."""
+    text = (ROOT / "docs" / "results.md").read_text()
+    for title in re.findall(r"^## .*", text, re.M):
+        if title not in claims():
+            assert not FIGURE.findall(SETTINGS.sub("", section("docs/results.md", title))), title
+    readme = re.sub(r"^\|.*\|$|^```.*?^```$|arXiv \d+\.\d+", "", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    assert not FIGURE.findall(SETTINGS.sub("", readme.split("\n## Differences")[0]))
+
+
+def test_verdicts_are_those_of_the_results():
+    """What the README calls not held is what results/ calls so, and the other way round."""
+    readme = section("README.md", "## Results")
+    failed = {name: any(claim["paper"] == "yes" and claim["verdict"] == "does not hold" for claim in load(name)["claims"])
+              for name in ("table1", "table2", "table3", "table5", "table7", "table8", "table9", "fig3", "loss")}
+    for name, failing in failed.items():
+        title = "reward hacking, loss" if name == "loss" else name.replace("table", "table ").replace("fig", "figure ")
+        row = re.search(rf"\| {title}[^|]* \| ([^|]*) \|", readme)[1]
+        assert failing == ("**" in row), f"{name}: {row}"
+
+
+def test_the_readme_stays_short():
+    assert len((ROOT / "README.md").read_text().split()) <= 1600
+
+
+# ---- files, commands, flags
+def commands(page):
+    """The commands of a page's bash blocks, and of its inline code that starts with python -> [[words]]"""
+    text = (ROOT / page).read_text()
+    blocks = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)).replace("\\\n", " ").splitlines()
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    inline = re.findall(r"`(python [^`]+)`", " ".join(prose.split()))
+    return [shlex.split(line, comments=True) for line in (*blocks, *inline) if line.strip()]
+
+
+def configs(words):
+    """-> (the script's Config classes, the words behind its name), or None if the command is none of ours"""
+    if "torchrun" in words[0]:
+        words = ["python", *(w for w in words[1:] if not w.startswith("--nproc_per_node"))]
+    if words[0] != "python":
+        return None
+    name, rest = (words[2], words[3:]) if words[1] == "-m" else (words[1].removesuffix(".py"), words[2:])
+    if words[1] == "-m" and name == "pytest":
+        return None
+    module = importlib.import_module(name)
+    if hasattr(module, "COMMANDS") and rest and rest[0] in module.COMMANDS:
+        return (module.COMMANDS[rest[0]][1],), rest[1:]
+    classes = [value for value in vars(module).values() if dataclasses.is_dataclass(value) and isinstance(value, type)
+               and value.__module__ == module.__name__]
+    return classes, rest
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_exist_and_take_these_flags(page):
+    pytest.importorskip("flask", reason="label.py is an extra") if "label.py" in (ROOT / page).read_text() else None
+    for words in commands(page):
+        found = configs(words)
+        if found:
+            classes, rest = found
+            known = {f"--{name}" for one in classes for field in dataclasses.fields(one)
+                     for name in (field.name, f"no-{field.name}", field.metadata.get("alias"))}
+            unknown = [word for word in rest if word.startswith("--") and word not in known]
+            assert not unknown, f"{page}: {' '.join(words)}: no such flags: {unknown}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_are_named_exist(page):
+    text = (ROOT / page).read_text()
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert ((ROOT / page).parent / link).exists(), f"{page} links to {link}"
+    named = re.findall(r"`((?!results/NAME)(?:[\w.-]+/)*[\w-]+\.(?:py|md|txt|toml))`", text)
+    named += [word for words in commands(page) for word in words
+              if re.fullmatch(r"(?:[\w-]+/)*(?:\w+\.py|requirements[\w-]*\.txt)", word)]
+    for path in named:
+        assert (ROOT / path).exists(), f"{page} names {path}"
+    for folder in re.findall(r"`((?:world|formats|scale|study|docs|tests)/)`", text):
+        assert (ROOT / folder).is_dir()
