@@ -1,6 +1,7 @@
 """Stage 2: align the generator. `--method prfl` is Algorithm 1; `refl`, `sft` and `rwr` are the baselines beside it.
 
-    python train_align.py                                               PRFL on the embedded world
+    python train_align.py                                               PRFL on the embedded world, the steady recipe
+    python train_align.py --recipe paper --max_train_steps 100          Algorithm 1 to the letter, stopped in time
     python train_align.py --method sft --max_train_steps 240            as many updates as 120 iterations of PRFL
     python train_align.py --method refl --frames first --reward runs/reward_rgb/reward
     torchrun --nproc_per_node=8 train_align.py --data clips_encoded --reward runs/reward/reward --parallel fsdp
@@ -41,12 +42,10 @@ from pavrm import load_pavrm
 from scale import lora, parallel
 from world import clips, scene
 
-METHODS = ("prfl", "refl", "sft", "rwr")
-
 
 @dataclass
 class Config(validation.Flags, lora.Flags, parallel.Flags):
-    method: str = arg("prfl", "what to train with", choices=METHODS)
+    method: str = arg("prfl", "what to train with", choices=("prfl", "refl", "sft", "rwr"))
     task: str | None = arg(None, "which shipped generator, without --model: t2v, or i2v (image-to-video)", choices=TASKS)
     model: str | None = arg(None, "another generator: a folder with transformer/ (and text_encoder/, vae/ "
                             "for the embedded world)")
@@ -62,8 +61,8 @@ class Config(validation.Flags, lora.Flags, parallel.Flags):
     shift: float | None = arg(None, "warps times towards noise; without, 1 (uniform), Wan2.1: 3, from 720P on 5", above=0,
                               only="method prfl refl rwr or !num_validation 0")
     reward_weight: float = arg(1.0, "lambda of Alg. 1; Adam and clipping leave it little effect", above=0, only="method prfl refl")
-    recipe: str = arg("paper", "the paper's Alg. 1 to the letter, or steady, which needs no stopping in time: "
-                      "sets the three flags below where they are not given", choices=tuple(prfl.RECIPES), only="method prfl refl")
+    recipe: str | None = arg(None, "paper: Alg. 1 to the letter; steady: needs no stopping in time. Sets the three flags below "
+                             "where they are not given; without, steady for prfl, paper for refl", choices=tuple(prfl.RECIPES), only="method prfl refl")
     rewarded_step: str | None = arg(None, "one random step for the whole batch (Alg. 1), or one for each video, spread "
                                     "evenly over the trajectory", choices=("per_batch", "per_video"), only="method prfl refl")
     rollout_passes: int | None = arg(None, "most Euler steps of the rollout without gradients, each a longer one; 0: every "
@@ -84,37 +83,17 @@ class Config(validation.Flags, lora.Flags, parallel.Flags):
     batch_size: int | None = arg(None, "videos, or prompts, a pass and rank, or group of ranks; without, 32, Wan-sized: 1", above=0)
     gradient_accumulation_steps: int | None = arg(None, "passes per update; without, 1, Wan-sized: 30 videos in all", above=0)
     max_grad_norm: float = arg(1.0, "each update's gradient is clipped to this norm", above=0)
-    mixed_precision: str = arg("bf16", "autocast dtype; weights, optimizer and rollout state are fp32",
-                               choices=("no", "bf16"))
     checkpointing_steps: int = arg(40, "iterations between checkpoints", above=0)
-    resume_from_checkpoint: str | None = arg(None, "'latest' or a checkpoint folder", alias="resume")
     seed: int = arg(0, "seed of order, t, noise and steps", at_least=0)
 
 
 def check_flags(config):
     """Fills in what the recipe says. Raises InputError for flags that cannot work together."""
+    config.recipe = config.recipe or ("paper" if config.method == "refl" else "steady")
     fill_in(config, prfl.RECIPES[config.recipe] | training(transformer_folder(resolve_model(config))[1], "align"))
     config.trajectory_part = config.trajectory_part or ("late" if config.method == "refl" else "full")
     prfl.steps_of(config.trajectory_part, config.num_inference_steps)
     validation.check_flags(config)
-
-
-def load_policy(config, runtime):
-    """The VideoDiT in training: all its weights, or LoRA's."""
-    policy = load_transformer(config.model).train()
-    lora.add(policy, config.lora_rank, config.lora_alpha, config.seed, config.lora)
-    parallel.shard(policy, runtime, config.parallel)
-    policy.gradient_checkpointing = config.gradient_checkpointing
-    return policy
-
-
-def load_latent_reward(config, policy, runtime):
-    """The frozen PAVRM that prfl climbs and rwr weighs by."""
-    config.reward = config.reward or f"{config.model}/reward"
-    pavrm = load_pavrm(config.reward, policy)
-    parallel.shard(pavrm, runtime, config.parallel)
-    pavrm.trunk.gradient_checkpointing = config.gradient_checkpointing
-    return pavrm
 
 
 def load_curated(config, policy, runtime):
@@ -134,11 +113,17 @@ def main(config):
     # ---- what trains, what rewards it, what it learns from
     check_flags(config)
     runtime = common.setup(config.mixed_precision, config.seed, config.sequence_parallel)
-    policy = load_policy(config, runtime)
+    policy = load_transformer(config.model).train()
+    lora.add(policy, config.lora_rank, config.lora_alpha, config.seed, config.lora)
+    parallel.shard(policy, runtime, config.parallel)
+    policy.gradient_checkpointing = config.gradient_checkpointing
     if config.method == "refl":
         pixel_reward, vae = refl_baseline.load_reward_and_decoder(config, policy, runtime)
     elif config.method in ("prfl", "rwr"):
-        pavrm = load_latent_reward(config, policy, runtime)
+        config.reward = config.reward or f"{config.model}/reward"
+        pavrm = load_pavrm(config.reward, policy)
+        parallel.shard(pavrm, runtime, config.parallel)
+        pavrm.trunk.gradient_checkpointing = config.gradient_checkpointing
     resume, state = runs.open_checkpoint(config)
     shards, curated, held = load_curated(config, policy, runtime)
     accumulation = config.gradient_accumulation_steps
@@ -219,10 +204,9 @@ def main(config):
                 f"{name}_seconds": time.perf_counter() - clock,
                 f"{name}_cpu_seconds": time.process_time() - cpu_clock}     # of all threads, whatever else runs
 
-    updates = {"sft": curated_loss} if config.method == "sft" or config.sft_updates else {}
-    updates = {"rwr": rwr_loss} if config.method == "rwr" else updates
-    updates |= {"reward": reward_loss} if config.method in ("prfl", "refl") else {}
-
+    updates = {"rwr": rwr_loss} if config.method == "rwr" else {"sft": curated_loss}
+    if config.method in ("prfl", "refl"):
+        updates = (updates if config.sft_updates else {}) | {"reward": reward_loss}
     export = partial(lora.export, policy, alpha=config.lora_alpha, kind=config.export)
 
     # ---- the loop

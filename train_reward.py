@@ -69,10 +69,8 @@ class Config(parallel.Flags):
     max_train_steps: int = arg(1600, "optimizer steps", above=0)
     batch_size: int | None = arg(None, "videos per step and rank, or group of ranks; without, 64, Wan-sized: 2", above=0)
     max_grad_norm: float = arg(1.0, "gradients are clipped to this norm", above=0)
-    mixed_precision: str = arg("bf16", "autocast dtype", choices=("no", "bf16"))
     checkpointing_steps: int = arg(200, "steps between checkpoints", above=0)
     validation_steps: int = arg(200, "steps between reports on the held-out videos", above=0)
-    resume_from_checkpoint: str | None = arg(None, "'latest' or a checkpoint folder", alias="resume")
     seed: int = arg(0, "seed of weights, samples, order, t and noise", at_least=0)
 
 
