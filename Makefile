@@ -1,7 +1,8 @@
-# Three commands. Each makes its own .venv first (about a minute, once).
+# Four commands. Each makes its own .venv first (about a minute, once).
 #   make demo   base model -> reward model -> SFT and PRFL -> table, interval and picture in runs/demo
 #   make test   every test
 #   make lint   ruff, with the rules of pyproject.toml
+#   make own    the loop of docs/your_model.md, on a tiny random Wan2.1 and clips of the embedded world: does it all run here?
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
@@ -12,6 +13,32 @@ demo: .venv/core
 	$(BIN)/python train_align.py --method sft --max_train_steps 160 --learning_rate 3e-4 --output_dir $(DEMO)/sft
 	$(BIN)/python evaluate.py base=checkpoints sft=$(DEMO)/sft prfl=$(DEMO)/prfl --reward $(DEMO)/reward/reward \
 		--num_videos 256 --output_dir $(DEMO)/evaluation
+
+OWN := runs/own
+FIT := --size "32*32" --frames 9 --fps 8
+FAST := --mixed_precision no --num_validation 4 --validation_steps 2 --checkpointing_steps 2
+ENCODERS := --vae $(OWN)/wan/t2v/vae --text_encoder $(OWN)/wan/t2v/text_encoder
+
+own: .venv/test
+	rm -rf $(OWN)
+	$(BIN)/python tests/own.py prepare $(OWN)
+	$(BIN)/python sample.py --model $(OWN)/wan/t2v --prompts $(OWN)/prompts.txt --output_dir $(OWN)/samples $(FIT) \
+		--num_inference_steps 4
+	$(BIN)/python tests/own.py label $(OWN)
+	$(BIN)/python label.py report $(OWN)/samples
+	$(BIN)/python data.py encode $(OWN)/samples --out $(OWN)/samples_encoded $(FIT) $(ENCODERS)
+	$(BIN)/python data.py encode $(OWN)/clips --out $(OWN)/clips_encoded $(FIT) $(ENCODERS)
+	$(BIN)/python train_reward.py --model $(OWN)/wan/t2v --data $(OWN)/samples_encoded --fold 1/2 --holdout 4 --depth 1 \
+		--max_train_steps 8 --batch_size 4 --mixed_precision no --output_dir $(OWN)/reward
+	$(BIN)/python train_reward.py --model $(OWN)/wan/t2v --data $(OWN)/samples_encoded --fold 2/2 --seed 1 --holdout 4 --depth 1 \
+		--max_train_steps 8 --batch_size 4 --mixed_precision no --output_dir $(OWN)/judge
+	$(BIN)/python train_align.py --model $(OWN)/wan/t2v --data $(OWN)/clips_encoded --reward $(OWN)/reward/reward \
+		--judge $(OWN)/judge/reward --patience 3 --lora_rank 4 --num_inference_steps 4 --batch_size 2 --max_train_steps 8 \
+		$(FAST) --output_dir $(OWN)/align
+	$(BIN)/python evaluate.py --model $(OWN)/wan/t2v --prompts $(OWN)/test.txt base=$(OWN)/wan/t2v prfl=$(OWN)/align \
+		--reward $(OWN)/reward/reward --judge $(OWN)/judge/reward $(FIT) --num_inference_steps 4 --output_dir $(OWN)/evaluation
+	$(BIN)/python -m formats.wan $(OWN)/align/transformer --out $(OWN)/aligned
+	$(BIN)/python -m formats.wan $(OWN)/align/pytorch_lora_weights.safetensors --out $(OWN)/comfyui.safetensors --layout wan
 
 test: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests
@@ -28,4 +55,4 @@ lint: .venv/test
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	touch $@
 
-.PHONY: demo test lint
+.PHONY: demo test lint own

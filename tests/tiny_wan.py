@@ -1,0 +1,46 @@
+"""Tiny random instances of Wan2.1's very classes, saved to disk as its pipeline folders are. Needs requirements-wan.txt."""
+import diffusers
+import torch
+import transformers
+
+WORDS = "a red circle moves to the right blue square falls &".split()
+TINY = dict(num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16, text_dim=20, freq_dim=16,
+            ffn_dim=32, num_layers=2)
+
+
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>",
+                                                unk_token="<unk>")
+
+
+def random_weights(module):
+    """So that no layer starts at zero."""
+    for p in module.parameters():
+        torch.nn.init.normal_(p, std=0.2) if p.dim() > 1 else torch.nn.init.uniform_(p, 0.5, 1)
+    return module.eval()
+
+
+def write_pipelines(folder):
+    """folder/t2v and i2v: whole pipelines as diffusers writes them, tiny and random -> folder"""
+    torch.manual_seed(0)
+    vae = random_weights(diffusers.AutoencoderKLWan(base_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1))
+    text = random_weights(transformers.UMT5EncoderModel(transformers.UMT5Config(
+        vocab_size=3 + len(WORDS), d_model=20, d_kv=8, d_ff=24, num_layers=2, num_heads=2)))
+    image = random_weights(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(
+        hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=28,
+        patch_size=14)))
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    shared = dict(tokenizer=tokenizer(), text_encoder=text, vae=vae, scheduler=scheduler)
+    dit = random_weights(diffusers.WanTransformer3DModel(**TINY))
+    diffusers.WanPipeline(transformer=dit, **shared).save_pretrained(folder / "t2v")
+    dit = random_weights(diffusers.WanTransformer3DModel(**TINY | dict(
+        in_channels=36, image_dim=24, added_kv_proj_dim=24)))
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    diffusers.WanImageToVideoPipeline(transformer=dit, image_encoder=image, image_processor=processor,
+                                      **shared).save_pretrained(folder / "i2v")
+    return folder
