@@ -16,14 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from common import arg, average_and_clip_gradients, cli, generator, noise, progress, uniform
+from common import arg, average_and_clip_gradients, cli, generator, progress
 from flow import add_noise, rollout
 from formats.picture import GREEN, PAPER, RED, draw_text
 from formats.video import write_png
 from pavrm import bce_loss
 from prfl import draw_step, reward_update_loss, sft_loss
 
-SHAPE, N, BATCH = (2, 1, 1, 1), 16, 128                 # of a point; Euler steps; points of an update
+SHAPE, N, BATCH = (2, 1, 1, 1), 16, 256                 # of a point; Euler steps; points of an update
 
 
 @dataclass
@@ -45,9 +45,13 @@ class MLP(nn.Sequential):
 
 def ring(seed, step, span):
     """BATCH points of the ring whose angle to the x axis is at most span; pi is the whole ring."""
-    u = noise((2,), seed, "ring", step, range(BATCH))                               # [b, 2]
-    angle, radius = (2 * torch.special.ndtr(u[:, 0]) - 1) * span, 1 + 0.04 * u[:, 1]
+    angle = (2 * torch.rand(BATCH, generator=generator(seed, "angle", step)) - 1) * span
+    radius = 1 + 0.04 * torch.randn(BATCH, generator=generator(seed, "radius", step))
     return torch.stack([radius * angle.cos(), radius * angle.sin()], 1).view(-1, *SHAPE)
+
+
+def noise(n, *keys):
+    return torch.randn(n, *SHAPE, generator=generator(*keys))
 
 
 def is_good(x):
@@ -63,19 +67,19 @@ def update(model, optimizer, loss, step):
 
 
 def flow_loss(model, seed, step, span):                 # Eq. 10, on points of the ring
-    x1, t = noise(SHAPE, seed, "x1", step, range(BATCH)), uniform(seed, "t", step, range(BATCH))
+    x1, t = noise(BATCH, seed, "x1", step), torch.rand(BATCH, generator=generator(seed, "t", step))
     return sft_loss(model, ring(seed, step, span), x1, t, None)
 
 
 def train_reward(base, seed):                           # Eq. 6: the finished point's label, at every noise level
     reward = MLP(1)
     optimizer = torch.optim.AdamW(reward.parameters(), 2e-3)
-    own = rollout(base, noise(SHAPE, seed, "own", 0, range(4096)), None, N)
+    own = rollout(base, noise(4096, seed, "own"), None, N)
     labels = is_good(own).float()
     for step in progress(range(300), "reward model"):
         i = torch.randint(len(own), (BATCH,), generator=generator(seed, "batch", step))
-        t = uniform(seed, "reward t", step, range(BATCH))
-        x_t = add_noise(own[i], noise(SHAPE, seed, "reward x1", step, range(BATCH)), t)
+        t = torch.rand(BATCH, generator=generator(seed, "reward t", step))
+        x_t = add_noise(own[i], noise(BATCH, seed, "reward x1", step), t)
         update(reward, optimizer, bce_loss(reward(x_t, t, None), labels[i]), step)
     return reward.requires_grad_(False)
 
@@ -87,7 +91,7 @@ def align(name, base, reward, seed, sft_updates=True, reward_updates=True):     
         if sft_updates:
             update(policy, optimizer, flow_loss(policy, seed + 1, k, 0.6 * math.pi), k)      # curated: five in six are good
         if reward_updates:
-            x_T, s = noise(SHAPE, seed, "x_T", k, range(BATCH)), draw_step(seed, k, N)
+            x_T, s = noise(BATCH, seed, "x_T", k), draw_step(seed, k, N)
             update(policy, optimizer, reward_update_loss(policy, reward, x_T, None, s, N)[0], k)
     return policy
 
@@ -114,7 +118,7 @@ def main(config):
                 "SFT alone": align("SFT alone", base, reward, seed, reward_updates=False)}
     good, pleased, panels = {}, {}, []
     for name, policy in policies.items():
-        x = rollout(policy, noise(SHAPE, seed, "test", 0, range(2000)), None, N)
+        x = rollout(policy, noise(2000, seed, "test"), None, N)
         good[name], pleased[name] = is_good(x).float().mean().item(), reward(x, torch.zeros(len(x)), None).mean().item()
         panels.append(panel(x, f"{name}: {good[name]:.0%} good"))
         print(f"{name:12} good {good[name]:.3f}   reward {pleased[name]:+.2f}")

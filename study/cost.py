@@ -6,8 +6,8 @@
 
 An iteration is what train_align.py makes of it: an SFT update, then the reward update. Training draws the rewarded step from
 all N for PRFL, from the late third for ReFL, and an iteration's seconds are linear in it (with one step with gradients): here
-it is the mean of those steps (the two next to it in turn). Memory: on CPU the peak resident set of this process less what it held before the
-first update, when weights and optimizer were there; on a GPU torch's peak less the same. The generator is trained at 9
+it is the mean of those steps (the two next to it in turn). Memory: on CPU the peak resident set of this process less what it held
+before the first update, when weights and optimizer were there; on a GPU torch's peak less the same. The generator is trained at 9
 frames of 32x32 only, and the reward models here not at all: what they cost is right, what they say means nothing.
 """
 import contextlib

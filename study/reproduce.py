@@ -450,7 +450,8 @@ def reward_study(work, name, title, variants, claims, paper, notes=(), by="accur
                       [row, show(**cells["at"]), show(**summary(judged[f"swing of {row}"]))] for row, cells in rows.items()])]
     if by == "AUC":
         lines += ["AUC:", "", *table(["", *INTERVALS], [[row, *(f"{v:.4f}" for v in rows[row]["auc"])] for row in rows])]
-    work.write(name, title, [*lines, f"Judged by {by}, averaged over t unless it says otherwise:", "", *claims_table(claims), *notes],
+    said = f"Judged by {by}, averaged over t unless it says otherwise:"
+    work.write(name, title, [*lines, said, "", *claims_table(claims), *notes],
                   {"rows": rows, "claims": claims, "judged_by": by, "paper": paper})
     return rows
 
