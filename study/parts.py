@@ -101,8 +101,9 @@ class Work:
         said = f"`{about['command']}` at {about['commit']}, {about['hardware']}; this call took {about['minutes']} minutes."
         if parts:
             missing = f" (without {about['parts_without_time']} whose time was not kept)" * bool(about["parts_without_time"])
-            said += (f" Its {len(parts)} runs, evaluations and measurements ({'' if gpu else 'of one thread each; '}shared with other "
-                     f"tables) took {about['minutes_of_parts']} minutes in sum{missing}, at {', '.join(about['commits_of_parts'])}.")
+            said += (f" Its {len(parts)} runs, evaluations and measurements ({'' if gpu else 'of one thread each; '}shared with "
+                     f"other tables) took {about['minutes_of_parts']} minutes in sum{missing}, at "
+                     f"{', '.join(about['commits_of_parts'])}.")
         self.results.mkdir(parents=True, exist_ok=True)
         text = "\n".join([f"# {title}", "", *lines, said, ""])
         (self.results / f"{name}.md").write_text(text)
