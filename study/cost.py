@@ -1,14 +1,16 @@
-"""What an update costs: SFT, PRFL, RGB ReFL with the first frame or all frames decoded, on the shipped tiny generator.
+"""What an update costs: SFT, PRFL by both recipes, RGB ReFL with the first frame or all frames decoded, on the shipped tiny
+generator.
 
-    python -m study.cost times                               all methods in turn, A B C D A B C D, at the world's size
+    python -m study.cost times                               all methods in turn, A B C A B C, at the world's size
     python -m study.cost cell --method prfl --frames 33      one method at one size, in a process of its own
     python -m study.reproduce table4                                    every cell, and the table
 
-An iteration is what train_align.py makes of it: an SFT update, then the reward update. Training draws the rewarded step from
-all N for PRFL, from the late third for ReFL, and an iteration's seconds are linear in it (with one step with gradients): here
-it is the mean of those steps (the two next to it in turn). Memory: on CPU the peak resident set of this process less what it held
-before the first update, when weights and optimizer were there; on a GPU torch's peak less the same. The generator is trained at 9
-frames of 32x32 only, and the reward models here not at all: what they cost is right, what they say means nothing.
+An iteration is what train_align.py makes of it: an SFT update, then the reward update. By the paper's recipe (prfl, refl_first,
+refl_all) training draws one rewarded step, from all N for PRFL, from the late third for ReFL, and an iteration's seconds are
+linear in it (with one step with gradients): here it is the mean of those steps (the two next to it in turn). By the steady
+recipe (prfl_steady) it draws a step for each video, here too. Memory: on CPU the peak resident set of this process less
+what it held before the first update, when weights and optimizer were there; on a GPU torch's peak less the same. The generator
+is trained at 9 frames of 32x32 only, and the reward models here not at all: what they cost is right, what they say means nothing.
 """
 import contextlib
 import ctypes
@@ -37,7 +39,7 @@ from scale import plan
 
 BASE = SHIPPED["t2v"]
 PART = {"prfl": "full", "refl_first": "late", "refl_all": "late"}            # of the trajectory, where steps are drawn
-METHODS = ("sft", *PART)
+METHODS = ("sft", "prfl", "prfl_steady", "refl_first", "refl_all")
 
 
 @dataclass
@@ -68,7 +70,7 @@ def make_iteration(method, config, runtime):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0)
     for p in policy.parameters():                               # its moments, which a first step would make
         optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    if method == "prfl":
+    if method.startswith("prfl"):
         reward = PAVRM.from_generator(policy, config.depth).freeze()
         reward.trunk.gradient_checkpointing = config.gradient_checkpointing
     elif method.startswith("refl"):
@@ -91,9 +93,12 @@ def make_iteration(method, config, runtime):
         t = common.uniform(config.seed, "t", i, indices).to(runtime.device)
         if config.sft_updates or method == "sft":
             update(lambda: prfl.sft_loss(policy, x0, x1, t, context))
-        step = mean_step(method, i, N) if method in PART else None
-        if method == "prfl":
-            update(lambda: prfl.reward_update_loss(policy, reward, x_T, context, step, N, grad_steps=config.grad_steps)[0])
+        step, how = mean_step(method, i, N) if method in PART else None, {}
+        if method == "prfl_steady":
+            step, steady = prfl.draw_steps(config.seed, i, N, config.batch_size), prfl.RECIPES["steady"]
+            how = dict(longest=int(step.max()), rollout_passes=steady["rollout_passes"], loss=steady["reward_loss"])
+        if method.startswith("prfl"):
+            update(lambda: prfl.reward_update_loss(policy, reward, x_T, context, step, N, grad_steps=config.grad_steps, **how)[0])
         elif method != "sft":
             update(lambda: refl_baseline.refl_update_loss(policy, reward, vae, x_T, context, step, N,
                                                           checkpointing=config.decoder_checkpointing)[0])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import prfl
-from study import cost, parts, reproduce
+from study import cost, parts, reproduce, table4
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,15 +45,18 @@ def test_table4_judges_the_paper_s_factor_and_not_only_its_sign(tmp_path, monkey
     def measured(work, name, command, *flags):
         if command == "times":                                  # RGB ReFL: 1.2 times PRFL's seconds at N = 16, 1.6 at N = 40
             ratio = 1.2 if flags[flags.index("--num_inference_steps") + 1] == 16 else 1.6
-            return {"sft": [0.1] * 4, "prfl": [1.0, 1.1, 1.0, 1.1], "refl_first": [ratio, 1.1 * ratio] * 2, "refl_all": [2.0] * 4}
+            return {"sft": [0.1] * 4, "prfl": [1.0, 1.1, 1.0, 1.1], "prfl_steady": [0.4, 0.44] * 2,
+                    "refl_first": [ratio, 1.1 * ratio] * 2, "refl_all": [2.0] * 4}
         return {"bytes": 1e6 * (2 + ("refl_all" in flags)), "seconds": [1, 2], "flags": list(map(str, flags))}
 
-    monkeypatch.setattr(reproduce, "measured", measured)
-    monkeypatch.setattr(reproduce, "wan_peak", lambda preset, frames, method, decoded="first": 1e9 * frames)
+    monkeypatch.setattr(table4, "measured", measured)
+    monkeypatch.setattr(table4, "wan_peak", lambda preset, frames, method, decoded="first": 1e9 * frames)
     config = reproduce.Config("table4", "quick", output_dir=str(tmp_path), results_dir=str(tmp_path))
-    reproduce.table4(parts.Work(config))
+    table4.table4(parts.Work(config))
     text = (tmp_path / "table4.md").read_text()
     assert "| N = 16, K = 8 | holds | holds | does not hold |" in text and "| N = 40, K = 8 | holds | holds | holds |" in text
     assert "1.20 [1.20, 1.20]" in text and "| wan2.1-t2v-14b | 77 | 77 | 77 |" in text
+    assert "| N = 16, K = 8 | 0.40 [0.40, 0.40] | 3.00 [3.00, 3.00] |" in text
+    assert "| N = 40, K = 2 | 0.40 [0.40, 0.40] | 4.00 [4.00, 4.00] |" in text
     found = json.loads((tmp_path / "table4.json").read_text())
     assert len(found["cells"]) == 30 and len(found["grad_steps"]) == 8 and len(found["ratios"]) == 12
