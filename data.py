@@ -1,9 +1,12 @@
 """Clips in: metadata files, the latent shards that training reads, and the loader (formats/video.py reads the files).
 
-    python data.py check clips                                   what is wrong, clip by clip
+    python data.py check clips --model Wan2.1                    what is wrong, clip by clip
     python data.py encode clips --out latents                    with the shipped VAE and text encoder
-    python data.py encode clips --out latents --size "832*480" --frames 81 --fps 16 --vae Wan2.1/vae \
-        --text_encoder Wan2.1/text_encoder                       with Wan2.1's own (requirements-wan.txt)
+    python data.py encode clips --out latents --size "832*480" --frames 81 --fps 16 --model Wan2.1
+                                                                 with all encoders of that folder (requirements-wan.txt)
+
+Run encode again when clips, captions or the list have changed: what is new or changed is encoded, what is no longer
+listed is left out. formats/metadata.py says how the list is read.
 
 A data folder holds clips and metadata.jsonl (or .csv), one row a clip: file_name (or video, file), prompt (or
 text, caption), and perhaps label (or reward): 1 good, 0 bad, missing = unlabelled, which is never read as 0.
@@ -12,7 +15,6 @@ Axes: b batch, c latent channels, F video frames (4k + 1), f latent frames (k + 
 l text tokens, d text width, n clips of a shard, m CLIP image tokens.
 """
 import collections
-import csv
 import functools
 import itertools
 import json
@@ -29,72 +31,28 @@ from safetensors.torch import save_file
 
 import common
 from common import InputError, arg
+from formats import codec, fingerprint, lock
 from formats import labels as people
 from formats.codec import load_image_encoder, load_text_encoder, load_vae, save_null_context
-from formats.video import frame_rate, from_pixels, read_clip
-from formats.weights import SHIPPED
+from formats.metadata import SUFFIXES, printable, read_listing, read_metadata
+from formats.video import Facts, from_pixels, read_clip_facts
+from formats.weights import SHIPPED, transformer_folder
 
-FIELDS = {"file_name": ("file_name", "video", "file"), "prompt": ("prompt", "text", "caption"),
-          "label": ("label", "reward")}
-LABELS = {None: None, "0": 0, "1": 1, "0.0": 0, "1.0": 1, "False": 0, "True": 1}
 FEWEST = 5  # frames of a clip to train on: two latent frames
-SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v")
 # What encode holds in memory: clips decoded ahead, pixels of a batch, bytes of a shard, bytes of a clip whose size
 # and length no flag says. 81 frames of 832x480 are 97 MB, as float32 388 MB, and 17 MB in a shard of Wan2.1.
 AHEAD, BATCH_PIXELS, SHARD_BYTES, CLIP_BYTES = 2, 2 ** 24, 2 ** 27, 2 ** 27
 
 
-# ---- metadata
-def read_rows(folder):
-    """Yields (place, {file_name, prompt, label} or None, problem or None) for each row of the metadata."""
-    paths = [path for path in Path(folder).glob("metadata.*") if path.suffix in (".jsonl", ".csv")]
-    if not paths:
-        missing = "no metadata.jsonl or metadata.csv in it" if Path(folder).is_dir() else "no such folder"
-        raise InputError(f"{folder}: {missing}")
-    path = max(paths)  # .jsonl before .csv
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            for number, line in enumerate(csv.DictReader(file) if path.suffix == ".csv" else file, 1):
-                if isinstance(line, dict) or line.strip():
-                    yield f"{path} row {number}", *_parse_row(line)
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise InputError(f"{path}: is not UTF-8 text of that format ({e})") from None
-
-
-def _parse_row(line):
-    try:
-        raw = line if isinstance(line, dict) else json.loads(line)
-        row = {field: next((raw[name] for name in names if raw.get(name) not in (None, "")), None)
-               for field, names in FIELDS.items()}
-    except (ValueError, AttributeError):
-        return None, "not a JSON object"
-    if not isinstance(row["file_name"], str):
-        return None, "no file_name (or video, file)"
-    label = row["label"] if row["label"] is None else str(row["label"]).strip()
-    if label not in LABELS:
-        return None, f"label must be 0, 1 or missing, got {row['label']!r}"
-    return row | {"prompt": str(row["prompt"] or "").strip(), "label": LABELS[label]}, None
-
-
-def read_metadata(folder):
-    """-> [{file_name, prompt, label: 0 | 1 | None}]. Raises InputError naming the first unusable row."""
-    rows = list(read_rows(folder))
-    for place, _, problem in rows:
-        if problem:
-            raise InputError(f"{place}: {problem}")
-    if not rows:
-        raise InputError(f"{folder}: its metadata file has no rows")
-    return [row for _, row, _ in rows]
-
-
 # ---- latent shards
 def write_shards(folder, latents, contexts, labels, prompts, file_names=None, fps=8.0, settings=None,
-                 append=False, clips=None, **extra):
+                 append=False, clips=None, contents=None, **extra):
     """Writes one shard: latents [n, c, f, h, w] and contexts [n, l, d] as float32, labels (0, 1, None or -1),
     prompts; extra: of image-to-video, clip_fea [n, m, d'] and condition [n, c, f, h, w]. append: after the shards
-    there, else in their place. clips: the folder they were made of, for `Shards.relabel`. A kill at any moment leaves
-    whole shards."""
+    there, else in their place. clips: the folder they were made of, for `Shards.relabel`; contents: of each clip's
+    file (formats/fingerprint.py). A kill at any moment leaves whole shards. Raises InputError if the folder is not ours."""
     folder = Path(folder)
+    lock.claim(folder, "shards", ("shards.json",))
     folder.mkdir(parents=True, exist_ok=True)
     shapes = {"latent_shape": list(latents.shape[1:]), "context_shape": list(contexts.shape[1:]),
               "extra_shapes": {name: list(x.shape[1:]) for name, x in extra.items()}}
@@ -113,10 +71,16 @@ def write_shards(folder, latents, contexts, labels, prompts, file_names=None, fp
     tensors = {name: x.float().contiguous() for name, x in (extra | dict(latents=latents, context=contexts)).items()}
     save_file(tensors | {"label": values}, folder / f"{name}.tmp")
     os.replace(folder / f"{name}.tmp", folder / name)
-    rows = (before.rows if before else []) + rows
-    replace_text(folder / "metadata.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    index["shards"].append({"file": name, "count": len(values)})
+    rows = (before.all_rows if before else []) + rows
+    replace_text(folder / "metadata.jsonl", "".join(map(json_line, rows)))
+    index["shards"].append({"file": name, "count": len(values)} | ({"contents": list(contents)} if contents else {}))
     replace_text(folder / "shards.json", json.dumps(index | {"count": len(rows)}, indent=1))
+
+
+def json_line(row):
+    """Readable JSON, but escaped where a file's name is no text."""
+    line = json.dumps(row, ensure_ascii=False)
+    return (line if line.isprintable() else json.dumps(row)) + "\n"
 
 
 def replace_text(path, text):
@@ -130,7 +94,7 @@ class Shards:
 
     def __init__(self, folder):
         self.folder = folder = Path(folder)
-        self.where, labels = [], []
+        self.where, labels, self.contents = [], [], []
         try:
             self.index = json.loads((folder / "shards.json").read_text())
             self.latent_shape = tuple(self.index["latent_shape"])    # (c, f, h, w)
@@ -146,6 +110,8 @@ class Shards:
                         raise InputError(f"{path}: holds {found}, not what shards.json says: encode again")
                     labels.append(file.get_tensor("label").clone())
                 self.where += [(path, i) for i in range(n)]
+                self.contents += entry.get("contents") or [None] * n
+            self.dropped = set(self.index.get("dropped", ()))
         except (FileNotFoundError, NotADirectoryError) as e:
             raise InputError(f"{e.filename or path} is missing: `python data.py encode` writes it") from None
         except (OSError, SafetensorError) as e:
@@ -161,6 +127,10 @@ class Shards:
             raise InputError(f"{folder}: metadata.jsonl and shards differ in labels: leave these as they were encoded, "
                              "and change labels beside the clips")
         self.label_note = "labels as they were encoded"
+        # What is no longer listed, or has changed since, stays in its shard, and nothing reads it.
+        self.all_rows, live = self.rows, [i for i in range(len(self)) if i not in self.dropped]
+        self.rows, self.where = [self.rows[i] for i in live], [self.where[i] for i in live]
+        self.labels = self.labels[live]
 
     def __len__(self):
         return len(self.where)
@@ -171,7 +141,8 @@ class Shards:
         folder = self.index.get("clips") and Path(os.path.normpath(self.folder / self.index["clips"]))
         if answers and not Path(answers).is_file():
             raise InputError(f"--labels {answers}: there is no such file")
-        rows = read_metadata(folder) if folder and any(folder.glob("metadata.*")) else []
+        rows = read_listing(folder)[0] if folder and any(folder.glob("metadata.*")) else []
+        rows = [row for _, row, problem in rows if not problem]         # the others were not encoded either
         labels = lambda rows: {os.path.normpath(row["file_name"]): row["label"] for row in reversed(rows)}
         path = answers or folder and folder / "labels.jsonl"
         sources = {f"{path}": people.majority(people.read_answers(path), bad) if path else {},
@@ -200,6 +171,13 @@ class Shards:
                             rows[j:j + 1] = view[k:k + 1]
         return batch | {"label": self.labels[indices], "prompt": [self.rows[i]["prompt"] for i in indices]}
 
+    @property
+    def fingerprint(self):
+        """12 hex digits of what training reads: the clips, captions and labels, in order, and how they were encoded."""
+        live = [self.contents[i] for i in range(len(self.all_rows)) if i not in self.dropped]
+        return fingerprint.of_json([[row["file_name"], row["prompt"]] for row in self.rows] + live + self.labels.tolist()
+                                   + [self.fps, {k: list(v) for k, v in self.shapes.items()}, self.settings])
+
     def require(self, channels=None, context_shape=None, labelled=False, image_dim=None):
         """Raises InputError naming the field that does not fit a model of these latent channels, contexts [l, d]
         and CLIP tokens of width image_dim; labelled: both labels must occur."""
@@ -211,19 +189,40 @@ class Shards:
                              f"{list(context_shape)} as the model's: encode with its own text encoder")
         if image_dim not in (None, self.shapes.get("clip_fea", (0,))[-1]):
             raise InputError(f"{self.folder}: holds no CLIP image tokens of width {image_dim}, which the model takes: "
-                             "encode with --image_encoder")
+                             "encode with --image_encoder, or better --model")
         found = sorted(set(self.labels.tolist()) - {-1})
         if labelled and len(found) < 2:
             raise InputError(f"{self.folder}: " + (f"every label is {found[0]}" if found else "no clip has a label")
                              + ": a reward model needs 0 and 1 (label.py, or `label` in the clips' metadata)")
 
-    def require_fit(self, dit, labelled=False):
-        """`require` what the VideoDiT wants; its context may be shorter than text_len, as it pads."""
+    def require_fit(self, dit, model=None, labelled=False):
+        """`require` what the VideoDiT wants; its context may be shorter than text_len, as it pads. model: its folder, whose
+        encoders must be those that made the shards."""
+        if not len(self):
+            raise InputError(f"{self.folder}: none of its clips is listed any more: encode again")
         if any(side % patch for side, patch in zip(self.latent_shape[1:], dit.config["patch_size"])):
             raise InputError(f"{self.folder}: latents are {list(self.latent_shape[1:])}, which the model's patches of "
                              f"{list(dit.config['patch_size'])} do not divide: encode with another --size")
         length = min(self.context_shape[0], dit.config["text_len"])
         self.require(dit.config["out_dim"], (length, dit.config["text_dim"]), labelled, dit.config["image_dim"])
+        made_by = (self.settings or {}).get("encoders", {})
+        if self.settings and not made_by and common.rank() == 0:
+            print(f"note: {self.folder}: does not say which encoders made it: see to it that they are the model's")
+        if made_by:
+            found, image_to_video = codec.find_encoders(model) if model else {}, dit.config["model_type"] == "i2v"
+            for role, path in found.items():
+                if role in made_by and made_by[role] != fingerprint.of_encoder(path, role):
+                    raise InputError(f"{self.folder}: was encoded with another {role} than {path}: encode with --model {model}")
+            if image_to_video and length == codec.WAN_CONTEXT and "condition" not in self.shapes:
+                raise InputError(f"{self.folder}: lacks the given first frame as Wan2.1's image-to-video takes it: encode with "
+                                 f"--model {model or 'and its folder'}")
+            notes = {f"{self.folder}: encoders cannot be compared, as {model} holds none": not found,
+                     f"{self.folder}: clips run at {self.fps:g} frames per second, the model's own videos at "
+                     f"{codec.published(dit.config)['fps']:g}: it will learn another speed; encode with --fps":
+                     abs(self.fps / codec.published(dit.config)["fps"] - 1) > .02,
+                     f"{self.folder}: was encoded for image-to-video; this model takes no first frame":
+                     "condition" in self.shapes and not image_to_video}
+            print(*(f"note: {note}\n" for note in notes if notes[note] and common.rank() == 0), sep="", end="", flush=True)
 
 
 @functools.lru_cache(maxsize=4)
@@ -261,15 +260,22 @@ def take_fold(shards, fold):
 
 
 def labelled_split(shards, holdout, seed):
-    """`split` of the labelled clips, holdout in number. Raises InputError if a part is empty or all of one label."""
-    labelled = (shards.labels >= 0).nonzero()[:, 0]
-    if holdout >= len(labelled):
-        raise InputError(f"--holdout {holdout} leaves nothing to train on: there are {len(labelled)} labelled videos")
-    train, held = (labelled[part] for part in split(len(labelled), holdout, seed))
-    if any(len(shards.labels[part].unique()) < 2 for part in (train, held)):
-        raise InputError(f"{shards.folder}: training or held-out videos are all of one label; a reward model needs "
-                         "both 0 and 1")
-    return train, held
+    """Of the labelled clips -> (train, held-out) sorted int64 indices, `holdout` in number, each label in its share and at
+    least once in both parts. Raises InputError, with the remedy, if that cannot be."""
+    where = [(shards.labels == label).nonzero()[:, 0] for label in (0, 1)]
+    counts = [len(part) for part in where]
+    for label, count in enumerate(counts):
+        if count < 2:
+            raise InputError(f"{shards.folder}: {count} clips are labelled {label}; training and held-out videos need one each: "
+                             f"label more (label.py, or `label` in the clips' metadata)")
+    if not 2 <= holdout <= sum(counts) - 2:
+        why = "leaves nothing to train on" if holdout >= sum(counts) else "is too few or too many"
+        raise InputError(f"--holdout {holdout} {why}: of {sum(counts)} labelled videos 2 to {sum(counts) - 2} can be held out, "
+                         f"as both parts need each label: try --holdout {max(2, sum(counts) // 5)}")
+    bad = round(holdout * counts[0] / sum(counts))
+    bad = min(max(bad, 1, holdout - counts[1] + 1), counts[0] - 1, holdout - 1)
+    parts = [split(len(part), n, f"{seed} {label}") for label, (part, n) in enumerate(zip(where, (bad, holdout - bad)))]
+    return tuple(torch.cat([part[chosen[i]] for part, chosen in zip(where, parts)]).sort().values for i in (0, 1))
 
 
 # ---- commands
@@ -280,6 +286,21 @@ class Check:
     frames: int | None = arg(None, "frames of each clip, 4k + 1, or all it has", at_least=FEWEST)
     fps: float | None = arg(None, "frames per second (16 for Wan2.1), or the clip's own; faster clips drop frames, "
                             "slower ones repeat them", above=0)
+    model: str | None = arg(None, "folder of the generator that they are for, with its vae/, text_encoder/ and, if it has one, "
+                            "image_encoder/; without, the shipped one")
+    text_encoder: str | None = arg(None, "without --model: folder of the text encoder, or of transformers' UMT5 (tokenizer in "
+                                   "it or beside it)")
+
+
+@dataclass
+class Loaded:
+    """A clip, or the reason why there is none."""
+    row: dict
+    video: torch.Tensor | None = None       # uint8 [F, H, W, 3]
+    kind: list | None = None                # [W, H, F, fps]
+    problem: str | None = None
+    facts: Facts | None = None
+    content: str | None = None              # formats/fingerprint.py's, of the file
 
 
 def parse_size(config):
@@ -293,40 +314,81 @@ def parse_size(config):
     return tuple(sides) if config.size else None
 
 
-def load_clips(rows, config, size, kind=None, seen=()):
-    """Yields (row, uint8 [F, H, W, 3] or None, kind, problem or None), in order, decoding a few clips ahead. Clips
-    are cut to 4k + 1 frames, and all must be of one kind [W, H, F, fps]: the given one, or that of the first usable
-    clip. seen: file names that were there before."""
+def load_clips(rows, config, size, kind=None, seen=(), contents=None):
+    """Yields a Loaded for each row, in order, decoding a few clips ahead. Clips are cut to 4k + 1 frames, and all must be
+    of one kind [W, H, F, fps]: the given one, or that of the first usable clip. seen: file names that were there before;
+    contents: fingerprint.Contents, or None where nobody asks for them."""
     seen, rows = {os.path.normpath(name) for name in seen}, iter(rows)
     largest = None if size and config.frames else CLIP_BYTES
 
     def load(row):
         path = Path(config.folder) / row["file_name"]
         try:
-            video, fps = read_clip(path, size, config.frames, config.fps, largest)
-        except InputError as e:
-            return None, None, str(e).removeprefix(f"{path}: ")
-        kind = [video.shape[2], video.shape[1], (len(video) - 1) // 4 * 4 + 1, round(fps, 1)]
-        if kind[2] < (config.frames or FEWEST):
-            return None, kind, f"too short: {len(video)} frames of {config.frames or FEWEST} at {fps:.3g} fps"
-        if kind[0] % 16 or kind[1] % 16:
-            return None, kind, f"size {kind[0]}x{kind[1]} is not a multiple of 16: pass --size W*H"
-        return video[:kind[2]], kind, None if row["prompt"] else "empty prompt"
+            video, fps, facts = read_clip_facts(path, size, config.frames, config.fps, largest)
+            content = contents and contents.content(path)
+        except (InputError, OSError) as e:
+            return Loaded(row, problem=printable(str(e).removeprefix(f"{path}: ")))
+        have, wanted = len(video), config.frames or FEWEST
+        clip = Loaded(row, None, [video.shape[2], video.shape[1], (have - 1) // 4 * 4 + 1, round(fps, 1)], None, facts, content)
+        if clip.kind[2] < wanted:
+            clip.problem = f"too short: {have} frames of {wanted} at {fps:.3g} fps" \
+                + f": --frames {clip.kind[2]} takes it" * (clip.kind[2] >= FEWEST)
+        elif clip.kind[0] % 16 or clip.kind[1] % 16:
+            clip.problem = f"size {clip.kind[0]}x{clip.kind[1]} is not a multiple of 16: pass --size W*H"
+        elif not row["prompt"]:
+            clip.problem = "empty prompt"
+        else:
+            clip.video = video[:clip.kind[2]]
+        return clip
 
     with ThreadPoolExecutor(AHEAD) as pool:
-        waiting = collections.deque((row, pool.submit(load, row)) for row in itertools.islice(rows, AHEAD))
+        waiting = collections.deque(pool.submit(load, row) for row in itertools.islice(rows, AHEAD))
         while waiting:
-            row, loading = waiting.popleft()
-            video, found, problem = loading.result()
-            waiting.extend((row, pool.submit(load, row)) for row in itertools.islice(rows, 1))
-            del loading  # it holds the video too
-            kind = kind or (None if problem else found)
-            if problem is None and found != kind:
-                problem = f"is {show(found)}, the others are {show(kind)}: pass --size, --frames, --fps"
-            name = os.path.normpath(row["file_name"])  # a/../b.mp4 is b.mp4
-            problem = "listed twice" if name in seen else problem
+            clip = waiting.popleft().result()
+            waiting.extend(pool.submit(load, row) for row in itertools.islice(rows, 1))
+            kind = kind or (None if clip.problem else clip.kind)
+            if clip.problem is None and clip.kind != kind:
+                clip.problem = f"is {show(clip.kind)}, the others are {show(kind)}: pass --size, --frames, --fps"
+            name = os.path.normpath(clip.row["file_name"])  # a/../b.mp4 is b.mp4
+            clip.problem = "listed twice" if name in seen else clip.problem
             seen.add(name)
-            yield row, None if problem else video, found, problem
+            clip.video = None if clip.problem else clip.video
+            yield clip
+
+
+class Tally:
+    """Counts what happened to the usable clips' frames, for those who would rather not train on that."""
+
+    def __init__(self):
+        self.found, self.kept = collections.defaultdict(list), []
+
+    def add(self, clip):
+        frames, facts = clip.kind[2], clip.facts
+        self.kept += [facts.kept] * (facts.kept < 0.95)
+        for name, true in (("slow", 10 * facts.repeated > frames), ("still", 4 * facts.still > frames),
+                           (facts.colours, facts.colours)):
+            if true:
+                self.found[name].append(clip.row["file_name"])
+
+    def lines(self, config, prompts):
+        """The sentences to print. prompts: of all usable clips."""
+        cut, limit = codec.cut_captions(config.text_encoder, prompts)
+        said = {"still": "stand still for a quarter of their frames or longer",
+                "converted": "are HDR or of a wide gamut: converted to BT.709, what is brighter than its white is clipped",
+                "approximate": "have colours that only approximate what a player shows",
+                "slow": f"are slower than {config.fps or 0:g} fps: their frames will repeat"}
+        if self.kept:
+            yield (f"{len(self.kept)} of them lose part of their picture to the crop: {min(self.kept):.0%} of it stays at worst, "
+                   f"{sum(self.kept) / len(self.kept):.0%} on average")
+        if cut:
+            yield f"{cut} of their captions are longer than the {limit} that {config.text_encoder} reads: the rest is cut off"
+        for name, sentence in said.items():
+            if found := self.found[name]:
+                yield f"{len(found)} of them {sentence}" + (name != "slow") * f": {some(found)}"
+
+
+def some(names):
+    return ", ".join(map(printable, names[:3])) + ", ..." * (len(names) > 3)
 
 
 def show(kind):
@@ -334,112 +396,190 @@ def show(kind):
 
 
 def check_command(config):
-    size, folder, listed, usable, slow = parse_size(config), Path(config.folder), list(read_rows(config.folder)), [], 0
+    size, folder, tally = parse_size(config), Path(config.folder), Tally()
+    (listed, notes), usable = read_listing(config.folder), []
+    resolve_encoders(config)
     problems = [f"{place}: {problem}" for place, _, problem in listed if problem]
     rows = [row for _, row, problem in listed if not problem]
     bar = common.progress(len(rows), "check")
-    for row, _, kind, problem in load_clips(rows, config, size):
-        problems += [f"{row['file_name']}: {problem}"] if problem else []
-        usable += [] if problem else [(row["label"], show(kind))]
-        slow += not problem and config.fps is not None and frame_rate(folder / row["file_name"]) < config.fps / 1.02
+    for clip in load_clips(rows, config, size):
+        if clip.problem:
+            problems.append(f"{printable(clip.row['file_name'])}: {clip.problem}")
+        else:
+            usable.append((clip.row, show(clip.kind)))
+            tally.add(clip)
         bar.update()
     bar.close()
-    labels = collections.Counter(label for label, _ in usable)
+    labels = collections.Counter(row["label"] for row, _ in usable)
     print(*problems, f"{folder}: {len(usable)} of {len(listed)} clips usable: {labels[1]} good, "
-          f"{labels[0]} bad, {labels[None]} unlabelled" + (f"; {usable[0][1]}" if usable else ""), sep="\n")
+          f"{labels[0]} bad, {labels[None]} unlabelled" + (f"; {usable[0][1]}" if usable else ""), *notes,
+          *tally.lines(config, [row["prompt"] for row, _ in usable]), sep="\n")
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES}
-    unlisted = sorted(names - {os.path.normpath(row["file_name"]) for row in rows})
-    if slow:
-        print(f"{slow} of them are slower than {config.fps:g} fps: their frames will repeat")
-    if unlisted:
-        print(f"{len(unlisted)} video files are not in the metadata: {', '.join(unlisted[:3])}"
-              + ", ..." * (len(unlisted) > 3))
+    if unlisted := sorted(names - {os.path.normpath(row["file_name"]) for row in rows}):
+        print(f"{len(unlisted)} video files are not in the metadata: {some(unlisted)}")
     if problems or not listed:
         raise InputError(f"{folder}: {len(problems)} of {len(listed)} clips cannot be used")
 
 
 @dataclass
 class Encode(Check):
-    out: str = arg("latents", "folder of the shards; a second run goes on where the first one stopped")
-    vae: str = arg(str(SHIPPED["t2v"] / "vae"), "folder of the VAE, or of diffusers' AutoencoderKLWan")
-    text_encoder: str = arg(str(SHIPPED["t2v"] / "text_encoder"),
-                            "folder of the text encoder, or of transformers' UMT5 (tokenizer in it or beside it)")
-    image_encoder: str | None = arg(None, "folder of transformers' CLIPVisionModel, for Wan2.1's image-to-video: "
-                                    "shards get its tokens, and the VAE's code of frame 0 with blank ones behind it")
+    out: str = arg("latents", "folder of the shards; a second run does only what is new or has changed")
+    vae: str | None = arg(None, "without --model: folder of the VAE, or of diffusers' AutoencoderKLWan")
+    image_encoder: str | None = arg(None, "without --model: folder of transformers' CLIPVisionModel, for Wan2.1's "
+                                    "image-to-video: shards get its tokens, and the first frame as that model takes it")
     batch_size: int = arg(8, "clips encoded at once; fewer if they hold more than 16 million pixels", above=0)
     shard_size: int = arg(256, "clips a shard; fewer if they hold more than 128 MiB", above=0)
 
 
-def encode_batch(videos, prompts, vae, text, image, device):
-    """uint8 videos [F, H, W, 3] and their prompts -> {name in the shards: tensor [b, ...] on the CPU}"""
-    videos = torch.stack(videos).to(device)                                             # [b, F, H, W, 3]
-    out = {"latents": vae.encode(from_pixels(videos)), "context": text.encode(prompts)}    # [b, c, f, h, w], [b, l, d]
-    if image is not None:
-        blank = from_pixels(videos)
-        blank[:, :, 1:] = 0
-        out["condition"] = vae.encode(blank)                                            # [b, c, f, h, w]
-        out["clip_fea"] = image.encode(videos[:, 0])                                    # [b, m, d']
+ROLES = "vae", "text_encoder", "image_encoder"
+
+
+def resolve_encoders(config):
+    """Fills in the folders of the encoders -> ({role: folder}, whether they are for image-to-video). Raises InputError."""
+    image_to_video = getattr(config, "image_encoder", None) is not None
+    if config.model:
+        common.refuse(config, ROLES, "with --model, whose own is taken")
+        dit, found = transformer_folder(config.model)[1], codec.find_encoders(config.model)
+        image_to_video = dit["model_type"] == "i2v"
+        wanted = [role for role in ROLES if hasattr(config, role) and (role != "image_encoder" or dit["image_dim"])]
+        if lacking := [role for role in wanted if role not in found]:
+            raise InputError(f"--model {config.model}: there is no {lacking[0]}/ in it")
+    else:
+        found = {role: getattr(config, role, None) for role in ROLES}
+        found = {role: path or SHIPPED["t2v"] / role for role, path in found.items() if path or role != "image_encoder"}
+        wanted = list(found)
+    for role in wanted:
+        setattr(config, role, str(found[role]))
+    return {role: str(found[role]) for role in wanted}, image_to_video
+
+
+def encode_batch(clips, models, image_to_video):
+    """Loaded clips -> {name in the shards: tensor [b, ...] on the CPU}. models: {role: encoder}"""
+    videos = torch.stack([clip.video for clip in clips]).to(next(models["vae"].parameters(), torch.empty(0)).device)
+    out = {"latents": models["vae"].encode(from_pixels(videos)),                            # [b, c, f, h, w]
+           "context": models["text_encoder"].encode([clip.row["prompt"] for clip in clips])}        # [b, l, d]
+    if image_to_video:
+        out["condition"] = codec.condition_latents(models["vae"], videos, out["context"].shape[1])        # [b, c, f, h, w]
+    if "image_encoder" in models:
+        out["clip_fea"] = models["image_encoder"].encode(videos[:, 0])                      # [b, m, d']
     return {name: x.float().cpu() for name, x in out.items()}
+
+
+def unchanged(before, rows, folder, contents):
+    """{index of a row: its place in the shards `before`} of the rows whose caption, and whose file's content, are those that
+    were encoded. Of rows that name one file twice, the upper one counts."""
+    places = {(row["file_name"], row["prompt"], content): i
+              for i, (row, content) in enumerate(zip(before.all_rows, before.contents)) if content}
+    names, seen, found = {name for name, _, _ in places}, set(), {}
+    for i, row in enumerate(rows):
+        path = os.path.normpath(row["file_name"])
+        if row["file_name"] in names and path not in seen:
+            try:
+                place = places.get((row["file_name"], row["prompt"], contents.content(Path(folder) / row["file_name"])))
+            except (OSError, ValueError):
+                place = None                        # load_clips will say why
+            found |= {} if place is None else {i: place}
+        seen.add(path)
+    return found
 
 
 @torch.inference_mode()
 def encode_command(config):
-    size, out, rows = parse_size(config), Path(config.out), read_metadata(config.folder)
+    parse_size(config)
+    out = Path(config.out)
+    (listed, notes), (folders, image_to_video) = read_listing(config.folder), resolve_encoders(config)
+    if not listed:
+        raise InputError(f"{config.folder}: its metadata file has no rows")
+    if out.exists() and out.samefile(config.folder):
+        raise InputError(f"--out {out}: is the folder of the clips: name another one for the shards")
+    lock.claim(out, "shards", ("shards.json",))
+    settings = {"size": config.size and config.size.replace("x", "*"), "frames": config.frames, "fps": config.fps,
+                "condition": image_to_video, "encoders": {role: fingerprint.of_encoder(path, role)
+                                                          for role, path in folders.items()}}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings = {name: getattr(config, name) for name in ("size", "frames", "fps", "vae", "text_encoder")}
-    settings |= {"size": config.size and config.size.replace("x", "*")}
-    settings |= {"image_encoder": config.image_encoder} if config.image_encoder else {}
-    before = Shards(out) if (out / "shards.json").exists() else None
-    done = {row["file_name"]: row for row in before.rows} if before else {}
-    kind = (before.settings or {}).get("kind") if before else None
-    if before and before.settings != settings | {"kind": kind}:
-        raise InputError(f"{out}: was encoded with {before.settings}: use these flags, or another --out")
-    first = {row["file_name"]: row for row in reversed(rows)}  # of rows that name one file twice, the upper one
-    if changed := [name for name, row in first.items() if done.get(name, row)["prompt"] != row["prompt"]]:
-        raise InputError(f"{out}: the prompt of {changed[-1]} has changed since: use another --out")
-    vae, text, image = load_vae(config.vae).to(device), load_text_encoder(config.text_encoder).to(device), None
-    if config.image_encoder:
-        image = load_image_encoder(config.image_encoder).to(device)
-    out.mkdir(parents=True, exist_ok=True)
-    save_null_context(out, text)
-    left = dict(done)
-    todo = [row for row in rows if left.pop(row["file_name"], None) is None]
-    batch, ready, skipped = [], [], 0
-    bar = common.progress(len(rows), "encode", initial=len(rows) - len(todo))
-    with (out / "report.jsonl").open("w", buffering=1) as report:
-        clips = load_clips(todo, config, size, kind, done)
-        for row, video, kind, problem in itertools.chain(clips, [(None,) * 4]):         # None: nothing comes after
-            if problem:
-                skipped += 1
-                bar.write(f"skipped {row['file_name']}: {problem}")
-                report.write(json.dumps({"file_name": row["file_name"], "reason": problem}) + "\n")
-            elif row:
-                batch.append((row, video, kind))
-                room = min(config.batch_size, BATCH_PIXELS // math.prod(kind[:3]))
-            if batch and (row is None or len(batch) >= room):
-                encoded = encode_batch([video for _, video, _ in batch], [row["prompt"] for row, _, _ in batch],
-                                       vae, text, image, device)
-                ready += [(r, k, {name: x[i] for name, x in encoded.items()}) for i, (r, _, k) in enumerate(batch)]
-                enough = min(config.shard_size, SHARD_BYTES // sum(4 * x[0].numel() for x in encoded.values()))
-                batch = []
-            bar.update(row is not None)
-            if ready and (row is None or len(ready) >= enough):
-                kept, kinds, tensors = zip(*ready)
-                tensors = {name: torch.stack([x[name] for x in tensors]) for name in tensors[0]}
-                write_shards(out, tensors.pop("latents"), tensors.pop("context"), *(
-                    [row[name] for row in kept] for name in ("label", "prompt", "file_name")),
-                    fps=kinds[0][3], settings=settings | {"kind": kinds[0]}, append=True, clips=config.folder, **tensors)
-                ready = []
-    bar.close()
-    print(f"{out}: {len(rows) - skipped} of {len(rows)} clips encoded"
-          + (f", {skipped} skipped: see {out / 'report.jsonl'}" if skipped else ""))
-    if skipped == len(rows):
+    loaders = dict(zip(ROLES, (load_vae, load_text_encoder, load_image_encoder)))
+    load = lambda: {role: loaders[role](path).to(device) for role, path in folders.items()}
+    models = None if out.exists() else load()       # encoders that cannot be loaded leave no folder behind
+    with lock.hold(out, "shards"):
+        before = Shards(out) if (out / "shards.json").exists() else None
+        kind = ((before and before.settings) or {}).get("kind")
+        if before and before.settings != settings | {"kind": kind}:
+            raise InputError(f"{out}: was encoded with other settings ({differences(before.settings, settings)}): use those "
+                             "flags and encoders, or another --out")
+        rows, contents = [row for _, row, problem in listed if not problem], fingerprint.Contents(out / "contents.json")
+        done = unchanged(before, rows, config.folder, contents) if before else {}
+        if before and (gone := sorted(set(range(len(before.all_rows))) - set(done.values()))) != sorted(before.dropped):
+            replace_text(out / "shards.json", json.dumps(before.index | {"dropped": gone}, indent=1))
+            if new := set(gone) - before.dropped:
+                print(f"{out}: {len(new)} clips that it holds are no longer listed, or have changed: left out")
+        todo = [row for i, row in enumerate(rows) if i not in done]
+        models = models or (load() if todo else None)
+        if models:
+            save_null_context(out, models["text_encoder"])
+        with (out / "report.jsonl").open("w", buffering=1) as report:
+            skipped = encode_clips(todo, [entry for entry in listed if entry[2]], config, models, settings | {"kind": kind},
+                                   [rows[i]["file_name"] for i in done], contents, report, len(rows))
+        contents.save()
+    print(*notes, f"{out}: {len(listed) - skipped} of {len(listed)} clips encoded"
+          + (f", {skipped} skipped: see {out / 'report.jsonl'}" if skipped else ""), sep="\n")
+    if skipped == len(listed):
         raise InputError(f"{config.folder}: no clip could be encoded: see {out / 'report.jsonl'}")
+
+
+def differences(before, now):
+    """What of the settings differs, in words."""
+    before = before or {}
+    if "encoders" not in before:
+        return "by what, it does not say"
+    changed = [f"{key} {before.get(key)}, not {now[key]}" for key in now if key != "encoders" and before.get(key) != now[key]]
+    then, now = before["encoders"], now["encoders"]
+    return "; ".join(changed + [f"another {role}" for role in ROLES if then.get(role) != now.get(role)])
+
+
+def encode_clips(rows, unusable, config, models, settings, seen, contents, report, total):
+    """Encodes the clips of these rows into config.out -> how many could not be, with those that `unusable` lists already."""
+    batch, ready, skipped, tally, prompts = [], [], 0, Tally(), []
+    bar = common.progress(total, "encode", initial=total - len(rows))
+
+    def skip(name, problem):
+        nonlocal skipped
+        skipped += 1
+        bar.write(f"skipped {printable(name)}: {problem}")
+        report.write(json.dumps({"file_name": name, "reason": problem}) + "\n")
+
+    for place, _, problem in unusable:
+        skip(place, problem)
+    clips = load_clips(rows, config, parse_size(config), settings["kind"], seen, contents)
+    for clip in itertools.chain(clips, [None]):                                         # None: nothing comes after
+        if clip and clip.problem:
+            skip(clip.row["file_name"], clip.problem)
+        elif clip:
+            batch.append(clip)
+            tally.add(clip)
+            prompts.append(clip.row["prompt"])
+            room = min(config.batch_size, BATCH_PIXELS // math.prod(clip.kind[:3]))
+        if batch and (clip is None or len(batch) >= room):
+            encoded = encode_batch(batch, models, settings["condition"])
+            ready += [(c.row, c.kind, c.content, {name: x[i] for name, x in encoded.items()}) for i, c in enumerate(batch)]
+            enough = min(config.shard_size, SHARD_BYTES // sum(4 * x[0].numel() for x in encoded.values()))
+            batch = []
+        bar.update(clip is not None)
+        if ready and (clip is None or len(ready) >= enough):
+            kept, kinds, marks, tensors = zip(*ready)
+            tensors = {name: torch.stack([x[name] for x in tensors]) for name in tensors[0]}
+            write_shards(config.out, tensors.pop("latents"), tensors.pop("context"), *(
+                [row[name] for row in kept] for name in ("label", "prompt", "file_name")), fps=kinds[0][3],
+                settings=settings | {"kind": kinds[0]}, append=True, clips=config.folder, contents=marks, **tensors)
+            ready = []
+    bar.close()
+    print(*(f"{line}\n" for line in tally.lines(config, prompts)), sep="", end="")
+    return skipped
 
 
 COMMANDS = {"check": (check_command, Check), "encode": (encode_command, Encode)}
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")       # names and captions of others, on any terminal
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in ("-h", "--help"):
         print(__doc__)

@@ -101,7 +101,7 @@ def load_curated(config, policy, runtime):
     shards = data.Shards(config.data).relabel() if config.data else clips.clean_clips(
         config.curated_dir or Path(config.output_dir) / "curated", config.model, config.num_curated, config.size,
         config.seed + 500, runtime)
-    shards.require_fit(policy)
+    shards.require_fit(policy, config.model)
     curated = (shards.labels != 0).nonzero()[:, 0]
     if not len(curated):
         raise InputError(f"{shards.folder}: every clip is labelled 0; alignment needs good ones")
@@ -140,8 +140,8 @@ def main(config):
     if config.method == "rwr":
         # The untrained policy makes these, also on a resume: so before parallel.load_state fills in trained weights.
         _, own_context, own_image = curated_batch(config.seed + 1, 0, range(config.num_samples))
-        own_x0, own_weights = rwr_baseline.weighted_samples(policy, pavrm, shards.latent_shape, own_context,
-                                                            config.seed + 2, N, runtime, config.shift, **own_image)
+        own_x0, own_weights = rwr_baseline.weighted_samples(policy, pavrm, shards.latent_shape, own_context, config.seed + 2,
+                                                            N, config.batch_size, runtime, config.shift, **own_image)
     # One AdamW for both updates, as in Alg. 1: their gradients never meet, its moments average over both.
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=config.learning_rate,
                                   weight_decay=config.weight_decay)

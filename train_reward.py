@@ -88,7 +88,7 @@ def main(config):
     shards = data.Shards(config.data).relabel(config.labels, config.bad) if config.data else clips.own_samples(
         config.samples_dir or Path(config.output_dir) / "samples", dit.to(runtime.device), config.model,
         config.num_samples, config.num_inference_steps, config.size, config.seed, runtime, config.shift)
-    shards.require_fit(dit, labelled=bool(config.data))
+    shards.require_fit(dit, config.model, labelled=bool(config.data))
     train, held = data.labelled_split(data.take_fold(shards, config.fold), config.holdout, config.seed)
     share = (shards.labels[train] == 1).float().mean().item()
     if runtime.rank == 0:

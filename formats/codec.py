@@ -57,6 +57,24 @@ def load_image_encoder(path):
     return WanImageEncoder(path)
 
 
+def find_encoders(model):
+    """{"vae" | "text_encoder" | "image_encoder": folder} of those in a generator's folder, or beside a transformer's."""
+    folder = Path(model)
+    folder = folder if any((folder / name).is_dir() for name in ("vae", "text_encoder")) else folder.resolve().parent
+    return {role: folder / role for role in ("vae", "text_encoder", "image_encoder") if (folder / role).is_dir()}
+
+
+def cut_captions(path, prompts):
+    """-> (how many of the prompts are longer than what the text encoder in folder `path` reads, that limit in words). Loads
+    no weights."""
+    config = read_config(path)
+    if config.get("model_type") == "umt5":
+        from formats.wan import TEXT_LEN, count_tokens
+        return sum(n > TEXT_LEN for n in count_tokens(path, prompts)), f"{TEXT_LEN} tokens"
+    limit = config.get("max_bytes", 128)
+    return sum(len(prompt.encode("utf-8", "surrogatepass")) > limit for prompt in prompts), f"{limit} bytes"
+
+
 # ---- how a generator is used
 WAN_CONTEXT = 512                                               # tokens of UMT5's context, by which Wan2.1 is known
 # Wan2.1's own negative prompt: it names what the films it was trained on should not have looked like.
@@ -176,6 +194,17 @@ def stack_contexts(contexts):
 def latent_shape(dit_config, size, frames):
     """(c, f, h, w) of the latents of a video of size (W, H)."""
     return dit_config["out_dim"], (frames - 1) // TIME + 1, size[1] // SPACE, size[0] // SPACE
+
+
+def condition_latents(vae, videos, context_len):
+    """The given first frame as image-to-video generators take it: latents [b, c, f, h, w] of uint8 videos [b, F, H, W, 3].
+    As Wan does where the context is Wan's: the VAE's code of the frame with blank ones behind it; in the embedded world
+    zeros stand behind the first frame's code."""
+    video = from_pixels(videos[:, :1])                                                      # [b, 3, 1, H, W]
+    frames = videos.shape[1]
+    if context_len == WAN_CONTEXT:
+        return vae.encode(F.pad(video, (0, 0, 0, 0, 0, frames - 1)))
+    return F.pad(vae.encode(video), (0, 0, 0, 0, 0, (frames - 1) // TIME))
 
 
 def image_conditions(dit_config, vae, image_encoder, first, frames):

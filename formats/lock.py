@@ -16,9 +16,26 @@ NAME = ".lock"
 UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)      # file systems that were mounted without locks
 
 
-def hold(folder):
+def claim(folder, what, signs=()):
+    """Raises InputError if `folder` is not ours to write in: it is if it is new or empty, holds a file called as one of `signs`,
+    or was held for `what` before."""
+    folder = Path(folder)
+    try:
+        if not folder.exists() or any((folder / name).exists() for name in signs):
+            return
+        if not [path for path in folder.iterdir() if not path.name.startswith(".")]:
+            return
+        if (folder / NAME).is_file() and (folder / NAME).read_text(errors="replace").splitlines()[1:2] == [what]:
+            return
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written in ({error.strerror}): name another folder") from None
+    raise InputError(f"{folder}: holds files that are not ours, and nothing is written over them: name a new or empty folder")
+
+
+def hold(folder, what="run"):
     """Creates `folder` and becomes its one writer -> the open lock file. The lock lasts until that file is closed, or the
-    process ends: keep it in a variable, or `with hold(folder):`. Raises InputError naming the process that writes there."""
+    process ends: keep it in a variable, or `with hold(folder):`. what: it is written there, for `claim`. Raises InputError
+    naming the process that writes there."""
     path = Path(folder) / NAME
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,7 +46,7 @@ def hold(folder):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        holder = file.read(200).strip() or "another one"
+        holder = (file.read(200).splitlines() or ["another one"])[0]
         file.close()
         raise InputError(f"{folder}: process {holder} is writing there: wait until it ends, or name another folder") from None
     except OSError as error:
@@ -39,7 +56,7 @@ def hold(folder):
         print(f"warning: {folder}: its file system has no locks: see to it that nothing else writes there", file=sys.stderr)
     try:
         file.truncate(0)
-        file.write(f"{os.getpid()} on {socket.gethostname()}\n")
+        file.write(f"{os.getpid()} on {socket.gethostname()}\n{what}\n")
         file.flush()
     except OSError as error:  # a full disk: locked all the same, but nothing else will fit either
         raise InputError(f"{path}: cannot be written ({error.strerror})") from None

@@ -1,11 +1,13 @@
-"""Video files in and out: any container and codec that PyAV reads -> upright RGB frames at one size and rate; H.264 and
-PNG out. One frame is decoded at a time, so memory is that of the frames asked for, whatever the file.
+"""Video files in and out: any container and codec that PyAV reads -> RGB frames as a player shows them, at one size and
+rate; H.264 and PNG out. One frame is decoded at a time, so memory is that of the frames asked for, whatever the file.
 
 Axes: F frames of the result, f frames, H W its pixels, h w pixels, n videos.
 """
 import math
 import os
 import re
+import stat
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,12 +17,22 @@ import torch
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from common import InputError
+from formats import colour
 
 
 # ---- in
 def read_video(path):
     """-> uint8 [f, h, w, 3], upright. Raises InputError if the file cannot be decoded to its end."""
     return read_clip(path)[0]
+
+
+@dataclass
+class Facts:
+    """What was done to a clip's frames so that they fit: what a user wants to know before training on them."""
+    kept: float = 1.0               # share of the picture that the crop leaves
+    repeated: int = 0               # images that only fill up the rate of a slower file
+    still: int = 0                  # images that equal the one before, in the file itself
+    colours: str | None = None      # None, or formats/colour.py's "converted" or "approximate"
 
 
 def read_clip(path, size=None, frames=None, fps=None, largest=None):
@@ -30,9 +42,13 @@ def read_clip(path, size=None, frames=None, fps=None, largest=None):
     rate, image i being the frame nearest to i / fps seconds; frames of a slower file repeat. Raises InputError if the
     file cannot be decoded, ends before it says it does, or (largest) holds more bytes of such frames.
     """
-    if not Path(path).is_file():
-        raise InputError(f"{path}: there is no such file")
-    pixels, shapes, count, reformatter = bytearray(), set(), 0, VideoReformatter()
+    return read_clip_facts(path, size, frames, fps, largest)[:2]
+
+
+def read_clip_facts(path, size=None, frames=None, fps=None, largest=None):
+    """`read_clip`, and the Facts of what it did."""
+    require_file(path)
+    pixels, shapes, count, reformatter, facts, last = bytearray(), set(), 0, VideoReformatter(), Facts(), None
     fps = fps and Fraction(fps).limit_denominator(1001)
     try:
         with av.open(str(path), metadata_errors="replace") as container:  # titles of any encoding
@@ -45,27 +61,45 @@ def read_clip(path, size=None, frames=None, fps=None, largest=None):
             stream.codec_context.options = {"err_detect": "explode"}  # no frames made up for damaged ones
             native = stream.average_rate or stream.guessed_rate or Fraction(8)
             for frame, times in _resampled(_decoded(path, container, stream, native), fps, native):
-                image = _to_rgb(path, frame, size, stream.sample_aspect_ratio or 1, reformatter)
+                if stream.metadata.get("alpha_mode") == "1" and not _may_be_transparent(frame):
+                    raise InputError(f"{path}: has an alpha channel that its decoder leaves out: put it on a background first")
+                image = _to_rgb(path, frame, size, stream.sample_aspect_ratio or 1, reformatter, facts)
                 shapes.add(image.shape)
-                for _ in range(min(times, (frames or math.inf) - count)):
+                facts.still += last is not None and np.array_equal(image, last)
+                last = image
+                for i in range(min(times, (frames or math.inf) - count)):
                     pixels += image.data.cast("B")
                     count += 1
+                    facts.repeated += i > 0
                     if largest and len(pixels) > largest:
                         raise InputError(f"{path}: more than {largest >> 20} MiB of frames: pass --size and --frames")
                 if count == frames:
                     break
     except (av.FFmpegError, OSError) as e:
         raise InputError(f"{path}: damaged or not a video ({e.strerror or e})") from None
+    except InputError:
+        raise
+    except (ValueError, ArithmeticError, LookupError, MemoryError, RuntimeError, NotImplementedError, TypeError) as e:
+        raise InputError(f"{path}: damaged or not a video ({type(e).__name__}: {e})") from None  # PyAV's, by file and version
     if len(shapes) != 1:
         raise InputError(f"{path}: " + ("its frames differ in size" if shapes else "holds no frames"))
-    return torch.frombuffer(pixels, dtype=torch.uint8).view(count, *shapes.pop()), float(fps or native)
+    return torch.frombuffer(pixels, dtype=torch.uint8).view(count, *shapes.pop()), float(fps or native), facts
 
 
-def frame_rate(path):
-    """Frames per second that the header of a readable video promises, on average."""
-    with av.open(str(path), metadata_errors="replace") as container:
-        stream = container.streams.best("video")
-        return float(stream.average_rate or stream.guessed_rate or 8)
+def require_file(path):
+    """Raises InputError if `path` is no file that can be read."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise InputError(f"{path}: is not a file")
+        open(path, "rb").close()
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path}: there is no such file") from None
+    except OSError as e:  # permissions, a name that is too long, a loop of links
+        raise InputError(f"{path}: cannot be read ({e.strerror})") from None
+    except ValueError as e:
+        if isinstance(e, InputError):
+            raise
+        raise InputError(f"{path}: no file can have such a name") from None
 
 
 def _decoded(path, container, stream, native):
@@ -84,18 +118,19 @@ def _decoded(path, container, stream, native):
             yield frame, time
         if None not in (packet.pts, packet.duration, start):  # the last frame may be shown for long
             end = max(end, (packet.pts + packet.duration) * packet.time_base - start)
-    promised = _promised(container, stream)
+    promised = _promised(container, stream, max(float(start or 0), 0))
     if end < promised - 0.5:
         raise InputError(f"{path}: damaged: ends after {float(end):.1f} of its {promised:.1f} seconds")
 
 
-def _promised(container, stream):
-    """Seconds that the video should last according to the file's header, 0 if that does not say."""
+def _promised(container, stream, start):
+    """Seconds that the video should last according to the file's header, 0 if that does not say. A stream's duration counts
+    from its first frame, which is shown at `start` seconds; Matroska's tag and the whole file's duration count from 0."""
     if stream.duration:
         return float(stream.duration * stream.time_base)
     if tag := re.fullmatch(r"(\d+):(\d+):(\d+(\.\d+)?)", stream.metadata.get("DURATION", "")):  # Matroska
-        return 3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3])
-    return (container.duration or 0) / av.time_base if len(container.streams) == 1 else 0  # sound may last longer
+        return 3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3]) - start
+    return (container.duration or 0) / av.time_base - start if len(container.streams) == 1 else 0  # sound may last longer
 
 
 def _resampled(timed, fps, native):
@@ -112,20 +147,48 @@ def _resampled(timed, fps, native):
         yield held[0], times
 
 
-def _to_rgb(path, frame, size, pixel_aspect, reformatter):
-    """-> uint8 [H, W, 3], with square pixels and turned as the file asks (phones store portrait clips lying down)."""
-    turns = round(frame.rotation / 90) % 4
-    flip = slice(None, None, -1 if turns % 2 else 1)
-    width, height = (round(frame.width * pixel_aspect), frame.height)[flip]
+def _to_rgb(path, frame, size, pixel_aspect, reformatter, facts):
+    """-> uint8 [H, W, 3]: square pixels, turned and mirrored as the file asks (phones store portrait clips lying down), on
+    black where it is transparent, in BT.709's colours."""
+    across, flip_x, flip_y = _orientation(frame)
+    turn = slice(None, None, -1 if across else 1)
+    width, height = (max(1, round(frame.width * pixel_aspect)), frame.height)[turn]
     scale = max(size[0] / width, size[1] / height) if size else 1
     wide, high = (round(width * scale), round(height * scale))
     if size and wide * high > 8 * size[0] * size[1]:
         raise InputError(f"{path}: {width}x{height} is too narrow to be cropped to {size[0]}x{size[1]}")
     how = Interpolation.AREA if scale < 1 else Interpolation.BICUBIC if scale > 1 else Interpolation.BILINEAR
-    scaled = reformatter.reformat(frame, *(wide, high)[flip], "rgb24", interpolation=how, threads=1)
-    image = np.rot90(scaled.to_ndarray(), turns)
-    left, top = ((wide - size[0]) // 2, (high - size[1]) // 2) if size else (0, 0)
-    return np.ascontiguousarray(image[top:top + size[1], left:left + size[0]] if size else image)
+    tags = frame.color_trc, frame.color_primaries
+    colours = colour.kind(*tags, frame.colorspace)
+    if _may_be_transparent(frame):
+        rgba = reformatter.reformat(frame, format="rgba", threads=1).to_ndarray()
+        on_black = (rgba[..., :3] * (rgba[..., 3:] / np.float32(255))).round().astype(np.uint8)
+        frame = av.VideoFrame.from_ndarray(on_black, format="rgb24")
+    deep = colours == "converted"
+    scaled = reformatter.reformat(frame, *(wide, high)[turn], "rgb48le" if deep else "rgb24", interpolation=how, threads=1)
+    image = scaled.to_ndarray()
+    image = image.transpose(1, 0, 2) if across else image
+    image = image[::-1 if flip_y else 1, ::-1 if flip_x else 1]
+    if size:
+        left, top = (wide - size[0]) // 2, (high - size[1]) // 2
+        image = image[top:top + size[1], left:left + size[0]]
+        facts.kept = min(facts.kept, size[0] * size[1] / (wide * high))
+    facts.colours = facts.colours or colours
+    return np.ascontiguousarray(colour.to_bt709(image, *tags) if deep else image)
+
+
+def _may_be_transparent(frame):
+    return frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
+
+
+def _orientation(frame):
+    """-> (rows become columns, then mirrored in x, then in y), of the file's display matrix, to the nearest quarter turn."""
+    matrix = next((bytes(data) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
+    if matrix is None:
+        return False, False, False
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]                 # x' = a x + c y, y' = b x + d y
+    across = abs(b) + abs(c) > abs(a) + abs(d)
+    return (True, c < 0, b < 0) if across else (False, a < 0, d < 0)
 
 
 # ---- pixels and the VAE's floats

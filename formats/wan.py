@@ -79,6 +79,25 @@ class WanVAE(nn.Module):
         return self.vae.decode(latents * self.std + self.mean).sample
 
 
+def load_tokenizer(path):
+    """The tokenizer of the text encoder in folder `path`, which lies in it or in tokenizer/ beside it. Raises InputError."""
+    _, transformers = extra(path)
+    folder = beside(path, ("tokenizer.json", "spiece.model", "tokenizer_config.json"), "tokenizer")
+    if folder is None:
+        raise InputError(f"{path}: there is no tokenizer in it, nor in tokenizer/ beside it")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # OSError, ValueError, KeyError, JSONDecodeError, ... by version
+        raise InputError(f"{folder}: not a whole tokenizer: {' '.join(str(error).split())[:300]}") from None
+
+
+def count_tokens(path, prompts):
+    """How many tokens each prompt has, without those that the encoder in folder `path` would cut off being left out."""
+    tokenizer = load_tokenizer(path)
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+    return [len(tokenizer(prompt_clean(prompt)).input_ids) for prompt in prompts]
+
+
 class WanTextEncoder(nn.Module):
     """transformers' UMT5EncoderModel and its tokenizer, which lies in the same folder or in tokenizer/ beside it.
     In bfloat16 on CUDA, as Wan runs it (5.7 billion parameters), else float32."""
@@ -86,14 +105,7 @@ class WanTextEncoder(nn.Module):
     def __init__(self, path):
         super().__init__()
         _, transformers = extra(path)
-        files = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
-        folder = beside(path, files, "tokenizer")
-        if folder is None:
-            raise InputError(f"{path}: there is no tokenizer in it, nor in tokenizer/ beside it")
-        try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except Exception as error:  # OSError, ValueError, KeyError, JSONDecodeError, ... by version
-            raise InputError(f"{folder}: not a whole tokenizer: {' '.join(str(error).split())[:300]}") from None
+        self.tokenizer = load_tokenizer(path)
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         self.encoder = load(transformers.UMT5EncoderModel, path, dtype)
 

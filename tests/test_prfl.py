@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
+import common
 import flow
 import prfl
 import rwr_baseline
@@ -284,3 +285,27 @@ def test_sft_loss_is_flow_matching(models):
     assert plain.item() == pytest.approx(errors.mean().item(), rel=1e-5)
     assert weighted.item() == pytest.approx((weight * errors).mean().item(), rel=1e-5)
     assert close(gradients(policy, weighted), gradients(policy, (weight * errors).mean()))
+
+
+def test_rwr_samples_are_made_in_batches_and_shared_by_ranks(monkeypatch):
+    """11 samples in batches of 4, on one rank and on two that gather: each made where it belongs, in the prompts' order."""
+    made, parts = [], []
+    monkeypatch.setattr(rwr_baseline.flow, "sample", lambda policy, shape, context, seed, indices, *a, **k:
+                        made.append(list(indices)) or context[:, :1, :1, None, None].expand(-1, *shape).clone())
+    context = torch.arange(11.).view(11, 1, 1)
+    reward = lambda x, t, context: x.flatten(1)[:, 0] / 10
+
+    def samples(rank, world_size):
+        runtime = common.Runtime(rank, world_size, torch.device("cpu"), torch.float32)
+        return rwr_baseline.weighted_samples(None, reward, (1, 1, 1, 1), context, 0, 2, 4, runtime)
+
+    x0, weights = samples(0, 1)
+    assert made == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 0]] and x0.flatten().tolist() == list(range(11))
+    torch.testing.assert_close(weights, rwr_baseline.rwr_weights(torch.arange(11.) / 10)[0])
+    monkeypatch.setattr(common, "gather", lambda value: parts.append(value) or [value])
+    for rank in (0, 1):
+        with pytest.raises(KeyError):                           # alone, a rank has its share only
+            samples(rank, 2)
+    assert made[3:] == [[0, 1, 2, 3], [8, 9, 10, 0], [4, 5, 6, 7], [1, 2, 3, 4]]      # as many rounds on each rank
+    monkeypatch.setattr(common, "gather", lambda value: parts)
+    assert torch.equal(samples(1, 2)[0], x0)

@@ -18,10 +18,10 @@ import common
 import data
 import flow
 from common import InputError, arg
-from formats import runs
+from formats import fingerprint, lock, runs
 from formats.codec import load_text_encoder, load_vae
 from formats.video import from_pixels, to_pixels, write_video
-from formats.weights import read_config
+from formats.weights import read_config, transformer_folder
 from model import first_frame_condition
 from world import scene
 from world.judge import annotate
@@ -44,12 +44,16 @@ def own_samples(folder, generator, model, count, num_steps, size, seed, runtime,
     """
     settings = {"model": str(model), "count": count, "num_steps": num_steps, "size": size, "seed": seed}
     settings |= {} if shift == 1 else {"shift": shift}
+    require_world(model)
+    settings["encoders"] = {role: fingerprint.of_encoder(f"{model}/{role}", role) for role in ("vae", "text_encoder")}
+    settings["generator"] = fingerprint.of_encoder(transformer_folder(model)[0], "transformer")
     if (Path(folder) / "shards.json").exists():
         shards = data.Shards(folder)
-        if shards.settings != settings:
-            raise InputError(f"{folder}: was made with {shards.settings}; use another --output_dir, or remove it")
+        made_with = shards.settings or {}
+        if {**made_with, "model": None} != {name: settings.get(name) for name in made_with} | {"model": None}:   # known by content
+            raise InputError(f"{folder}: was made with {made_with}; use another --output_dir, or remove it")
         return shards
-    require_world(model)
+    guard = lock.hold(folder, "shards") if runtime.rank == 0 else None      # until this function ends
     vae = load_vae(f"{model}/vae").to(runtime.device)
     text = load_text_encoder(f"{model}/text_encoder").to(runtime.device)
     prompts = scene.draw_prompts(count, seed + 11)
@@ -75,6 +79,7 @@ def own_samples(folder, generator, model, count, num_steps, size, seed, runtime,
         _, latents, contexts, labels, *condition = zip(*made)
         data.write_shards(folder, torch.stack(latents), torch.stack(contexts), labels, prompts, settings=settings,
                      **({"condition": torch.stack(condition[0])} if condition else {}))
+        guard.close()
     common.gather(None)                                         # the others wait for the file
     return data.Shards(folder)
 
@@ -89,11 +94,12 @@ def clean_clips(folder, model, count, size, seed, runtime):
     require_world(model)
     common.gather(None)                                         # every rank has looked
     if runtime.rank == 0:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        runs.write_json(mark, settings)
-        if not (clips / "metadata.jsonl").exists():
-            main(Config(str(clips), count=count, seed=seed, kind="clean", size=size))
-        data.encode_command(data.Encode(str(clips), out=str(latents), vae=f"{model}/vae", text_encoder=f"{model}/text_encoder"))
+        with lock.hold(folder, "curated"):
+            runs.write_json(mark, settings)
+            if not (clips / "metadata.jsonl").exists():
+                main(Config(str(clips), count=count, seed=seed, kind="clean", size=size))
+            data.encode_command(data.Encode(str(clips), out=str(latents), vae=f"{model}/vae",
+                                            text_encoder=f"{model}/text_encoder"))
     common.gather(None)                                         # the others wait for the files
     return data.Shards(latents)
 
@@ -109,6 +115,14 @@ class Config:
 
 
 def main(config):
+    lock.claim(config.folder, "clips")
+    if (Path(config.folder) / "metadata.jsonl").exists():
+        raise InputError(f"{config.folder}: holds clips and a metadata.jsonl already: name a new folder")
+    with lock.hold(config.folder, "clips"):
+        render(config)
+
+
+def render(config):
     rows, bar = [], common.progress(config.count, "render")
     for start in range(0, config.count, 64):  # always 64, so that a larger count begins with the same clips
         seed = int(torch.randint(2 ** 31, (), generator=common.generator(config.seed, "world", start)))

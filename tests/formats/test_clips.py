@@ -210,20 +210,21 @@ def test_check_is_exact(folder, capsys):
     with pytest.raises(SystemExit) as end:
         run("check", path, *FLAGS)
     lines = capsys.readouterr().out.splitlines()
-    assert end.value.code == 2 and len(lines) == len(bad) + 3
+    assert end.value.code == 2 and len(lines) == len(bad) + 4
     for line, (name, reason) in zip(lines, bad.items()):                                    # in the metadata's order
         assert line.startswith(f"{name}: ") and reason in line, line
     ones = sum(i % 2 for i in range(len(good)))
-    assert lines[-3] == (f"{path}: {len(good)} of {len(good) + len(bad)} clips usable: {ones} good, "
+    assert lines[-4] == (f"{path}: {len(good)} of {len(good) + len(bad)} clips usable: {ones} good, "
                          f"{len(good) - ones} bad, 0 unlabelled; 64x48, 17 frames, 16 fps")
+    assert lines[-3].endswith("of them lose part of their picture to the crop: 50% of it stays at worst, 76% on average")
     assert lines[-2] == "1 of them are slower than 16 fps: their frames will repeat"
     assert lines[-1] == "1 video files are not in the metadata: not listed.mp4"
 
 
 def test_a_second_run_does_only_what_is_missing(folder, tmp_path, monkeypatch, capsys):
     path, good, bad = folder
-    out, read, real = tmp_path / "out", [], video.read_clip
-    monkeypatch.setattr(data, "read_clip", lambda path, *a: read.append(Path(path).name) or real(path, *a))
+    out, read, real = tmp_path / "out", [], video.read_clip_facts
+    monkeypatch.setattr(data, "read_clip_facts", lambda path, *a: read.append(Path(path).name) or real(path, *a))
     run("encode", path, "--out", out, *FLAGS, "--shard_size", 8)
     assert sorted(read) == sorted(Path(name).name for name in [*good, *bad])
     shards = data.Shards(out)

@@ -1,0 +1,84 @@
+"""What a cache was made from, known by content and not by name: fingerprints of clips, and of the encoders in a folder."""
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from common import InputError
+
+WHOLE, SAMPLE = 2 ** 26, 2 ** 12        # bytes: files up to the first are read whole, of each tensor in larger ones the second
+TOKENIZERS = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json")
+BESIDE = {"text_encoder": ("tokenizer", TOKENIZERS), "image_encoder": ("image_processor", ("preprocessor_config.json",))}
+
+
+def of_json(value):
+    """12 hex digits of a JSON value."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=6).hexdigest()
+
+
+class Contents:
+    """content(path): 32 hex digits of a file's bytes. A file whose inode, size and times are those of the last look, which
+    `file` remembers, is not read again; losing that file costs time and nothing else."""
+
+    def __init__(self, file):
+        self.file, self.fresh = Path(file), {}
+        try:
+            self.known = json.loads(self.file.read_text())
+            self.known = self.known if isinstance(self.known, dict) else {}
+        except (OSError, ValueError):
+            self.known = {}
+
+    def content(self, path):
+        """Raises OSError or ValueError if it cannot be read."""
+        name, found = os.path.abspath(path), os.stat(path)
+        state = [found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+        entry = self.known.get(name)
+        if not (isinstance(entry, list) and len(entry) == 5 and entry[:4] == state):
+            with open(path, "rb") as handle:
+                entry = [*state, hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=16)).hexdigest()]
+        self.fresh[name] = entry
+        return entry[4]
+
+    def save(self):
+        temporary = Path(f"{self.file}.tmp")
+        temporary.write_text(json.dumps(self.fresh))
+        os.replace(temporary, self.file)
+
+
+def of_encoder(path, role):
+    """12 hex digits of the VAE, text_encoder or image_encoder (role) in folder `path`: its config, its weights' headers and a
+    sample of their bytes, and the tokenizer's or image processor's files in it or beside it; not its path. Raises InputError."""
+    path, digest = Path(path), hashlib.blake2b(digest_size=6)
+    try:
+        config = json.loads((path / "config.json").read_text())
+        digest.update(json.dumps({key: value for key, value in config.items() if not key.startswith("_")
+                                  and not key.endswith("_version")}, sort_keys=True).encode())
+        for file in sorted(path.glob("*.safetensors")):
+            _add_weights(digest, file)
+        sibling, names = BESIDE.get(role, ("", ()))
+        for name in names:
+            for file in (path / name, path.resolve().parent / sibling / name):
+                if file.is_file():
+                    digest.update(name.encode() + file.read_bytes())
+                    break
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is not a folder of a {role}: there is no {error.filename}") from None
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: damaged, or no {role} ({error})") from None
+    return digest.hexdigest()
+
+
+def _add_weights(digest, path):
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= WHOLE:
+            return digest.update(file.read())
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(min(length, WHOLE))
+        digest.update(header)
+        for name, entry in json.loads(header).items():
+            if name != "__metadata__":
+                begin, end = (8 + length + place for place in entry["data_offsets"])
+                for place in (begin, (begin + end) // 2, max(begin, end - SAMPLE)):
+                    file.seek(place)
+                    digest.update(file.read(min(SAMPLE, end - place)))
