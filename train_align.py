@@ -62,7 +62,8 @@ class Config(validation.Flags, lora.Flags, parallel.Flags):
                               only="method prfl refl rwr or !num_validation 0")
     reward_weight: float = arg(1.0, "lambda of Alg. 1; Adam and clipping leave it little effect", above=0, only="method prfl refl")
     recipe: str | None = arg(None, "paper: Alg. 1 to the letter; steady: needs no stopping in time. Sets the three flags below "
-                             "where they are not given; without, steady for prfl, paper for refl", choices=tuple(prfl.RECIPES), only="method prfl refl")
+                             "where they are not given; without, steady for prfl, paper for refl", choices=tuple(prfl.RECIPES),
+                             only="method prfl refl")
     rewarded_step: str | None = arg(None, "one random step for the whole batch (Alg. 1), or one for each video, spread "
                                     "evenly over the trajectory", choices=("per_batch", "per_video"), only="method prfl refl")
     rollout_passes: int | None = arg(None, "most Euler steps of the rollout without gradients, each a longer one; 0: every "
