@@ -39,7 +39,7 @@ ACTS = {"train_align": {
     "max_grad_norm": ("sft", "--max_grad_norm 1e-9"), "mixed_precision": ("sft", "--mixed_precision bf16"),
     "lora_rank": ("sft", "--lora_rank 2"), "lora_alpha": ("lora", "--lora_alpha 9"),
     "lora": ("sft", "--lora {folder}/base-lora/pytorch_lora_weights.safetensors"), "export": ("lora", "--export lora"),
-    "checkpointing_steps": ("sft", "--checkpointing_steps 1"), "keep": ("sft", "--checkpointing_steps 1 --keep 1"),
+    "checkpointing_steps": ("sft", "--checkpointing_steps 1"), "keep": ("kept", "--keep 1"),
     "validation_steps": ("watched", "--validation_steps 1"), "num_validation": ("watched", "--num_validation 1"),
     "validation_prompts": ("watched", "--validation_prompts {folder}/prompts.txt"),
     "guidance_scale": ("watched", "--guidance_scale 3"), "judge": ("watched", "--judge {folder}/other/reward"),
@@ -67,7 +67,8 @@ ACTS = {"train_align": {
 FLAGS = [(script, flag) for script, module in (("train_align", train_align), ("train_reward", train_reward))
          for flag in (field.name for field in dataclasses.fields(module.Config))]
 MORE = {"lora": ("sft", "--lora_rank 2"), "watched": ("sft", "--num_validation 2 --validation_steps 2"),
-        "world": ("sft", "--data= --num_validation 0"), "own": ("reward", "--data=")}      # runs beside RUNS
+        "world": ("sft", "--data= --num_validation 0"),
+        "kept": ("sft", "--checkpointing_steps 1"), "own": ("reward", "--data=")}      # runs beside RUNS
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +139,7 @@ def test_every_flag_does_something(left_behind, others, script, flag):
     found = left_behind(name, flags)
     assert found != others[name]
     if isinstance(found, str):                                  # it acts by what it asks for, and that is not there
-        assert any(word in found for word in (f"--{flag}", "--resume_from_checkpoint", "nowhere.jsonl")), found
+        assert any(word in found for word in (f"--{flag}", "--resume_from_checkpoint", "nowhere.jsonl", "text_encoder")), found
 
 
 ELSEWHERE = {"method prfl refl rwr": "--method sft", "method prfl refl": "--method sft", "method rwr": "--method prfl",
@@ -147,7 +148,8 @@ ELSEWHERE = {"method prfl refl rwr": "--method sft", "method prfl refl": "--meth
              "!num_validation 0": "--num_validation 0",
              "data, !num_validation 0": "--num_validation 0", "method sft or method prfl refl, sft_updates": "--method rwr",
              "lora_rank": "", "space latent": "--space rgb", "space rgb": "--space latent"}
-VALUES = {"sft_updates": "--no-sft_updates", "decoder_checkpointing": "--decoder_checkpointing"}
+VALUES = {"sft_updates": "--no-sft_updates", "decoder_checkpointing": "--decoder_checkpointing",
+          "context_dropout": "--context_dropout 0.5", "fixed_t": "--fixed_t 0.5"}
 
 
 @pytest.mark.parametrize("script, flag", FLAGS, ids=[f"{script} --{flag}" for script, flag in FLAGS])
