@@ -24,6 +24,7 @@ STEPS, GROUP = 16, 8                                            # of a sample; c
 ROWS = {"base": "base", "SFT": "SFT", "paper": "PRFL, paper's recipe, stopped at its best", "steady": "PRFL, steady recipe"}
 GUIDANCE = (4.0, 16.0, 64.0)
 PANEL = ("qualified", "physical", "deformity", "adherent", "speed", "brightness", "saturation")
+OTHERS = "by another seed's reward"
 HOW = {"at the end": "0:1", "once, at t = .38": ".375:1", "in a chain": None}                  # --cuts
 
 
@@ -35,19 +36,20 @@ def generators(work, seed):
 
 
 # ---- candidates: sampled once, chosen from as often as there are plans
-def candidates_part(work, seed, row, *flags):
-    """A part that samples candidates of a generator's videos with the noise, and by the reward model, of `seed`."""
-    folder = generators(work, seed)[row]
+def candidates_part(work, seed, row, *flags, others=False):
+    """A part that samples candidates of a generator's videos with the noise, and by the reward model, of `seed`; others: by
+    the reward model of the next seed, which the generator was not trained with."""
+    folder, judging = generators(work, seed)[row], (seed + others) % len(work.seeds)
     generator = () if folder is None else ("--transformer", folder)
-    return (work.folder / f"seed-{seed}" / named("candidates", (row, *flags)), "candidates.safetensors",
-            "-m", "study.candidates", *generator, "--reward", reward_folder(work, seed) / "reward", "--seed", seed,
+    return (work.folder / f"seed-{seed}" / named("candidates", (row, *others * ("others",), *flags)), "candidates.safetensors",
+            "-m", "study.candidates", *generator, "--reward", reward_folder(work, judging) / "reward", "--seed", seed,
             "--num_videos", work.preset["videos"], *flags)
 
 
-def candidates(work, wanted):
+def candidates(work, wanted, others=False):
     """wanted {name: (row, [flags of one part, of the next, ...])} -> {name: [seeds] of {what study/candidates.py wrote:
-    [m, n, ...]}}, the axes' grades as qualified or not. What is not there is sampled."""
-    parts = {name: [[candidates_part(work, seed, row, *flags) for flags in groups] for seed in work.seeds]
+    [m, n, ...]}}. What is not there is sampled."""
+    parts = {name: [[candidates_part(work, seed, row, *flags, others=others) for flags in groups] for seed in work.seeds]
              for name, (row, groups) in wanted.items()}
     work.run([part for seeds in parts.values() for group in seeds for part in group])
     found = {}
@@ -104,7 +106,7 @@ def clean_renders(m, split="test"):
 
 # ---- the tables
 def label(n, how=""):
-    return f"best of {n} {how}" if n > 1 else "one sample"
+    return f"best of {n} {how}".strip() if n > 1 else "one sample"
 
 
 def search(work):
@@ -136,6 +138,15 @@ def search(work):
                   [f"{t:g}", f"{passes_of(cuts):g}", *(show(**cell) for cell in once_cells[t].values())]
                   for t, cuts in once.items()])]
 
+    if len(work.seeds) > 1:                                     # does the reward it was trained with still tell its videos apart?
+        other = candidates(work, {row: (row, [("--count", 4)]) for row in ("paper", "steady")}, others=True)
+        for plan in (plan for plan in plans if plan.startswith(label(4))):
+            for row, seeds in other.items():
+                values[row][f"{plan}, {OTHERS}"] = kept(seeds, plans[plan])
+        lines += ["PRFL was trained with the reward that chooses above. By the reward model of another seed:", "",
+                  *table(["", *other], [[plan, *(show(**summary(values[row][f"{plan}, {OTHERS}"]["qualified"])) for row in other)]
+                                        for plan in plans if plan.startswith(label(4))])]
+
     clean = graded(clean_renders(work.preset["videos"]))
     hacking = {"clean renders": {what: float(x.mean()) for what, x in clean.items()}} | {
         f"{ROWS[row]}, {plan}": {what: float(x.mean()) for what, x in values[row][plan].items()}
@@ -157,7 +168,8 @@ def search(work):
     claims = judge_claims([(*pair, "not in it") for pair in (
         *((f"{row}, {chain}", f"{row}, {label(1)}") for row in ROWS), *((f"{row}, {chain}", f"{row}, {end}") for row in ROWS),
         (f"base, {chain}", f"base, one sample, {4 * STEPS} steps"), (f"steady, {label(1)}", f"base, {chain}"),
-        *((f"base, guided, scale {scale:g}, {end}", f"base, {end}") for scale in GUIDANCE))], by)
+        *((f"base, guided, scale {scale:g}, {end}", f"base, {end}") for scale in GUIDANCE),
+        *((f"{row}, {end}, {OTHERS}", f"{row}, {end}") for row in ("paper", "steady") if len(work.seeds) > 1))], by)
     aims = [("base", chain, 0.85), ("steady", label(4, "in a chain"), 0.98), ("steady", end, 0.98)]
     lines += [*claims_table(claims), *table(["", "aim", "qualified", "above the aim"], [
         [f"{ROWS[row]}, {plan}", f"{aim:g}", show(**cells[row][plan]), verdict(*cells[row][plan]["interval"], at=aim)]
