@@ -171,13 +171,6 @@ class Shards:
                             rows[j:j + 1] = view[k:k + 1]
         return batch | {"label": self.labels[indices], "prompt": [self.rows[i]["prompt"] for i in indices]}
 
-    @property
-    def fingerprint(self):
-        """12 hex digits of what training reads: the clips, captions and labels, in order, and how they were encoded."""
-        live = [self.contents[i] for i in range(len(self.all_rows)) if i not in self.dropped]
-        return fingerprint.of_json([[row["file_name"], row["prompt"]] for row in self.rows] + live + self.labels.tolist()
-                                   + [self.fps, {k: list(v) for k, v in self.shapes.items()}, self.settings])
-
     def require(self, channels=None, context_shape=None, labelled=False, image_dim=None):
         """Raises InputError naming the field that does not fit a model of these latent channels, contexts [l, d]
         and CLIP tokens of width image_dim; labelled: both labels must occur."""

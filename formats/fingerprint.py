@@ -11,11 +11,6 @@ TOKENIZERS = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "specia
 BESIDE = {"text_encoder": ("tokenizer", TOKENIZERS), "image_encoder": ("image_processor", ("preprocessor_config.json",))}
 
 
-def of_json(value):
-    """12 hex digits of a JSON value."""
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=6).hexdigest()
-
-
 class Contents:
     """content(path): 32 hex digits of a file's bytes. A file whose inode, size and times are those of the last look, which
     `file` remembers, is not read again; losing that file costs time and nothing else."""
