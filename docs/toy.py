@@ -5,12 +5,9 @@
 The base learns a ring; points of its right half are good. A reward model learns that from the base's own points at every
 noise level, as PAVRM does; what lies off the ring nobody told it. Algorithm 1 then trains the base, with its SFT updates and
 without. Three panels, green where a point is good: the base has the whole ring; PRFL its right half; without SFT updates the
-reward is content and the points have left the ring: hacked.
-
-A "video" is a point: x [b, 2, 1, 1, 1], the plane's two axes as channels. There is no prompt: context is None.
+reward is content and the points have left the ring: hacked. A "video" is a point: x [b, 2, 1, 1, 1], without a prompt.
 """
 import copy
-import math
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +21,7 @@ from pavrm import bce_loss
 from prfl import draw_step, reward_update_loss, sft_loss
 
 SHAPE, N, BATCH = (2, 1, 1, 1), 16, 256                 # of a point; Euler steps; points of an update
+noise = lambda n, *keys: torch.randn(n, *SHAPE, generator=generator(*keys))
 
 
 @dataclass
@@ -32,9 +30,7 @@ class Config:
     seed: int = arg(0, "of everything random", at_least=0)
 
 
-class MLP(nn.Sequential):
-    """Called as VideoDiT is: -> velocity [b, 2, 1, 1, 1]; with one output as PAVRM is: -> logit [b]."""
-
+class MLP(nn.Sequential):       # two outputs: velocity [b, 2, 1, 1, 1], called as VideoDiT is; one: logit [b], as PAVRM is
     def __init__(self, outputs, d=96):
         super().__init__(nn.Linear(3, d), nn.SiLU(), nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d), nn.SiLU(), nn.Linear(d, outputs))
 
@@ -43,19 +39,13 @@ class MLP(nn.Sequential):
         return y.view_as(x) if y.shape[1] == 2 else y[:, 0]
 
 
-def ring(seed, step, span):
-    """BATCH points of the ring whose angle to the x axis is at most span; pi is the whole ring."""
+def ring(seed, step, span):                             # points whose angle to the x axis is at most span; pi: the whole ring
     angle = (2 * torch.rand(BATCH, generator=generator(seed, "angle", step)) - 1) * span
     radius = 1 + 0.04 * torch.randn(BATCH, generator=generator(seed, "radius", step))
     return torch.stack([radius * angle.cos(), radius * angle.sin()], 1).view(-1, *SHAPE)
 
 
-def noise(n, *keys):
-    return torch.randn(n, *SHAPE, generator=generator(*keys))
-
-
-def is_good(x):
-    """The truth: on the ring, and in its right half -> bool [b]"""
+def is_good(x):                                         # the truth: on the ring, and in its right half -> bool [b]
     return ((x.flatten(1).norm(dim=1) - 1).abs() < 0.15) & (x[:, 0].flatten() > 0)
 
 
@@ -67,13 +57,12 @@ def update(model, optimizer, loss, step):
 
 
 def flow_loss(model, seed, step, span):                 # Eq. 10, on points of the ring
-    x1, t = noise(BATCH, seed, "x1", step), torch.rand(BATCH, generator=generator(seed, "t", step))
-    return sft_loss(model, ring(seed, step, span), x1, t, None)
+    t = torch.rand(BATCH, generator=generator(seed, "t", step))
+    return sft_loss(model, ring(seed, step, span), noise(BATCH, seed, "x1", step), t, None)
 
 
 def train_reward(base, seed):                           # Eq. 6: the finished point's label, at every noise level
-    reward = MLP(1)
-    optimizer = torch.optim.AdamW(reward.parameters(), 2e-3)
+    optimizer = torch.optim.AdamW((reward := MLP(1)).parameters(), 2e-3)
     own = rollout(base, noise(4096, seed, "own"), None, N)
     labels = is_good(own).float()
     for step in progress(range(300), "reward model"):
@@ -89,7 +78,7 @@ def align(name, base, reward, seed, sft_updates=True, reward_updates=True):     
     optimizer = torch.optim.AdamW(policy.parameters(), 3e-4)
     for k in progress(range(120), name):
         if sft_updates:
-            update(policy, optimizer, flow_loss(policy, seed + 1, k, 0.6 * math.pi), k)      # curated: five in six are good
+            update(policy, optimizer, flow_loss(policy, seed + 1, k, 0.6 * torch.pi), k)      # curated: five in six are good
         if reward_updates:
             x_T, s = noise(BATCH, seed, "x_T", k), draw_step(seed, k, N)
             update(policy, optimizer, reward_update_loss(policy, reward, x_T, None, s, N)[0], k)
@@ -100,18 +89,16 @@ def panel(x, title, size=120):                          # a dot for each point o
     image = torch.tensor(PAPER, dtype=torch.uint8).expand(size, size, 3).clone()
     column, row = ((x.flatten(1) * torch.tensor([1, -1]) / 5 + 0.5) * size).long().clamp(0, size - 1).T
     image[row, column] = torch.tensor([RED, GREEN], dtype=torch.uint8)[is_good(x).long()]
-    image = image.repeat_interleave(2, 0).repeat_interleave(2, 1)
-    draw_text(image.numpy(), title, 6, 6)
+    draw_text((image := image.repeat_interleave(2, 0).repeat_interleave(2, 1)).numpy(), title, 6, 6)
     return image
 
 
 def main(config):
-    seed = config.seed
-    torch.manual_seed(seed)
-    base = MLP(2)
+    torch.manual_seed(config.seed)
+    seed, base = config.seed, MLP(2)
     optimizer = torch.optim.AdamW(base.parameters(), 2e-3)
     for step in progress(range(500), "base"):
-        update(base, optimizer, flow_loss(base, seed, step, math.pi), step)
+        update(base, optimizer, flow_loss(base, seed, step, torch.pi), step)
     reward = train_reward(base, seed)
     policies = {"base": base, "PRFL": align("PRFL", base, reward, seed),
                 "without SFT": align("without SFT", base, reward, seed, sft_updates=False),

@@ -137,7 +137,7 @@ def claims():
     said["## Table 5: pooling"] = [
         f"(Eq. 5) reaches {a('attention with query')}, mean {a('mean')}, max {a('max')}, attention without query "
         f"{a('attention without query')}, eight heads {a('8 heads (released code)')}",
-        f"pixel reward of all frames reaches {a('pixels, all frames')}, of the first {a('pixels, first frame')}"]
+        f"pixel reward of all frames reaches {a('pixels, all frames')}, of the first frame {a('pixels, first frame')}"]
 
     rows, differ = of("table7")
     auc = lambda name: number(sum(rows[name]["auc"]) / 5)
