@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common import InputError
-from formats.weights import diffusers_config, diffusers_name, read_state, transformer_folder, write_folder
+from formats.weights import WeightFiles, diffusers_config, diffusers_name, transformer_folder, write_folder
 
 _tiny = dict(model_type="t2v", patch_size=(1, 2, 2), in_dim=16, out_dim=16, dim=192, ffn_dim=768, num_heads=6,
              num_layers=8, freq_dim=64, text_dim=128, text_len=8)
@@ -358,11 +358,12 @@ def image_inputs(config, batch, device):
 
 
 # ---------------------------------------- folders
-def load_transformer(path, dtype=torch.float32):
+def load_transformer(path, dtype=torch.float32, whole=True):
     """VideoDiT from our folder, an official Wan2.1 or diffusers one, or a folder that holds `transformer/`.
 
     dtype of the parameters: float32 master weights, or None for each as stored. `export_transformer` finds
-    the stored dtypes again. Raises InputError (one line, naming the file) for anything missing or unexpected.
+    the stored dtypes again. whole=False: a model on the meta device, whose weights scale.parallel.shard reads from
+    `dit.source`, each rank its own. Raises InputError (one line, naming the file) for anything missing or unexpected.
     """
     path, config, rename, ignore = transformer_folder(path)
     try:
@@ -371,7 +372,11 @@ def load_transformer(path, dtype=torch.float32):
     except (InputError, TypeError, KeyError, ValueError, RuntimeError) as error:
         reason = f"{path}/config.json does not describe a Wan2.1 transformer: {error}"
         raise InputError(reason.replace("\n", " ")) from None
-    state = read_state(path, {name: p.shape for name, p in dit.state_dict().items()}, rename, ignore)
+    dit.source = WeightFiles(path, rename).require({name: p.shape for name, p in dit.state_dict().items()}, ignore)
+    if not whole:
+        return dit
+    state = {name: dit.source.tensor(name) for name in dit.state_dict()}
+    del dit.source
     dit.stored_dtypes = {name: tensor.dtype for name, tensor in state.items()}
     # copy: a parameter must not stay a view of a file that may be replaced
     dit.load_state_dict({n: v.to(dtype or v.dtype, copy=True) for n, v in state.items()}, assign=True)

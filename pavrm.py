@@ -115,9 +115,9 @@ class PAVRM(nn.Module):
         return self.eval().requires_grad_(False)
 
 
-def load_pavrm(path, generator=None):
+def load_pavrm(path, generator=None, whole=True):
     """The PAVRM saved in `path`. generator: the VideoDiT it is to reward; a reward model whose trunk is not the first
-    blocks of such a generator is an InputError that names the difference."""
+    blocks of such a generator is an InputError that names the difference. whole: as in `model.load_transformer`."""
     if not Path(path).is_dir():
         raise InputError(f"{path} is not a folder; train a reward model with train_reward.py (--task i2v for the "
                          "image-to-video generator) and name it with --reward")
@@ -134,10 +134,11 @@ def load_pavrm(path, generator=None):
             if differs or config["transformer"]["num_layers"] > generator.config["num_layers"]:
                 raise InputError(f"the reward model in {path} has another trunk than the generator: "
                                  + ", ".join(differs or ["more blocks"]) + "; train one with train_reward.py")
-        model = PAVRM(**config)
+        with torch.device("meta"):
+            model = PAVRM(**config)
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}/config.json is not a reward model's: {error!r}") from None
-    load_weights(model, path)
+    load_weights(model, path, whole)
     return model.freeze()
 
 

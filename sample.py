@@ -195,7 +195,7 @@ def main(config):
     wan = dit.config["text_len"] == codec.WAN_CONTEXT
     config.mixed_precision = config.mixed_precision or ("bf16" if wan else "no")
     runtime = common.setup(config.mixed_precision, config.seed, config.sequence_parallel)
-    parallel.check(config.parallel, config.sequence_parallel)
+    parallel.check(parallel.Flags(parallel=config.parallel, sequence_parallel=config.sequence_parallel))
     size, device = settle(config, dit.config), runtime.device
     if config.lora:
         lora.merge_file(dit, config.lora)
@@ -221,7 +221,7 @@ def main(config):
     contexts = codec.encode_texts(f"{model}/text_encoder", prompts, device, dit.config["text_dim"])
     null = contexts[negative[0]].to(device) if negative else None                                   # [l, d]
     if config.parallel == "fsdp":
-        on_device = partial(nullcontext, parallel.shard(dit.float(), runtime, "fsdp"))
+        on_device = partial(nullcontext, parallel.shard(dit.float(), runtime, parallel.Flags(parallel="fsdp")))
     else:
         sequence.spread(dit, runtime)
         on_device = partial(codec.on, parallel.narrow(dit, runtime.dtype), device)

@@ -114,17 +114,14 @@ def main(config):
     # ---- what trains, what rewards it, what it learns from
     check_flags(config)
     runtime = common.setup(config.mixed_precision, config.seed, config.sequence_parallel)
-    policy = load_transformer(config.model).train()
+    policy = load_transformer(config.model, whole=False).train()
     lora.add(policy, config.lora_rank, config.lora_alpha, config.seed, config.lora)
-    parallel.shard(policy, runtime, config.parallel)
-    policy.gradient_checkpointing = config.gradient_checkpointing
+    parallel.shard(policy, runtime, config)
     if config.method == "refl":
         pixel_reward, vae = refl_baseline.load_reward_and_decoder(config, policy, runtime)
     elif config.method in ("prfl", "rwr"):
         config.reward = config.reward or f"{config.model}/reward"
-        pavrm = load_pavrm(config.reward, policy)
-        parallel.shard(pavrm, runtime, config.parallel)
-        pavrm.trunk.gradient_checkpointing = config.gradient_checkpointing
+        pavrm = parallel.shard(load_pavrm(config.reward, policy, whole=False), runtime, config)
     resume, state = runs.open_checkpoint(config)
     shards, curated, held = load_curated(config, policy, runtime)
     accumulation = config.gradient_accumulation_steps

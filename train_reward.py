@@ -75,13 +75,13 @@ class Config(parallel.Flags):
 
 
 def main(config):
-    shared = ("gradient_checkpointing", "parallel", "sequence_parallel")
+    shared = tuple(parallel.Flags.__annotations__)
     common.refuse(config, shared if config.space == "rgb" else (), "with --space rgb")
     common.refuse(config, shared[:1] if config.trunk_learning_rate == 0 else (), "with --trunk_learning_rate 0")
     if config.loss == "bt" and config.batch_size == 1:
         raise InputError("--loss bt compares the good and the bad of a batch: it needs --batch_size 2 or more")
     runtime = common.setup(config.mixed_precision, config.seed, config.sequence_parallel)
-    parallel.check(config.parallel, config.sequence_parallel)
+    parallel.check(config)
     dit = load_transformer(resolve_model(config)).eval().requires_grad_(False)
     fill_in(config, training(dit.config, "reward"))
     resume, state = runs.open_checkpoint(config)
@@ -98,8 +98,7 @@ def main(config):
     torch.manual_seed(config.seed)
     if config.space == "latent":
         reward = PAVRM.from_generator(dit, config.depth, config.pooling)
-        parallel.shard(reward, runtime, config.parallel)
-        reward.trunk.gradient_checkpointing = config.gradient_checkpointing
+        parallel.shard(reward, runtime, config)
         reward_fn = reward                                      # (x_t, t, context, **image) -> logits [b]
         groups = reward.parameter_groups(config.trunk_learning_rate, config.learning_rate)
         dit.to("meta")                                          # PAVRM has its own copy of the blocks it needs

@@ -157,9 +157,9 @@ def make_validation(config, runtime, policy, shards=None, held=None, export=None
     vae = codec.load_vae(f"{config.model}/vae").to(device)
     prompts, contexts, image, shape = held_out_prompts(config, dit_config, shards, held, vae, device)
     null = None if config.guidance_scale == 1 else codec.null_context(dit_config, "negative", config.data, config.model, device)
-    second = load_pavrm(config.judge, policy) if config.judge else None
+    second = load_pavrm(config.judge, policy, whole=False) if config.judge else None
     if second:
-        parallel.shard(second, runtime, config.parallel)
+        parallel.shard(second, runtime, config)
     fps = shards.fps if own else scene.FPS
     size = max(1, GROUP_LATENTS // (shape[1] * shape[2] * shape[3]))
     groups = [list(range(i, min(i + size, len(prompts)))) for i in range(0, len(prompts), size)]

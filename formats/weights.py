@@ -11,6 +11,7 @@ import re
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -63,10 +64,14 @@ def read_config(path):
 
 
 class WeightFiles:
-    """The tensors of a folder's safetensors file or shards, by name; read one at a time."""
+    """The tensors of a folder's safetensors file or shards; read one at a time, or some rows of one.
 
-    def __init__(self, path):
-        path = Path(path)
+    rename: from the names they are asked for to those in the files.
+    """
+
+    def __init__(self, path, rename=lambda name: name):
+        path = self.path = Path(path)
+        self.rename = rename
         index = path / f"{WEIGHTS}.index.json"
         if (path / WEIGHTS).is_file():
             files = [path / WEIGHTS]
@@ -77,7 +82,7 @@ class WeightFiles:
                 raise InputError(f"{index} is not a shard index: {error!r}") from None
         else:
             raise InputError(f"{path} holds no {WEIGHTS}, nor {index.name}")
-        self.handle = {}  # name -> open file
+        self.handle, self.file = {}, {}  # name -> open file, its path
         for file in files:
             try:
                 handle = safe_open(file, "pt")
@@ -86,33 +91,35 @@ class WeightFiles:
             except (SafetensorError, OSError) as error:
                 raise InputError(f"{file} is not a whole safetensors file: {error}".replace("\n", " ")) from None
             self.handle |= dict.fromkeys(handle.keys(), handle)
+            self.file |= dict.fromkeys(handle.keys(), file)
 
-    def shape(self, name):
-        return tuple(self.handle[name].get_slice(name).get_shape())
+    def require(self, shapes, ignore=()):
+        """Raises InputError unless the files hold all of `shapes` (name -> shape), and nothing else but names that
+        contain a word of `ignore` -> self."""
+        want = {self.rename(name): tuple(shape) for name, shape in shapes.items()}
+        have = {name for name in self.handle if not any(word in name for word in ignore)}
+        found = {name: tuple(self.handle[name].get_slice(name).get_shape()) for name in want.keys() & have}
+        problems = {
+            "missing": sorted(want.keys() - have),
+            "unexpected": sorted(have - want.keys()),
+            "of another shape": [f"{name} {found[name]} instead of {want[name]}"
+                                 for name in sorted(found) if found[name] != want[name]],
+        }
+        if any(problems.values()):
+            listed = "; ".join(f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+                               for kind, names in problems.items() if names)
+            raise InputError(f"the weights in {self.path} do not fit: {listed}")
+        return self
 
     def tensor(self, name):
+        name = self.rename(name)
         return self.handle[name].get_tensor(name)
 
-
-def read_state(path, shapes, rename=lambda name: name, ignore=()):
-    """The tensors of a folder for `shapes` (name -> shape), strictly: all of them, nothing else, as stored.
-
-    rename: our name -> the name in the file. Names in the file that contain a word of `ignore` are dropped.
-    """
-    weights = WeightFiles(path)
-    want = {rename(name): tuple(shape) for name, shape in shapes.items()}
-    have = {name for name in weights.handle if not any(word in name for word in ignore)}
-    problems = {
-        "missing": sorted(want.keys() - have),
-        "unexpected": sorted(have - want.keys()),
-        "of another shape": [f"{name} {weights.shape(name)} instead of {want[name]}"
-                             for name in sorted(want.keys() & have) if weights.shape(name) != want[name]],
-    }
-    if any(problems.values()):
-        listed = "; ".join(f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-                           for kind, names in problems.items() if names)
-        raise InputError(f"the weights in {path} do not fit: {listed}")
-    return {name: weights.tensor(rename(name)) for name in shapes}
+    def rows(self, name, start, stop):
+        """Rows start .. stop - 1 of a tensor; of the file, no more than these is read."""
+        name = self.rename(name)
+        with safe_open(self.file[name], "pt") as file:          # anew: what was read of an open map stays resident
+            return file.get_slice(name)[start:stop]
 
 
 def save_module(module, path, dtype=None, state=None):
@@ -120,8 +127,9 @@ def save_module(module, path, dtype=None, state=None):
     write_folder(path, module.config, {n: v.to(dtype or v.dtype) for n, v in (state or module.state_dict()).items()})
 
 
-def load_weights(module, path):
-    """Fill `module`, keeping its dtype and device, from a folder that `save_module` wrote; returns the module.
+def load_weights(module, path, whole=True):
+    """Fill `module`, keeping its dtype and device, from a folder that `save_module` wrote; returns the module. One on the
+    meta device gets float32 weights, or with whole=False only `source`, as in model.load_transformer.
 
     InputError when the folder was written for another config or its weights are not exactly the module's.
     """
@@ -130,7 +138,13 @@ def load_weights(module, path):
                  for key in sorted(stored.keys() | mine.keys()) if stored.get(key) != mine.get(key)]
     if differing:
         raise InputError(f"{path}/config.json is of another {type(module).__name__}: {', '.join(differing)}")
-    module.load_state_dict(read_state(path, {n: v.shape for n, v in module.state_dict().items()}))
+    meta, source = module.state_dict(), WeightFiles(path).require({n: v.shape for n, v in module.state_dict().items()})
+    if not whole:
+        module.source = source
+    elif any(x.is_meta for x in meta.values()):                 # copies: no parameter stays a view of a file
+        module.load_state_dict({n: source.tensor(n).to(torch.float32, copy=True) for n in meta}, assign=True)
+    else:
+        module.load_state_dict({n: source.tensor(n) for n in meta})
     return module
 
 
@@ -192,7 +206,7 @@ def from_wan_config(theirs, path):
     if "image_dim" not in config:
         weights = WeightFiles(path)
         name = "img_emb.proj.0.weight"
-        config["image_dim"] = weights.shape(name)[0] if name in weights.handle else None
+        config["image_dim"] = len(weights.tensor(name)) if name in weights.handle else None
     return config
 
 

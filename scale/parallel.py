@@ -28,6 +28,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 import common
 from common import InputError, arg
@@ -36,6 +37,7 @@ from formats.weights import read_config
 from scale import sequence
 
 KINDS = ("ddp", "fsdp")
+OFFLOADED_FROM = 2 ** 22  # elements; what is smaller is not worth the way
 PIECES = "sharded_state"  # of torch.distributed.checkpoint, inside a checkpoint folder of fsdp
 
 
@@ -49,38 +51,84 @@ class Flags:
                         "reward model whole on each GPU; fsdp, 1 / GPUs of them", choices=KINDS)
     sequence_parallel: int = arg(1, "neighbouring GPUs that share each clip's tokens, for clips too long for one; the "
                                  "paper has 4", above=0)
+    shard_size: int = arg(0, "fsdp: cut over groups of so many neighbouring GPUs, such as those of a node, and keep a copy "
+                          "in each group; 0 cuts over all", at_least=0)
+    offload_activations: bool = arg(False, "block inputs wait for the backward pass in the host's memory")
+    compile: bool = arg(False, "torch.compile each block: minutes at the start, faster steps on a GPU")
 
 
-def check(kind, sequence_parallel=1):
-    """Raises InputError where there are no processes to share the work; for a script to call before it works."""
-    sequence.check(sequence_parallel)
-    if kind == "fsdp" and not dist.is_initialized():
+def check(flags):
+    """Raises InputError where there are no processes to share the work, or flags that do not go together; for a script to
+    call before it works."""
+    sequence.check(flags.sequence_parallel)
+    if flags.parallel == "fsdp" and not dist.is_initialized():
         raise InputError("--parallel fsdp shards over processes: start with torchrun --nproc_per_node=<GPUs>")
+    if flags.shard_size and flags.parallel != "fsdp":
+        raise InputError("--shard_size means nothing with --parallel ddp: leave it out")
+    if flags.shard_size and dist.get_world_size() % flags.shard_size:
+        raise InputError(f"--shard_size {flags.shard_size} does not divide the {dist.get_world_size()} processes: choose one "
+                         f"of {sequence.divisors(dist.get_world_size())}")
+    if flags.offload_activations and not flags.gradient_checkpointing:
+        raise InputError("--offload_activations moves the block inputs that --gradient_checkpointing keeps: give both")
 
 
-def shard(model, runtime, kind):
-    """Puts a VideoDiT or a PAVRM, in place, on this rank's device: whole (ddp) or its piece (fsdp) -> model. Its clips are
-    shared as runtime.sequence_parallel says.
+def shard(model, runtime, flags):
+    """Puts a VideoDiT or a PAVRM, in place, on this rank's device: whole (ddp) or its piece (fsdp) -> model, which runs as
+    `flags` say. One on the meta device, from load_transformer(whole=False), gets its weights here.
 
-    Call it before the optimizer is made. For fsdp give the model on the CPU, so that one block at a time is
+    Call it before the optimizer is made. For fsdp give the model on meta or on the CPU, so that one block at a time is
     whole on the device; every rank must hold the same weights. Raises InputError without processes.
     """
-    check(kind)
-    sequence.spread(getattr(model, "trunk", model), runtime)
-    if kind == "ddp":
-        return model.to(runtime.device)
+    check(flags)
+    dit = getattr(model, "trunk", model)
+    sequence.spread(dit, runtime)
+    dit.gradient_checkpointing = flags.gradient_checkpointing
+    if flags.offload_activations:
+        offload(dit)
+    if flags.compile:
+        for block in dit.blocks:
+            block.compile()
+    if flags.parallel == "fsdp":
+        cut(model, dit, runtime, flags.shard_size)
+    fill(model, runtime.device)
+    return model
+
+
+def cut(model, dit, runtime, shard_size):
+    """Fully shards a model over all ranks, or over groups of shard_size neighbours, each of which has it whole."""
     # PAVRM's logits are a view; no caller writes into them
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
+    if shard_size:
+        mesh = init_device_mesh(runtime.device.type, (runtime.world_size // shard_size, shard_size),
+                                mesh_dim_names=("replicate", "shard"))
     # inputs are not cast: the residual stream stays float32, and the model casts where it multiplies
     half = MixedPrecisionPolicy(runtime.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in getattr(model, "trunk", model).blocks:
+    for block in dit.blocks:
         fully_shard(block, mesh=mesh, mp_policy=half)
     # the rest, embeddings and head, in float32, as autocast has it; freed after each forward, or a model that
     # only sampled would stay gathered, and its parameters() would not be the optimizer's
     fully_shard(model, mesh=mesh, reshard_after_forward=True,
                 mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-    return model
+
+
+@torch.no_grad()
+def fill(model, device):
+    """Gives what is on meta memory on `device` and, one weight at a time, what the model's files hold of it: all, or the
+    rows of this rank. The rest of the model moves there."""
+    waiting = {name for name, p in model.named_parameters() if p.is_meta}
+    model._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x.to(device))
+    for name, p in model.named_parameters():
+        if name in waiting:
+            mine, first = (p.to_local(), first_row(p)) if isinstance(p, DTensor) else (p, 0)
+            if len(mine):
+                mine.copy_(model.source.rows(name, first, first + len(mine)))
+    if waiting:
+        del model.source                                        # closes the files
+
+
+def first_row(p):
+    return compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)[1][0]
 
 
 def rounds(work, runtime, kind):
@@ -94,6 +142,29 @@ def rounds(work, runtime, kind):
     mine = [(item, place == 0) for item in work[group::groups]]
     longest = -(-len(work) // groups) if kind == "fsdp" else 0
     return mine + [(work[0], False)] * (longest - len(mine))
+
+
+def offload(dit):
+    """Block inputs that wait for the backward pass of a VideoDiT do so in pinned host memory.
+
+    Under checkpointing they are all that the blocks keep; smaller tensors, such as the prompt's, stay where they are.
+    """
+    run_blocks = dit.run_blocks
+
+    def pack(x):
+        if x.numel() < OFFLOADED_FROM or x.is_complex():        # RoPE's table is one for all blocks
+            return x
+        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+        return x.device, host.copy_(x, non_blocking=True)       # what comes back waits in the same stream
+
+    def unpack(kept):
+        return kept if isinstance(kept, torch.Tensor) else kept[1].to(kept[0], non_blocking=True)
+
+    def run_offloaded(*args):
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return run_blocks(*args)
+
+    dit.run_blocks = run_offloaded
 
 
 def narrow(dit, dtype):

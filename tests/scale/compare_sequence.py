@@ -21,6 +21,7 @@ CASES = [ORDINARY | dict(zip(("kind", "image", "checkpointing"), case))
          for case in itertools.product(("ddp", "fsdp"), (False, True), (False, True))]
 CASES += [ORDINARY | dict(rank=2), ORDINARY | dict(rank=2, kind="ddp", image=True)]
 CASES += [ORDINARY | dict(pooling=name) for name in ("mean", "max", "multihead")]
+OTHERS = [ORDINARY | dict(offload_activations=True), ORDINARY | dict(shard_size=2), ORDINARY | dict(shard_size=2, rank=2)]
 
 
 def far(a, b):
@@ -29,7 +30,7 @@ def far(a, b):
     return max(((whole(x) - whole(y)).norm() / whole(x).norm().clamp(min=1e-6)).item() for x, y in zip(a, b, strict=True))
 
 
-def compare(runtime, kind, image, checkpointing, rank, pooling):
+def compare(runtime, kind, image, checkpointing, rank, pooling, **more):
     """Rank 0 alone against all: {what: largest relative difference}. 18 tokens, which 4 ranks do not divide; 4 heads."""
     one = generator(num_heads=4, **I2V if image else {})
     judge = PAVRM.from_generator(one, 1, pooling).freeze()
@@ -41,8 +42,7 @@ def compare(runtime, kind, image, checkpointing, rank, pooling):
             torch.nn.init.normal_(p, std=0.1, generator=g)
     many = [copy.deepcopy(model) for model in (one, judge)]
     for model in many:
-        parallel.shard(model, runtime, kind)
-    many[0].gradient_checkpointing = many[1].trunk.gradient_checkpointing = checkpointing
+        parallel.shard(model, runtime, parallel.Flags(gradient_checkpointing=checkpointing, parallel=kind, **more))
     B = 2 * runtime.world_size // runtime.sequence_parallel
     x, context = torch.randn(B, 16, 3, 6, 4, generator=g), torch.randn(B, 3, 8, generator=g)
     given = dict(y=torch.randn(B, 20, 3, 6, 4, generator=g), clip=torch.randn(B, 5, 32, generator=g)) if image else {}
@@ -71,9 +71,10 @@ def compare(runtime, kind, image, checkpointing, rank, pooling):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    parallel.OFFLOADED_FROM = 400                               # the tokens of these models, not their prompts
     for ranks in (2, 4):
         runtime = common.setup("no", 0, ranks)
-        for case in CASES if ranks == 4 or dist.get_world_size() == 2 else CASES[4:6]:
+        for case in CASES if ranks == 4 or dist.get_world_size() == 2 else CASES[4:6] + OTHERS:
             found = compare(runtime, **case)
             if runtime.rank == 0:
                 print(json.dumps(case | {"ranks": ranks, "found": found}), flush=True)

@@ -199,7 +199,7 @@ def test_blocks_run_in_bfloat16_from_float32_pieces(group):
         policy, pavrm = generator(), PAVRM.from_generator(generator(), 1).freeze()
         torch.nn.init.normal_(pavrm.mlp[-1].weight, generator=torch.Generator().manual_seed(4))
         for model in (policy, pavrm):
-            parallel.shard(model, group, kind)
+            parallel.shard(model, group, parallel.Flags(parallel=kind))
         for layer in (policy.blocks[1].ffn[0], pavrm.trunk.blocks[0].self_attn.q, pavrm.mlp[0]):
             layer.register_forward_hook(lambda layer, x, y: seen.append(layer.weight.dtype))
         policy.head.register_forward_hook(lambda layer, x, y: seen.append(layer.head.weight.dtype))

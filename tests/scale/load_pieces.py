@@ -1,0 +1,32 @@
+"""Run by test_pieces.py under torchrun: each rank loads its pieces of the generator in argv[1] and prints, as JSON, the most
+host memory that took, in bytes beyond what the process had before, and how far its rows are from those of the files."""
+import json
+import resource
+import sys
+
+import torch
+
+import common
+from formats.weights import WeightFiles
+from model import load_transformer
+from scale import parallel
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    runtime = common.setup("no")
+    anonymous = lambda: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    before, most = anonymous(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    dit = load_transformer(sys.argv[1], whole=False)
+    nothing_yet = all(p.is_meta for p in dit.parameters())
+    rename = dit.source.rename
+    parallel.shard(dit, runtime, parallel.Flags(parallel="fsdp"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - most
+    files, held, far = WeightFiles(sys.argv[1], rename), 0, 0.0
+    for name, p in dit.named_parameters():
+        mine = p.to_local()
+        first = parallel.first_row(p)
+        held += 4 * mine.numel()
+        if len(mine):
+            far = max(far, (mine - files.tensor(name)[first:first + len(mine)]).abs().max().item())
+    print(json.dumps({"rank": runtime.rank, "meta": nothing_yet, "peak": peak, "held": held, "far": far}), flush=True)
+    common.teardown()

@@ -1,0 +1,100 @@
+"""Loading by pieces: what each rank reads and holds, of one file, of several, in Wan's names and in diffusers'; and the
+options that spare memory."""
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_sequence import torchrun
+from tiny import ROOT, command, generator, one_line, run
+
+import common
+from formats.weights import WEIGHTS
+from model import VideoDiT, export_transformer, load_transformer
+from pavrm import PAVRM
+from scale import parallel
+
+pytestmark = pytest.mark.usefixtures("cpu")
+
+
+def load(folder):
+    done = torchrun(4, ROOT / "tests/scale/load_pieces.py", str(folder))
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert done.returncode == 0 and len(rows) == 4, done.stderr[-3000:]
+    return rows
+
+
+def test_each_rank_reads_its_rows(tmp_path):
+    """Of two files in diffusers' names; 200 MB of weights, a quarter of them on each rank."""
+    torch.manual_seed(0)
+    dit = VideoDiT(dim=512, ffn_dim=2560, num_heads=8, num_layers=12, text_dim=64, text_len=8, freq_dim=64)
+    export_transformer(dit, tmp_path, "diffusers")
+    state = load_file(tmp_path / WEIGHTS)
+    names = sorted(state)
+    files = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, some in files.items():
+        save_file({name: state[name] for name in some}, tmp_path / file)
+    (tmp_path / f"{WEIGHTS}.index.json").write_text(json.dumps(
+        {"weight_map": {name: file for file, some in files.items() for name in some}}))
+    (tmp_path / WEIGHTS).unlink()
+    size = 4 * sum(p.numel() for p in dit.parameters())
+    rows = load(tmp_path)
+    assert all(row["meta"] and row["far"] == 0 for row in rows) and sum(row["held"] for row in rows) == size > 190e6
+    for row in rows:
+        assert row["peak"] < size / 4 + 100e6, row              # and what the libraries hold
+
+
+@pytest.mark.parametrize("layout", ["wan", "diffusers"])
+def test_one_rank_gets_all(tmp_path, layout):
+    """In place on its device, as load_transformer gives it; adapters keep what they start with."""
+    export_transformer(generator(), tmp_path, layout)
+    runtime = common.Runtime(0, 1, torch.device("cpu"), torch.float32)
+    one = load_transformer(tmp_path, whole=False)
+    assert all(p.is_meta for p in one.parameters())
+    parallel.shard(one, runtime, parallel.Flags())
+    for (name, p), q in zip(one.named_parameters(), load_transformer(tmp_path).parameters(), strict=True):
+        assert torch.equal(p, q), name
+    assert not hasattr(one, "source")
+
+
+# ---- block inputs that wait in the host's memory
+def test_every_block_input_goes_and_comes_back(monkeypatch):
+    monkeypatch.setattr(parallel, "OFFLOADED_FROM", 500)
+    runtime, went = common.Runtime(0, 1, torch.device("cpu"), torch.float32), []
+    hooks = torch.autograd.graph.saved_tensors_hooks
+
+    class Counting(hooks):
+        def __init__(self, pack, unpack):
+            def counted(x):
+                kept = pack(x)
+                went.extend([tuple(x.shape)] * isinstance(kept, tuple))
+                return kept
+            super().__init__(counted, unpack)
+
+    gradients = []
+    for flags in (parallel.Flags(gradient_checkpointing=True),
+                  parallel.Flags(gradient_checkpointing=True, offload_activations=True)):
+        policy, judge = generator(num_layers=3), PAVRM.from_generator(generator(), 2)
+        for model in (policy, judge):
+            parallel.shard(model, runtime, flags)
+        g = torch.Generator().manual_seed(1)
+        x, t, context = torch.randn(2, 16, 3, 4, 8, generator=g), torch.rand(2, generator=g), torch.randn(2, 3, 8, generator=g)
+        if flags.offload_activations:
+            monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", Counting)
+        judge(x - policy(x, t, context), t, context).sum().backward()
+        monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", hooks)
+        gradients.append([p.grad for p in policy.parameters()])
+    assert [shape for shape in went if shape == (2, 24, 24)] == 5 * [(2, 24, 24)]       # blocks of both models: tokens
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--offload_activations"], "--gradient_checkpointing keeps: give both"),
+    (["--shard_size", "2"], "--shard_size means nothing with --parallel ddp"),
+    (["--shard_size", "-1"], "--shard_size must be a finite number at least 0")])
+def test_bad_input_is_one_line(folder, capsys, flags, words):
+    with pytest.raises(SystemExit) as stop:
+        run(*command(folder, "prfl", "bad-run", *flags))
+    stderr = capsys.readouterr().err
+    assert stop.value.code == 2 and one_line(stderr) and words in stderr, stderr
