@@ -101,7 +101,9 @@ class Shards:
             self.context_shape = tuple(self.index["context_shape"])  # (l, d)
             self.shapes = {"latents": self.latent_shape, "context": self.context_shape,
                            **{name: tuple(shape) for name, shape in self.index.get("extra_shapes", {}).items()}}
-            self.fps, self.settings = self.index["fps"], self.index["settings"]
+            self.fps, self.settings = self.index["fps"] + 0.0, self.index["settings"] or {}
+            if not (self.fps > 0 and isinstance(self.settings, dict) and isinstance(self.settings.get("encoders", {}), dict)):
+                raise TypeError(f"fps {self.fps}, settings {self.settings}")
             for entry in self.index["shards"]:
                 path, n = folder / entry["file"], entry["count"]
                 with safe_open(path, "pt") as file:

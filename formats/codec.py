@@ -33,7 +33,8 @@ def load_vae(path):
         return WanVAE(path)
     try:
         vae = VideoVAE(**config)
-    except TypeError as error:
+        vae.statistics(torch.zeros(()))                         # sixteen numbers each
+    except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path}/config.json is not a VideoVAE's: {error}") from None
     return load_weights(vae, path).eval().requires_grad_(False)
 

@@ -54,7 +54,8 @@ class VideoVAE(nn.Module):
         self.decoder = nn.Sequential(nn.Conv3d(CHANNELS, dim, 1), *[ResidualBlock(dim) for _ in range(num_blocks)],
                                      nn.Conv3d(dim, pixels, 1))
 
-    def _statistics(self, like):
+    def statistics(self, like):
+        """Mean and deviation of each channel's latents, [16, 1, 1, 1] in the dtype and on the device of `like`."""
         shape = (CHANNELS, 1, 1, 1)
         return (torch.tensor(self.config["latents_mean"], dtype=like.dtype, device=like.device).view(shape),
                 torch.tensor(self.config["latents_std"], dtype=like.dtype, device=like.device).view(shape))
@@ -79,13 +80,13 @@ class VideoVAE(nn.Module):
 
     def encode(self, video):
         """video [b, 3, F, H, W] in [-1, 1] -> latents [b, 16, f, h, w]: the posterior's mean, normalised."""
-        mean, std = self._statistics(video)
+        mean, std = self.statistics(video)
         video = self.fold(video)                                # in its place: 81 frames of 832x480 are 388 MB
         return (self.encoder(video).chunk(2, dim=1)[0] - mean) / std
 
     def decode(self, latents):
         """latents [b, 16, f, h, w] -> video [b, 3, 4 (f - 1) + 1, 8 h, 8 w] in [-1, 1]; differentiable."""
-        mean, std = self._statistics(latents)
+        mean, std = self.statistics(latents)
         return self.decode_raw(latents * std + mean)
 
     def decode_raw(self, z):
