@@ -44,6 +44,7 @@ import data
 import report
 from common import InputError, arg
 from formats import labels
+from formats.metadata import FIELDS
 from formats.video import read_clip, write_video
 
 PAGE = Path(__file__).with_name("assets") / "label.html"
@@ -375,11 +376,11 @@ def report_command(config):
 def relabel(row, found):
     """A metadata row as it was read -> with its label in `found`, or as it is if the clip has none there."""
     fields = {str(name).strip().lower(): name for name in row}
-    name = next(row[fields[field]] for field in data.FIELDS["file_name"] if row.get(fields.get(field)))
-    name, column = os.path.normpath(name), next((fields[x] for x in data.FIELDS["label"] if x in fields), "label")
+    name = next(row[fields[field]] for field in FIELDS["file_name"] if row.get(fields.get(field)))
+    name, column = os.path.normpath(name), next((fields[x] for x in FIELDS["label"] if x in fields), "label")
     if name not in found:
         return row
-    return row | {fields[x]: None for x in data.FIELDS["label"] if x in fields} | {column: found[name]}
+    return row | {fields[x]: None for x in FIELDS["label"] if x in fields} | {column: found[name]}
 
 
 def export_command(config):

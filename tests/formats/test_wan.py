@@ -131,9 +131,9 @@ def test_clips_to_an_aligned_transformer_in_diffusers(pipelines, clips, tmp_path
 
     common_flags = ["--model", pipeline, "--data", tmp_path / "data", *SHORT]
     run(train_reward, *common_flags, "--output_dir", tmp_path / "reward", "--holdout", 4, "--depth", 1)
-    for method in ("prfl", "rwr"):
+    for method, more in (("prfl", ()), ("rwr", ("--num_samples", 4))):
         run(train_align, *common_flags, "--output_dir", tmp_path / method, "--method", method, "--reward",
-            tmp_path / "reward/reward", "--learning_rate", "1e-2", "--num_inference_steps", 2, "--num_samples", 4)
+            tmp_path / "reward/reward", "--learning_rate", "1e-2", "--num_inference_steps", 2, *more)
     wan.export(wan.Export(str(tmp_path / "prfl/transformer"), out=str(tmp_path / "aligned"), dtype="fp32"))
 
     transformer = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "aligned")
