@@ -118,7 +118,7 @@ class Shards:
             raise InputError(f"{e.filename or path} is missing: `python data.py encode` writes it") from None
         except (OSError, SafetensorError) as e:
             raise InputError(f"{path}: truncated or damaged ({e}): encode again") from None
-        except (json.JSONDecodeError, KeyError, TypeError) as e:
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
             raise InputError(f"{folder}/shards.json: damaged ({e!r}): encode again") from None
         self.rows = read_metadata(folder)[:len(self.where)]  # later rows: of a shard that a kill cut off
         self.labels = torch.cat(labels) if labels else torch.empty(0, dtype=torch.int8)
