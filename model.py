@@ -369,7 +369,7 @@ def load_transformer(path, dtype=torch.float32, whole=True):
     try:
         with torch.device("meta"):
             dit = VideoDiT(**config)
-    except (InputError, TypeError, KeyError, ValueError, RuntimeError) as error:
+    except (InputError, TypeError, KeyError, ValueError, RuntimeError, ArithmeticError, AttributeError) as error:
         reason = f"{path}/config.json does not describe a Wan2.1 transformer: {error}"
         raise InputError(reason.replace("\n", " ")) from None
     dit.source = WeightFiles(path, rename).require({name: p.shape for name, p in dit.state_dict().items()}, ignore)
