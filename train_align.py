@@ -44,7 +44,7 @@ from world import clips, scene
 
 
 @dataclass
-class Config(validation.Flags, lora.Flags, parallel.Flags):
+class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
     method: str = arg("prfl", "what to train with", choices=("prfl", "refl", "sft", "rwr"))
     task: str | None = arg(None, "which shipped generator, without --model: t2v, or i2v (image-to-video)", choices=TASKS)
     model: str | None = arg(None, "another generator: a folder with transformer/ (and text_encoder/, vae/ "

@@ -39,7 +39,7 @@ from world import clips, scene
 
 
 @dataclass
-class Config(parallel.Flags):
+class Config(runs.Flags, parallel.Flags):
     task: str | None = arg(None, "which shipped generator, without --model: t2v, or i2v (image-to-video)", choices=TASKS)
     model: str | None = arg(None, "another generator: a folder with transformer/ (and text_encoder/, vae/ "
                             "when it makes the samples)")

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from common import InputError, rank
+from common import InputError, arg, rank
 from formats import lock
 from formats.video import read_clip
 from formats.weights import WeightFiles, read_config, transformer_folder
@@ -28,10 +28,18 @@ from formats.weights import WeightFiles, read_config, transformer_folder
 # What a run that goes on may do otherwise than before; it is told. Every other flag makes it another run.
 MAY_CHANGE = {"max_train_steps", "learning_rate", "trunk_learning_rate", "weight_decay", "batch_size",
               "gradient_accumulation_steps", "max_grad_norm", "mixed_precision", "gradient_checkpointing",
-              "decoder_checkpointing", "parallel", "sequence_parallel", "checkpointing_steps", "keep", "export",
+              "decoder_checkpointing", "parallel", "sequence_parallel", "shard_size", "offload_activations", "compile",
+              "checkpointing_steps", "keep", "export",
               "validation_steps", "validation_prompts", "guidance_scale", "judge", "patience"}
 BY_CONTENT = {"model", "reward", "data", "labels", "samples_dir", "curated_dir"}    # may move: `made_from` knows what they hold
 NEVER_THE_SAME = {"output_dir", "resume_from_checkpoint"}
+
+
+@dataclasses.dataclass
+class Flags:
+    """What every training run takes."""
+    mixed_precision: str = arg("bf16", "autocast dtype; weights, optimizer and rollout state are fp32", choices=("no", "bf16"))
+    resume_from_checkpoint: str | None = arg(None, "'latest' or a checkpoint folder", alias="resume")
 
 
 def write_json(path, value):

@@ -43,9 +43,7 @@ PIECES = "sharded_state"  # of torch.distributed.checkpoint, inside a checkpoint
 
 @dataclass
 class Flags:
-    """What both training scripts take."""
-    mixed_precision: str = arg("bf16", "autocast dtype; weights, optimizer and rollout state are fp32", choices=("no", "bf16"))
-    resume_from_checkpoint: str | None = arg(None, "'latest' or a checkpoint folder", alias="resume")
+    """What both training scripts take for many GPUs, or little memory."""
     gradient_checkpointing: bool = arg(False, "recompute each block in the backward pass")
     parallel: str = arg("ddp", "under torchrun: ddp keeps what trains (16 bytes a weight: itself, gradient, Adam) and the "
                         "reward model whole on each GPU; fsdp, 1 / GPUs of them", choices=KINDS)
