@@ -46,7 +46,8 @@ ACTS = {"train_align": {
     "patience": ("watched", "--patience 1 --judge {folder}/other/reward"),
     "resume_from_checkpoint": ("sft", "--resume latest"), "seed": ("sft", "--seed 1"),
     "gradient_checkpointing": ("sft", "--gradient_checkpointing"), "parallel": ("sft", "--parallel fsdp"),
-    "sequence_parallel": ("sft", "--sequence_parallel 2"),
+    "sequence_parallel": ("sft", "--sequence_parallel 2"), "shard_size": ("sft", "--shard_size 2"),
+    "offload_activations": ("sft", "--offload_activations"), "compile": None,               # tests/scale/'s
 }, "train_reward": {
     "task": ("reward", "--task i2v"), "model": ("reward", "--model {folder}/other/model"), "space": ("reward", "--space rgb"),
     "frames": ("reward_rgb", "--frames first"), "data": ("reward", "--data {folder}/other/data"),
@@ -62,7 +63,8 @@ ACTS = {"train_align": {
     "checkpointing_steps": ("reward", "--checkpointing_steps 1"), "validation_steps": ("reward", "--validation_steps 1"),
     "resume_from_checkpoint": ("reward", "--resume latest"), "seed": ("reward", "--seed 1"),
     "gradient_checkpointing": ("reward", "--gradient_checkpointing"), "parallel": ("reward", "--parallel fsdp"),
-    "sequence_parallel": ("reward", "--sequence_parallel 2"),
+    "sequence_parallel": ("reward", "--sequence_parallel 2"), "shard_size": ("reward", "--shard_size 2"),
+    "offload_activations": ("reward", "--offload_activations"), "compile": None,            # tests/scale/'s
 }}
 FLAGS = [(script, flag) for script, module in (("train_align", train_align), ("train_reward", train_reward))
          for flag in (field.name for field in dataclasses.fields(module.Config))]

@@ -490,7 +490,7 @@ ids = [f"{script} {flags}" for script, flags, _ in BAD]
 
 
 def bad_command(folder, script, flags):
-    name = {"train_align": "prfl", "train_reward": "reward"}.get(script)
+    name = {"train_align": "rwr" if "--method rwr" in flags else "prfl", "train_reward": "reward"}.get(script)
     argv = command(folder, name, "bad-run")[1] if name else []
     return argv + flags.format(folder=folder, bad=folder / "bad").split()
 
