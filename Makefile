@@ -28,12 +28,12 @@ own: .venv/test
 	$(BIN)/python label.py report $(OWN)/samples
 	$(BIN)/python data.py encode $(OWN)/samples --out $(OWN)/samples_encoded $(FIT) $(ENCODERS)
 	$(BIN)/python data.py encode $(OWN)/clips --out $(OWN)/clips_encoded $(FIT) $(ENCODERS)
-	$(BIN)/python train_reward.py --model $(OWN)/wan/t2v --data $(OWN)/samples_encoded --fold 1/2 --holdout 4 --depth 1 \
-		--max_train_steps 8 --batch_size 4 --mixed_precision no --output_dir $(OWN)/reward
-	$(BIN)/python train_reward.py --model $(OWN)/wan/t2v --data $(OWN)/samples_encoded --fold 2/2 --seed 1 --holdout 4 --depth 1 \
-		--max_train_steps 8 --batch_size 4 --mixed_precision no --output_dir $(OWN)/judge
+	$(BIN)/python train_reward.py --model $(OWN)/wan/t2v --data $(OWN)/samples_encoded --fold 1/2 --holdout 2 --depth 1 \
+		--max_train_steps 4 --batch_size 4 --mixed_precision no --output_dir $(OWN)/reward
+	$(BIN)/python train_reward.py --model $(OWN)/wan/t2v --data $(OWN)/samples_encoded --fold 2/2 --seed 1 --holdout 2 --depth 1 \
+		--max_train_steps 4 --batch_size 4 --mixed_precision no --output_dir $(OWN)/judge
 	$(BIN)/python train_align.py --model $(OWN)/wan/t2v --data $(OWN)/clips_encoded --reward $(OWN)/reward/reward \
-		--judge $(OWN)/judge/reward --patience 3 --lora_rank 4 --num_inference_steps 4 --batch_size 2 --max_train_steps 8 \
+		--judge $(OWN)/judge/reward --patience 3 --lora_rank 4 --num_inference_steps 4 --batch_size 2 --max_train_steps 4 \
 		$(FAST) --output_dir $(OWN)/align
 	$(BIN)/python evaluate.py --model $(OWN)/wan/t2v --prompts $(OWN)/test.txt base=$(OWN)/wan/t2v prfl=$(OWN)/align \
 		--reward $(OWN)/reward/reward --judge $(OWN)/judge/reward $(FIT) --num_inference_steps 4 --output_dir $(OWN)/evaluation

@@ -18,8 +18,8 @@ def prepare(folder):
     from tiny_wan import write_pipelines
     write_pipelines(folder / "wan")
     for name, split in (("prompts", "train"), ("test", "test")):
-        (folder / f"{name}.txt").write_text("\n".join(scene.draw_prompts(24 if name == "prompts" else 6, 5, split=split)) + "\n")
-    clips.main(clips.Config(str(folder / "clips"), count=24, kind="clean"))
+        (folder / f"{name}.txt").write_text("\n".join(scene.draw_prompts(20 if name == "prompts" else 4, 5, split=split)) + "\n")
+    clips.main(clips.Config(str(folder / "clips"), count=16, kind="clean"))
 
 
 def label(folder):
