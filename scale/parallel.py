@@ -124,7 +124,7 @@ def fill(model, device):
             if len(mine):
                 mine.copy_(model.source.rows(name, first, first + len(mine)))
     if waiting:
-        del model.source                                        # closes the files
+        model.source = None                                     # closes the files
 
 
 def first_row(p):
