@@ -75,7 +75,7 @@ class Config(parallel.Flags):
 
 
 def main(config):
-    shared = tuple(parallel.Flags.__annotations__)
+    shared = tuple(parallel.Layout.__annotations__)
     common.refuse(config, shared if config.space == "rgb" else (), "with --space rgb")
     common.refuse(config, shared[:1] if config.trunk_learning_rate == 0 else (), "with --trunk_learning_rate 0")
     if config.loss == "bt" and config.batch_size == 1:

@@ -42,10 +42,8 @@ PIECES = "sharded_state"  # of torch.distributed.checkpoint, inside a checkpoint
 
 
 @dataclass
-class Flags:
-    """What both training scripts take."""
-    mixed_precision: str = arg("bf16", "autocast dtype; weights, optimizer and rollout state are fp32", choices=("no", "bf16"))
-    resume_from_checkpoint: str | None = arg(None, "'latest' or a checkpoint folder", alias="resume")
+class Layout:
+    """How a model runs on many GPUs, or few."""
     gradient_checkpointing: bool = arg(False, "recompute each block in the backward pass")
     parallel: str = arg("ddp", "under torchrun: ddp keeps what trains (16 bytes a weight: itself, gradient, Adam) and the "
                         "reward model whole on each GPU; fsdp, 1 / GPUs of them", choices=KINDS)
@@ -54,7 +52,14 @@ class Flags:
     shard_size: int = arg(0, "fsdp: cut over groups of so many neighbouring GPUs, such as those of a node, and keep a copy "
                           "in each group; 0 cuts over all", at_least=0)
     offload_activations: bool = arg(False, "block inputs wait for the backward pass in the host's memory")
-    compile: bool = arg(False, "torch.compile each block: minutes at the start, faster steps on a GPU")
+    compile: bool = arg(False, "torch.compile each block: minutes at the start, and then faster steps")
+
+
+@dataclass
+class Flags(Layout):
+    """What both training scripts take."""
+    mixed_precision: str = arg("bf16", "autocast dtype; weights, optimizer and rollout state are fp32", choices=("no", "bf16"))
+    resume_from_checkpoint: str | None = arg(None, "'latest' or a checkpoint folder", alias="resume")
 
 
 def check(flags):
