@@ -218,7 +218,7 @@ class VideoDiT(nn.Module):
                            out_dim=out_dim, dim=dim, ffn_dim=ffn_dim, freq_dim=freq_dim, text_dim=text_dim,
                            text_len=text_len, num_heads=num_heads, num_layers=num_layers, eps=eps,
                            image_dim=image_dim)
-        self.gradient_checkpointing, self.sequence = False, None
+        self.gradient_checkpointing, self.sequence, self.source = False, None, None
         patch = self.config["patch_size"]
         self.patch_embedding = nn.Conv3d(in_dim, dim, kernel_size=patch, stride=patch)
         self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
@@ -376,8 +376,7 @@ def load_transformer(path, dtype=torch.float32, whole=True):
     if not whole:
         return dit
     state = {name: dit.source.tensor(name) for name in dit.state_dict()}
-    del dit.source
-    dit.stored_dtypes = {name: tensor.dtype for name, tensor in state.items()}
+    dit.source, dit.stored_dtypes = None, {name: tensor.dtype for name, tensor in state.items()}
     # copy: a parameter must not stay a view of a file that may be replaced
     dit.load_state_dict({n: v.to(dtype or v.dtype, copy=True) for n, v in state.items()}, assign=True)
     return dit

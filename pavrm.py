@@ -88,10 +88,10 @@ class PAVRM(nn.Module):
         """Copy the first `depth` blocks and the embeddings of a VideoDiT (Eq. 4); the rest starts fresh."""
         if not 1 <= depth <= dit.config["num_layers"]:
             raise InputError(f"--depth must be 1 to {dit.config['num_layers']}, the generator's blocks; got {depth}")
-        model = cls({**dit.config, "num_layers": depth}, pooling).to(next(dit.parameters()).device)
-        wanted = model.trunk.state_dict()
-        model.trunk.load_state_dict({name: value for name, value in dit.state_dict().items() if name in wanted})
-        return model
+        model = cls({**dit.config, "num_layers": depth}, pooling)
+        read = dit.source.tensor if dit.source else dit.state_dict().__getitem__        # whole=False: from its files
+        model.trunk.load_state_dict({name: read(name) for name in model.trunk.state_dict()})
+        return model if dit.source else model.to(next(dit.parameters()).device)
 
     def forward(self, x, t, context, y=None, clip=None):
         """x [b, c, f, h, w] at times t [b], context [b, l, d_text] -> logits [b], float32; >= 0 means good."""

@@ -82,7 +82,8 @@ def main(config):
         raise InputError("--loss bt compares the good and the bad of a batch: it needs --batch_size 2 or more")
     runtime = common.setup(config.mixed_precision, config.seed, config.sequence_parallel)
     parallel.check(config)
-    dit = load_transformer(resolve_model(config)).eval().requires_grad_(False)
+    whole = config.space == "rgb" or not config.data            # it makes samples, or predicts; else the trunk is enough
+    dit = load_transformer(resolve_model(config), whole=whole).eval().requires_grad_(False)
     fill_in(config, training(dit.config, "reward"))
     resume, state = runs.open_checkpoint(config)
     shards = data.Shards(config.data).relabel(config.labels, config.bad) if config.data else clips.own_samples(

@@ -52,7 +52,7 @@ class Flags:
     shard_size: int = arg(0, "fsdp: cut over groups of so many neighbouring GPUs, such as those of a node, and keep a copy "
                           "in each group; 0 cuts over all", at_least=0)
     offload_activations: bool = arg(False, "block inputs wait for the backward pass in the host's memory")
-    compile: bool = arg(False, "torch.compile each block: minutes at the start, faster steps on a GPU")
+    compile: bool = arg(False, "torch.compile each block: minutes at the start, and then faster steps")
 
 
 def check(flags):
@@ -122,7 +122,7 @@ def fill(model, device):
             if len(mine):
                 mine.copy_(model.source.rows(name, first, first + len(mine)))
     if waiting:
-        del model.source                                        # closes the files
+        model.source = None                                     # closes the files
 
 
 def first_row(p):

@@ -161,10 +161,10 @@ def test_damaged_pieces_are_one_line(folder, runs, tmp_path, capsys, damage, wor
 
 
 @pytest.mark.parametrize("name, flags, words", [
-    ("reward", ["--depth", "1", "--resume", "two-reward/checkpoint-000004"], "not a checkpoint of this script"),
+    ("reward", ["--depth", "1", "--resume", "two-reward/checkpoint-000004"], "that run has --depth 2 (now 1)"),
     ("prfl", ["--resume", "two-reward/checkpoint-000004"], "not a checkpoint of this script"),
-    ("prfl", [*LORA, "--resume", "two-prfl/checkpoint-000004"], "not a checkpoint of this script"),
-    ("prfl", ["--lora_rank", "3", "--resume", "two-lora/checkpoint-000004"], "not a checkpoint of this script"),
+    ("prfl", [*LORA, "--resume", "two-prfl/checkpoint-000004"], "--lora_rank 0 (now 2)"),
+    ("prfl", ["--lora_rank", "3", "--resume", "two-lora/checkpoint-000004"], "--lora_rank 2 (now 3)"),
     ("prfl", ["--parallel", "fsdp"], "--parallel fsdp shards over processes: start with torchrun"),
     ("reward", ["--parallel", "fsdp"], "--parallel fsdp shards over processes: start with torchrun"),
     ("prfl", ["--parallel", "zero"], "--parallel: invalid choice: 'zero'"),

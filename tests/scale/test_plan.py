@@ -342,6 +342,7 @@ def test_disk_is_that_of_the_files(tmp_path):
         for p in (p for group in groups for p in group["params"]):
             p.grad = torch.zeros_like(p)
         optimizer.step()
+        (tmp_path / name).mkdir()
         write = lambda path, state: weights.save_module(trained, path, state=state)
         parallel.save_checkpoint(tmp_path / name, 1, {"weights": write}, trained, optimizer, train_align.Config())
         assert size(tmp_path / name) == pytest.approx(found["checkpoint" + name], rel=0.01)
