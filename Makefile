@@ -9,8 +9,8 @@ DEMO := runs/demo
 
 demo: .venv/core
 	$(BIN)/python train_reward.py --output_dir $(DEMO)/reward --num_samples 4096 --max_train_steps 600
-	$(BIN)/python train_align.py --method prfl --max_train_steps 80 --reward $(DEMO)/reward/reward --output_dir $(DEMO)/prfl
-	$(BIN)/python train_align.py --method sft --max_train_steps 160 --learning_rate 3e-4 --output_dir $(DEMO)/sft
+	$(BIN)/python train_align.py --method prfl --max_train_steps 120 --reward $(DEMO)/reward/reward --output_dir $(DEMO)/prfl
+	$(BIN)/python train_align.py --method sft --max_train_steps 240 --learning_rate 3e-4 --output_dir $(DEMO)/sft
 	$(BIN)/python evaluate.py base=checkpoints SFT=$(DEMO)/sft PRFL=$(DEMO)/prfl --reward $(DEMO)/reward/reward \
 		--num_videos 256 --output_dir $(DEMO)/evaluation
 
