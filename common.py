@@ -1,5 +1,5 @@
 """Plumbing every script shares, as plain functions. Imports none of our files.
-Whatever is random in example i of step k comes from generator(seed, purpose, k, i): a resumed run, or one on
+Whatever is random in example i of step k comes from random_generator(seed, purpose, k, i): a resumed run, or one on
 another number of ranks, draws the same numbers, and no generator state is ever stored."""
 import argparse
 import dataclasses
@@ -163,7 +163,7 @@ def leave(code):
     os._exit(code)
 
 
-def generator(seed, *keys):
+def random_generator(seed, *keys):
     """CPU generator that depends on nothing but its arguments (plain numbers and strings)."""
     digest = hashlib.blake2b(repr((seed, *keys)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
@@ -171,13 +171,13 @@ def generator(seed, *keys):
 
 def noise(shape, seed, purpose, step, indices):
     """Standard normal [len(indices), *shape]; row j depends only on (seed, purpose, step, indices[j])."""
-    rows = [torch.randn(shape, generator=generator(seed, purpose, step, int(i))) for i in indices]
+    rows = [torch.randn(shape, generator=random_generator(seed, purpose, step, int(i))) for i in indices]
     return torch.stack(rows)
 
 
 def uniform(seed, purpose, step, indices):
     """U(0, 1) [len(indices)]; element j depends only on (seed, purpose, step, indices[j])."""
-    return torch.cat([torch.rand(1, generator=generator(seed, purpose, step, int(i))) for i in indices])
+    return torch.cat([torch.rand(1, generator=random_generator(seed, purpose, step, int(i))) for i in indices])
 
 
 def average(tensors):

@@ -222,7 +222,7 @@ class Shards:
 
 @functools.lru_cache(maxsize=4)
 def _permutation(n, seed, epoch):
-    return torch.randperm(n, generator=common.generator(seed, "order", epoch))
+    return torch.randperm(n, generator=common.random_generator(seed, "order", epoch))
 
 
 def order(n, seed, step, indices, global_batch):
@@ -237,7 +237,7 @@ def split(n, holdout, seed):
     count = round(n * holdout) if holdout < 1 else int(holdout)
     if not 0 <= count < n:
         raise InputError(f"a holdout of {holdout} leaves nothing to train on: there are {n} examples")
-    shuffled = torch.randperm(n, generator=common.generator(seed, "split"))
+    shuffled = torch.randperm(n, generator=common.random_generator(seed, "split"))
     return shuffled[count:].sort().values, shuffled[:count].sort().values
 
 
@@ -249,7 +249,7 @@ def take_fold(shards, fold):
     i, n = (int(part) if part.isdecimal() else 0 for part in f"{fold}/x".split("/")[:2])
     if fold.count("/") != 1 or not 1 <= i <= n:
         raise InputError(f"--fold {fold}: must be i/n, as 1/2 and 2/2 are, with i from 1 to n")
-    outside = torch.randperm(len(shards), generator=common.generator(0, "fold")) % n != i - 1
+    outside = torch.randperm(len(shards), generator=common.random_generator(0, "fold")) % n != i - 1
     shards.labels = shards.labels.masked_fill(outside, -1)
     return shards
 

@@ -130,7 +130,7 @@ class Session:
     or after a restart."""
 
     def __init__(self, kind, items, journal, annotator, seed=0, bad="both"):
-        order = torch.randperm(len(items), generator=common.generator(seed, "label order"))
+        order = torch.randperm(len(items), generator=common.random_generator(seed, "label order"))
         self.items = [items[i] for i in order]
         self.kind, self.journal, self.annotator, self.bad = kind, journal, annotator, bad
         self.index = {item["key"]: i for i, item in enumerate(self.items)}

@@ -23,7 +23,7 @@ Axes: b batch, B global batch, c channels, f frames, h height, w width, l text t
 import torch
 import torch.nn.functional as F
 
-from common import InputError, generator, uniform
+from common import InputError, random_generator, uniform
 from flow import add_noise, euler_step, flow_matching_loss, rollout, schedule
 
 RECIPES = {  # what train_align.py's flags of these names are when they are not given
@@ -32,7 +32,7 @@ RECIPES = {  # what train_align.py's flags of these names are when they are not 
 }
 
 # Table 3: which third of the trajectory is rewarded. For N = 40: steps 1-13, 14-26, 27-40.
-PARTS = {"early": (0, 1), "middle": (1, 2), "late": (2, 3), "full": (0, 3)}
+THIRDS = {"early": (0, 1), "middle": (1, 2), "late": (2, 3), "full": (0, 3)}
 
 REWARD_LOSSES = {
     "linear": lambda r: -r,                                     # Alg. 1
@@ -43,7 +43,7 @@ REWARD_LOSSES = {
 
 def steps_of(part, num_steps):
     """The steps first + 1 .. last of a part of the trajectory -> (first, last). Raises InputError if there are none."""
-    first, last = (num_steps * third // 3 for third in PARTS[part])
+    first, last = (num_steps * third // 3 for third in THIRDS[part])
     if last <= first:
         raise InputError(f"--num_inference_steps {num_steps} leaves the {part} part of the trajectory without a step")
     return first, last
@@ -55,7 +55,7 @@ def draw_step(seed, iteration, num_steps, part="full"):
     Drawn from (seed, iteration) alone: the same on every rank and after a resume.
     """
     first, last = steps_of(part, num_steps)
-    return int(torch.randint(first + 1, last + 1, (1,), generator=generator(seed, "reward step", iteration)))
+    return int(torch.randint(first + 1, last + 1, (1,), generator=random_generator(seed, "reward step", iteration)))
 
 
 def draw_steps(seed, iteration, num_steps, global_batch, part="full"):
@@ -65,7 +65,7 @@ def draw_steps(seed, iteration, num_steps, global_batch, part="full"):
     Drawn from (seed, iteration) alone: every rank draws all, and takes those of its own videos.
     """
     first, last = steps_of(part, num_steps)
-    stretch = torch.randperm(global_batch, generator=generator(seed, "reward steps", iteration))
+    stretch = torch.randperm(global_batch, generator=random_generator(seed, "reward steps", iteration))
     within = uniform(seed, "reward steps", iteration, range(global_batch))
     place = (stretch + within) / global_batch                                                   # [B] in [0, 1)
     return (first + 1 + (place * (last - first)).long()).clamp(max=last)

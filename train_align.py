@@ -71,7 +71,7 @@ class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
     reward_loss: str | None = arg(None, "-lambda r (linear, Alg. 1), -log sigmoid(r), or the released code's",
                                   choices=tuple(prfl.REWARD_LOSSES), only="method prfl refl")
     trajectory_part: str | None = arg(None, "steps that can be rewarded (Table 3); without, full, and late for refl",
-                                      choices=tuple(prfl.PARTS), only="method prfl refl")
+                                      choices=tuple(prfl.THIRDS), only="method prfl refl")
     grad_steps: int = arg(1, "steps with gradients before the reward; 1 is Alg. 1", above=0, only="method prfl")
     frames: str = arg("first", "what is decoded and judged", choices=refl_baseline.FRAMES, only="method refl")
     decoder_checkpointing: bool = arg(False, "decode video by video, long ones in chunks, twice", only="method refl")

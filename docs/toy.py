@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from common import arg, average_and_clip_gradients, cli, generator, progress
+from common import arg, average_and_clip_gradients, cli, progress, random_generator
 from flow import add_noise, rollout
 from formats.picture import GREEN, PAPER, RED, draw_text
 from formats.video import write_png
@@ -21,7 +21,7 @@ from pavrm import bce_loss
 from prfl import draw_step, reward_update_loss, sft_loss
 
 SHAPE, N, BATCH = (2, 1, 1, 1), 16, 256                 # of a point; Euler steps; points of an update
-noise = lambda n, *keys: torch.randn(n, *SHAPE, generator=generator(*keys))
+noise = lambda n, *keys: torch.randn(n, *SHAPE, generator=random_generator(*keys))
 
 
 @dataclass
@@ -40,8 +40,8 @@ class MLP(nn.Sequential):       # two outputs: velocity [b, 2, 1, 1, 1], called 
 
 
 def ring(seed, step, span):                             # points whose angle to the x axis is at most span; pi: the whole ring
-    angle = (2 * torch.rand(BATCH, generator=generator(seed, "angle", step)) - 1) * span
-    radius = 1 + 0.04 * torch.randn(BATCH, generator=generator(seed, "radius", step))
+    angle = (2 * torch.rand(BATCH, generator=random_generator(seed, "angle", step)) - 1) * span
+    radius = 1 + 0.04 * torch.randn(BATCH, generator=random_generator(seed, "radius", step))
     return torch.stack([radius * angle.cos(), radius * angle.sin()], 1).view(-1, *SHAPE)
 
 
@@ -57,7 +57,7 @@ def update(model, optimizer, loss, step):
 
 
 def flow_loss(model, seed, step, span):                 # Eq. 10, on points of the ring
-    t = torch.rand(BATCH, generator=generator(seed, "t", step))
+    t = torch.rand(BATCH, generator=random_generator(seed, "t", step))
     return sft_loss(model, ring(seed, step, span), noise(BATCH, seed, "x1", step), t, None)
 
 
@@ -66,8 +66,8 @@ def train_reward(base, seed):                           # Eq. 6: the finished po
     own = rollout(base, noise(4096, seed, "own"), None, N)
     labels = is_good(own).float()
     for step in progress(range(300), "reward model"):
-        i = torch.randint(len(own), (BATCH,), generator=generator(seed, "batch", step))
-        t = torch.rand(BATCH, generator=generator(seed, "reward t", step))
+        i = torch.randint(len(own), (BATCH,), generator=random_generator(seed, "batch", step))
+        t = torch.rand(BATCH, generator=random_generator(seed, "reward t", step))
         x_t = add_noise(own[i], noise(BATCH, seed, "reward x1", step), t)
         update(reward, optimizer, bce_loss(reward(x_t, t, None), labels[i]), step)
     return reward.requires_grad_(False)

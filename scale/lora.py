@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import InputError, arg, generator
+from common import InputError, arg, random_generator
 from formats.adapters import FILE, read_adapters, write_adapters
 from model import export_transformer
 
@@ -65,7 +65,7 @@ def add(dit, rank, alpha=None, seed=0, path=None):
     if wrong := [len(A) for A, _ in start.values() if rank and len(A) != rank]:
         raise InputError(f"--lora_rank {rank}: the adapters in {path} have rank {wrong[0]}; leave it out to go on from them")
     dit.requires_grad_(False)
-    draws = generator(seed, "lora")
+    draws = random_generator(seed, "lora")
     for layer in start or [f"blocks.{i}.{kind}_attn.{x}" for i in range(len(dit.blocks))
                            for kind in ("self", "cross") for x in "qkvo"]:
         r = rank or len(start[layer][0])

@@ -108,7 +108,7 @@ def make_iteration(method, config, runtime):
 
 def mean_step(method, i, N):
     """The mean of the steps that training draws from, or the two next to it in turn."""
-    first, last = (N * third // 3 for third in prfl.PARTS[PART[method]])
+    first, last = (N * third // 3 for third in prfl.THIRDS[PART[method]])
     return (first + 1 + last + i % 2) // 2
 
 

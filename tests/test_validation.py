@@ -86,7 +86,7 @@ def test_the_values_by_hand(folder, watched, second):
     batch = shards.batch(good[held])
     values = json.loads((watched / "samples/step-000000.json").read_text())
     assert values["prompts"] == batch["prompt"]
-    noise = lambda key, k, i, shape: torch.randn(shape, generator=validation.common.generator(900, key, k, i))
+    noise = lambda key, k, i, shape: torch.randn(shape, generator=validation.common.random_generator(900, key, k, i))
     with torch.no_grad():
         x = torch.stack([noise("sample", 0, i, (16, 2, 4, 4)) for i in range(7)])
         for i in range(4):

@@ -125,7 +125,7 @@ def main(config):
 def render(config):
     rows, bar = [], common.progress(config.count, "render")
     for start in range(0, config.count, 64):  # always 64, so that a larger count begins with the same clips
-        seed = int(torch.randint(2 ** 31, (), generator=common.generator(config.seed, "world", start)))
+        seed = int(torch.randint(2 ** 31, (), generator=common.random_generator(config.seed, "world", start)))
         videos, prompts, _ = scene.make(64, seed, config.kind, config.size)
         judged = annotate(videos, prompts)
         for i in range(min(64, config.count - start)):

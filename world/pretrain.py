@@ -199,7 +199,7 @@ def train_vae(config, runtime):
     def loss_fn(step):
         indices = runtime.indices(config.batch_size)
         picked = torch.randint(len(pool), (config.batch_size * runtime.world_size,),
-                               generator=common.generator(config.seed, "vae", step))[indices]
+                               generator=common.random_generator(config.seed, "vae", step))[indices]
         video = from_pixels(pool[picked].to(runtime.device))                                    # [b, 3, F, H, W]
         with runtime.autocast():
             mean, logvar = vae.posterior(video)
@@ -243,7 +243,7 @@ def train_text(config, runtime):
 
     def loss_fn(step):
         picked = torch.randint(len(prompts), (config.batch_size * runtime.world_size,),
-                               generator=common.generator(config.seed, "text", step))[runtime.indices(config.batch_size)]
+                               generator=common.random_generator(config.seed, "text", step))[runtime.indices(config.batch_size)]
         batch = [prompts[i] for i in picked.tolist()]
         logits = head(text.encode(batch).flatten(1))                                            # [b, words]
         return {"loss": F.binary_cross_entropy_with_logits(logits, present(batch).to(runtime.device))}
@@ -320,7 +320,7 @@ def train_dit(config, runtime):
 
     def loss_fn(step):
         indices = runtime.indices(config.batch_size)
-        g = common.generator(config.seed, "dit", step)
+        g = common.random_generator(config.seed, "dit", step)
         picked = torch.randint(len(latents), (world_batch,), generator=g)[indices]
         # Stratified t: one draw in each of the batch's equal slices of (0, 1), in random order.
         u = (torch.randperm(world_batch, generator=g) + torch.rand(world_batch, generator=g))[indices] / world_batch

@@ -52,7 +52,7 @@ def work(tmp_path, monkeypatch):
     def run(wanted):
         for folder, last, *words in wanted:
             flags = dict(zip(words[::2], words[1::2]))
-            n, g = flags.get("--count", 8), common.generator(str(folder))
+            n, g = flags.get("--count", 8), common.random_generator(str(folder))
             folder.mkdir(parents=True, exist_ok=True)
             good = (torch.rand(40, n, generator=g) < (0.3 if "base" in folder.name else 0.6)).float()
             rewards = torch.randn(40, n, len(study.REWARDED), generator=g)
