@@ -489,7 +489,8 @@ def report(config, c):
         row("gathered by fsdp", one["gathered"], "the next block's bf16 copy" +
             ("" if lora else ", whole fp32 gradients of this one"))
     if config.offload_activations:
-        row("inputs on the host", one["offloaded"], f"{gb(one['edge'])} x {'(L + K)' if prfl else 'K' if stage1 else 'L'}, of each GPU")
+        behind = "(L + K)" if prfl else "K" if stage1 else "L"
+        row("inputs on the host", one["offloaded"], f"{gb(one['edge'])} x {behind}, of each GPU")
     if refl:
         row("kept by the decoder", one["decoder"]["kept"],
             f"{config.frames_decoded} frame{'s' * (config.frames_decoded == 'all')}: norm 4, SiLU 2, padded input 2 "
