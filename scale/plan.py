@@ -62,6 +62,8 @@ class Config:
     parallel: str = arg("fsdp", "ddp: everything whole on every GPU; fsdp: cut over all of them",
                         choices=("ddp", "fsdp"))
     sequence_parallel: int = arg(1, "GPUs that share a clip's tokens", above=0)
+    shard_size: int = arg(0, "fsdp: cut over groups of so many GPUs; 0 cuts over all", at_least=0)
+    offload_activations: bool = arg(False, "block inputs wait for the backward pass in the host's memory")
     batch_size: int = arg(1, "videos per update and GPU, or GPUs that share them", above=0)
     num_inference_steps: int = arg(40, "N, Euler steps of a rollout", above=0)
     depth: int = arg(8, "K, blocks of the reward model (prfl, rwr, reward)", above=0)
@@ -263,7 +265,11 @@ def costs(config, c):
     trained = 0 if sampling else trained
     L = K if stage1 else L                      # blocks with gradients
     fsdp = config.parallel == "fsdp" and world > 1
-    parts = world if fsdp else 1
+    parts = (config.shard_size or world) if fsdp else 1
+    if config.shard_size and (world % config.shard_size or not fsdp):
+        raise InputError(f"--shard_size {config.shard_size} must divide {world} GPUs, and --parallel be fsdp")
+    if config.offload_activations and not config.gradient_checkpointing:
+        raise InputError("--offload_activations moves what gradient checkpointing keeps: leave --no-gradient_checkpointing out")
     one = dict(n=n, m=m, f=f, h=h, w=w, parameters=count, reward_parameters=reward, trained=trained, parts=parts,
                groups=world // ranks)
 
@@ -286,16 +292,18 @@ def costs(config, c):
     not_yet = 0 if lora else 4 * (count["block"] + count["embeddings"] * (not stage1)) / parts  # gradients that come last
     one["decoder"] = {key: b * value for key, value in
                       decoder_costs(f, h, w, config.frames_decoded == "first").items()} if refl else None
+    here = 2 if config.offload_activations else L + K                           # inputs: one that leaves, one that returns
+    one["offloaded"] = 4 * b * m * d * (L + prfl * K) * config.offload_activations
     for checkpointing in (True, False):
         layers = lambda count, each, copy: (                                    # what `count` blocks keep
-            count * edge + each - edge + copy if checkpointing else
+            min(count, here) * edge + each - edge + copy if checkpointing else
             count * (each + (0 if fsdp else copy)) + fsdp * copy)
-        waiting = L * edge if checkpointing else layers(L, block, copy)
+        waiting = min(L, here) * edge if checkpointing else layers(L, block, copy)
         moments = {"generator": layers(L, block, copy) + passing + gathered,
                    "gradients": one["gradients"] - not_yet + block + copy + passing + gathered,
                    "optimizer": one["gradients"] + 4 * trained / parts}
         if prfl:        # behind the generator's head (3 edges) and under the reward's pooling (keys and values)
-            judged = K * edge if checkpointing else layers(K, frozen, copy)
+            judged = min(K, here) * edge if checkpointing else layers(K, frozen, copy)
             if ranks > 1:                       # tokens of all ranks, their keys and values, and gradients of two of these
                 moments["pooling"] = waiting + 3 * edge + judged + 5 * pooled
             moments["reward"] = waiting + 3 * edge + layers(K, frozen, copy) + 2 * edge + passing_frozen + fsdp * copy
@@ -343,7 +351,8 @@ def costs(config, c):
 def network(config, c, one):
     """Bytes that an iteration sends out of each node. fsdp over all GPUs: each forward and each backward pass gathers
     every block in bf16 and the rest in fp32, and each update sums gradients in fp32, as ddp does. In a ring of G GPUs
-    what is gathered, or summed in pieces, passes every edge (G - 1) / G times, and what is summed everywhere twice that."""
+    what is gathered, or summed in pieces, passes every edge (G - 1) / G times, and what is summed everywhere twice that. With
+    a node's --shard_size, G is the nodes: each sums its pieces with the others' of the same place."""
     count, two = one["parameters"], config.method in ("prfl", "refl")
     gathers = 2 * (1 + two) + one["rollout_steps"]
     outside = count["total"] - count["blocks"]
@@ -351,10 +360,12 @@ def network(config, c, one):
     bytes_judge = 2 * config.depth * count["block"] + 4 * (one["reward_parameters"] - config.depth * count["block"])
     gathered = (gathers * bytes_policy * (config.method != "reward")
                 + 2 * bytes_judge * (config.method in ("prfl", "reward"))) * (one["parts"] > 1)
-    summed = 4 * one["trained"] * (1 + two) * (1 if one["parts"] > 1 else 2)
     world = config.gpus * config.nodes
-    return {"gathers": gathers, "network_weights": gathered, "network_gradients": summed,
-            "network": (config.nodes > 1) * (world - 1) / world * (gathered + summed)}
+    gathered *= one["parts"] > config.gpus                          # else inside a node
+    summed = 4 * one["trained"] * (1 + two) * (2 if one["parts"] < world else 1)    # twice: every copy of a weight gets them
+    ring = world // one["parts"] if 1 < one["parts"] < world else world
+    return {"gathers": gathers, "network_weights": gathered, "network_gradients": summed, "ring": ring,
+            "network": (config.nodes > 1) * (ring - 1) / ring * (gathered + summed)}
 
 
 def way(config, c):
@@ -477,6 +488,9 @@ def report(config, c):
     if parts > 1:
         row("gathered by fsdp", one["gathered"], "the next block's bf16 copy" +
             ("" if lora else ", whole fp32 gradients of this one"))
+    if config.offload_activations:
+        behind = "(L + K)" if prfl else "K" if stage1 else "L"
+        row("inputs on the host", one["offloaded"], f"{gb(one['edge'])} x {behind}, of each GPU")
     if refl:
         row("kept by the decoder", one["decoder"]["kept"],
             f"{config.frames_decoded} frame{'s' * (config.frames_decoded == 'all')}: norm 4, SiLU 2, padded input 2 "
@@ -491,16 +505,18 @@ def report(config, c):
         found, kept = one[key], key == "without"
         print(f"\npeak {key} checkpointing: what stays + the largest of")
         copies = " + copy" if parts > 1 else f" + {L_} copies"
-        waiting = f"{L_} ({gb(one['block'])})" + copies if kept else f"{L_} x {gb(one['edge'])}"
+        L_in, K_in = ("2", "2") if config.offload_activations else (L_, "K")
+        before = lambda count: "1" if count == "2" else f"({count} - 1)"
+        waiting = f"{L_} ({gb(one['block'])})" + copies if kept else f"{L_in} x {gb(one['edge'])}"
         rewarding = f"K x {gb(one['frozen'])}" + (" + copy" if parts > 1 else " + K copies") if kept else \
-            f"(K - 1) x {gb(one['edge'])} + {gb(one['frozen'])} + copy"
+            f"{before(K_in)} x {gb(one['edge'])} + {gb(one['frozen'])} + copy"
         formulas = {
-            "pooling": f"{waiting} + 3 x {gb(one['edge'])} + K x {gb(one['frozen' if kept else 'edge'])}"
+            "pooling": f"{waiting} + 3 x {gb(one['edge'])} + {'K' if kept else K_in} x {gb(one['frozen' if kept else 'edge'])}"
             f"{' + copy' * kept} + 5 x {gb(one['pooled'])} (tokens, keys, values, two gradients)",
             "reward": f"{waiting} + 5 x {gb(one['edge'])} + {rewarding} + {gb(one['passing_frozen'])} passing"
             + fsdp_reward,
             "decoder": f"{waiting} + 3 x {gb(one['edge'])} + decoder" if refl else "",
-            "generator": (waiting if kept else f"({L_} - 1) x {gb(one['edge'])} + {gb(one['block'])} + copy")
+            "generator": (waiting if kept else f"{before(L_in)} x {gb(one['edge'])} + {gb(one['block'])} + copy")
             + f" + passing{fsdp_own}",
             "gradients": f"gradients, but the first block's and the embeddings' + {gb(one['block'])} + copy + passing"
             + fsdp_own,
@@ -512,11 +528,11 @@ def report(config, c):
 
     if config.nodes > 1:
         print("\nbytes that each node sends to the others, an iteration")
-        if parts > 1:
+        if parts > config.gpus:
             row("weights", one["network_weights"], f"{one['gathers']:g} x (2 of blocks + 4 of the rest)"
                 + ", 2 x the reward model's" * prfl + ": gathered at every pass")
-        row("gradients", one["network_gradients"], f"{1 + (prfl or refl)} x 4 T{'' if parts > 1 else ' x 2'}, at each update")
-        row("NETWORK", one["network"], f"x ({world} - 1) / {world}")
+        row("gradients", one["network_gradients"], f"{1 + (prfl or refl)} x 4 T{' x 2' * (parts < world)}, at each update")
+        row("NETWORK", one["network"], f"x ({one['ring']} - 1) / {one['ring']}")
 
     linear, attention = one["judging" if stage1 else "forward"]
     print(f"\nFLOPs of one GPU, checkpointing {'on' if config.gradient_checkpointing else 'off'}")
