@@ -368,7 +368,7 @@ def load_transformer(path, dtype=torch.float32, whole=True):
     path, config, rename, ignore = transformer_folder(path)
     try:
         with torch.device("meta"):
-            dit = VideoDiT(**config)
+            dit = VideoDiT(**config | {"eps": float(config.get("eps", 1e-6))})
     except (InputError, TypeError, KeyError, ValueError, RuntimeError, ArithmeticError, AttributeError) as error:
         reason = f"{path}/config.json does not describe a Wan2.1 transformer: {error}"
         raise InputError(reason.replace("\n", " ")) from None

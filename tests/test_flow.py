@@ -173,3 +173,17 @@ def test_sample_gives_each_batch_its_own_condition():
     x_T = common.noise(SHAPE, 0, "sample", 0, range(5))
     got = flow.sample(field, SHAPE, torch.zeros(5, 2, 4), 0, range(5), 4, y=y, batch_size=2)
     torch.testing.assert_close(got, x_T - y)
+
+
+def test_sample_runs_in_the_given_autocast_and_in_float32_without():
+    """A matrix product shows the dtype that the model works in."""
+    seen = []
+
+    def dit(x, t, context, **image):
+        seen.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+        return torch.zeros_like(x)
+
+    for autocast, wanted in ((None, torch.float32), (lambda: torch.autocast("cpu", torch.bfloat16), torch.bfloat16)):
+        seen.clear()
+        x = flow.sample(dit, (1, 1, 1, 1), torch.zeros(3, 1, 1), 0, range(3), 2, batch_size=2, autocast=autocast)
+        assert seen == [wanted] * 4 and x.dtype == torch.float32 and x.shape == (3, 1, 1, 1, 1)
