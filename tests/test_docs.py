@@ -241,7 +241,7 @@ def commands(page):
 def configs(words):
     """-> (the script's Config classes, the words behind its name), or None if the command is none of ours"""
     if "torchrun" in words[0]:
-        words = ["python", *(w for w in words[1:] if not w.startswith("--nproc_per_node"))]
+        words = ["python", *(w for w in words[1:] if not w.startswith(("--nproc_per_node", "--nnodes", "--rdzv")))]
     if words[0] != "python":
         return None
     name, rest = (words[2], words[3:]) if words[1] == "-m" else (words[1].removesuffix(".py"), words[2:])
