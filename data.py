@@ -122,8 +122,8 @@ class Shards:
             raise InputError(f"{folder}/shards.json: damaged ({e!r}): encode again") from None
         self.rows = read_metadata(folder)[:len(self.where)]  # later rows: of a shard that a kill cut off
         self.labels = torch.cat(labels) if labels else torch.empty(0, dtype=torch.int8)
-        if not 0 < len(self) == self.index["count"] == len(self.rows):
-            raise InputError(f"{folder}: shards.json counts {self.index['count']} clips, the shards hold "
+        if not 0 < len(self) == self.index.get("count") == len(self.rows):
+            raise InputError(f"{folder}: shards.json counts {self.index.get('count')} clips, the shards hold "
                              f"{len(self)}, metadata.jsonl {len(self.rows)}: encode again")
         if [-1 if row["label"] is None else row["label"] for row in self.rows] != self.labels.tolist():
             raise InputError(f"{folder}: metadata.jsonl and shards differ in labels: leave these as they were encoded, "
