@@ -291,7 +291,7 @@ class Server:
 
     def end(self, how):
         self.process.send_signal(how)
-        out, err = self.process.communicate(timeout=30)
+        out, err = self.process.communicate(timeout=120)
         return self.process.returncode, out, err
 
 
