@@ -35,6 +35,9 @@ from world import judge, scene
 INTERVALS = 5                                                   # of t, in the paper's reward-model tables
 SEED, SHOWN = 900, 8                                            # of the samples' noise; of them, on the disk
 GROUP_LATENTS = 2 ** 11                                         # latent positions of a batch of samples
+# A judge's score, a probability, must rise by this much to count. A judge of the same base is fooled in the end as the climbed
+# reward is: it goes on rising by less than that where an annotator already sees worse.
+LEAST_GAIN = 0.01
 PANEL = ("speed", "flow", "brightness", "saturation", "sharpness")
 
 
@@ -240,11 +243,10 @@ def make_validation(config, runtime, policy, shards=None, held=None, export=None
         means = {f"validation_{name}": float(np.mean(values)) for name, values in found.items()}
         score = means.get("validation_judge", means.get("validation_qualified"))
         if score is not None:
-            gain = not history or score > max(history)
             history.append(score)
-            since = len(history) - 1 - history.index(max(history))
+            since = len(history) - 1 - best_place(history, LEAST_GAIN if second else 0)
             means |= {"validation_score": score, "validation_since_best": since}
-            if gain and step and export:
+            if since == 0 and step and export:
                 save_best(config.output_dir, policy, export, {"step": step, "score": score, "judge": config.judge or "annotator"})
         if runtime.rank == 0:
             contact_sheet(torch.stack(strips), folder / f"step-{step:06d}.png", scale=1 if own else 3)
@@ -280,10 +282,19 @@ def show(step, means, real, folder):
     first = folder / "step-000000.json"
     start = json.loads(first.read_text())["values"] if first.exists() else {}
     cell = lambda values: f"{np.mean(values):11.4f}" if values else " " * 11
-    tqdm.write(f"iteration {step:<7}" + "".join(f"{name:>11}" for name in ("now", "step 0", "real clips")))
+    lines = [f"iteration {step:<7}" + "".join(f"{name:>11}" for name in ("now", "step 0", "real clips"))]
     for name, value in means.items():
         name = name.removeprefix("validation_")
-        tqdm.write(f"{name:17}{value:11.4f}{cell(start.get(name))}{cell(real.get(name))}".rstrip())
+        lines.append(f"{name:17}{value:11.4f}{cell(start.get(name))}{cell(real.get(name))}".rstrip())
+    tqdm.write("\n".join(lines))
+
+
+def best_place(scores, least):
+    """Place of the score that stands: the first one that none behind it, gain by gain, exceeds by more than `least`."""
+    place = 0
+    for i, score in enumerate(scores):
+        place = i if score > scores[place] + least else place
+    return place
 
 
 def past_scores(output_dir):
