@@ -8,16 +8,15 @@ BIN := .venv/bin
 DEMO := runs/demo
 
 demo: .venv/core
-	$(BIN)/python train_reward.py --output_dir $(DEMO)/reward --num_samples 4096 --max_train_steps 600
-	$(BIN)/python train_align.py --method prfl --max_train_steps 120 --reward $(DEMO)/reward/reward --output_dir $(DEMO)/prfl
-	$(BIN)/python train_align.py --method sft --max_train_steps 240 --learning_rate 3e-4 --output_dir $(DEMO)/sft
+	$(BIN)/python train_reward.py --output_dir $(DEMO)/reward --num_samples 4096 --max_train_steps 500
+	$(BIN)/python train_align.py --method prfl --max_train_steps 80 --reward $(DEMO)/reward/reward --output_dir $(DEMO)/prfl
+	$(BIN)/python train_align.py --method sft --max_train_steps 160 --learning_rate 3e-4 --num_validation 0 --output_dir $(DEMO)/sft
 	$(BIN)/python evaluate.py base=checkpoints SFT=$(DEMO)/sft PRFL=$(DEMO)/prfl --reward $(DEMO)/reward/reward \
 		--num_videos 256 --output_dir $(DEMO)/evaluation
 
 OWN := runs/own
 FIT := --size "32*32" --frames 9 --fps 8
 FAST := --mixed_precision no --num_validation 4 --validation_steps 2 --checkpointing_steps 2
-ENCODERS := --vae $(OWN)/wan/t2v/vae --text_encoder $(OWN)/wan/t2v/text_encoder
 
 own: .venv/test
 	rm -rf $(OWN)
@@ -26,8 +25,8 @@ own: .venv/test
 		--num_inference_steps 4
 	$(BIN)/python tests/own.py label $(OWN)
 	$(BIN)/python label.py report $(OWN)/samples
-	$(BIN)/python data.py encode $(OWN)/samples --out $(OWN)/samples_encoded $(FIT) $(ENCODERS)
-	$(BIN)/python data.py encode $(OWN)/clips --out $(OWN)/clips_encoded $(FIT) $(ENCODERS)
+	$(BIN)/python data.py encode $(OWN)/samples --out $(OWN)/samples_encoded $(FIT) --model $(OWN)/wan/t2v
+	$(BIN)/python data.py encode $(OWN)/clips --out $(OWN)/clips_encoded $(FIT) --model $(OWN)/wan/t2v
 	$(BIN)/python train_reward.py --model $(OWN)/wan/t2v --data $(OWN)/samples_encoded --fold 1/2 --holdout 2 --depth 1 \
 		--max_train_steps 4 --batch_size 4 --mixed_precision no --output_dir $(OWN)/reward
 	$(BIN)/python train_reward.py --model $(OWN)/wan/t2v --data $(OWN)/samples_encoded --fold 2/2 --seed 1 --holdout 2 --depth 1 \

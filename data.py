@@ -34,7 +34,7 @@ from common import InputError, arg
 from formats import codec, fingerprint, lock
 from formats import labels as people
 from formats.codec import load_image_encoder, load_text_encoder, load_vae, save_null_context
-from formats.metadata import SUFFIXES, printable, read_listing, read_metadata
+from formats.metadata import SUFFIXES, printable, read_listing, read_metadata, replace_text, write_rows
 from formats.video import Facts, from_pixels, read_clip_facts
 from formats.weights import SHIPPED, transformer_folder
 
@@ -72,20 +72,9 @@ def write_shards(folder, latents, contexts, labels, prompts, file_names=None, fp
     save_file(tensors | {"label": values}, folder / f"{name}.tmp")
     os.replace(folder / f"{name}.tmp", folder / name)
     rows = (before.all_rows if before else []) + rows
-    replace_text(folder / "metadata.jsonl", "".join(map(json_line, rows)))
+    write_rows(folder / "metadata.jsonl", rows)
     index["shards"].append({"file": name, "count": len(values)} | ({"contents": list(contents)} if contents else {}))
     replace_text(folder / "shards.json", json.dumps(index | {"count": len(rows)}, indent=1))
-
-
-def json_line(row):
-    """Readable JSON, but escaped where a file's name is no text."""
-    line = json.dumps(row, ensure_ascii=False)
-    return (line if line.isprintable() else json.dumps(row)) + "\n"
-
-
-def replace_text(path, text):
-    Path(f"{path}.tmp").write_text(text, encoding="utf-8")
-    os.replace(f"{path}.tmp", path)
 
 
 class Shards:

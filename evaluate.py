@@ -37,7 +37,6 @@ reward model gives each at one random t in every fifth of (0, 1]; where labels a
 
 Axes: b batch, c channels, f frames, h height, w width.
 """
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +52,7 @@ import validation
 from common import InputError, arg
 from formats import codec, runs
 from formats.codec import load_text_encoder, load_vae
+from formats.metadata import write_rows
 from formats.picture import wall, write_gif
 from formats.prompts import read_prompts
 from formats.video import contact_sheet, from_pixels, read_clip, to_pixels, write_video
@@ -70,27 +70,26 @@ TABLE = {"qualified": "qualified", "physical_qualified": "physical", "deformity_
 
 
 @dataclass
-class Config:
+class Config(search.Flags):
     checkpoints: tuple[str, ...] = arg((), "folders, or name=folder; the first is compared with", positional=True)
     output_dir: str = arg("runs/evaluate", "where tables and pictures go")
     task: str | None = arg(None, "t2v, or i2v (image-to-video); without, what the checkpoints are", choices=TASKS)
     model: str | None = arg(None, "folder with text_encoder/, vae/ and reward/; without, the shipped one of --task")
     reward: str | None = arg(None, "reward model of the PAVRM score; without, <model>/reward if there is one")
-    prompts: str | None = arg(None, "file of prompts (.txt, .jsonl, .csv) in place of the embedded world's")
+    prompts: str | None = arg(None, "file of prompts (.txt, .jsonl, .csv) in place of the embedded world's", only="!clips")
     clips: str | None = arg(None, "folder of clips, or of their shards, to score with --reward; without checkpoints")
-    judge: str | None = arg(None, "--prompts: second reward model, trained on other clips and from another seed")
-    size: str | None = arg(None, "of the world: tiny (if none is given) or small; else W*H; without, the model's, or the clips'")
-    frames: int | None = arg(None, "--prompts, --clips: frames, 4k + 1; without, the model's, or the clips'", at_least=5)
-    fps: float | None = arg(None, "--prompts, --clips: frames per second; without, the model's, or the clips'", above=0)
-    num_videos: int | None = arg(None, "prompts, one video each; without, 512 held-out ones, or all of --prompts", above=0)
-    num_inference_steps: int | None = arg(None, "Euler steps; without, 16, or with --prompts the model's", above=0)
-    guidance_scale: float | None = arg(None, "classifier-free guidance, 1 is none; without, the model's", at_least=0)
-    shift: float | None = arg(None, "--prompts: warps the times of the steps towards noise; without, the model's", above=0)
-    best_of: int = arg(1, "candidates a video, of which the reward model keeps one (search.py)", above=0)
-    cuts: str | None = arg(None, "when it drops them: time:candidates that stay, such as .75:4,.56:2,.37:1; 0:1 judges finished "
-                           "ones alone; without, half at .75, a quarter at .56, one at .37")
+    judge: str | None = arg(None, "second reward model, trained on other clips and from another seed", only="prompts")
+    world: str = arg("tiny", "size of the embedded world", choices=tuple(scene.SIZES), only="!prompts, !clips")
+    size: str | None = arg(None, "W*H; without, the model's, or the clips'", only="prompts or clips")
+    frames: int | None = arg(None, "frames, 4k + 1; without, the model's, or the clips'", at_least=5, only="prompts or clips")
+    fps: float | None = arg(None, "frames per second; without, the model's, or the clips'", above=0, only="prompts or clips")
+    num_videos: int | None = arg(None, "prompts, one video each; without, 512 held-out ones, or all of --prompts", above=0,
+                                 only="!clips")
+    num_inference_steps: int | None = arg(None, "Euler steps; without, 16, or with --prompts the model's", above=0, only="!clips")
+    guidance_scale: float | None = arg(None, "classifier-free guidance, 1 is none; without, the model's", at_least=0, only="!clips")
+    shift: float | None = arg(None, "warps the times of the steps towards noise; without, the model's", above=0, only="prompts")
     split: str = arg("test", "held-out sentences: test to report on, validation to choose on; reworded: with verbs, order and "
-                     "phrases that training never sees", choices=("test", "validation", "reworded"))
+                     "phrases that training never sees", choices=("test", "validation", "reworded"), only="!prompts, !clips")
     seed: int = arg(0, "of the noise and of the prompts, among the held-out ones", at_least=0)
     mixed_precision: str = arg("bf16", "autocast dtype", choices=("no", "bf16"))
 
@@ -215,7 +214,6 @@ def sampled(config, folder, name, rows, contexts, size, runtime):
 
 def compare_on_prompts(config, named, runtime):
     """`--prompts`: samples of each generator side by side."""
-    common.refuse(config, ("split",), "with --prompts")
     rows = read_prompts(config.prompts)[:config.num_videos]
     dit_config = transformer_folder(next(iter(named.values())))[1]
     size = data.parse_size(config) or codec.published(dit_config)["size"]
@@ -247,7 +245,7 @@ def compare_on_prompts(config, named, runtime):
     folder, metrics = Path(config.output_dir), [name for name in WATCHED if name in found[first]]
     for name in named:
         lines = [{"file_name": f"{i:06d}.mp4", "prompt": row["prompt"]} for i, row in enumerate(rows)]
-        data.replace_text(folder / name / "metadata.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        write_rows(folder / name / "metadata.jsonl", lines)
     means = {name: {metric: summary(values[metric]) for metric in metrics} for name, values in found.items()}
     against = {name: {metric: summary(found[name][metric] - found[first][metric]) for metric in metrics}
                for name in named if name != first}
@@ -278,8 +276,7 @@ def compare_on_prompts(config, named, runtime):
 # ---- clips that exist
 def score_clips(config, runtime):
     """`--clips`: what a reward model thinks of each clip, and how right it is where labels are known."""
-    common.refuse(config, ("prompts", "judge", "num_videos", "num_inference_steps", "guidance_scale", "shift", "best_of", "split"),
-                  "with --clips")
+    common.refuse(config, ("best_of",), "with --clips")
     if config.checkpoints:
         raise InputError("--clips scores clips that exist: give no checkpoints")
     if not config.reward:
@@ -305,10 +302,10 @@ def score_clips(config, runtime):
     good, labels = torch.sigmoid(logits), shards.labels
     order = good.mean(0).argsort()
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"file_name": shards.rows[i]["file_name"], "prompt": shards.rows[i]["prompt"],
-                         "label": None if labels[i] < 0 else int(labels[i]), "good": round(good[:, i].mean().item(), 4),
-                         "good_by_t": [round(p, 4) for p in good[:, i].tolist()]}, ensure_ascii=False) for i in order.tolist()]
-    data.replace_text(folder / "scores.jsonl", "\n".join(lines) + "\n")
+    write_rows(folder / "scores.jsonl", [
+        {"file_name": shards.rows[i]["file_name"], "prompt": shards.rows[i]["prompt"],
+         "label": None if labels[i] < 0 else int(labels[i]), "good": round(good[:, i].mean().item(), 4),
+         "good_by_t": [round(p, 4) for p in good[:, i].tolist()]} for i in order.tolist()])
     head = ["t in", *(f"({k / 5:.1f}, {(k + 1) / 5:.1f}]" for k in range(5))]
     cells = {"mean probability": good.mean(1).tolist(), "share called good": (logits >= 0).double().mean(1).tolist()}
     known = labels >= 0
@@ -349,12 +346,9 @@ def main(config):
         resolve_model(config, folder)                                                   # all must be of one task
     if config.prompts:
         return compare_on_prompts(config, named, runtime)
-    common.refuse(config, ("judge", "frames", "fps", "shift"), "without --prompts or --clips")
     if any(transformer_folder(folder)[1]["text_len"] == codec.WAN_CONTEXT for folder in named.values()):
         raise InputError("the embedded world's prompts and annotator mean nothing to Wan2.1's generators: give --prompts FILE")
-    codec.fill_in(config, {"size": "tiny", "num_videos": 512, "num_inference_steps": 16, "guidance_scale": 1.0})
-    if config.size not in scene.SIZES:
-        raise InputError(f"--size {config.size}: the embedded world's is {' or '.join(scene.SIZES)}; --prompts takes W*H")
+    codec.fill_in(config, {"num_videos": 512, "num_inference_steps": 16, "guidance_scale": 1.0})
     if runtime.world_size > 1:
         raise InputError("evaluate.py runs on one process without --prompts: start it without torchrun")
     cuts = search.parse_cuts(config.best_of, config.cuts)
@@ -367,7 +361,7 @@ def main(config):
     pavrms = {name: load_pavrm(reward, dit).to(runtime.device) for name, dit in generators.items()} if reward else {}
     n = config.num_videos
     seed = 7_000 + config.seed
-    clean, prompts, _ = scene.make(n, seed, "clean", config.size, split=config.split)
+    clean, prompts, _ = scene.make(n, seed, "clean", config.world, split=config.split)
     context = text.encode(prompts)                                                              # [n, l, d]
     given = vae.encode(from_pixels(clean.to(runtime.device)))                                   # [n, c, f, h, w]
     t = common.uniform(seed, "pavrm t", 0, range(n)).to(runtime.device)

@@ -44,7 +44,7 @@ import data
 import report
 from common import InputError, arg
 from formats import labels
-from formats.metadata import FIELDS
+from formats.metadata import FIELDS, find_metadata
 from formats.video import read_clip, write_video
 
 PAGE = Path(__file__).with_name("assets") / "label.html"
@@ -391,10 +391,10 @@ def export_command(config):
     rows = data.read_metadata(folder)                                           # every row can be used
     if not found:
         raise InputError(f"{folder}/labels.jsonl: no answers: `python label.py {folder}`")
-    path = max(path for path in folder.glob("metadata.*") if path.suffix in (".jsonl", ".csv"))
+    path = find_metadata(folder)
     temporary = Path(f"{path}.tmp")
     with path.open(encoding="utf-8-sig", newline="") as old, temporary.open("w", encoding="utf-8", newline="") as new:
-        if path.suffix == ".csv":
+        if path.suffix.lower() == ".csv":
             changed = [relabel(row, found) for row in csv.DictReader(old)]
             writer = csv.DictWriter(new, list(dict.fromkeys(name for row in changed for name in row)), lineterminator="\n")
             writer.writeheader()

@@ -9,7 +9,7 @@ Where this differs, on purpose:
 2. As in the released code: patch, text and time embeddings stay frozen. The paper names only blocks, query and head as
    trained, and frozen embeddings keep the reward's idea of x_t and t equal to the generator's.
 3. From the paper: "bad" is unqualified on at least one axis, not on both, because the flaws of the embedded world are
-   mostly on one axis; a user's own labels are taken as they are.
+   mostly on one axis; of people's answers, --bad says which are bad.
 
 Axes: b batch, c channels, f frames, h height, w width, n tokens, d model width, l text tokens.
 """

@@ -6,16 +6,17 @@ PAVRM. The gradient goes through the frozen PAVRM and that one step into the gen
 
     x_T ~ N(0, I) --rollout, no grad--> x_{s+dt} --one step, with grad--> x_s --PAVRM--> r(x_s, s, p),  loss = -lambda r
 
-The paper's recipe has to be stopped in time. "steady" (RECIPES) differs from it in three ways and does not: every video
-has a step of its own, spread evenly over the trajectory; the rollout without gradients takes at most four long Euler
-steps; and the loss saturates where the reward is sure.
+The paper's recipe has to be stopped in time (results/hacking.md). "steady" (RECIPES) is ours, and meant to need no watch:
+every video has a step of its own, spread evenly over the trajectory; the rollout without gradients takes at most four
+long Euler steps; and the loss saturates where the reward is sure.
 
 Where this differs, on purpose, from the released code (all of it as the paper has it):
 1. The loss is -lambda * r on the raw logit. The released 0.1 * relu(2 - sigmoid(r)) is "sigmoid_hinge" below: its hinge
    never bites, and where the reward is sure of itself its gradient vanishes.
 2. Euler with one dt, so the step with gradients moves exactly dt.
 3. Any of the N steps can be rewarded, the last one too (the release never takes that).
-4. The SFT and the reward update each have their own backward, clipping and optimizer step; gradients never mix.
+4. The SFT and the reward update each have their own backward, clipping and optimizer step; gradients never mix. One AdamW
+   makes both, so its moments are of both.
 5. PAVRM is frozen whole, in eval mode: no gradients pile up on it.
 
 Axes: b batch, B global batch, c channels, f frames, h height, w width, l text tokens.
@@ -83,13 +84,13 @@ def reward_update_loss(policy, pavrm, x_T, context, step, num_steps, *, longest=
     Returns a scalar loss and the logits r(x_s, s, p) [b], detached.
     """
     times = schedule(num_steps, shift, x_T.device)
-    step = torch.as_tensor(step).expand(len(x_T))
+    step = torch.as_tensor(step).expand(len(x_T))                                                   # [b]
+    longest = int(step.max()) if longest is None else longest
     first = (step - grad_steps).clamp(min=0)                                                        # [b]
-    last_pass = None if longest is None else max(0, longest - grad_steps)
-    x = rollout(policy, x_T, context, num_steps, last=first, longest=last_pass, passes=rollout_passes, shift=shift,
-                **image)                                                # x_{s+dt}, without gradients
+    x = rollout(policy, x_T, context, num_steps, last=first, longest=max(0, longest - grad_steps), passes=rollout_passes,
+                shift=shift, **image)                                   # x_{s+dt}, without gradients
     torch.clear_autocast_cache()        # on torch < 2.13, weights it cast without gradients would be used below
-    for i in range(min(grad_steps, int(step.max()) if longest is None else longest)):
+    for i in range(min(grad_steps, longest)):
         t, s = (times[torch.minimum(first + k, step).to(x.device)] for k in (i, i + 1))            # [b]
         x = euler_step(x, policy(x, t, context, **image), t, s)                         # Eq. 7, with gradients: x_s
     r = pavrm(x, s, context, **image)                                                   # [b]

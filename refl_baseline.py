@@ -72,7 +72,7 @@ class PixelReward(nn.Module):
 
 def load_pixel_reward(path, frames, text_dim):
     """The frozen PixelReward saved in `path`; one for other frames or another text encoder is an InputError."""
-    how = f"train one with `python train_reward.py --space rgb --frames {frames}`"
+    how = f"train one with `python train_reward.py --space rgb --frames_decoded {frames}`"
     if not Path(path).is_dir():
         raise InputError(f"{path} is not a folder; {how} and name it with --reward")
     config = read_config(path)
@@ -97,8 +97,8 @@ def load_decoder(model, channels):
 
 def load_reward_and_decoder(config, policy, runtime):
     """The frozen reward of pixels that train_align.py's flags name, and the decoder that makes the pixels."""
-    config.reward = config.reward or f"{config.model}/reward_rgb_{config.frames}"
-    return (load_pixel_reward(config.reward, config.frames, policy.config["text_dim"]).to(runtime.device),
+    config.reward = config.reward or f"{config.model}/reward_rgb_{config.frames_decoded}"
+    return (load_pixel_reward(config.reward, config.frames_decoded, policy.config["text_dim"]).to(runtime.device),
             load_decoder(config.model, policy.config["out_dim"]).to(runtime.device))
 
 

@@ -35,6 +35,7 @@ import flow
 import search
 from common import InputError, arg
 from formats import codec, runs
+from formats.metadata import write_rows
 from formats.prompts import read_prompts
 from formats.video import contact_sheet, read_clip, write_video
 from formats.weights import TASKS, resolve_model
@@ -46,11 +47,11 @@ BATCH_LATENTS = 2 ** 12                                         # latent positio
 
 
 @dataclass
-class Config:
+class Config(search.Flags):
     prompt: str | None = arg(None, "what the video shows, in plain words")
     prompts: str | None = arg(None, "file of many prompts; give --output_dir too")
-    output: str = arg("sample.mp4", "mp4 to write; with several videos, sample-0.mp4, sample-1.mp4, ...")
-    output_dir: str | None = arg(None, "folder for the videos of --prompts, and metadata.jsonl")
+    output: str = arg("sample.mp4", "mp4 to write; with several videos, sample-0.mp4, sample-1.mp4, ...", only="!prompts")
+    output_dir: str | None = arg(None, "folder for the videos, and metadata.jsonl", only="prompts")
     task: str | None = arg(None, "which shipped generator, without --model: t2v, or i2v (image-to-video)", choices=TASKS)
     model: str | None = arg(None, "another folder with transformer/, text_encoder/, vae/ (and image_encoder/), e.g. Wan2.1's")
     transformer: str | None = arg(None, "another generator, e.g. runs/align/transformer")
@@ -65,11 +66,8 @@ class Config:
     negative_prompt: str | None = arg(None, "what guidance leads away from; without, Wan2.1's own, or an all-zero context")
     shift: float | None = arg(None, "warps the times of the steps towards noise, 1 is uniform; without, the model's", above=0)
     seed: int = arg(0, "of the noise; a row of --prompts may have its own", at_least=0)
-    best_of: int = arg(1, "candidates a video, of which the reward model keeps one (search.py)", above=0)
-    cuts: str | None = arg(None, "when it drops them: time:candidates that stay, such as .75:4,.56:2,.37:1; 0:1 judges finished "
-                           "ones alone; without, half at .75, a quarter at .56, one at .37")
-    reward: str | None = arg(None, "reward model of --best_of; without, <model>/reward")
-    contact_sheet: str | None = arg(None, "also write all frames of all videos as one PNG")
+    reward: str | None = arg(None, "reward model of the search; without, <model>/reward", only="!best_of 1")
+    contact_sheet: str | None = arg(None, "also write all frames of all videos as one PNG", only="!prompts")
     batch_size: int | None = arg(None, "videos of one seed in a pass; without, by their size: 1 for Wan2.1's", above=0)
     mixed_precision: str | None = arg(None, "autocast dtype; without, bf16 for Wan2.1, else no", choices=("no", "bf16"))
     parallel: str = arg("ddp", "under torchrun: the generator whole on each GPU (ddp), or 1 / GPUs of it (fsdp)",
@@ -91,12 +89,8 @@ def check_flags(config):
     """Raises InputError for flags that cannot work, before anything is loaded."""
     if (config.prompt is None) == (config.prompts is None):
         raise InputError("give --prompt, or --prompts with a file of them")
-    if config.prompts is None:
-        common.refuse(config, ("output_dir",), "with one --prompt: --output names its file")
-    else:
-        common.refuse(config, ("output", "contact_sheet"), "with --prompts: --output_dir names their folder")
-        if config.output_dir is None:
-            raise InputError("--prompts needs --output_dir, the folder for its videos")
+    if config.prompts is not None and config.output_dir is None:
+        raise InputError("--prompts needs --output_dir, the folder for its videos")
     if config.prompt is not None and not config.prompt.strip():
         raise InputError("--prompt is empty: say what the video shows")
     if Path(config.output).suffix.lower() != ".mp4":
@@ -105,8 +99,6 @@ def check_flags(config):
         raise InputError(f"--contact_sheet {config.contact_sheet}: the name must end in .png")
     data.parse_size(config)
     search.parse_cuts(config.best_of, config.cuts)
-    if config.best_of == 1:
-        common.refuse(config, ("reward",), "without --best_of")
 
 
 def settle(config, dit_config):
@@ -183,7 +175,7 @@ def write_metadata(folder, videos):
     """metadata.jsonl of the videos that are there."""
     rows = [{"file_name": video.path.name, "prompt": video.prompt, "seed": video.seed}
             | ({"image": video.image} if video.image else {}) for video in videos if video.path.exists()]
-    data.replace_text(Path(folder) / "metadata.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_rows(Path(folder) / "metadata.jsonl", rows)
 
 
 @torch.no_grad()

@@ -10,11 +10,21 @@ anything decoded. Any generator that has a reward model can be sampled so, align
 
 Axes: m videos, k candidates of each that are left, c channels, f frames, h height, w width, l text tokens.
 """
+from dataclasses import dataclass
+
 import torch
 
 import common
 import flow
-from common import InputError
+from common import InputError, arg
+
+
+@dataclass
+class Flags:
+    """What sample.py and evaluate.py take for a search."""
+    best_of: int = arg(1, "candidates a video, of which the reward model keeps one", above=0)
+    cuts: str | None = arg(None, "when it drops them: time:candidates that stay, such as .75:4,.56:2,.37:1; 0:1 judges finished "
+                           "ones alone; without, half at .75, a quarter at .56, one at .37", only="!best_of 1")
 
 
 def default_cuts(n):

@@ -3,7 +3,7 @@
     python train_align.py                                               PRFL on the embedded world, the steady recipe
     python train_align.py --recipe paper --max_train_steps 100          Algorithm 1 to the letter, stopped in time
     python train_align.py --method sft --max_train_steps 240            as many updates as 120 iterations of PRFL
-    python train_align.py --method refl --frames first --reward runs/reward_rgb/reward
+    python train_align.py --method refl --frames_decoded first --reward runs/reward_rgb/reward
     torchrun --nproc_per_node=8 train_align.py --data clips_encoded --reward runs/reward/reward --parallel fsdp
     python train_align.py --task i2v --reward runs/reward_i2v/reward    the image-to-video generator
     python train_align.py --resume latest
@@ -49,10 +49,11 @@ class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
     task: str | None = arg(None, "which shipped generator, without --model: t2v, or i2v (image-to-video)", choices=TASKS)
     model: str | None = arg(None, "another generator: a folder with transformer/ (and text_encoder/, vae/ "
                             "for the embedded world)")
-    reward: str | None = arg(None, "reward model; without, <model>/reward; refl: /reward_rgb_<frames>", only="method prfl refl rwr")
+    reward: str | None = arg(None, "reward model; without, <model>/reward, refl: reward_rgb_first or _all in it",
+                             only="method prfl refl rwr")
     data: str | None = arg(None, "curated shards from `data.py encode`; without, clean clips of the embedded world")
     output_dir: str = arg("runs/align", "run folder")
-    size: str = arg("tiny", "size of the embedded world", choices=tuple(scene.SIZES), only="!data")
+    world: str = arg("tiny", "size of the embedded world", choices=tuple(scene.SIZES), only="!data")
     num_curated: int = arg(1024, "curated clips to render", above=0, only="!data")
     curated_dir: str | None = arg(None, "where curated clips are kept, or found; without, <output_dir>/curated", only="!data")
     num_samples: int = arg(2048, "own samples that are weighted", above=0, only="method rwr")
@@ -61,9 +62,9 @@ class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
     shift: float | None = arg(None, "warps times towards noise; without, 1 (uniform), Wan2.1: 3, from 720P on 5", above=0,
                               only="method prfl refl rwr or !num_validation 0")
     reward_weight: float = arg(1.0, "lambda of Alg. 1; Adam and clipping leave it little effect", above=0, only="method prfl refl")
-    recipe: str | None = arg(None, "paper: Alg. 1 to the letter; steady: needs no stopping in time. Sets the three flags below "
-                             "where they are not given; without, steady for prfl, paper for refl", choices=tuple(prfl.RECIPES),
-                             only="method prfl refl")
+    recipe: str | None = arg(None, "paper: Alg. 1 to the letter; steady: ours, meant to need no stopping. Sets the three flags "
+                             "below where they are not given; without, steady for prfl, paper for refl",
+                             choices=tuple(prfl.RECIPES), only="method prfl refl")
     rewarded_step: str | None = arg(None, "one random step for the whole batch (Alg. 1), or one for each video, spread "
                                     "evenly over the trajectory", choices=("per_batch", "per_video"), only="method prfl refl")
     rollout_passes: int | None = arg(None, "most Euler steps of the rollout without gradients, each a longer one; 0: every "
@@ -73,7 +74,7 @@ class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
     trajectory_part: str | None = arg(None, "steps that can be rewarded (Table 3); without, full, and late for refl",
                                       choices=tuple(prfl.THIRDS), only="method prfl refl")
     grad_steps: int = arg(1, "steps with gradients before the reward; 1 is Alg. 1", above=0, only="method prfl")
-    frames: str = arg("first", "what is decoded and judged", choices=refl_baseline.FRAMES, only="method refl")
+    frames_decoded: str = arg("first", "what is decoded and judged", choices=refl_baseline.FRAMES, only="method refl")
     decoder_checkpointing: bool = arg(False, "decode video by video, long ones in chunks, twice", only="method refl")
     sft_updates: bool = arg(True, "the SFT update that keeps the reward from being hacked (Alg. 1)", only="method prfl refl")
     context_dropout: float = arg(0.0, "share of SFT's prompts that become empty: keeps guidance usable", at_least=0, at_most=1,
@@ -100,7 +101,7 @@ def check_flags(config):
 def load_curated(config, policy, runtime):
     """The shards, and the indices in them of what is not called bad: to train on, and, of own data, held out to watch."""
     shards = data.Shards(config.data).relabel() if config.data else clips.clean_clips(
-        config.curated_dir or Path(config.output_dir) / "curated", config.model, config.num_curated, config.size,
+        config.curated_dir or Path(config.output_dir) / "curated", config.model, config.num_curated, config.world,
         config.seed + 500, runtime)
     shards.require_fit(policy, config.model)
     curated = (shards.labels != 0).nonzero()[:, 0]

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 train_reward.py --data clips_encoded --holdout 100
     python train_reward.py --data clips_encoded --fold 2/2 --seed 1     a judge, where another run had --fold 1/2
     python train_reward.py --trunk_learning_rate 0                  a probe on frozen features
-    python train_reward.py --space rgb --frames all                 a pixel reward for refl_baseline.py, on clean videos
+    python train_reward.py --space rgb --frames_decoded all                 a pixel reward for refl_baseline.py, on clean videos
     python train_reward.py --task i2v                               for the image-to-video generator
     python train_reward.py --resume latest
 
@@ -44,12 +44,12 @@ class Config(runs.Flags, parallel.Flags):
     model: str | None = arg(None, "another generator: a folder with transformer/ (and text_encoder/, vae/ "
                             "when it makes the samples)")
     space: str = arg("latent", "noisy latents are judged (PAVRM), or pixels (RGB ReFL)", choices=("latent", "rgb"))
-    frames: str = arg("first", "the first frame alone, or all", choices=refl_baseline.FRAMES, only="space rgb")
+    frames_decoded: str = arg("first", "the first frame alone, or all", choices=refl_baseline.FRAMES, only="space rgb")
     data: str | None = arg(None, "labelled shards from `data.py encode`; without, the generator's own samples")
     labels: str | None = arg(None, "a labels.jsonl in place of the one beside the clips", only="data")
     bad: str = arg("both", "bad is unqualified on both axes (A.2.3), or on any", choices=BAD, only="data")
     output_dir: str = arg("runs/reward", "run folder")
-    size: str = arg("tiny", "size of the embedded world", choices=tuple(scene.SIZES), only="!data")
+    world: str = arg("tiny", "size of the embedded world", choices=tuple(scene.SIZES), only="!data")
     num_samples: int = arg(16384, "own samples to make and label", above=0, only="!data")
     samples_dir: str | None = arg(None, "where own samples are kept, or found; without, <output_dir>/samples", only="!data")
     num_inference_steps: int = arg(16, "Euler steps of each own sample", above=0, only="!data")
@@ -88,7 +88,7 @@ def main(config):
     resume, state = runs.open_checkpoint(config)
     shards = data.Shards(config.data).relabel(config.labels, config.bad) if config.data else clips.own_samples(
         config.samples_dir or Path(config.output_dir) / "samples", dit.to(runtime.device), config.model,
-        config.num_samples, config.num_inference_steps, config.size, config.seed, runtime, config.shift)
+        config.num_samples, config.num_inference_steps, config.world, config.seed, runtime, config.shift)
     shards.require_fit(dit, config.model, labelled=bool(config.data))
     train, held = data.labelled_split(data.take_fold(shards, config.fold), config.holdout, config.seed)
     share = (shards.labels[train] == 1).float().mean().item()
@@ -104,7 +104,7 @@ def main(config):
         groups = reward.parameter_groups(config.trunk_learning_rate, config.learning_rate)
         dit.to("meta")                                          # PAVRM has its own copy of the blocks it needs
     else:
-        reward = refl_baseline.PixelReward(config.frames, dit.config["text_dim"]).to(runtime.device)
+        reward = refl_baseline.PixelReward(config.frames_decoded, dit.config["text_dim"]).to(runtime.device)
         vae = refl_baseline.load_decoder(config.model, dit.config["out_dim"]).to(runtime.device)
         reward_fn = partial(refl_baseline.predicted_reward, reward, vae, dit.to(runtime.device))
         groups = [{"params": list(reward.parameters()), "lr": config.learning_rate}]

@@ -27,29 +27,27 @@ from world.vae import VideoVAE
 
 def load_vae(path):
     """The VAE in folder `path`: a VideoVAE, or Wan2.1's as diffusers stores it."""
-    config = read_config(path)
-    if config.get("_class_name") == "AutoencoderKLWan":
+    if read_config(path).get("_class_name") == "AutoencoderKLWan":
         from formats.wan import WanVAE
         return WanVAE(path)
-    try:
-        vae = VideoVAE(**config)
-        vae.statistics(torch.zeros(()))                         # sixteen numbers each
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}/config.json is not a VideoVAE's: {error}") from None
-    return load_weights(vae, path).eval().requires_grad_(False)
+    return _ours(VideoVAE, path)
 
 
 def load_text_encoder(path):
     """The text encoder in folder `path`: a TextEncoder, or Wan2.1's UMT5 as transformers stores it."""
-    config = read_config(path)
-    if config.get("model_type") == "umt5":
+    if read_config(path).get("model_type") == "umt5":
         from formats.wan import WanTextEncoder
         return WanTextEncoder(path)
+    return _ours(TextEncoder, path)
+
+
+def _ours(cls, path):
+    """The VideoVAE or TextEncoder that `save_module` wrote to folder `path`."""
     try:
-        text = TextEncoder(**config)
+        module = cls(**read_config(path))
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise InputError(f"{path}/config.json is not a TextEncoder's: {error}") from None
-    return load_weights(text, path).eval().requires_grad_(False)
+        raise InputError(f"{path}/config.json is not a {cls.__name__}'s: {error}") from None
+    return load_weights(module, path).eval().requires_grad_(False)
 
 
 def load_image_encoder(path):

@@ -1,10 +1,14 @@
-"""What a cache was made from, known by content and not by name: fingerprints of clips, and of the encoders in a folder."""
+"""What a cache or a run was made from, known by content and not by name: fingerprints of clips, of encoders, of a
+generator's or reward model's weights, and of shards."""
 import hashlib
 import json
 import os
 from pathlib import Path
 
+from safetensors import safe_open
+
 from common import InputError
+from formats.weights import WeightFiles, read_config, transformer_folder
 
 WHOLE, SAMPLE = 2 ** 26, 2 ** 12        # bytes: files up to the first are read whole, of each tensor in larger ones the second
 TOKENIZERS = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json")
@@ -77,3 +81,26 @@ def _add_weights(digest, path):
                 for place in (begin, (begin + end) // 2, max(begin, end - SAMPLE)):
                     file.seek(place)
                     digest.update(file.read(min(SAMPLE, end - place)))
+
+
+def of_weights(path):
+    """16 hex digits of the generator or reward model in folder `path`, wherever that lies and however it is cut into files: its
+    config, and names, shapes and some of the bytes of every weight."""
+    folder = transformer_folder(path)[0] if (Path(path) / "transformer").is_dir() else Path(path)
+    weights, digest = WeightFiles(folder), hashlib.blake2b(digest_size=8)
+    digest.update(json.dumps(read_config(folder), sort_keys=True).encode())
+    for name in sorted(weights.handle):
+        row = weights.handle[name].get_slice(name)
+        digest.update(repr((name, row.get_shape(), row[:1].flatten()[:64].tolist())).encode())
+    return digest.hexdigest()
+
+
+def of_shards(shards):
+    """16 hex digits of data.Shards: the prompt, label and some of the latent of every clip."""
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update(repr((shards.shapes, [row["prompt"] for row in shards.rows], shards.labels.tolist())).encode())
+    for path in dict.fromkeys(path for path, _ in shards.where):
+        mine = [place for shard, place in shards.where if shard == path]
+        with safe_open(path, "pt") as file:
+            digest.update(repr(file.get_slice("latents")[:, 0, 0, 0][mine].tolist()).encode())
+    return digest.hexdigest()

@@ -22,7 +22,6 @@ import numpy as np
 from common import InputError
 
 AXES = ("physical", "deformity")
-GRADES = ("unqualified", "partially qualified", "qualified")
 BAD = ("both", "any")                                   # bad is: unqualified on both axes (A.2.3), or on any
 CLIP = {"file_name": lambda x: isinstance(x, str) and x} | {axis: lambda x: x in (0, 1, 2) and type(x) is int for axis in AXES}
 PAIR = {name: lambda x: isinstance(x, str) for name in ("against", "prompt", "a", "b")} \

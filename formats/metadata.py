@@ -7,13 +7,13 @@ row's problem; a file in which rows cannot be told apart is refused as a whole.
 import csv
 import io
 import json
+import os
 from pathlib import Path
 
 from common import InputError
 
 FIELDS = {"file_name": ("file_name", "video", "file"), "prompt": ("prompt", "text", "caption"),
           "label": ("label", "reward")}
-FIELD_OF = {name: field for field, names in FIELDS.items() for name in names}
 LABELS = {None: None, "": None, "0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v")
 NAMES = ("metadata.jsonl", "metadata.csv")
@@ -44,20 +44,51 @@ def read_listing(folder):
     Raises InputError if there is no such file, or its rows cannot be told apart.
     """
     path = find_metadata(folder)
-    raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in raw[:4]:
-        raise InputError(f"{path}: is UTF-16 or UTF-32: save it as UTF-8")
-    text = raw.decode("utf-8", "surrogateescape")       # a byte that is not UTF-8 is its row's problem
-    read = _read_csv if path.suffix.lower() == ".csv" else _read_jsonl
     rows, unknown = [], {}
-    for place, pairs, problem in read(path, text):
-        row, strange = None, []
+    for place, given, problem, strange in read_table(path, FIELDS, "file_name"):
+        row = None
         if problem is None:
-            row, problem, strange = _parse_row(pairs)
+            row, problem = _clip(given)
         unknown |= dict.fromkeys(strange)
         rows.append((place, row, problem))
     listed = ", ".join(printable(name) or "(without a name)" for name in list(unknown)[:8]) + ", ..." * (len(unknown) > 8)
     return rows, [f"{path}: columns that are not read: {listed}"] if unknown else []
+
+
+def read_table(path, fields, needed):
+    """Yields (place, {field: value}, problem or None, [columns that are not read]) of each row of a .jsonl or .csv file.
+
+    fields: {field: the names it may have}; needed: the field without which a csv's first row is no header. Raises InputError
+    if rows cannot be told apart.
+    """
+    path = Path(path)
+    raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in raw[:4]:
+        raise InputError(f"{path}: is UTF-16 or UTF-32: save it as UTF-8")
+    text = raw.decode("utf-8", "surrogateescape")       # a byte that is not UTF-8 is its row's problem
+    field_of = {name: field for field, names in fields.items() for name in names}
+    rows = _read_csv(path, text, field_of, needed) if path.suffix.lower() == ".csv" else _read_jsonl(path, text)
+    for place, pairs, problem in rows:
+        given, strange = {}, []
+        for name, value in pairs or ():
+            field = field_of.get(name.strip().lower())
+            if field is None:
+                strange.append(name)
+            elif value not in (None, "") and given.setdefault(field, value) != value:
+                problem = problem or f"gives two {field}s, {_short(given[field])} and {_short(value)}"
+        yield place, given, problem, strange
+
+
+def write_rows(path, rows):
+    """Writes dicts as .jsonl, a row a line, whole or not at all: readable, but escaped where a file's name is no text."""
+    lines = [line if (line := json.dumps(row, ensure_ascii=False)).isprintable() else json.dumps(row) for row in rows]
+    replace_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def replace_text(path, text):
+    """Whole or not at all: a temporary name, then a rename."""
+    Path(f"{path}.tmp").write_text(text, encoding="utf-8")
+    os.replace(f"{path}.tmp", path)
 
 
 def read_metadata(folder):
@@ -92,7 +123,7 @@ class _Pairs(list):
     """The (name, value) pairs of a JSON object, in which a name may stand twice."""
 
 
-def _read_csv(path, text):
+def _read_csv(path, text, field_of, needed):
     """Yields (place, [(name, value)] or None, problem or None). Raises InputError where a quote swallows rows."""
     reader, number, before = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True), 0, 0
     try:
@@ -101,9 +132,9 @@ def _read_csv(path, text):
         if len(names) < 2 and (found := [mark for mark in ";\t|" if mark in text.split("\n")[reader.line_num - 1]]):
             mark = {"\t": "tabs", ";": "semicolons", "|": "bars"}[found[0]]
             raise InputError(f"{path}: its columns are separated by {mark}, not by commas: save it with commas")
-        fields = [FIELD_OF.get(name.lower()) for name in names]
-        if "file_name" not in fields:
-            raise InputError(f"{path}: its first row names no column file_name (or video, file), but "
+        if needed not in [field_of.get(name.lower()) for name in names]:
+            first, *others = [name for name, field in field_of.items() if field == needed]
+            raise InputError(f"{path}: its first row names no column {first} (or {', '.join(others)}), but "
                              f"{printable(', '.join(names)) or 'nothing'}")
         if twice := [name for name in names if name and [x.lower() for x in names].count(name.lower()) > 1]:
             raise InputError(f"{path}: has the column {printable(twice[0])} twice: keep one of them")
@@ -127,38 +158,32 @@ def _read_csv(path, text):
                          "those within text") from None
 
 
-def _parse_row(pairs):
-    """[(name, value)] -> (row or None, problem or None, names that are not read)"""
-    given, strange = {}, []
-    for name, value in pairs:
-        field = FIELD_OF.get(name.strip().lower())
-        if field is None:
-            strange.append(name)
-        elif value not in (None, "") and given.setdefault(field, value) != value:
-            return None, f"gives two {field}s, {_short(given[field])} and {_short(value)}", strange
+def _clip(given):
+    """{field: value} of a row -> ({file_name, prompt, label} or None, problem or None)"""
     name, prompt, label = given.get("file_name"), given.get("prompt", ""), given.get("label")
     if not isinstance(name, str) or not name.strip():
-        return None, "no file_name (or video, file)" + ("" if name is None else f", but {_short(name)}"), strange
-    if not isinstance(prompt, str):
-        return None, f"prompt must be text, got {_short(prompt)}", strange
-    if (wrong := _not_utf8(prompt)) is not None:
-        return None, f"prompt holds {wrong}, which is not UTF-8 text", strange
+        return None, "no file_name (or video, file)" + ("" if name is None else f", but {_short(name)}")
+    if problem := not_text(prompt):
+        return None, f"prompt {problem}"
     if "\0" in name or not _is_path(name):
-        return None, f"file_name is {_short(name)}, as no file can be called", strange
+        return None, f"file_name is {_short(name)}, as no file can be called"
     said = label if label is None else str(label).strip().lower()
     if isinstance(label, (list, dict)) or said not in LABELS:
-        return None, f"label must be 0, 1 or missing, got {_short(label)}", strange
-    return {"file_name": name, "prompt": prompt.strip(), "label": LABELS[said]}, None, strange
+        return None, f"label must be 0, 1 or missing, got {_short(label)}"
+    return {"file_name": name, "prompt": prompt.strip(), "label": LABELS[said]}, None
+
+
+def not_text(value):
+    """Why a value is no text that can be written as UTF-8, or None."""
+    if not isinstance(value, str):
+        return f"must be text, got {_short(value)}"
+    wrong = next((c for c in value if "\ud800" <= c <= "\udfff"), None)
+    return wrong and f"holds {wrong!r}, which is not UTF-8 text"
 
 
 def _short(value):
     text = repr(dict(value) if isinstance(value, _Pairs) else value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _not_utf8(text):
-    """The first character that is none, escaped, or None."""
-    return next((repr(c) for c in text if "\ud800" <= c <= "\udfff"), None)
 
 
 def _is_path(name):

@@ -1,13 +1,12 @@
 """Lists of prompts: one a line in a .txt, or rows of a .jsonl or .csv with prompt (or text, caption) and, where wanted,
-image (a first frame, beside the file) and seed.
+image (a first frame, beside the file) and seed. Rows are read as strictly as those of formats/metadata.py.
 """
-import csv
-import json
 from pathlib import Path
 
 from common import InputError
+from formats.metadata import FIELDS, not_text, read_table
 
-NAMES = {"prompt": ("prompt", "text", "caption"), "image": ("image",), "seed": ("seed",)}
+NAMES = {"prompt": FIELDS["prompt"], "image": ("image",), "seed": ("seed",)}
 
 
 def read_prompts(path):
@@ -20,53 +19,26 @@ def read_prompts(path):
     if path.suffix.lower() not in (".txt", ".jsonl", ".csv"):
         raise InputError(f"{path}: prompts come in a .txt (one a line), .jsonl or .csv file")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        rows = list(_rows(path, text))
+        if path.suffix.lower() == ".txt":
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+            rows = [(f"{path} row {n}", {"prompt": line}, None, []) for n, line in enumerate(lines, 1) if line.strip()]
+        else:
+            rows = list(read_table(path, NAMES, "prompt"))
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
-    except (UnicodeDecodeError, IsADirectoryError, csv.Error) as error:
-        raise InputError(f"{path}: is not UTF-8 text of that format ({error})") from None
+    except (UnicodeDecodeError, IsADirectoryError) as error:
+        raise InputError(f"{path}: is no UTF-8 text ({error})") from None
     if not rows:
         raise InputError(f"{path}: holds no prompt")
-    return [_checked(row, f"{path} row {number}", path.parent) for number, row in rows]
+    return [_checked(given, place, problem, path.parent) for place, given, problem, _ in rows]
 
 
-def _rows(path, text):
-    """Yields (number, {column: value}) of the rows that are not blank; numbers count from 1, a csv's below its header."""
-    if path.suffix.lower() == ".csv":
-        reader = csv.reader(text.splitlines(True), strict=True)
-        header = [name.strip().lower() for name in next(reader, [])]
-        for number, fields in enumerate(reader, 1):
-            if len(fields) > len(header):
-                raise InputError(f"{path} row {number}: has {len(fields)} fields, the header {len(header)}: quote text with commas")
-            if fields:
-                yield number, dict(zip(header, fields))
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        if path.suffix.lower() == ".txt":
-            yield number, {"prompt": line}
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise InputError(f"{path} row {number}: is not a JSON object")
-        yield number, {name.strip().lower(): value for name, value in row.items()}
-
-
-def _checked(row, place, folder):
-    found = {field: next((row[name] for name in names if row.get(name) not in (None, "")), None)
-             for field, names in NAMES.items()}
-    prompt, image, seed = found["prompt"], found["image"], found["seed"]
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise InputError(f"{place}: its prompt (or text, caption) must be text, got {prompt!r}")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{place}: its prompt holds half a character (a lone surrogate)") from None
+def _checked(given, place, problem, folder):
+    if problem:
+        raise InputError(f"{place}: {problem}")
+    prompt, image, seed = given.get("prompt", ""), given.get("image"), given.get("seed")
+    if (wrong := not_text(prompt)) or not prompt.strip():
+        raise InputError(f"{place}: its prompt (or text, caption) {wrong or 'is empty'}")
     if image is not None and not (isinstance(image, str) and (folder / image).is_file()):
         raise InputError(f"{place}: there is no image {folder / str(image)}")
     if seed is not None and not str(seed).strip().isdecimal():

@@ -8,7 +8,6 @@
 """
 import dataclasses
 import errno
-import hashlib
 import json
 import math
 import os
@@ -18,12 +17,10 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from common import InputError, arg, rank
-from formats import lock
+from formats import fingerprint, lock
 from formats.video import read_clip
-from formats.weights import WeightFiles, read_config, transformer_folder
 
 # What a run that goes on may do otherwise than before; it is told. Every other flag makes it another run.
 MAY_CHANGE = {"max_train_steps", "learning_rate", "trunk_learning_rate", "weight_decay", "batch_size",
@@ -56,30 +53,11 @@ def list_checkpoints(output_dir):
 
 
 # ---- the same run, or another
-def fingerprint(source):
-    """16 hex digits of what is in a folder of weights, or in data.Shards, wherever that lies: the config, names, shapes and
-    some of the bytes of every weight; the prompt, label and some of the latent of every clip."""
-    digest = hashlib.blake2b(digest_size=8)
-    if isinstance(source, (str, Path)):
-        folder = transformer_folder(source)[0] if (Path(source) / "transformer").is_dir() else Path(source)
-        weights = WeightFiles(folder)
-        digest.update(json.dumps(read_config(folder), sort_keys=True).encode())
-        for name in sorted(weights.handle):
-            row = weights.handle[name].get_slice(name)
-            digest.update(repr((name, row.get_shape(), row[:1].flatten()[:64].tolist())).encode())
-    else:
-        digest.update(repr((source.shapes, [row["prompt"] for row in source.rows], source.labels.tolist())).encode())
-        for path in dict.fromkeys(path for path, _ in source.where):
-            mine = [place for shard, place in source.where if shard == path]
-            with safe_open(path, "pt") as file:
-                digest.update(repr(file.get_slice("latents")[:, 0, 0, 0][mine].tolist()).encode())
-    return digest.hexdigest()
-
-
 def contents(config, shards):
     """{"model", "reward", "data": fingerprint} of what a run learns from."""
-    sources = {name: getattr(config, name, None) for name in ("model", "reward")} | {"data": shards}
-    return {name: fingerprint(source) for name, source in sources.items() if source}
+    weights = {name: path for name in ("model", "reward") if (path := getattr(config, name, None))}
+    return {name: fingerprint.of_weights(path) for name, path in weights.items()} | (
+        {"data": fingerprint.of_shards(shards)} if shards else {})
 
 
 def changes(path, config, made_from=None):

@@ -77,10 +77,6 @@ def read_clip_facts(path, size=None, frames=None, fps=None, largest=None):
                     break
     except (av.FFmpegError, OSError) as e:
         raise InputError(f"{path}: damaged or not a video ({e.strerror or e})") from None
-    except InputError:
-        raise
-    except (ValueError, ArithmeticError, LookupError, MemoryError, RuntimeError, NotImplementedError, TypeError) as e:
-        raise InputError(f"{path}: damaged or not a video ({type(e).__name__}: {e})") from None  # PyAV's, by file and version
     if len(shapes) != 1:
         raise InputError(f"{path}: " + ("its frames differ in size" if shapes else "holds no frames"))
     return torch.frombuffer(pixels, dtype=torch.uint8).view(count, *shapes.pop()), float(fps or native), facts

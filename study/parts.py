@@ -150,12 +150,12 @@ def task_of(flags):
 
 
 def frames_of(flags):
-    return flags[flags.index("--frames") + 1]
+    return flags[flags.index("--frames_decoded") + 1]
 
 
 def judge_flags(method, flags):
     """train_reward flags of the reward model that train_align takes with these flags."""
-    pixels = ("--space", "rgb", "--frames", frames_of(flags)) if method == "refl" else ()
+    pixels = ("--space", "rgb", "--frames_decoded", frames_of(flags)) if method == "refl" else ()
     return (*pixels, *task_of(flags))
 
 

@@ -63,7 +63,7 @@ from world.judge import annotate
 
 BASE = SHIPPED["t2v"]
 RATES = {method: (3e-5, 1e-4, 3e-4) for method in ("prfl", "rwr", "refl")} | {"sft": (3e-5, 1e-4, 3e-4, 1e-3)}  # table1's sweep
-PIXELS = {f"pixels, {name}": ("--space", "rgb", "--frames", frames)
+PIXELS = {f"pixels, {name}": ("--space", "rgb", "--frames_decoded", frames)
           for name, frames in (("first frame", "first"), ("all frames", "all"))}     # rows: train_reward flags
 TRUNK = json.loads((BASE / "transformer" / "config.json").read_text())["num_layers"]
 METRICS = {"qualified": "qualified", "physical_qualified": "physical", "deformity_qualified": "deformity",
@@ -105,7 +105,7 @@ def iteration_in_sft_updates(work, method, flags=(), seed=0):
 def steps_of_equal_time(work):
     """{"sft" updates, "first" and "all" iterations of RGB ReFL} that take as long as PRFL's iterations (reward models' own
     training not counted)."""
-    refl = {frames: ("refl", ("--frames", frames)) for frames in ("first", "all")}
+    refl = {frames: ("refl", ("--frames_decoded", frames)) for frames in ("first", "all")}
     train_aligned(work, [(0, "prfl", ()), *((0, *run) for run in refl.values())])
     updates = work.preset["iterations"] * iteration_in_sft_updates(work, "prfl")
     return {"sft": round(updates)} | {frames: round(updates / iteration_in_sft_updates(work, *run)) for frames, run in refl.items()}
@@ -117,7 +117,7 @@ HALF = "SFT, half as many updates"                         # as many SFT updates
 def table1_variants(work):
     """{row: (method, train_align flags)}"""
     steps = steps_of_equal_time(work)
-    refl = {f"RGB ReFL, {name}{time}": ("refl", ("--frames", frames, *more))
+    refl = {f"RGB ReFL, {name}{time}": ("refl", ("--frames_decoded", frames, *more))
             for name, frames in (("first frame", "first"), ("all frames", "all"))
             for time, more in (("", ()), (", equal time", ("--max_train_steps", steps[frames])))}
     return {"RWR": ("rwr", ()), "SFT": ("sft", ()), "SFT, equal time": ("sft", ("--max_train_steps", steps["sft"])),

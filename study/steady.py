@@ -223,8 +223,8 @@ def steady(work):
 def racers(work):
     """{row: Run}: each method, validated more often than elsewhere."""
     short, often = work.preset["iterations"] * 4 // 3, ("--validation_steps", 10)
-    refl = {f"RGB ReFL, {name}, {said} recipe": Run(("--frames", frames, "--recipe", recipe, "--max_train_steps", short, *often),
-                                                   "speed-refl")
+    refl = {f"RGB ReFL, {name}, {said} recipe":
+            Run(("--frames_decoded", frames, "--recipe", recipe, "--max_train_steps", short, *often), "speed-refl")
             for name, frames in (("first frame", "first"), ("all frames", "all"))
             for said, recipe in (("paper's", "paper"), ("steady", "steady"))}
     return {**{f"PRFL, {said} recipe": Run(("--recipe", recipe, "--max_train_steps", short, *often), "speed-prfl")

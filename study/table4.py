@@ -111,7 +111,7 @@ def table4(work):
                [[k, *(cell for how in ((), ("--gradient_checkpointing",)) for cell in (
                    f"{chains[k, how]['bytes'] / 1e6:.0f}", f"{np.mean(chains[k, how]['seconds']):.2f}"))] for k in (1, 2, 4, 16)]),
         "The most frames of 832x480 that fit 80 GB a GPU (8 GPUs, weights cut over them, one clip on each, checkpointing on), by "
-        "the formulas that `python model.py plan wan2.1-t2v-14b --gpus 8 --method refl --frames_decoded all` prints. Wan's "
+        "the formulas that `python -m scale.plan wan2.1-t2v-14b --gpus 8 --method refl --frames_decoded all` prints. Wan's "
         "decoder, without tiling or checkpointing, keeps 4 bytes for a norm, 2 for SiLU and 2 for the padded input for every "
         f"channel and pixel of every convolution: {first:.1f} GB for the first latent frame, {other - first:.1f} GB for each of "
         "the other (F - 1) / 4. Arithmetic, not measured:", "",

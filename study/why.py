@@ -1,10 +1,10 @@
-"""Why does a coarse rollout keep PRFL from collapsing? Variants of its reward update that are no flags of train_align.py.
+"""What keeps PRFL from collapsing? Variants of its reward update that are no flags of train_align.py.
 
     python -m study.why --variant noise --reward runs/reward/reward --output_dir runs/why/noise
     python -m study.why --variant ema --resume latest
     python -m study.reproduce steady                            all of them, three seeds, beside train_align.py's own
 
-What could mend the collapse, or explain why coarse rollouts do:
+What could mend the collapse, or explain what coarse rollouts do about it:
 noise        the exact rollout's state plus Gaussian noise, strength (1 - t): is it the mere spread of the states?
 exact_last   a coarse rollout up to the step before, and that step exact: is it the blur where the rewarded step starts?
 no_rollout   curated clips noised to where the rewarded step starts: does it need the generator's own states?
@@ -107,7 +107,7 @@ def reward_update_loss(config, policy, base, pavrm, x_T, context, step, curated,
 def main(config):
     common.refuse(config, () if config.variant in STRENGTH else ("strength",), f"with --variant {config.variant}")
     config.strength = STRENGTH.get(config.variant) if config.strength is None else config.strength
-    config.model, config.size = str(BASE), "tiny"               # what make_validation asks for beside the flags
+    config.model, config.world = str(BASE), "tiny"               # what make_validation asks for beside the flags
     config.data, config.judge, config.parallel, config.shift, config.guidance_scale = None, None, "ddp", 1.0, 1.0
     runtime = common.setup(config.mixed_precision, config.seed)
     if runtime.world_size > 1:
@@ -118,7 +118,7 @@ def main(config):
     resume = config.resume_from_checkpoint and runs.resolve_checkpoint(config.output_dir, config.resume_from_checkpoint)
     state = runs.load_state(resume) if resume else {"step": 0}
     shards = clips.clean_clips(config.curated_dir or Path(config.output_dir) / "curated", config.model, config.num_curated,
-                               config.size, config.seed + 500, runtime)
+                               config.world, config.seed + 500, runtime)
     curated = (shards.labels != 0).nonzero()[:, 0]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0)
     if resume:

@@ -26,12 +26,12 @@ ACTS = {"train_align": {
     "method": ("sft", "--method rwr --num_samples 8 --num_inference_steps 2"), "task": ("sft", "--task i2v"),
     "model": ("sft", "--model {folder}/other/model"), "reward": ("prfl", "--reward {folder}/other/reward"),
     "data": ("sft", "--data {folder}/other/data"), "output_dir": ("sft", "--output_dir {folder}/elsewhere"),
-    "size": ("world", "--size small"), "num_curated": ("world", "--num_curated 20"), "curated_dir": ("world", "--curated_dir x"),
+    "world": ("world", "--world small"), "num_curated": ("world", "--num_curated 20"), "curated_dir": ("world", "--curated_dir x"),
     "num_samples": ("rwr", "--num_samples 9"), "num_inference_steps": ("prfl", "--num_inference_steps 7"),
     "shift": ("prfl", "--shift 3"), "reward_weight": ("prfl", "--reward_weight 2"), "recipe": ("prfl", "--recipe steady"),
     "rewarded_step": ("prfl", "--rewarded_step per_video"), "rollout_passes": ("prfl", "--rollout_passes 1"),
     "reward_loss": ("prfl", "--reward_loss logsigmoid"), "trajectory_part": ("prfl", "--trajectory_part late"),
-    "grad_steps": ("prfl", "--grad_steps 2"), "frames": ("refl", "--frames all"),
+    "grad_steps": ("prfl", "--grad_steps 2"), "frames_decoded": ("refl", "--frames_decoded all"),
     "decoder_checkpointing": ("refl", "--decoder_checkpointing"), "sft_updates": ("prfl", "--no-sft_updates"),
     "context_dropout": ("sft", "--context_dropout 0.9"), "learning_rate": ("sft", "--learning_rate 1e-3"),
     "weight_decay": ("sft", "--weight_decay 9"), "max_train_steps": ("sft", "--max_train_steps 1"),
@@ -50,9 +50,9 @@ ACTS = {"train_align": {
     "offload_activations": ("sft", "--offload_activations"), "compile": None,               # tests/scale/'s
 }, "train_reward": {
     "task": ("reward", "--task i2v"), "model": ("reward", "--model {folder}/other/model"), "space": ("reward", "--space rgb"),
-    "frames": ("reward_rgb", "--frames first"), "data": ("reward", "--data {folder}/other/data"),
+    "frames_decoded": ("reward_rgb", "--frames_decoded first"), "data": ("reward", "--data {folder}/other/data"),
     "labels": ("reward", "--labels {folder}/nowhere.jsonl"), "bad": None,                   # tests/test_labels.py's
-    "output_dir": ("reward", "--output_dir {folder}/elsewhere"), "size": ("own", "--size small"),
+    "output_dir": ("reward", "--output_dir {folder}/elsewhere"), "world": ("own", "--world small"),
     "num_samples": ("own", "--num_samples 20"), "samples_dir": ("own", "--samples_dir x"),
     "num_inference_steps": ("own", "--num_inference_steps 3"), "shift": ("own", "--shift 2"), "fold": ("reward", "--fold 1/2"),
     "holdout": ("reward", "--holdout 9"), "depth": ("reward", "--depth 1"), "pooling": ("reward", "--pooling mean"),

@@ -45,7 +45,7 @@ def test_two_ranks_in_fresh_folders_are_one(whole, tmp_path):
     (tmp_path / "driver.py").write_text(DRIVER)
     jobs = [command(name, tmp_path / name, batch_size=4) for name in FRESH]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                           tmp_path / "driver.py", json.dumps(jobs)], env=ENV, capture_output=True, text=True, timeout=900)
+                           tmp_path / "driver.py", json.dumps(jobs)], env=ENV, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     torch.manual_seed(0)
     base = load_transformer(SHIPPED["t2v"])
@@ -62,7 +62,7 @@ def test_two_ranks_in_fresh_folders_are_one(whole, tmp_path):
 @pytest.mark.parametrize("name", FRESH)
 def test_killed_and_resumed_in_another_fresh_folder_is_uninterrupted(whole, tmp_path, name):
     script, argv = command(name, tmp_path / name)
-    done = subprocess.run([sys.executable, "-c", KILLED, script, *argv], env=ENV, capture_output=True, text=True, timeout=900)
+    done = subprocess.run([sys.executable, "-c", KILLED, script, *argv], env=ENV, capture_output=True, text=True, timeout=600)
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     run(script, [*argv, "--resume", "latest"])
     assert same(result(name, tmp_path / name), result(name, whole[name]))

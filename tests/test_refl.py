@@ -209,8 +209,8 @@ def test_save_and_load_bit_for_bit(models, batch, frames, tmp_path):
 
 
 @pytest.mark.parametrize("saved, frames, text_dim, words", [
-    ("first", "all", 8, "frames 'first' instead of 'all'; train one with .*--space rgb --frames all"),
-    ("all", "first", 8, "frames 'all' instead of 'first'; train one with .*--frames first"),
+    ("first", "all", 8, "frames 'first' instead of 'all'; train one with .*--space rgb --frames_decoded all"),
+    ("all", "first", 8, "frames 'all' instead of 'first'; train one with .*--frames_decoded first"),
     ("all", "all", 12, "text_dim 8 instead of 12")])
 def test_a_reward_of_another_kind_is_refused(models, saved, frames, text_dim, words, tmp_path):
     save_module(models[2][saved], tmp_path / "reward")
@@ -220,7 +220,7 @@ def test_a_reward_of_another_kind_is_refused(models, saved, frames, text_dim, wo
 
 
 def test_folders_that_are_no_pixel_reward(models, tmp_path):
-    with pytest.raises(InputError, match="absent is not a folder; train one with .*--frames first"):
+    with pytest.raises(InputError, match="absent is not a folder; train one with .*--frames_decoded first"):
         R.load_pixel_reward(tmp_path / "absent", "first", 8)
     save_module(models[0], tmp_path / "reward")
     with pytest.raises(InputError, match="not a pixel reward's"):

@@ -447,15 +447,15 @@ def test_equal_time_is_that_of_the_updates_in_each_methods_own_run(tmp_path, mon
     for name in ("train_rewards", "train_aligned"):
         monkeypatch.setattr(reproduce, name, lambda *args: None)
     work = parts.Work(reproduce.Config("table1", "quick", output_dir=str(tmp_path)))
-    for method, flags, sft, reward in (("prfl", (), 1, 3), ("refl", ("--frames", "first"), 2, 8),
-                                       ("refl", ("--frames", "all"), 1, 11)):
+    for method, flags, sft, reward in (("prfl", (), 1, 3), ("refl", ("--frames_decoded", "first"), 2, 8),
+                                       ("refl", ("--frames_decoded", "all"), 1, 11)):
         folder = parts.align_folder(work, 0, method, flags)
         folder.mkdir(parents=True)
         rows = [{"step": 0, "validation_qualified": 0.3}, *({"reward": 0.1, "sft_seconds": sft, "reward_seconds": reward},) * 3]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert reproduce.steps_of_equal_time(work) == {"sft": 240, "first": 48, "all": 20}
     variants = reproduce.table1_variants(work)
-    assert variants["RGB ReFL, all frames, equal time"] == ("refl", ("--frames", "all", "--max_train_steps", 20))
+    assert variants["RGB ReFL, all frames, equal time"] == ("refl", ("--frames_decoded", "all", "--max_train_steps", 20))
     assert list(variants)[-1] == "PRFL" and len(variants) == 9
 
 

@@ -254,8 +254,8 @@ def test_two_steps_with_gradients_and_block_checkpointing(folder):
     ("reward", "--pooling mean"), ("reward", "--pooling max"), ("reward", "--pooling attention"),
     ("reward", "--pooling multihead"), ("reward", "--loss bt"), ("reward", "--depth 1"),
     ("reward", "--trunk_learning_rate 0"), ("reward", "--fixed_t 0.2"), ("reward", "--gradient_checkpointing"),
-    ("reward_rgb", "--frames first"), ("reward_rgb", "--loss bt"), ("prfl", "--reward_loss logsigmoid"),
-    ("prfl", "--reward_loss sigmoid_hinge"), ("refl", "--frames all"), ("refl", "--decoder_checkpointing")])
+    ("reward_rgb", "--frames_decoded first"), ("reward_rgb", "--loss bt"), ("prfl", "--reward_loss logsigmoid"),
+    ("prfl", "--reward_loss sigmoid_hinge"), ("refl", "--frames_decoded all"), ("refl", "--decoder_checkpointing")])
 def test_smoke_ablations(folder, name, flags):
     """Runs each option once, in bfloat16 as by default; what it computes is tested elsewhere."""
     run(*command(folder, name, "ablation", *flags.split(), "--max_train_steps", "1", "--mixed_precision", "bf16"))
@@ -271,7 +271,7 @@ def test_smoke_image_to_video(folder):
         run(*command(folder, name, f"i2v-{name}", "--model", str(folder / "i2v"), "--max_train_steps", "1"))
     for name, flags in (("prfl", ["--reward", str(folder / "i2v-reward/reward")]),
                         ("rwr", ["--reward", str(folder / "i2v-reward/reward")]),
-                        ("refl", ["--frames", "all", "--reward", str(folder / "i2v-reward_rgb/reward")])):
+                        ("refl", ["--frames_decoded", "all", "--reward", str(folder / "i2v-reward_rgb/reward")])):
         run(*command(folder, name, f"i2v-{name}", "--model", str(folder / "i2v"), "--max_train_steps", "1", *flags))
         assert 0 < distance(weights(folder, name, f"i2v-{name}"), dit.state_dict()) < 1e-3
 
@@ -441,14 +441,15 @@ BAD = [
     ("train_align", "--reward {folder}/generator/transformer", "config.json is not a reward model's"),
     ("train_align", "--reward {folder}/generator/reward_rgb_first", "reward_rgb_first/config.json is not a reward model's"),
     ("train_align", "--method refl --reward {folder}/generator/reward", "reward/config.json is not a pixel reward's"),
-    ("train_align", "--method refl --frames all --reward {folder}/generator/reward_rgb_first",
-     "reward_rgb_first has frames 'first' instead of 'all'; train one with `python train_reward.py --space rgb --frames all`"),
+    ("train_align", "--method refl --frames_decoded all --reward {folder}/generator/reward_rgb_first",
+     "reward_rgb_first has frames 'first' instead of 'all'; train one with "
+     "`python train_reward.py --space rgb --frames_decoded all`"),
     ("train_align", "--method refl --reward {bad}/other_text", "other_text has text_dim 9 instead of 8"),
     ("train_align", "--method refl --reward {bad}/absent", "absent is not a folder; train one with `python train_reward.py"),
     ("train_align", "--method refl --model {bad}/no_vae", "no_vae/vae is not a folder"),
     ("train_align", "--method refl --model {bad}/four_channels", "decodes latents of 16 channels, the generator makes 4"),
     ("train_align", "--method refl --grad_steps 2", "--grad_steps means nothing with --method refl: leave it out"),
-    ("train_align", "--frames all", "--frames means nothing with --method prfl: leave it out"),
+    ("train_align", "--frames_decoded all", "--frames_decoded means nothing with --method prfl: leave it out"),
     ("train_align", "--method rwr --decoder_checkpointing", "--decoder_checkpointing means nothing with --method rwr"),
     ("train_align", "--data {bad}/absent", "bad/absent/shards.json is missing"),
     ("train_align", "--data {bad}/empty", "bad/empty/shards.json is missing"),
@@ -475,7 +476,7 @@ BAD = [
     ("train_reward", "--holdout 32", "--holdout 32 leaves nothing to train on"),
     ("train_reward", "--depth 3", "--depth must be 1 to 2, the generator's blocks; got 3"),
     ("train_reward", "--space rgb", "--depth means nothing with --space rgb: leave it out"),
-    ("train_reward", "--space latent --frames all", "--frames means nothing with --space latent: leave it out"),
+    ("train_reward", "--space latent --frames_decoded all", "--frames_decoded means nothing with --space latent: leave it out"),
     ("train_reward", "--resume {folder}/one-reward_rgb/checkpoint-000004", "--space rgb (now latent)"),
     ("train_reward", "--space hsv", "--space: invalid choice: 'hsv'"),
     ("train_reward", "--pooling sum", "--pooling: invalid choice: 'sum'"),

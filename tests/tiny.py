@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(in_dim=16, out_dim=16, dim=24, ffn_dim=48, num_heads=2, num_layers=2, freq_dim=16, text_dim=8, text_len=3)
 STEPS = 5
 RUNS = {"reward": ("train_reward", "reward", ["--holdout", "8", "--depth", "2"]),
-        "reward_rgb": ("train_reward", "reward", ["--holdout", "8", "--space", "rgb", "--frames", "all"]),
+        "reward_rgb": ("train_reward", "reward", ["--holdout", "8", "--space", "rgb", "--frames_decoded", "all"]),
         "prfl": ("train_align", "transformer", ["--method", "prfl", "--recipe", "paper"]),
         "steady": ("train_align", "transformer", ["--method", "prfl", "--recipe", "steady", "--rollout_passes", "2"]),  # of 4
         "refl": ("train_align", "transformer", ["--method", "refl", "--recipe", "paper"]),

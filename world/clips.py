@@ -20,6 +20,7 @@ import flow
 from common import InputError, arg
 from formats import fingerprint, lock, runs
 from formats.codec import load_text_encoder, load_vae
+from formats.metadata import write_rows
 from formats.video import from_pixels, to_pixels, write_video
 from formats.weights import read_config, transformer_folder
 from model import first_frame_condition
@@ -97,7 +98,7 @@ def clean_clips(folder, model, count, size, seed, runtime):
         with lock.hold(folder, "curated"):
             runs.write_json(mark, settings)
             if not (clips / "metadata.jsonl").exists():
-                main(Config(str(clips), count=count, seed=seed, kind="clean", size=size))
+                main(Config(str(clips), count=count, seed=seed, kind="clean", world=size))
             data.encode_command(data.Encode(str(clips), out=str(latents), vae=f"{model}/vae",
                                             text_encoder=f"{model}/text_encoder"))
     common.gather(None)                                         # the others wait for the files
@@ -111,7 +112,7 @@ class Config:
     count: int = arg(1024, "clips", above=0)
     seed: int = arg(0, "of clips and prompts", at_least=0)
     kind: str = arg("mixture", "clean, mixture (of clean and flawed), flawed, or the name of one flaw")
-    size: str = arg("tiny", "size of the world", choices=tuple(scene.SIZES))
+    world: str = arg("tiny", "size of the world", choices=tuple(scene.SIZES))
 
 
 def main(config):
@@ -126,7 +127,7 @@ def render(config):
     rows, bar = [], common.progress(config.count, "render")
     for start in range(0, config.count, 64):  # always 64, so that a larger count begins with the same clips
         seed = int(torch.randint(2 ** 31, (), generator=common.random_generator(config.seed, "world", start)))
-        videos, prompts, _ = scene.make(64, seed, config.kind, config.size)
+        videos, prompts, _ = scene.make(64, seed, config.kind, config.world)
         judged = annotate(videos, prompts)
         for i in range(min(64, config.count - start)):
             name, good = f"clips/{start + i:06d}.mp4", int(judged["qualified"][i])
@@ -135,7 +136,7 @@ def render(config):
             rows.append({"file_name": name, "prompt": prompts[i]} | ({"label": good} if certain else {}))
             bar.update()
     bar.close()
-    data.replace_text(Path(config.folder) / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(Path(config.folder) / "metadata.jsonl", rows)
     counts = collections.Counter(row.get("label") for row in rows)
     print(f"{config.folder}: {len(rows)} clips, {counts[1]} good, {counts[0]} bad, {counts[None]} unlabelled")
 

@@ -8,7 +8,7 @@ on web video do.
     python -m world.pretrain text --output_dir runs/text --max_train_steps 400 --decay_steps 200 --batch_size 64
     python -m world.pretrain dit --vae runs/vae/vae --text_encoder runs/text/text_encoder --output_dir runs/base
     python -m world.pretrain dit --preset tiny-i2v --init runs/base/transformer --output_dir runs/base_i2v ...
-    torchrun --nproc_per_node=8 -m world.pretrain dit --preset small-t2v --size small --vae ... --output_dir ...
+    torchrun --nproc_per_node=8 -m world.pretrain dit --preset small-t2v --world small --vae ... --output_dir ...
 
 Every stage can be stopped at any time and continued with --resume latest. Muon on the matrices of the blocks and AdamW
 on the rest learns several times faster here than AdamW alone. The text encoder is trained first and then frozen: trained
@@ -50,7 +50,7 @@ class Config:
     init: str | None = arg(None, "transformer folder that the DiT stage starts from, in place of random weights; a "
                                  "text-to-video one may start tiny-i2v")
     preset: str = arg("tiny-t2v", "size and task of the DiT", choices=tuple(p for p in PRESETS if "wan" not in p))
-    size: str = arg("tiny", "size of the world's clips", choices=tuple(scene.SIZES))
+    world: str = arg("tiny", "size of the world's clips", choices=tuple(scene.SIZES))
     clips: int = arg(131072, "clips rendered once and revisited epoch after epoch",
                      at_least=1)
     max_train_steps: int = arg(20000, "optimizer steps", above=0)
@@ -189,8 +189,8 @@ def save_final(config, runtime, averaged, names):
 # ---------------------------------------------------------------------------------------------- VAE
 
 def train_vae(config, runtime):
-    pool, prompts, _ = scene.make(min(config.clips, 16384), config.seed + 1000, "mixture", config.size)
-    clean, clean_prompts, _ = scene.make(256, config.seed + 7, "clean", config.size, split="validation")
+    pool, prompts, _ = scene.make(min(config.clips, 16384), config.seed + 1000, "mixture", config.world)
+    clean, clean_prompts, _ = scene.make(256, config.seed + 7, "clean", config.world, split="validation")
     vae = VideoVAE(dim=config.vae_dim).to(runtime.device)
     inner = [p for n, p in vae.named_parameters() if p.ndim == 5 and p[0, 0].numel() > 1]       # not the 1x1x1 ends
     rest = [p for p in vae.parameters() if all(p is not q for q in inner)]
@@ -266,7 +266,7 @@ def train_text(config, runtime):
 def world_latents(config, vae, runtime):
     """Latents [n, c, f, h, w] (float16) and prompts of config.clips mixture clips; kept in the run folder."""
     digest = hashlib.blake2b((Path(config.vae) / WEIGHTS).read_bytes(), digest_size=4).hexdigest()
-    path = Path(config.output_dir) / f"latents-{config.size}-{config.seed}-{config.clips}-{digest}.safetensors"
+    path = Path(config.output_dir) / f"latents-{config.world}-{config.seed}-{config.clips}-{digest}.safetensors"
     chunk = min(1024, config.clips)
     starts = range(0, config.clips, chunk)
     prompts = [p for i in starts for p in scene.draw_prompts(chunk, config.seed + 100_000 + i + 1)]
@@ -274,7 +274,7 @@ def world_latents(config, vae, runtime):
         path.parent.mkdir(parents=True, exist_ok=True)
         latents = []
         for i in common.progress(starts, "render and encode"):
-            videos, drawn, _ = scene.make(chunk, config.seed + 100_000 + i, "mixture", config.size)
+            videos, drawn, _ = scene.make(chunk, config.seed + 100_000 + i, "mixture", config.world)
             assert drawn == prompts[i:i + chunk]
             latents += [vae.encode(from_pixels(v.to(runtime.device))).half().cpu() for v in videos.split(128)]
         temporary = path.with_suffix(".tmp")
@@ -311,7 +311,7 @@ def train_dit(config, runtime):
     image_to_video = preset["model_type"] == "i2v"
     world_batch = config.batch_size * runtime.world_size
     held_prompts = scene.draw_prompts(256, config.seed + 5, split="validation")
-    held_clips = scene.make(256, config.seed + 5 - 1, "clean", config.size, split="validation")
+    held_clips = scene.make(256, config.seed + 5 - 1, "clean", config.world, split="validation")
 
     distinct = sorted(set(prompts))
     number = {prompt: i for i, prompt in enumerate(distinct)}

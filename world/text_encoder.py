@@ -1,6 +1,6 @@
 """A small byte-level text encoder, for the small presets; Wan2.1 has UMT5 in its place.
 
-Any string is a prompt: there is no vocabulary. `pretrain.py text` trains it, and it stays frozen after that.
+Any string is a prompt: there is no vocabulary. `python -m world.pretrain text` trains it, and it stays frozen after that.
 
 Axes: b batch, n bytes with the start token, l text tokens of the context.
 """

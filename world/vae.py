@@ -47,6 +47,7 @@ class VideoVAE(nn.Module):
         super().__init__()
         self.config = {"dim": dim, "num_blocks": num_blocks, "latents_mean": latents_mean or [0.0] * CHANNELS,
                        "latents_std": latents_std or [1.0] * CHANNELS}
+        self.statistics(torch.zeros(()))                        # raises unless they are sixteen numbers each
         pixels = 3 * TIME * SPACE * SPACE
         self.past = max(1, 2 * num_blocks)                      # how far back a decoded latent frame depends on others
         self.encoder = nn.Sequential(nn.Conv3d(pixels, dim, 1), *[ResidualBlock(dim) for _ in range(num_blocks)],

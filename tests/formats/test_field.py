@@ -17,7 +17,7 @@ import torch
 import common
 import data
 from common import InputError
-from formats import colour, fingerprint, lock, metadata, runs, video, weights
+from formats import colour, fingerprint, lock, metadata, video, weights
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -156,7 +156,7 @@ def test_a_killed_first_run_can_be_continued(clips, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(data, "replace_text", die)                # a shard, and no list of it yet
+        patch.setattr(data, "write_rows", die)                # a shard, and no list of it yet
         run("encode", clips, "--out", tmp_path / "out")
     run("encode", clips, "--out", tmp_path / "out")
     assert len(data.Shards(tmp_path / "out")) == 6
@@ -175,7 +175,7 @@ def test_what_is_no_longer_listed_is_not_trained_on_and_what_changed_is_encoded_
     run("encode", clips, "--out", out)
     first, rows = data.Shards(out), metadata.read_metadata(clips)
     assert [row["file_name"] for row in first.rows] == [f"{i}.mp4" for i in range(6)]
-    old, before = first.batch(range(6))["latents"], runs.fingerprint(first)
+    old, before = first.batch(range(6))["latents"], fingerprint.of_shards(first)
 
     write_list(clips, rows[1:])                                 # 0 is no longer listed
     os.replace(clips / "5.mp4", clips / "2.mp4")                # 2 is another film now, 5 is gone
@@ -192,7 +192,7 @@ def test_what_is_no_longer_listed_is_not_trained_on_and_what_changed_is_encoded_
     got = shards.batch(range(4))
     torch.testing.assert_close(got["latents"], old[[1, 3, 5, 4]], rtol=1e-4, atol=1e-4)
     assert got["prompt"] == ["clip 1", "clip 3", "clip 2", "another caption"] and got["label"].tolist() == [1, 1, 0, 0]
-    assert runs.fingerprint(shards) == runs.fingerprint(data.Shards(out)) != before
+    assert fingerprint.of_shards(shards) == fingerprint.of_shards(data.Shards(out)) != before
 
     before = (out / "shards.json").read_bytes(), sorted(path.name for path in out.glob("shard-*"))
     run("encode", clips, "--out", out)                          # nothing has changed: nothing is done

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import ENV, ROOT, command, metrics, one_line, run, same, weights, write_data
 
-from formats import lock, runs
+from formats import fingerprint, lock, runs
 from formats.weights import WEIGHTS
 
 pytestmark = pytest.mark.usefixtures("cpu")
@@ -137,8 +137,8 @@ def test_a_folder_that_vanishes_ends_the_run(started, capsys, monkeypatch):
 
 
 def test_fingerprints_know_content_not_paths(started):
-    same_model = {runs.fingerprint(started / name) for name in ("generator", "moved/model", "generator/transformer")}
-    assert len(same_model) == 1 and runs.fingerprint(started / "retrained") not in same_model
+    same_model = {fingerprint.of_weights(started / name) for name in ("generator", "moved/model", "generator/transformer")}
+    assert len(same_model) == 1 and fingerprint.of_weights(started / "retrained") not in same_model
     args = json.loads((started / "started-prfl/checkpoint-000002/args.json").read_text())
     assert args["made_from"].keys() == {"model", "reward", "data"}
     assert torch.load(started / "started-prfl/checkpoint-000002/train_state.pt", weights_only=True)["step"] == 2

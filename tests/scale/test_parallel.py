@@ -59,7 +59,7 @@ def torchrun(folder, code, *argv):
     (folder / "driver.py").write_text(code)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     return subprocess.run([*start, folder / "driver.py", *argv], env=ENV, capture_output=True, text=True,
-                          timeout=900)
+                          timeout=600)
 
 
 @pytest.fixture(scope="module")

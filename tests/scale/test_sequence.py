@@ -21,7 +21,7 @@ STEADY = ["--recipe", "steady", "--rollout_passes", "2"]
 def torchrun(ranks, script, *argv):
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     return subprocess.run([*start, str(script), *argv], env=ENV | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
-                          capture_output=True, text=True, timeout=900)
+                          capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize("ranks, cases", [(2, 13), (4, 18)])

@@ -1,4 +1,4 @@
-"""world.py: the physics against a step-by-step simulation, and the annotator against clips whose truth is known."""
+"""scene.py, judge.py: the physics against a step-by-step simulation, and the annotator against clips whose truth is known."""
 import pytest
 import torch
 
