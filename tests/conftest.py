@@ -16,9 +16,6 @@ from refl_baseline import FRAMES, PixelReward
 from world.vae import VideoVAE
 
 torch.set_num_threads(1)
-if hasattr(os, "sched_setscheduler") and os.sched_getscheduler(0) != os.SCHED_OTHER:
-    # gloo's threads wait by polling: under a real-time policy four ranks on two cores never let each other run
-    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 @pytest.fixture(scope="module")

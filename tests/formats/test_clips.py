@@ -2,6 +2,7 @@
 of the good ones is right picture by picture. A film's grey level is its time, so that any resampling can be checked.
 """
 import json
+import os
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -92,6 +93,9 @@ def film(path, codec="libx264", pix_fmt="yuv420p", size=(64, 48), fps=24, second
                 frame.rate, frame.pts, frame.time_base = 48000, 960 * i, Fraction(1, 48000)
                 container.mux(audio.encode(frame))
             container.mux(audio.encode())
+    if codec == "libsvtav1" and hasattr(os, "sched_setscheduler"):
+        # started by root it gives its caller a real-time policy, under which gloo's polling ranks starve each other
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     if title:                                                   # not in UTF-8, as old programs wrote it
         raw = path.read_bytes()
         assert title.encode() in raw
