@@ -15,8 +15,7 @@ Where this differs, on purpose, from the released code (all of it as the paper h
    never bites, and where the reward is sure of itself its gradient vanishes.
 2. Euler with one dt, so the step with gradients moves exactly dt.
 3. Any of the N steps can be rewarded, the last one too (the release never takes that).
-4. The SFT and the reward update each have their own backward, clipping and optimizer step; gradients never mix. One AdamW
-   makes both, so its moments are of both.
+4. The SFT and the reward update each have their own backward, clipping and step: gradients never mix; AdamW's moments do.
 5. PAVRM is frozen whole, in eval mode: no gradients pile up on it.
 
 Axes: b batch, B global batch, c channels, f frames, h height, w width, l text tokens.

@@ -49,8 +49,7 @@ class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
     task: str | None = arg(None, "which shipped generator, without --model: t2v, or i2v (image-to-video)", choices=TASKS)
     model: str | None = arg(None, "another generator: a folder with transformer/ (and text_encoder/, vae/ "
                             "for the embedded world)")
-    reward: str | None = arg(None, "reward model; without, <model>/reward, refl: reward_rgb_first or _all in it",
-                             only="method prfl refl rwr")
+    reward: str | None = arg(None, "reward model; without, <model>/reward, refl: /reward_rgb_...", only="method prfl refl rwr")
     data: str | None = arg(None, "curated shards from `data.py encode`; without, clean clips of the embedded world")
     output_dir: str = arg("runs/align", "run folder")
     world: str = arg("tiny", "size of the embedded world", choices=tuple(scene.SIZES), only="!data")
@@ -62,9 +61,9 @@ class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
     shift: float | None = arg(None, "warps times towards noise; without, 1 (uniform), Wan2.1: 3, from 720P on 5", above=0,
                               only="method prfl refl rwr or !num_validation 0")
     reward_weight: float = arg(1.0, "lambda of Alg. 1; Adam and clipping leave it little effect", above=0, only="method prfl refl")
-    recipe: str | None = arg(None, "paper: Alg. 1 to the letter; steady: ours, meant to need no stopping. Sets the three flags "
-                             "below where they are not given; without, steady for prfl, paper for refl",
-                             choices=tuple(prfl.RECIPES), only="method prfl refl")
+    recipe: str | None = arg(None, "paper: Alg. 1 to the letter; steady: ours, meant to need no stopping. The three flags "
+                             "below, where not given; without, steady for prfl, paper for refl", choices=tuple(prfl.RECIPES),
+                             only="method prfl refl")
     rewarded_step: str | None = arg(None, "one random step for the whole batch (Alg. 1), or one for each video, spread "
                                     "evenly over the trajectory", choices=("per_batch", "per_video"), only="method prfl refl")
     rollout_passes: int | None = arg(None, "most Euler steps of the rollout without gradients, each a longer one; 0: every "

@@ -16,7 +16,8 @@ fig3       a reward model of pixels on one-step-denoised states; frozen probes b
 fig5       wins, ties and losses of PRFL, the annotator in the place of people
 labels     how many samples PAVRM learns from
 loss       PRFL's loss form, lambda, steps with gradients, with and without SFT updates
-steady     the steady recipe beside the paper's: what of it holds, why, and what else was tried
+steady     the steady recipe beside the paper's: each part with and without each other, learning rates, 512 test videos
+why        why it holds: noise, exact last passes, no rollout; passes, N, no SFT updates, image-to-video; what else was tried
 speed      CPU seconds of alignment to a quality: PRFL, RGB ReFL, both by both recipes, and SFT
 hacking    proxy reward, quality, speed, brightness, saturation while aligning, with and without SFT updates
 annotator  the judge itself, after mp4 and VAE: clean clips that pass, flaws that fail
@@ -55,7 +56,7 @@ from report import auc_values, balanced_values, claims_table, interval, judge_cl
 from study import parts
 from study.parts import I2V, align_folder, evaluations, named, reward_folder, task_of, train_aligned, train_rewards
 from study.search import fooled, search
-from study.steady import speed, steady
+from study.steady import speed, steady, why
 from study.table4 import table4
 from validation import interval_logits, interval_metrics
 from world import clips, scene
@@ -494,7 +495,7 @@ def annotator(work):
 
 
 STUDIES = {study.__name__: study for study in (table1, table2, table3, table4, table5, table7, table8, table9, fig3, fig5, labels,
-                                               loss, steady, speed, hacking, annotator, search, fooled)}
+                                               loss, steady, why, speed, hacking, annotator, search, fooled)}
 
 
 @dataclass

@@ -1,5 +1,5 @@
-"""`python -m study.reproduce steady` and `speed`: the two recipes of prfl.RECIPES, what of the steady one keeps it from
-collapsing, and how many CPU seconds of alignment each method takes to a quality.
+"""`python -m study.reproduce steady`, `why` and `speed`: the two recipes of prfl.RECIPES and all that lies between them; what
+keeps the steady one from collapsing; how many CPU seconds of alignment each method takes to a quality.
 
 Unlike table1's, these runs are validated as they train, so their curated clips are the world's own, rendered for each seed.
 """
@@ -98,48 +98,77 @@ def stopped_at_its_best(folder):
     return dict(runs.list_checkpoints(folder))[max(validated, key=validated.get)]
 
 
-# ---- steady
-def comparisons(work):
-    """{title: {row: Run}}; a run that stands under several titles is made once."""
-    whole, half = length(work), length(work) // 2
-    said = {"per_video": "step per video", "per_batch": "step per batch", 0: "every step", 4: "at most 4 passes",
-            "linear": "linear", "logsigmoid": "-log sigmoid"}
-    kept = {flags[2:]: Run(flags) for flags in RECIPES.values()}
-    of = lambda *how: kept.get(combination(*how), Run(combination(*how)))
-    steady, paper = of("per_video", 4, "logsigmoid"), of("per_batch", 0, "linear")
-    why = lambda variant, *how: Run(("--variant", variant, *combination(*how)), "why")
+# ---- steady, why
+SAID = {"per_video": "step per video", "per_batch": "step per batch", 0: "every step", 4: "at most 4 passes", "linear": "linear",
+        "logsigmoid": "-log sigmoid"}
+
+
+def run_of(*how, more=(), one_seed=False):
+    """The Run of a combination (step, passes, loss); the recipes' own are those of RECIPES, so that none is made twice."""
+    flags = (*more, *combination(*how))
+    return Run(next((kept for kept in RECIPES.values() if kept[2:] == flags), flags), one_seed=one_seed)
+
+
+def steady_comparisons(work):
+    """{title: {row: Run}}: each part of the recipe with and without each other, and its learning rates."""
+    half = ("--max_train_steps", length(work) // 2)
+    eight = [(step, passes, loss) for step in ("per_batch", "per_video") for passes in (0, 4) for loss in ("linear", "logsigmoid")]
+    named_recipes = {eight[0]: " (the paper's recipe)", eight[-1]: " (the steady recipe)"}
     return {
-        "Rewarded step, rollout, loss": {
-            ", ".join(said[word] for word in how) + recipe: of(*how) for *how, recipe in (
-                ("per_batch", 0, "linear", " (the paper's recipe)"), ("per_batch", 0, "logsigmoid", ""),
-                ("per_batch", 4, "linear", ""), ("per_batch", 4, "logsigmoid", ""), ("per_video", 0, "linear", ""),
-                ("per_video", 0, "logsigmoid", ""), ("per_video", 4, "linear", ""),
-                ("per_video", 4, "logsigmoid", " (the steady recipe)"))},
+        "Rewarded step, rollout, loss": {", ".join(map(SAID.get, how)) + named_recipes.get(how, ""): run_of(*how) for how in eight},
+        "Learning rates of the steady recipe": {
+            **{f"{rate:g}": run_of("per_video", 4, "logsigmoid", more=("--learning_rate", rate, *half))
+               for rate in (3e-5, 2e-4, 3e-4)},
+            f"{TUNED['prfl']:g}, twice as long": run_of("per_video", 4, "logsigmoid")}}
+
+
+def why_comparisons(work):
+    """{title: {row: Run}}: what else might hold it, what it is sensitive to, and what else might mend the paper's recipe."""
+    steady, paper = run_of("per_video", 4, "logsigmoid"), run_of("per_batch", 0, "linear")
+    variant = lambda name, *how: Run(("--variant", name, *combination(*how)), "why")
+    return {
         "Why coarse rollouts hold (step per video)": {
-            "linear, every step": of("per_video", 0, "linear"),
-            "linear, every step, noise .2 (1 - t) on the state": why("noise", "per_video", 0, "linear"),
-            "linear, at most 4 passes and an exact last one": why("exact_last", "per_video", 4, "linear"),
-            "linear, at most 4 passes": of("per_video", 4, "linear"),
-            "linear, no rollout: curated clips noised": why("no_rollout", "per_video", 0, "linear"),
-            "-log sigmoid, no rollout: curated clips noised": why("no_rollout", "per_video", 0, "logsigmoid"),
+            "linear, every step": run_of("per_video", 0, "linear"),
+            "linear, every step, noise .2 (1 - t) on the state": variant("noise", "per_video", 0, "linear"),
+            "linear, at most 4 passes and an exact last one": variant("exact_last", "per_video", 4, "linear"),
+            "linear, at most 4 passes": run_of("per_video", 4, "linear"),
+            "linear, no rollout: curated clips noised": variant("no_rollout", "per_video", 0, "linear"),
+            "-log sigmoid, no rollout: curated clips noised": variant("no_rollout", "per_video", 0, "logsigmoid"),
             "-log sigmoid, at most 4 passes": steady},
         "Passes and steps of the steady recipe": {
-            **{f"at most {n} pass{'es' * (n > 1)}": of("per_video", n, "logsigmoid") for n in (1, 2, 4, 8)},
-            "every step": of("per_video", 0, "logsigmoid"),
+            **{f"at most {n} pass{'es' * (n > 1)}": run_of("per_video", n, "logsigmoid") for n in (1, 2, 4, 8)},
+            "every step": run_of("per_video", 0, "logsigmoid"),
             "at most 4 passes, N = 40": Run(("--num_inference_steps", 40, *STEADY))},
-        "Learning rates of the steady recipe": {
-            **{f"{rate:g}": Run(("--learning_rate", rate, "--max_train_steps", half, *STEADY)) for rate in (3e-5, 2e-4, 3e-4)},
-            f"{TUNED['prfl']:g}, twice as long": steady},
         "The steady recipe elsewhere": {
             "the steady recipe": steady, "without SFT updates": Run(("--no-sft_updates", *STEADY)),
-            "twice as long, one seed": Run(("--max_train_steps", 2 * whole, *STEADY), one_seed=True),
+            "twice as long, one seed": Run(("--max_train_steps", 2 * length(work), *STEADY), one_seed=True),
             "image-to-video, one seed": Run((*I2V, *STEADY), one_seed=True),
             "image-to-video, the paper's recipe, one seed": Run((*I2V, *PAPER), one_seed=True)},
         "The paper's recipe and one thing more": {
-            "the paper's recipe": paper, "a pull to the base, + (v - v_ref)^2": why("pull", "per_batch", 0, "linear"),
-            "an average of the weights, factor .98": why("ema", "per_batch", 0, "linear"),
+            "the paper's recipe": paper, "a pull to the base, + (v - v_ref)^2": variant("pull", "per_batch", 0, "linear"),
+            "an average of the weights, factor .98": variant("ema", "per_batch", 0, "linear"),
             "gradients clipped to norm .1": Run(("--max_grad_norm", 0.1, *PAPER)),
-            "the reward clipped at 2": why("ceiling", "per_batch", 0, "linear")}}
+            "the reward clipped at 2": variant("ceiling", "per_batch", 0, "linear")}}
+
+
+def trained_curves(work, compared):
+    """Trains what {title: {row: Run}} lacks -> {title: {row: [a seed's curve]}}"""
+    wanted = dict.fromkeys((seed, run) for rows in compared.values() for run in rows.values() for seed in seeds_of(work, run))
+    train(work, list(wanted))
+    return {title: {row: [curve(work, seed, run) for seed in seeds_of(work, run)] for row, run in rows.items()}
+            for title, rows in compared.items()}
+
+
+def curve_lines(work, name, curves):
+    """Draws them, -> lines of their tables."""
+    plot(work.results / f"{name}.png", {
+        title: ("iteration", {row: (list(seeds[0]), np.mean([list(seed.values()) for seed in seeds], 0).tolist())
+                              for row, seeds in by_row.items()}) for title, by_row in curves.items()})
+    lines = [f"The share of {work.preset['videos'] // 2} validation videos that are qualified, after so many iterations, mean over "
+             f"the seeds ({name}.png has the curves). Best: each seed's own best, which is luck in part.", ""]
+    for title, by_row in curves.items():
+        lines += [f"## {title}", "", *curve_table(by_row, EVERY)]
+    return lines
 
 
 def curve_table(curves, every):
@@ -186,12 +215,8 @@ def expectations(work, found, curves, rates, verdicts):
 
 
 def steady(work):
-    compared = comparisons(work)
     train_recipes(work)
-    wanted = dict.fromkeys((seed, run) for rows in compared.values() for run in rows.values() for seed in seeds_of(work, run))
-    train(work, list(wanted))
-    curves = {title: {row: [curve(work, seed, run) for seed in seeds_of(work, run)] for row, run in rows.items()}
-              for title, rows in compared.items()}
+    curves = trained_curves(work, steady_comparisons(work))
     found = test_rows(work)
     paper, own = RECIPES
     metrics = ("qualified", "speed", "brightness", "saturation")
@@ -200,23 +225,21 @@ def steady(work):
     end = f"{own}, at the end"
     claims = judge_claims([(end, f"{paper}, stopped at its best", "not in it"), (end, f"{paper}, at the end", "not in it"),
                            (end, "base", "not in it")], values)
-    first, *_ = curves.values()
-    asked = expectations(work, found, list(first.values())[-1], curves["Learning rates of the steady recipe"], claims)
-    plot(work.results / "steady.png", {
-        title: ("iteration", {row: (list(seeds[0]), np.mean([list(seed.values()) for seed in seeds], 0).tolist())
-                              for row, seeds in by_row.items()}) for title, by_row in curves.items()})
-    lines = [f"{work.preset['videos']} test videos ({work.said_seeds()}); at the end: after {length(work)} iterations. "
-             "Stopped at its best: at the checkpoint that did best on validation videos, which takes somebody to watch.", "",
-             *table(["", *metrics, "qualified, by seed"],
-                    [[row, f"**{show(**cells['qualified'])}**", *(f"{cells[m]['mean']:.3f}" for m in metrics[1:]),
-                      " ".join(f"{v:.3f}" for v in cells["qualified"]["seeds"])] for row, cells in rows.items()]),
-             *claims_table(claims), "What was asked of the steady recipe beforehand:", "", *table(["", "found", "so"], asked),
-             f"Below: the share of {work.preset['videos'] // 2} validation videos that are qualified, after so many iterations, "
-             "mean over the seeds (steady.png has the curves). Best: each seed's own best, which is luck in part.", ""]
-    for title, by_row in curves.items():
-        lines += [f"## {title}", "", *curve_table(by_row, EVERY)]
-    work.write("steady", "The steady recipe: what holds, and why", lines, {"rows": rows, "claims": claims, "asked": asked,
-                                                                         "curves": curves})
+    eight, rates = curves.values()
+    asked = expectations(work, found, list(eight.values())[-1], rates, claims)
+    work.write("steady", "The steady recipe beside the paper's", [
+        f"{work.preset['videos']} test videos ({work.said_seeds()}); at the end: after {length(work)} iterations. "
+        "Stopped at its best: at the checkpoint that did best on validation videos, which takes somebody to watch.", "",
+        *table(["", *metrics, "qualified, by seed"],
+               [[row, f"**{show(**cells['qualified'])}**", *(f"{cells[m]['mean']:.3f}" for m in metrics[1:]),
+                 " ".join(f"{v:.3f}" for v in cells["qualified"]["seeds"])] for row, cells in rows.items()]),
+        *claims_table(claims), "What was asked of the steady recipe beforehand:", "", *table(["", "found", "so"], asked),
+        *curve_lines(work, "steady", curves)], {"rows": rows, "claims": claims, "asked": asked, "curves": curves})
+
+
+def why(work):
+    curves = trained_curves(work, why_comparisons(work))
+    work.write("why", "Why the steady recipe holds", curve_lines(work, "why", curves), {"curves": curves})
 
 
 # ---- speed

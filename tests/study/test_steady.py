@@ -31,18 +31,20 @@ def test_the_commands_of_parts(tmp_path):
         f"{seed}/why-variant-pull transformer/config.json -m study.why --seed 1 --curated_dir {seed}/curated --reward "
         f"{seed}/reward/reward --learning_rate 0.0001 --max_train_steps 480 {checks} --variant pull")
     refl, sft = (steady.racers(work)[row] for row in ("RGB ReFL, all frames, steady recipe", "SFT"))
-    assert f"--method refl --seed 1 --curated_dir {seed}/curated --reward {seed}/reward-space-rgb-frames-all/reward" in of(refl)
+    reward = f"{seed}/reward-space-rgb-frames_decoded-all/reward"
+    assert f"--method refl --seed 1 --curated_dir {seed}/curated --reward {reward}" in of(refl)
     assert "--method sft" in of(sft) and "--reward" not in of(sft) and "--learning_rate 0.0003 --num_validation 256" in of(sft)
 
 
 def test_every_comparison_differs_in_what_its_row_says(tmp_path):
-    groups = steady.comparisons(work_in(tmp_path))
-    eight = {run.flags[-6:] for run in list(groups.values())[0].values()}
+    work = work_in(tmp_path)
+    compared = steady.steady_comparisons(work) | steady.why_comparisons(work)
+    eight = {run.flags[-6:] for run in list(compared.values())[0].values()}
     assert len(eight) == 8 and {steady.PAPER, steady.STEADY} <= eight
-    kept = [run for rows in groups.values() for run in rows.values() if "--keep" in run.flags]
-    assert {run.flags for run in kept} == set(steady.RECIPES.values())          # no recipe is run a second time without --keep
-    runs = {run for rows in groups.values() for run in rows.values()}
-    assert len({steady.folder_of(work_in(tmp_path), 0, run) for run in runs}) == len(runs)
+    runs = {run for rows in compared.values() for run in rows.values()}
+    assert set(steady.RECIPES.values()) <= {run.flags for run in runs}
+    assert not {steady.PAPER, steady.STEADY} & {run.flags for run in runs}      # no recipe is run a second time without --keep
+    assert len({steady.folder_of(work, 0, run) for run in runs}) == len(runs)
 
 
 def test_seconds_to_a_level_by_hand():
@@ -110,6 +112,11 @@ def test_steady_tells_what_holds(tmp_path, made_up):
     row = next(line for line in text.splitlines() if line.startswith("| step per batch, every step, linear (the paper's"))
     assert row == ("| step per batch, every step, linear (the paper's recipe) | 0.910 | 0.910 | 0.910 | 0.510 | 0.510 | 0.910 | "
                    "**0.510** | 0.500 0.510 0.520 |")
+
+
+def test_why_makes_one_seed_where_it_says_so(tmp_path, made_up):
+    steady.why(work_in(tmp_path, preset="full"))
+    text = (tmp_path / "results/why.md").read_text()
     assert "| twice as long, one seed | 0.960 | 0.960 | 0.960 | 0.960 | 0.960 | 0.960 | 0.960 | **0.960** | 0.960 |" in text
     assert {folder.parent.name for folder in made_up if "960" in folder.name} == {"seed-0"}
 
