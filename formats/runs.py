@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import torch
 
 from common import InputError, arg, rank
 from formats import fingerprint, lock
+from formats.picture import write_gif
 from formats.video import read_clip
 
 # What a run that goes on may do otherwise than before; it is told. Every other flag makes it another run.
@@ -244,10 +246,12 @@ class MetricsLog:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
 
     def videos(self, step, folder):
-        """The mp4s in `folder`, to TensorBoard, if that and moviepy, by which it shows them, are installed."""
+        """The mp4s in `folder`, to TensorBoard, if that is installed: moving GIFs on its page of images."""
         for path in sorted(Path(folder).glob("*.mp4")) if self.board else []:
+            from tensorboard.compat.proto.summary_pb2 import Summary    # its own add_video wants moviepy 1, for the same GIF
             video, fps = read_clip(path)                                                    # uint8 [f, h, w, 3]
-            try:
-                self.board.add_video(f"samples/{path.stem}", video.permute(0, 3, 1, 2)[None], step, fps)
-            except ImportError:
-                return
+            with tempfile.TemporaryDirectory() as place:
+                write_gif(Path(place) / "video.gif", video.numpy(), fps)
+                image = Summary.Image(height=video.shape[1], width=video.shape[2], colorspace=3,
+                                      encoded_image_string=(Path(place) / "video.gif").read_bytes())
+            self.board.file_writer.add_summary(Summary(value=[Summary.Value(tag=f"samples/{path.stem}", image=image)]), step)

@@ -1,16 +1,21 @@
 """formats/runs.py with the training scripts: a run that goes on is the same run or is refused; one writer; a disk that fails."""
+import io
 import json
 import resource
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import av
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import ENV, ROOT, command, metrics, one_line, run, same, weights, write_data
 
 from formats import fingerprint, lock, runs
+from formats.video import write_video
 from formats.weights import WEIGHTS
 
 pytestmark = pytest.mark.usefixtures("cpu")
@@ -142,3 +147,22 @@ def test_fingerprints_know_content_not_paths(started):
     args = json.loads((started / "started-prfl/checkpoint-000002/args.json").read_text())
     assert args["made_from"].keys() == {"model", "reward", "data"}
     assert torch.load(started / "started-prfl/checkpoint-000002/train_state.pt", weights_only=True)["step"] == 2
+
+
+def test_videos_go_to_tensorboard_as_moving_gifs(tmp_path, monkeypatch):
+    """With stand-ins for TensorBoard's three names: what is said of each video, and that its bytes are the clip's, moving."""
+    told = []
+    summary = lambda value: value[0]
+    summary.Image, summary.Value = dict, dict
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.summary_pb2", SimpleNamespace(Summary=summary))
+    for k in range(2):
+        write_video(tmp_path / f"samples/{k}.mp4", torch.arange(5).mul(50).byte().view(5, 1, 1, 1).expand(5, 32, 48, 3), 8)
+    log = runs.MetricsLog(tmp_path)
+    log.board = SimpleNamespace(file_writer=SimpleNamespace(add_summary=lambda *said: told.append(said)))
+    log.videos(7, tmp_path / "samples")
+    assert [(said["tag"], step) for said, step in told] == [("samples/0", 7), ("samples/1", 7)]
+    image = told[1][0]["image"]
+    assert (image["width"], image["height"]) == (48, 32)
+    with av.open(io.BytesIO(image["encoded_image_string"])) as film:
+        levels = [frame.to_ndarray(format="gray").mean() for frame in film.decode(video=0)]
+    assert np.allclose(levels[:5], [0, 50, 100, 150, 200], atol=4)
