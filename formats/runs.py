@@ -248,7 +248,7 @@ class MetricsLog:
     def videos(self, step, folder):
         """The mp4s in `folder`, to TensorBoard, if that is installed: moving GIFs on its page of images."""
         for path in sorted(Path(folder).glob("*.mp4")) if self.board else []:
-            from tensorboard.compat.proto.summary_pb2 import Summary    # its own add_video wants moviepy 1, for the same GIF
+            from tensorboard.compat.proto.summary_pb2 import Summary  # its own add_video wants moviepy 1, for the same GIF
             video, fps = read_clip(path)                                                    # uint8 [f, h, w, 3]
             with tempfile.TemporaryDirectory() as place:
                 write_gif(Path(place) / "video.gif", video.numpy(), fps)
