@@ -19,6 +19,7 @@ loss       PRFL's loss form, lambda, steps with gradients, with and without SFT 
 steady     the steady recipe beside the paper's: each part with and without each other, learning rates, 512 test videos
 why        why it holds: noise, exact last passes, no rollout; passes, N, no SFT updates, image-to-video; what else was tried
 speed      CPU seconds of alignment to a quality: PRFL, RGB ReFL, both by both recipes, and SFT
+stopping   a second reward model as judge: does its choice of checkpoint lose what an annotator would have kept
 hacking    proxy reward, quality, speed, brightness, saturation while aligning, with and without SFT updates
 annotator  the judge itself, after mp4 and VAE: clean clips that pass, flaws that fail
 search     best of n by the latent reward while sampling: quality against forward passes, candidates dropped on the way
@@ -57,6 +58,7 @@ from study import parts
 from study.parts import I2V, align_folder, evaluations, named, reward_folder, task_of, train_aligned, train_rewards
 from study.search import fooled, search
 from study.steady import speed, steady, why
+from study.stopping import stopping
 from study.table4 import table4
 from validation import interval_logits, interval_metrics
 from world import clips, scene
@@ -495,7 +497,7 @@ def annotator(work):
 
 
 STUDIES = {study.__name__: study for study in (table1, table2, table3, table4, table5, table7, table8, table9, fig3, fig5, labels,
-                                               loss, steady, why, speed, hacking, annotator, search, fooled)}
+                                               loss, steady, why, speed, stopping, hacking, annotator, search, fooled)}
 
 
 @dataclass

@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from study import parts, reproduce, steady
+from study import parts, reproduce, steady, stopping
 
 STEADY = "--rewarded_step per_video --rollout_passes 4 --reward_loss logsigmoid"
 
@@ -142,3 +142,23 @@ def test_speed_counts_cpu_seconds(tmp_path, made_up, monkeypatch):
     assert "| RGB ReFL, first frame, paper's recipe | never | never | never | never | 0.710 |" in text
     assert "| SFT | never" in text and found["ratio_at_.90"] == 0.25 and "takes 0.25 of the paper recipe's" in text
     assert "| RGB ReFL, all frames, steady recipe | 3.0 |" in text
+
+
+def test_what_a_judge_loses_by_hand():
+    rows = [{"step": 40 * k, "validation_judge": judge, "validation_qualified": rate}
+            for k, (judge, rate) in enumerate([(0.43, 0.3), (0.81, 0.8), (0.85, 0.88), (0.855, 0.5), (0.858, 0.4)])]
+    found = stopping.choice([{"step": 1, "reward": 2.0}, *rows])
+    assert (found["chosen"], found["best"], found["steps"]) == (80, 80, [0, 40, 80, 120, 160])
+    assert found["lost"] == 0 and np.allclose([found["lost_by_highest"], found["lost_at_end"]], 0.48)
+
+
+def test_each_seeds_judge_is_the_next_ones_reward_model(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(parts.Work, "run", lambda self, wanted, jobs=None: asked.extend(wanted))
+    stopping.train(work_in(tmp_path, "stopping", preset="quick"))
+    rewards, run = {str(folder) for folder, *_ in asked if folder.name == "reward"}, asked[-1]
+    at = f"{tmp_path}/parts/quick"
+    assert rewards == {f"{at}/seed-0/reward", f"{at}/seed-1/reward"}             # one seed has a judge all the same
+    words = " ".join(map(str, run[1:]))
+    assert f"--reward {at}/seed-0/reward/reward --judge {at}/seed-1/reward/reward --rewarded_step per_batch" in words
+    assert "--max_train_steps 160 --validation_steps 40 --num_validation 128" in words
