@@ -53,7 +53,7 @@ def stopping(work):
         for name, one in found.items()})
     lines = [f"PRFL by the paper's recipe, {2 * work.preset['iterations']} iterations, {videos} validation videos every {EVERY}. "
              "The judge is the reward model of the next seed; `best/` is its choice: the first validation that none behind it "
-             f"exceeds by more than {LEAST_GAIN:g}, gain by gain. Lost: the annotator's best rate, less its rate at the choice.", "",
+             f"exceeds by more than {LEAST_GAIN:g}, gain by gain. Lost: the annotator's best rate less its rate there.", "",
              *table(["", "annotator's best at", "judge's choice at", "lost", "lost by its highest", "lost without stopping"],
                     [[name, f"{one['best']}", f"{one['chosen']}", f"{one['lost']:.3f}", f"{one['lost_by_highest']:.3f}",
                       f"{one['lost_at_end']:.3f}"] for name, one in found.items()]),
