@@ -16,6 +16,7 @@ unqualified on both (--bad any: on one), else the clip is dropped. Of several an
 
 From another machine: `ssh -L 8765:127.0.0.1:8765 host`, then open the printed address here.
 """
+import contextlib
 import csv
 import getpass
 import json
@@ -357,9 +358,10 @@ def serve(config):
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         app, address = make_app(session, token, scratch), listening.getsockname()
         server = make_server(*address, app, threaded=True, fd=listening.fileno())
-        print(f"{len(items)} {kind}s, {len(session.answers)} answered by {annotator}\nopen http://127.0.0.1:{address[1]}/{token}/\n"
-              f"answers go to {journal.path}; Ctrl-C ends", flush=True)
-        server.serve_forever()                                  # returns at Ctrl-C
+        with contextlib.suppress(KeyboardInterrupt):
+            print(f"{len(items)} {kind}s, {len(session.answers)} answered by {annotator}\n"
+                  f"open http://127.0.0.1:{address[1]}/{token}/\nanswers go to {journal.path}; Ctrl-C ends", flush=True)
+            server.serve_forever()
     print(f"\n{len(session.answers)} of {len(items)} {kind}s answered by {annotator}: {journal.path}\n")
     print(show_tables(session.tables()))
 

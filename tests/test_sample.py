@@ -143,9 +143,9 @@ def test_prompts_of_every_kind_of_file(tmp_path):
 @pytest.mark.parametrize("name, content, words", [
     ("a.txt", b"", "no prompt"), ("a.txt", b" \n\n", "no prompt"), ("a.txt", b"\xff\xfe", "UTF-8"),
     ("a.csv", b"prompt\n", "no prompt"),
-    ("a.jsonl", b'["x"]', "row 1: is not a JSON object"), ("a.jsonl", b'{"prompt": "x"}\n{', "row 2: is not a JSON object"),
+    ("a.jsonl", b'["x"]', "row 1: the file is one JSON document"), ("a.jsonl", b'{"prompt": "x"}\n{', "row 2: not a JSON object"),
     ("a.jsonl", b'{"prompt": ["x"]}', "must be text"), ("a.jsonl", b'{"prompt": 3}', "must be text"),
-    ("a.jsonl", b'{"prompts": "x"}', "must be text"), ("a.jsonl", b'{"prompt": "x \\ud83d"}', "lone surrogate"),
+    ("a.jsonl", b'{"prompts": "x"}', "is empty"), ("a.jsonl", b'{"prompt": "x \\ud83d"}', "not UTF-8"),
     ("a.jsonl", b'{"prompt": "x", "image": "no.png"}', "no image"), ("a.jsonl", b'{"prompt": "x", "seed": -1}', "seed"),
     ("a.csv", b"prompt\na, b\n", "2 fields"), ("a.csv", b'prompt\n"a\nb\n', "a.csv"), ("a.json", b"{}", ".jsonl")])
 def test_files_of_prompts_that_are_none(tmp_path, name, content, words):
