@@ -19,6 +19,9 @@ from formats import runs
 HOME = Path(__file__).resolve().parents[1]                     # of the repository
 I2V = ("--task", "i2v")                                         # among a part's flags: image-to-video
 TUNED = {"prfl": 1e-4, "sft": 3e-4, "rwr": 1e-4, "refl": 1e-4}   # the best of the sweep in results/table1.md
+METRICS = {"qualified": "qualified", "physical_qualified": "physical", "deformity_qualified": "deformity",
+           "adherent": "adherent", "smoothness": "smoothness", "dynamic": "dynamic", "consistency": "consistency",
+           "i2v_subject": "I2V subject", "speed": "speed", "brightness": "brightness", "saturation": "saturation"}
 PRESETS = {
     "quick": {"seeds": 1, "sweep": False, "videos": 256, "samples": 4096, "reward_steps": 600, "study_steps": 200,
               "iterations": 80, "tested": 512, "rounds": 4, "clips": 400, "candidates": 8},

@@ -55,7 +55,7 @@ from model import load_transformer
 from pavrm import load_pavrm
 from report import auc_values, balanced_values, claims_table, interval, judge_claims, plot, show, summary, table, verdict
 from study import parts
-from study.parts import I2V, align_folder, evaluations, named, reward_folder, task_of, train_aligned, train_rewards
+from study.parts import I2V, METRICS, align_folder, evaluations, named, reward_folder, task_of, train_aligned, train_rewards
 from study.search import fooled, search
 from study.steady import speed, steady, why
 from study.stopping import stopping
@@ -69,9 +69,6 @@ RATES = {method: (3e-5, 1e-4, 3e-4) for method in ("prfl", "rwr", "refl")} | {"s
 PIXELS = {f"pixels, {name}": ("--space", "rgb", "--frames_decoded", frames)
           for name, frames in (("first frame", "first"), ("all frames", "all"))}     # rows: train_reward flags
 TRUNK = json.loads((BASE / "transformer" / "config.json").read_text())["num_layers"]
-METRICS = {"qualified": "qualified", "physical_qualified": "physical", "deformity_qualified": "deformity",
-           "adherent": "adherent", "smoothness": "smoothness", "dynamic": "dynamic", "consistency": "consistency",
-           "i2v_subject": "I2V subject", "speed": "speed", "brightness": "brightness", "saturation": "saturation"}
 INTERVALS = "[0, .2]", "(.2, .4]", "(.4, .6]", "(.6, .8]", "(.8, 1]"                            # of t
 
 

@@ -13,10 +13,11 @@ from formats.weights import SHIPPED
 from model import PRESETS as MODELS
 from report import claims_table, judge_claims, plot, show, summary, table
 from scale import plan
-from study.parts import I2V, TUNED, evaluations, judge_flags, named, reward_folder, task_of, train_rewards
+from study.parts import I2V, METRICS, TUNED, evaluations, judge_flags, named, reward_folder, task_of, train_rewards
 
 WAN = "wan2.1-t2v-14b"
 EVERY = 40                                                      # iterations between validations, and checkpoints
+COLUMNS = ("qualified", "physical_qualified", "deformity_qualified", "adherent", "speed", "brightness", "saturation")
 LEVELS = (0.80, 0.85, 0.90, 0.95)                               # of the validation videos, for `speed`
 
 
@@ -219,8 +220,7 @@ def steady(work):
     curves = trained_curves(work, steady_comparisons(work))
     found = test_rows(work)
     paper, own = RECIPES
-    metrics = ("qualified", "speed", "brightness", "saturation")
-    rows = {row: {metric: summary([f[row][metric] for f in found]) for metric in metrics} for row in found[0]}
+    rows = {row: {metric: summary([f[row][metric] for f in found]) for metric in COLUMNS} for row in found[0]}
     values = {row: [f[row]["qualified"] for f in found] for row in rows}
     end = f"{own}, at the end"
     claims = judge_claims([(end, f"{paper}, stopped at its best", "not in it"), (end, f"{paper}, at the end", "not in it"),
@@ -230,8 +230,8 @@ def steady(work):
     work.write("steady", "The steady recipe beside the paper's", [
         f"{work.preset['videos']} test videos ({work.said_seeds()}); at the end: after {length(work)} iterations. "
         "Stopped at its best: at the checkpoint that did best on validation videos, which takes somebody to watch.", "",
-        *table(["", *metrics, "qualified, by seed"],
-               [[row, f"**{show(**cells['qualified'])}**", *(f"{cells[m]['mean']:.3f}" for m in metrics[1:]),
+        *table(["", *map(METRICS.get, COLUMNS), "qualified, by seed"],
+               [[row, f"**{show(**cells['qualified'])}**", *(f"{cells[m]['mean']:.3f}" for m in COLUMNS[1:]),
                  " ".join(f"{v:.3f}" for v in cells["qualified"]["seeds"])] for row, cells in rows.items()]),
         *claims_table(claims), "What was asked of the steady recipe beforehand:", "", *table(["", "found", "so"], asked),
         *curve_lines(work, "steady", curves)], {"rows": rows, "claims": claims, "asked": asked, "curves": curves})
