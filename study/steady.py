@@ -141,12 +141,14 @@ def why_comparisons(work):
             "every step": run_of("per_video", 0, "logsigmoid"),
             "at most 4 passes, N = 40": Run(("--num_inference_steps", 40, *STEADY))},
         "The steady recipe elsewhere": {
-            "the steady recipe": steady, "without SFT updates": Run(("--no-sft_updates", *STEADY)),
+            "the steady recipe": steady, "an AdamW for each kind of update": variant("moments", "per_video", 4, "logsigmoid"),
+            "without SFT updates": Run(("--no-sft_updates", *STEADY)),
             "twice as long, one seed": Run(("--max_train_steps", 2 * length(work), *STEADY), one_seed=True),
             "image-to-video, one seed": Run((*I2V, *STEADY), one_seed=True),
             "image-to-video, the paper's recipe, one seed": Run((*I2V, *PAPER), one_seed=True)},
         "The paper's recipe and one thing more": {
-            "the paper's recipe": paper, "a pull to the base, + (v - v_ref)^2": variant("pull", "per_batch", 0, "linear"),
+            "the paper's recipe": paper, "an AdamW for each kind of update": variant("moments", "per_batch", 0, "linear"),
+            "a pull to the base, + (v - v_ref)^2": variant("pull", "per_batch", 0, "linear"),
             "an average of the weights, factor .98": variant("ema", "per_batch", 0, "linear"),
             "gradients clipped to norm .1": Run(("--max_grad_norm", 0.1, *PAPER)),
             "the reward clipped at 2": variant("ceiling", "per_batch", 0, "linear")}}

@@ -11,6 +11,7 @@ no_rollout   curated clips noised to where the rewarded step starts: does it nee
 ema          an average of the weights over iterations, factor strength, is what is validated and written
 pull         plus strength (v - v_ref)^2 in the rewarded step, v_ref the velocity of the generator as it was
 ceiling      -min(r, strength): nothing is learned from a reward above it
+moments      an AdamW for the SFT updates and one for the reward updates: what does it cost that one serves both?
 none         train_align.py --method prfl, number for number: so that what is compared differs in the variant alone
 
 On the embedded world, in one process. Each iteration an SFT update and a reward update, with train_align.py's draws; writes
@@ -39,7 +40,7 @@ from world import clips
 
 BASE = SHIPPED["t2v"]
 STRENGTH = {"noise": 0.2, "ema": 0.98, "pull": 1.0, "ceiling": 2.0}      # where --strength is not given
-VARIANTS = ("none", "noise", "exact_last", "no_rollout", "ema", "pull", "ceiling")
+VARIANTS = ("none", "noise", "exact_last", "no_rollout", "ema", "pull", "ceiling", "moments")
 
 
 @dataclass
@@ -106,6 +107,8 @@ def reward_update_loss(config, policy, base, pavrm, x_T, context, step, curated,
 
 def main(config):
     common.refuse(config, () if config.variant in STRENGTH else ("strength",), f"with --variant {config.variant}")
+    if config.variant == "moments" and config.resume_from_checkpoint:
+        raise InputError("--resume: a checkpoint keeps one AdamW, so --variant moments starts anew each time")
     config.strength = STRENGTH.get(config.variant) if config.strength is None else config.strength
     config.model, config.world = str(BASE), "tiny"               # what make_validation asks for beside the flags
     config.data, config.judge, config.parallel, config.shift, config.guidance_scale = None, None, "ddp", 1.0, 1.0
@@ -120,7 +123,9 @@ def main(config):
     shards = clips.clean_clips(config.curated_dir or Path(config.output_dir) / "curated", config.model, config.num_curated,
                                config.world, config.seed + 500, runtime)
     curated = (shards.labels != 0).nonzero()[:, 0]
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    new = lambda: torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    optimizer = new()
+    optimizers = {"sft": optimizer, "reward": new() if config.variant == "moments" else optimizer}
     if resume:
         parallel.load_state(resume, state, policy, optimizer)
     average = frozen(resume / "transformer" if resume else BASE) if config.variant == "ema" else policy
@@ -153,13 +158,13 @@ def main(config):
     def update(name, loss_fn, iteration):
         """One optimizer update, as train_align.py's."""
         clock, cpu_clock = time.perf_counter(), time.process_time()
-        optimizer.zero_grad()
+        optimizers[name].zero_grad()
         with runtime.autocast():
             loss, extra = loss_fn(iteration)
         common.check_finite(loss.detach(), f"the {name} loss", iteration + 1)
         loss.backward()
         norm = common.average_and_clip_gradients(policy.parameters(), config.max_grad_norm, iteration + 1)
-        optimizer.step()
+        optimizers[name].step()
         return {f"{name}_loss": loss.item(), **extra, f"{name}_grad_norm": norm, f"{name}_seconds": time.perf_counter() - clock,
                 f"{name}_cpu_seconds": time.process_time() - cpu_clock}
 

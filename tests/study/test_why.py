@@ -10,7 +10,7 @@ import common
 import flow
 import train_align
 from formats.weights import WEIGHTS
-from model import VideoDiT
+from model import VideoDiT, load_transformer
 from pavrm import PAVRM
 from study import why
 
@@ -43,6 +43,28 @@ def test_a_resumed_average_is_the_uninterrupted_one(folder, cpu):
     first, last = (load_file(folder / f"ema/checkpoint-00000{k}/transformer" / WEIGHTS) for k in (1, 2))
     trained = torch.load(folder / "ema/checkpoint-000002/train_state.pt", weights_only=True)["model"]
     assert all(torch.allclose(last[name], (first[name] + x.view_as(first[name])) / 2, atol=1e-6) for name, x in trained.items())
+
+
+def test_an_adamw_for_each_kind_of_update(folder, cpu):
+    """The gradients of two iterations, of two updates each, replayed: by two AdamW in turn, and by one."""
+    gradients, step = [], torch.optim.AdamW.step
+
+    def watched(self, *args, **kwargs):
+        gradients.append([p.grad.clone() for p in self.param_groups[0]["params"]])
+        return step(self, *args, **kwargs)
+
+    for variant, count in (("moments", 2), ("none", 1)):
+        gradients.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.optim.AdamW, "step", watched)
+            found = run(why, folder, f"adamw-{variant}", "--variant", variant)
+        model = load_transformer(why.BASE)
+        optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0) for _ in range(count)]
+        for i, update in enumerate(gradients):
+            for p, g in zip(model.parameters(), update):
+                p.grad = g
+            optimizers[i % count].step()
+        assert len(gradients) == 4 and all(torch.allclose(found[name], p, atol=1e-7) for name, p in model.state_dict().items())
 
 
 def test_bad_flags_are_one_line(folder, cpu, capsys):
