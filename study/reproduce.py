@@ -16,8 +16,9 @@ fig3       a reward model of pixels on one-step-denoised states; frozen probes b
 fig5       wins, ties and losses of PRFL, the annotator in the place of people
 labels     how many samples PAVRM learns from
 loss       PRFL's loss form, lambda, steps with gradients, with and without SFT updates
-steady     the steady recipe beside the paper's: each part with and without each other, learning rates, 512 test videos
-why        why it holds: noise, exact last passes, no rollout; passes, N, no SFT updates, image-to-video; what else was tried
+steady     the steady recipe beside the paper's, 512 test videos and its learning rates
+why        why it holds: each part with and without each other; noise, exact last passes, no rollout; passes, N, no SFT
+           updates, image-to-video; what else was tried on the paper's
 speed      CPU seconds of alignment to a quality: PRFL, RGB ReFL, both by both recipes, and SFT
 stopping   a second reward model as judge: does its choice of checkpoint lose what an annotator would have kept
 hacking    proxy reward, quality, speed, brightness, saturation while aligning, with and without SFT updates

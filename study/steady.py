@@ -1,4 +1,4 @@
-"""`python -m study.reproduce steady`, `why` and `speed`: the two recipes of prfl.RECIPES and all that lies between them; what
+"""`python -m study.reproduce steady`, `why` and `speed`: the two recipes of prfl.RECIPES; all that lies between them, and what
 keeps the steady one from collapsing; how many CPU seconds of alignment each method takes to a quality.
 
 Unlike table1's, these runs are validated as they train, so their curated clips are the world's own, rendered for each seed.
@@ -104,30 +104,31 @@ SAID = {"per_video": "step per video", "per_batch": "step per batch", 0: "every 
         "logsigmoid": "-log sigmoid"}
 
 
-def run_of(*how, more=(), one_seed=False):
+def run_of(*how, more=()):
     """The Run of a combination (step, passes, loss); the recipes' own are those of RECIPES, so that none is made twice."""
     flags = (*more, *combination(*how))
-    return Run(next((kept for kept in RECIPES.values() if kept[2:] == flags), flags), one_seed=one_seed)
+    return Run(next((kept for kept in RECIPES.values() if kept[2:] == flags), flags))
 
 
 def steady_comparisons(work):
-    """{title: {row: Run}}: each part of the recipe with and without each other, and its learning rates."""
+    """{title: {row: Run}}: the two recipes, and the steady one at other learning rates."""
     half = ("--max_train_steps", length(work) // 2)
-    eight = [(step, passes, loss) for step in ("per_batch", "per_video") for passes in (0, 4) for loss in ("linear", "logsigmoid")]
-    named_recipes = {eight[0]: " (the paper's recipe)", eight[-1]: " (the steady recipe)"}
     return {
-        "Rewarded step, rollout, loss": {", ".join(map(SAID.get, how)) + named_recipes.get(how, ""): run_of(*how) for how in eight},
+        "The two recipes": {"the paper's recipe": run_of(*PAPER[1::2]), "the steady recipe": run_of(*STEADY[1::2])},
         "Learning rates of the steady recipe": {
-            **{f"{rate:g}": run_of("per_video", 4, "logsigmoid", more=("--learning_rate", rate, *half))
-               for rate in (3e-5, 2e-4, 3e-4)},
-            f"{TUNED['prfl']:g}, twice as long": run_of("per_video", 4, "logsigmoid")}}
+            **{f"{rate:g}": run_of(*STEADY[1::2], more=("--learning_rate", rate, *half)) for rate in (3e-5, 2e-4, 3e-4)},
+            f"{TUNED['prfl']:g}, twice as long": run_of(*STEADY[1::2])}}
 
 
 def why_comparisons(work):
-    """{title: {row: Run}}: what else might hold it, what it is sensitive to, and what else might mend the paper's recipe."""
-    steady, paper = run_of("per_video", 4, "logsigmoid"), run_of("per_batch", 0, "linear")
+    """{title: {row: Run}}: each part of the recipe with and without each other, what else might hold it, what it is
+    sensitive to, and what else might mend the paper's recipe."""
+    steady, paper = run_of(*STEADY[1::2]), run_of(*PAPER[1::2])
     variant = lambda name, *how: Run(("--variant", name, *combination(*how)), "why")
+    eight = [(step, passes, loss) for step in ("per_batch", "per_video") for passes in (0, 4) for loss in ("linear", "logsigmoid")]
+    recipe = {eight[0]: " (the paper's recipe)", eight[-1]: " (the steady recipe)"}
     return {
+        "Rewarded step, rollout, loss": {", ".join(map(SAID.get, how)) + recipe.get(how, ""): run_of(*how) for how in eight},
         "Why coarse rollouts hold (step per video)": {
             "linear, every step": run_of("per_video", 0, "linear"),
             "linear, every step, noise .2 (1 - t) on the state": variant("noise", "per_video", 0, "linear"),
@@ -227,8 +228,8 @@ def steady(work):
     end = f"{own}, at the end"
     claims = judge_claims([(end, f"{paper}, stopped at its best", "not in it"), (end, f"{paper}, at the end", "not in it"),
                            (end, "base", "not in it")], values)
-    eight, rates = curves.values()
-    asked = expectations(work, found, list(eight.values())[-1], rates, claims)
+    recipes, rates = curves.values()
+    asked = expectations(work, found, recipes["the steady recipe"], rates, claims)
     work.write("steady", "The steady recipe beside the paper's", [
         f"{work.preset['videos']} test videos ({work.said_seeds()}); at the end: after {length(work)} iterations. "
         "Stopped at its best: at the checkpoint that did best on validation videos, which takes somebody to watch.", "",
