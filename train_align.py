@@ -61,7 +61,7 @@ class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
     shift: float | None = arg(None, "warps times towards noise; without, 1 (uniform), Wan2.1: 3, from 720P on 5", above=0,
                               only="method prfl refl rwr or !num_validation 0")
     reward_weight: float = arg(1.0, "lambda of Alg. 1; Adam and clipping leave it little effect", above=0, only="method prfl refl")
-    recipe: str | None = arg(None, "paper: Alg. 1 to the letter; steady: ours, meant to need no stopping. The three flags "
+    recipe: str | None = arg(None, "paper: Alg. 1 to the letter; steady: ours, needs no stopping. Sets the three flags "
                              "below, where not given; without, steady for prfl, paper for refl", choices=tuple(prfl.RECIPES),
                              only="method prfl refl")
     rewarded_step: str | None = arg(None, "one random step for the whole batch (Alg. 1), or one for each video, spread "
