@@ -10,7 +10,7 @@ import numpy as np
 from report import plot, table
 from study.parts import TUNED, Work, reward_folder, train_rewards
 from study.steady import EVERY, PAPER
-from validation import LEAST_GAIN, best_place
+from validation import OTHER_PROMPT, judges_score
 
 WITHIN = 0.03                                                   # of the annotator's best: what was asked for beforehand
 
@@ -34,13 +34,15 @@ def train(work):
 
 
 def choice(rows):
-    """metrics.jsonl's rows -> what the judge's choice costs: its iteration and rate, the annotator's, and both curves."""
+    """metrics.jsonl's rows -> what the judge's choice costs: its iteration and rate, the annotator's, and the curves."""
     rows = [row for row in rows if "validation_judge" in row]
-    steps, judge, annotator = ([row[key] for row in rows] for key in ("step", "validation_judge", "validation_qualified"))
-    mine, highest = best_place(judge, LEAST_GAIN), int(np.argmax(judge))
-    return {"steps": steps, "judge": judge, "annotator": annotator, "chosen": steps[mine], "best": steps[int(np.argmax(annotator))],
-            "lost": max(annotator) - annotator[mine], "lost_by_highest": max(annotator) - annotator[highest],
-            "lost_at_end": max(annotator) - annotator[-1]}
+    curves = {"annotator": [row["validation_qualified"] for row in rows], "judge": [row["validation_judge"] for row in rows],
+              "judge, another prompt": [row["validation_judge_other_prompt"] for row in rows], "score": [*map(judges_score, rows)]}
+    rate, steps = curves["annotator"], [row["step"] for row in rows]
+    at = {who: int(np.argmax(curves[who])) for who in ("annotator", "judge", "score")}
+    return {"steps": steps, "curves": curves, "best": steps[at["annotator"]], "chosen": steps[at["score"]],
+            "lost": max(rate) - rate[at["score"]], "lost_by_opinion": max(rate) - rate[at["judge"]],
+            "lost_at_end": max(rate) - rate[-1]}
 
 
 def stopping(work):
@@ -48,18 +50,18 @@ def stopping(work):
     read = lambda seed: (run_folder(work, seed) / "metrics.jsonl").read_text().splitlines()
     found = {f"seed {seed}": choice(map(json.loads, read(seed))) for seed in work.seeds}
     lost, videos = [one["lost"] for one in found.values()], work.preset["videos"] // 2
-    plot(work.results / "stopping.png", {name: ("iteration", {
-        "annotator: share qualified": (one["steps"], one["annotator"]), "judge: probability of good": (one["steps"], one["judge"])})
-        for name, one in found.items()})
+    plot(work.results / "stopping.png", {name: ("iteration", {who: (one["steps"], one["curves"][who]) for who in one["curves"]})
+                                         for name, one in found.items()})
     lines = [f"PRFL by the paper's recipe, {2 * work.preset['iterations']} iterations, {videos} validation videos every {EVERY}. "
-             "The judge is the reward model of the next seed; `best/` is its choice: the first validation that none behind it "
-             f"exceeds by more than {LEAST_GAIN:g}, gain by gain. Lost: the annotator's best rate less its rate there.", "",
-             *table(["", "annotator's best at", "judge's choice at", "lost", "lost by its highest", "lost without stopping"],
-                    [[name, f"{one['best']}", f"{one['chosen']}", f"{one['lost']:.3f}", f"{one['lost_by_highest']:.3f}",
+             "The judge is the reward model of the next seed. `best/` is the checkpoint of its highest score: the probability it "
+             f"gives samples to be good, less {OTHER_PROMPT:g} of the one it gives them for another prompt. Lost: the annotator's "
+             "best rate less its rate there.", "",
+             *table(["", "annotator's best at", "judge's choice at", "lost", "lost by its opinion alone", "lost without stopping"],
+                    [[name, f"{one['best']}", f"{one['chosen']}", f"{one['lost']:.3f}", f"{one['lost_by_opinion']:.3f}",
                       f"{one['lost_at_end']:.3f}"] for name, one in found.items()]),
              f"Lost at most {max(lost):.3f}; asked for beforehand: at most {WITHIN:g}, which "
              + ("holds." if max(lost) <= WITHIN else "does not hold."), ""]
     for name, one in found.items():
         lines += [f"## {name}", "", *table(["iteration", *map(str, one["steps"])], [
-            [who, *(f"{value:.3f}" for value in one[who])] for who in ("annotator", "judge")])]
+            [who, *(f"{value:.3f}" for value in values)] for who, values in one["curves"].items()])]
     work.write("stopping", "A second reward model chooses when to stop", lines, {"found": found, "holds": max(lost) <= WITHIN})

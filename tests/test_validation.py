@@ -50,14 +50,6 @@ def test_the_panel_by_hand():
 
 
 # ---- validations of own data
-@pytest.fixture(scope="module", autouse=True)
-def any_gain_counts():
-    """The tiny runs hardly learn anything."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(validation, "LEAST_GAIN", 0)
-        yield
-
-
 @pytest.fixture(scope="module")
 def second(folder):
     """Another reward model on disk."""
@@ -77,7 +69,7 @@ def test_what_a_validation_writes(folder, watched, second):
     assert [row["step"] for row in rows if "validation_judge" in row] == [0, 2, 4, 5]
     values = json.loads((watched / "samples/step-000004.json").read_text())
     assert len(values["prompts"]) == 7 and set(values["real"]) == {*validation.PANEL, "dynamic"}
-    wanted = {*validation.PANEL, "dynamic", "sft_loss", "judge", *(f"judge_t{k}" for k in range(1, 6))}
+    wanted = {*validation.PANEL, "dynamic", "sft_loss", "judge", "judge_other_prompt", *(f"judge_t{k}" for k in range(1, 6))}
     assert set(values["values"]) == wanted and all(len(row) == 7 for row in values["values"].values())
     row = next(row for row in rows if row["step"] == 4)
     assert all(row[f"validation_{name}"] == pytest.approx(np.mean(values["values"][name])) for name in wanted)
@@ -102,12 +94,19 @@ def test_the_values_by_hand(folder, watched, second):
         t = torch.tensor([(2 + validation.uniform(900, "interval t", 2, [i]).item()) / 5 for i in range(7)]).view(-1, 1, 1, 1, 1)
         x1 = torch.stack([noise("interval noise", 2, i, (16, 2, 4, 4)) for i in range(7)])
         logits = judge((1 - t) * x + t * x1, t.flatten(), batch["context"])
+        others = 0
+        for k in range(5):                                      # each sample with the next one's prompt
+            t = torch.tensor([(k + validation.uniform(900, "interval t", k, [i]).item()) / 5 for i in range(7)])
+            t = t.view(-1, 1, 1, 1, 1)
+            x1 = torch.stack([noise("interval noise", k, i, (16, 2, 4, 4)) for i in range(7)])
+            others += judge((1 - t) * x + t * x1, t.flatten(), batch["context"].roll(-1, 0)).sigmoid() / 5
         losses = 0
         for k in range(4):
             t, x1 = (k + 0.5) / 4, torch.stack([noise("held-out x1", k, int(i), (16, 2, 4, 4)) for i in good[held]])
             v = dit((1 - t) * batch["latents"] + t * x1, torch.full((7,), t), batch["context"])
             losses += (v - x1 + batch["latents"]).square().mean((1, 2, 3, 4)) / 4
     assert values["values"]["judge_t3"] == pytest.approx(logits.tolist(), rel=1e-4)
+    assert values["values"]["judge_other_prompt"] == pytest.approx(others.tolist(), rel=1e-4)
     assert values["values"]["sft_loss"] == pytest.approx(losses.tolist(), rel=1e-4)
 
 
@@ -124,11 +123,9 @@ def test_best_is_the_checkpoint_the_judge_likes_best(folder, watched):
     assert not list(watched.glob("best.*"))
 
 
-def test_a_gain_must_be_large_enough():
-    """Steps of less than .01 do not add up to one; the annotator's scores count as they are."""
-    scores = [0.45, 0.81, 0.86, 0.865, 0.869, 0.871, 0.5, 0.8]
-    assert validation.best_place(scores, 0.01) == 5 and validation.best_place(scores[:5], 0.01) == 2
-    assert validation.best_place(scores, 0) == 5 and validation.best_place([0.3], 0.01) == 0 == validation.best_place([0.3, 0.2], 0)
+def test_a_sample_that_is_liked_whatever_was_asked_for_counts_less():
+    assert validation.judges_score({"validation_judge": 0.8, "validation_judge_other_prompt": 0.2}) == pytest.approx(0.7)
+    assert validation.judges_score({"validation_judge": 0.9, "validation_judge_other_prompt": 0.7}) == pytest.approx(0.55)
 
 
 def test_three_ranks_under_ddp_and_fsdp_see_what_one_sees(folder, watched, second, tmp_path):

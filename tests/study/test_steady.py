@@ -147,11 +147,12 @@ def test_speed_counts_cpu_seconds(tmp_path, made_up, monkeypatch):
 
 
 def test_what_a_judge_loses_by_hand():
-    rows = [{"step": 40 * k, "validation_judge": judge, "validation_qualified": rate}
-            for k, (judge, rate) in enumerate([(0.43, 0.3), (0.81, 0.8), (0.85, 0.88), (0.855, 0.5), (0.858, 0.4)])]
+    rows = [{"step": 40 * k, "validation_judge": judge, "validation_judge_other_prompt": other, "validation_qualified": rate}
+            for k, (judge, other, rate) in enumerate([(0.43, 0.1, 0.3), (0.81, 0.2, 0.8), (0.85, 0.25, 0.88), (0.87, 0.4, 0.4)])]
     found = stopping.choice([{"step": 1, "reward": 2.0}, *rows])
-    assert (found["chosen"], found["best"], found["steps"]) == (80, 80, [0, 40, 80, 120, 160])
-    assert found["lost"] == 0 and np.allclose([found["lost_by_highest"], found["lost_at_end"]], 0.48)
+    assert np.allclose(found["curves"]["score"], [0.38, 0.71, 0.725, 0.67])
+    assert (found["chosen"], found["best"], found["steps"]) == (80, 80, [0, 40, 80, 120])
+    assert found["lost"] == 0 and np.allclose([found["lost_by_opinion"], found["lost_at_end"]], 0.48)
 
 
 def test_each_seeds_judge_is_the_next_ones_reward_model(tmp_path, monkeypatch):
