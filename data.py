@@ -244,14 +244,15 @@ def take_fold(shards, fold):
 
 
 def labelled_split(shards, holdout, seed):
-    """Of the labelled clips -> (train, held-out) sorted int64 indices, `holdout` in number, each label in its share and at
-    least once in both parts. Raises InputError, with the remedy, if that cannot be."""
+    """Of the labelled clips -> (train, held-out) sorted int64 indices, `holdout` in number (None: a fifth, 400 at most), each
+    label in its share and at least once in both parts. Raises InputError, with the remedy, if that cannot be."""
     where = [(shards.labels == label).nonzero()[:, 0] for label in (0, 1)]
     counts = [len(part) for part in where]
     for label, count in enumerate(counts):
         if count < 2:
             raise InputError(f"{shards.folder}: {count} clips are labelled {label}; training and held-out videos need one each: "
                              f"label more (label.py, or `label` in the clips' metadata)")
+    holdout = min(400, max(2, sum(counts) // 5)) if holdout is None else holdout
     if not 2 <= holdout <= sum(counts) - 2:
         why = "leaves nothing to train on" if holdout >= sum(counts) else "is too few or too many"
         raise InputError(f"--holdout {holdout} {why}: of {sum(counts)} labelled videos 2 to {sum(counts) - 2} can be held out, "

@@ -1,7 +1,7 @@
 """Rectified flow: the straight path between data and noise, its velocity, and the Euler rollout.
 
 Time runs from t = 0 (clean data) to t = 1 (pure noise), as in the paper. Differences from the released code, on
-purpose: (1) the rollout is Euler with one dt, as in Eq. 7, where the release uses a second-order multistep solver;
+purpose: (1) the rollout is Euler, as in Eq. 7, where the release uses a second-order multistep solver;
 (2) the grid is uniform unless a shift is asked for, where the release always shifts by 5.
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.

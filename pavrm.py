@@ -8,8 +8,8 @@ Where this differs, on purpose:
    per example, so batches work (there [B, 1, D] + [B, D] broadcasts to [B, B, D]); t ~ U(0, 1) (there a shift-5 grid).
 2. As in the released code: patch, text and time embeddings stay frozen. The paper names only blocks, query and head as
    trained, and frozen embeddings keep the reward's idea of x_t and t equal to the generator's.
-3. From the paper: "bad" is unqualified on at least one axis, not on both, because the flaws of the embedded world are
-   mostly on one axis; of people's answers, --bad says which are bad.
+3. From the paper: in the embedded world "bad" is unqualified on one axis or against the prompt, not on both axes, because
+   its flaws are mostly on one. People's answers count as label.py's --bad says: the paper's way if it is not given.
 
 Axes: b batch, c channels, f frames, h height, w width, n tokens, d model width, l text tokens.
 """
@@ -48,20 +48,10 @@ class QueryAttention(nn.Module):
         return z + self.query if self.add_query else z          # [b, d]
 
 
-class MeanPool(nn.Module):
-    def forward(self, h):
-        return h.mean(1)
-
-
-class MaxPool(nn.Module):
-    def forward(self, h):
-        return h.amax(1)
-
-
-POOLINGS = {
+POOLINGS = {  # each of the width d -> a module or function of the tokens h [b, n, d] -> [b, d]
     "query_attention": QueryAttention,                                                  # Eq. 5
     "attention": lambda dim: QueryAttention(dim, add_query=False),                       # Table 5
-    "mean": lambda dim: MeanPool(), "max": lambda dim: MaxPool(),                       # Table 5
+    "mean": lambda dim: lambda h: h.mean(1), "max": lambda dim: lambda h: h.amax(1),    # Table 5
     "multihead": lambda dim: QueryAttention(dim, heads=8 if dim % 8 == 0 else 4),       # the released code
 }
 
@@ -104,7 +94,7 @@ class PAVRM(nn.Module):
         """AdamW groups: the trunk's blocks (unless trunk_lr is 0: a frozen probe), and query and head."""
         self.requires_grad_(False)
         self.trunk.blocks.requires_grad_(trunk_lr > 0)
-        heads = [*self.pool.parameters(), *self.mlp.parameters()]
+        heads = [p for name, p in self.named_parameters() if not name.startswith("trunk.")]
         for p in heads:
             p.requires_grad_(True)
         groups = [{"params": heads, "lr": head_lr}]

@@ -10,10 +10,10 @@ The paper's recipe has to be stopped in time (results/hacking.md). "steady" (REC
 a step of its own, spread evenly over the trajectory; the rollout without gradients takes at most four long Euler steps;
 and the loss saturates where the reward is sure (results/steady.md).
 
-Where this differs, on purpose, from the released code (all of it as the paper has it):
+Where this differs, on purpose, from the released code (by the paper's recipe all of it as the paper has it):
 1. The loss is -lambda * r on the raw logit. The released 0.1 * relu(2 - sigmoid(r)) is "sigmoid_hinge" below: its hinge
    never bites, and where the reward is sure of itself its gradient vanishes.
-2. Euler with one dt, so the step with gradients moves exactly dt.
+2. Euler (Eq. 7), not a second-order solver.
 3. Any of the N steps can be rewarded, the last one too (the release never takes that).
 4. The SFT and the reward update each have their own backward, clipping and step: gradients never mix; AdamW's moments do.
 5. PAVRM is frozen whole, in eval mode: no gradients pile up on it.
@@ -31,7 +31,7 @@ RECIPES = {  # what train_align.py's flags of these names are when they are not 
     "steady": {"rewarded_step": "per_video", "rollout_passes": 4, "reward_loss": "logsigmoid"},
 }
 
-# Table 3: which third of the trajectory is rewarded. For N = 40: steps 1-13, 14-26, 27-40.
+# Table 3: which third of the trajectory, from noise (early) to video (late). For N = 40: steps 1-13, 14-26, 27-40.
 THIRDS = {"early": (0, 1), "middle": (1, 2), "late": (2, 3), "full": (0, 3)}
 
 REWARD_LOSSES = {
@@ -73,14 +73,13 @@ def draw_steps(seed, iteration, num_steps, global_batch, part="full"):
 
 def reward_update_loss(policy, pavrm, x_T, context, step, num_steps, *, longest=None, rollout_passes=0, reward_weight=1.0,
                        loss="linear", grad_steps=1, shift=1.0, **image):
-    """Alg. 1, the reward update: returns (loss, reward); call backward on the loss.
+    """Alg. 1, the reward update -> (a scalar loss to call backward on, the logits r(x_s, s, p) [b], detached).
 
     policy, pavrm: the VideoDiT in training and the frozen reward model. x_T [b, c, f, h, w]: noise. context
     [b, l, d_text]. step: 1 .. num_steps, the step whose result is rewarded, one for all or [b]. longest: the largest
-    step of all ranks, where they have steps of their own. rollout_passes: as in `rollout`. reward_weight: lambda.
-    grad_steps: how many of the steps up to there carry gradients; 1 is the paper's, more needs
+    step of the whole update, so that all its ranks and batches make as many passes. rollout_passes: as in `rollout`.
+    reward_weight: lambda. grad_steps: how many of the steps up to there carry gradients; 1 is the paper's, more needs
     policy.gradient_checkpointing to fit. image: y and clip of an image-to-video model.
-    Returns a scalar loss and the logits r(x_s, s, p) [b], detached.
     """
     times = schedule(num_steps, shift, x_T.device)
     step = torch.as_tensor(step).expand(len(x_T))                                                   # [b]

@@ -14,7 +14,7 @@ sft:  each iteration one flow-matching update on curated videos (Eq. 10).
 rwr:  each iteration one flow-matching update on the generator's own samples, weighted by exp(reward).
 Without --data the curated set is clean clips of the embedded world, written as mp4 and encoded like anybody's clips;
 with it, the shards' clips that are not labelled 0.
-Writes <output_dir>/transformer, metrics.jsonl, samples/ of fixed prompts and noise, and best/, which the judge likes best.
+Writes <output_dir>/transformer, metrics.jsonl, samples/ of fixed prompts and noise, and best/, the choice of judge or annotator.
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 """
@@ -47,8 +47,7 @@ from world import clips, scene
 class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
     method: str = arg("prfl", "what to train with", choices=("prfl", "refl", "sft", "rwr"))
     task: str | None = arg(None, "which shipped generator, without --model: t2v, or i2v (image-to-video)", choices=TASKS)
-    model: str | None = arg(None, "another generator: a folder with transformer/ (and text_encoder/, vae/ "
-                            "for the embedded world)")
+    model: str | None = arg(None, "another generator: a folder with transformer/, vae/ and text_encoder/")
     reward: str | None = arg(None, "reward model; without, <model>/reward, refl: /reward_rgb_...", only="method prfl refl rwr")
     data: str | None = arg(None, "curated shards from `data.py encode`; without, clean clips of the embedded world")
     output_dir: str = arg("runs/align", "run folder")
@@ -61,9 +60,9 @@ class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
     shift: float | None = arg(None, "warps times towards noise; without, 1 (uniform), Wan2.1: 3, from 720P on 5", above=0,
                               only="method prfl refl rwr or !num_validation 0")
     reward_weight: float = arg(1.0, "lambda of Alg. 1; Adam and clipping leave it little effect", above=0, only="method prfl refl")
-    recipe: str | None = arg(None, "paper: Alg. 1 to the letter; steady: ours, needs no stopping. Sets the three flags "
-                             "below, where not given; without, steady for prfl, paper for refl", choices=tuple(prfl.RECIPES),
-                             only="method prfl refl")
+    recipe: str | None = arg(None, "paper: Alg. 1 to the letter; steady: ours, needs no stopping. Sets the next three "
+                             "flags where they are not given. Default: steady for prfl, paper for refl",
+                             choices=tuple(prfl.RECIPES), only="method prfl refl")
     rewarded_step: str | None = arg(None, "one random step for the whole batch (Alg. 1), or one for each video, spread "
                                     "evenly over the trajectory", choices=("per_batch", "per_video"), only="method prfl refl")
     rollout_passes: int | None = arg(None, "most Euler steps of the rollout without gradients, each a longer one; 0: every "
@@ -89,7 +88,7 @@ class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
 
 
 def check_flags(config):
-    """Fills in what the recipe says. Raises InputError for flags that cannot work together."""
+    """Fills in what recipe and model say. Raises InputError for flags that cannot work together."""
     config.recipe = config.recipe or ("paper" if config.method == "refl" else "steady")
     fill_in(config, prfl.RECIPES[config.recipe] | training(transformer_folder(resolve_model(config))[1], "align"))
     config.trajectory_part = config.trajectory_part or ("late" if config.method == "refl" else "full")
@@ -98,7 +97,7 @@ def check_flags(config):
 
 
 def load_curated(config, policy, runtime):
-    """The shards, and the indices in them of what is not called bad: to train on, and, of own data, held out to watch."""
+    """-> (shards, indices of their clips to train on, and of those held out to watch); none of them is labelled 0."""
     shards = data.Shards(config.data).relabel() if config.data else clips.clean_clips(
         config.curated_dir or Path(config.output_dir) / "curated", config.model, config.num_curated, config.world,
         config.seed + 500, runtime)
@@ -147,8 +146,8 @@ def main(config):
         parallel.load_state(resume, state, policy, optimizer)
     log = runs.start_run(config, state["step"] if resume else None, shards)
 
-    # ---- the losses: each of (iteration, places in the global batch) -> loss, {what is logged beside it}
-    def sft_loss(iteration, indices, x0, context, weight=None, **image):
+    # ---- the losses: each -> loss, {what is logged beside it}; indices are places in the global batch
+    def flow_loss(iteration, indices, x0, context, weight=None, **image):
         t = common.uniform(config.seed, "sft t", iteration, indices).to(runtime.device)
         x1 = common.noise(x0.shape[1:], config.seed, "sft x1", iteration, indices).to(runtime.device)
         with runtime.autocast():
@@ -157,12 +156,12 @@ def main(config):
     def curated_loss(iteration, indices):
         """Eq. 10 on curated videos; of some the prompt is dropped."""
         x0, context, image = curated_batch(config.seed, iteration, indices)
-        return sft_loss(iteration, indices, x0, drop_contexts(context, config, iteration, indices, empty), **image)
+        return flow_loss(iteration, indices, x0, drop_contexts(context, config, iteration, indices, empty), **image)
 
     def rwr_loss(iteration, indices):
         """Eq. 10 on own samples, each weighted by exp(reward)."""
         j = data.order(len(own_x0), config.seed, iteration, indices, global_batch).to(runtime.device)
-        return sft_loss(iteration, indices, own_x0[j], own_context[j], own_weights.to(runtime.device)[j],
+        return flow_loss(iteration, indices, own_x0[j], own_context[j], own_weights.to(runtime.device)[j],
                         **{name: z[j] for name, z in own_image.items()})
 
     def reward_loss(iteration, indices):

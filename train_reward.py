@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 train_reward.py --data clips_encoded --holdout 100
     python train_reward.py --data clips_encoded --fold 2/2 --seed 1     a judge, where another run had --fold 1/2
     python train_reward.py --trunk_learning_rate 0                  a probe on frozen features
-    python train_reward.py --space rgb --frames_decoded all                 a pixel reward for refl_baseline.py, on clean videos
+    python train_reward.py --space rgb --frames_decoded all         a pixel reward for refl_baseline.py, on clean videos
     python train_reward.py --task i2v                               for the image-to-video generator
     python train_reward.py --resume latest
 
@@ -41,8 +41,7 @@ from world import clips, scene
 @dataclass
 class Config(runs.Flags, parallel.Flags):
     task: str | None = arg(None, "which shipped generator, without --model: t2v, or i2v (image-to-video)", choices=TASKS)
-    model: str | None = arg(None, "another generator: a folder with transformer/ (and text_encoder/, vae/ "
-                            "when it makes the samples)")
+    model: str | None = arg(None, "another generator: a folder with transformer/, vae/ and text_encoder/")
     space: str = arg("latent", "noisy latents are judged (PAVRM), or pixels (RGB ReFL)", choices=("latent", "rgb"))
     frames_decoded: str = arg("first", "the first frame alone, or all", choices=refl_baseline.FRAMES, only="space rgb")
     data: str | None = arg(None, "labelled shards from `data.py encode`; without, the generator's own samples")
@@ -55,7 +54,7 @@ class Config(runs.Flags, parallel.Flags):
     num_inference_steps: int = arg(16, "Euler steps of each own sample", above=0, only="!data")
     shift: float = arg(1.0, "warps the times of own samples towards noise; 1: uniform", above=0, only="!data")
     fold: str | None = arg(None, "i/n: the i-th of n parts of the labelled videos alone, as for a judge beside the reward model")
-    holdout: int = arg(400, "labelled videos kept for the report", above=0)
+    holdout: int | None = arg(None, "labelled videos kept for the report; without, a fifth, 400 at most", above=0)
     depth: int = arg(8, "K, blocks of the generator in the trunk (Table 8); the paper has 8 of 40, the shipped model 8 in all",
                      above=0, only="space latent")
     pooling: str = arg("query_attention", "how tokens become one vector (Eq. 5, Table 5)", choices=tuple(POOLINGS),
