@@ -354,7 +354,7 @@ def test_disk_is_that_of_the_files(tmp_path):
             p.grad = torch.zeros_like(p)
         optimizer.step()
         (tmp_path / name).mkdir()
-        write = lambda path, state: weights.save_module(trained, path, state=state)
+        write = lambda path: weights.save_module(trained, path)
         parallel.save_checkpoint(tmp_path / name, 1, {"weights": write}, trained, optimizer, train_align.Config())
         assert size(tmp_path / name) == pytest.approx(found["checkpoint" + name], rel=0.01)
     data.write_shards(tmp_path / "shards", torch.zeros(3, 16, 3, 4, 4),
