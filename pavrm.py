@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import InputError
-from formats.weights import load_weights, read_config
+from formats.weights import load_weights, read_config, unkept
 from model import VideoDiT
 
 
@@ -72,12 +72,12 @@ class PAVRM(nn.Module):
     trunk: a VideoDiT without head, cut to K blocks. Build one with `PAVRM.from_generator` or `load_pavrm`.
     """
 
-    def __init__(self, transformer, pooling="query_attention", trunk_device=None):
+    def __init__(self, transformer, pooling="query_attention", by_pieces=False):
         super().__init__()
         if pooling not in POOLINGS:
             raise InputError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
         self.config = {"transformer": dict(transformer), "pooling": pooling}
-        with torch.device(trunk_device or torch.get_default_device()):
+        with unkept(by_pieces):
             self.trunk = VideoDiT(**transformer)
         del self.trunk.head
         d = transformer["dim"]
@@ -89,7 +89,7 @@ class PAVRM(nn.Module):
         """Copy the first `depth` blocks and the embeddings of a VideoDiT (Eq. 4); the rest starts fresh."""
         if not 1 <= depth <= dit.config["num_layers"]:
             raise InputError(f"--depth must be 1 to {dit.config['num_layers']}, the generator's blocks; got {depth}")
-        model = cls({**dit.config, "num_layers": depth}, pooling, "meta" if dit.source else None)
+        model = cls({**dit.config, "num_layers": depth}, pooling, by_pieces=bool(dit.source))
         model.source = dit.source and dit.source.behind("trunk.")   # whole=False: parallel.shard reads the trunk
         if not dit.source:
             model.trunk.load_state_dict({name: dit.get_parameter(name) for name in model.trunk.state_dict()})

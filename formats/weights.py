@@ -11,12 +11,14 @@ import os
 import shutil
 import struct
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import InputError, rank
 
@@ -161,6 +163,27 @@ class WeightFiles:
         name = self.rename(name)
         with safe_open(self.file[name], "pt") as file:          # anew: what was read of an open map stays resident
             return file.get_slice(name)[start:stop]
+
+
+class Unkept(TorchDispatchMode):
+    """What would start a weight on the meta device is drawn and thrown away."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out, kwargs = func(*args, **kwargs or {}), kwargs or {}
+        if out.is_meta and func._schema.name in ("aten::uniform_", "aten::normal_", "aten::randn"):
+            func(*(torch.empty(x.shape) if isinstance(x, torch.Tensor) else x for x in args), **kwargs | (
+                {"device": "cpu"} if "device" in kwargs else {}))
+        return out
+
+
+@contextmanager
+def unkept(really=True):
+    """Modules made in here are on the meta device, and what is drawn after them is as if they were not."""
+    if really:
+        with torch.device("meta"), Unkept():
+            yield
+    else:
+        yield
 
 
 def save_module(module, path, dtype=None):

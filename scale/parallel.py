@@ -76,6 +76,13 @@ def shard(model, runtime, flags):
     Call it before the optimizer is made. For fsdp give the model on meta or on the CPU, so that one block at a time is
     whole on the device; every rank must hold the same weights. Raises InputError without processes.
     """
+    lay_out(model, runtime, flags)
+    fill(model, runtime.device)
+    return model
+
+
+def lay_out(model, runtime, flags):
+    """`shard` without its last step: what is on meta still holds no weights."""
     check(flags)
     dit = getattr(model, "trunk", model)
     sequence.spread(dit, runtime)
@@ -87,8 +94,6 @@ def shard(model, runtime, flags):
             block.compile()
     if flags.parallel == "fsdp":
         cut(model, dit, runtime, flags.shard_size)
-    fill(model, runtime.device)
-    return model
 
 
 def cut(model, dit, runtime, shard_size):
