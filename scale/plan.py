@@ -392,7 +392,8 @@ def way(config, c):
     one["adapters"] = one["number2"] * 4 * T2 + 4 * T2 if config.lora_rank else 0
     one["export"] = 2 * P
     one["disk"] = sum(one[k] for k in ("shards", "disk1", "disk2", "adapters", "export"))
-    one["host"] = max(config.gpus * 4 * R, 4 * P)               # of a node
+    d = c["dim"]
+    one["host"] = config.gpus * (4 * max(6 * d * d, d * c["ffn_dim"], d * c["text_dim"]) + 1e9)      # of a node
     one["encoder_flops"] = encoder_flops(f, h, w) * (2 if i2v else 1)
     one["encode_seconds"] = config.clips * one["encoder_flops"] / (config.mfu * config.fp32_tflops * 1e12)
     one["reports"] = math.ceil(config.reward_steps / REWARD_EVERY)
@@ -605,8 +606,7 @@ def report_way(config, c):
     row("train_reward.py, a GPU", one["peak1"], f"--method reward --batch_size {config.reward_batch_size}, and "
         f"{config.holdout} held-out clips = {gb(one['held'])}")
     row("train_align.py, a GPU", one["peak2"], "PEAK above")
-    row("host", one["host"], f"the larger of {config.gpus} x 4 R (train_reward.py starts it whole in every process) and 4 P "
-        "(a checkpoint)")
+    row("host", one["host"], f"{config.gpus} x (4 bytes of the largest weight, as they are read and written one at a time, and 1 GB)")
     print("and in time")
     hours("data.py encode", one["encode_seconds"],
           f"{config.clips:,} x {one['encoder_flops'] / 1e12:.1f} TF (VAE{' twice' * i2v}) / ({config.mfu:g} x "
