@@ -385,13 +385,11 @@ def load_transformer(path, dtype=torch.float32, whole=True):
 def export_transformer(dit, path, layout="wan", dtype=None, state=None):
     """Write dit as an official Wan2.1 folder ("wan") or a diffusers WanTransformer3DModel one ("diffusers").
 
-    Each weight goes back in the dtype it was loaded from, or in `dtype`. state: weights to write in place of dit's.
+    Each weight goes back in the dtype it was loaded from, or in `dtype`. state: written in place of dit's. Every rank calls it.
     """
     if layout not in ("wan", "diffusers"):
         raise InputError(f"layout is {layout!r}; choose wan or diffusers")
-    stored = getattr(dit, "stored_dtypes", {})
-    state = {name: p.to(dtype or stored.get(name, p.dtype)) for name, p in (state or dit.state_dict()).items()}
-    if layout == "diffusers":
-        write_folder(path, diffusers_config(dit.config), {diffusers_name(n): p for n, p in state.items()})
-    else:
-        write_folder(path, {"_class_name": "WanModel"} | dit.config, state)
+    named, config = (diffusers_name, diffusers_config(dit.config)) if layout == "diffusers" else \
+        (str, {"_class_name": "WanModel"} | dit.config)
+    stored = {named(name): x for name, x in getattr(dit, "stored_dtypes", {}).items()}
+    write_folder(path, config, {named(name): p for name, p in (state or dit.state_dict()).items()}, dtype or stored)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import InputError
-from formats.weights import load_weights, read_config
+from formats.weights import load_weights, read_config, unkept
 from model import VideoDiT
 
 
@@ -62,12 +62,13 @@ class PAVRM(nn.Module):
     trunk: a VideoDiT without head, cut to K blocks. Build one with `PAVRM.from_generator` or `load_pavrm`.
     """
 
-    def __init__(self, transformer, pooling="query_attention"):
+    def __init__(self, transformer, pooling="query_attention", by_pieces=False):
         super().__init__()
         if pooling not in POOLINGS:
             raise InputError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
         self.config = {"transformer": dict(transformer), "pooling": pooling}
-        self.trunk = VideoDiT(**transformer)
+        with unkept(by_pieces):
+            self.trunk = VideoDiT(**transformer)
         del self.trunk.head
         d = transformer["dim"]
         self.pool = POOLINGS[pooling](d)
@@ -78,9 +79,10 @@ class PAVRM(nn.Module):
         """Copy the first `depth` blocks and the embeddings of a VideoDiT (Eq. 4); the rest starts fresh."""
         if not 1 <= depth <= dit.config["num_layers"]:
             raise InputError(f"--depth must be 1 to {dit.config['num_layers']}, the generator's blocks; got {depth}")
-        model = cls({**dit.config, "num_layers": depth}, pooling)
-        read = dit.source.tensor if dit.source else dit.state_dict().__getitem__        # whole=False: from its files
-        model.trunk.load_state_dict({name: read(name) for name in model.trunk.state_dict()})
+        model = cls({**dit.config, "num_layers": depth}, pooling, by_pieces=bool(dit.source))
+        model.source = dit.source and dit.source.behind("trunk.")   # whole=False: parallel.shard reads the trunk
+        if not dit.source:
+            model.trunk.load_state_dict({name: dit.get_parameter(name) for name in model.trunk.state_dict()})
         return model if dit.source else model.to(next(dit.parameters()).device)
 
     def forward(self, x, t, context, y=None, clip=None):

@@ -229,9 +229,9 @@ def main(config):
         if last:
             break
     bar.close()
-    weights = parallel.full_state(policy)
+    wrote = export(Path(config.output_dir) / "transformer")
     if runtime.rank == 0:
-        print(f"wrote {export(Path(config.output_dir) / 'transformer', weights)}")
+        print(f"wrote {wrote}")
     common.teardown()
 
 

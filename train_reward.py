@@ -156,13 +156,11 @@ def main(config):
         bar.set_postfix(loss=f"{means[0]:.3f}", accuracy=f"{means[1]:.2f}")
         bar.update()
         if done % config.checkpointing_steps == 0 or done == config.max_train_steps:
-            export = {"reward": lambda path, state: save_module(reward, path, state=state)}
-            parallel.save_checkpoint(config.output_dir, done, export, reward, optimizer, config)
+            parallel.save_checkpoint(config.output_dir, done, {"reward": partial(save_module, reward)}, reward, optimizer, config)
     report = report or measure()[0]                             # resumed at its last step: nothing was left to train
     bar.close()
-    weights = parallel.full_state(reward)
+    save_module(reward, Path(config.output_dir) / "reward")
     if runtime.rank == 0:
-        save_module(reward, Path(config.output_dir) / "reward", state=weights)
         runs.write_json(Path(config.output_dir) / "report.json",
                           {**report, "trained_on": len(train), "held_out": len(held), "good_share": share})
         print(f"wrote {Path(config.output_dir) / 'reward'} and report.json")

@@ -152,7 +152,7 @@ def held_out_prompts(config, dit_config, shards, held, vae, device):
 def make_validation(config, runtime, policy, shards=None, held=None, export=None, log=None):
     """-> validate(policy, step) -> {validation_<name>: mean over videos}, the same on every rank; every rank must call it.
 
-    config: train_align.py's. shards, held: own data, and the clips of it that are not trained on. export(path, state):
+    config: train_align.py's. shards, held: own data, and the clips of it that are not trained on. export(path):
     writes the policy; best/ in the run folder keeps what it writes of the best step. Draws samples/step-<step>.png, and
     writes the first eight samples as mp4, all values by video as json. Raises InputError before anything is trained if
     encoders, prompts or judge do not fit.
@@ -309,12 +309,13 @@ def past_scores(output_dir):
 
 def save_best(output_dir, policy, export, note):
     """Replaces best/ in the run folder by the policy's weights and best.json. Every rank must call it."""
-    state, best = parallel.full_state(policy), Path(output_dir) / "best"
+    best = Path(output_dir) / "best"
+    new, old = best.with_name("best.tmp"), best.with_name("best.old")
     if common.rank() == 0:
-        new, old = best.with_name("best.tmp"), best.with_name("best.old")
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
-        export(new / "transformer", state)
+    export(new / "transformer")
+    if common.rank() == 0:
         runs.write_json(new / "best.json", note)
         shutil.rmtree(old, ignore_errors=True)
         if best.exists():

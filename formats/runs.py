@@ -135,12 +135,15 @@ def start_run(config, resume_step=None, shards=None):
 
 
 def save_checkpoint(output_dir, step, folders, state, config, keep=None):
-    """Rank 0: writes checkpoint-<step> (folders {name: function(path)}, train_state.pt, args.json) under a
-    temporary name, flushes, renames: a kill at any moment leaves the previous one usable. keep: n stay.
+    """Writes checkpoint-<step> (folders {name: function(path)}, train_state.pt, args.json) under a temporary name, flushes,
+    renames: a kill at any moment leaves the previous one usable. keep: n stay. Every rank calls the functions, as a
+    model's pieces are gathered while it is written; rank 0 writes.
     Raises OSError, which names the last whole checkpoint, if the disk is full, read-only or gone."""
     final = Path(output_dir) / f"checkpoint-{step:06d}"
     temporary, old = Path(f"{final}.tmp"), Path(f"{final}.old")
     if rank() > 0:
+        for name, write in folders.items():
+            write(temporary / name)
         return final
     try:
         for leftover in Path(output_dir).glob("checkpoint-*.tmp"):

@@ -4,42 +4,79 @@ Nothing here is needed to understand the method; `model.load_transformer` and `m
 is strict: what is missing, unexpected or of another shape is an InputError that lists it. Writing is whole or not at
 all: a temporary name, then a rename. Weights are read from safetensors only.
 """
-import errno
+import copy
 import json
+import math
 import os
-import re
 import shutil
+import struct
+from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from common import InputError
+from common import InputError, rank
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TASKS = ("t2v", "i2v")
 SHIPPED = dict(zip(TASKS, (Path(__file__).parents[1] / "checkpoints", Path(__file__).parents[1] / "checkpoints/i2v")))
 
 
-def write_tensors(tensors, path, metadata=None):
-    """safetensors' save_file, whose error on a full disk does not name the file, as an OSError that does."""
+class Later(NamedTuple):
+    """A tensor that is made when its turn to be written comes."""
+    shape: tuple
+    dtype: torch.dtype
+    make: Callable
+
+
+def whole(x):
+    """All of a tensor of which each rank may hold a piece, or that is made now. Every rank must call it."""
+    x = x.make() if isinstance(x, Later) else x
+    return x.detach().full_tensor() if isinstance(x, DTensor) else x.detach()
+
+
+def stream_tensors(tensors, path, dtype=None):
+    """A safetensors file, with one whole tensor in memory at a time. tensors: {name: tensor or Later}. dtype: what they are
+    cast to, or {name: dtype}, or None. Raises OSError that names the file."""
+    dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys(tensors, dtype) if dtype else {}
+    words = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, x in tensors.items():
+        dtype = dtypes.get(name, x.dtype)
+        start, end = end, end + math.prod(x.shape) * dtype.itemsize
+        header[name] = {"dtype": words[dtype], "shape": list(x.shape), "data_offsets": [start, end]}
+    header = json.dumps(header, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)                         # the numbers behind it are aligned
     try:
-        save_file(tensors, path, metadata)
-    except SafetensorError as error:
-        code = int((re.search(r"os error (\d+)", str(error)) or [0, errno.EIO])[1])
-        raise OSError(code, os.strerror(code), str(path)) from None
+        with open(path, "wb") as file:
+            file.write(struct.pack("<Q", len(header)) + header)
+            for name, x in tensors.items():
+                x = whole(x).to("cpu", dtypes.get(name, x.dtype)).contiguous()
+                file.write(x.flatten().view(torch.uint8).numpy().data)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def write_folder(path, config, tensors):
-    """config.json and one safetensors file, complete under a temporary name first, then renamed to `path`."""
+def write_folder(path, config, tensors, dtype=None):
+    """config.json and one safetensors file, complete under a temporary name first, then renamed to `path`. tensors, dtype:
+    as in stream_tensors. Of pieces every rank must call it; rank 0 writes."""
     path = Path(path)
+    if rank() > 0:
+        for x in tensors.values():
+            if isinstance(x, (DTensor, Later)):
+                whole(x)
+        return
     new, old = path.with_name(f"{path.name}.tmp{os.getpid()}"), path.with_name(f"{path.name}.old{os.getpid()}")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        write_tensors({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, new / WEIGHTS, {"format": "pt"})
+        stream_tensors(tensors, new / WEIGHTS, dtype)
         if path.exists():
             path.rename(old)
         new.rename(path)
@@ -111,6 +148,12 @@ class WeightFiles:
             raise InputError(f"the weights in {self.path} do not fit: {listed}")
         return self
 
+    def behind(self, prefix):
+        """The same files, for a model whose names are these behind a prefix."""
+        other = copy.copy(self)
+        other.rename = lambda name: self.rename(name.removeprefix(prefix))
+        return other
+
     def tensor(self, name):
         name = self.rename(name)
         return self.handle[name].get_tensor(name)
@@ -122,9 +165,30 @@ class WeightFiles:
             return file.get_slice(name)[start:stop]
 
 
-def save_module(module, path, dtype=None, state=None):
-    """Write module.config and its weights (or `state`; cast to dtype if given) as a folder, atomically."""
-    write_folder(path, module.config, {n: v.to(dtype or v.dtype) for n, v in (state or module.state_dict()).items()})
+class Unkept(TorchDispatchMode):
+    """What would start a weight on the meta device is drawn and thrown away."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out, kwargs = func(*args, **kwargs or {}), kwargs or {}
+        if out.is_meta and func._schema.name in ("aten::uniform_", "aten::normal_", "aten::randn"):
+            func(*(torch.empty(x.shape) if isinstance(x, torch.Tensor) else x for x in args), **kwargs | (
+                {"device": "cpu"} if "device" in kwargs else {}))
+        return out
+
+
+@contextmanager
+def unkept(really=True):
+    """Modules made in here are on the meta device, and what is drawn after them is as if they were not."""
+    if really:
+        with torch.device("meta"), Unkept():
+            yield
+    else:
+        yield
+
+
+def save_module(module, path, dtype=None):
+    """Write module.config and its weights (cast to dtype if given) as a folder, atomically. Every rank must call it."""
+    write_folder(path, module.config, module.state_dict(), dtype)
 
 
 def load_weights(module, path, whole=True):

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import InputError, arg, random_generator
+from common import InputError, arg, random_generator, rank
 from formats.adapters import FILE, read_adapters, write_adapters
+from formats.weights import Later, whole
 from model import export_transformer
 
 
@@ -80,21 +81,21 @@ def add(dit, rank, alpha=None, seed=0, path=None):
 
 
 def scaled(state, alpha):
-    """{name of the layer: (A, alpha / r * B)} of a VideoDiT's state_dict with adapters, in float32."""
+    """{name of the layer: (A, alpha / r * B)} of a VideoDiT's state_dict with adapters, whole, in float32."""
     found = {}
-    for name, A in state.items():
+    for name, x in state.items():
         if name.endswith(".lora_A.weight"):
-            B = state[name.replace("lora_A", "lora_B")].float()
-            found[name.removesuffix(".lora_A.weight")] = A.float(), B * ((alpha or len(A)) / len(A))
+            A, B = whole(x), whole(state[name.replace("lora_A", "lora_B")])
+            found[name.removesuffix(".lora_A.weight")] = A.float(), B.float() * ((alpha or len(A)) / len(A))
     return found
 
 
-def merge(state, alpha=None):
-    """The state_dict of a plain VideoDiT, W + alpha / r * B A; one that has no adapters stays as it is."""
+def merge(state, adapters):
+    """The state_dict of a plain VideoDiT, W + alpha / r * B A, each made as it is written. adapters: as from `scaled`."""
     merged = {name: x for name, x in state.items() if ".lora_" not in name}
-    for layer, (A, B) in scaled(state, alpha).items():
+    for layer, (A, B) in adapters.items():
         W = merged[f"{layer}.weight"]
-        merged[f"{layer}.weight"] = (W.float() + B @ A).to(W.dtype)
+        merged[f"{layer}.weight"] = Later(W.shape, W.dtype, lambda W=W, A=A, B=B: (whole(W).float() + B @ A).to(W.dtype))
     return merged
 
 
@@ -106,19 +107,22 @@ def merge_file(dit, path):
         W.copy_(W.float() + B @ A)
 
 
-def save(state, folder, alpha=None, layout="diffusers"):
-    """Writes the adapters of a state_dict, if it has any, as folder/pytorch_lora_weights.safetensors."""
-    if adapters := scaled(state, alpha):
-        write_adapters(Path(folder) / FILE, adapters, layout)
+def save(adapters, folder, layout="diffusers"):
+    """Writes adapters, as from `scaled`, if there are any, as folder/pytorch_lora_weights.safetensors."""
+    if adapters and rank() == 0:
+        write_adapters(Path(folder) / FILE, {layer: (A.cpu(), B.cpu()) for layer, (A, B) in adapters.items()}, layout)
 
 
-def export(dit, path, state, alpha=None, kind="merged"):
-    """Writes a state_dict of `dit`, all of it with adapters merged in, to folder `path`, and the adapters, if it has any,
-    beside it; kind "lora": the adapters alone -> what a reader looks for."""
-    save(state, path.parent, alpha)
+@torch.no_grad()
+def export(dit, path, alpha=None, kind="merged"):
+    """Writes the weights of `dit`, with adapters merged in, to folder `path`, and the adapters, if it has any, beside it;
+    kind "lora": the adapters alone -> what a reader looks for. Every rank must call it; rank 0 writes."""
+    state = dit.state_dict()
+    adapters = scaled(state, alpha)
+    save(adapters, path.parent)
     if kind == "merged":
-        export_transformer(dit, path, dtype=torch.float32, state=merge(state, alpha))
+        export_transformer(dit, path, dtype=torch.float32, state=merge(state, adapters))
         return path
-    if path.is_dir() and not any(path.iterdir()):
+    if rank() == 0 and path.is_dir() and not any(path.iterdir()):
         path.rmdir()                                            # made for weights that are left out
     return path.parent / FILE

@@ -19,7 +19,6 @@ import json
 import shutil
 import warnings
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -77,6 +76,13 @@ def shard(model, runtime, flags):
     Call it before the optimizer is made. For fsdp give the model on meta or on the CPU, so that one block at a time is
     whole on the device; every rank must hold the same weights. Raises InputError without processes.
     """
+    lay_out(model, runtime, flags)
+    fill(model, runtime.device)
+    return model
+
+
+def lay_out(model, runtime, flags):
+    """`shard` without its last step: what is on meta still holds no weights."""
     check(flags)
     dit = getattr(model, "trunk", model)
     sequence.spread(dit, runtime)
@@ -88,8 +94,6 @@ def shard(model, runtime, flags):
             block.compile()
     if flags.parallel == "fsdp":
         cut(model, dit, runtime, flags.shard_size)
-    fill(model, runtime.device)
-    return model
 
 
 def cut(model, dit, runtime, shard_size):
@@ -175,16 +179,6 @@ def narrow(dit, dtype):
     return dit
 
 
-def full_state(model):
-    """{name: whole tensor on the CPU} on rank 0, {} on the others. Every rank must call it."""
-    whole = {}
-    for name, x in model.state_dict().items():  # one weight at a time is whole on the device
-        x = x.full_tensor() if isinstance(x, DTensor) else x
-        if common.rank() == 0:
-            whole[name] = x.cpu()
-    return whole
-
-
 def trained(model):
     """{name: weight} of what trains: what is frozen comes from --model again."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -198,12 +192,8 @@ def named_state(model, optimizer):
 
 
 def save_checkpoint(output_dir, step, folders, model, optimizer, config, keep=2):
-    """runs.save_checkpoint of a model in training. Every rank must call it; under fsdp each writes its pieces.
-
-    folders: {name: function(path, state)}, called on rank 0 with state=full_state(model).
-    """
-    whole, state = full_state(model), {}
-    folders = {name: partial(write, state=whole) for name, write in folders.items()}
+    """runs.save_checkpoint of a model in training. Every rank must call it; under fsdp each writes its pieces."""
+    state, folders = {}, dict(folders)
     if not any(isinstance(p, DTensor) for p in model.parameters()):
         state = {"model": trained(model), "optimizer": optimizer.state_dict()}
     else:
@@ -212,7 +202,7 @@ def save_checkpoint(output_dir, step, folders, model, optimizer, config, keep=2)
             shutil.rmtree(pieces, ignore_errors=True)
         common.gather(None)                                     # a killed run's pieces are gone
         dcp.save(named_state(model, optimizer), checkpoint_id=pieces)
-        folders[PIECES] = pieces.replace
+        folders[PIECES] = lambda path: common.rank() or pieces.replace(path)
     runs.save_checkpoint(output_dir, step, folders, state, config, keep)
     common.gather(None)                                         # nobody goes on before the checkpoint is there
 

@@ -3,6 +3,7 @@
     python -m scale.plan wan2.1-t2v-14b --frames 81 --size 1280*720 --gpus 8 --method prfl
     python -m scale.plan wan2.1-t2v-1.3b --gpus 1 --lora_rank 32 --no-gradient_checkpointing
     python -m scale.plan wan2.1-t2v-1.3b --gpus 8 --parallel ddp --clips 500        and the whole way from clips: disk, hours
+    python -m scale.plan wan2.1-t2v-14b --gpus 8 --simulate                         and what PyTorch's tracker says, in minutes
 
 Every line shows its formula with its numbers. What is counted: fp32 weights, gradients and AdamW moments of what is
 trained, bf16 autocast, what the backward pass keeps of each block (term by term in `block_bytes`, equal to the bytes
@@ -77,6 +78,8 @@ class Config:
                      at_most=1)
     tflops: float = arg(989.0, "the GPU's peak in bf16, TFLOP/s; an H100 or H200 has 989", above=0)
     memory: float = arg(80.0, "memory of one GPU, GB", above=0)
+    simulate: bool = arg(False, "also make one iteration on tensors without data, and count what lives (scale/simulate.py)",
+                         only="method prfl")
     clips: int = arg(0, "prfl: also disk, memory and hours of the whole way from so many clips; 0 for none", at_least=0)
     reward_steps: int = arg(1600, "--clips: steps of train_reward.py", above=0)
     reward_batch_size: int = arg(2, "--clips: its videos per step and GPU", above=0)
@@ -389,7 +392,8 @@ def way(config, c):
     one["adapters"] = one["number2"] * 4 * T2 + 4 * T2 if config.lora_rank else 0
     one["export"] = 2 * P
     one["disk"] = sum(one[k] for k in ("shards", "disk1", "disk2", "adapters", "export"))
-    one["host"] = max(config.gpus * 4 * R, 4 * P)               # of a node
+    d = c["dim"]
+    one["host"] = config.gpus * (4 * max(6 * d * d, d * c["ffn_dim"], d * c["text_dim"]) + 1e9)      # of a node
     one["encoder_flops"] = encoder_flops(f, h, w) * (2 if i2v else 1)
     one["encode_seconds"] = config.clips * one["encoder_flops"] / (config.mfu * config.fp32_tflops * 1e12)
     one["reports"] = math.ceil(config.reward_steps / REWARD_EVERY)
@@ -602,8 +606,7 @@ def report_way(config, c):
     row("train_reward.py, a GPU", one["peak1"], f"--method reward --batch_size {config.reward_batch_size}, and "
         f"{config.holdout} held-out clips = {gb(one['held'])}")
     row("train_align.py, a GPU", one["peak2"], "PEAK above")
-    row("host", one["host"], f"the larger of {config.gpus} x 4 R (train_reward.py starts it whole in every process) and 4 P "
-        "(a checkpoint)")
+    row("host", one["host"], f"{config.gpus} x (4 bytes of the largest weight, as they are read and written one at a time, and 1 GB)")
     print("and in time")
     hours("data.py encode", one["encode_seconds"],
           f"{config.clips:,} x {one['encoder_flops'] / 1e12:.1f} TF (VAE{' twice' * i2v}) / ({config.mfu:g} x "
@@ -615,8 +618,32 @@ def report_way(config, c):
     hours("HOURS", one["seconds"], "")
 
 
+def report_simulated(config, c):
+    """Print the pencil's bytes beside those of scale/simulate.py's tracker."""
+    from scale.simulate import simulate  # it alone needs PyTorch's distributed internals
+    one = costs(config, c)
+    phases = simulate(config, c, (one["f"], one["h"], one["w"]))
+    moments = one["with" if config.gradient_checkpointing else "without"]["moments"]
+    behind = lambda *names: one["static"] + max(moments[name] for name in names if name in moments)
+    most = lambda *names: max(phases[name]["Total"] for name in names)
+    backward = ("SFT, backward", "generator's backward")
+    print("\na second opinion, by PyTorch's tracker, on tensors without data")
+    print(f"  {'':25} {'tracker':>12} {'pencil':>12}")
+    start = phases["before"]
+    for name, tracker, pencil in (
+            ("weights, reward model", start["Parameter"], one["weights"] + one["reward_weights"]),
+            ("AdamW's two moments", start["Optstate"], one["optimizer"]),
+            ("reward, and its backward", most("reward, forward", "reward's backward"), behind("pooling", "reward")),
+            ("generator's backward", most(*backward), behind("generator", "gradients")),
+            ("optimizer step", most("optimizer step"), behind("optimizer")),
+            ("PEAK", most(*phases), behind(*moments))):
+        print(f"  {name:25} {tracker / 1e9:9.2f} GB {pencil / 1e9:9.2f} GB  {pencil / tracker - 1:+.1%}")
+
+
 def main(config):
     report(config, PRESETS[config.preset])
+    if config.simulate:
+        report_simulated(config, PRESETS[config.preset])
 
 
 if __name__ == "__main__":

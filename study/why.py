@@ -168,7 +168,7 @@ def main(config):
         return {f"{name}_loss": loss.item(), **extra, f"{name}_grad_norm": norm, f"{name}_seconds": time.perf_counter() - clock,
                 f"{name}_cpu_seconds": time.process_time() - cpu_clock}
 
-    def export(path, state):
+    def export(path):
         export_transformer(average, path, dtype=torch.float32)
 
     bar = common.progress(config.max_train_steps, config.variant, initial=state["step"])
@@ -190,7 +190,7 @@ def main(config):
         if done % config.checkpointing_steps == 0 or done == config.max_train_steps:
             parallel.save_checkpoint(config.output_dir, done, {"transformer": export}, policy, optimizer, config)
     bar.close()
-    export(Path(config.output_dir) / "transformer", None)
+    export(Path(config.output_dir) / "transformer")
     print(f"wrote {Path(config.output_dir) / 'transformer'}")
 
 

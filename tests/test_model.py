@@ -266,7 +266,7 @@ def test_interrupted_export_leaves_the_old_folder(tmp_path, monkeypatch, broken)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(weights, "save_file", interrupted)
+        patch.setattr(weights, "stream_tensors", interrupted)
         with pytest.raises(KeyboardInterrupt):
             export_transformer(new, tmp_path / "out")
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before

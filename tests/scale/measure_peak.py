@@ -1,5 +1,6 @@
 """Run by test_plan.py in a process of its own: updates of small models on real tensors, and the most bytes that PyTorch's
-allocator had handed out at one time, by the profiler's record of every allocation. Prints one JSON object a line."""
+allocator had handed out at one time, by the profiler's record of every allocation; beside it the planner's, and of PRFL the
+simulation's. Prints one JSON object a line."""
 import json
 import sys
 from pathlib import Path
@@ -7,13 +8,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
 import model
 import pavrm
 import prfl
 from scale import lora, plan
+from scale.simulate import gpu_attend, simulate
 
 WIDTH = model.PRESETS["wan2.1-t2v-1.3b"] | dict(dim=256, ffn_dim=1280, num_heads=4, text_len=64, text_dim=128, freq_dim=64)
 CASES = (       # method, checkpointing, rank of adapters, blocks, size
@@ -21,12 +22,6 @@ CASES = (       # method, checkpointing, rank of adapters, blocks, size
     ("prfl", True, 0, 6, "256*256"), ("prfl", False, 0, 4, "256*256"), ("prfl", True, 0, 3, "64*64"),
     ("prfl", True, 8, 6, "256*256"), ("prfl", False, 8, 4, "256*256"),
     ("reward", True, 0, 2, "256*256"), ("reward", False, 0, 2, "256*256"))
-
-
-def gpu_attend(q, k, v, sequence=None):
-    """`model.attend` as it is off the CPU."""
-    q, k, v = (y.to(v.dtype).transpose(1, 2) for y in (q, k, v))
-    return scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def update(method, checkpointing, rank, config, found):
@@ -64,8 +59,9 @@ if __name__ == "__main__":
     model.attend = gpu_attend
     for method, checkpointing, rank, layers, size in CASES:
         config = WIDTH | dict(num_layers=layers)
-        found = plan.costs(plan.Config("tiny-t2v", method=method, size=size, frames=17, depth=2, lora_rank=rank),
-                           config)
+        flags = plan.Config("tiny-t2v", method, 17, size, "steady" if method == "prfl" else "paper", depth=2, lora_rank=rank,
+                            gradient_checkpointing=checkpointing)
+        found = plan.costs(flags, config)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
             update(method, checkpointing, rank, config, found)
         now = peak = 0
@@ -73,5 +69,8 @@ if __name__ == "__main__":
             if event.name() == "[memory]":
                 now += event.nbytes()
                 peak = max(peak, now)
+        phases = simulate(flags, config, (found["f"], found["h"], found["w"])) if method == "prfl" else {}
+        simulated = [one["Total"] for phase, one in phases.items() if "SFT" not in phase]       # the update measured here
         print(json.dumps({"case": f"{method}, checkpointing {checkpointing}, rank {rank}, {size}", "measured": peak,
-                          "planned": found["with" if checkpointing else "without"]["peak"]}), flush=True)
+                          "planned": found["with" if checkpointing else "without"]["peak"],
+                          "simulated": max(simulated, default=None)}), flush=True)

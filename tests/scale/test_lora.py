@@ -15,6 +15,7 @@ from tiny import (
 from common import InputError
 from formats import runs, wan
 from formats.adapters import LAYOUTS, read_adapters
+from formats.weights import whole
 from model import VideoDiT, export_transformer, load_transformer
 from scale import lora
 
@@ -51,7 +52,8 @@ def test_step_0_is_the_base_and_only_adapters_train():
             assert p.grad.abs().max() > 0, name
     assert {name.split(".lora_")[0] for name, p in dit.named_parameters() if p.requires_grad} == {
         f"blocks.{i}.{kind}_attn.{x}" for i in range(2) for kind in ("self", "cross") for x in "qkvo"}
-    assert same(lora.merge(dit.state_dict(), 8), before)
+    state = dit.state_dict()
+    assert same({name: whole(x) for name, x in lora.merge(state, lora.scaled(state, 8)).items()}, before)
 
 
 @pytest.mark.parametrize("alpha", [None, 4])
@@ -61,7 +63,7 @@ def test_merged_by_hand_and_equal_outputs(tmp_path, alpha):
     for name in [name for name in state if name.endswith("lora_A.weight")]:
         layer = name.removesuffix(".lora_A.weight")
         plain[f"{layer}.weight"] += (1 if alpha is None else 2) * state[f"{layer}.lora_B.weight"] @ state[name]
-    export_transformer(dit, tmp_path / "merged", state=lora.merge(state, alpha))
+    export_transformer(dit, tmp_path / "merged", state=lora.merge(state, lora.scaled(state, alpha)))
     merged = load_transformer(tmp_path / "merged")
     assert distance(merged.state_dict(), plain) < 1e-6
     out = dit(*batch())
@@ -75,7 +77,7 @@ def test_diffusers_reads_the_file(tmp_path):
     diffusers = pytest.importorskip("diffusers")
     dit = adapted()
     export_transformer(generator(), tmp_path / "base", layout="diffusers")
-    lora.save(dit.state_dict(), tmp_path, 4)
+    lora.save(lora.scaled(dit.state_dict(), 4), tmp_path)
     assert len(load_file(tmp_path / lora.FILE)) == len([n for n in dit.state_dict() if ".lora_" in n]) == 32
     x, t, context = batch()
     wanted = dit(x, t, context)
@@ -138,7 +140,7 @@ def test_both_layouts_say_the_same_and_convert_both_ways(tmp_path):
     wanted = lora.scaled(dit.state_dict(), 4)
     for layout in LAYOUTS:
         (tmp_path / layout).mkdir()
-        lora.save(dit.state_dict(), tmp_path / layout, 4, layout)
+        lora.save(lora.scaled(dit.state_dict(), 4), tmp_path / layout, layout)
     names = load_file(tmp_path / "wan" / lora.FILE)
     assert "diffusion_model.blocks.1.cross_attn.o.lora_B.weight" in names and len(names) == 32
     for first, second in (LAYOUTS, LAYOUTS[::-1]):
@@ -155,7 +157,7 @@ def test_diffusers_converts_comfyuis_names_to_the_same_adapters(tmp_path):
     pytest.importorskip("diffusers")
     from diffusers.loaders import WanLoraLoaderMixin
     for layout in LAYOUTS:
-        lora.save(adapted().state_dict(), tmp_path, 4, layout)
+        lora.save(lora.scaled(adapted().state_dict(), 4), tmp_path, layout)
         (tmp_path / lora.FILE).rename(tmp_path / f"{layout}.safetensors")
     read = {layout: WanLoraLoaderMixin.lora_state_dict(str(tmp_path), weight_name=f"{layout}.safetensors") for layout in LAYOUTS}
     assert same(read["wan"], read["diffusers"]) and len(read["wan"]) == 32
@@ -176,7 +178,7 @@ def test_files_of_other_trainers_are_read(tmp_path):
 def test_training_goes_on_from_a_file(folder, tmp_path):
     """The run starts where the file's model stands, with its rank, and says so by its outputs; sampling merges the same."""
     dit = adapted()
-    lora.save(dit.state_dict(), tmp_path, 4)
+    lora.save(lora.scaled(dit.state_dict(), 4), tmp_path)
     started, merged = generator(), generator()
     lora.add(started, 0, 8, path=tmp_path / lora.FILE)          # another alpha: the same function
     lora.merge_file(merged, tmp_path / lora.FILE)
@@ -206,7 +208,7 @@ def test_files_that_do_not_fit(tmp_path, tensors, words):
 
 
 def test_a_file_that_is_cut_or_of_another_rank(tmp_path):
-    lora.save(adapted().state_dict(), tmp_path, 4)
+    lora.save(lora.scaled(adapted().state_dict(), 4), tmp_path)
     with pytest.raises(InputError, match="--lora_rank 3: .* have rank 2"):
         lora.add(generator(), 3, path=tmp_path / lora.FILE)
     (tmp_path / lora.FILE).write_bytes((tmp_path / lora.FILE).read_bytes()[:500])

@@ -32,18 +32,11 @@ from formats import weights
 from formats.codec import fill_in, training
 from model import PRESETS
 from scale import parallel, plan
+from scale.simulate import gpu_attend, simulate
 
 ROOT = Path(plan.__file__).parents[1]
 WAN = PRESETS["wan2.1-t2v-1.3b"] | dict(num_layers=2)
 IMAGE = WAN | dict(model_type="i2v", in_dim=36, image_dim=1280)
-
-
-def gpu_attend(q, k, v, sequence=None):
-    """`model.attend` as it is off the CPU."""
-    if sequence is not None:
-        return sequence.tokens(gpu_attend(*sequence.heads(q, k, v)))
-    q, k, v = (y.to(v.dtype).transpose(1, 2) for y in (q, k, v))
-    return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 @pytest.fixture(autouse=True)
@@ -221,6 +214,23 @@ def test_peak_measured_by_the_allocator():
     assert done.returncode == 0 and len(found) == 10, done.stderr[-3000:]
     for row in found:
         assert row["planned"] == pytest.approx(row["measured"], rel=0.1), row
+        assert row["simulated"] is None or row["simulated"] == pytest.approx(row["measured"], rel=0.1), row
+    assert sum(row["simulated"] is not None for row in found) == 5
+
+
+@pytest.mark.parametrize("flags", [dict(), dict(sequence_parallel=2), dict(lora_rank=8), dict(offload_activations=True)])
+def test_a_simulated_iteration_beside_the_pencil(flags):
+    """fsdp over two ranks that do not exist, at the width of 1.3B; line by line."""
+    config = PRESETS["wan2.1-t2v-1.3b"] | dict(num_layers=2)
+    one = plan.Config("tiny-t2v", size="256*256", frames=17, recipe="steady", gpus=2, depth=2, **flags)
+    found = plan.costs(one, config)
+    phases = simulate(one, config, (found["f"], found["h"], found["w"]))
+    start, moments = phases["before"], found["with"]["moments"]
+    assert start["Parameter"] == pytest.approx(found["weights"] + found["reward_weights"], rel=0.01)
+    assert start["Optstate"] == pytest.approx(found["optimizer"], rel=0.01)
+    assert phases["optimizer step"]["Total"] == pytest.approx(found["static"] + moments["optimizer"], rel=0.1)
+    assert max(phase["Total"] for phase in phases.values()) == pytest.approx(found["with"]["peak"], rel=0.1)
+    assert not torch.distributed.is_initialized() and model.attend is gpu_attend
 
 
 def test_fsdp_cuts_and_checkpointing_and_lora_save():
@@ -354,7 +364,7 @@ def test_disk_is_that_of_the_files(tmp_path):
             p.grad = torch.zeros_like(p)
         optimizer.step()
         (tmp_path / name).mkdir()
-        write = lambda path, state: weights.save_module(trained, path, state=state)
+        write = lambda path: weights.save_module(trained, path)
         parallel.save_checkpoint(tmp_path / name, 1, {"weights": write}, trained, optimizer, train_align.Config())
         assert size(tmp_path / name) == pytest.approx(found["checkpoint" + name], rel=0.01)
     data.write_shards(tmp_path / "shards", torch.zeros(3, 16, 3, 4, 4),

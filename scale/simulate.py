@@ -1,0 +1,142 @@
+"""A second opinion on the planner's bytes: one whole PRFL iteration at its true size, on tensors that hold nothing.
+
+The training code itself runs, VideoDiT, PAVRM, fully_shard, shared clips, AdamW, in a process group of --gpus ranks that
+does not exist, on tensors of FakeTensorMode, which have shapes, dtypes and storage sizes but no data; PyTorch's own
+MemTracker counts the storages that live. So 14B at 81 frames takes minutes of one core and no memory. What it cannot see:
+the CUDA context, the allocator's unused pieces, what kernels take inside themselves, and clipping (a few numbers).
+
+Under fsdp the mesh must be there before FakeTensorMode is, and the models are cut while they are on meta. The tracker's
+module hooks expect one forward call of a module, where a rollout makes many: it counts without them, by phases instead.
+"""
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import model
+import prfl
+from common import Runtime
+from pavrm import PAVRM
+from scale import lora, parallel, sequence
+
+
+def gpu_attend(q, k, v, sequence=None):
+    """`model.attend` as it is off the CPU, whose fused kernel keeps as much here."""
+    if sequence is not None:
+        return sequence.tokens(gpu_attend(*sequence.heads(q, k, v)))
+    q, k, v = (y.to(v.dtype).transpose(1, 2) for y in (q, k, v))
+    return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class Phases(MemTracker):
+    """`peaks`: {phase: {kind: bytes}} of the moment at which most bytes lived, of the phases that `begin` names."""
+
+    def __init__(self):
+        super().__init__()
+        self.phase, self.peaks, self.counts = "before", {}, True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return super().__torch_dispatch__(func, types, args, kwargs) if self.counts else func(*args, **kwargs or {})
+
+    @contextmanager
+    def but_for_shapes(self):
+        """DTensor finds the shapes of its results on whole tensors without data; these are none of the program's."""
+        find = ShardingPropagator._propagate_tensor_meta_non_cached
+
+        def uncounted(*args):
+            self.counts = False
+            try:
+                return find(*args)
+            finally:
+                self.counts = True
+
+        with patch.object(ShardingPropagator, find.__name__, uncounted), self:
+            yield
+
+    def begin(self, phase):
+        self.phase = phase
+        self._update_peak_stats(None)
+
+    def _update_peak_stats(self, state):
+        for now in self._curr_mem_snap.values():                # of the one device
+            if now["Total"] > self.peaks.get(self.phase, {"Total": 0})["Total"]:
+                self.peaks[self.phase] = {str(getattr(kind, "value", kind)): size for kind, size in now.items()}
+
+    def _pre_fw_hook(self, *args):
+        pass
+
+    _post_fw_hook = _pre_bw_hook = _post_bw_hook = _pre_fw_hook
+
+
+def simulate(config, c, grid):
+    """{phase: {"Parameter", "Optstate", ..., "Total": bytes}} of one GPU, of an SFT and a reward update of PRFL.
+
+    config: the planner's flags. c: a VideoDiT's config. grid: its latent (f, h, w). Raises InputError."""
+    world = config.gpus * config.nodes
+    runtime = Runtime(0, world, torch.device("cpu"), torch.bfloat16, config.sequence_parallel)
+    flags = parallel.Flags(config.gradient_checkpointing, config.parallel if world > 1 else "ddp", config.sequence_parallel,
+                           config.shard_size, config.offload_activations)
+    if world > 1:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    attend, model.attend = model.attend, gpu_attend
+    model.rope_table.cache_clear()                              # a table of data is none of a fake mode, and the reverse
+    try:
+        with torch.device("meta"):
+            policy = model.VideoDiT(**c)
+            pavrm = PAVRM(policy.config | {"num_layers": config.depth}).freeze()
+        lora.add(policy, config.lora_rank)
+        for one in (policy, pavrm):
+            parallel.lay_out(one, runtime, flags)
+        with FakeTensorMode(allow_non_fake_inputs=True):         # the models on meta
+            return iterate(config, c, grid, policy, pavrm, runtime)
+    finally:
+        model.attend = attend
+        model.rope_table.cache_clear()
+        sequence.group_of.cache_clear()
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def iterate(config, c, grid, policy, pavrm, runtime):
+    """One iteration, as train_align.py makes it, under a tracker."""
+    for one in (policy, pavrm):
+        one._apply(lambda x: torch.empty_like(x, device="cpu"))
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, foreach=True)        # as on a GPU
+    for p in trained:
+        optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    x1 = torch.randn(config.batch_size, c["out_dim"], *grid)
+    context, t = torch.randn(config.batch_size, c["text_len"], c["text_dim"]), torch.rand(config.batch_size)
+    image = {"y": torch.randn(config.batch_size, c["in_dim"] - c["out_dim"], *grid)} if c["model_type"] == "i2v" else {}
+    image |= {"clip": torch.randn(config.batch_size, 257, c["image_dim"])} if c.get("image_dim") else {}
+    tracker, recipe, N = Phases(), prfl.RECIPES[config.recipe], config.num_inference_steps
+    tracker.track_external(policy, pavrm, optimizer, x1, context, t, *image.values())
+
+    def update(name, make_loss):
+        optimizer.zero_grad()
+        tracker.begin(f"{name}, forward")
+        with runtime.autocast():
+            loss = make_loss()
+        tracker.begin("reward's backward" if name == "reward" else f"{name}, backward")
+        loss.backward()
+        tracker.begin("optimizer step")
+        optimizer.step()
+
+    def behind_reward(module, args, velocity):
+        if velocity.requires_grad and tracker.phase.startswith("reward"):
+            velocity.register_hook(lambda gradient: tracker.begin("generator's backward"))
+
+    hook = policy.register_forward_hook(behind_reward)
+    with tracker.but_for_shapes():
+        update("SFT", lambda: prfl.sft_loss(policy, x1, torch.randn_like(x1), t, context, **image))
+        update("reward", lambda: prfl.reward_update_loss(policy, pavrm, x1, context, (N + 1) // 2, N,
+                                                         rollout_passes=recipe["rollout_passes"], loss=recipe["reward_loss"],
+                                                         **image)[0])
+    hook.remove()
+    return tracker.peaks
