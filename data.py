@@ -145,7 +145,7 @@ class Shards:
             self.labels[i] = -1 if label is None else label
             counts[source] += label is not None
         note = "labels from " + (", ".join(f"{source}: {counts[source]}" for source in sources if counts[source]) or "nowhere")
-        self.labels, self.label_note = common.gather((self.labels, note))[0]    # a person may be answering meanwhile
+        self.labels, self.label_note = common.gather((self.labels, printable(note)))[0]     # a person may be answering meanwhile
         return self
 
     def batch(self, indices):
@@ -200,7 +200,7 @@ class Shards:
             if image_to_video and length == codec.WAN_CONTEXT and "condition" not in self.shapes:
                 raise InputError(f"{self.folder}: lacks the given first frame as Wan2.1's image-to-video takes it: encode with "
                                  f"--model {model or 'and its folder'}")
-            notes = {f"{self.folder}: encoders cannot be compared, as {model} holds none": not found,
+            notes = {f"{self.folder}: encoders cannot be compared: {f'{model} holds none' if model else 'no --model'}": not found,
                      f"{self.folder}: clips run at {self.fps:g} frames per second, the model's own videos at "
                      f"{codec.published(dit.config)['fps']:g}: it will learn another speed; encode with --fps":
                      abs(self.fps / codec.published(dit.config)["fps"] - 1) > .02,
@@ -563,7 +563,6 @@ def encode_clips(rows, unusable, config, models, settings, seen, contents, repor
 COMMANDS = {"check": (check_command, Check), "encode": (encode_command, Encode)}
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")       # names and captions of others, on any terminal
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in ("-h", "--help"):
         print(__doc__)

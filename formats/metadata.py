@@ -74,7 +74,7 @@ def read_table(path, fields, needed):
             field = field_of.get(name.strip().lower())
             if field is None:
                 strange.append(name)
-            elif value not in (None, "") and given.setdefault(field, value) != value:
+            elif value not in (None, "") and given.setdefault(field, value) is not value and given[field] != value:
                 problem = problem or f"gives two {field}s, {_short(given[field])} and {_short(value)}"
         yield place, given, problem, strange
 
@@ -104,16 +104,18 @@ def read_metadata(folder):
 
 def _read_jsonl(path, text):
     """Yields (place, [(name, value)] or None, problem or None)."""
+    first = None
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
+        first = first or number
         try:
             pairs = json.loads(line, object_pairs_hook=_Pairs)
         except (ValueError, RecursionError):
             pairs = None
-        whole = number == 1 and (isinstance(pairs, list) and not isinstance(pairs, _Pairs) or line.strip() in ("[", "{"))
+        whole = number == first and (isinstance(pairs, list) and not isinstance(pairs, _Pairs) or line.strip() in ("[", "{"))
         if whole:
-            raise InputError(f"{path} row 1: the file is one JSON document; write one object a line, without brackets or "
+            raise InputError(f"{path} row {number}: the file is one JSON document; write one object a line, without brackets or "
                              "commas around it")
         ok = isinstance(pairs, _Pairs)
         yield f"{path} row {number}", pairs if ok else None, None if ok else "not a JSON object"
@@ -145,8 +147,8 @@ def _read_csv(path, text, field_of, needed):
                 continue
             number += 1
             place = f"{path} row {number} (line {first})"
-            swallowed = [line for cell in cells for line in cell.splitlines()[1:]
-                         if any(part.strip(' "').lower().endswith(SUFFIXES) for part in line.split(","))]
+            parts = [part.strip(' "') for cell in cells for line in cell.splitlines()[1:] for part in line.split(",")]
+            swallowed = [part for part in parts if part.lower().endswith(SUFFIXES) or os.path.isfile(path.parent / part)]
             if swallowed:
                 raise InputError(f"{place}: a quote that is not closed there takes in the rows below")
             problem = None

@@ -98,9 +98,23 @@ def refuse_another_run(path, differ):
                          "--output_dir")
 
 
+def claim(config):
+    """Raises InputError unless --output_dir is new or empty, or is of an earlier run of this script from a model elsewhere."""
+    folder, model = Path(config.output_dir), Path(config.model).resolve()
+    if folder.resolve() in (model, *model.parents) and folder.exists():
+        raise InputError(f"--output_dir {folder}: holds --model {config.model}, which would be written over: name another folder")
+    known = {field.name for field in dataclasses.fields(config)} | {"made_from"}
+    if not (folder / "args.json").is_file():
+        lock.claim(folder, "run", ("samples/.lock", "curated/.lock"))                  # a run that ended while it made them
+    elif (foreign := sorted(read_args(folder).keys() - known)) or not read_args(folder):
+        raise InputError(f"--output_dir {folder}: its args.json is of no run of this script ({foreign[:1]}): name another folder")
+
+
 def open_checkpoint(config):
     """-> (path, state) of the checkpoint that --resume_from_checkpoint names; (None, {"step": 0}) without. Raises InputError
-    if it is of another run, by the flags given, or past --max_train_steps."""
+    if it is of another run, by the flags given, or past --max_train_steps, and as `claim` does."""
+    if rank() == 0:
+        claim(config)
     if not config.resume_from_checkpoint:
         return None, {"step": 0}
     path = resolve_checkpoint(config.output_dir, config.resume_from_checkpoint)
@@ -208,7 +222,7 @@ def read_metrics(path):
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             found.append((int(json.loads(line)["step"]), line))
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError):
             pass                                                # cut short by a kill, or by another hand
     return found
 
