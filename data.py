@@ -27,7 +27,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 import common
 from common import InputError, arg
@@ -36,7 +35,7 @@ from formats import labels as people
 from formats.codec import load_image_encoder, load_text_encoder, load_vae, save_null_context
 from formats.metadata import SUFFIXES, printable, read_listing, read_metadata, replace_text, write_rows
 from formats.video import Facts, from_pixels, read_clip_facts
-from formats.weights import SHIPPED, transformer_folder
+from formats.weights import SHIPPED, transformer_folder, write_tensors
 
 FEWEST = 5  # frames of a clip to train on: two latent frames
 # What encode holds in memory: clips decoded ahead, pixels of a batch, bytes of a shard, bytes of a clip whose size
@@ -69,7 +68,7 @@ def write_shards(folder, latents, contexts, labels, prompts, file_names=None, fp
     if not before:
         (folder / "shards.json").unlink(missing_ok=True)
     tensors = {name: x.float().contiguous() for name, x in (extra | dict(latents=latents, context=contexts)).items()}
-    save_file(tensors | {"label": values}, folder / f"{name}.tmp")
+    write_tensors(tensors | {"label": values}, folder / f"{name}.tmp")
     os.replace(folder / f"{name}.tmp", folder / name)
     rows = (before.all_rows if before else []) + rows
     write_rows(folder / "metadata.jsonl", rows)

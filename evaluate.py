@@ -73,7 +73,7 @@ TABLE = {"qualified": "qualified", "physical_qualified": "physical", "deformity_
 class Config(search.Flags):
     checkpoints: tuple[str, ...] = arg((), "folders, or name=folder; the first is compared with", positional=True)
     output_dir: str = arg("runs/evaluate", "where tables and pictures go")
-    task: str | None = arg(None, "t2v, or i2v (image-to-video); without, what the checkpoints are", choices=TASKS)
+    task: str | None = arg(None, "t2v, or i2v (image-to-video); without, what the checkpoints are", choices=TASKS, only="!clips")
     model: str | None = arg(None, "folder with text_encoder/, vae/ and reward/; without, the shipped one of --task")
     reward: str | None = arg(None, "reward model of the PAVRM score; without, <model>/reward if there is one")
     prompts: str | None = arg(None, "file of prompts (.txt, .jsonl, .csv) in place of the embedded world's", only="!clips")

@@ -373,6 +373,7 @@ def report_command(config):
                     for kind in ("labels", "pairs"))
     if not clips and not pairs:
         raise InputError(f"{config.folder}: no answers in a labels.jsonl or pairs.jsonl: `python label.py {config.folder}`")
+    common.refuse(config, () if clips else ("bad",), "for pairs")
     print(show_tables((clip_tables(clips, config.bad) if clips else []) + (pair_tables(pairs) if pairs else [])))
 
 

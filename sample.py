@@ -103,8 +103,10 @@ def check_flags(config):
 
 def settle(config, dit_config):
     """What the flags leave open, as the model is used -> size (W, H)."""
-    size = data.parse_size(config) or codec.published(dit_config)["size"]
+    size, negative = data.parse_size(config) or codec.published(dit_config)["size"], config.negative_prompt
     codec.fill_in(config, codec.published(dit_config, size[1]))
+    if negative is not None and config.guidance_scale == 1:
+        raise InputError("--negative_prompt means nothing with --guidance_scale 1: leave it out, or give a larger one")
     config.size = f"{size[0]}*{size[1]}"
     c, f, h, w = codec.latent_shape(dit_config, size, config.frames)
     config.batch_size = config.batch_size or max(1, BATCH_LATENTS // (f * h * w))

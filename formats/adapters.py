@@ -12,10 +12,9 @@ import re
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from common import InputError
-from formats.weights import diffusers_name
+from formats.weights import diffusers_name, write_tensors
 
 FILE = "pytorch_lora_weights.safetensors"
 LAYOUTS = ("diffusers", "wan")
@@ -60,5 +59,5 @@ def write_adapters(path, adapters, layout="diffusers"):
     for layer, (A, B) in adapters.items():
         tensors |= {f"{spell(layer)}lora_A.weight": A.contiguous(), f"{spell(layer)}lora_B.weight": B.contiguous()}
     temporary = Path(f"{path}.tmp")
-    save_file(tensors, temporary, {"format": "pt"})
+    write_tensors(tensors, temporary, {"format": "pt"})
     os.replace(temporary, path)

@@ -4,10 +4,12 @@ One row a clip: file_name (or video, file), prompt (or text, caption), and perha
 = unlabelled, which is never read as 0. Case and blanks of these words do not matter. A row that cannot be used is that
 row's problem; a file in which rows cannot be told apart is refused as a whole.
 """
+import contextlib
 import csv
 import io
 import json
 import os
+import re
 from pathlib import Path
 
 from common import InputError
@@ -86,9 +88,18 @@ def write_rows(path, rows):
 
 
 def replace_text(path, text):
-    """Whole or not at all: a temporary name, then a rename."""
-    Path(f"{path}.tmp").write_text(text, encoding="utf-8")
-    os.replace(f"{path}.tmp", path)
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path, content):
+    """Whole or not at all: a temporary name, then a rename. Raises OSError that names the file."""
+    try:
+        Path(f"{path}.tmp").write_bytes(content)
+        os.replace(f"{path}.tmp", path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(f"{path}.tmp")
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def read_metadata(folder):
@@ -147,7 +158,7 @@ def _read_csv(path, text, field_of, needed):
                 continue
             number += 1
             place = f"{path} row {number} (line {first})"
-            parts = [part.strip(' "') for cell in cells for line in cell.splitlines()[1:] for part in line.split(",")]
+            parts = [part.strip(' "') for cell in cells if len(cell.splitlines()) > 1 for part in re.split("[,\r\n]", cell)[1:]]
             swallowed = [part for part in parts if part.lower().endswith(SUFFIXES) or os.path.isfile(path.parent / part)]
             if swallowed:
                 raise InputError(f"{place}: a quote that is not closed there takes in the rows below")

@@ -21,6 +21,7 @@ import torch
 
 from common import InputError, arg, rank
 from formats import fingerprint, lock
+from formats.metadata import replace_text
 from formats.picture import write_gif
 from formats.video import read_clip
 
@@ -43,8 +44,7 @@ class Flags:
 
 def write_json(path, value):
     """Whole or not at all: a temporary name, then a rename."""
-    Path(f"{path}.tmp").write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(f"{path}.tmp", path)
+    replace_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def list_checkpoints(output_dir):
@@ -176,14 +176,20 @@ def save_checkpoint(output_dir, step, folders, state, config, keep=None):
         os.rename(temporary, final)
     except OSError as e:
         shutil.rmtree(temporary, ignore_errors=True)    # what it holds is needed by nobody; a full disk needs the room
-        whole = list_checkpoints(output_dir)
-        there = f"the last whole one is {whole[-1][1]}: --resume latest goes on from it" if whole else "there is none before it"
-        raise OSError(e.errno, f"{e.strerror}: {final.name} could not be written; {there}", e.filename) from None
+        raise unwritten(output_dir, step, e) from None
     shutil.rmtree(old, ignore_errors=True)
     whole = [path for _, path in list_checkpoints(output_dir)]
     for path in whole[:-keep] if keep else []:
         shutil.rmtree(path, ignore_errors=True)
     return final
+
+
+def unwritten(output_dir, step, error):
+    """An OSError for one that kept checkpoint-<step> from being written: it names the last whole one."""
+    whole = list_checkpoints(output_dir)
+    there = f"the last whole one is {whole[-1][1]}: --resume latest goes on from it" if whole else "there is none before it"
+    number, why = getattr(error, "errno", None) or errno.EIO, getattr(error, "strerror", None) or str(error)
+    return OSError(number, f"{why}: checkpoint-{step:06d} could not be written; {there}", getattr(error, "filename", None))
 
 
 def save_state(state, path):
@@ -235,8 +241,7 @@ class MetricsLog:
         path, self.file, self.board, self.held = Path(output_dir) / "metrics.jsonl", None, None, held
         if rank() == 0:
             kept = [line for step, line in read_metrics(path) if resume_step is not None and step <= resume_step]
-            Path(f"{path}.tmp").write_text("".join(f"{line}\n" for line in kept))
-            os.replace(f"{path}.tmp", path)
+            replace_text(path, "".join(f"{line}\n" for line in kept))
             self.file = path.open("a", buffering=1)             # flushes each line
             try:
                 from torch.utils.tensorboard import SummaryWriter

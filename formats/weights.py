@@ -4,6 +4,7 @@ Nothing here is needed to understand the method; `model.load_transformer` and `m
 is strict: what is missing, unexpected or of another shape is an InputError that lists it. Writing is whole or not at
 all: a temporary name, then a rename. Weights are read from safetensors only.
 """
+import contextlib
 import errno
 import json
 import os
@@ -23,10 +24,12 @@ SHIPPED = dict(zip(TASKS, (Path(__file__).parents[1] / "checkpoints", Path(__fil
 
 
 def write_tensors(tensors, path, metadata=None):
-    """safetensors' save_file, whose error on a full disk does not name the file, as an OSError that does."""
+    """safetensors' save_file, whose error on a full disk does not name the file, as an OSError that does; nothing stays."""
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
         code = int((re.search(r"os error (\d+)", str(error)) or [0, errno.EIO])[1])
         raise OSError(code, os.strerror(code), str(path)) from None
 
