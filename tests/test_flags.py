@@ -157,8 +157,8 @@ SCRIPTS = {"train_align": (train_align, "Config"), "train_reward": (train_reward
            "evaluate": (evaluate, "Config"), "data check": (data, "Check"), "data encode": (data, "Encode"),
            "label": (label, "Clips"), "label --pairs": (label, "Pairs"), "label report": (label, "Said"),
            "world.clips": (clips, "Config"), "world.pretrain": (pretrain, "Config"), "scale.plan": (plan, "Config"),
-           "formats.wan": (wan, "Export"), "study.reproduce": (reproduce, "Config"), "study.cost": (cost, "Config"), "study.gpu": (gpu, "Config"),
-           "study.why": (why, "Config"), "study.candidates": (candidates, "Config")}
+           "formats.wan": (wan, "Export"), "study.reproduce": (reproduce, "Config"), "study.cost": (cost, "Config"),
+           "study.gpu": (gpu, "Config"), "study.why": (why, "Config"), "study.candidates": (candidates, "Config")}
 FIELDS = {(script, field.name): field for script, (module, name) in SCRIPTS.items()
           for field in dataclasses.fields(getattr(module, name))}
 
