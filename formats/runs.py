@@ -113,7 +113,7 @@ def claim(config):
 def open_checkpoint(config):
     """-> (path, state) of the checkpoint that --resume_from_checkpoint names; (None, {"step": 0}) without. Raises InputError
     if it is of another run, by the flags given, or past --max_train_steps, and as `claim` does."""
-    if rank() == 0:
+    if rank() == 0 and hasattr(config, "model"):                # world/pretrain.py keeps latents there before it comes here
         claim(config)
     if not config.resume_from_checkpoint:
         return None, {"step": 0}

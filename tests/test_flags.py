@@ -21,7 +21,8 @@ import model
 import sample
 import train_align
 import train_reward
-from formats import wan
+from formats import runs, wan
+from formats import weights as formats_weights
 from formats.weights import save_module
 from pavrm import PAVRM
 from scale import plan
@@ -208,8 +209,8 @@ def test_a_flag_is_refused_where_it_does_nothing_and_taken_elsewhere(script, fla
 
 @pytest.mark.parametrize("script, flag", [key for key in FIELDS if key[0] not in ACTS])
 def test_every_flag_is_read(script, flag):
-    module = SCRIPTS[script][0]
-    source = Path(module.__file__).read_text() + (Path(parts.__file__).read_text() if module is reproduce else "")
+    """By its script, or by those that read it for several scripts."""
+    source = "".join(Path(module.__file__).read_text() for module in (SCRIPTS[script][0], parts, runs, formats_weights))
     assert re.search(rf"config\.{flag}\b|[\"']{flag}[\"']", source)
 
 
