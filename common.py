@@ -102,6 +102,7 @@ def refuse(config, names, why):
 def cli(main, Config, doc, argv=None, prog=None):
     """main(Config from the command line), expected failures as one line on stderr. Exit code 2: unusable input,
     1: the disk, non-finite numbers or out of memory, 130: interrupted. Other exceptions are bugs: traceback."""
+    if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="backslashreplace")     # names of others, on any terminal
     try:
         return main(parse(Config, doc, argv, prog))
     except (InputError, PermissionError, FileExistsError, NotADirectoryError) as e:
@@ -111,7 +112,8 @@ def cli(main, Config, doc, argv=None, prog=None):
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
     time.sleep(3 if rank() else 0)  # a failure of every rank is told once: torchrun ends the others meanwhile
-    print("error:", " ".join(message.split()), file=sys.stderr, flush=True)
+    message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+    print("error:", message, file=sys.stderr, flush=True)
     leave(code)
 
 
@@ -158,8 +160,7 @@ def leave(code):
     while the interpreter shuts down aborts it (exit code -6, seen on a loaded machine)."""
     if not dist.is_initialized():
         sys.exit(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    sys.stdout.flush(), sys.stderr.flush()
     os._exit(code)
 
 
@@ -171,8 +172,7 @@ def random_generator(seed, *keys):
 
 def noise(shape, seed, purpose, step, indices):
     """Standard normal [len(indices), *shape]; row j depends only on (seed, purpose, step, indices[j])."""
-    rows = [torch.randn(shape, generator=random_generator(seed, purpose, step, int(i))) for i in indices]
-    return torch.stack(rows)
+    return torch.stack([torch.randn(shape, generator=random_generator(seed, purpose, step, int(i))) for i in indices])
 
 
 def uniform(seed, purpose, step, indices):

@@ -27,7 +27,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 import common
 from common import InputError, arg
@@ -36,7 +35,7 @@ from formats import labels as people
 from formats.codec import load_image_encoder, load_text_encoder, load_vae, save_null_context
 from formats.metadata import SUFFIXES, printable, read_listing, read_metadata, replace_text, write_rows
 from formats.video import Facts, from_pixels, read_clip_facts
-from formats.weights import SHIPPED, transformer_folder
+from formats.weights import SHIPPED, stream_tensors, transformer_folder
 
 FEWEST = 5  # frames of a clip to train on: two latent frames
 # What encode holds in memory: clips decoded ahead, pixels of a batch, bytes of a shard, bytes of a clip whose size
@@ -69,7 +68,7 @@ def write_shards(folder, latents, contexts, labels, prompts, file_names=None, fp
     if not before:
         (folder / "shards.json").unlink(missing_ok=True)
     tensors = {name: x.float().contiguous() for name, x in (extra | dict(latents=latents, context=contexts)).items()}
-    save_file(tensors | {"label": values}, folder / f"{name}.tmp")
+    stream_tensors(tensors | {"label": values}, folder / f"{name}.tmp")
     os.replace(folder / f"{name}.tmp", folder / name)
     rows = (before.all_rows if before else []) + rows
     write_rows(folder / "metadata.jsonl", rows)
@@ -145,7 +144,7 @@ class Shards:
             self.labels[i] = -1 if label is None else label
             counts[source] += label is not None
         note = "labels from " + (", ".join(f"{source}: {counts[source]}" for source in sources if counts[source]) or "nowhere")
-        self.labels, self.label_note = common.gather((self.labels, note))[0]    # a person may be answering meanwhile
+        self.labels, self.label_note = common.gather((self.labels, printable(note)))[0]     # a person may be answering meanwhile
         return self
 
     def batch(self, indices):
@@ -200,7 +199,7 @@ class Shards:
             if image_to_video and length == codec.WAN_CONTEXT and "condition" not in self.shapes:
                 raise InputError(f"{self.folder}: lacks the given first frame as Wan2.1's image-to-video takes it: encode with "
                                  f"--model {model or 'and its folder'}")
-            notes = {f"{self.folder}: encoders cannot be compared, as {model} holds none": not found,
+            notes = {f"{self.folder}: encoders cannot be compared: {f'{model} holds none' if model else 'no --model'}": not found,
                      f"{self.folder}: clips run at {self.fps:g} frames per second, the model's own videos at "
                      f"{codec.published(dit.config)['fps']:g}: it will learn another speed; encode with --fps":
                      abs(self.fps / codec.published(dit.config)["fps"] - 1) > .02,
@@ -564,7 +563,6 @@ def encode_clips(rows, unusable, config, models, settings, seen, contents, repor
 COMMANDS = {"check": (check_command, Check), "encode": (encode_command, Encode)}
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")       # names and captions of others, on any terminal
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in ("-h", "--help"):
         print(__doc__)

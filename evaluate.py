@@ -50,7 +50,7 @@ import flow
 import search
 import validation
 from common import InputError, arg
-from formats import codec, runs
+from formats import codec, lock, runs
 from formats.codec import load_text_encoder, load_vae
 from formats.metadata import write_rows
 from formats.picture import wall, write_gif
@@ -73,7 +73,7 @@ TABLE = {"qualified": "qualified", "physical_qualified": "physical", "deformity_
 class Config(search.Flags):
     checkpoints: tuple[str, ...] = arg((), "folders, or name=folder; the first is compared with", positional=True)
     output_dir: str = arg("runs/evaluate", "where tables and pictures go")
-    task: str | None = arg(None, "t2v, or i2v (image-to-video); without, what the checkpoints are", choices=TASKS)
+    task: str | None = arg(None, "t2v, or i2v (image-to-video); without, what the checkpoints are", choices=TASKS, only="!clips")
     model: str | None = arg(None, "folder with text_encoder/, vae/ and reward/; without, the shipped one of --task")
     reward: str | None = arg(None, "reward model of the PAVRM score; without, <model>/reward if there is one")
     prompts: str | None = arg(None, "file of prompts (.txt, .jsonl, .csv) in place of the embedded world's", only="!clips")
@@ -159,6 +159,13 @@ def markdown(rows, pairs):
     return "\n".join(lines)
 
 
+def own(config, runtime):
+    """Rank 0 becomes the one writer of --output_dir, if that is new, empty or an evaluation's -> the lock, to keep."""
+    if runtime.rank == 0:
+        lock.claim(config.output_dir, "evaluation", ("per_video.json", "scores.jsonl"))
+        return lock.hold(config.output_dir, "evaluation")
+
+
 # ---- any generator, on prompts of one's own
 WATCHED = {"pavrm": "PAVRM score", "judge": "judge", **{name: name for name in validation.PANEL}, "dynamic": "dynamic degree"}
 BATCH_LATENTS = 2 ** 12                                         # latent positions of a batch of samples
@@ -233,7 +240,7 @@ def compare_on_prompts(config, named, runtime):
     contexts = codec.encode_texts(f"{config.model}/text_encoder", [row["prompt"] for row in rows]
                                   + [negative] * (negative is not None), runtime.device, dit_config["text_dim"])
     contexts |= {None: contexts[negative]} if negative is not None else {}
-    found, films = {}, {}
+    held, found, films = own(config, runtime), {}, {}           # noqa: F841   as long as this function runs
     for name, folder in named.items():
         found[name], films[name] = sampled(config, folder, name, rows, contexts, size, runtime)
     first = next(iter(named))
@@ -281,16 +288,22 @@ def score_clips(config, runtime):
         raise InputError("--clips scores clips that exist: give no checkpoints")
     if not config.reward:
         raise InputError("--clips needs a reward model: name one with --reward")
-    pavrm, model = load_pavrm(config.reward), config.model or str(SHIPPED["t2v"])
-    source, folder = Path(config.clips), Path(config.output_dir)
+    pavrm, source, folder, fit = load_pavrm(config.reward), Path(config.clips), Path(config.output_dir), ("size", "frames", "fps")
+    wan = pavrm.trunk.config["text_len"] == codec.WAN_CONTEXT
+    model = config.model or (None if wan else str(SHIPPED["t2v"]))
+    if (source / "shards.json").exists():
+        common.refuse(config, fit, "with --clips of shards, whose clips have theirs")
+    elif not model:
+        raise InputError("--clips: give --model too, the folder with the encoders that the reward model's generator came with")
+    held = own(config, runtime)                                 # noqa: F841   as long as this function runs
     if not (source / "shards.json").exists():
-        flags = {name: getattr(config, name) for name in ("size", "frames", "fps")}
+        flags = {name: getattr(config, name) for name in fit}
         flags |= {name: f"{model}/{name}" for name in ("vae", "text_encoder")}
         flags |= {"image_encoder": f"{model}/image_encoder"} if pavrm.trunk.config["image_dim"] else {}
         data.encode_command(data.Encode(str(source), out=str(folder / "latents"), **flags))
         source = folder / "latents"
     shards = data.Shards(source).relabel()
-    shards.require_fit(pavrm.trunk)
+    shards.require_fit(pavrm.trunk, model)
     pavrm, rows = pavrm.to(runtime.device), []
     for i in common.progress(range(0, len(shards), 16), "clips (x16)"):
         indices = list(range(i, min(i + 16, len(shards))))
@@ -369,7 +382,7 @@ def main(config):
     image_to_video = config.task == "i2v"
     y = first_frame_condition(given) if image_to_video else None                                # [n, 4 + c, f, h, w]
 
-    found, videos = {}, {}
+    held, found, videos = own(config, runtime), {}, {}          # noqa: F841   as long as this function runs
     for name, dit in generators.items():
         dit = dit.to(runtime.device).eval()
         latents = []

@@ -45,7 +45,7 @@ import data
 import report
 from common import InputError, arg
 from formats import labels
-from formats.metadata import FIELDS, find_metadata
+from formats.metadata import FIELDS, find_metadata, printable
 from formats.video import read_clip, write_video
 
 PAGE = Path(__file__).with_name("assets") / "label.html"
@@ -239,7 +239,8 @@ def pair_tables(answers):
 
 
 def show_tables(tables):
-    return "\n".join(line for title, head, rows in tables for line in (f"{title}\n", *report.table(head, rows)))
+    text = lambda row: [printable(cell) for cell in row]
+    return "\n".join(line for title, head, rows in tables for line in (f"{title}\n", *report.table(head, map(text, rows))))
 
 
 # ---- the page
@@ -359,10 +360,10 @@ def serve(config):
         app, address = make_app(session, token, scratch), listening.getsockname()
         server = make_server(*address, app, threaded=True, fd=listening.fileno())
         with contextlib.suppress(KeyboardInterrupt):
-            print(f"{len(items)} {kind}s, {len(session.answers)} answered by {annotator}\n"
+            print(f"{len(items)} {kind}s, {len(session.answers)} answered by {printable(annotator)}\n"
                   f"open http://127.0.0.1:{address[1]}/{token}/\nanswers go to {journal.path}; Ctrl-C ends", flush=True)
             server.serve_forever()
-    print(f"\n{len(session.answers)} of {len(items)} {kind}s answered by {annotator}: {journal.path}\n")
+    print(f"\n{len(session.answers)} of {len(items)} {kind}s answered by {printable(annotator)}: {journal.path}\n")
     print(show_tables(session.tables()))
 
 
@@ -372,6 +373,7 @@ def report_command(config):
                     for kind in ("labels", "pairs"))
     if not clips and not pairs:
         raise InputError(f"{config.folder}: no answers in a labels.jsonl or pairs.jsonl: `python label.py {config.folder}`")
+    common.refuse(config, () if clips else ("bad",), "for pairs")
     print(show_tables((clip_tables(clips, config.bad) if clips else []) + (pair_tables(pairs) if pairs else [])))
 
 

@@ -34,7 +34,7 @@ import data
 import flow
 import search
 from common import InputError, arg
-from formats import codec, runs
+from formats import codec, lock, runs
 from formats.metadata import write_rows
 from formats.prompts import read_prompts
 from formats.video import contact_sheet, read_clip, write_video
@@ -103,8 +103,10 @@ def check_flags(config):
 
 def settle(config, dit_config):
     """What the flags leave open, as the model is used -> size (W, H)."""
-    size = data.parse_size(config) or codec.published(dit_config)["size"]
+    size, negative = data.parse_size(config) or codec.published(dit_config)["size"], config.negative_prompt
     codec.fill_in(config, codec.published(dit_config, size[1]))
+    if negative is not None and config.guidance_scale == 1:
+        raise InputError("--negative_prompt means nothing with --guidance_scale 1: leave it out, or give a larger one")
     config.size = f"{size[0]}*{size[1]}"
     c, f, h, w = codec.latent_shape(dit_config, size, config.frames)
     config.batch_size = config.batch_size or max(1, BATCH_LATENTS // (f * h * w))
@@ -141,22 +143,23 @@ def check_images(videos, dit_config, size):
 
 
 def start_folder(config, videos):
-    """Makes --output_dir; sample.json in it says how its videos are made. Raises InputError where it says otherwise."""
+    """Makes --output_dir -> its lock, to keep; sample.json in it says how its videos are made. Raises InputError where it
+    says otherwise."""
     kept = ("model", "transformer", "lora", "size", "frames", "fps", "num_inference_steps", "guidance_scale", "negative_prompt",
             "shift", "batch_size", "mixed_precision", "best_of", "cuts", "reward")
     rows = repr([(video.path.name, *dataclasses.astuple(video)[1:]) for video in videos])
     settings = {name: getattr(config, name) for name in kept} | {"videos": hashlib.sha256(rows.encode()).hexdigest()[:16]}
     path = Path(config.output_dir) / "sample.json"
+    lock.claim(config.output_dir, "samples", ("sample.json",))
+    held = lock.hold(config.output_dir, "samples")
     if path.exists():
         before = json.loads(path.read_text())
         if changed := [name for name in settings if before.get(name) != settings[name]]:
             raise InputError(f"--output_dir {config.output_dir}: its videos were made with other {', '.join(changed)}: use the "
                              "same flags and prompts, or another folder")
-    elif Path(config.output_dir).is_dir() and any(Path(config.output_dir).iterdir()):
-        raise InputError(f"--output_dir {config.output_dir}: holds files of something else; name a new folder")
     else:
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         runs.write_json(path, settings)
+    return held
 
 
 def told_if_it_does_not_fit(config, dit_config, runtime, memory):
@@ -197,7 +200,7 @@ def main(config):
     todo = list(batches(videos, config.batch_size))
     if config.output_dir:
         if runtime.rank == 0:
-            start_folder(config, videos)
+            held = start_folder(config, videos)                 # noqa: F841   as long as this function runs
         todo = common.gather([batch for batch in todo if not all(video.path.exists() for video in batch)])[0]
     if device.type == "cuda" and runtime.rank == 0:
         memory = torch.cuda.get_device_properties(device).total_memory

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from common import InputError, uniform
 from formats.video import SPACE, TIME, from_pixels, to_pixels
-from formats.weights import load_weights, read_config
+from formats.weights import load_weights, read_config, stream_tensors
 from model import image_inputs
 from world import scene
 from world.text_encoder import TextEncoder
@@ -160,7 +160,7 @@ def save_null_context(folder, text):
     """Beside shards of Wan's contexts: those of the empty and of the negative prompt. The embedded world's are all zeros."""
     if not isinstance(text, TextEncoder):
         empty, negative = text.encode(["", WAN_NEGATIVE]).float().cpu().contiguous()
-        save_file({"empty": empty.clone(), "negative": negative.clone()}, Path(folder) / NULL_CONTEXT)
+        stream_tensors({"empty": empty.clone(), "negative": negative.clone()}, Path(folder) / NULL_CONTEXT)
 
 
 def null_context(dit_config, kind, shards, model, device):

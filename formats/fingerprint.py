@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from common import InputError
+from formats.metadata import replace_text
 from formats.weights import WeightFiles, read_config, transformer_folder
 
 WHOLE, SAMPLE = 2 ** 26, 2 ** 12        # bytes: files up to the first are read whole, of each tensor in larger ones the second
@@ -39,9 +40,7 @@ class Contents:
         return entry[4]
 
     def save(self):
-        temporary = Path(f"{self.file}.tmp")
-        temporary.write_text(json.dumps(self.fresh))
-        os.replace(temporary, self.file)
+        replace_text(self.file, json.dumps(self.fresh))
 
 
 def of_encoder(path, role):

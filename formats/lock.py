@@ -18,8 +18,12 @@ UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)      # file systems
 
 def claim(folder, what, signs=()):
     """Raises InputError if `folder` is not ours to write in: it is if it is new or empty, holds a file called as one of `signs`,
-    or was held for `what` before."""
+    or was held for `what` before; and if its path is no text, which safetensors cannot open."""
     folder = Path(folder)
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{folder}: its path is not UTF-8: name another folder") from None
     try:
         if not folder.exists() or any((folder / name).exists() for name in signs):
             return

@@ -4,10 +4,12 @@ One row a clip: file_name (or video, file), prompt (or text, caption), and perha
 = unlabelled, which is never read as 0. Case and blanks of these words do not matter. A row that cannot be used is that
 row's problem; a file in which rows cannot be told apart is refused as a whole.
 """
+import contextlib
 import csv
 import io
 import json
 import os
+import re
 from pathlib import Path
 
 from common import InputError
@@ -74,7 +76,7 @@ def read_table(path, fields, needed):
             field = field_of.get(name.strip().lower())
             if field is None:
                 strange.append(name)
-            elif value not in (None, "") and given.setdefault(field, value) != value:
+            elif value not in (None, "") and given.setdefault(field, value) is not value and given[field] != value:
                 problem = problem or f"gives two {field}s, {_short(given[field])} and {_short(value)}"
         yield place, given, problem, strange
 
@@ -86,9 +88,18 @@ def write_rows(path, rows):
 
 
 def replace_text(path, text):
-    """Whole or not at all: a temporary name, then a rename."""
-    Path(f"{path}.tmp").write_text(text, encoding="utf-8")
-    os.replace(f"{path}.tmp", path)
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path, content):
+    """Whole or not at all: a temporary name, then a rename. Raises OSError that names the file."""
+    try:
+        Path(f"{path}.tmp").write_bytes(content)
+        os.replace(f"{path}.tmp", path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(f"{path}.tmp")
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def read_metadata(folder):
@@ -104,16 +115,18 @@ def read_metadata(folder):
 
 def _read_jsonl(path, text):
     """Yields (place, [(name, value)] or None, problem or None)."""
+    first = None
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
+        first = first or number
         try:
             pairs = json.loads(line, object_pairs_hook=_Pairs)
         except (ValueError, RecursionError):
             pairs = None
-        whole = number == 1 and (isinstance(pairs, list) and not isinstance(pairs, _Pairs) or line.strip() in ("[", "{"))
+        whole = number == first and (isinstance(pairs, list) and not isinstance(pairs, _Pairs) or line.strip() in ("[", "{"))
         if whole:
-            raise InputError(f"{path} row 1: the file is one JSON document; write one object a line, without brackets or "
+            raise InputError(f"{path} row {number}: the file is one JSON document; write one object a line, without brackets or "
                              "commas around it")
         ok = isinstance(pairs, _Pairs)
         yield f"{path} row {number}", pairs if ok else None, None if ok else "not a JSON object"
@@ -145,8 +158,8 @@ def _read_csv(path, text, field_of, needed):
                 continue
             number += 1
             place = f"{path} row {number} (line {first})"
-            swallowed = [line for cell in cells for line in cell.splitlines()[1:]
-                         if any(part.strip(' "').lower().endswith(SUFFIXES) for part in line.split(","))]
+            parts = [part.strip(' "') for cell in cells if len(cell.splitlines()) > 1 for part in re.split("[,\r\n]", cell)[1:]]
+            swallowed = [part for part in parts if part.lower().endswith(SUFFIXES) or os.path.isfile(path.parent / part)]
             if swallowed:
                 raise InputError(f"{place}: a quote that is not closed there takes in the rows below")
             problem = None

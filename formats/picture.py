@@ -2,6 +2,7 @@
 
 Axes: f frames, h height, w width, n prompts (rows), m checkpoints (columns), 3 RGB.
 """
+import contextlib
 import os
 import textwrap
 from fractions import Fraction
@@ -99,5 +100,8 @@ def write_gif(path, video, fps=8, hold=4):
                 container.mux(stream.encode(sink.pull()))
             container.mux(stream.encode())
         os.replace(temporary, path)
+    except av.FFmpegError as e:                                 # a full disk, or one that cannot be written
+        raise OSError(e.errno, e.strerror, str(path)) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()

@@ -21,6 +21,7 @@ import torch
 
 from common import InputError, arg, rank
 from formats import fingerprint, lock
+from formats.metadata import replace_text
 from formats.picture import write_gif
 from formats.video import read_clip
 
@@ -43,8 +44,7 @@ class Flags:
 
 def write_json(path, value):
     """Whole or not at all: a temporary name, then a rename."""
-    Path(f"{path}.tmp").write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(f"{path}.tmp", path)
+    replace_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def list_checkpoints(output_dir):
@@ -98,9 +98,23 @@ def refuse_another_run(path, differ):
                          "--output_dir")
 
 
+def claim(config):
+    """Raises InputError unless --output_dir is new or empty, or is of an earlier run of this script from a model elsewhere."""
+    folder, model = Path(config.output_dir), Path(config.model).resolve()
+    if folder.resolve() in (model, *model.parents) and folder.exists():
+        raise InputError(f"--output_dir {folder}: holds --model {config.model}, which would be written over: name another folder")
+    known = {field.name for field in dataclasses.fields(config)} | {"made_from"}
+    if not (folder / "args.json").is_file():
+        lock.claim(folder, "run", ("samples/.lock", "curated/.lock"))                  # a run that ended while it made them
+    elif (foreign := sorted(read_args(folder).keys() - known)) or not read_args(folder):
+        raise InputError(f"--output_dir {folder}: its args.json is of no run of this script ({foreign[:1]}): name another folder")
+
+
 def open_checkpoint(config):
     """-> (path, state) of the checkpoint that --resume_from_checkpoint names; (None, {"step": 0}) without. Raises InputError
-    if it is of another run, by the flags given, or past --max_train_steps."""
+    if it is of another run, by the flags given, or past --max_train_steps, and as `claim` does."""
+    if rank() == 0 and hasattr(config, "model"):                # world/pretrain.py keeps latents there before it comes here
+        claim(config)
     if not config.resume_from_checkpoint:
         return None, {"step": 0}
     path = resolve_checkpoint(config.output_dir, config.resume_from_checkpoint)
@@ -165,14 +179,20 @@ def save_checkpoint(output_dir, step, folders, state, config, keep=None):
         os.rename(temporary, final)
     except OSError as e:
         shutil.rmtree(temporary, ignore_errors=True)    # what it holds is needed by nobody; a full disk needs the room
-        whole = list_checkpoints(output_dir)
-        there = f"the last whole one is {whole[-1][1]}: --resume latest goes on from it" if whole else "there is none before it"
-        raise OSError(e.errno, f"{e.strerror}: {final.name} could not be written; {there}", e.filename) from None
+        raise unwritten(output_dir, step, e) from None
     shutil.rmtree(old, ignore_errors=True)
     whole = [path for _, path in list_checkpoints(output_dir)]
     for path in whole[:-keep] if keep else []:
         shutil.rmtree(path, ignore_errors=True)
     return final
+
+
+def unwritten(output_dir, step, error):
+    """An OSError for one that kept checkpoint-<step> from being written: it names the last whole one."""
+    whole = list_checkpoints(output_dir)
+    there = f"the last whole one is {whole[-1][1]}: --resume latest goes on from it" if whole else "there is none before it"
+    number, why = getattr(error, "errno", None) or errno.EIO, getattr(error, "strerror", None) or str(error)
+    return OSError(number, f"{why}: checkpoint-{step:06d} could not be written; {there}", getattr(error, "filename", None))
 
 
 def save_state(state, path):
@@ -211,7 +231,7 @@ def read_metrics(path):
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             found.append((int(json.loads(line)["step"]), line))
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError):
             pass                                                # cut short by a kill, or by another hand
     return found
 
@@ -224,8 +244,7 @@ class MetricsLog:
         path, self.file, self.board, self.held = Path(output_dir) / "metrics.jsonl", None, None, held
         if rank() == 0:
             kept = [line for step, line in read_metrics(path) if resume_step is not None and step <= resume_step]
-            Path(f"{path}.tmp").write_text("".join(f"{line}\n" for line in kept))
-            os.replace(f"{path}.tmp", path)
+            replace_text(path, "".join(f"{line}\n" for line in kept))
             self.file = path.open("a", buffering=1)             # flushes each line
             try:
                 from torch.utils.tensorboard import SummaryWriter

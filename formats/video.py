@@ -3,6 +3,7 @@ rate; H.264 and PNG out. One frame is decoded at a time, so memory is that of th
 
 Axes: F frames of the result, f frames, H W its pixels, h w pixels, n videos.
 """
+import contextlib
 import math
 import os
 import re
@@ -18,6 +19,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 
 from common import InputError
 from formats import colour
+from formats.metadata import replace_bytes
 
 
 # ---- in
@@ -225,8 +227,11 @@ def write_video(path, video, fps=8):
                 container.mux(stream.encode(reformatter.reformat(frame, format="yuv420p", threads=1)))
             container.mux(stream.encode())
         os.replace(temporary, path)
+    except av.FFmpegError as e:                                 # a full disk, or one that cannot be written
+        raise OSError(e.errno, e.strerror, str(path)) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_png(path, image):
@@ -236,9 +241,7 @@ def write_png(path, image):
     codec.height, codec.width, codec.pix_fmt, codec.time_base = *image.shape[:2], "rgb24", Fraction(1, 1)
     packets = codec.encode(av.VideoFrame.from_ndarray(image, format="rgb24")) + codec.encode(None)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(f"{path}.tmp")
-    temporary.write_bytes(b"".join(bytes(packet) for packet in packets))
-    os.replace(temporary, path)
+    replace_bytes(path, b"".join(bytes(packet) for packet in packets))
 
 
 def contact_sheet(videos, path, scale=3):

@@ -42,9 +42,9 @@ def whole(x):
 
 def stream_tensors(tensors, path, dtype=None):
     """A safetensors file, with one whole tensor in memory at a time. tensors: {name: tensor or Later}. dtype: what they are
-    cast to, or {name: dtype}, or None. Raises OSError that names the file."""
+    cast to, or {name: dtype}, or None. Raises OSError that names the file; nothing of it stays."""
     dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys(tensors, dtype) if dtype else {}
-    words = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    words = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8"}
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, x in tensors.items():
         dtype = dtypes.get(name, x.dtype)
@@ -59,6 +59,8 @@ def stream_tensors(tensors, path, dtype=None):
                 x = whole(x).to("cpu", dtypes.get(name, x.dtype)).contiguous()
                 file.write(x.flatten().view(torch.uint8).numpy().data)
     except OSError as error:
+        if Path(path).is_file():
+            os.unlink(path)
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 

@@ -201,7 +201,12 @@ def save_checkpoint(output_dir, step, folders, model, optimizer, config, keep=2)
         if common.rank() == 0:
             shutil.rmtree(pieces, ignore_errors=True)
         common.gather(None)                                     # a killed run's pieces are gone
-        dcp.save(named_state(model, optimizer), checkpoint_id=pieces)
+        try:
+            dcp.save(named_state(model, optimizer), checkpoint_id=pieces)
+        except dcp.api.CheckpointException as e:                # no Exception: what went wrong, rank by rank
+            common.gather(None)                                 # nobody writes any more
+            shutil.rmtree(pieces, ignore_errors=True)
+            raise runs.unwritten(output_dir, step, next(iter(e.failures.values()))[0]) from None
         folders[PIECES] = lambda path: common.rank() or pieces.replace(path)
     runs.save_checkpoint(output_dir, step, folders, state, config, keep)
     common.gather(None)                                         # nobody goes on before the checkpoint is there

@@ -45,16 +45,19 @@ METHODS = ("sft", "prfl", "prfl_steady", "refl_first", "refl_all")
 @dataclass
 class Config:
     command: str = arg(..., "what to do", choices=("times", "cell"), positional=True)
-    method: str = arg("prfl", "of the cell", choices=METHODS)
+    method: str = arg("prfl", "of the cell", choices=METHODS, only="command cell")
     frames: int = arg(9, "video frames, 4 k + 1", above=0)
     size: str = arg("32*32", "width*height")
     batch_size: int = arg(32, "videos per update", above=0)
     num_inference_steps: int = arg(16, "N, Euler steps of a rollout", above=2)
-    depth: int = arg(8, "K, blocks of the generator in PRFL's reward model", above=0)
+    depth: int = arg(8, "K, blocks of the generator in PRFL's reward model", above=0,
+                     only="command times or method prfl prfl_steady")
     rounds: int = arg(8, "timed iterations of each method, behind one that warms up", above=0)
-    decoder_checkpointing: bool = arg(False, "refl: decode video by video, long ones in chunks, twice")
-    sft_updates: bool = arg(True, "the SFT update of an iteration")
-    grad_steps: int = arg(1, "prfl: steps with gradients before the reward", above=0)
+    decoder_checkpointing: bool = arg(False, "refl: decode video by video, long ones in chunks, twice",
+                                      only="command times or method refl_first refl_all")
+    sft_updates: bool = arg(True, "the SFT update of an iteration", only="command times or !method sft")
+    grad_steps: int = arg(1, "prfl: steps with gradients before the reward", above=0,
+                          only="command times or method prfl prfl_steady")
     gradient_checkpointing: bool = arg(False, "keep only the inputs of blocks, of generator and PAVRM")
     mixed_precision: str = arg("bf16", "autocast dtype", choices=("no", "bf16"))
     seed: int = arg(0, "seed of noise and steps", at_least=0)

@@ -1,23 +1,33 @@
-"""Every flag of the training scripts does something, or is refused where it does nothing.
+"""Every flag of the training scripts does something; every script's flags are refused where they do nothing.
 
 ACTS holds, for each flag, a run of tiny.RUNS in which it acts, with a value: what that run leaves behind, or what it calls, must
 be another than without the flag. A flag that is missing here fails the test: say what it does.
 """
 import dataclasses
+import itertools
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from tiny import RUNS, command, generator, metrics, one_line, run, weights, write_data
+from tiny import ROOT, RUNS, command, generator, metrics, one_line, run, weights, write_data
 
 import common
 import data
+import evaluate
+import label
 import model
+import sample
 import train_align
 import train_reward
+from formats import runs, wan
+from formats import weights as formats_weights
 from formats.weights import save_module
 from pavrm import PAVRM
-from world import clips
+from scale import plan
+from study import candidates, cost, node, parts, reproduce, why
+from world import clips, pretrain
 from world.vae import VideoVAE
 
 pytestmark = pytest.mark.usefixtures("cpu")
@@ -144,25 +154,64 @@ def test_every_flag_does_something(left_behind, others, script, flag):
         assert any(word in found for word in (f"--{flag}", "--resume_from_checkpoint", "nowhere.jsonl", "text_encoder")), found
 
 
-ELSEWHERE = {"method prfl refl rwr": "--method sft", "method prfl refl": "--method sft", "method rwr": "--method prfl",
-             "method prfl": "--method refl", "method refl": "--method prfl", "!data": "--data x", "data": "",
-             "method prfl refl rwr or !num_validation 0": "--method sft --num_validation 0",
-             "!num_validation 0": "--num_validation 0",
-             "data, !num_validation 0": "--num_validation 0", "method sft or method prfl refl, sft_updates": "--method rwr",
-             "lora_rank": "", "space latent": "--space rgb", "space rgb": "--space latent"}
-VALUES = {"sft_updates": "--no-sft_updates", "decoder_checkpointing": "--decoder_checkpointing",
-          "context_dropout": "--context_dropout 0.5", "fixed_t": "--fixed_t 0.5"}
+SCRIPTS = {"train_align": (train_align, "Config"), "train_reward": (train_reward, "Config"), "sample": (sample, "Config"),
+           "evaluate": (evaluate, "Config"), "data check": (data, "Check"), "data encode": (data, "Encode"),
+           "label": (label, "Clips"), "label --pairs": (label, "Pairs"), "label report": (label, "Said"),
+           "world.clips": (clips, "Config"), "world.pretrain": (pretrain, "Config"), "scale.plan": (plan, "Config"),
+           "formats.wan": (wan, "Export"), "study.reproduce": (reproduce, "Config"), "study.cost": (cost, "Config"),
+           "study.node": (node, "Config"), "study.why": (why, "Config"), "study.candidates": (candidates, "Config")}
+FIELDS = {(script, field.name): field for script, (module, name) in SCRIPTS.items()
+          for field in dataclasses.fields(getattr(module, name))}
 
 
-@pytest.mark.parametrize("script, flag", FLAGS, ids=[f"{script} --{flag}" for script, flag in FLAGS])
-def test_a_flag_is_refused_where_it_does_nothing(script, flag):
-    Config = {"train_align": train_align, "train_reward": train_reward}[script].Config
-    field = next(field for field in dataclasses.fields(Config) if field.name == flag)
-    if rule := field.metadata["only"]:
-        choice = (field.metadata["choices"] or ["2"])[-1]
-        argv = [*ELSEWHERE[rule].split(), *VALUES.get(flag, f"--{flag} {choice}").split()]
-        with pytest.raises(common.InputError, match=f"--{flag} means nothing with.*: leave it out"):
-            common.parse(Config, "", argv)
+def test_the_table_has_every_script():
+    """But docs/toy.py, which is told to be whole in itself, and tests."""
+    have = {Path(module.__file__).resolve() for module, _ in SCRIPTS.values()}
+    found = {path for path in ROOT.rglob("*.py") if "cli(main, Config" in (text := path.read_text()) or "common.cli(" in text}
+    assert have == {path for path in found if not {"tests", "docs", ".venv"} & set(path.relative_to(ROOT).parts)
+                    and path.name != "common.py"}
+
+
+def given(field, value=None):
+    """The words of a command line that give a flag."""
+    rule, default = field.metadata, field.default
+    if isinstance(default, bool) and value is None:
+        return [f"--no-{field.name}" if default else f"--{field.name}"]
+    if value is None:
+        value = str((rule["choices"] or ["0.5" if rule["at_most"] == 1 else max(2, rule["at_least"] or 0)])[-1])
+    return ([] if rule["positional"] else [f"--{field.name}"]) + [value] * (2 if field.name == "pairs" else 1)
+
+
+def ways(field):
+    """Command lines with and without a flag that a rule names."""
+    if isinstance(field.default, bool):
+        return [], [f"--{field.name}"], [f"--no-{field.name}"]
+    without = [] if field.default is dataclasses.MISSING else [[]]
+    return *without, *(given(field, value) for value in field.metadata["choices"] or ("0", "2"))
+
+
+@pytest.mark.parametrize("script, flag", [key for key, field in FIELDS.items() if field.metadata["only"]])
+def test_a_flag_is_refused_where_it_does_nothing_and_taken_elsewhere(script, flag):
+    """On every combination of what its rule names."""
+    Config, field = getattr(*SCRIPTS[script]), FIELDS[script, flag]
+    named = {words.split()[0].lstrip("!") for rule in field.metadata["only"].split(" or ") for words in rule.split(", ")}
+    needed = [given(x) for (where, name), x in FIELDS.items()
+              if where == script and x.default is dataclasses.MISSING and name not in {flag, *named}]
+    said = set()
+    for words in itertools.product(*(ways(FIELDS[script, name]) for name in sorted(named - {flag}))):
+        try:
+            common.parse(Config, "", sum([*words, *needed, given(field)], []))
+            said.add("taken")
+        except common.InputError as error:
+            said.add(str(error))
+    assert "taken" in said and any(re.match(f"--{flag} means nothing with.*: leave it out", line) for line in said), said
+
+
+@pytest.mark.parametrize("script, flag", [key for key in FIELDS if key[0] not in ACTS])
+def test_every_flag_is_read(script, flag):
+    """By its script, or by those that read it for several scripts."""
+    source = "".join(Path(module.__file__).read_text() for module in (SCRIPTS[script][0], parts, runs, formats_weights))
+    assert re.search(rf"config\.{flag}\b|[\"']{flag}[\"']", source)
 
 
 def test_rules_of_flags():

@@ -15,6 +15,7 @@ import common
 import data
 import sample
 from common import InputError
+from formats import lock
 from formats.prompts import read_prompts
 from formats.video import read_video, write_png
 from model import PRESETS
@@ -40,7 +41,7 @@ def made(tmp_path_factory):
 
 
 def files(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name != lock.NAME}
 
 
 def test_many_prompts_are_mp4s_and_metadata(made, tmp_path):
@@ -109,7 +110,7 @@ def test_another_sampling_is_refused_in_the_folder(made, tmp_path, capsys):
     assert "other guidance_scale" in refused(capsys, *flags, "--guidance_scale", 2)
     assert "other videos" in refused(capsys, *flags, "--seed", 2)
     (tmp_path / "mine.txt").write_text("text")
-    assert "something else" in refused(capsys, "--prompts", made / "prompts.txt", "--output_dir", tmp_path)
+    assert "not ours" in refused(capsys, "--prompts", made / "prompts.txt", "--output_dir", tmp_path)
     assert files(made / "one") == before and [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 

@@ -54,7 +54,9 @@ def own_samples(folder, generator, model, count, num_steps, size, seed, runtime,
         if {**made_with, "model": None} != {name: settings.get(name) for name in made_with} | {"model": None}:   # known by content
             raise InputError(f"{folder}: was made with {made_with}; use another --output_dir, or remove it")
         return shards
-    guard = lock.hold(folder, "shards") if runtime.rank == 0 else None      # until this function ends
+    if runtime.rank == 0:
+        lock.claim(folder, "shards")
+        guard = lock.hold(folder, "shards")                     # until this function ends
     vae = load_vae(f"{model}/vae").to(runtime.device)
     text = load_text_encoder(f"{model}/text_encoder").to(runtime.device)
     prompts = scene.draw_prompts(count, seed + 11)
@@ -95,6 +97,7 @@ def clean_clips(folder, model, count, size, seed, runtime):
     require_world(model)
     common.gather(None)                                         # every rank has looked
     if runtime.rank == 0:
+        lock.claim(folder, "curated", ("world.json",))
         with lock.hold(folder, "curated"):
             runs.write_json(mark, settings)
             if not (clips / "metadata.jsonl").exists():

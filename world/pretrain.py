@@ -45,25 +45,27 @@ from world.vae import VideoVAE
 class Config:
     stage: str = arg(..., "what to train", choices=("vae", "text", "dit"), positional=True)
     output_dir: str = arg("runs/pretrain", "run folder: metrics.jsonl, checkpoints, and the final weights")
-    vae: str = arg(str(SHIPPED["t2v"] / "vae"), "VAE folder of the DiT stage")
-    text_encoder: str = arg(str(SHIPPED["t2v"] / "text_encoder"), "text encoder of the DiT stage")
-    init: str | None = arg(None, "transformer folder that the DiT stage starts from, in place of random weights; a "
-                                 "text-to-video one may start tiny-i2v")
-    preset: str = arg("tiny-t2v", "size and task of the DiT", choices=tuple(p for p in PRESETS if "wan" not in p))
-    world: str = arg("tiny", "size of the world's clips", choices=tuple(scene.SIZES))
-    clips: int = arg(131072, "clips rendered once and revisited epoch after epoch",
-                     at_least=1)
+    vae: str = arg(str(SHIPPED["t2v"] / "vae"), "VAE folder", only="stage dit")
+    text_encoder: str = arg(str(SHIPPED["t2v"] / "text_encoder"), "text encoder folder", only="stage dit")
+    init: str | None = arg(None, "transformer folder to start from, in place of random weights; a text-to-video one may start "
+                           "tiny-i2v", only="stage dit")
+    preset: str = arg("tiny-t2v", "size and task of the DiT, whose contexts the text encoder makes",
+                      choices=tuple(p for p in PRESETS if "wan" not in p), only="stage text dit")
+    world: str = arg("tiny", "size of the world's clips", choices=tuple(scene.SIZES), only="stage vae dit")
+    clips: int = arg(131072, "clips rendered once and revisited epoch after epoch", above=0, only="stage vae dit")
     max_train_steps: int = arg(20000, "optimizer steps", above=0)
     batch_size: int = arg(128, "clips per step and rank", above=0)
-    muon_learning_rate: float = arg(0.02, "Muon's, for the matrices inside blocks", above=0)
+    muon_learning_rate: float = arg(0.02, "Muon's, for the matrices inside blocks", above=0, only="stage vae dit")
     adam_learning_rate: float = arg(1.5e-3, "AdamW's, for everything else", above=0)
     warmup_steps: int = arg(200, "steps of linear warm-up", at_least=0)
     decay_steps: int = arg(6000, "last steps, over which both learning rates fall linearly to zero", at_least=0)
     ema: float = arg(0.999, "decay of the averaged weights that are sampled and saved", at_least=0, at_most=1)
-    timestep_shift: float = arg(3.0, "t = s u / (1 + (s - 1) u), u ~ U(0,1): above 1, more of the noisy end", above=0)
-    text_dropout: float = arg(0.1, "share of examples without text, for guidance", at_least=0, at_most=1)
-    vae_dim: int = arg(128, "width of the VAE", above=0)
-    kl_weight: float = arg(0.02, "weight of the KL term in the second half; a twentieth of it before", at_least=0)
+    timestep_shift: float = arg(3.0, "t = s u / (1 + (s - 1) u), u ~ U(0,1): above 1, more of the noisy end", above=0,
+                                only="stage dit")
+    text_dropout: float = arg(0.1, "share of examples without text, for guidance", at_least=0, at_most=1, only="stage dit")
+    vae_dim: int = arg(128, "width of the VAE", above=0, only="stage vae")
+    kl_weight: float = arg(0.02, "weight of the KL term in the second half; a twentieth of it before", at_least=0,
+                           only="stage vae")
     mixed_precision: str = arg("bf16", "autocast dtype", choices=("no", "bf16"))
     checkpointing_steps: int = arg(500, "steps between checkpoints", above=0)
     validation_steps: int = arg(1000, "steps between validations (qualified rate of 256 clips)", above=0)

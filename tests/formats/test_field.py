@@ -16,6 +16,8 @@ import torch
 
 import common
 import data
+import evaluate
+import sample
 from common import InputError
 from formats import colour, fingerprint, lock, metadata, video, weights
 
@@ -57,6 +59,7 @@ def clips(tmp_path):
 # ---- the list
 def problems(folder, text, name="metadata.csv"):
     folder.mkdir(exist_ok=True)
+    (folder / "a.here").touch()                                 # a clip, whatever its name ends in
     (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape"))
     rows, notes = metadata.read_listing(folder)
     return [row for _, row, _ in rows], [f"{place}: {problem}" for place, _, problem in rows if problem], notes
@@ -87,6 +90,8 @@ def test_a_csv_row_that_means_two_things_is_its_own_problem(tmp_path, text, want
     ('file_name,prompt\na.mp4,"a red circle\nb.mp4,a blue square\n', "row 1 (line 2): "),
     ('file_name,prompt\na.mp4,"a red circle\nb.mp4,a "blue" square\n', "row 1 (line 2): its quotes do not fit"),
     ('file_name,prompt,label\nz.mp4,x,0\na.mp4,"red,1\nb.mp4,blue",1\n', "row 2 (line 3): a quote that is not closed"),
+    ('prompt,file_name\n"red,a.here\n"blue",a.here\n', "row 1 (line 2): "),
+    ('prompt,file_name\nx,a.here\n"red,a.here\nblue",a.here\n', "row 2 (line 3): a quote that is not closed"),
     ("file_name;prompt;label\na.mp4;x;1\n", "separated by semicolons"), ("file_name\tprompt\na.mp4\tx\n", "separated by tabs"),
     ("name,prompt\na.mp4,x\n", "names no column file_name (or video, file), but name, prompt"),
     ("file_name,prompt,Prompt\na.mp4,x,y\n", "has the column prompt twice"),
@@ -109,6 +114,7 @@ def test_a_caption_may_have_lines(tmp_path):
     ('{"file_name": "a.mp4", "prompt": "a circle \\ud83d"}', "prompt holds '\\ud83d'"),
     ('{"file_name": "a.mp4", "prompt": "x", "prompt": "y"}', "gives two prompts, 'x' and 'y'"),
     ('{"file_name": "a.mp4", "prompt": "x", "text": "y"}', "gives two prompts"),
+    ('{"file_name": "a.mp4", "label": NaN}', "label must be 0, 1 or missing, got nan"),
     ('{"file_name": "a.mp4", "label": [1]}', "label must be 0, 1 or missing"), ('{"file_name": "a\\u0000.mp4"}', "no file can be"),
     ('{"file_name": "\\ud83d.mp4"}', "no file can be called"), ("[" * 100000, "not a JSON object"), ("{} {}", "not a JSON object")])
 def test_a_json_row_that_cannot_be_used_is_its_own_problem(tmp_path, line, wanted):
@@ -116,9 +122,10 @@ def test_a_json_row_that_cannot_be_used_is_its_own_problem(tmp_path, line, wante
     assert len(bad) == 1 and "row 2: " in bad[0] and wanted in bad[0] and "\n" not in bad[0] and len(bad[0]) < 300
 
 
-@pytest.mark.parametrize("text", ['[{"file_name": "a.mp4"}]\n', '[\n {"file_name": "a.mp4"}\n]\n', '{\n "file_name": "a.mp4"\n}\n'])
+@pytest.mark.parametrize("text", ['[{"file_name": "a.mp4"}]\n', '[\n {"file_name": "a.mp4"}\n]\n', '{\n "file_name": "a.mp4"\n}\n',
+                                  '\n \n[\n'])
 def test_one_json_document_is_refused_as_such(tmp_path, text):
-    with pytest.raises(InputError, match="row 1: the file is one JSON document"):
+    with pytest.raises(InputError, match="row [13]: the file is one JSON document"):
         problems(tmp_path / "a", text, "metadata.jsonl")
 
 
@@ -149,6 +156,22 @@ def test_nothing_of_the_users_is_written_over(clips, tmp_path, capsys):
     with pytest.raises(InputError, match="already: name a new folder"):
         world.main(world.Config(str(tmp_path / "world"), count=1))
     assert "not ours" in refused(capsys, "encode", clips, "--out", tmp_path / "world")         # ours, but no shards
+    runtime = common.Runtime(0, 1, torch.device("cpu"), torch.float32)
+    dit = type("Dit", (), {"config": {"model_type": "t2v"}})
+    for make in (lambda: world.own_samples(other, dit, weights.SHIPPED["t2v"], 2, 1, "tiny", 0, runtime),
+                 lambda: world.clean_clips(other, weights.SHIPPED["t2v"], 2, "tiny", 0, runtime),
+                 lambda: evaluate.own(evaluate.Config(output_dir=str(other)), runtime),
+                 lambda: sample.start_folder(sample.Config("x", output_dir=str(other)), [])):
+        with pytest.raises(InputError, match="not ours"):
+            make()
+    assert before == {path.name: path.read_bytes() for path in other.iterdir()}
+    with evaluate.own(evaluate.Config(output_dir=str(tmp_path / "mine")), runtime):         # and one writer at a time
+        with pytest.raises(InputError, match=f"process {os.getpid()} on .* is writing there"):
+            evaluate.own(evaluate.Config(output_dir=str(tmp_path / "mine")), runtime)
+    (tmp_path / "mine/table.md").touch()
+    evaluate.own(evaluate.Config(output_dir=str(tmp_path / "mine")), runtime).close()       # its own, once more
+    with pytest.raises(InputError, match="its path is not UTF-8: name another folder"):
+        lock.claim(os.fsdecode(b"caf\xe9"), "shards")
 
 
 def test_a_killed_first_run_can_be_continued(clips, tmp_path, monkeypatch):

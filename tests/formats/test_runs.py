@@ -88,7 +88,8 @@ def test_damaged_lines_and_args(started, capsys):
     shutil.rmtree(out)
     shutil.copytree(started / "started-prfl", out)
     text = (out / "metrics.jsonl").read_text().splitlines(True)
-    (out / "metrics.jsonl").write_text("".join([text[0], 'garbage}\n', '[1]\n', '{"step": null}\n', *text[1:], '{"step": 3, "lo']))
+    (out / "metrics.jsonl").write_text("".join([text[0], 'garbage}\n', '{"step": 1e999}\n', '[1]\n', '{"step": null}\n', *text[1:],
+                                               '{"step": 3, "lo']))
     run(*command(started, "prfl", out.name, "--resume", "latest"))
     assert metrics(started, out.name) == wanted
     for content in ("{", "[]", '{"made_from": 3}'):
@@ -96,6 +97,34 @@ def test_damaged_lines_and_args(started, capsys):
         with pytest.raises(SystemExit):
             run(*command(started, "prfl", out.name, "--resume", "latest"))
         assert "checkpoint-000005/args.json is damaged" in capsys.readouterr().err
+
+
+def test_a_run_never_writes_over_what_is_not_its(started, capsys):
+    """Clips, shards, other programs' runs, this one's model, and what train_reward.py made, for train_align.py."""
+    def refused(out, words, *flags, name="sft"):
+        read = lambda: {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        before = read()
+        with pytest.raises(SystemExit) as stop:
+            run(*command(started, name, out, *flags))
+        assert stop.value.code == 2 and one_line(stderr := capsys.readouterr().err) and words in stderr, stderr
+        assert read() == before
+
+    for name, content in (("metadata.jsonl", "{}"), ("metrics.jsonl", '{"mine": 1}\n'), ("shards.json", "{}")):
+        (started / f"users-{name}").mkdir()
+        (started / f"users-{name}" / name).write_text(content)
+        refused(started / f"users-{name}", "holds files that are not ours")
+    for number, content in enumerate(('{"lr": 1}', "{}", "[]")):
+        (started / f"args-{number}").mkdir()
+        (started / f"args-{number}/args.json").write_text(content)
+        refused(started / f"args-{number}", "args.json")
+    refused(started / "started-reward", "its args.json is of no run of this script")
+    refused(started / "started-prfl", "its args.json is of no run of this script", name="reward")
+    own = shutil.copytree(started / "generator", started / "own")
+    for flags in (own, own / "transformer"):
+        refused(own, f"holds --model {flags}, which would be written over", "--model", str(flags))
+    refused(own, f"holds --model {own}, which", "--model", str(own), name="reward")
+    run(*command(started, "sft", "twice", "--max_train_steps", "1"))                    # its own: afresh
+    run(*command(started, "sft", "twice", "--max_train_steps", "1"))
 
 
 def test_the_second_writer_of_a_run_folder_is_refused(started, capsys):

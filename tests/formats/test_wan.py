@@ -9,6 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import common
 import data
@@ -167,6 +168,36 @@ def test_shards_without_image_tokens_are_refused(pipelines, clips, tmp_path):
         assert end.value.code == 2 and not (tmp_path / "run").exists()
     with pytest.raises(InputError, match="image tokens of width 24, .*: encode with --image_encoder"):
         data.Shards(tmp_path / "data").require(image_dim=24)
+
+
+@pytest.mark.parametrize("kind", ["t2v", "i2v"])
+def test_a_model_brings_its_encoders_and_refuses_shards_of_others(pipelines, clips, tmp_path, kind):
+    """`encode --model` is `encode` with each encoder named; another encoder, or task, than at encoding is refused."""
+    pipeline, image = pipelines / kind, ["--image_encoder", pipelines / "i2v/image_encoder"] * (kind == "i2v")
+    run(data, clips, "--out", tmp_path / "model", "--model", pipeline, *FLAGS, command="encode")
+    by_name, shards = encode(clips, tmp_path / "named", pipeline, *image), data.Shards(tmp_path / "model")
+    a, b = shards.batch(range(8)), by_name.batch(range(8))
+    assert a.keys() == b.keys() and ("condition" in a, "clip_fea" in a) == (kind == "i2v",) * 2
+    assert all(torch.equal(a[name], b[name]) for name in shards.shapes) and shards.settings == by_name.settings
+
+    dit = load_transformer(pipeline)
+    shards.require_fit(dit, pipeline)
+    for role in codec.find_encoders(pipeline):
+        other = shutil.copytree(pipeline, tmp_path / role)
+        path = next((other / role).glob("*.safetensors"))
+        tensors = load_file(path)
+        name = sorted(tensors)[-1]
+        save_file(tensors | {name: tensors[name] + 1}, path, {"format": "pt"})
+        with pytest.raises(InputError, match=f"was encoded with another {role} than .*: encode with --model"):
+            shards.require_fit(dit, other)
+        with pytest.raises(SystemExit):
+            run(train_reward, "--model", other, "--data", tmp_path / "model", "--output_dir", tmp_path / "run", "--holdout", 4,
+                *SHORT)
+    assert not (tmp_path / "run").exists()
+    if kind == "t2v":                                           # as of a Wan2.2 model: first frame, and no image tokens
+        i2v = type("Dit", (), {"config": load_transformer(pipelines / "i2v").config | {"image_dim": None}})
+        with pytest.raises(InputError, match="lacks the given first frame as Wan2.1's .* takes it: encode with --model"):
+            shards.require_fit(i2v, pipeline)
 
 
 @pytest.mark.parametrize("module", [train_reward, train_align])
