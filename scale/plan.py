@@ -606,7 +606,7 @@ def report_way(config, c):
     row("train_reward.py, a GPU", one["peak1"], f"--method reward --batch_size {config.reward_batch_size}, and "
         f"{config.holdout} held-out clips = {gb(one['held'])}")
     row("train_align.py, a GPU", one["peak2"], "PEAK above")
-    row("host", one["host"], f"{config.gpus} x (4 bytes of the largest weight, as they are read and written one by one, and 1 GB)")
+    row("host", one["host"], f"{config.gpus} x (4 bytes of the largest weight, as they go one at a time, and 1 GB)")
     print("and in time")
     hours("data.py encode", one["encode_seconds"],
           f"{config.clips:,} x {one['encoder_flops'] / 1e12:.1f} TF (VAE{' twice' * i2v}) / ({config.mfu:g} x "

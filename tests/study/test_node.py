@@ -1,36 +1,30 @@
-"""study/gpu.py at a small size: every update runs, or says why not; the table and the JSON hold what was measured."""
-import importlib.util
+"""study/node.py at a small size: rows of processes of their own, in the table and the JSON."""
 import json
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+import pytest
+from tiny import ENV, ROOT
 
 
 def run(*flags):
-    return subprocess.run([sys.executable, "-m", "study.gpu", *map(str, flags)], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "study.node", *map(str, flags)], cwd=ROOT, capture_output=True, text=True, env=ENV)
 
 
-def test_small_benchmark_runs_on_a_cpu(tmp_path):
-    done = run("--preset", "tiny-t2v", "--num_inference_steps", 6, "--rounds", 2, "--output_dir", tmp_path)
+def test_one_process_and_two(tmp_path):
+    done = run("--model", "tiny-t2v", "--updates", "prfl", "--depth", 4, "--layouts", "ddp:1", "fsdp:2", "--matmul", 64,
+               "--output_dir", tmp_path, "--weights_dir", tmp_path / "weights")
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "gpu.json").read_text())
-    rows = {row["update"]: row for row in found["rows"]}
-    assert list(rows) == ["sft", "prfl", "refl_first", "refl_all"] and found["matmul_tflops"] > 0
-    for name in ("sft", "prfl"):
-        assert len(rows[name]["seconds_all"]) == 2 and min(rows[name]["seconds_all"]) > 0
-    assert rows["sft"]["forward_passes"] == 0 and rows["prfl"]["forward_passes"] == 2       # (6 - 1) / 2, whole steps
-    assert rows["prfl"]["flops"] > rows["sft"]["flops"] + 2 * rows["sft"]["flops"] / 4.5
-    for name in ("refl_first", "refl_all"):
-        missing = [module for module in ("refl_baseline", "diffusers") if not importlib.util.find_spec(module)]
-        assert ("note" in rows[name]) == bool(missing) and (not missing or missing[0] in rows[name]["note"])
-    text = (tmp_path / "gpu.md").read_text()
-    assert text.count("\n| ") == 5 and all(f"| {name} |" in text for name in rows) and found["command"] in text
+    found = json.loads((tmp_path / "node.json").read_text())
+    assert [(row["parallel"], row["processes"]) for row in found["rows"]] == [("ddp", 1), ("fsdp", 2)]
+    for row in found["rows"]:
+        assert row["seconds"] > 0 and row["peak_gb"] > 0 and row["forward_passes"] == 3, row       # steps 1 .. 3 of 8
+    assert (tmp_path / "node.md").read_text().count("| prfl |") == 2
 
 
-def test_benchmark_refuses():
-    for flags, word in ((("--preset", "wan2.1-t2v-1.3b", "--frames", 80), "--frames 80"),
-                        (("--preset", "tiny-t2v", "--depth", 9), "--depth"), (("--updates", "ppo"), "ppo")):
-        done = run(*flags)
-        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and word in done.stderr
+@pytest.mark.parametrize("flags, words", [(("--frames", 80), "--frames 80"), (("--model", "tiny-t2v", "--depth", 9), "--depth"),
+                                          (("--updates", "ppo"), "ppo"), (("--layouts", "fsdp"), "--layouts fsdp: wants"),
+                                          (("--parallel", "fsdp"), "--parallel means nothing without --update")])
+def test_bad_input_is_one_line(flags, words):
+    done = run(*flags)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and words in done.stderr, done.stderr
