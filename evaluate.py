@@ -71,7 +71,8 @@ TABLE = {"qualified": "qualified", "physical_qualified": "physical", "deformity_
 
 @dataclass
 class Config(search.Flags):
-    checkpoints: tuple[str, ...] = arg((), "folders, or name=folder; the first is compared with", positional=True)
+    checkpoints: tuple[str, ...] = arg((), "folders, or name=folder; the first is compared with; without, the shipped base",
+                                       positional=True)
     output_dir: str = arg("runs/evaluate", "where tables and pictures go")
     task: str | None = arg(None, "t2v, or i2v (image-to-video); without, what the checkpoints are", choices=TASKS, only="!clips")
     model: str | None = arg(None, "folder with text_encoder/, vae/ and reward/; without, the shipped one of --task")
@@ -351,6 +352,8 @@ def main(config):
     runtime = common.setup(config.mixed_precision, config.seed)
     if config.clips:
         return score_clips(config, runtime)
+    if not (config.checkpoints or config.model or config.prompts):
+        config.checkpoints = (f"base={SHIPPED[config.task or 't2v']}",)
     named = dict(part.split("=", 1) if "=" in part else (Path(part).name, part) for part in config.checkpoints)
     if not named or len(named) < len(config.checkpoints):
         raise InputError("two checkpoints have one name: give them as name=folder" if named else

@@ -43,12 +43,13 @@ from model import load_transformer
 from pavrm import load_pavrm
 from scale import lora, parallel, plan, sequence
 
+EXAMPLE = "a red circle moving to the right"
 BATCH_LATENTS = 2 ** 12                                         # latent positions of a batch where no flag says
 
 
 @dataclass
 class Config(search.Flags):
-    prompt: str | None = arg(None, "what the video shows, in plain words")
+    prompt: str | None = arg(None, f"what the video shows, in plain words; without, of the shipped model: {EXAMPLE}")
     prompts: str | None = arg(None, "file of many prompts; give --output_dir too")
     output: str = arg("sample.mp4", "mp4 to write; with several videos, sample-0.mp4, sample-1.mp4, ...", only="!prompts")
     output_dir: str | None = arg(None, "folder for the videos, and metadata.jsonl", only="prompts")
@@ -87,6 +88,8 @@ class Video:
 
 def check_flags(config):
     """Raises InputError for flags that cannot work, before anything is loaded."""
+    if config.prompt is None and config.prompts is None and not (config.model or config.image):
+        config.prompt = EXAMPLE
     if (config.prompt is None) == (config.prompts is None):
         raise InputError("give --prompt, or --prompts with a file of them")
     if config.prompts is not None and config.output_dir is None:

@@ -86,7 +86,8 @@ def test_calibration_by_hand():
 
 
 @pytest.mark.parametrize("flags, words", [
-    ((), "give checkpoints"), (("--clips", "x"), "--reward"), (("--clips", "x", "--reward", "y", "base=z"), "no checkpoints"),
+    (("--prompts", "p.txt"), "give checkpoints"), (("--clips", "x"), "--reward"),
+    (("--clips", "x", "--reward", "y", "base=z"), "no checkpoints"),
     (("--clips", "nowhere", "--reward", f"{BASE}/reward"), "nowhere"), ((BASE, "--judge", f"{BASE}/reward"), "--judge"),
     ((BASE, "--size", "64*64"), "--size means nothing"), ((BASE, "--prompts", "none.txt"), "none.txt"),
     ((BASE, "--prompts", "p.txt", "--reward", "nowhere"), "nowhere"),

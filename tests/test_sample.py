@@ -115,7 +115,7 @@ def test_another_sampling_is_refused_in_the_folder(made, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ((), "give --prompt"), (("--prompt", "a", "--prompts", "p.txt"), "give --prompt"),
+    (("--model", "x"), "give --prompt"), (("--prompt", "a", "--prompts", "p.txt"), "give --prompt"),
     (("--prompts", "p.txt"), "--output_dir"), (("--prompt", "a", "--output_dir", "x"), "--output_dir"),
     (("--prompts", "none.txt", "--output_dir", "x"), "none.txt"), (("--prompts", "p.txt", "--output_dir", "x", "--output", "y.mp4"),
                                                                    "--output"),

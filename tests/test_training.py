@@ -485,7 +485,7 @@ BAD = [
     ("train_reward", "--resume latest", "--resume_from_checkpoint latest: there is no"),
     ("sample", "--prompt=", "--prompt is empty"),
     ("sample", "--prompt red --output x.gif", "--output x.gif: the name must end in .mp4"),
-    ("sample", "--output {folder}/x.mp4", "give --prompt"),
+    ("sample", "--output {folder}/x.mp4 --model {folder}/generator", "give --prompt"),
 ]
 ids = [f"{script} {flags}" for script, flags, _ in BAD]
 
