@@ -296,6 +296,8 @@ def score_clips(config, runtime):
         common.refuse(config, fit, "with --clips of shards, whose clips have theirs")
     elif not model:
         raise InputError("--clips: give --model too, the folder with the encoders that the reward model's generator came with")
+    if not source.is_dir():
+        raise InputError(f"--clips {source}: there is no such folder")
     held = own(config, runtime)                                 # noqa: F841   as long as this function runs
     if not (source / "shards.json").exists():
         flags = {name: getattr(config, name) for name in fit}
