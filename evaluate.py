@@ -163,7 +163,7 @@ def markdown(rows, pairs):
 def own(config, runtime):
     """Rank 0 becomes the one writer of --output_dir, if that is new, empty or an evaluation's -> the lock, to keep."""
     if runtime.rank == 0:
-        lock.claim(config.output_dir, "evaluation", ("per_video.json", "scores.jsonl"))
+        lock.claim(config.output_dir, "evaluation", ("per_video.json", "scores.jsonl", "part.json"))
         return lock.hold(config.output_dir, "evaluation")
 
 

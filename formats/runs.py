@@ -105,7 +105,8 @@ def claim(config):
         raise InputError(f"--output_dir {folder}: holds --model {config.model}, which would be written over: name another folder")
     known = {field.name for field in dataclasses.fields(config)} | {"made_from"}
     if not (folder / "args.json").is_file():
-        lock.claim(folder, "run", ("samples/.lock", "curated/.lock"))                  # a run that ended while it made them
+        ours = ("samples/.lock", "curated/.lock", "part.json")  # a run that ended while it made them; study/parts.py's note
+        lock.claim(folder, "run", (*ours, *(path.name for _, path in list_checkpoints(folder))))
     elif (foreign := sorted(read_args(folder).keys() - known)) or not read_args(folder):
         raise InputError(f"--output_dir {folder}: its args.json is of no run of this script ({foreign[:1]}): name another folder")
 

@@ -258,8 +258,8 @@ def test_two_steps_with_gradients_and_block_checkpointing(folder):
     ("prfl", "--reward_loss sigmoid_hinge"), ("refl", "--frames_decoded all"), ("refl", "--decoder_checkpointing")])
 def test_smoke_ablations(folder, name, flags):
     """Runs each option once, in bfloat16 as by default; what it computes is tested elsewhere."""
-    run(*command(folder, name, "ablation", *flags.split(), "--max_train_steps", "1", "--mixed_precision", "bf16"))
-    assert metrics(folder, "ablation")[0]["step"] == 1
+    run(*command(folder, name, f"ablation-{name}", *flags.split(), "--max_train_steps", "1", "--mixed_precision", "bf16"))
+    assert metrics(folder, f"ablation-{name}")[0]["step"] == 1
 
 
 def test_smoke_image_to_video(folder):
