@@ -184,6 +184,11 @@ def claims():
         f"ends at {q(left)}", f"the paper's recipe reaches {q(best)}", f"above that by {gap(differ, f'{end} above {best}')}", look,
         f"{at['3e-05']} of the validation videos at 3e-5, {at['0.0002']} at 2e-4, {at['0.0003']} at 3e-4"]
 
+    lost = {key: number(max(one[key] for one in load("stopping")["found"].values()))
+            for key in ("lost", "lost_by_opinion", "lost_at_end")}
+    said["## Stopping without an annotator"] = [f"up to {lost['lost_by_opinion']} worse", f"within {lost['lost']} of",
+                                                f"loses up to {lost['lost_at_end']}"]
+
     fig5 = load("fig5")
     share = lambda row, what: f"{fig5[row][what]['mean']:.0%}".replace("%", " %")
     said["## Figure 5: video by video"] = [
