@@ -1,4 +1,4 @@
-"""What `make own` needs beside the seven commands of docs/your_model.md: a model, prompts, clips, and somebody who labels.
+"""What `make own` needs beside the commands of docs/your_model.md: a model, prompts, clips, and somebody who labels.
 
     python tests/own.py prepare runs/own      a tiny random Wan2.1, prompts and clips of the embedded world
     python tests/own.py label runs/own        grades for every sample, by rule: labels.jsonl as label.py writes it
