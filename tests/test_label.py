@@ -285,7 +285,8 @@ def test_without_flask_one_line_says_what_to_install(folder, monkeypatch):
 class Server:
     def __init__(self, *argv):
         self.process = subprocess.Popen([sys.executable, ROOT / "label.py", *map(str, argv), "--port", "0"], stdout=subprocess.PIPE,
-                                        stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                                        stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                                        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))    # ignored behind a `&`
         lines = [self.process.stdout.readline() for _ in range(3)]
         self.told, self.address = lines[0], re.search(r"http://127\.0\.0\.1:\d+/\S+/", lines[1])[0]
 

@@ -74,7 +74,7 @@ def test_sample_writes_a_film_of_the_asked_colour(tmp_path, capsys):
     (("--prompt", " "), "--prompt"), (("--prompt", "a", "--output", "x.avi"), ".mp4"),
     (("--prompt", "a", "--transformer", "nowhere"), "nowhere"), (("--prompt", "a", "--image", "x.png"), "--image"),
     (("--prompt", "a", "--contact_sheet", "x.gif"), ".png"), (("--prompt", "a", "--num_videos", "0"), "--num_videos"),
-    ((), "--prompt")])
+    (("--prompt", "a", "--prompts", "a.txt"), "--prompt")])
 def test_sample_refuses(capsys, tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)
     assert words in refused(capsys, sample, *flags)
