@@ -70,7 +70,8 @@ class Config(search.Flags):
     reward: str | None = arg(None, "reward model of the search; without, <model>/reward", only="!best_of 1")
     contact_sheet: str | None = arg(None, "also write all frames of all videos as one PNG", only="!prompts")
     batch_size: int | None = arg(None, "videos of one seed in a pass; without, by their size: 1 for Wan2.1's", above=0)
-    mixed_precision: str | None = arg(None, "autocast dtype; without, bf16 for Wan2.1, else no", choices=("no", "bf16"))
+    mixed_precision: str | None = arg(None, "autocast dtype; without, no, and for Wan2.1 bf16 if the machine has it",
+                                     choices=("no", "bf16"))
     parallel: str = arg("ddp", "under torchrun: the generator whole on each GPU (ddp), or 1 / GPUs of it (fsdp)",
                         choices=parallel.KINDS)
     sequence_parallel: int = arg(1, "neighbouring GPUs that share a video's tokens, for long ones", above=0)
@@ -191,7 +192,7 @@ def main(config):
     videos = list_videos(config)
     dit = load_transformer(config.transformer or model, dtype=None).eval().requires_grad_(False)
     wan = dit.config["text_len"] == codec.WAN_CONTEXT
-    config.mixed_precision = config.mixed_precision or ("bf16" if wan else "no")
+    config.mixed_precision = config.mixed_precision or (common.fast_precision() if wan else "no")
     runtime = common.setup(config.mixed_precision, config.seed, config.sequence_parallel)
     parallel.check(parallel.Flags(parallel=config.parallel, sequence_parallel=config.sequence_parallel))
     size, device = settle(config, dit.config), runtime.device

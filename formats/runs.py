@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from common import InputError, arg, rank
+from common import InputError, arg, precision_flag, rank
 from formats import fingerprint, lock
 from formats.metadata import replace_text
 from formats.picture import write_gif
@@ -38,7 +38,7 @@ NEVER_THE_SAME = {"output_dir", "resume_from_checkpoint"}
 @dataclasses.dataclass
 class Flags:
     """What every training run takes."""
-    mixed_precision: str = arg("bf16", "autocast dtype; weights, optimizer and rollout state are fp32", choices=("no", "bf16"))
+    mixed_precision: str = precision_flag(" (weights, optimizer and rollout state are fp32)")
     resume_from_checkpoint: str | None = arg(None, "'latest' or a checkpoint folder", alias="resume")
 
 

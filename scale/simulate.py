@@ -6,10 +6,11 @@ MemTracker counts the storages that live. So 14B at 81 frames takes minutes of o
 the CUDA context, the allocator's unused pieces, what kernels take inside themselves, and clipping (a few numbers).
 
 Under fsdp the mesh must be there before FakeTensorMode is, and the models are cut while they are on meta. The tracker's
-module hooks expect one forward call of a module, where a rollout makes many: it counts without them, by phases instead.
+module hooks expect one forward call of a module, where a rollout makes many, and hold gradients that the program lets
+go: it counts without them, by phases instead.
 """
 from contextlib import contextmanager
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,8 @@ class Phases(MemTracker):
 
     def __init__(self):
         super().__init__()
+        # modules are not followed: that takes hooks which hold the gradients of every block until the backward pass ends
+        self._mod_tracker = MagicMock(is_bw=False)
         self.phase, self.peaks, self.counts = "before", {}, True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -67,11 +70,6 @@ class Phases(MemTracker):
         for now in self._curr_mem_snap.values():                # of the one device
             if now["Total"] > self.peaks.get(self.phase, {"Total": 0})["Total"]:
                 self.peaks[self.phase] = {str(getattr(kind, "value", kind)): size for kind, size in now.items()}
-
-    def _pre_fw_hook(self, *args):
-        pass
-
-    _post_fw_hook = _pre_bw_hook = _post_bw_hook = _pre_fw_hook
 
 
 def simulate(config, c, grid):

@@ -44,7 +44,7 @@ class Config:
     num_inference_steps: int = arg(16, "Euler steps", above=0)
     guidance: float = arg(0.0, "by the reward's gradient; 0 is none", at_least=0)
     seed: int = arg(0, "of the noise; prompts are the same with every seed", at_least=0)
-    mixed_precision: str = arg("bf16", "autocast dtype", choices=("no", "bf16"))
+    mixed_precision: str = common.precision_flag()
 
 
 def along_the_reward(pavrm, x, t, context):

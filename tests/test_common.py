@@ -46,6 +46,16 @@ def test_parse_types_aliases_and_defaults():
     assert parse("--no-gradient_checkpointing").gradient_checkpointing is False
 
 
+@pytest.mark.parametrize("cpu, gpu, wanted", [("AVX512", None, "bf16"), ("AVX2", None, "no"), ("DEFAULT", None, "no"),
+                                              ("AVX2", True, "bf16"), ("AVX512", False, "no")])
+def test_bf16_where_it_is_not_emulated(monkeypatch, cpu, gpu, wanted):
+    """gpu: whether it has bf16; None: there is none."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: gpu)
+    assert common.fast_precision() == common.precision_flag().default == wanted
+
+
 @pytest.mark.parametrize("argv, wanted", [
     (["--learning_rate", "nan"], "--learning_rate must be a finite number above 0, got nan"),
     (["--learning_rate", "inf"], "--learning_rate must be a finite number, got inf"),
