@@ -289,9 +289,11 @@ def costs(config, c):
     pooled = 4 * b * n * d                                                      # every rank pools all tokens
     block, frozen = (sum(block_bytes(c, m, kind, b).values()) for kind in (how, "none"))
     hidden = 2 * b * m * c["ffn_dim"]                                           # bf16
-    passing, passing_frozen = edge + (2 if lora else 1) * hidden, edge + 2 * hidden
+    passing = edge + (2 if lora else 1) * hidden
     copy = 2 * ((10 if c.get("image_dim") else 8) * d * d + 2 * d * c["ffn_dim"])   # a block's matrices in bf16
-    gathered = 4 * count["block"] * (not lora) + copy if fsdp else 0    # next block; whole gradients of this one
+    ends = 4 * (reward - K * count["block"] if stage1 else count["total"] - count["blocks"])    # embeddings and head, in fp32
+    gathered = copy + 4 * count["block"] * (not lora) + ends if fsdp else 0     # next block; whole gradients of this one
+    rewarding = 4 * (reward - K * count["block"]) + copy if fsdp and prfl else 0
     not_yet = 0 if lora else 4 * (count["block"] + count["embeddings"] * (not stage1)) / parts  # gradients that come last
     one["decoder"] = {key: b * value for key, value in
                       decoder_costs(f, h, w, config.frames_decoded == "first").items()} if refl else None
@@ -309,7 +311,7 @@ def costs(config, c):
             judged = min(K, here) * edge if checkpointing else layers(K, frozen, copy)
             if ranks > 1:                       # tokens of all ranks, their keys and values, and gradients of two of these
                 moments["pooling"] = waiting + 3 * edge + judged + 5 * pooled
-            moments["reward"] = waiting + 3 * edge + layers(K, frozen, copy) + 2 * edge + passing_frozen + fsdp * copy
+            moments["reward"] = waiting + 6 * edge + hidden + layers(K, frozen, copy) + rewarding
         if refl:
             moments["decoder"] = waiting + 3 * edge + one["decoder"]["kept"] + one["decoder"]["passing"]
         if sampling:    # attention's tensors in a forward pass, its bf16 copies; then pixels, twice, and a last stage
@@ -318,7 +320,7 @@ def costs(config, c):
         one["with" if checkpointing else "without"] = dict(
             waiting=waiting, moments=moments, worst=worst, peak=one["static"] + moments[worst])
     one |= dict(edge=edge, block=block, block_parts=block_bytes(c, m, how, b), frozen=frozen, hidden=hidden, pooled=pooled,
-                passing=passing, passing_frozen=passing_frozen, copy=copy, gathered=gathered)
+                passing=passing, copy=copy, gathered=gathered, rewarding=rewarding)
 
     # FLOPs
     forward, judging = forward_flops(c, n, L, b, ranks=ranks), forward_flops(c, n, K, b, ends=False, ranks=ranks)
@@ -490,8 +492,8 @@ def report(config, c):
     row("passing through", one["passing"], f"4 b {m} d + {4 if lora else 2} b {m} F, gradients inside a block")
     row("a block's bf16 copy", one["copy"], f"2 x ({10 if image else 8} d^2 + 2 d F)")
     if parts > 1:
-        row("gathered by fsdp", one["gathered"], "the next block's bf16 copy" +
-            ("" if lora else ", whole fp32 gradients of this one"))
+        row("gathered by fsdp", one["gathered"], "the next block's bf16 copy, " + "whole fp32 gradients of this one, " * (not lora)
+            + "embeddings and head")
     if config.offload_activations:
         behind = "(L + K)" if prfl else "K" if stage1 else "L"
         row("inputs on the host", one["offloaded"], f"{gb(one['edge'])} x {behind}, of each GPU")
@@ -504,7 +506,7 @@ def report(config, c):
     names = {"generator": "reward model's backward" if stage1 else "generator's backward", "gradients": "its end",
              "optimizer": "optimizer step", "reward": "reward's backward", "decoder": "decoder's backward",
              "pooling": "reward's pooling"}
-    fsdp_own, fsdp_reward = (" + gathered", " + copy") if parts > 1 else ("", "")
+    fsdp_own, fsdp_reward = (" + gathered", f" + {gb(one['rewarding'])} gathered") if parts > 1 else ("", "")
     for key in ("with", "without"):
         found, kept = one[key], key == "without"
         print(f"\npeak {key} checkpointing: what stays + the largest of")
@@ -517,8 +519,7 @@ def report(config, c):
         formulas = {
             "pooling": f"{waiting} + 3 x {gb(one['edge'])} + {'K' if kept else K_in} x {gb(one['frozen' if kept else 'edge'])}"
             f"{' + copy' * kept} + 5 x {gb(one['pooled'])} (tokens, keys, values, two gradients)",
-            "reward": f"{waiting} + 5 x {gb(one['edge'])} + {rewarding} + {gb(one['passing_frozen'])} passing"
-            + fsdp_reward,
+            "reward": f"{waiting} + 6 x {gb(one['edge'])} + {gb(one['hidden'])} + {rewarding}{fsdp_reward}",
             "decoder": f"{waiting} + 3 x {gb(one['edge'])} + decoder" if refl else "",
             "generator": (waiting if kept else f"{before(L_in)} x {gb(one['edge'])} + {gb(one['block'])} + copy")
             + f" + passing{fsdp_own}",

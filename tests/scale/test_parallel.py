@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partialmethod
 
 import pytest
 import torch
@@ -217,3 +218,25 @@ def test_blocks_run_in_bfloat16_from_float32_pieces(group):
     ddp, fsdp = (torch.cat([g.flatten() for g in found]) for found in
                  (gradients[0], [g.full_tensor() for g in gradients[1]]))
     assert fsdp.dtype == f32 and (fsdp - ddp).norm() < 0.03 * ddp.norm()
+
+
+@pytest.mark.parametrize("kind", parallel.KINDS)
+def test_compiled_blocks_train_alike(group, kind, monkeypatch):
+    """A rollout and a rewarded step, blocks recomputed. Traced and differentiated as --compile does; the C++ that would come
+    of it takes minutes, so these graphs run op by op."""
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    torch.manual_seed(3)
+    x_T, context, found = torch.randn(4, 16, 2, 4, 4), torch.randn(4, 3, 8), []
+    for compiled in (False, True):
+        torch._dynamo.utils.counters.clear()
+        policy, pavrm = generator(), PAVRM.from_generator(generator(), 1).freeze()
+        torch.nn.init.normal_(pavrm.mlp[-1].weight, generator=torch.Generator().manual_seed(4))
+        for model in (policy, pavrm):
+            parallel.shard(model, group, parallel.Flags(gradient_checkpointing=True, parallel=kind, compile=compiled))
+        with group.autocast():
+            prfl.reward_update_loss(policy, pavrm, x_T, context, 3, 4)[0].backward()
+        gradients = [p.grad.full_tensor() if kind == "fsdp" else p.grad for p in policy.parameters()]
+        found.append(torch.cat([gradient.flatten() for gradient in gradients]))
+        assert bool(torch._dynamo.utils.counters["stats"]["unique_graphs"]) == compiled
+    eager, traced = found
+    assert (traced - eager).norm() < 0.003 * eager.norm()       # of bfloat16: other products are fused
