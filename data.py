@@ -4,6 +4,7 @@
     python data.py encode clips --out latents                    with the shipped VAE and text encoder
     python data.py encode clips --out latents --size "832*480" --frames 81 --fps 16 --model Wan2.1
                                                                  with all encoders of that folder (requirements-wan.txt)
+    torchrun --nproc_per_node=8 data.py encode ...               on eight GPUs: the same folder, byte for byte
 
 Run encode again when clips, captions or the list have changed: what is new or changed is encoded, what is no longer
 listed is left out. formats/metadata.py says how the list is read.
