@@ -204,16 +204,12 @@ def average(tensors):
 
 
 def gather(value, to=None):
-    """[value of rank 0, value of rank 1, ...], on every rank, or on rank `to` and [] on the others; picklable Python values
-    and CPU tensors."""
-    parts = [value]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        parts = [None] * dist.get_world_size()
-        if to is None:
-            dist.all_gather_object(parts, value)
-        else:
-            dist.gather_object(value, parts if rank() == to else None, to)
-    return parts if to in (None, rank()) else []
+    """[value of rank 0, of rank 1, ...], on every rank, or on rank `to` ([] elsewhere); picklable values and CPU tensors."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    parts = [None] * dist.get_world_size() if to in (None, rank()) else None
+    dist.all_gather_object(parts, value) if to is None else dist.gather_object(value, parts, to)
+    return parts or []
 
 
 def check_finite(value, name, step):

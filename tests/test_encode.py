@@ -12,6 +12,7 @@ import pytest
 from tiny import ENV, ROOT
 
 import data
+from common import InputError
 from formats import lock
 from formats.video import write_video
 
@@ -117,3 +118,9 @@ def test_what_ends_one_rank_ends_all_with_one_line(folder, script, how, code, wa
     ours, summary = done.stderr.split("torch/distributed/elastic", 1)
     assert ours.count("error: ") == 1 and f"error: {wanted}" in ours and "Traceback" not in ours, done.stderr
     assert f"exitcode  : {code} " in summary                                        # torchrun's own is always 1
+
+
+def test_check_is_one_process(folder, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="start it without torchrun"):
+        data.check_command(data.Check(str(folder / "clips")))
