@@ -123,6 +123,9 @@ def cli(main, Config, doc, argv=None, prog=None):
         code, message = 1, str(e)
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
+    except Exception:
+        time.sleep(3 if "RANK" in os.environ else 0)    # often the echo of another rank's end: torchrun ends this one, too
+        raise
     time.sleep(3 if rank() else 0)  # a failure of every rank is told once: torchrun ends the others meanwhile
     message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
     print("error:", message, file=sys.stderr, flush=True)
@@ -200,13 +203,13 @@ def average(tensors):
         torch._foreach_div_(tensors, dist.get_world_size())
 
 
-def gather(value):
-    """[value of rank 0, value of rank 1, ...], on every rank; picklable Python values and CPU tensors."""
-    parts = [value]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, value)
-    return parts
+def gather(value, to=None):
+    """[value of rank 0, of rank 1, ...], on every rank, or on rank `to` ([] elsewhere); picklable values and CPU tensors."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    parts = [None] * dist.get_world_size() if to in (None, rank()) else None
+    dist.all_gather_object(parts, value) if to is None else dist.gather_object(value, parts, to)
+    return parts or []
 
 
 def check_finite(value, name, step):

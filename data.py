@@ -4,6 +4,7 @@
     python data.py encode clips --out latents                    with the shipped VAE and text encoder
     python data.py encode clips --out latents --size "832*480" --frames 81 --fps 16 --model Wan2.1
                                                                  with all encoders of that folder (requirements-wan.txt)
+    torchrun --nproc_per_node=8 data.py encode ...               on eight GPUs: the same folder, byte for byte
 
 Run encode again when clips, captions or the list have changed: what is new or changed is encoded, what is no longer
 listed is left out. formats/metadata.py says how the list is read.
@@ -22,7 +23,7 @@ import math
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -277,12 +278,13 @@ class Check:
 
 
 @dataclass
-class Loaded:
-    """A clip, or the reason why there is none."""
-    row: dict
-    video: torch.Tensor | None = None       # uint8 [F, H, W, 3]
+class Clip:
+    """A clip: as it is listed, then as it was read; or the reason why it cannot be."""
+    name: str                               # its file's; of a row that names none, where that stands
+    row: dict | None
+    problem: str | None
     kind: list | None = None                # [W, H, F, fps]
-    problem: str | None = None
+    video: torch.Tensor | None = None       # uint8 [F, H, W, 3]
     facts: Facts | None = None
     content: str | None = None              # formats/fingerprint.py's, of the file
 
@@ -298,45 +300,54 @@ def parse_size(config):
     return tuple(sides) if config.size else None
 
 
-def load_clips(rows, config, size, kind=None, seen=(), contents=None):
-    """Yields a Loaded for each row, in order, decoding a few clips ahead. Clips are cut to 4k + 1 frames, and all must be
-    of one kind [W, H, F, fps]: the given one, or that of the first usable clip. seen: file names that were there before;
-    contents: fingerprint.Contents, or None where nobody asks for them."""
-    seen, rows = {os.path.normpath(name) for name in seen}, iter(rows)
-    largest = None if size and config.frames else CLIP_BYTES
+def list_clips(folder):
+    """-> ([Clip of each row of the folder's list], what else to know). Of rows that name one file, the upper one counts."""
+    (listed, notes), clips, seen = read_listing(folder), [], set()
+    for place, row, problem in listed:
+        path = row and os.path.normpath(row["file_name"])       # a/../b.mp4 is b.mp4
+        clips.append(Clip(row["file_name"], row, "listed twice" if path in seen else None) if row else Clip(place, None, problem))
+        seen.add(path)
+    return clips, notes
 
-    def load(row):
-        path = Path(config.folder) / row["file_name"]
-        try:
-            video, fps, facts = read_clip_facts(path, size, config.frames, config.fps, largest)
-            content = contents and contents.content(path)
-        except (InputError, OSError) as e:
-            return Loaded(row, problem=printable(str(e).removeprefix(f"{path}: ")))
-        have, wanted = len(video), config.frames or FEWEST
-        clip = Loaded(row, None, [video.shape[2], video.shape[1], (have - 1) // 4 * 4 + 1, round(fps, 1)], None, facts, content)
-        if clip.kind[2] < wanted:
-            clip.problem = f"too short: {have} frames of {wanted} at {fps:.3g} fps" \
-                + f": --frames {clip.kind[2]} takes it" * (clip.kind[2] >= FEWEST)
-        elif clip.kind[0] % 16 or clip.kind[1] % 16:
-            clip.problem = f"size {clip.kind[0]}x{clip.kind[1]} is not a multiple of 16: pass --size W*H"
-        elif not row["prompt"]:
-            clip.problem = "empty prompt"
-        else:
-            clip.video = video[:clip.kind[2]]
+
+def load_clip(clip, config, contents=None):
+    """The listed Clip -> with its video, cut to 4k + 1 frames, or with the problem that it has on its own. contents:
+    fingerprint.Contents, or None where nobody asks for them."""
+    if clip.problem:
         return clip
+    path, size = Path(config.folder) / clip.name, parse_size(config)
+    try:
+        video, fps, facts = read_clip_facts(path, size, config.frames, config.fps, None if size and config.frames else CLIP_BYTES)
+        content = contents and contents.content(path)
+    except (InputError, OSError) as e:
+        return replace(clip, problem=printable(str(e).removeprefix(f"{path}: ")))
+    have, wanted = len(video), config.frames or FEWEST
+    kind = [video.shape[2], video.shape[1], (have - 1) // 4 * 4 + 1, round(fps, 1)]
+    clip = replace(clip, kind=kind, facts=facts, content=content)
+    if kind[2] < wanted:
+        clip.problem = f"too short: {have} frames of {wanted} at {fps:.3g} fps" \
+            + f": --frames {kind[2]} takes it" * (kind[2] >= FEWEST)
+    elif kind[0] % 16 or kind[1] % 16:
+        clip.problem = f"size {kind[0]}x{kind[1]} is not a multiple of 16: pass --size W*H"
+    elif not clip.row["prompt"]:
+        clip.problem = "empty prompt"
+    else:
+        clip.video = video[:kind[2]]
+    return clip
 
+
+def load_clips(clips, config, kind=None, contents=None):
+    """Yields `load_clip` of each, in order, decoding a few ahead. All must be of one kind [W, H, F, fps]: the given one, or
+    that of the first usable clip."""
     with ThreadPoolExecutor(AHEAD) as pool:
-        waiting = collections.deque(pool.submit(load, row) for row in itertools.islice(rows, AHEAD))
+        clips = iter(clips)
+        waiting = collections.deque(pool.submit(load_clip, clip, config, contents) for clip in itertools.islice(clips, AHEAD))
         while waiting:
             clip = waiting.popleft().result()
-            waiting.extend(pool.submit(load, row) for row in itertools.islice(rows, 1))
+            waiting.extend(pool.submit(load_clip, clip, config, contents) for clip in itertools.islice(clips, 1))
             kind = kind or (None if clip.problem else clip.kind)
             if clip.problem is None and clip.kind != kind:
-                clip.problem = f"is {show(clip.kind)}, the others are {show(kind)}: pass --size, --frames, --fps"
-            name = os.path.normpath(clip.row["file_name"])  # a/../b.mp4 is b.mp4
-            clip.problem = "listed twice" if name in seen else clip.problem
-            seen.add(name)
-            clip.video = None if clip.problem else clip.video
+                clip.problem, clip.video = f"is {show(clip.kind)}, the others are {show(kind)}: pass --size, --frames, --fps", None
             yield clip
 
 
@@ -352,7 +363,7 @@ class Tally:
         for name, true in (("slow", 10 * facts.repeated > frames), ("still", 4 * facts.still > frames),
                            (facts.colours, facts.colours)):
             if true:
-                self.found[name].append(clip.row["file_name"])
+                self.found[name].append(clip.name)
 
     def lines(self, config, prompts):
         """The sentences to print. prompts: of all usable clips."""
@@ -380,29 +391,30 @@ def show(kind):
 
 
 def check_command(config):
-    size, folder, tally = parse_size(config), Path(config.folder), Tally()
-    (listed, notes), usable = read_listing(config.folder), []
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("data.py check is one process: start it without torchrun")
+    parse_size(config)
+    folder, tally, problems, usable = Path(config.folder), Tally(), [], []
+    clips, notes = list_clips(folder)
     resolve_encoders(config)
-    problems = [f"{place}: {problem}" for place, _, problem in listed if problem]
-    rows = [row for _, row, problem in listed if not problem]
-    bar = common.progress(len(rows), "check")
-    for clip in load_clips(rows, config, size):
+    bar = common.progress(len(clips), "check")
+    for clip in load_clips(clips, config):
         if clip.problem:
-            problems.append(f"{printable(clip.row['file_name'])}: {clip.problem}")
+            problems.append(f"{printable(clip.name)}: {clip.problem}")
         else:
             usable.append((clip.row, show(clip.kind)))
             tally.add(clip)
         bar.update()
     bar.close()
     labels = collections.Counter(row["label"] for row, _ in usable)
-    print(*problems, f"{folder}: {len(usable)} of {len(listed)} clips usable: {labels[1]} good, "
+    print(*problems, f"{folder}: {len(usable)} of {len(clips)} clips usable: {labels[1]} good, "
           f"{labels[0]} bad, {labels[None]} unlabelled" + (f"; {usable[0][1]}" if usable else ""), *notes,
           *tally.lines(config, [row["prompt"] for row, _ in usable]), sep="\n")
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES}
-    if unlisted := sorted(names - {os.path.normpath(row["file_name"]) for row in rows}):
+    if unlisted := sorted(names - {os.path.normpath(clip.name) for clip in clips}):
         print(f"{len(unlisted)} video files are not in the metadata: {some(unlisted)}")
-    if problems or not listed:
-        raise InputError(f"{folder}: {len(problems)} of {len(listed)} clips cannot be used")
+    if problems or not clips:
+        raise InputError(f"{folder}: {len(problems)} of {len(clips)} clips cannot be used")
 
 
 @dataclass
@@ -449,30 +461,41 @@ def encode_batch(clips, models, image_to_video):
     return {name: x.float().cpu() for name, x in out.items()}
 
 
-def unchanged(before, rows, folder, contents):
-    """{index of a row: its place in the shards `before`} of the rows whose caption, and whose file's content, are those that
-    were encoded. Of rows that name one file twice, the upper one counts."""
+def unchanged(before, clips, folder, contents):
+    """{index of a clip: its place in the shards `before`} of those whose caption, and whose file's content, are as they were
+    encoded."""
     places = {(row["file_name"], row["prompt"], content): i
               for i, (row, content) in enumerate(zip(before.all_rows, before.contents)) if content}
-    names, seen, found = {name for name, _, _ in places}, set(), {}
-    for i, row in enumerate(rows):
-        path = os.path.normpath(row["file_name"])
-        if row["file_name"] in names and path not in seen:
+    names, found = {name for name, _, _ in places}, {}
+    for i, clip in enumerate(clips):
+        if clip.name in names and not clip.problem:
             try:
-                place = places.get((row["file_name"], row["prompt"], contents.content(Path(folder) / row["file_name"])))
+                place = places.get((clip.name, clip.row["prompt"], contents.content(Path(folder) / clip.name)))
             except (OSError, ValueError):
-                place = None                        # load_clips will say why
+                place = None                        # load_clip will say why
             found |= {} if place is None else {i: place}
-        seen.add(path)
     return found
 
 
-@torch.inference_mode()
 def encode_command(config):
+    encode(config, common.setup())
+    common.teardown()
+
+
+@torch.inference_mode()
+def encode(config, runtime):
+    """Rank 0 finds out what is to be done, writes and reports; all ranks read and encode clips."""
     parse_size(config)
-    out = Path(config.out)
-    (listed, notes), (folders, image_to_video) = read_listing(config.folder), resolve_encoders(config)
-    if not listed:
+    out, (folders, image_to_video) = Path(config.out), resolve_encoders(config)
+    loaders = dict(zip(ROLES, (load_vae, load_text_encoder, load_image_encoder)))
+    load = functools.cache(lambda: {role: loaders[role](path).to(runtime.device) for role, path in folders.items()})
+    contents = fingerprint.Contents(out / "contents.json")
+    if runtime.rank > 0:
+        for _ in encode_chunks(*common.gather(None)[0], config, load, image_to_video, contents, runtime):
+            pass                                    # rank 0 gets them
+        return common.gather(contents.fresh, to=0)
+    clips, notes = list_clips(config.folder)
+    if not clips:
         raise InputError(f"{config.folder}: its metadata file has no rows")
     if out.exists() and out.samefile(config.folder):
         raise InputError(f"--out {out}: is the folder of the clips: name another one for the shards")
@@ -480,33 +503,41 @@ def encode_command(config):
     settings = {"size": config.size and config.size.replace("x", "*"), "frames": config.frames, "fps": config.fps,
                 "condition": image_to_video, "encoders": {role: fingerprint.of_encoder(path, role)
                                                           for role, path in folders.items()}}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaders = dict(zip(ROLES, (load_vae, load_text_encoder, load_image_encoder)))
-    load = lambda: {role: loaders[role](path).to(device) for role, path in folders.items()}
-    models = None if out.exists() else load()       # encoders that cannot be loaded leave no folder behind
+    if not out.exists():
+        load()                                      # encoders that cannot be loaded leave no folder behind
     with lock.hold(out, "shards"):
         before = Shards(out) if (out / "shards.json").exists() else None
         kind = ((before and before.settings) or {}).get("kind")
         if before and before.settings != settings | {"kind": kind}:
             raise InputError(f"{out}: was encoded with other settings ({differences(before.settings, settings)}): use those "
                              "flags and encoders, or another --out")
-        rows, contents = [row for _, row, problem in listed if not problem], fingerprint.Contents(out / "contents.json")
-        done = unchanged(before, rows, config.folder, contents) if before else {}
+        done = unchanged(before, clips, config.folder, contents) if before else {}
         if before and (gone := sorted(set(range(len(before.all_rows))) - set(done.values()))) != sorted(before.dropped):
             replace_text(out / "shards.json", json.dumps(before.index | {"dropped": gone}, indent=1))
             if new := set(gone) - before.dropped:
                 print(f"{out}: {len(new)} clips that it holds are no longer listed, or have changed: left out")
-        todo = [row for i, row in enumerate(rows) if i not in done]
-        models = models or (load() if todo else None)
-        if models:
-            save_null_context(out, models["text_encoder"])
+        for i in range(len(clips) if kind is None else 0):
+            first = load_clip(clips[i], config, contents)
+            if not first.problem:
+                kind = first.kind
+                break
+            clips[i] = first                        # is not read again
+        # A clip's last bits depend on its batch: chunks are rows of the list, whatever the ranks and whatever is done already.
+        room = max(1, min(config.batch_size, config.shard_size, BATCH_PIXELS // math.prod(kind[:3]))) if kind else 1
+        chunks = [[clips[i] for i in range(k, min(k + room, len(clips))) if i not in done] for k in range(0, len(clips), room)]
+        chunks = list(filter(None, chunks))
+        common.gather((chunks, kind))
+        if any(not clip.problem for chunk in chunks for clip in chunk):
+            save_null_context(out, load()["text_encoder"])
+        encoded = encode_chunks(chunks, kind, config, load, image_to_video, contents, runtime)
         with (out / "report.jsonl").open("w", buffering=1) as report:
-            skipped = encode_clips(todo, [entry for entry in listed if entry[2]], config, models, settings | {"kind": kind},
-                                   [rows[i]["file_name"] for i in done], contents, report, len(rows))
+            skipped = write_chunks(encoded, config, settings | {"kind": kind}, report, len(done), len(clips))
+        for found in common.gather(contents.fresh, to=0):
+            contents.fresh |= found
         contents.save()
-    print(*notes, f"{out}: {len(listed) - skipped} of {len(listed)} clips encoded"
+    print(*notes, f"{out}: {len(clips) - skipped} of {len(clips)} clips encoded"
           + (f", {skipped} skipped: see {out / 'report.jsonl'}" if skipped else ""), sep="\n")
-    if skipped == len(listed):
+    if skipped == len(clips):
         raise InputError(f"{config.folder}: no clip could be encoded: see {out / 'report.jsonl'}")
 
 
@@ -520,41 +551,45 @@ def differences(before, now):
     return "; ".join(changed + [f"another {role}" for role in ROLES if then.get(role) != now.get(role)])
 
 
-def encode_clips(rows, unusable, config, models, settings, seen, contents, report, total):
-    """Encodes the clips of these rows into config.out -> how many could not be, with those that `unusable` lists already."""
-    batch, ready, skipped, tally, prompts = [], [], 0, Tally(), []
-    bar = common.progress(total, "encode", initial=total - len(rows))
+def encode_chunks(chunks, kind, config, load, image_to_video, contents, runtime):
+    """The ranks take the chunks of clips in turn. Yields each, in order and on rank 0 alone: (its clips, {name in the shards:
+    tensor [b, ...] of those without a problem})."""
+    chunks = chunks + [[]] * (-len(chunks) % runtime.world_size)                # the last round: some have nothing to do
+    mine = chunks[runtime.rank::runtime.world_size]
+    clips = load_clips(itertools.chain(*mine), config, kind, contents)
+    for chunk in mine:
+        chunk = list(itertools.islice(clips, len(chunk)))
+        good = [clip for clip in chunk if not clip.problem]
+        tensors = encode_batch(good, load(), image_to_video) if good else {}
+        for clip in good:
+            clip.video = None
+        yield from common.gather((chunk, tensors), to=0)
 
-    def skip(name, problem):
-        nonlocal skipped
-        skipped += 1
-        bar.write(f"skipped {printable(name)}: {problem}")
-        report.write(json.dumps({"file_name": name, "reason": problem}) + "\n")
 
-    for place, _, problem in unusable:
-        skip(place, problem)
-    clips = load_clips(rows, config, parse_size(config), settings["kind"], seen, contents)
-    for clip in itertools.chain(clips, [None]):                                         # None: nothing comes after
-        if clip and clip.problem:
-            skip(clip.row["file_name"], clip.problem)
-        elif clip:
-            batch.append(clip)
-            tally.add(clip)
-            prompts.append(clip.row["prompt"])
-            room = min(config.batch_size, BATCH_PIXELS // math.prod(clip.kind[:3]))
-        if batch and (clip is None or len(batch) >= room):
-            encoded = encode_batch(batch, models, settings["condition"])
-            ready += [(c.row, c.kind, c.content, {name: x[i] for name, x in encoded.items()}) for i, c in enumerate(batch)]
-            enough = min(config.shard_size, SHARD_BYTES // sum(4 * x[0].numel() for x in encoded.values()))
-            batch = []
-        bar.update(clip is not None)
-        if ready and (clip is None or len(ready) >= enough):
-            kept, kinds, marks, tensors = zip(*ready)
-            tensors = {name: torch.stack([x[name] for x in tensors]) for name in tensors[0]}
-            write_shards(config.out, tensors.pop("latents"), tensors.pop("context"), *(
-                [row[name] for row in kept] for name in ("label", "prompt", "file_name")), fps=kinds[0][3],
-                settings=settings | {"kind": kinds[0]}, append=True, clips=config.folder, contents=marks, **tensors)
-            ready = []
+def write_chunks(encoded, config, settings, report, done, total):
+    """Writes and reports what `encode_chunks` yields -> how many clips could not be encoded."""
+    ready, parts, skipped, tally, prompts = [], [], 0, Tally(), []
+    bar = common.progress(total, "encode", initial=done)
+    for chunk, tensors in itertools.chain(encoded, [(None, {})]):                           # None: nothing comes after
+        good = [clip for clip in chunk or () if not clip.problem]
+        enough = min(config.shard_size, SHARD_BYTES // max(1, sum(4 * x[0].numel() for x in tensors.values())))
+        if ready and (chunk is None or len(ready) + len(good) > enough):
+            whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            write_shards(config.out, whole.pop("latents"), whole.pop("context"), *(
+                [clip.row[name] for clip in ready] for name in ("label", "prompt", "file_name")), fps=settings["kind"][3],
+                settings=settings, append=True, clips=config.folder, contents=[clip.content for clip in ready], **whole)
+            ready, parts = [], []
+        if good:
+            ready, parts = ready + good, [*parts, tensors]
+        for clip in chunk or ():
+            if clip.problem:
+                skipped += 1
+                bar.write(f"skipped {printable(clip.name)}: {clip.problem}")
+                report.write(json.dumps({"file_name": clip.name, "reason": clip.problem}) + "\n")
+            else:
+                tally.add(clip)
+                prompts.append(clip.row["prompt"])
+            bar.update()
     bar.close()
     print(*(f"{line}\n" for line in tally.lines(config, prompts)), sep="", end="")
     return skipped

@@ -303,7 +303,7 @@ def score_clips(config, runtime):
         flags = {name: getattr(config, name) for name in fit}
         flags |= {name: f"{model}/{name}" for name in ("vae", "text_encoder")}
         flags |= {"image_encoder": f"{model}/image_encoder"} if pavrm.trunk.config["image_dim"] else {}
-        data.encode_command(data.Encode(str(source), out=str(folder / "latents"), **flags))
+        data.encode(data.Encode(str(source), out=str(folder / "latents"), **flags), runtime)
         source = folder / "latents"
     shards = data.Shards(source).relabel()
     shards.require_fit(pavrm.trunk, model)

@@ -40,7 +40,7 @@ class Contents:
         return entry[4]
 
     def save(self):
-        replace_text(self.file, json.dumps(self.fresh))
+        replace_text(self.file, json.dumps(self.fresh, sort_keys=True))
 
 
 def of_encoder(path, role):

@@ -397,7 +397,7 @@ def way(config, c):
     d = c["dim"]
     one["host"] = config.gpus * (4 * max(6 * d * d, d * c["ffn_dim"], d * c["text_dim"]) + 1e9)      # of a node
     one["encoder_flops"] = encoder_flops(f, h, w) * (2 if i2v else 1)
-    one["encode_seconds"] = config.clips * one["encoder_flops"] / (config.mfu * config.fp32_tflops * 1e12)
+    one["encode_seconds"] = config.clips * one["encoder_flops"] / (config.gpus * config.mfu * config.fp32_tflops * 1e12)
     one["reports"] = math.ceil(config.reward_steps / REWARD_EVERY)
     one["report_flops"] = 6 * config.holdout * sum(stage1["judging"]) / config.reward_batch_size
     one["seconds1"] = config.reward_steps * stage1["seconds"] + one["reports"] * one["report_flops"] / (
@@ -610,8 +610,8 @@ def report_way(config, c):
     row("host", one["host"], f"{config.gpus} x (4 bytes of the largest weight, as they go one at a time, and 1 GB)")
     print("and in time")
     hours("data.py encode", one["encode_seconds"],
-          f"{config.clips:,} x {one['encoder_flops'] / 1e12:.1f} TF (VAE{' twice' * i2v}) / ({config.mfu:g} x "
-          f"{config.fp32_tflops:g} TF/s in fp32), one GPU; no text, no reading")
+          f"{config.clips:,} x {one['encoder_flops'] / 1e12:.1f} TF (VAE{' twice' * i2v}) / ({config.gpus} x "
+          f"{config.mfu:g} x {config.fp32_tflops:g} TF/s in fp32); no text, no reading")
     hours("train_reward.py", one["seconds1"],
           f"{config.reward_steps:,} x {one['stage1']['seconds']:.2f} s + {one['reports']} reports of 6 x {config.holdout} "
           "forward passes")

@@ -88,8 +88,8 @@ def own_samples(folder, generator, model, count, num_steps, size, seed, runtime,
 
 
 def clean_clips(folder, model, count, size, seed, runtime):
-    """Shards of clean clips of the embedded world, through the same door as anybody's: mp4 files, then encoded with
-    the vae/ and text_encoder/ in `model`. Made once (by rank 0) and kept in `folder`."""
+    """Shards of clean clips of the embedded world, through the same door as anybody's: mp4 files (of rank 0), then encoded
+    with the vae/ and text_encoder/ in `model` (by all ranks). Made once and kept in `folder`."""
     clips, latents, mark = Path(folder) / "clips", Path(folder) / "latents", Path(folder) / "world.json"
     settings = {"count": count, "size": size, "seed": seed}
     if mark.exists() and json.loads(mark.read_text()) != settings:
@@ -98,12 +98,11 @@ def clean_clips(folder, model, count, size, seed, runtime):
     common.gather(None)                                         # every rank has looked
     if runtime.rank == 0:
         lock.claim(folder, "curated", ("world.json",))
-        with lock.hold(folder, "curated"):
-            runs.write_json(mark, settings)
-            if not (clips / "metadata.jsonl").exists():
-                main(Config(str(clips), count=count, seed=seed, kind="clean", world=size))
-            data.encode_command(data.Encode(str(clips), out=str(latents), vae=f"{model}/vae",
-                                            text_encoder=f"{model}/text_encoder"))
+        guard = lock.hold(folder, "curated")                    # noqa: F841   until this function ends
+        runs.write_json(mark, settings)
+        if not (clips / "metadata.jsonl").exists():
+            main(Config(str(clips), count=count, seed=seed, kind="clean", world=size))
+    data.encode(data.Encode(str(clips), out=str(latents), vae=f"{model}/vae", text_encoder=f"{model}/text_encoder"), runtime)
     common.gather(None)                                         # the others wait for the files
     return data.Shards(latents)
 
