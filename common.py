@@ -35,18 +35,6 @@ def arg(default, help, *, choices=None, above=None, at_least=None, at_most=None,
     return dataclasses.field(default=dataclasses.MISSING if default is ... else default, metadata=rule)
 
 
-def fast_precision():
-    """"bf16", or "no" (float32) where it is several times faster: a CPU without AVX-512, as in most laptops, only emulates
-    bf16, and so do GPUs older than Ampere."""
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else \
-        torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return "bf16" if fast else "no"
-
-
-def precision_flag(more=""):
-    return arg(fast_precision(), f"autocast dtype{more}; bf16 unless this machine only emulates it", choices=("no", "bf16"))
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(message.removeprefix("argument ").replace("unrecognized arguments", "unknown flag"))

@@ -92,7 +92,7 @@ class Config(search.Flags):
     split: str = arg("test", "held-out sentences: test to report on, validation to choose on; reworded: with verbs, order and "
                      "phrases that training never sees", choices=("test", "validation", "reworded"), only="!prompts, !clips")
     seed: int = arg(0, "of the noise and of the prompts, among the held-out ones", at_least=0)
-    mixed_precision: str = common.precision_flag()
+    mixed_precision: str = runs.precision_flag()
 
 
 def cutouts(videos, centers, side):

@@ -192,7 +192,7 @@ def main(config):
     videos = list_videos(config)
     dit = load_transformer(config.transformer or model, dtype=None).eval().requires_grad_(False)
     wan = dit.config["text_len"] == codec.WAN_CONTEXT
-    config.mixed_precision = config.mixed_precision or (common.fast_precision() if wan else "no")
+    config.mixed_precision = config.mixed_precision or (runs.fast_precision() if wan else "no")
     runtime = common.setup(config.mixed_precision, config.seed, config.sequence_parallel)
     parallel.check(parallel.Flags(parallel=config.parallel, sequence_parallel=config.sequence_parallel))
     size, device = settle(config, dit.config), runtime.device

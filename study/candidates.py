@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 import common
 import flow
 from common import arg
+from formats import runs
 from formats.codec import load_text_encoder, load_vae
 from formats.video import to_pixels
 from formats.weights import SHIPPED
@@ -44,7 +45,7 @@ class Config:
     num_inference_steps: int = arg(16, "Euler steps", above=0)
     guidance: float = arg(0.0, "by the reward's gradient; 0 is none", at_least=0)
     seed: int = arg(0, "of the noise; prompts are the same with every seed", at_least=0)
-    mixed_precision: str = common.precision_flag()
+    mixed_precision: str = runs.precision_flag()
 
 
 def along_the_reward(pavrm, x, t, context):

@@ -59,7 +59,7 @@ class Config:
     grad_steps: int = arg(1, "prfl: steps with gradients before the reward", above=0,
                           only="command times or method prfl prfl_steady")
     gradient_checkpointing: bool = arg(False, "keep only the inputs of blocks, of generator and PAVRM")
-    mixed_precision: str = common.precision_flag()
+    mixed_precision: str = runs.precision_flag()
     seed: int = arg(0, "seed of noise and steps", at_least=0)
     output_dir: str = arg("runs/cost", "where measured.json goes")
 

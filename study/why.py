@@ -60,7 +60,7 @@ class Config:
     max_train_steps: int = arg(480, "iterations", above=0)
     batch_size: int = arg(32, "videos, and prompts, per update", above=0)
     max_grad_norm: float = arg(1.0, "each update's gradient is clipped to this norm", above=0)
-    mixed_precision: str = common.precision_flag()
+    mixed_precision: str = runs.precision_flag()
     checkpointing_steps: int = arg(40, "iterations between checkpoints", above=0)
     validation_steps: int = arg(40, "iterations between validations", above=0)
     num_validation: int = arg(256, "videos of a validation; 0 for none", at_least=0)

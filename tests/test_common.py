@@ -53,7 +53,7 @@ def test_bf16_where_it_is_not_emulated(monkeypatch, cpu, gpu, wanted):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: gpu)
-    assert common.fast_precision() == common.precision_flag().default == wanted
+    assert runs.fast_precision() == runs.precision_flag().default == wanted
 
 
 @pytest.mark.parametrize("argv, wanted", [

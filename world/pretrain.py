@@ -66,7 +66,7 @@ class Config:
     vae_dim: int = arg(128, "width of the VAE", above=0, only="stage vae")
     kl_weight: float = arg(0.02, "weight of the KL term in the second half; a twentieth of it before", at_least=0,
                            only="stage vae")
-    mixed_precision: str = common.precision_flag()
+    mixed_precision: str = runs.precision_flag()
     checkpointing_steps: int = arg(500, "steps between checkpoints", above=0)
     validation_steps: int = arg(1000, "steps between validations (qualified rate of 256 clips)", above=0)
     resume_from_checkpoint: str | None = arg(None, "'latest' or a checkpoint folder", alias="resume")
