@@ -180,6 +180,12 @@ def test_what_is_no_text_or_does_nothing_is_refused(tmp_path, capsys):
         read_prompts(tmp_path / "p.jsonl")
 
 
+def test_prompts_that_are_cut_are_told(tmp_path, capsys):
+    for end, told in (("to the left " * 10, True), ("to the left", False), ("\u00e9" * 60, True)):  # of 128 bytes
+        run("--prompt", f"a red circle moving {end}", "--output", tmp_path / "a.mp4", "--num_inference_steps", 1)
+        assert ("1 of the prompts are longer than the 128 bytes" in capsys.readouterr().out) == told
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, "\x00"])
 def test_a_damaged_note_of_how_videos_were_made_is_one_line(tmp_path, text):
     (tmp_path / "sample.json").write_text(text)
