@@ -72,5 +72,8 @@ def test_a_panel_beside_the_other(tmp_path):
     pytest.importorskip("matplotlib")
     for _ in range(2):
         report.plot(tmp_path / "new/a.png", {"left": ("x", {"one": ([0, 1], [1, 0])}), "right": ("t", {"two": ([0], [1])})})
+    report.plot(tmp_path / "b.png", {"left": ("x", {"one": ([0, 1], [0, 1])}), "right": ("t", {"two": ([0], [1])})})
+    assert (tmp_path / "b.png").read_bytes() != (tmp_path / "new/a.png").read_bytes()
+    assert not pytest.importorskip("matplotlib.pyplot").get_fignums()
     with av.open(str(tmp_path / "new/a.png")) as file:
         assert (file.streams.video[0].width, file.streams.video[0].height) == (2 * 4 * 110, 374)
