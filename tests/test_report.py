@@ -48,6 +48,8 @@ def test_one_seed_fewer_is_drawn_than_there_are():
     """Three of 0, 1, 2, 3: their sum is 0 in 1 of 64 draws, at most 1 in 4: the quantile of .025 is 1, above 3 it mirrors."""
     values = np.arange(4.0)[:, None] * np.ones((1, 6))
     assert report.interval(values) == pytest.approx([1 / 3, 3 - 1 / 3])
+    two = np.array([[-1, 1] * 50, [9, 11] * 50])                # one of two: half of N(0, .1), half of N(10, .1)
+    assert report.interval(two) == pytest.approx([-.1645, 10.1645], abs=.015)
     found = report.summary(values)
     assert found["mean"] == 1.5 and found["seeds"] == [0, 1, 2, 3] and found["interval"] == report.interval(values)
 
