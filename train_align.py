@@ -105,9 +105,7 @@ def load_curated(config, policy, runtime):
     curated = (shards.labels != 0).nonzero()[:, 0]
     if not len(curated):
         raise InputError(f"{shards.folder}: every clip is labelled 0; alignment needs good ones")
-    parts = validation.hold_out(config, curated)
-    fill_in(config, published(policy.config, SPACE * shards.latent_shape[2]))
-    return shards, *parts
+    return shards, *validation.hold_out(config, curated)
 
 
 def main(config):
@@ -124,6 +122,7 @@ def main(config):
         pavrm = parallel.shard(load_pavrm(config.reward, policy, whole=False), runtime, config)
     resume, state = runs.open_checkpoint(config)
     shards, curated, held = load_curated(config, policy, runtime)
+    fill_in(config, published(policy.config, SPACE * shards.latent_shape[2]))
     accumulation = config.gradient_accumulation_steps
     global_batch = config.batch_size * runtime.world_size // config.sequence_parallel * accumulation
     N = config.num_inference_steps
@@ -227,8 +226,7 @@ def main(config):
         bar.update()
         if done % config.checkpointing_steps == 0 or last:
             parallel.save_checkpoint(config.output_dir, done, {"transformer": export}, policy, optimizer, config, config.keep)
-        if last:
-            break
+        if last: break
     bar.close()
     wrote = export(Path(config.output_dir) / "transformer")
     if runtime.rank == 0:

@@ -514,6 +514,8 @@ def test_the_holdout_is_stratified(tmp_path, seed):
     assert len(held) == 5 and torch.equal(torch.cat([train, held]).sort().values, torch.arange(39))
     assert sorted(labels[held].tolist()) == [0, 1, 1, 1, 1] and (labels[train] == 0).sum() == 1
     assert torch.equal(data.labelled_split(shards, 5, seed)[1], held)
+    shards.labels = torch.where(labels < 0, labels, 1 - labels)     # two good ones
+    assert sorted(shards.labels[data.labelled_split(shards, 5, seed)[1]].tolist()) == [0, 0, 0, 0, 1]
     shards.labels = torch.tensor([0, 1] * 50 + [1] * 100)       # a quarter is bad
     assert (shards.labels[data.labelled_split(shards, 40, seed)[1]] == 0).sum() == 10
 
