@@ -261,6 +261,13 @@ def test_what_shards_say_of_themselves_where_nobody_said_it(tmp_path, capsys):
         assert ("it will learn another speed" in capsys.readouterr().out) == told
 
 
+@pytest.mark.parametrize("shape, patch", [((3, 5, 4), (1, 2, 2)), ((3, 4, 5), (1, 2, 2)), ((3, 4, 4), (2, 2, 2))])
+def test_latents_that_patches_do_not_divide_are_refused(tmp_path, shape, patch):
+    data.write_shards(tmp_path, torch.zeros(2, 16, *shape), torch.zeros(2, 8, 32), [0, 1], ["a", "b"])
+    with pytest.raises(InputError, match="do not divide: encode with another --size"):
+        data.Shards(tmp_path).require_fit(type("Dit", (), {"config": {"patch_size": patch}}))
+
+
 @pytest.mark.parametrize("good, bad, held", [(5, 5, 2), (2, 2, 2), (30, 30, 12), (700, 300, 200), (1500, 1500, 400)])
 def test_a_fifth_is_held_out_and_400_at_most(tmp_path, good, bad, held):
     shards = type("Shards", (), {"folder": tmp_path, "labels": torch.tensor([1] * good + [0] * bad + [-1])})
