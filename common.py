@@ -27,9 +27,9 @@ def rank():
 
 
 # ---- command line
-def arg(default, help, *, choices=None, above=None, at_least=None, at_most=None, alias=None, positional=False, only=""):
+def arg(default, help, *, choices=None, above=None, at_least=None, at_most=None, below=None, alias=None, positional=False, only=""):
     """A dataclass field that is also a flag: int, float, str, bool, or Optional[X] or tuple[X, ...] of these.
-    default=... (Ellipsis) makes it required; above, at_least, at_most bound every value. only: where it does anything, such
+    default=... (Ellipsis) makes it required; above, at_least, at_most, below bound every value. only: where it does anything, such
     as "method prfl refl, !data or keep": --method is one of two and --data not given, or --keep is. Elsewhere it is refused."""
     rule = {k: v for k, v in locals().items() if k != "default"}
     return dataclasses.field(default=dataclasses.MISSING if default is ... else default, metadata=rule)
@@ -69,10 +69,11 @@ def _add_flag(parser, field, hint):
 
 
 def _check_bounds(field, value):
-    tests = ("above", operator.gt), ("at_least", operator.ge), ("at_most", operator.le)
+    tests = ("above", operator.gt), ("at_least", operator.ge), ("at_most", operator.le), ("below", operator.lt)
     bounds = [(name.replace("_", " "), field.metadata[name], holds) for name, holds in tests if field.metadata[name] is not None]
     for v in value if isinstance(value, tuple) else (value,):
         broken = [f" {words} {bound}" for words, bound, holds in bounds if v is not None and not holds(v, bound)]
+        broken += [" below 2 ** 63"] * (isinstance(v, int) and v >= 2 ** 63)             # more than torch counts
         if broken or isinstance(v, float) and not math.isfinite(v):
             raise InputError(f"--{field.name} must be a finite number{''.join(broken)}, got {v}")
 

@@ -34,7 +34,7 @@ from common import InputError, arg
 from formats import codec, fingerprint, lock
 from formats import labels as people
 from formats.codec import load_image_encoder, load_text_encoder, load_vae, save_null_context
-from formats.metadata import SUFFIXES, printable, read_listing, read_metadata, replace_text, write_rows
+from formats.metadata import SUFFIXES, from_json, printable, read_listing, read_metadata, replace_text, write_rows
 from formats.video import Facts, from_pixels, read_clip_facts
 from formats.weights import SHIPPED, stream_tensors, transformer_folder
 
@@ -83,9 +83,10 @@ class Shards:
 
     def __init__(self, folder):
         self.folder = folder = Path(folder)
+        path = folder / "shards.json"
         self.where, labels, self.contents = [], [], []
         try:
-            self.index = json.loads((folder / "shards.json").read_text())
+            self.index = from_json(path.read_text())
             self.latent_shape = tuple(self.index["latent_shape"])    # (c, f, h, w)
             self.context_shape = tuple(self.index["context_shape"])  # (l, d)
             self.shapes = {"latents": self.latent_shape, "context": self.context_shape,
@@ -138,6 +139,8 @@ class Shards:
         path = answers or folder and folder / "labels.jsonl"
         sources = {f"{path}": people.majority(people.read_answers(path), bad) if path else {},
                    f"the metadata in {folder}": labels(rows), "encoding": labels(self.rows)}
+        if bad != "both" and not sources[f"{path}"]:
+            raise InputError(f"--bad {bad} means nothing without answers, none in {path or self.folder}: leave it out")
         counts = collections.Counter()
         for i, name in enumerate(os.path.normpath(row["file_name"]) for row in self.rows):
             source = next(source for source, found in sources.items() if name in found)
@@ -232,14 +235,20 @@ def split(n, holdout, seed):
 
 def take_fold(shards, fold):
     """Shards of which all clips outside `fold` count as unlabelled: "i/n" is the i-th of n random parts, which have no clip in
-    common and depend on nothing but their number; None: all clips. Raises InputError."""
+    common; None: all clips. Parts depend on the number of clips alone, so that labels which come later move none between
+    them; but where a part would have fewer than two of a label, it gets some of another's. Raises InputError."""
     if fold is None:
         return shards
     i, n = (int(part) if part.isdecimal() else 0 for part in f"{fold}/x".split("/")[:2])
-    if fold.count("/") != 1 or not 1 <= i <= n:
-        raise InputError(f"--fold {fold}: must be i/n, as 1/2 and 2/2 are, with i from 1 to n")
-    outside = torch.randperm(len(shards), generator=common.random_generator(0, "fold")) % n != i - 1
-    shards.labels = shards.labels.masked_fill(outside, -1)
+    if fold.count("/") != 1 or not 1 <= i <= n or n < 2:
+        raise InputError(f"--fold {fold}: must be i/n, as 1/2 and 2/2 are, with i from 1 to n and n of at least 2")
+    part = torch.randperm(len(shards), generator=common.random_generator(0, "fold")) % n
+    for label in (0, 1):
+        mine, counts = shards.labels == label, torch.bincount(part[shards.labels == label], minlength=n)
+        while counts.min() < 2 <= counts.max() - counts.min():
+            part[(mine & (part == counts.argmax())).nonzero()[0]] = counts.argmin()
+            counts = torch.bincount(part[mine], minlength=n)
+    shards.labels = shards.labels.masked_fill(part != i - 1, -1)
     return shards
 
 

@@ -37,6 +37,7 @@ reward model gives each at one random t in every fifth of (0, 1]; where labels a
 
 Axes: b batch, c channels, f frames, h height, w width.
 """
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +53,7 @@ import validation
 from common import InputError, arg
 from formats import codec, lock, runs
 from formats.codec import load_text_encoder, load_vae
-from formats.metadata import write_rows
+from formats.metadata import replace_text, write_rows
 from formats.picture import wall, write_gif
 from formats.prompts import read_prompts
 from formats.video import contact_sheet, from_pixels, read_clip, to_pixels, write_video
@@ -261,7 +262,7 @@ def compare_on_prompts(config, named, runtime):
                   [[name, *(show(**row[metric]) for metric in metrics)] for name, row in means.items()])
     lines += table([f"above {first}", *(WATCHED[metric] for metric in metrics)],
                    [[name, *(show(**row[metric], sign="+") for metric in metrics)] for name, row in against.items()])
-    (folder / "table.md").write_text(f"{len(rows)} prompts, same noise, {config.num_inference_steps} Euler steps, guidance "
+    replace_text(folder / "table.md", f"{len(rows)} prompts, same noise, {config.num_inference_steps} Euler steps, guidance "
                                      f"{config.guidance_scale:g}; 95 % bootstrap intervals.\n\n" + "\n".join(lines))
     runs.write_json(folder / "table.json", {"config": vars(config), "rows": means, "against_first": against})
     runs.write_json(folder / "per_video.json", {name: {key: x.round(5).tolist() for key, x in values.items()}
@@ -308,8 +309,9 @@ def score_clips(config, runtime):
     shards = data.Shards(source).relabel()
     shards.require_fit(pavrm.trunk, model)
     pavrm, rows = pavrm.to(runtime.device), []
-    for i in common.progress(range(0, len(shards), 16), "clips (x16)"):
-        indices = list(range(i, min(i + 16, len(shards))))
+    once = max(1, min(16, BATCH_LATENTS // math.prod(shards.latent_shape[1:])))
+    for i in common.progress(range(0, len(shards), once), f"clips (x{once})"):
+        indices = list(range(i, min(i + once, len(shards))))
         batch = shards.batch(indices)
         rows.append(validation.interval_logits(
             pavrm, batch["latents"].to(runtime.device), batch["context"].to(runtime.device), config.seed, autocast=runtime.autocast,
@@ -420,7 +422,7 @@ def main(config):
     folder.mkdir(parents=True, exist_ok=True)
     tables = markdown(rows, pairs)
     searched = "" if config.best_of == 1 else f"the best of {config.best_of} by the reward, {passes:g} forward passes a video; "
-    (folder / "table.md").write_text(f"{n} held-out prompts, same noise, {config.num_inference_steps} Euler steps; {searched}"
+    replace_text(folder / "table.md", f"{n} held-out prompts, same noise, {config.num_inference_steps} Euler steps; {searched}"
                                      "95 % bootstrap intervals.\n\n" + tables)
     runs.write_json(folder / "table.json", {"config": {k: v for k, v in vars(config).items()}, "rows": rows,
                                               "against_first": pairs})

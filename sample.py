@@ -21,7 +21,6 @@ Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 import dataclasses
 import hashlib
 import itertools
-import json
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +34,7 @@ import flow
 import search
 from common import InputError, arg
 from formats import codec, lock, runs
-from formats.metadata import write_rows
+from formats.metadata import from_json, not_text, write_rows
 from formats.prompts import read_prompts
 from formats.video import contact_sheet, read_clip, write_video
 from formats.weights import TASKS, resolve_model
@@ -97,6 +96,9 @@ def check_flags(config):
         raise InputError("--prompts needs --output_dir, the folder for its videos")
     if config.prompt is not None and not config.prompt.strip():
         raise InputError("--prompt is empty: say what the video shows")
+    for name in ("prompt", "negative_prompt"):
+        if wrong := not_text(getattr(config, name) or ""):
+            raise InputError(f"--{name} {wrong}")
     if Path(config.output).suffix.lower() != ".mp4":
         raise InputError(f"--output {config.output}: the name must end in .mp4")
     if config.contact_sheet and Path(config.contact_sheet).suffix.lower() != ".png":
@@ -123,9 +125,13 @@ def list_videos(config):
     if config.prompt is not None:
         paths = [output if n == 1 else output.with_name(f"{output.stem}-{k}{output.suffix}") for k in range(n)]
         return [Video(path, config.prompt, config.image, config.seed, k) for k, path in enumerate(paths)]
+    rows = read_prompts(config.prompts)
+    for name in ("seed", "image"):
+        if all(row[name] is not None for row in rows):
+            common.refuse(config, (name,), f"where every row of --prompts has its own {name}")
     return [Video(Path(config.output_dir) / (f"{i:06d}.mp4" if n == 1 else f"{i:06d}-{k}.mp4"), row["prompt"],
                   row["image"] or config.image, *((config.seed, i * n + k) if row["seed"] is None else (row["seed"], k)))
-            for i, row in enumerate(read_prompts(config.prompts)) for k in range(n)]
+            for i, row in enumerate(rows) for k in range(n)]
 
 
 def batches(videos, batch_size):
@@ -157,8 +163,12 @@ def start_folder(config, videos):
     lock.claim(config.output_dir, "samples", ("sample.json",))
     held = lock.hold(config.output_dir, "samples")
     if path.exists():
-        before = json.loads(path.read_text())
-        if changed := [name for name in settings if before.get(name) != settings[name]]:
+        try:
+            before = from_json(path.read_text())
+            changed = [name for name in settings if before.get(name) != settings[name]]
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"{path} is damaged ({error}): name another --output_dir") from None
+        if changed:
             raise InputError(f"--output_dir {config.output_dir}: its videos were made with other {', '.join(changed)}: use the "
                              "same flags and prompts, or another folder")
     else:

@@ -54,7 +54,7 @@ class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
     world: str = arg("tiny", "size of the embedded world", choices=tuple(scene.SIZES), only="!data")
     num_curated: int = arg(1024, "curated clips to render", above=0, only="!data")
     curated_dir: str | None = arg(None, "where curated clips are kept, or found; without, <output_dir>/curated", only="!data")
-    num_samples: int = arg(2048, "own samples that are weighted", above=0, only="method rwr")
+    num_samples: int = arg(2048, "own samples that are weighted", at_least=2, only="method rwr")
     num_inference_steps: int | None = arg(None, "N, Euler steps of a rollout; without, 16, Wan-sized: the paper's 40", above=0,
                                           only="method prfl refl rwr or !num_validation 0")
     shift: float | None = arg(None, "warps times towards noise; without, 1 (uniform), Wan2.1: 3, from 720P on 5", above=0,
@@ -75,7 +75,7 @@ class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
     frames_decoded: str = arg("first", "what is decoded and judged", choices=refl_baseline.FRAMES, only="method refl")
     decoder_checkpointing: bool = arg(False, "decode video by video, long ones in chunks, twice", only="method refl")
     sft_updates: bool = arg(True, "the SFT update that keeps the reward from being hacked (Alg. 1)", only="method prfl refl")
-    context_dropout: float = arg(0.0, "share of SFT's prompts that become empty: keeps guidance usable", at_least=0, at_most=1,
+    context_dropout: float = arg(0.0, "share of SFT's prompts that become empty: keeps guidance usable", at_least=0, below=1,
                                  only="method sft or method prfl refl, sft_updates")
     learning_rate: float | None = arg(None, "AdamW's; without, 1e-4 (results/table1.md), Wan-sized: the paper's 5e-6", above=0)
     weight_decay: float = arg(0.0, "AdamW's", at_least=0)
@@ -105,7 +105,6 @@ def load_curated(config, policy, runtime):
     curated = (shards.labels != 0).nonzero()[:, 0]
     if not len(curated):
         raise InputError(f"{shards.folder}: every clip is labelled 0; alignment needs good ones")
-    fill_in(config, published(policy.config, SPACE * shards.latent_shape[2]))
     return shards, *validation.hold_out(config, curated)
 
 
@@ -123,6 +122,7 @@ def main(config):
         pavrm = parallel.shard(load_pavrm(config.reward, policy, whole=False), runtime, config)
     resume, state = runs.open_checkpoint(config)
     shards, curated, held = load_curated(config, policy, runtime)
+    fill_in(config, published(policy.config, SPACE * shards.latent_shape[2]))
     accumulation = config.gradient_accumulation_steps
     global_batch = config.batch_size * runtime.world_size // config.sequence_parallel * accumulation
     N = config.num_inference_steps
@@ -226,8 +226,7 @@ def main(config):
         bar.update()
         if done % config.checkpointing_steps == 0 or last:
             parallel.save_checkpoint(config.output_dir, done, {"transformer": export}, policy, optimizer, config, config.keep)
-        if last:
-            break
+        if last: break
     bar.close()
     wrote = export(Path(config.output_dir) / "transformer")
     if runtime.rank == 0:

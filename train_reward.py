@@ -60,7 +60,7 @@ class Config(runs.Flags, parallel.Flags):
     pooling: str = arg("query_attention", "how tokens become one vector (Eq. 5, Table 5)", choices=tuple(POOLINGS),
                        only="space latent")
     loss: str = arg("bce", "Eq. 6, or Bradley-Terry on the batch's pairs (Table 7)", choices=tuple(CRITERIA))
-    fixed_t: float | None = arg(None, "train at this t, not at U(0, 1) (Fig. 3c)", at_least=0, at_most=1, only="space latent")
+    fixed_t: float | None = arg(None, "train at this t, not at U(0, 1) (Fig. 3c)", at_least=0, below=1, only="space latent")
     learning_rate: float | None = arg(None, "AdamW's for query and head, falling to 0; without, 2e-3, Wan-sized: 1e-5", above=0)
     trunk_learning_rate: float | None = arg(None, "of the trunk's blocks; without, 1e-3, Wan-sized: 1e-6; 0: frozen", at_least=0,
                                             only="space latent")

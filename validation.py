@@ -24,7 +24,8 @@ import data
 import flow
 from common import InputError, arg, noise, uniform
 from flow import add_noise
-from formats import codec, runs
+from formats import codec, fingerprint, runs
+from formats.metadata import from_json
 from formats.prompts import read_prompts
 from formats.video import SPACE, TIME, contact_sheet, from_pixels, read_clip, write_video
 from model import first_frame_condition, image_inputs
@@ -113,6 +114,9 @@ def hold_out(config, curated):
     """-> (clips of own data to train on, those held out: num_validation of them); fills in how many that is."""
     if config.num_validation is None:
         config.num_validation = min(8, len(curated) // 5) if config.data else 128
+    if not config.num_validation:
+        common.refuse(config, ("validation_steps", "validation_prompts", "guidance_scale", "judge", "patience"),
+                      f"where nothing is watched, as of {len(curated)} clips no fifth can be held out (--num_validation)")
     if config.data and config.num_validation >= len(curated):
         raise InputError(f"--num_validation {config.num_validation} leaves nothing to train on: there are {len(curated)} clips")
     train, held = data.split(len(curated), config.num_validation if config.data else 0, config.seed)
@@ -162,6 +166,8 @@ def make_validation(config, runtime, policy, shards=None, held=None, export=None
     prompts, contexts, image, shape = held_out_prompts(config, dit_config, shards, held, vae, device)
     null = None if config.guidance_scale == 1 else codec.null_context(dit_config, "negative", config.data, config.model, device)
     second = load_pavrm(config.judge, policy, whole=False) if config.judge else None
+    if second and config.reward and fingerprint.of_weights(config.judge) == fingerprint.of_weights(config.reward):
+        raise InputError(f"--judge {config.judge}: is the reward model that is climbed: train another one, on other clips (--fold)")
     if second:
         parallel.shard(second, runtime, config)
     fps = shards.fps if own else scene.FPS
@@ -283,13 +289,15 @@ def show(step, means, real, folder):
         tqdm.write("  ".join([f"iteration {step}"] + [f"{name.removeprefix('validation_')} {value:.3f}"
                                                       for name, value in means.items()]))
         return
-    first = folder / "step-000000.json"
-    start = json.loads(first.read_text())["values"] if first.exists() else {}
-    cell = lambda values: f"{np.mean(values):11.4f}" if values else " " * 11
+    try:
+        start = {name: np.mean(values) for name, values in from_json((folder / "step-000000.json").read_text())["values"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        start = {}                                              # not there, or damaged
+    cell = lambda value: " " * 11 if value is None else f"{value:11.4f}"
     lines = [f"iteration {step:<7}" + "".join(f"{name:>11}" for name in ("now", "step 0", "real clips"))]
     for name, value in means.items():
         name = name.removeprefix("validation_")
-        lines.append(f"{name:17}{value:11.4f}{cell(start.get(name))}{cell(real.get(name))}".rstrip())
+        lines.append(f"{name:17}{value:11.4f}{cell(start.get(name))}{cell(real.get(name) and np.mean(real[name]))}".rstrip())
     tqdm.write("\n".join(lines))
 
 
@@ -302,8 +310,8 @@ def past_scores(output_dir):
     """Scores of the validations that metrics.jsonl holds: those of the run that is resumed. The same on every rank."""
     path, found = Path(output_dir) / "metrics.jsonl", []
     if common.rank() == 0 and path.exists():
-        rows = [json.loads(line) for _, line in runs.read_metrics(path)]
-        found = [row["validation_score"] for row in rows if "validation_score" in row]
+        scores = [json.loads(line).get("validation_score") for _, line in runs.read_metrics(path)]
+        found = [score for score in scores if isinstance(score, (int, float))]
     return common.gather(found)[0]
 
 

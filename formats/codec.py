@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from common import InputError, uniform
+from common import InputError, rank, uniform
 from formats.video import SPACE, TIME, from_pixels, to_pixels
 from formats.weights import load_weights, read_config, stream_tensors
 from model import image_inputs
@@ -145,8 +145,11 @@ def encode_texts(folder, prompts, device, width=None):
     """{prompt: context [l, d] on the CPU, without the zeros behind it, which every generator adds again}. The text encoder
     in `folder` is loaded, used and let go. One prompt at a time: rounding, and with it the bytes of a video, would depend on
     its neighbours in a batch. width: d that the generator takes, else an InputError."""
-    text, found = load_text_encoder(folder).to(device), {}
-    for prompt in dict.fromkeys(prompts):
+    text, found, prompts = load_text_encoder(folder).to(device), {}, list(dict.fromkeys(prompts))
+    cut, limit = cut_captions(folder, prompts)
+    if cut and rank() == 0:
+        print(f"note: {cut} of the prompts are longer than the {limit} that {folder} reads: the rest is cut off")
+    for prompt in prompts:
         context = text.encode([prompt])[0].float().cpu()                                    # [l, d]
         if width not in (None, context.shape[1]):
             raise InputError(f"{folder}: its contexts have width {context.shape[1]}, the generator takes {width}: give --model, "

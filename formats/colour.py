@@ -9,7 +9,8 @@ import numpy as np
 
 WHITE, HLG_PEAK, PQ_PEAK, GAMMA = 203, 1000, 10000, 2.4                 # cd/m2; a display's gamma
 PQ, HLG = 16, 18                                                        # numbers of ITU-T H.273
-UNSPECIFIED, BT2020, P3 = 2, 9, 12
+UNSPECIFIED, BT709, BT2020, P3 = 2, 1, 9, 12
+UNKNOWN_PRIMARIES = 4, 8, 10, 11                                        # of 1953, of slides, of cinemas
 UNKNOWN_TRANSFERS = 8, 9, 10, 17                                       # linear, logarithmic, of cinemas
 UNKNOWN_MATRICES = 8, 10, 11, 12, 13, 14, 15                           # constant luminance, ICtCp, YCgCo and the like
 PRIMARIES = {1: ((.640, .330), (.300, .600), (.150, .060)), BT2020: ((.708, .292), (.170, .797), (.131, .046)),
@@ -18,9 +19,15 @@ PRIMARIES = {1: ((.640, .330), (.300, .600), (.150, .060)), BT2020: ((.708, .292
 
 def kind(transfer, primaries, matrix):
     """-> None: to be shown as it is; "converted": `to_bt709` has to do it; "approximate": nothing here can show it right."""
-    if transfer in UNKNOWN_TRANSFERS or matrix in UNKNOWN_MATRICES:
+    if transfer in UNKNOWN_TRANSFERS or primaries in UNKNOWN_PRIMARIES or matrix in UNKNOWN_MATRICES:
         return "approximate"
     return "converted" if transfer in (PQ, HLG) or primaries in (BT2020, P3) else None
+
+
+def matrix_of(transfer, primaries, matrix):
+    """The matrix of a film that has to be converted, where it does not say: that of its primaries."""
+    wide = primaries == BT2020 or primaries == UNSPECIFIED and transfer in (PQ, HLG)
+    return matrix if matrix != UNSPECIFIED else BT2020 if wide else BT709
 
 
 def to_xyz(primaries):

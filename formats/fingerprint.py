@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from common import InputError
-from formats.metadata import replace_text
+from formats.metadata import from_json, replace_text
 from formats.weights import WeightFiles, read_config, transformer_folder
 
 WHOLE, SAMPLE = 2 ** 26, 2 ** 12        # bytes: files up to the first are read whole, of each tensor in larger ones the second
@@ -23,7 +23,7 @@ class Contents:
     def __init__(self, file):
         self.file, self.fresh = Path(file), {}
         try:
-            self.known = json.loads(self.file.read_text())
+            self.known = from_json(self.file.read_text())
             self.known = self.known if isinstance(self.known, dict) else {}
         except (OSError, ValueError):
             self.known = {}
@@ -48,7 +48,7 @@ def of_encoder(path, role):
     sample of their bytes, and the tokenizer's or image processor's files in it or beside it; not its path. Raises InputError."""
     path, digest = Path(path), hashlib.blake2b(digest_size=6)
     try:
-        config = json.loads((path / "config.json").read_text())
+        config = from_json((path / "config.json").read_text())
         digest.update(json.dumps({key: value for key, value in config.items() if not key.startswith("_")
                                   and not key.endswith("_version")}, sort_keys=True).encode())
         for file in sorted(path.glob("*.safetensors")):
@@ -74,7 +74,7 @@ def _add_weights(digest, path):
         length = int.from_bytes(file.read(8), "little")
         header = file.read(min(length, WHOLE))
         digest.update(header)
-        for name, entry in json.loads(header).items():
+        for name, entry in from_json(header).items():
             if name != "__metadata__":
                 begin, end = (8 + length + place for place in entry["data_offsets"])
                 for place in (begin, (begin + end) // 2, max(begin, end - SAMPLE)):

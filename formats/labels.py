@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from common import InputError
+from formats.metadata import from_json
 
 AXES = ("physical", "deformity")
 BAD = ("both", "any")                                   # bad is: unqualified on both axes (A.2.3), or on any
@@ -67,7 +68,7 @@ class Journal:
 
 def _is_json(line):
     try:
-        return json.loads(line) is not None
+        return from_json(line) is not None
     except ValueError:
         return False
 
@@ -84,7 +85,7 @@ def read_answers(path, kind="clip"):
         if not text.strip() or number == len(lines) and not _is_json(text):
             continue
         try:
-            line = json.loads(text)
+            line = from_json(text)
             wanted = {name: rule for name, rule in rules.items() if name in KEYS[kind] or not line.get("retracted")}
             wrong = [name for name, rule in ({"annotator": CLIP["file_name"]} | wanted).items() if not rule(line.get(name))]
         except (ValueError, AttributeError):

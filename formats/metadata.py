@@ -81,6 +81,14 @@ def read_table(path, fields, needed):
         yield place, given, problem, strange
 
 
+def from_json(text, **how):
+    """json.loads, for which a text nested too deeply is no JSON either: json.JSONDecodeError, a ValueError."""
+    try:
+        return json.loads(text, **how)
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deeply", "", 0) from None
+
+
 def write_rows(path, rows):
     """Writes dicts as .jsonl, a row a line, whole or not at all: readable, but escaped where a file's name is no text."""
     lines = [line if (line := json.dumps(row, ensure_ascii=False)).isprintable() else json.dumps(row) for row in rows]
@@ -121,8 +129,8 @@ def _read_jsonl(path, text):
             continue
         first = first or number
         try:
-            pairs = json.loads(line, object_pairs_hook=_Pairs)
-        except (ValueError, RecursionError):
+            pairs = from_json(line, object_pairs_hook=_Pairs)
+        except ValueError:
             pairs = None
         whole = number == first and (isinstance(pairs, list) and not isinstance(pairs, _Pairs) or line.strip() in ("[", "{"))
         if whole:

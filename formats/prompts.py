@@ -1,6 +1,7 @@
 """Lists of prompts: one a line in a .txt, or rows of a .jsonl or .csv with prompt (or text, caption) and, where wanted,
 image (a first frame, beside the file) and seed. Rows are read as strictly as those of formats/metadata.py.
 """
+import os
 from pathlib import Path
 
 from common import InputError
@@ -39,7 +40,7 @@ def _checked(given, place, problem, folder):
     prompt, image, seed = given.get("prompt", ""), given.get("image"), given.get("seed")
     if (wrong := not_text(prompt)) or not prompt.strip():
         raise InputError(f"{place}: its prompt (or text, caption) {wrong or 'is empty'}")
-    if image is not None and not (isinstance(image, str) and (folder / image).is_file()):
+    if image is not None and not (isinstance(image, str) and os.path.isfile(folder / image)):
         raise InputError(f"{place}: there is no image {folder / str(image)}")
     if seed is not None and not str(seed).strip().isdecimal():
         raise InputError(f"{place}: seed must be a whole number from 0 on, got {seed!r}")

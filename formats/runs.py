@@ -21,7 +21,7 @@ import torch
 
 from common import InputError, arg, rank
 from formats import fingerprint, lock
-from formats.metadata import replace_text
+from formats.metadata import from_json, replace_text
 from formats.picture import write_gif
 from formats.video import read_clip
 
@@ -89,13 +89,15 @@ def changes(path, config, made_from=None):
     elif known := saved.get("made_from"):                       # an old run knows its paths only
         differ = [row for row in differ if row[0] not in BY_CONTENT]
         differ += [(f"{name}, what it holds:", known.get(name), x) for name, x in made_from.items() if known.get(name) != x]
-    return [row for row in differ if row[0] not in MAY_CHANGE], [row for row in differ if row[0] in MAY_CHANGE]
+    froze = lambda name, *values: name == "trunk_learning_rate" and 0 in values         # other weights train
+    other = [row for row in differ if row[0] not in MAY_CHANGE or froze(*row)]
+    return other, [row for row in differ if row not in other]
 
 
 def read_args(path):
     """The flags in a run's or a checkpoint's args.json. Raises InputError."""
     try:
-        saved = json.loads((Path(path) / "args.json").read_text())
+        saved = from_json((Path(path) / "args.json").read_text())
     except ValueError as e:
         raise InputError(f"{path}/args.json is damaged ({e})") from None
     if not isinstance(saved, dict) or not isinstance(saved.get("made_from", {}), dict):
@@ -232,7 +234,8 @@ def load_state(path):
     """-> the state given to save_checkpoint, plus `step`. Raises InputError if it is truncated."""
     try:
         state = torch.load(Path(path) / "train_state.pt", map_location="cpu", weights_only=True)
-        state["step"] + 0
+        if type(state["step"]) is not int or state["step"] < 0:
+            raise ValueError(state["step"])
     except Exception as e:  # torch raises RuntimeError, EOFError, UnpicklingError, ... for one cause
         raise InputError(f"{path}/train_state.pt is truncated or damaged ({type(e).__name__})") from None
     return state
@@ -243,7 +246,7 @@ def read_metrics(path):
     found = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            found.append((int(json.loads(line)["step"]), line))
+            found.append((int(from_json(line)["step"]), line))
         except (ValueError, TypeError, KeyError, OverflowError):
             pass                                                # cut short by a kill, or by another hand
     return found

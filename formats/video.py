@@ -163,6 +163,8 @@ def _to_rgb(path, frame, size, pixel_aspect, reformatter, facts):
         on_black = (rgba[..., :3] * (rgba[..., 3:] / np.float32(255))).round().astype(np.uint8)
         frame = av.VideoFrame.from_ndarray(on_black, format="rgb24")
     deep = colours == "converted"
+    if deep:
+        frame.colorspace = colour.matrix_of(*tags, frame.colorspace)
     scaled = reformatter.reformat(frame, *(wide, high)[turn], "rgb48le" if deep else "rgb24", interpolation=how, threads=1)
     image = scaled.to_ndarray()
     image = image.transpose(1, 0, 2) if across else image

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import InputError, rank
+from formats.metadata import from_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TASKS = ("t2v", "i2v")
@@ -44,7 +45,8 @@ def stream_tensors(tensors, path, dtype=None):
     """A safetensors file, with one whole tensor in memory at a time. tensors: {name: tensor or Later}. dtype: what they are
     cast to, or {name: dtype}, or None. Raises OSError that names the file; nothing of it stays."""
     dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys(tensors, dtype) if dtype else {}
-    words = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8"}
+    words = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8",
+             torch.uint8: "U8"}
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, x in tensors.items():
         dtype = dtypes.get(name, x.dtype)
@@ -92,7 +94,7 @@ def read_config(path):
     if not Path(path).is_dir():
         raise InputError(f"{path} is not a folder; give one that holds config.json and {WEIGHTS}")
     try:
-        config = json.loads((Path(path) / "config.json").read_text())
+        config = from_json((Path(path) / "config.json").read_text())
     except FileNotFoundError:
         raise InputError(f"{path} holds no config.json") from None
     except ValueError as error:
@@ -116,7 +118,7 @@ class WeightFiles:
             files = [path / WEIGHTS]
         elif index.is_file():
             try:
-                files = [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+                files = [path / name for name in sorted(set(from_json(index.read_text())["weight_map"].values()))]
             except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise InputError(f"{index} is not a shard index: {error!r}") from None
         else:

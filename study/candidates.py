@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 import common
 import flow
@@ -24,7 +23,7 @@ from common import arg
 from formats import runs
 from formats.codec import load_text_encoder, load_vae
 from formats.video import to_pixels
-from formats.weights import SHIPPED
+from formats.weights import SHIPPED, stream_tensors
 from model import load_transformer
 from pavrm import load_pavrm
 from study.search import REWARDED, SEED
@@ -95,7 +94,7 @@ def main(config):
     found = {name: torch.cat([row[name] for row in rows]).unflatten(0, (-1, n)).contiguous() for name in rows[0]}
     path = Path(config.output_dir) / "candidates.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(found, f"{path}.part")
+    stream_tensors(found, f"{path}.part")
     os.replace(f"{path}.part", path)
     print(f"{found['qualified'].mean():.3f} of all candidates are qualified\nwrote {path}")
 

@@ -15,6 +15,7 @@ import torch
 import common
 from common import InputError
 from formats import runs
+from formats.metadata import from_json
 
 HOME = Path(__file__).resolve().parents[1]                     # of the repository
 I2V = ("--task", "i2v")                                         # among a part's flags: image-to-video
@@ -123,7 +124,10 @@ def program(words):
 def part_of(folder):
     """What ran in folder: {"command", "commit", "seconds"}; {} before the first time."""
     path = folder / "part.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return dict(from_json(path.read_text())) if path.exists() else {}
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}): remove its folder") from None
 
 
 def check_part(folder, words, finished):

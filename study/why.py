@@ -19,6 +19,7 @@ what train_align.py writes: metrics.jsonl, transformer/, checkpoints, samples/.
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 """
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,8 @@ def main(config):
     if config.variant == "moments" and config.resume_from_checkpoint:
         raise InputError("--resume: a checkpoint keeps one AdamW, so --variant moments starts anew each time")
     config.strength = STRENGTH.get(config.variant) if config.strength is None else config.strength
+    if config.variant in ("noise", "pull", "ema") and not 0 < config.strength < (1 if config.variant == "ema" else math.inf):
+        raise InputError(f"--strength {config.strength}: changes nothing, or lets nothing change, with --variant {config.variant}")
     config.model, config.world = str(BASE), "tiny"               # what make_validation asks for beside the flags
     config.data, config.judge, config.parallel, config.shift, config.guidance_scale = None, None, "ddp", 1.0, 1.0
     runtime = common.setup(config.mixed_precision, config.seed)
@@ -118,8 +121,7 @@ def main(config):
     frozen = lambda folder: load_transformer(folder).to(runtime.device).eval().requires_grad_(False)
     policy, base = load_transformer(BASE).to(runtime.device).train(), frozen(BASE)
     pavrm = load_pavrm(config.reward, policy).to(runtime.device)
-    resume = config.resume_from_checkpoint and runs.resolve_checkpoint(config.output_dir, config.resume_from_checkpoint)
-    state = runs.load_state(resume) if resume else {"step": 0}
+    resume, state = runs.open_checkpoint(config)
     shards = clips.clean_clips(config.curated_dir or Path(config.output_dir) / "curated", config.model, config.num_curated,
                                config.world, config.seed + 500, runtime)
     curated = (shards.labels != 0).nonzero()[:, 0]
@@ -129,8 +131,7 @@ def main(config):
     if resume:
         parallel.load_state(resume, state, policy, optimizer)
     average = frozen(resume / "transformer" if resume else BASE) if config.variant == "ema" else policy
-    runs.start_run(config, state["step"] if resume else None)
-    log = runs.MetricsLog(config.output_dir, state["step"] if resume else None)
+    log = runs.start_run(config, state["step"] if resume else None, shards)
     validate = make_validation(config, runtime, policy) if config.num_validation else None
     indices, B, N = range(config.batch_size), config.batch_size, config.num_inference_steps
 

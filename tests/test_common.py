@@ -26,6 +26,7 @@ class Config:
     learning_rate: float = arg(1e-4, "100 % of it", above=0)
     max_train_steps: int = arg(10, "steps", at_least=1)
     ema: float = arg(0.9, "decay", at_least=0, at_most=1)
+    dropout: float = arg(0.0, "share", at_least=0, below=1)
     resume_from_checkpoint: str | None = arg(None, "where from", alias="resume")
     seeds: tuple[int, ...] = arg((0, 1), "seeds", at_least=0)
     method: str = arg("prfl", "which", choices=("prfl", "sft"))
@@ -62,6 +63,8 @@ def test_bf16_where_it_is_not_emulated(monkeypatch, cpu, gpu, wanted):
     (["--learning_rate", "-1"], "--learning_rate must be a finite number above 0, got -1.0"),
     (["--max_train_steps", "0"], "--max_train_steps must be a finite number at least 1, got 0"),
     (["--max_train_steps", "2.5"], "--max_train_steps: invalid int value: '2.5'"),
+    (["--max_train_steps", str(2 ** 63)], f"--max_train_steps must be a finite number below 2 ** 63, got {2 ** 63}"),
+    (["--dropout", "1"], "--dropout must be a finite number below 1, got 1.0"),
     (["--ema", "1.5"], "--ema must be a finite number at most 1, got 1.5"),
     (["--seeds", "1", "-2"], "--seeds must be a finite number at least 0, got -2"),
     (["--learnin_rate", "1"], "unknown flag: --learnin_rate 1"),

@@ -240,6 +240,40 @@ def test_a_kill_while_appending_leaves_whole_shards(tmp_path, monkeypatch):
         assert len(shards) == 8 and torch.equal(shards.batch(range(8))["latents"], x)
     data.write_shards(tmp_path, x, c, y, p, append=True)
     assert len(data.Shards(tmp_path)) == 16
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):      # and while others take their place
+        patch.setattr(data, "stream_tensors", die)
+        calls[:] = [0, 0]
+        data.write_shards(tmp_path, x, c, y, p)
+    with pytest.raises(InputError, match="shards.json is missing"):
+        data.Shards(tmp_path)
+
+
+def test_what_shards_say_of_themselves_where_nobody_said_it(tmp_path, capsys):
+    x, c, y, p = make_shards(tmp_path)
+    shards = data.Shards(tmp_path)
+    assert shards.fps == 8 and shards.settings == {} and shards.contents == 8 * [None] and shards.dropped == set()
+    assert [row["file_name"] for row in shards.rows[:2]] == ["shard-00000.safetensors#0", "shard-00000.safetensors#1"]
+    dit = type("Dit", (), {"config": {"patch_size": (1, 2, 2), "text_len": 8, "text_dim": 32, "out_dim": 16, "image_dim": None,
+                                      "model_type": "t2v", "dim": 192}})
+    for fps, told in ((8.1, False), (8.5, True), (7.5, True)):
+        data.write_shards(tmp_path, x, c, y, p, fps=fps, settings={"encoders": {"vae": "x"}})
+        data.Shards(tmp_path).require_fit(dit)
+        assert ("it will learn another speed" in capsys.readouterr().out) == told
+
+
+@pytest.mark.parametrize("shape, patch", [((3, 5, 4), (1, 2, 2)), ((3, 4, 5), (1, 2, 2)), ((3, 4, 4), (2, 2, 2))])
+def test_latents_that_patches_do_not_divide_are_refused(tmp_path, shape, patch):
+    data.write_shards(tmp_path, torch.zeros(2, 16, *shape), torch.zeros(2, 8, 32), [0, 1], ["a", "b"])
+    with pytest.raises(InputError, match="do not divide: encode with another --size"):
+        data.Shards(tmp_path).require_fit(type("Dit", (), {"config": {"patch_size": patch}}))
+
+
+@pytest.mark.parametrize("good, bad, held", [(5, 5, 2), (2, 2, 2), (30, 30, 12), (700, 300, 200), (1500, 1500, 400)])
+def test_a_fifth_is_held_out_and_400_at_most(tmp_path, good, bad, held):
+    shards = type("Shards", (), {"folder": tmp_path, "labels": torch.tensor([1] * good + [0] * bad + [-1])})
+    train, chosen = data.labelled_split(shards, None, 0)
+    assert len(chosen) == held and (shards.labels[chosen] == 0).sum() == max(1, round(held * bad / (good + bad)))
+    assert torch.equal(torch.cat([train, chosen]).sort().values, torch.arange(good + bad))
 
 
 def test_broken_shards_are_one_line(tmp_path):

@@ -178,7 +178,7 @@ def given(field, value=None):
     if isinstance(default, bool) and value is None:
         return [f"--no-{field.name}" if default else f"--{field.name}"]
     if value is None:
-        value = str((rule["choices"] or ["0.5" if rule["at_most"] == 1 else max(2, rule["at_least"] or 0)])[-1])
+        value = str((rule["choices"] or ["0.5" if 1 in (rule["at_most"], rule["below"]) else max(2, rule["at_least"] or 0)])[-1])
     return ([] if rule["positional"] else [f"--{field.name}"]) + [value] * (2 if field.name == "pairs" else 1)
 
 

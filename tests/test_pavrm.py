@@ -54,6 +54,27 @@ def test_attention_pooling_is_equation_5(pooling, heads, residual):
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_a_query_starts_with_length_1_and_heads_divide_the_width():
+    torch.manual_seed(0)
+    for dim in (100, 4096):
+        assert P.QueryAttention(dim).query.norm().item() == pytest.approx(1, abs=0.25)
+    assert [P.POOLINGS["multihead"](dim).heads for dim in (12, 16, 24, 28)] == [4, 8, 8, 4]
+
+
+def test_a_reward_model_as_deep_as_the_generator_and_what_it_is_given(tmp_path):
+    torch.manual_seed(0)
+    dit = VideoDiT(**TINY | dict(model_type="i2v", in_dim=12))
+    x, t, context, y = torch.randn(2, 4, 2, 4, 4), torch.tensor([0.3, 0.6]), torch.randn(2, 3, 8), torch.randn(2, 8, 2, 4, 4)
+    reward = P.PAVRM.from_generator(dit, 3)
+    nn.init.normal_(reward.mlp[-1].weight)
+    save_module(reward, tmp_path)
+    loaded = P.load_pavrm(tmp_path, dit)                        # all three of its blocks
+    torch.testing.assert_close(loaded(x, t, context, y=y), reward(x, t, context, y=y))
+    assert (loaded(x, t, context, y=y) - loaded(x, t, context, y=y + 1)).abs().min() > 1e-4
+    with pytest.raises(InputError, match="more blocks"):
+        P.load_pavrm(tmp_path, VideoDiT(**TINY | dict(model_type="i2v", in_dim=12, num_layers=2)))
+
+
 def test_mean_and_max_pooling():
     h = torch.randn(5, 7, DIM, generator=torch.Generator().manual_seed(0))
     np.testing.assert_allclose(P.POOLINGS["mean"](DIM)(h), h.numpy().mean(1), rtol=1e-5, atol=1e-6)

@@ -309,3 +309,31 @@ def test_rwr_samples_are_made_in_batches_and_shared_by_ranks(monkeypatch):
     assert made[3:] == [[0, 1, 2, 3], [8, 9, 10, 0], [4, 5, 6, 7], [1, 2, 3, 4]]      # as many rounds on each rank
     monkeypatch.setattr(common, "gather", lambda value: parts)
     assert torch.equal(samples(1, 2)[0], x0)
+
+
+def test_rwr_judges_as_it_samples_in_the_dtype_of_autocast_and_without_gradients(monkeypatch):
+    asked = []
+    monkeypatch.setattr(rwr_baseline.flow, "sample", lambda *a, autocast, shift, batch_size, **k:
+                        asked.append((autocast, shift, batch_size)) or torch.zeros(3, 1, 1, 1, 1))
+    weight = torch.ones(1, requires_grad=True)
+
+    def reward(x, t, context):
+        asked.append((torch.is_autocast_enabled("cpu"), torch.is_grad_enabled(), t.tolist()))
+        return context[:, 0, 0] * weight
+
+    runtime = common.Runtime(0, 1, torch.device("cpu"), torch.bfloat16)
+    _, weights = rwr_baseline.weighted_samples(None, reward, (1, 1, 1, 1), torch.arange(3.).view(3, 1, 1), 0, 2, 3, runtime, 5.0)
+    assert asked == [(runtime.autocast, 5.0, 3), (True, False, [0, 0, 0])] and not weights.requires_grad
+    with pytest.raises(FloatingPointError, match="the reward is nan"):
+        rwr_baseline.weighted_samples(None, reward, (1, 1, 1, 1), torch.full((3, 1, 1), torch.nan), 0, 2, 3, runtime, 5.0)
+
+
+@pytest.mark.parametrize("step, longest, grad_steps, passes, wanted", [
+    ([1, 2], 6, 1, 0, 6), ([1, 2], None, 1, 0, 2), ([3, 3], 8, 2, 0, 8), ([1, 1], 1, 1, 0, 1), ([2, 7], 7, 1, 3, 3)])
+def test_every_rank_makes_the_passes_of_the_longest_rollout(step, longest, grad_steps, passes, wanted):
+    """Under fsdp a rank that made fewer would hang the others."""
+    calls = []
+    policy = lambda x, t, context: calls.append(t.tolist()) or x * 0.5
+    prfl.reward_update_loss(policy, lambda x, s, context: x.mean((1, 2, 3, 4)), torch.ones(2, 1, 1, 1, 1), torch.zeros(2, 1, 1),
+                            torch.tensor(step), 8, longest=longest, grad_steps=grad_steps, rollout_passes=passes)
+    assert len(calls) == wanted

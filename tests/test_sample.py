@@ -164,3 +164,30 @@ def test_what_does_not_fit_is_told_before():
     assert told("wan2.1-t2v-14b", 80e9) is None and told("wan2.1-t2v-1.3b", 24e9) is None
     line = told("wan2.1-t2v-14b", 24e9)
     assert line.startswith("likely out of memory: ") and "of a GPU's 24" in line and "\n" not in line
+
+
+def test_what_is_no_text_or_does_nothing_is_refused(tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a red circle", "seed": 3}\n{"prompt": "a blue square", "seed": 0}\n')
+    for flags, words in ((["--prompt", "a circle \udcff"], "--prompt holds '\\udcff', which is not UTF-8 text"),
+                         (["--prompt", "x", "--negative_prompt", "\udc80", "--guidance_scale", 2], "--negative_prompt holds"),
+                         (["--prompts", tmp_path / "p.jsonl", "--output_dir", tmp_path / "out", "--seed", 5],
+                          "--seed means nothing where every row of --prompts has its own seed")):
+        with pytest.raises(SystemExit) as end:
+            run(*flags)
+        assert end.value.code == 2 and words in capsys.readouterr().err
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "x", "image": "n" * 300}) + "\n")
+    with pytest.raises(InputError, match="row 1: there is no image"):
+        read_prompts(tmp_path / "p.jsonl")
+
+
+def test_prompts_that_are_cut_are_told(tmp_path, capsys):
+    for end, told in (("to the left " * 10, True), ("to the left", False), ("\u00e9" * 60, True)):  # of 128 bytes
+        run("--prompt", f"a red circle moving {end}", "--output", tmp_path / "a.mp4", "--num_inference_steps", 1)
+        assert ("1 of the prompts are longer than the 128 bytes" in capsys.readouterr().out) == told
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, "\x00"])
+def test_a_damaged_note_of_how_videos_were_made_is_one_line(tmp_path, text):
+    (tmp_path / "sample.json").write_text(text)
+    with pytest.raises(InputError, match="sample.json is damaged"):
+        sample.start_folder(sample.Config("x", output_dir=str(tmp_path)), [])

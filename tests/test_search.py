@@ -132,3 +132,16 @@ def test_cuts():
 def test_cuts_that_cannot_be(n, text):
     with pytest.raises(InputError, match="--cuts"):
         search.parse_cuts(n, text)
+
+
+def test_generator_and_reward_run_in_the_dtype_of_autocast_or_in_none():
+    class Noting(Brightest):
+        def forward(self, x, t, context, y=None):
+            dtypes.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+            return super().forward(x, t, context, y)
+
+    for autocast, wanted in ((lambda: torch.autocast("cpu", torch.bfloat16), torch.bfloat16), (None, None)):
+        dtypes = []
+        with torch.autocast("cpu", torch.float16):
+            find(4, "0:1", reward=Noting(), autocast=autocast)
+        assert dtypes and set(dtypes) == {wanted}

@@ -173,14 +173,39 @@ def test_lora_checkpoints_may_hold_adapters_alone(folder, second):
     assert weights(folder, "prfl", "whole")
 
 
+def test_damaged_notes_of_earlier_validations_count_for_nothing(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": 1, "validation_score": {score}}}\n' for score in
+                                                    ("null", '"x"', "[1]", "0.25", "{}")) + '{"step": 2}\n')
+    assert validation.past_scores(tmp_path) == [0.25]
+    for text in ("", "{", "[" * 100_000, '{"values": 3}', '{"values": {"speed": "x"}}'):
+        (tmp_path / "step-000000.json").write_text(text)
+        validation.show(2, {"validation_speed": 0.5}, {"speed": [0.25, 0.75]}, tmp_path)
+        assert capsys.readouterr().out.splitlines()[-1].split() == ["speed", "0.5000", "0.5000"]
+    (tmp_path / "step-000000.json").write_text('{"values": {"speed": [1, 2]}}')
+    validation.show(2, {"validation_speed": 0.5}, {"speed": [0.25, 0.75]}, tmp_path)
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["speed", "0.5000", "1.5000", "0.5000"]
+
+
+def test_what_is_watched_needs_something_to_watch(folder, capsys):
+    """A fifth of four clips is none."""
+    g = torch.Generator().manual_seed(0)
+    data.write_shards(folder / "four", torch.randn(4, 16, 2, 4, 4, generator=g), torch.randn(4, 3, 8, generator=g), 4 * [1], "abcd")
+    for flags in ("--judge x", "--validation_steps 7", "--guidance_scale 2", "--patience 2 --judge x"):
+        with pytest.raises(SystemExit):
+            script, argv = command(folder, "sft", "four-run", "--data", str(folder / "four"), *flags.split())
+            run(script, [x for i, x in enumerate(argv) if "--num_validation" not in (x, argv[i - 1])])
+        assert f"--{flags.split()[-2].lstrip('-')} means nothing where nothing is watched" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags, words", [
+    (["--judge", "{}/generator/reward", "--num_validation", "4"], "is the reward model that is climbed"),
     (["--num_validation", "16"], "leaves nothing to train on"), (["--patience", "2", "--num_validation", "4"], "--judge"),
     (["--judge", "nowhere", "--num_validation", "4"], "nowhere"), (["--judge", "x"], "--num_validation 0"),
     (["--export", "lora"], "--lora_rank"), (["--lora", "none.safetensors"], "none.safetensors"),
     (["--num_validation", "4", "--validation_prompts", "none.txt"], "none.txt")])
 def test_flags_that_cannot_work(folder, capsys, flags, words):
     with pytest.raises(SystemExit) as end:
-        run(*command(folder, "prfl", "refused", *flags))
+        run(*command(folder, "prfl", "refused", *(flag.format(folder) for flag in flags)))
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert end.value.code == 2 and line.startswith("error: ") and words in line
     assert not (folder / "refused/checkpoint-000002").exists()

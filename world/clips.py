@@ -8,7 +8,6 @@ Axes: b batch, c latent channels, f latent frames, h w latents, l text tokens, d
 """
 import collections
 import itertools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import flow
 from common import InputError, arg
 from formats import fingerprint, lock, runs
 from formats.codec import load_text_encoder, load_vae
-from formats.metadata import write_rows
+from formats.metadata import from_json, write_rows
 from formats.video import from_pixels, to_pixels, write_video
 from formats.weights import read_config, transformer_folder
 from model import first_frame_condition
@@ -92,8 +91,12 @@ def clean_clips(folder, model, count, size, seed, runtime):
     with the vae/ and text_encoder/ in `model` (by all ranks). Made once and kept in `folder`."""
     clips, latents, mark = Path(folder) / "clips", Path(folder) / "latents", Path(folder) / "world.json"
     settings = {"count": count, "size": size, "seed": seed}
-    if mark.exists() and json.loads(mark.read_text()) != settings:
-        raise InputError(f"{folder}: was made with {mark.read_text().split()}; use another --output_dir, or remove it")
+    try:
+        made_with = from_json(mark.read_text()) if mark.exists() else settings
+    except ValueError as error:
+        made_with = f"settings that cannot be read ({mark.name}: {error})"
+    if made_with != settings:
+        raise InputError(f"{folder}: was made with {made_with}; use another --output_dir, or remove it")
     require_world(model)
     common.gather(None)                                         # every rank has looked
     if runtime.rank == 0:

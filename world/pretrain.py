@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 import common
@@ -34,7 +34,7 @@ from common import InputError, arg
 from formats import runs
 from formats.codec import load_text_encoder, load_vae
 from formats.video import from_pixels, to_pixels
-from formats.weights import SHIPPED, WEIGHTS, save_module
+from formats.weights import SHIPPED, WEIGHTS, save_module, stream_tensors
 from model import PRESETS, VideoDiT, first_frame_condition, load_transformer
 from world import judge, scene
 from world.text_encoder import TextEncoder
@@ -62,7 +62,7 @@ class Config:
     ema: float = arg(0.999, "decay of the averaged weights that are sampled and saved", at_least=0, at_most=1)
     timestep_shift: float = arg(3.0, "t = s u / (1 + (s - 1) u), u ~ U(0,1): above 1, more of the noisy end", above=0,
                                 only="stage dit")
-    text_dropout: float = arg(0.1, "share of examples without text, for guidance", at_least=0, at_most=1, only="stage dit")
+    text_dropout: float = arg(0.1, "share of examples without text, for guidance", at_least=0, below=1, only="stage dit")
     vae_dim: int = arg(128, "width of the VAE", above=0, only="stage vae")
     kl_weight: float = arg(0.02, "weight of the KL term in the second half; a twentieth of it before", at_least=0,
                            only="stage vae")
@@ -280,7 +280,7 @@ def world_latents(config, vae, runtime):
             assert drawn == prompts[i:i + chunk]
             latents += [vae.encode(from_pixels(v.to(runtime.device))).half().cpu() for v in videos.split(128)]
         temporary = path.with_suffix(".tmp")
-        save_file({"latents": torch.cat(latents)}, temporary)
+        stream_tensors({"latents": torch.cat(latents)}, temporary)
         temporary.rename(path)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
@@ -346,7 +346,7 @@ def train_dit(config, runtime):
             videos = to_pixels(vae.decode(x0)).cpu()
         judged = judge.annotate(videos, held_prompts)
         if runtime.rank == 0:
-            save_file({"videos": videos[:32].contiguous()}, Path(config.output_dir) / "samples.safetensors")
+            stream_tensors({"videos": videos[:32].contiguous()}, Path(config.output_dir) / "samples.safetensors")
         return {k: judged[k].float().mean().item() for k in ("qualified", "adherent", "speed")} \
             | {"physical_ok": (judged["physical"] == 2).float().mean().item(),
                "deformity_ok": (judged["deformity"] == 2).float().mean().item()} \

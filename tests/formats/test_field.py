@@ -19,7 +19,8 @@ import data
 import evaluate
 import sample
 from common import InputError
-from formats import colour, fingerprint, lock, metadata, video, weights
+from formats import colour, fingerprint, labels, lock, metadata, runs, video, weights
+from study import parts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -137,6 +138,23 @@ def test_two_lists_are_refused(tmp_path):
     (tmp_path / "b/metadata.json").write_text("[]")
     with pytest.raises(InputError, match="no metadata.jsonl or metadata.csv in it, only metadata.json"):
         metadata.read_listing(tmp_path / "b")
+
+
+@pytest.mark.parametrize("read", [
+    lambda path: data.Shards(path), lambda path: weights.read_config(path), lambda path: runs.read_args(path),
+    lambda path: fingerprint.of_encoder(path, "vae"), lambda path: labels.read_answers(path / "labels.jsonl"),
+    lambda path: parts.part_of(path)])
+def test_a_file_of_ours_nested_without_end_is_damaged(tmp_path, read):
+    for name in ("shards.json", "config.json", "args.json", "labels.jsonl", "part.json"):
+        (tmp_path / name).write_text(100_000 * "[" + "\n")
+    with pytest.raises(InputError, match="damaged|not JSON|not a JSON|nested"):
+        read(tmp_path)
+    assert runs.read_metrics(tmp_path / "args.json") == [] and fingerprint.Contents(tmp_path / "args.json").known == {}
+
+
+def test_shards_in_a_folder_that_cannot_be_are_one_line(tmp_path):
+    with pytest.raises(InputError, match="File name too long"):
+        data.Shards(tmp_path / ("n" * 300))
 
 
 # ---- whose folder it is
@@ -390,7 +408,10 @@ def test_the_display_matrix_with_its_mirrors(tmp_path, name):
     assert got.shape == wanted.shape and np.abs(got - wanted).mean() < 4
 
 
-def hdr_film(path, rgb, transfer):
+BT2020 = {"color_primaries": 9, "colorspace": 9}
+
+
+def hdr_film(path, rgb, transfer, said=BT2020):
     """A film of one colour of BT.709 (0 to 255) as HLG or PQ in BT.2020: colour.py's way backwards, written out by hand."""
     to_2020 = np.linalg.solve(colour.to_xyz(colour.PRIMARIES[9]), colour.to_xyz(colour.PRIMARIES[1]))
     nits = 203 * to_2020 @ (np.array(rgb) / 255) ** 2.4
@@ -406,8 +427,16 @@ def hdr_film(path, rgb, transfer):
     for frame in frames:
         for plane, value in zip(frame.planes, planes):
             plane.update(np.full((plane.height, plane.line_size // 2), round(value), "<u2").tobytes())
-    write_film(path, frames, codec="libx265", pix_fmt="yuv420p10le", color_trc=transfer, color_primaries=9, colorspace=9,
-               color_range=1)
+    write_film(path, frames, codec="libx265", pix_fmt="yuv420p10le", color_trc=transfer, color_range=1, **said)
+
+
+@pytest.mark.parametrize("transfer", (colour.HLG, colour.PQ))
+def test_hdr_that_does_not_say_its_matrix_has_that_of_its_primaries(tmp_path, transfer):
+    for said in ({}, {"color_primaries": 9}):
+        hdr_film(tmp_path / "a.mp4", (192, 64, 32), transfer, said)
+        got, _, facts = video.read_clip_facts(tmp_path / "a.mp4")
+        assert facts.colours == "converted" and (got[4, 16, 16].int() - torch.tensor((192, 64, 32))).abs().max() <= 5
+    assert [colour.matrix_of(1, 12, matrix) for matrix in (2, 6)] == [1, 6] and colour.matrix_of(14, 9, 2) == 9
 
 
 @pytest.mark.parametrize("transfer", (colour.HLG, colour.PQ))
@@ -425,6 +454,7 @@ def test_a_phones_hlg_clip_as_zscale_shows_it(tmp_path):
     assert light[round(.75 * 65535)] == pytest.approx(1, abs=0.02)      # BT.2408: 75 % is the reference white
     image = np.array([[[143, 79, 48]]], np.uint16) * 257
     assert np.abs(colour.to_bt709(image, colour.HLG, 9).astype(int) - (192, 64, 32)).max() <= 12
+    assert [colour.kind(1, primaries, 1) for primaries in (4, 8, 10, 11)] == 4 * ["approximate"]        # wide, and not of ours
     assert colour.kind(8, 1, 1) == "approximate" and colour.kind(1, 1, 1) is None and colour.kind(2, 2, 2) is None
 
 
@@ -484,6 +514,8 @@ def test_the_holdout_is_stratified(tmp_path, seed):
     assert len(held) == 5 and torch.equal(torch.cat([train, held]).sort().values, torch.arange(39))
     assert sorted(labels[held].tolist()) == [0, 1, 1, 1, 1] and (labels[train] == 0).sum() == 1
     assert torch.equal(data.labelled_split(shards, 5, seed)[1], held)
+    shards.labels = torch.where(labels < 0, labels, 1 - labels)     # two good ones
+    assert sorted(shards.labels[data.labelled_split(shards, 5, seed)[1]].tolist()) == [0, 0, 0, 0, 1]
     shards.labels = torch.tensor([0, 1] * 50 + [1] * 100)       # a quarter is bad
     assert (shards.labels[data.labelled_split(shards, 40, seed)[1]] == 0).sum() == 10
 
@@ -495,6 +527,31 @@ def test_a_holdout_that_cannot_be_names_the_remedy(tmp_path, labels, holdout, wa
     shards = type("Shards", (), {"folder": tmp_path, "labels": torch.tensor(labels)})
     with pytest.raises(InputError, match=wanted):
         data.labelled_split(shards, holdout, 0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("labels", ([0] * 4 + [1] * 35, [0, 1] * 2, [1, 0, 0] * 4 + [-1] * 20, [0] * 4 + [1] * 4))
+def test_each_fold_of_a_small_set_has_both_labels(tmp_path, labels, seed):
+    labels = torch.tensor(labels)[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
+    folds = []
+    for fold in ("1/2", "2/2"):
+        shards = type("Shards", (), {"folder": tmp_path, "labels": labels, "__len__": lambda self: len(self.labels)})()
+        folds.append(data.take_fold(shards, fold).labels)
+        counts = [(folds[-1] == label).sum() for label in (0, 1)]
+        assert all(count >= min(2, (labels == label).sum() // 2) for label, count in enumerate(counts))
+    assert torch.equal(torch.where(folds[0] < 0, folds[1], folds[0]), labels) and not ((folds[0] >= 0) & (folds[1] >= 0)).any()
+    for fold in ("1/1", "0/2", "3/2", "1/2/3", "2", "a/b", "-1/2", "1/"):
+        with pytest.raises(InputError, match=f"--fold {fold}: must be i/n"):
+            data.take_fold(shards, fold)
+    assert data.take_fold(shards, None) is shards
+
+
+def test_labels_that_come_later_move_no_clip_to_another_fold(tmp_path):
+    labels = torch.arange(200) % 2
+    before, after = (data.take_fold(type("Shards", (), {"labels": x, "__len__": lambda self: 200})(), "1/2").labels >= 0
+                     for x in (labels, labels.masked_fill(torch.arange(200) % 7 == 0, -1)))
+    assert torch.equal(before & (torch.arange(200) % 7 != 0), after)
+    assert before.sum() == 100 and before[:12].nonzero()[:, 0].tolist() == [1, 2, 3, 5, 6, 8, 9]     # for years
 
 
 # ---- the same seed, the same bytes

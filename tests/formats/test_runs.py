@@ -97,6 +97,19 @@ def test_damaged_lines_and_args(started, capsys):
         with pytest.raises(SystemExit):
             run(*command(started, "prfl", out.name, "--resume", "latest"))
         assert "checkpoint-000005/args.json is damaged" in capsys.readouterr().err
+    (out / "checkpoint-000005/args.json").write_text((out / "args.json").read_text())
+    state = torch.load(out / "checkpoint-000005/train_state.pt")
+    for step in (-1, 1.5, "5", True):
+        torch.save(state | {"step": step}, out / "checkpoint-000005/train_state.pt")
+        with pytest.raises(SystemExit):
+            run(*command(started, "prfl", out.name, "--resume", "latest"))
+        assert "train_state.pt is truncated or damaged" in capsys.readouterr().err
+
+
+def test_a_trunk_that_was_frozen_stays_frozen(started, capsys):
+    with pytest.raises(SystemExit):
+        run(*command(started, "reward", "started-reward", "--resume", "latest", "--trunk_learning_rate", "0"))
+    assert "that run has --trunk_learning_rate 0.001 (now 0.0): give it the same" in capsys.readouterr().err
 
 
 def test_a_run_never_writes_over_what_is_not_its(started, capsys):

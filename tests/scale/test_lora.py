@@ -214,3 +214,21 @@ def test_a_file_that_is_cut_or_of_another_rank(tmp_path):
     (tmp_path / lora.FILE).write_bytes((tmp_path / lora.FILE).read_bytes()[:500])
     with pytest.raises(InputError, match="not a whole safetensors file"):
         lora.add(generator(), 0, path=tmp_path / lora.FILE)
+
+
+def test_adapters_alone_leave_no_empty_folder_behind(tmp_path):
+    dit = adapted()
+    for kept in (False, True):
+        (tmp_path / "transformer").mkdir()
+        if kept:
+            (tmp_path / "transformer/config.json").touch()
+        assert lora.export(dit, tmp_path / "transformer", kind="lora").is_file() and (tmp_path / "transformer").is_dir() == kept
+
+
+def test_adapters_start_as_a_linear_layer_of_theirs_would():
+    """Uniform in +-1 / sqrt(d), as nn.Linear's; B at zero."""
+    dit = generator()
+    lora.add(dit, 16)
+    A = torch.cat([p.flatten() for name, p in dit.named_parameters() if name.endswith("lora_A.weight")])
+    assert A.abs().max() <= dit.config["dim"] ** -0.5 < 1.01 * A.abs().max()
+    assert not any(p.any() for name, p in dit.named_parameters() if name.endswith("lora_B.weight"))

@@ -9,6 +9,7 @@ from tiny import same
 import common
 import flow
 import train_align
+from formats import lock
 from formats.weights import WEIGHTS
 from model import VideoDiT, load_transformer
 from pavrm import PAVRM
@@ -72,6 +73,28 @@ def test_bad_flags_are_one_line(folder, cpu, capsys):
         run(why, folder, "bad", "--variant", "exact_last", "--strength", "1")
     assert stop.value.code == 2 and capsys.readouterr().err == (
         "error: --strength means nothing with --variant exact_last: leave it out\n") and not (folder / "bad").exists()
+
+
+@pytest.mark.parametrize("variant, strength", [("ema", "1"), ("ema", "0"), ("noise", "0"), ("pull", "0")])
+def test_a_strength_that_changes_nothing_is_refused(folder, cpu, capsys, variant, strength):
+    with pytest.raises(SystemExit):
+        run(why, folder, "bad", "--variant", variant, "--strength", strength)
+    assert "changes nothing, or lets nothing change" in capsys.readouterr().err
+
+
+def test_one_run_in_a_folder_that_is_its_own(folder, cpu, capsys):
+    with lock.hold(folder / "held"), pytest.raises(SystemExit):
+        run(why, folder, "held")
+    assert "is writing there" in capsys.readouterr().err
+    (folder / "mine").mkdir()
+    (folder / "mine/notes.txt").touch()
+    with pytest.raises(SystemExit):
+        run(why, folder, "mine")
+    assert "holds files that are not ours" in capsys.readouterr().err
+    run(why, folder, "seeded")
+    with pytest.raises(SystemExit):
+        run(why, folder, "seeded", "--seed", "1", "--resume", "latest")
+    assert "that run has --seed 0 (now 1)" in capsys.readouterr().err
 
 
 # ---- each variant by hand
