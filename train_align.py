@@ -226,7 +226,8 @@ def main(config):
         bar.update()
         if done % config.checkpointing_steps == 0 or last:
             parallel.save_checkpoint(config.output_dir, done, {"transformer": export}, policy, optimizer, config, config.keep)
-        if last: break
+        if last:
+            break
     bar.close()
     wrote = export(Path(config.output_dir) / "transformer")
     if runtime.rank == 0:
