@@ -89,7 +89,7 @@ class Config(search.Flags):
                                  only="!clips")
     num_inference_steps: int | None = arg(None, "Euler steps; without, 16, or with --prompts the model's", above=0, only="!clips")
     guidance_scale: float | None = arg(None, "classifier-free guidance, 1 is none; without, the model's", at_least=0, only="!clips")
-    shift: float | None = arg(None, "warps the times of the steps towards noise; without, the model's", above=0, only="prompts")
+    shift: float | None = arg(None, "warps times towards noise; without, the model's", above=0, at_most=100, only="prompts")
     split: str = arg("test", "held-out sentences: test to report on, validation to choose on; reworded: with verbs, order and "
                      "phrases that training never sees", choices=("test", "validation", "reworded"), only="!prompts, !clips")
     seed: int = arg(0, "of the noise and of the prompts, among the held-out ones", at_least=0)

@@ -64,7 +64,7 @@ class Config(search.Flags):
     num_inference_steps: int | None = arg(None, "Euler steps from noise to video; without, the model's", above=0)
     guidance_scale: float | None = arg(None, "classifier-free guidance, 1 is none; without, the model's", at_least=0)
     negative_prompt: str | None = arg(None, "what guidance leads away from; without, Wan2.1's own, or an all-zero context")
-    shift: float | None = arg(None, "warps the times of the steps towards noise, 1 is uniform; without, the model's", above=0)
+    shift: float | None = arg(None, "warps times towards noise, 1 is uniform; without, the model's", above=0, at_most=100)
     seed: int = arg(0, "of the noise; a row of --prompts may have its own", at_least=0)
     reward: str | None = arg(None, "reward model of the search; without, <model>/reward", only="!best_of 1")
     contact_sheet: str | None = arg(None, "also write all frames of all videos as one PNG", only="!prompts")

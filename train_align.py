@@ -57,7 +57,7 @@ class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
     num_samples: int = arg(2048, "own samples that are weighted", at_least=2, only="method rwr")
     num_inference_steps: int | None = arg(None, "N, Euler steps of a rollout; without, 16, Wan-sized: the paper's 40", above=0,
                                           only="method prfl refl rwr or !num_validation 0")
-    shift: float | None = arg(None, "warps times towards noise; without, 1 (uniform), Wan2.1: 3, from 720P on 5", above=0,
+    shift: float | None = arg(None, "warps times towards noise; without, 1: uniform, Wan2.1: 3, from 720P 5", above=0, at_most=100,
                               only="method prfl refl rwr or !num_validation 0")
     reward_weight: float = arg(1.0, "lambda of Alg. 1; Adam and clipping leave it little effect", above=0, only="method prfl refl")
     recipe: str | None = arg(None, "paper: Alg. 1 to the letter; steady: ours, needs no stopping. Sets the next three "

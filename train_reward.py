@@ -52,7 +52,7 @@ class Config(runs.Flags, parallel.Flags):
     num_samples: int = arg(16384, "own samples to make and label", above=0, only="!data")
     samples_dir: str | None = arg(None, "where own samples are kept, or found; without, <output_dir>/samples", only="!data")
     num_inference_steps: int = arg(16, "Euler steps of each own sample", above=0, only="!data")
-    shift: float = arg(1.0, "warps the times of own samples towards noise; 1: uniform", above=0, only="!data")
+    shift: float = arg(1.0, "warps the times of own samples towards noise; 1: uniform", above=0, at_most=100, only="!data")
     fold: str | None = arg(None, "i/n: the i-th of n parts of the labelled videos alone, as for a judge beside the reward model")
     holdout: int | None = arg(None, "labelled videos kept for the report; without, a fifth, 400 at most", above=0)
     depth: int = arg(8, "K, blocks of the generator in the trunk (Table 8); the paper has 8 of 40, the shipped model 8 in all",

@@ -187,9 +187,3 @@ def test_sample_runs_in_the_given_autocast_and_in_float32_without():
         seen.clear()
         x = flow.sample(dit, (1, 1, 1, 1), torch.zeros(3, 1, 1), 0, range(3), 2, batch_size=2, autocast=autocast)
         assert seen == [wanted] * 4 and x.dtype == torch.float32 and x.shape == (3, 1, 1, 1, 1)
-
-
-@pytest.mark.parametrize("shift", (1e9, 1e12))
-def test_a_shift_that_leaves_a_step_without_length_is_refused(shift):
-    with pytest.raises(common.InputError, match="--shift .*: some of the 8 steps would have no length"):
-        flow.schedule(8, shift)
