@@ -480,7 +480,7 @@ BAD = [
     ("train_reward", "--resume {folder}/one-reward_rgb/checkpoint-000004", "--space rgb (now latent)"),
     ("train_reward", "--space hsv", "--space: invalid choice: 'hsv'"),
     ("train_reward", "--pooling sum", "--pooling: invalid choice: 'sum'"),
-    ("train_reward", "--fixed_t 1.5", "--fixed_t must be a finite number at most 1, got 1.5"),
+    ("train_reward", "--fixed_t 1.5", "--fixed_t must be a finite number below 1, got 1.5"),
     ("train_reward", "--max_train_steps 0", "--max_train_steps must be"),
     ("train_reward", "--resume latest", "--resume_from_checkpoint latest: there is no"),
     ("sample", "--prompt=", "--prompt is empty"),
