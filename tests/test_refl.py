@@ -1,6 +1,7 @@
 """refl_baseline.py against ReFL written out by hand, finite differences, and the causality of the decoder."""
 import pytest
 import torch
+import torch.nn.functional as F
 
 import flow
 import refl_baseline as R
@@ -180,6 +181,29 @@ def test_judge_predicts_the_clean_video_in_one_step(models, batch):
         knows = lambda x, t, context, y=None: x1 - x0
         torch.testing.assert_close(R.predicted_reward(rewards["all"], vae, knows, flow.add_noise(x0, x1, t), t, context), wanted)
     torch.testing.assert_close(R.predicted_reward(rewards["all"], vae, None, x0, torch.zeros(3), context), wanted)
+
+
+@pytest.mark.parametrize("frames", R.FRAMES)
+def test_pixel_reward_by_hand(frames):
+    """Three stages, each a residual beside what it mixes; 32 channels unless told; the head in float32 under autocast."""
+    torch.manual_seed(3)
+    reward = R.PixelReward(frames, 8)
+    assert reward.config["width"] == 32 and reward.head[0].weight.shape == (128, 128)
+    video, context = torch.randn(2, 3, 5 if frames == "all" else 1, 16, 16), torch.randn(2, 3, 8)
+    text = torch.stack([reward.text(one).mean(0) for one in context])
+    x = video
+    for spatial, temporal, film in zip(reward.spatial, reward.temporal, reward.film):
+        x = F.silu(spatial(x))
+        mean, var = x.mean((1, 2, 3, 4), keepdim=True), x.var((1, 2, 3, 4), keepdim=True, unbiased=False)
+        x = (x - mean) / (var + 1e-5).sqrt()
+        wide = film(text)
+        scale, shift = (part.view(2, -1, 1, 1, 1) for part in (wide[:, :x.shape[1]], wide[:, x.shape[1]:]))
+        mixed = (1 + scale) * temporal(x) + shift
+        x = x + mixed * mixed.sigmoid()
+    torch.testing.assert_close(reward(video, context), reward.head(x.mean((2, 3, 4)))[:, 0], rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert reward(video, context).dtype == torch.float32
+
 
 
 def test_pixel_reward_sees_motion_only_with_all_frames(models, batch):
