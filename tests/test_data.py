@@ -533,3 +533,38 @@ def test_the_command_line_as_a_process(tmp_path):
     code, _, errors = run("chekc", "clips")
     assert code == 2 and errors == ["error: data.py has check and encode, not chekc"]
     assert run()[0] == 0
+
+
+# ---- parts of the labelled clips
+class Labelled(list):
+    """As much of Shards as this takes."""
+    folder = "latents"
+
+    def __init__(self, labels):
+        super().__init__(labels)
+        self.labels = torch.as_tensor(labels, dtype=torch.int8)
+
+
+@pytest.mark.parametrize("count, held", [(4, 2), (12, 2), (100, 20), (3000, 400)])
+def test_a_fifth_is_held_out_unless_told_400_at_most(count, held):
+    assert len(data.labelled_split(Labelled([0, 1] * (count // 2)), None, 0)[1]) == held
+
+
+def test_a_label_of_two_gives_one_to_each_part():
+    shards = Labelled([0] * 18 + [1] * 2)
+    train, held = (shards.labels[part].tolist() for part in data.labelled_split(shards, 5, 0))
+    assert sorted(held) == [0, 0, 0, 0, 1] and sorted(train) == [0] * 14 + [1]
+
+
+def test_folds_part_the_clips_and_each_has_two_of_each_label():
+    for seed in range(20):
+        labels = torch.tensor([0, 1] * 4)[torch.randperm(8, generator=torch.Generator().manual_seed(seed))]
+        parts = [data.take_fold(Labelled(labels.tolist()), f"{i}/2").labels for i in (1, 2)]
+        assert all((part == label).sum() >= 2 for part in parts for label in (0, 1))
+        assert torch.equal((parts[0] >= 0).int() + (parts[1] >= 0).int(), torch.ones(8, dtype=torch.int32))
+
+
+def test_folds_stay_what_they_are():
+    """A judge of today must not meet the clips that a reward model of yesterday learned from."""
+    part = data.take_fold(Labelled([1] * 12), "1/2").labels >= 0
+    assert part.nonzero()[:, 0].tolist() == [2, 5, 6, 8, 9, 10]
