@@ -193,7 +193,8 @@ def test_pixel_reward_by_hand(frames):
     text = torch.stack([reward.text(one).mean(0) for one in context])
     x = video
     for spatial, temporal, film in zip(reward.spatial, reward.temporal, reward.film):
-        x = F.silu(spatial(x))
+        x, before = F.silu(spatial(x)), x.shape
+        assert x.shape[2:] == (before[2], before[3] // 2, before[4] // 2)
         mean, var = x.mean((1, 2, 3, 4), keepdim=True), x.var((1, 2, 3, 4), keepdim=True, unbiased=False)
         x = (x - mean) / (var + 1e-5).sqrt()
         wide = film(text)

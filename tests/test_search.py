@@ -145,3 +145,22 @@ def test_generator_and_reward_run_in_the_dtype_of_autocast_or_in_none():
         with torch.autocast("cpu", torch.float16):
             find(4, "0:1", reward=Noting(), autocast=autocast)
         assert dtypes and set(dtypes) == {wanted}
+
+
+@pytest.mark.parametrize("n, kept", [(2, [1]), (4, [2, 1]), (8, [4, 2, 1]), (16, [8, 4, 1]), (5, [3, 2, 1])])
+def test_the_default_keeps_half_a_quarter_and_one(n, kept):
+    first, *cuts = search.default_cuts(n)
+    assert first == (1.0, n) and [keep for _, keep in cuts] == kept and cuts[-1][1] == 1
+
+
+def test_candidates_go_by_the_shifted_times():
+    """A velocity that depends on t ends elsewhere by other times; the only candidate is flow.sample's."""
+    class Bent(Straight):
+        def forward(self, x, t, context, y=None):
+            return t.view(-1, 1, 1, 1, 1).expand_as(x) ** 2
+
+    found, _ = find(2, "0:1", dit=Bent(), shift=5.0)
+    x = candidates(2)
+    best = x[range(5), x.mean((2, 3, 4, 5)).argmax(1)]
+    torch.testing.assert_close(found, flow.rollout(Bent(), best, torch.zeros(5, 2, 4), N, shift=5.0))
+    assert not torch.allclose(found, flow.rollout(Bent(), best, torch.zeros(5, 2, 4), N), atol=1e-3)
