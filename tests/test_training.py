@@ -434,6 +434,7 @@ BAD = [
     ("train_align", "--model {bad}/no_weights", f"holds no {WEIGHTS}"),
     ("train_align", "--model {bad}/cut", f"cut/transformer/{WEIGHTS} is not a whole safetensors file"),
     ("train_align", "--model {bad}/other_config", "do not fit: 6 of another shape: blocks.0.ffn.0.bias (48,)"),
+    ("train_align", "--lora_rank 2 --export whole", "--export: invalid choice: 'whole'"),
     ("train_align", "--lora_rank -1", "--lora_rank must be a finite number at least 0, got -1"),
     ("train_align", "--reward {bad}/absent", "bad/absent is not a folder"),
     ("train_align", "--reward {bad}/cut_reward", f"cut_reward/{WEIGHTS} is not a whole safetensors file"),
