@@ -197,7 +197,10 @@ def gather(value, to=None):
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     parts = [None] * dist.get_world_size() if to in (None, rank()) else None
-    dist.all_gather_object(parts, value) if to is None else dist.gather_object(value, parts, to)
+    if to is None:
+        dist.all_gather_object(parts, value)
+    else:
+        dist.gather_object(value, parts, to)
     return parts or []
 
 

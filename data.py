@@ -236,7 +236,8 @@ def split(n, holdout, seed):
 def take_fold(shards, fold):
     """Shards of which all clips outside `fold` count as unlabelled: "i/n" is the i-th of n random parts, which have no clip in
     common; None: all clips. Parts depend on the number of clips alone, so that labels which come later move none between
-    them; but where a part would have fewer than two of a label, it gets some of another's. Raises InputError."""
+    them; but where a part would have fewer than two of a label, it gets some of another's: with labels that few, train on all
+    parts before more are given. Raises InputError."""
     if fold is None:
         return shards
     i, n = (int(part) if part.isdecimal() else 0 for part in f"{fold}/x".split("/")[:2])

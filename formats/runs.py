@@ -36,8 +36,8 @@ NEVER_THE_SAME = {"output_dir", "resume_from_checkpoint"}
 
 
 def fast_precision():
-    """"bf16", or "no" (float32) where it is several times faster: a CPU without AVX-512, as in most laptops, only emulates
-    bf16, and so do GPUs older than Ampere."""
+    """"bf16", or "no" (float32) where it is several times faster: a CPU without AVX-512, as many laptops have, only
+    emulates bf16, and so do GPUs older than Ampere."""
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else \
         torch.backends.cpu.get_cpu_capability() == "AVX512"
     return "bf16" if fast else "no"

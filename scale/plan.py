@@ -293,7 +293,7 @@ def costs(config, c):
     copy = 2 * ((10 if c.get("image_dim") else 8) * d * d + 2 * d * c["ffn_dim"])   # a block's matrices in bf16
     ends = 4 * (reward - K * count["block"] if stage1 else count["total"] - count["blocks"])    # embeddings and head, in fp32
     gathered = copy + 4 * count["block"] * (not lora) + ends if fsdp else 0     # next block; whole gradients of this one
-    rewarding = 4 * (reward - K * count["block"]) + copy if fsdp and prfl else 0
+    rewarding = 4 * (reward - K * count["block"]) + copy if fsdp and prfl else 0    # the same of the reward model, frozen
     not_yet = 0 if lora else 4 * (count["block"] + count["embeddings"] * (not stage1)) / parts  # gradients that come last
     one["decoder"] = {key: b * value for key, value in
                       decoder_costs(f, h, w, config.frames_decoded == "first").items()} if refl else None
