@@ -99,7 +99,8 @@ class Work:
         parts = [part_of(folder) for folder in self.used]
         about = {"command": f"python -m study.reproduce {name} --preset {self.config.preset}{seeds}", "commit": COMMIT,
                  "commits_of_parts": sorted({part["commit"] for part in parts}), "hardware": device,
-                 "mixed_precision": runs.fast_precision(), "minutes": round((time.time() - self.started) / 60, 1), "parts": len(parts),
+                 "mixed_precision": runs.fast_precision(),
+                 "minutes": round((time.time() - self.started) / 60, 1), "parts": len(parts),
                  "parts_without_time": sum(not part["seconds"] for part in parts),
                  "minutes_of_parts": round(sum(part["seconds"] for part in parts) / 60, 1)}
         said = f"`{about['command']}` at {about['commit']}, {about['hardware']}; this call took {about['minutes']} minutes."
