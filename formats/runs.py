@@ -36,10 +36,10 @@ NEVER_THE_SAME = {"output_dir", "resume_from_checkpoint"}
 
 
 def fast_precision():
-    """"bf16", or "no" (float32) where it is several times faster: a CPU without AVX-512, as many laptops have, only
-    emulates bf16, and so do GPUs older than Ampere."""
+    """"bf16", or "no" (float32) where it is several times faster: most laptops' CPUs only emulate
+    bf16 (AVX-512 alone does not have it), and so do GPUs older than Ampere."""
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else \
-        torch.backends.cpu.get_cpu_capability() == "AVX512"
+        torch.cpu.get_capabilities().get("avx512_bf16", False)
     return "bf16" if fast else "no"
 
 

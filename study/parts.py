@@ -103,7 +103,9 @@ class Work:
                  "minutes": round((time.time() - self.started) / 60, 1), "parts": len(parts),
                  "parts_without_time": sum(not part["seconds"] for part in parts),
                  "minutes_of_parts": round(sum(part["seconds"] for part in parts) / 60, 1)}
-        said = f"`{about['command']}` at {about['commit']}, {about['hardware']}; this call took {about['minutes']} minutes."
+        precision = "bf16" if about["mixed_precision"] == "bf16" else "float32"
+        said = (f"`{about['command']}` at {about['commit']}, {about['hardware']}, {precision}; this call took {about['minutes']} "
+                "minutes.")
         if parts:
             missing = f" (without {about['parts_without_time']} whose time was not kept)" * bool(about["parts_without_time"])
             said += (f" Its {len(parts)} runs, evaluations and measurements ({'' if gpu else 'of one thread each; '}shared with "

@@ -47,11 +47,11 @@ def test_parse_types_aliases_and_defaults():
     assert parse("--no-gradient_checkpointing").gradient_checkpointing is False
 
 
-@pytest.mark.parametrize("cpu, gpu, wanted", [("AVX512", None, "bf16"), ("AVX2", None, "no"), ("DEFAULT", None, "no"),
-                                              ("AVX2", True, "bf16"), ("AVX512", False, "no")])
+@pytest.mark.parametrize("cpu, gpu, wanted", [({"avx512_bf16": True}, None, "bf16"), ({"avx512_f": True, "avx512_bf16": False}, None, "no"),
+                                              ({}, None, "no"), ({}, True, "bf16"), ({"avx512_bf16": True}, False, "no")])
 def test_bf16_where_it_is_not_emulated(monkeypatch, cpu, gpu, wanted):
     """gpu: whether it has bf16; None: there is none."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: gpu)
     assert runs.fast_precision() == runs.precision_flag().default == wanted
