@@ -102,7 +102,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonalise(m):
     """The nearest semi-orthogonal matrix of each [n, rows, columns], roughly: five quintic Newton-Schulz steps."""
     tall = m.shape[1] > m.shape[2]
-    x = (m.mT if tall else m).bfloat16()
+    x = (m.mT if tall else m).to(torch.bfloat16 if runs.fast_precision() == "bf16" else torch.float32)     # bf16 is enough
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT

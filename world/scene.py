@@ -15,8 +15,8 @@ import torch
 
 from common import InputError
 
-SIZES = {"tiny": {"frames": 9, "resolution": 32}, "small": {"frames": 17, "resolution": 64}}
-LATENT_SHAPES = {"tiny": (16, 3, 4, 4), "small": (16, 5, 8, 8)}         # c, f, h, w under VideoVAE
+SIZES = {"tiny": {"frames": 9, "resolution": 32}, "mid": {"frames": 9, "resolution": 48}, "small": {"frames": 17, "resolution": 64}}
+LATENT_SHAPES = {"tiny": (16, 3, 4, 4), "mid": (16, 3, 6, 6), "small": (16, 5, 8, 8)}         # c, f, h, w under VideoVAE
 FPS = 8
 BACKGROUND = (0.10, 0.10, 0.13)
 COLORS = {"red": (0.92, 0.20, 0.18), "green": (0.15, 0.75, 0.28), "blue": (0.25, 0.42, 0.96),

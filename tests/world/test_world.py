@@ -74,7 +74,7 @@ def test_make_is_determined_by_its_seed():
     assert not torch.equal(a[0], c[0]) and a[1] != c[1]
 
 
-@pytest.mark.parametrize("size, shape", [("tiny", (9, 32, 32, 3)), ("small", (17, 64, 64, 3))])
+@pytest.mark.parametrize("size, shape", [("tiny", (9, 32, 32, 3)), ("mid", (9, 48, 48, 3)), ("small", (17, 64, 64, 3))])
 def test_make_shapes(size, shape):
     videos, prompts, flaws = scene.make(3, 0, "flawed", size)
     assert videos.shape == (3, *shape) and videos.dtype == torch.uint8
