@@ -25,7 +25,8 @@ from formats.metadata import from_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TASKS = ("t2v", "i2v")
-SHIPPED = dict(zip(TASKS, (Path(__file__).parents[1] / "checkpoints", Path(__file__).parents[1] / "checkpoints/i2v")))
+CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
+SHIPPED = {"t2v": CHECKPOINTS, "i2v": CHECKPOINTS / "i2v", "mid": CHECKPOINTS / "mid"}           # mid: text-to-video, at that size
 
 
 class Later(NamedTuple):
@@ -279,7 +280,8 @@ def from_wan_config(theirs, path):
 
 
 def resolve_model(config, transformer=None):
-    """config.model, or the shipped generator of config.task without it; both are filled in, and the folder returned.
+    """config.model, or the shipped generator of config.task and config.world without it; task and model are filled in, and
+    the folder returned.
 
     transformer: the generator's folder where it is not config.model. Raises InputError if it is of another task.
     """
@@ -287,8 +289,17 @@ def resolve_model(config, transformer=None):
     task = transformer_folder(folder)[1].get("model_type", "t2v") if folder else config.task or "t2v"
     if config.task not in (None, task):
         raise InputError(f"--task is {config.task}, but the generator in {folder} is {task}")
-    config.task, config.model = task, config.model or str(SHIPPED.get(task, SHIPPED["t2v"]))
+    config.task, config.model = task, config.model or str(shipped(task, getattr(config, "world", "tiny")))
     return config.model
+
+
+def shipped(task, world="tiny"):
+    """The folder of the shipped generator of a task, at a size of the embedded world. Raises InputError if there is none."""
+    name = {"tiny": task, "mid": "mid" if task == "t2v" else None}.get(world)
+    if name is None:
+        raise InputError(f"--world {world}: no {task} generator of that size is shipped: name one with --model (python -m "
+                         "world.pretrain dit makes them)")
+    return SHIPPED.get(name, SHIPPED["t2v"])
 
 
 def transformer_folder(path):

@@ -18,7 +18,7 @@ from formats import runs
 from formats.metadata import from_json
 
 HOME = Path(__file__).resolve().parents[1]                     # of the repository
-I2V = ("--task", "i2v")                                         # among a part's flags: image-to-video
+I2V, MID = ("--task", "i2v"), ("--world", "mid")                # among a part's flags: another shipped base
 TUNED = {"prfl": 1e-4, "sft": 3e-4, "rwr": 1e-4, "refl": 1e-4}   # the best of the sweep in results/table1.md
 METRICS = {"qualified": "qualified", "physical_qualified": "physical", "deformity_qualified": "deformity",
            "adherent": "adherent", "smoothness": "smoothness", "dynamic": "dynamic", "consistency": "consistency",
@@ -155,8 +155,9 @@ def named(prefix, flags):
     return "-".join([prefix, *(str(flag).removeprefix("--").replace("/", "_") for flag in flags)])
 
 
-def task_of(flags):
-    return I2V if "i2v" in flags else ()
+def base_of(flags):
+    """Those that say which shipped base."""
+    return I2V if "i2v" in flags else MID if "mid" in flags else ()
 
 
 def frames_of(flags):
@@ -166,7 +167,7 @@ def frames_of(flags):
 def judge_flags(method, flags):
     """train_reward flags of the reward model that train_align takes with these flags."""
     pixels = ("--space", "rgb", "--frames_decoded", frames_of(flags)) if method == "refl" else ()
-    return (*pixels, *task_of(flags))
+    return (*pixels, *base_of(flags))
 
 
 def reward_folder(work, seed, flags=()):
@@ -174,15 +175,15 @@ def reward_folder(work, seed, flags=()):
 
 
 def train_rewards(work, variants):
-    """A reward model per seed and entry of variants (train_reward flags), all on the seed's own samples (of a task)."""
+    """A reward model per seed and entry of variants (train_reward flags), all on the seed's own samples (of a base)."""
     def part(seed, flags):
         count = () if "--num_samples" in flags else (
             "--num_samples", work.preset["samples"],
-            "--samples_dir", work.folder / f"seed-{seed}" / named("samples", task_of(flags)))
+            "--samples_dir", work.folder / f"seed-{seed}" / named("samples", base_of(flags)))
         return (reward_folder(work, seed, flags), "report.json", "train_reward.py", "--seed", seed, *count,
                 "--max_train_steps", work.preset["reward_steps"], *flags)
 
-    first = {task_of(flags): flags for flags in reversed(list(variants)) if "--num_samples" not in flags}
+    first = {base_of(flags): flags for flags in reversed(list(variants)) if "--num_samples" not in flags}
     work.run([part(seed, flags) for seed in work.seeds for flags in first.values()])           # makes the samples
     work.run([part(seed, flags) for seed in work.seeds for flags in variants])
 
@@ -231,10 +232,10 @@ def evaluations(work, name, rows_of, flags=()):
     """rows_of: {seed: {row: checkpoint folder}} -> [{row: {metric: array over videos}}], one dict a seed, the last row
     of each "clean renders". name: of the test videos and sampler that the evaluate.py flags stand for. A checkpoint is
     evaluated once under a name, whichever tables ask for it."""
-    train_rewards(work, [task_of(flags)])
+    train_rewards(work, [base_of(flags)])
     where = lambda seed, folder: work.folder / f"seed-{seed}" / f"evaluation-{name}" / folder.name
     work.run([(where(seed, folder), "per_video.json", "evaluate.py", f"model={folder}", "--num_videos", work.preset["videos"],
-               "--reward", reward_folder(work, seed, task_of(flags)) / "reward", *flags)
+               "--reward", reward_folder(work, seed, base_of(flags)) / "reward", *flags)
               for seed, rows in rows_of.items() for folder in rows.values()])
 
     def read(seed, folder, row="model"):

@@ -17,6 +17,7 @@ fig5       wins, ties and losses of PRFL, the annotator in the place of people
 labels     how many samples PAVRM learns from
 loss       PRFL's loss form, lambda, steps with gradients, with and without SFT updates
 steady     the steady recipe beside the paper's, 512 test videos and its learning rates
+mid        both recipes, and best of n, at a second size of the world: 48x48, 27 tokens
 why        why it holds: each part with and without each other; noise, exact last passes, no rollout; passes, N, no SFT
            updates, image-to-video; what else was tried on the paper's
 speed      CPU seconds of alignment to a quality: PRFL, RGB ReFL, both by both recipes, and SFT
@@ -56,7 +57,8 @@ from model import load_transformer
 from pavrm import load_pavrm
 from report import auc_values, balanced_values, claims_table, interval, judge_claims, plot, show, summary, table, verdict
 from study import parts
-from study.parts import I2V, METRICS, align_folder, evaluations, named, reward_folder, task_of, train_aligned, train_rewards
+from study.mid import mid
+from study.parts import I2V, METRICS, align_folder, base_of, evaluations, named, reward_folder, train_aligned, train_rewards
 from study.search import fooled, search
 from study.steady import speed, steady, why
 from study.stopping import stopping
@@ -77,7 +79,7 @@ INTERVALS = "[0, .2]", "(.2, .4]", "(.4, .6]", "(.6, .8]", "(.8, 1]"            
 def alignment_study(work, name, title, variants, claims, paper, notes=()):
     """variants: {row: (method, train_align flags)}, all of one task; claims: [(better, worse)] rows, by the qualified rate,
     or "<row>'s <metric>"; paper: {row: published value}."""
-    task = task_of(next(iter(variants.values()))[1])
+    task = base_of(next(iter(variants.values()))[1])
     base = SHIPPED["i2v" if task else "t2v"]
     train_aligned(work, [(seed, method, flags) for seed in work.seeds for method, flags in variants.values()])
     rows = {seed: {"base": base} | {row: align_folder(work, seed, *run) for row, run in variants.items()} for seed in work.seeds}
@@ -495,7 +497,7 @@ def annotator(work):
 
 
 STUDIES = {study.__name__: study for study in (table1, table2, table3, table4, table5, table7, table8, table9, fig3, fig5, labels,
-                                               loss, steady, why, speed, stopping, hacking, annotator, search, fooled)}
+                                               loss, steady, mid, why, speed, stopping, hacking, annotator, search, fooled)}
 
 
 @dataclass

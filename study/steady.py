@@ -13,7 +13,7 @@ from formats.weights import SHIPPED
 from model import PRESETS as MODELS
 from report import claims_table, judge_claims, plot, show, summary, table
 from scale import plan
-from study.parts import I2V, METRICS, TUNED, evaluations, judge_flags, named, reward_folder, task_of, train_rewards
+from study.parts import I2V, METRICS, TUNED, base_of, evaluations, judge_flags, named, reward_folder, train_rewards
 
 WAN = "wan2.1-t2v-14b"
 EVERY = 40                                                      # iterations between validations, and checkpoints
@@ -53,7 +53,7 @@ def part_of_run(work, seed, run):
     """(folder, file that it ends with, script, *flags), as Work.run takes them."""
     method = method_of(run)
     script = ("-m", "study.why") if run.name == "why" else ("train_align.py", "--method", method)
-    curated = work.folder / f"seed-{seed}" / named("curated", task_of(run.flags))
+    curated = work.folder / f"seed-{seed}" / named("curated", base_of(run.flags))
     reward = () if method == "sft" else ("--reward", reward_folder(work, seed, judge_flags(method, run.flags)) / "reward")
     default = {"--learning_rate": TUNED[method], "--max_train_steps": length(work), "--validation_steps": EVERY,
                "--num_validation": work.preset["videos"] // 2}
@@ -69,7 +69,7 @@ def method_of(run):
 def train(work, wanted):
     """Runs [(seed, Run)], their reward models first; of those that share curated clips, one before the others: it renders."""
     train_rewards(work, dict.fromkeys(judge_flags(method_of(run), run.flags) for _, run in wanted if method_of(run) != "sft"))
-    first = {(seed, task_of(run.flags)): (seed, run) for seed, run in reversed(wanted)}
+    first = {(seed, base_of(run.flags)): (seed, run) for seed, run in reversed(wanted)}
     work.run([part_of_run(work, *each) for each in first.values()])
     work.run([part_of_run(work, *each) for each in wanted])
 
@@ -197,6 +197,14 @@ def test_rows(work):
     return [{"base": end["base"], best: stop[best]} | end for end, stop in zip(ends, stopped)]
 
 
+def quality_table(found):
+    """[{row: {metric: values of the test videos}}], a dict a seed -> ({row: {metric: its summary}}, lines of a table)"""
+    rows = {row: {metric: summary([f[row][metric] for f in found]) for metric in COLUMNS} for row in found[0]}
+    return rows, table(["", *map(METRICS.get, COLUMNS), "qualified, by seed"],
+                       [[row, f"**{show(**cells['qualified'])}**", *(f"{cells[m]['mean']:.3f}" for m in COLUMNS[1:]),
+                         " ".join(f"{v:.3f}" for v in cells["qualified"]["seeds"])] for row, cells in rows.items()])
+
+
 def expectations(work, found, curves, rates, verdicts):
     """[(what was asked for beforehand, what was found, whether it is so)] of the steady recipe."""
     paper, steady = RECIPES
@@ -223,7 +231,7 @@ def steady(work):
     curves = trained_curves(work, steady_comparisons(work))
     found = test_rows(work)
     paper, own = RECIPES
-    rows = {row: {metric: summary([f[row][metric] for f in found]) for metric in COLUMNS} for row in found[0]}
+    rows, lines = quality_table(found)
     values = {row: [f[row]["qualified"] for f in found] for row in rows}
     end = f"{own}, at the end"
     claims = judge_claims([(end, f"{paper}, stopped at its best", "not in it"), (end, f"{paper}, at the end", "not in it"),
@@ -233,10 +241,7 @@ def steady(work):
     work.write("steady", "The steady recipe beside the paper's", [
         f"{work.preset['videos']} test videos ({work.said_seeds()}); at the end: after {length(work)} iterations. "
         "Stopped at its best: at the checkpoint that did best on validation videos, which takes somebody to watch.", "",
-        *table(["", *map(METRICS.get, COLUMNS), "qualified, by seed"],
-               [[row, f"**{show(**cells['qualified'])}**", *(f"{cells[m]['mean']:.3f}" for m in COLUMNS[1:]),
-                 " ".join(f"{v:.3f}" for v in cells["qualified"]["seeds"])] for row, cells in rows.items()]),
-        *claims_table(claims), "What was asked of the steady recipe beforehand:", "", *table(["", "found", "so"], asked),
+        *lines, *claims_table(claims), "What was asked of the steady recipe beforehand:", "", *table(["", "found", "so"], asked),
         *curve_lines(work, "steady", curves)], {"rows": rows, "claims": claims, "asked": asked, "curves": curves})
 
 

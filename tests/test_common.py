@@ -47,8 +47,9 @@ def test_parse_types_aliases_and_defaults():
     assert parse("--no-gradient_checkpointing").gradient_checkpointing is False
 
 
-@pytest.mark.parametrize("cpu, gpu, wanted", [({"avx512_bf16": True}, None, "bf16"), ({"avx512_f": True, "avx512_bf16": False}, None, "no"),
-                                              ({}, None, "no"), ({}, True, "bf16"), ({"avx512_bf16": True}, False, "no")])
+@pytest.mark.parametrize("cpu, gpu, wanted", [
+    ({"avx512_bf16": True}, None, "bf16"), ({"avx512_f": True, "avx512_bf16": False}, None, "no"), ({}, None, "no"),
+    ({}, True, "bf16"), ({"avx512_bf16": True}, False, "no")])
 def test_bf16_where_it_is_not_emulated(monkeypatch, cpu, gpu, wanted):
     """gpu: whether it has bf16; None: there is none."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)

@@ -179,6 +179,17 @@ def test_task_picks_the_shipped_generator_and_model_says_its_task(i2v):
     assert resolved(model=SHIPPED, transformer=i2v) == ("i2v", SHIPPED)
 
 
+def test_world_picks_the_shipped_generator_of_its_size(i2v):
+    def resolved(**given):
+        return Path(weights.resolve_model(train_align.Config(**given))).relative_to(SHIPPED).as_posix()
+
+    assert resolved() == resolved(world="tiny") == "." and resolved(task="i2v") == "i2v" and resolved(world="mid") == "mid"
+    assert weights.resolve_model(train_align.Config(world="small", model=str(i2v))) == str(i2v)
+    for given in (dict(world="small"), dict(world="mid", task="i2v")):
+        with pytest.raises(common.InputError, match=f"--world {given['world']}: no .* is shipped: name one with --model"):
+            weights.resolve_model(train_align.Config(**given))
+
+
 def test_a_task_at_odds_with_the_model_is_refused(i2v, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for script, first in ((train_reward, ()), (train_align, ()), (sample, ("--prompt", "x"))):

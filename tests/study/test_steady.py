@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from study import parts, reproduce, steady, stopping
+from study import mid, parts, reproduce, steady, stopping
 
 STEADY = "--rewarded_step per_video --rollout_passes 4 --reward_loss logsigmoid"
 
@@ -90,18 +90,20 @@ def made_up(monkeypatch):
             (folder / last).write_text("{}")
 
     def evaluations(work, name, rows_of, flags=()):
+        asked.append((name, *flags))
         good = lambda row: {"base": 0.35, "PRFL, steady recipe, at the end": 0.97, "clean renders": 0.99}.get(
-            row, 0.9 if name == "paper-at-its-best" else 0.3)
+            row, 0.9 if name.endswith("at-its-best") else 0.8 if "best-of" in name else 0.3)
         passed = lambda row: 1.0 * (np.arange(512) < 512 * good(row))
         values = lambda row: {**dict.fromkeys(steady.COLUMNS[:4], passed(row)), "speed": np.full(512, 0.05),
                               "brightness": np.full(512, 0.2), "saturation": np.full(512, 0.1)}
         for rows in rows_of.values():
             for row, folder in rows.items():
-                assert row == "base" or (folder.name == "checkpoint-000040") == (name == "paper-at-its-best"), (row, folder)
+                assert row == "base" or (folder.name == "checkpoint-000040") == name.endswith("at-its-best"), (row, folder)
         return [{row: values(row) for row in (*rows, "clean renders")} for rows in rows_of.values()]
 
     monkeypatch.setattr(parts.Work, "run", run)
-    monkeypatch.setattr(steady, "evaluations", evaluations)
+    for study in (steady, mid):
+        monkeypatch.setattr(study, "evaluations", evaluations)
     return asked
 
 
@@ -121,6 +123,21 @@ def test_why_makes_one_seed_where_it_says_so(tmp_path, made_up):
     assert "| twice as long, one seed | 0.960 | 0.960 | 0.960 | 0.960 | 0.960 | 0.960 | 0.960 | **0.960** | 0.960 |" in text
     assert "| step per video, at most 4 passes, -log sigmoid (the steady recipe) | 0.970 |" in text
     assert {folder.parent.name for folder in made_up if "960" in folder.name} == {"seed-0"}
+
+
+def test_mid_is_of_the_second_size_alone(tmp_path, made_up):
+    work = work_in(tmp_path, "mid", preset="full")
+    mid.mid(work)
+    text, found = (tmp_path / "results/mid.md").read_text(), json.loads((tmp_path / "results/mid.json").read_text())
+    assert [claim["verdict"] for claim in found["claims"]] == ["holds", "holds", "holds", "holds", "does not hold"]
+    assert "base, best of 8 for 4.4 times the passes above base | not in it | +0.4" in text and "| **0.510** | 0.500" in text
+    assert [row for row in found["rows"]] == ["base", "base, best of 8 for 4.4 times the passes", "PRFL, paper's recipe, stopped "
+                                              "at its best", "PRFL, paper's recipe, at the end", "PRFL, steady recipe, at the end",
+                                              "PRFL, steady recipe, best of 4 for 2.3 times the passes", "clean renders"]
+    folders, evaluated = ([x for x in made_up if isinstance(x, tuple) == tupled] for tupled in (False, True))
+    assert len(set(folders)) == 3 * 3 and all("world-mid" in folder.name for folder in folders)    # of each seed: reward, recipes
+    assert evaluated == [("mid", *parts.MID), ("mid-at-its-best", *parts.MID), ("mid-best-of-8", *parts.MID, "--best_of", 8),
+                         ("mid-best-of-4", *parts.MID, "--best_of", 4)]
 
 
 def test_what_was_asked_can_fail(tmp_path, made_up):
