@@ -248,6 +248,8 @@ def load_state(path, state, model, optimizer):
     if others or sizes != {name: x.shape for name, x in mine.items()}:
         raise InputError(f"--resume_from_checkpoint {path}: not a checkpoint of this script with the same "
                          "--task, --model, --depth, --pooling, --lora_rank")
+    if not any("/" in name for name in sizes):                  # it would go on, with fresh moments and without a word
+        raise InputError(f"--resume_from_checkpoint {path}: holds no optimizer state, so it is damaged")
     if saved:
         for name, x in mine.items():
             y = saved[name]

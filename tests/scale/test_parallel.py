@@ -161,6 +161,14 @@ def test_damaged_pieces_are_one_line(folder, runs, tmp_path, capsys, damage, wor
     assert not (folder / "bad-run").exists()
 
 
+def test_a_checkpoint_without_optimizer_state_is_refused(tmp_path):
+    model = generator()
+    optimizer = torch.optim.AdamW(model.parameters())
+    state = {"step": 3, "model": parallel.trained(model), "optimizer": {"state": {}, "param_groups": []}}
+    with pytest.raises(common.InputError, match="holds no optimizer state"):
+        parallel.load_state(tmp_path, state, model, optimizer)
+
+
 @pytest.mark.parametrize("name, flags, words", [
     ("reward", ["--depth", "1", "--resume", "two-reward/checkpoint-000004"], "that run has --depth 2 (now 1)"),
     ("prfl", ["--resume", "two-reward/checkpoint-000004"], "not a checkpoint of this script"),
