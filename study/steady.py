@@ -144,6 +144,8 @@ def why_comparisons(work):
         "The steady recipe elsewhere": {
             "the steady recipe": steady, "an AdamW for each kind of update": variant("moments", "per_video", 4, "logsigmoid"),
             "without SFT updates": Run(("--no-sft_updates", *STEADY)),
+            "words of the prompts left out and moved, one seed":
+                variant("words", "per_video", 4, "logsigmoid")._replace(one_seed=True),
             "twice as long, one seed": Run(("--max_train_steps", 2 * length(work), *STEADY), one_seed=True),
             "image-to-video, one seed": Run((*I2V, *STEADY), one_seed=True),
             "image-to-video, the paper's recipe, one seed": Run((*I2V, *PAPER), one_seed=True)},

@@ -11,6 +11,8 @@ no_rollout   curated clips noised to where the rewarded step starts: does it nee
 ema          an average of the weights over iterations, factor strength, is what is validated and written
 pull         plus strength (v - v_ref)^2 in the rewarded step, v_ref the velocity of the generator as it was
 ceiling      -min(r, strength): nothing is learned from a reward above it
+words        each word of a prompt is left out with probability strength, the others stand in any order, in both updates: does it
+             then hold in wordings that nobody trained on (evaluate.py --split reworded)?
 moments      an AdamW for the SFT updates and one for the reward updates: what does it cost that one serves both?
 none         train_align.py --method prfl, number for number: so that what is compared differs in the variant alone
 
@@ -32,6 +34,7 @@ import flow
 import prfl
 from common import InputError, arg
 from formats import runs
+from formats.codec import load_text_encoder
 from formats.weights import SHIPPED
 from model import export_transformer, load_transformer
 from pavrm import load_pavrm
@@ -40,14 +43,14 @@ from validation import make_validation
 from world import clips
 
 BASE = SHIPPED["t2v"]
-STRENGTH = {"noise": 0.2, "ema": 0.98, "pull": 1.0, "ceiling": 2.0}      # where --strength is not given
-VARIANTS = ("none", "noise", "exact_last", "no_rollout", "ema", "pull", "ceiling", "moments")
+STRENGTH = {"noise": 0.2, "ema": 0.98, "pull": 1.0, "ceiling": 2.0, "words": 0.15}      # where --strength is not given
+VARIANTS = ("none", "noise", "exact_last", "no_rollout", "ema", "pull", "ceiling", "words", "moments")
 
 
 @dataclass
 class Config:
     variant: str = arg("none", "what is changed", choices=VARIANTS)
-    strength: float | None = arg(None, "of noise, pull or ceiling, or ema's factor; without: "
+    strength: float | None = arg(None, "of noise, pull, ceiling or words, or ema's factor; without: "
                                  + ", ".join(f"{variant} {value:g}" for variant, value in STRENGTH.items()), at_least=0)
     rewarded_step: str = arg("per_video", "as in train_align.py", choices=("per_batch", "per_video"))
     rollout_passes: int = arg(0, "as in train_align.py", at_least=0)
@@ -67,6 +70,14 @@ class Config:
     num_validation: int = arg(256, "videos of a validation; 0 for none", at_least=0)
     resume_from_checkpoint: str | None = arg(None, "'latest' or a checkpoint folder", alias="resume")
     seed: int = arg(0, "seed of order, t, noise and steps", at_least=0)
+
+
+def other_words(prompt, share, generator):
+    """The prompt without a share of its words, in any order; one word stays."""
+    words = prompt.split()
+    order = torch.randperm(len(words), generator=generator).tolist()
+    stay = torch.rand(len(words), generator=generator) >= share
+    return " ".join([words[i] for i in order if stay[i]] or [words[order[0]]])
 
 
 def start_state(config, policy, x_T, context, first, curated, eps):
@@ -111,7 +122,8 @@ def main(config):
     if config.variant == "moments" and config.resume_from_checkpoint:
         raise InputError("--resume: a checkpoint keeps one AdamW, so --variant moments starts anew each time")
     config.strength = STRENGTH.get(config.variant) if config.strength is None else config.strength
-    if config.variant in ("noise", "pull", "ema") and not 0 < config.strength < (1 if config.variant == "ema" else math.inf):
+    if config.variant in ("noise", "pull", "ema", "words") and not (
+            0 < config.strength < (1 if config.variant in ("ema", "words") else math.inf)):
         raise InputError(f"--strength {config.strength}: changes nothing, or lets nothing change, with --variant {config.variant}")
     config.model, config.world = str(BASE), "tiny"               # what make_validation asks for beside the flags
     config.data, config.judge, config.parallel, config.shift, config.guidance_scale = None, None, "ddp", 1.0, 1.0
@@ -125,6 +137,7 @@ def main(config):
     shards = clips.clean_clips(config.curated_dir or Path(config.output_dir) / "curated", config.model, config.num_curated,
                                config.world, config.seed + 500, runtime)
     curated = (shards.labels != 0).nonzero()[:, 0]
+    text = load_text_encoder(BASE / "text_encoder").to(runtime.device) if config.variant == "words" else None
     new = lambda: torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0)
     optimizer = new()
     optimizers = {"sft": optimizer, "reward": new() if config.variant == "moments" else optimizer}
@@ -136,7 +149,12 @@ def main(config):
     indices, B, N = range(config.batch_size), config.batch_size, config.num_inference_steps
 
     def curated_batch(seed, iteration):
-        batch = shards.batch(curated[data.order(len(curated), seed, iteration, indices, B)])
+        rows = curated[data.order(len(curated), seed, iteration, indices, B)]
+        batch = shards.batch(rows)
+        if config.variant == "words":
+            g = common.random_generator(seed, "words", iteration)
+            with torch.no_grad(), torch.autocast(runtime.device.type, enabled=False):
+                batch["context"] = text.encode([other_words(shards.rows[i]["prompt"], config.strength, g) for i in rows.tolist()])
         return batch["latents"].to(runtime.device), batch["context"].to(runtime.device)
 
     def draw(purpose, iteration):

@@ -1,6 +1,8 @@
 """study/why.py: without a variant it is train_align.py bit for bit; each variant by hand; a resumed average is the same."""
+import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -75,7 +77,7 @@ def test_bad_flags_are_one_line(folder, cpu, capsys):
         "error: --strength means nothing with --variant exact_last: leave it out\n") and not (folder / "bad").exists()
 
 
-@pytest.mark.parametrize("variant, strength", [("ema", "1"), ("ema", "0"), ("noise", "0"), ("pull", "0")])
+@pytest.mark.parametrize("variant, strength", [("ema", "1"), ("ema", "0"), ("noise", "0"), ("pull", "0"), ("words", "1")])
 def test_a_strength_that_changes_nothing_is_refused(folder, cpu, capsys, variant, strength):
     with pytest.raises(SystemExit):
         run(why, folder, "bad", "--variant", variant, "--strength", strength)
@@ -98,6 +100,28 @@ def test_one_run_in_a_folder_that_is_its_own(folder, cpu, capsys):
 
 
 # ---- each variant by hand
+def test_other_words():
+    g, prompt = torch.Generator().manual_seed(0), "a red circle moving to the right"
+    made = [why.other_words(prompt, 0.15, g).split() for _ in range(2000)]
+    assert all(words and len(set(words)) == len(words) and set(words) <= set(prompt.split()) for words in made)
+    assert sum(map(len, made)) / 2000 / 7 == pytest.approx(0.85, abs=0.01)
+    assert 0.05 < sum(words[0] == "right" for words in made) / 2000 < 0.25 and why.other_words("red", 0.99, g) == "red"
+
+
+def test_words_reach_both_updates(folder, cpu, monkeypatch):
+    losses = lambda name: [json.loads(line)[f"{update}_loss"] for line in (folder / name / "metrics.jsonl").read_text().splitlines()
+                           for update in ("sft", "reward")]
+    monkeypatch.setattr(why, "other_words", lambda prompt, share, g: prompt)
+    run(why, folder, "words-kept", "--variant", "words")
+    run(why, folder, "words-none")
+    np.testing.assert_allclose(losses("words-kept"), losses("words-none"), atol=2e-3)   # shards hold contexts in half precision
+    asked = []
+    monkeypatch.setattr(why, "other_words", lambda prompt, share, g: asked.append((prompt, share)) or "x")
+    run(why, folder, "words-x", "--variant", "words")
+    assert all(abs(x - none) > 2e-3 for x, none in zip(losses("words-x"), losses("words-none"), strict=True))
+    assert len(asked) == 2 * 2 * 4 and {share for _, share in asked} == {0.15}           # iterations, updates, batch
+
+
 @pytest.fixture
 def parts():
     """(policy, the generator as it was, PAVRM), float64; x_T, curated x0 and noise [3, ...]; contexts; steps."""
