@@ -26,7 +26,7 @@ from formats.metadata import from_json
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TASKS = ("t2v", "i2v")
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
-SHIPPED = {"t2v": CHECKPOINTS, "i2v": CHECKPOINTS / "i2v", "mid": CHECKPOINTS / "mid"}           # mid: text-to-video, at that size
+SHIPPED = {"t2v": CHECKPOINTS, "i2v": CHECKPOINTS / "i2v"}
 
 
 class Later(NamedTuple):
@@ -280,10 +280,10 @@ def from_wan_config(theirs, path):
 
 
 def resolve_model(config, transformer=None):
-    """config.model, or the shipped generator of config.task and config.world without it; task and model are filled in, and
-    the folder returned.
+    """config.model, or the shipped generator of config.task without it; both are filled in, and the folder returned.
 
-    transformer: the generator's folder where it is not config.model. Raises InputError if it is of another task.
+    transformer: the generator's folder where it is not config.model. Raises InputError if it is of another task, or none of
+    that --world is shipped.
     """
     folder = transformer or config.model
     task = transformer_folder(folder)[1].get("model_type", "t2v") if folder else config.task or "t2v"
@@ -294,12 +294,11 @@ def resolve_model(config, transformer=None):
 
 
 def shipped(task, world="tiny"):
-    """The folder of the shipped generator of a task, at a size of the embedded world. Raises InputError if there is none."""
-    name = {"tiny": task, "mid": "mid" if task == "t2v" else None}.get(world)
-    if name is None:
-        raise InputError(f"--world {world}: no {task} generator of that size is shipped: name one with --model (python -m "
-                         "world.pretrain dit makes them)")
-    return SHIPPED.get(name, SHIPPED["t2v"])
+    """The folder of the shipped generator of a task, which is of the tiny world. Raises InputError for another."""
+    if world != "tiny":
+        raise InputError(f"--world {world}: no generator of that size is shipped: name one with --model (python -m world.pretrain "
+                         "dit makes them)")
+    return SHIPPED.get(task, SHIPPED["t2v"])
 
 
 def transformer_folder(path):

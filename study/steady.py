@@ -13,7 +13,7 @@ from formats.weights import SHIPPED
 from model import PRESETS as MODELS
 from report import claims_table, judge_claims, plot, show, summary, table
 from scale import plan
-from study.parts import I2V, METRICS, TUNED, base_of, evaluations, judge_flags, named, reward_folder, train_rewards
+from study.parts import I2V, METRICS, TUNED, base_of, evaluations, judge_flags, model_of, named, reward_folder, train_rewards
 
 WAN = "wan2.1-t2v-14b"
 EVERY = 40                                                      # iterations between validations, and checkpoints
@@ -59,7 +59,7 @@ def part_of_run(work, seed, run):
                "--num_validation": work.preset["videos"] // 2}
     added = [word for flag, value in default.items() if flag not in run.flags for word in (flag, value)]
     return (folder_of(work, seed, run), "transformer/config.json", *script, "--seed", seed, "--curated_dir", curated, *reward,
-            *added, *run.flags)
+            *added, *model_of(work, run.flags), *run.flags)
 
 
 def method_of(run):

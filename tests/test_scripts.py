@@ -179,15 +179,13 @@ def test_task_picks_the_shipped_generator_and_model_says_its_task(i2v):
     assert resolved(model=SHIPPED, transformer=i2v) == ("i2v", SHIPPED)
 
 
-def test_world_picks_the_shipped_generator_of_its_size(i2v):
-    def resolved(**given):
-        return Path(weights.resolve_model(train_align.Config(**given))).relative_to(SHIPPED).as_posix()
-
-    assert resolved() == resolved(world="tiny") == "." and resolved(task="i2v") == "i2v" and resolved(world="mid") == "mid"
+def test_a_world_whose_generator_is_not_shipped_needs_a_model(i2v):
     assert weights.resolve_model(train_align.Config(world="small", model=str(i2v))) == str(i2v)
-    for given in (dict(world="small"), dict(world="mid", task="i2v")):
-        with pytest.raises(common.InputError, match=f"--world {given['world']}: no .* is shipped: name one with --model"):
-            weights.resolve_model(train_align.Config(**given))
+    for config in (train_align.Config(world="small"), train_reward.Config(world="mid", task="i2v")):
+        with pytest.raises(common.InputError, match=f"--world {config.world}: no .* is shipped: name one with --model"):
+            weights.resolve_model(config)
+    with pytest.raises(common.InputError, match="--world mid: no generator"):
+        evaluate.main(evaluate.Config(world="mid"))
 
 
 def test_a_task_at_odds_with_the_model_is_refused(i2v, capsys, tmp_path, monkeypatch):

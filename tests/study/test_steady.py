@@ -77,7 +77,7 @@ def made_up(monkeypatch):
             if (folder / last).exists():
                 continue
             flag = lambda name: int(command[command.index(name) + 1])
-            if "--max_train_steps" in command and "--validation_steps" in command:
+            if "--num_validation" in command:
                 n, every = flag("--max_train_steps"), flag("--validation_steps")
                 slow = 0.5 if "recipe-steady" in folder.name else 2.0
                 rows = [{"step": 0, "validation_qualified": rate_at(folder, 0)}] + [
@@ -135,7 +135,10 @@ def test_mid_is_of_the_second_size_alone(tmp_path, made_up):
                                               "at its best", "PRFL, paper's recipe, at the end", "PRFL, steady recipe, at the end",
                                               "PRFL, steady recipe, best of 4 for 2.3 times the passes", "clean renders"]
     folders, evaluated = ([x for x in made_up if isinstance(x, tuple) == tupled] for tupled in (False, True))
-    assert len(set(folders)) == 3 * 3 and all("world-mid" in folder.name for folder in folders)    # of each seed: reward, recipes
+    assert len(set(folders)) == 1 + 3 * 3 and all("mid" in folder.name for folder in folders)      # base; a seed's reward, recipes
+    assert (folders[0] / "vae/config.json").exists() and (folders[0] / "text_encoder/config.json").exists()
+    at = " ".join(map(str, steady.part_of_run(work, 1, mid.RUNS["PRFL, steady recipe"])))
+    assert f"--model {work.folder}/base-mid --world mid" in at and "seed-1/curated-world-mid --reward " in at
     assert evaluated == [("mid", *parts.MID), ("mid-at-its-best", *parts.MID), ("mid-best-of-8", *parts.MID, "--best_of", 8),
                          ("mid-best-of-4", *parts.MID, "--best_of", 4)]
 
