@@ -102,11 +102,13 @@ def claims():
 
     table4 = load("table4")
     ratio = {r["setting"]: with_interval(r, 2, key="ratio") for r in table4["ratios"] if r["row"] == "RGB ReFL, first frame"}
+    recipes = next(r for r in table4["recipes"] if r["setting"] == "N = 40, K = 8")
     memory = {c["row"]: round(c["bytes"] / 1e6) for c in table4["cells"] if (c["frames"], c["size"]) == (81, "64*64")}
     paper = {r["paper"] for r in table4["ratios"] if r["setting"] == "N = 40, K = 2"}
     said["## Table 4: cost"] = [
         f"paper's ratio is {paper.pop()}", f"of 8 the ratio is {ratio['N = 16, K = 8']}", f"ratio is {ratio['N = 40, K = 8']}",
-        f"ratio is {ratio['N = 40, K = 2']}", f"PRFL takes {memory['PRFL']} MB",
+        f"ratio is {ratio['N = 40, K = 2']}", f"takes {with_interval(recipes['PRFL, steady recipe / PRFL'], 2)} of the time",
+        f"takes {with_interval(recipes['RGB ReFL, first frame / PRFL, steady recipe'], 2)} times as long", f"PRFL takes {memory['PRFL']} MB",
         f"takes {memory['RGB ReFL, first frame']} MB there with the first frame and {memory['RGB ReFL, all frames']} MB",
         f"all frames take {memory['the same, --decoder_checkpointing']} MB",
         f"through {dict((w[0], w[3]) for w in table4['wan'])['wan2.1-t2v-14b']} decoded frames"]
