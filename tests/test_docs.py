@@ -207,6 +207,16 @@ def claims():
         f"to {with_interval(guided)}, and best of 4 by {gap(differ, f'base, guided, scale 4, {end} above base, {end}')}",
         f"{guided['passes'] / 16:.1f} times the passes"]
 
+    quick = load("speed")
+    mean = lambda row, level: round(sum(quick["seconds"][f"PRFL, {row} recipe"][level]) / 2)
+    flops = {row: f"{value / 1e15:.1f}" for row, value in quick["flops"].items()}
+    assert not any(quick["seconds"]["PRFL, paper's recipe"]["0.95"] + quick["seconds"]["SFT"]["0.8"])
+    said["## Quality over time"] = [
+        f"To .90 of the validation videos the steady recipe takes {mean('steady', '0.9')} CPU seconds, the paper's "
+        f"""{mean("paper's", '0.9')}: {number(quick['ratio_at_.90'], 2)} of it""",
+        f"at .95 after {mean('steady', '0.95')} seconds", "SFT is never at .80",
+        f"{flops['PRFL, steady recipe']} PFLOPs by the steady recipe and " + flops["PRFL, paper's recipe"]]
+
     lost = {key: number(max(one[key] for one in load("stopping")["found"].values()))
             for key in ("lost", "lost_by_opinion", "lost_at_end")}
     said["## Stopping without an annotator"] = [f"up to {lost['lost_by_opinion']} worse", f"within {lost['lost']} of",
