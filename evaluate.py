@@ -57,7 +57,7 @@ from formats.metadata import replace_text, write_rows
 from formats.picture import wall, write_gif
 from formats.prompts import read_prompts
 from formats.video import contact_sheet, from_pixels, read_clip, to_pixels, write_video
-from formats.weights import SHIPPED, TASKS, resolve_model, shipped, transformer_folder
+from formats.weights import SHIPPED, TASKS, resolve_model, transformer_folder
 from model import first_frame_condition, image_inputs, load_transformer
 from pavrm import load_pavrm
 from report import interval, plot, show, table
@@ -357,7 +357,7 @@ def main(config):
     if config.clips:
         return score_clips(config, runtime)
     if not (config.checkpoints or config.model or config.prompts):
-        config.checkpoints = (f"base={shipped(config.task or 't2v', config.world)}",)
+        config.checkpoints = (f"base={resolve_model(config)}",)
     named = dict(part.split("=", 1) if "=" in part else (Path(part).name, part) for part in config.checkpoints)
     if not named or len(named) < len(config.checkpoints):
         raise InputError("two checkpoints have one name: give them as name=folder" if named else

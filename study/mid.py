@@ -11,15 +11,15 @@ from study.steady import RECIPES, Run, curve, curve_lines, folder_of, length, qu
 
 PAPER, STEADY = RECIPES
 RUNS = {row: Run((*MID, *flags)) for row, flags in RECIPES.items()}
-PRETRAINED = 1200                                               # steps of the base, from the weights of the first size's
+CLIPS, PRETRAINED = 65536, 1200                                 # that the base learns from; steps, from the first size's weights
 
 
 def make_base(work):
     """Rotary positions and the VAE's convolutions have no size, so the first size's weights are a start."""
     shipped = SHIPPED["t2v"]
     work.run([(mid_folder(work), "transformer/config.json", "-m", "world.pretrain", "dit", *MID, "--init", shipped / "transformer",
-               "--clips", 65536, "--batch_size", 256, "--max_train_steps", PRETRAINED, "--decay_steps", PRETRAINED - 100,
-               "--warmup_steps", 100, "--validation_steps", 200)])
+               "--clips", CLIPS, "--batch_size", 256, "--max_train_steps", PRETRAINED, "--decay_steps", PRETRAINED * 11 // 12,
+               "--warmup_steps", PRETRAINED // 12, "--validation_steps", PRETRAINED // 6)])
     for name in ("vae", "text_encoder"):
         if not (mid_folder(work) / name).exists():
             (mid_folder(work) / name).symlink_to(shipped / name)

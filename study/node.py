@@ -47,6 +47,7 @@ from pavrm import PAVRM, load_pavrm
 from scale import lora, parallel, plan
 
 UPDATES = ("sft", "prfl", "prfl_steady", "refl_first", "refl_all")
+RESIDENT = "resident: the most that a process held, with libraries and pages of files. Seconds say that it runs, not how fast."
 TOKENS = "tokens/s: the tokens of all clips by the seconds of the whole update, rollout included."
 
 
@@ -263,8 +264,8 @@ def measured_apart(config, kind, processes, shared):
             "sequence_parallel": shared, "note": note}
 
 
-def table(config, rows, machine):
-    """The Markdown page."""
+def table(config, rows, machine, gpus):
+    """The Markdown page. Speeds are a GPU's alone: a CPU's say nothing of it, and it emulates bf16."""
     how = f"adapters of rank {config.lora_rank} train" if config.lora_rank else "every weight trains"
     lines = [f"# One update of {config.model} on this machine", "",
              f"{config.frames} frames, {config.batch_size} video{'s' * (config.batch_size > 1)} a process or group, {how}; N = "
@@ -273,22 +274,21 @@ def table(config, rows, machine):
              + ", inputs offloaded" * config.offload_activations + ", blocks compiled" * config.compile + "; "
              + (f"median of {config.rounds - 1}, after one." if config.rounds > 1 else "one update a row, the first."), "",
              f"{machine['device']}, torch {machine['torch']}.", "", f"`{machine['command']}`", "",
-             "| update | size | processes | seconds | peak GB | planned GB | apart | rollout passes | tokens/s | TFLOP/s of one | "
-             "matrix product | MFU |", "|" + "---|" * 12]
+             "| update | size | processes | seconds | peak GB | planned GB | apart | rollout passes | "
+             + ("tokens/s | TFLOP/s of one | matrix product | MFU |" if gpus else "resident GB |"),
+             "|" + "---|" * (12 if gpus else 9)]
     for row in rows:
         shared = f", {row['sequence_parallel']} a clip" * (row["sequence_parallel"] > 1)
         start = f"| {row['update']} | {row['size']} | {row['processes']} {row['parallel']}{shared} |"
         if "note" in row:
-            lines.append(f"{start} {row['note']} |" + " |" * 8)
+            lines.append(f"{start} {row['note']} |" + " |" * (8 if gpus else 5))
             continue
         speed = row["flops"] / row["seconds"] / 1e12
         lines.append(f"{start} {row['seconds']:.3f} | {row['peak_gb']:.2f} | {row['planned_gb']:.2f} | "
                      f"{row['planned_gb'] / row['peak_gb'] - 1:+.1%} | {row['forward_passes']} | "
-                     f"{row['tokens'] / row['seconds']:,.0f} | {speed:.3g} | {row['matmul_tflops']:.3g} | "
-                     f"{speed / row['matmul_tflops']:.1%} |")
-    resident = [row["resident_gb"] for row in rows if "resident_gb" in row]
-    said = f" The largest process held {max(resident):.1f} GB, with libraries and pages of files." if resident else ""
-    return "\n".join([*lines, "", TOKENS + said, ""])
+                     + (f"{row['tokens'] / row['seconds']:,.0f} | {speed:.3g} | {row['matmul_tflops']:.3g} | "
+                        f"{speed / row['matmul_tflops']:.1%} |" if gpus else f"{row['resident_gb']:.2f} |"))
+    return "\n".join([*lines, "", TOKENS if gpus else RESIDENT, ""])
 
 
 def described(gpus):
@@ -331,7 +331,7 @@ def main(config):
         rows.append(measured_apart(dataclasses.replace(config, update=update, size=(size,)), *layout))
         print(json.dumps(rows[-1]), flush=True)
         runs.write_json(out / f"{name}.json", {**machine, "config": dataclasses.asdict(config), "rows": rows})
-        (out / f"{name}.md").write_text(table(config, rows, machine))
+        (out / f"{name}.md").write_text(table(config, rows, machine, gpus))
     print(f"{(out / f'{name}.md').read_text()}\nwrote {out / f'{name}.md'} and {name}.json")
 
 

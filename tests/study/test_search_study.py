@@ -60,6 +60,7 @@ def work(tmp_path, monkeypatch):
             found = {name: 0.9 * judge.LIMITS[name][0] * torch.ones(40, n) for name in judge.LIMITS}     # firm: yes, strict: no
             found |= {name: 0.05 * torch.ones(40, n) for name in ("speed", "dynamic", "brightness", "saturation")}
             save_file(found | {"rewards": rewards, "adherent": good, "absent": 0 * good, "qualified": good.clone()}, folder / last)
+    monkeypatch.setattr(study, "curve", lambda work, seed, run: {40: 0.9, 80: 0.9 - seed / 100})
     monkeypatch.setattr(study, "train_recipes", lambda work: None)
     monkeypatch.setattr(study, "train_aligned", lambda work, runs: None)
     monkeypatch.setattr(study, "stopped_at_its_best", lambda folder: folder / "checkpoint-000080")
@@ -78,6 +79,7 @@ def test_tables_of_the_search(work, tmp_path):
         assert abs(found["rows"][row]["best of 16 once, at t = .38"]["mean"] - found["rows"][row]["one sample"]["mean"]) < 0.2
     assert found["passes"]["best of 8 in a chain"] == 70 and found["passes"]["best of 16 at the end"] == 272
     assert found["rows"]["base"]["one sample"]["mean"] == pytest.approx(0.3, abs=0.15)
+    assert found["validation"]["PRFL, steady recipe"][2] == {"40": 0.9, "80": 0.88}
     assert found["once"]["0.0"]["base"]["mean"] == found["any"]["8"]["base"]["mean"]
     assert len(found["claims"][0]["seeds"]) == 3 and (tmp_path / "results/search.md").read_text().count("best of 8 in a chain") > 5
 
