@@ -85,10 +85,13 @@ def read_clip_facts(path, size=None, frames=None, fps=None, largest=None):
 
 
 def require_file(path):
-    """Raises InputError if `path` is no file that can be read."""
+    """Raises InputError if `path` is no file that can be read, or is empty: as the kernel's own are, some of which never end."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
             raise InputError(f"{path}: is not a file")
+        if not found.st_size:
+            raise InputError(f"{path}: is empty")
         open(path, "rb").close()
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path}: there is no such file") from None

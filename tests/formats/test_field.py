@@ -302,10 +302,11 @@ def test_encode_with_a_model_takes_its_encoders(clips, tmp_path, capsys):
 
 # ---- one row never ends a run
 def test_check_finds_what_encode_refuses(clips, tmp_path, capsys):
-    names = "n" * 300 + ".mp4", "0.mp4/a.mp4", "sub", "loop.mp4", "new\nline.mp4"
+    names = "n" * 300 + ".mp4", "0.mp4/a.mp4", "sub", "loop.mp4", "new\nline.mp4", "endless.mp4"
     rows = [{"file_name": name, "prompt": "x"} for name in names]
     (clips / "sub").mkdir()
     (clips / "loop.mp4").symlink_to("loop.mp4")
+    (clips / "endless.mp4").symlink_to("/proc/kmsg")            # of no size, and whoever reads it waits
     strange = os.fsdecode(b"caf\xe9.mp4")
     shutil.copy(clips / "0.mp4", clips / strange)
     with (clips / "metadata.jsonl").open("a") as file:
@@ -315,16 +316,16 @@ def test_check_finds_what_encode_refuses(clips, tmp_path, capsys):
     command = [sys.executable, ROOT / "data.py", "check", clips]
     done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii:strict"})
     lines = done.stdout.decode("ascii").splitlines()
-    assert done.returncode == 2 and b"Traceback" not in done.stderr and len(lines) == 9
-    for reason in ("File name too long", "0.mp4/a.mp4: there is no", "is not a file", "Too many levels",
+    assert done.returncode == 2 and b"Traceback" not in done.stderr and len(lines) == 10
+    for reason in ("File name too long", "0.mp4/a.mp4: there is no", "is not a file", "Too many levels", "endless.mp4: is empty",
                    "new\\nline.mp4: there is no"):
         assert sum(reason in line for line in lines) == 1, reason
-    assert lines[-1].startswith(f"{clips}: 7 of 15 clips usable")
+    assert lines[-1].startswith(f"{clips}: 7 of 16 clips usable")
     run("encode", clips, "--out", tmp_path / "out")
     shards = data.Shards(tmp_path / "out")
     assert [row["file_name"] for row in shards.rows] == [*(f"{i}.mp4" for i in range(6)), strange]
     report = [json.loads(line)["reason"] for line in (tmp_path / "out/report.jsonl").read_text().splitlines()]
-    assert len(report) == 8 and sorted(report) == sorted(line.split(": ", 2 if "row" in line else 1)[-1] for line in lines[:-1])
+    assert len(report) == 9 and sorted(report) == sorted(line.split(": ", 2 if "row" in line else 1)[-1] for line in lines[:-1])
     assert len(shards.relabel().labels) == 7                    # training does not trip over them either
 
 
