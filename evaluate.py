@@ -237,7 +237,7 @@ def compare_on_prompts(config, named, runtime):
         raise InputError(f"--best_of {config.best_of} needs a reward model: name one with --reward")
     for folder in named.values():                               # fails before any work
         for path in filter(None, (config.reward, config.judge)):
-            load_pavrm(path, load_transformer(folder, dtype=None))
+            load_pavrm(path, load_transformer(folder, whole=False), whole=False)
     negative = codec.published(dit_config)["negative_prompt"]
     contexts = codec.encode_texts(f"{config.model}/text_encoder", [row["prompt"] for row in rows]
                                   + [negative] * (negative is not None), runtime.device, dit_config["text_dim"])

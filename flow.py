@@ -2,7 +2,7 @@
 
 Time runs from t = 0 (clean data) to t = 1 (pure noise), as in the paper. Differences from the released code, on
 purpose: (1) the rollout is Euler, as in Eq. 7, where the release uses a second-order multistep solver;
-(2) the grid is uniform unless a shift is asked for, where the release always shifts by 5.
+(2) the grid is uniform, and for Wan2.1 shifted by 3 (from 720P on by 5), where the release always shifts by 5.
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 """

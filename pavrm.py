@@ -9,7 +9,7 @@ Where this differs, on purpose:
 2. As in the released code: patch, text and time embeddings stay frozen. The paper names only blocks, query and head as
    trained, and frozen embeddings keep the reward's idea of x_t and t equal to the generator's.
 3. From the paper: in the embedded world "bad" is unqualified on one axis or against the prompt, not on both axes, because
-   its flaws are mostly on one. People's answers count as label.py's --bad says: the paper's way if it is not given.
+   its flaws are mostly on one. People's answers count as train_reward.py's --bad says: the paper's way if it is not given.
 
 Axes: b batch, c channels, f frames, h height, w width, n tokens, d model width, l text tokens.
 """

@@ -72,7 +72,7 @@ class PixelReward(nn.Module):
 
 def load_pixel_reward(path, frames, text_dim):
     """The frozen PixelReward saved in `path`; one for other frames or another text encoder is an InputError."""
-    how = f"train one with `python train_reward.py --space rgb --frames_decoded {frames}`"
+    how = f"train one with `python train_reward.py --space rgb --frames_decoded {frames} --output_dir runs/reward_rgb`"
     if not Path(path).is_dir():
         raise InputError(f"{path} is not a folder; {how} and name it with --reward")
     config = read_config(path)
@@ -138,8 +138,8 @@ def refl_update_loss(policy, reward, vae, x_T, context, step, num_steps, *, long
     """RGB ReFL's update: returns (loss, reward); call backward on the loss.
 
     policy: the VideoDiT in training. reward, vae: frozen. x_T [b, c, f, h, w]: noise. context [b, l, d_text]. step:
-    1 .. num_steps, one for all or [b]; x_0 is predicted where that step starts, at t = 1 - (step - 1) / num_steps.
-    longest, rollout_passes, reward_weight, loss: as in prfl.reward_update_loss. Returns a scalar loss and the logits
+    1 .. num_steps, one for all or [b]; x_0 is predicted where that step starts, at t = schedule(num_steps, shift)[step - 1].
+    longest, rollout_passes, reward_weight, loss, shift: as in prfl.reward_update_loss; checkpointing: as in predicted_reward. Returns a scalar loss and the logits
     [b], detached.
     """
     first = torch.as_tensor(step).expand(len(x_T)) - 1

@@ -200,7 +200,8 @@ def main(config):
     check_flags(config)
     model = resolve_model(config, config.transformer)
     videos = list_videos(config)
-    dit = load_transformer(config.transformer or model, dtype=None).eval().requires_grad_(False)
+    pieces = config.parallel == "fsdp" and not config.lora      # each rank reads its own; adapters are merged into whole weights
+    dit = load_transformer(config.transformer or model, dtype=None, whole=not pieces).eval().requires_grad_(False)
     wan = dit.config["text_len"] == codec.WAN_CONTEXT
     config.mixed_precision = config.mixed_precision or (runs.fast_precision() if wan else "no")
     runtime = common.setup(config.mixed_precision, config.seed, config.sequence_parallel)

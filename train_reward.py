@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 train_reward.py --data clips_encoded --holdout 100
     python train_reward.py --data clips_encoded --fold 2/2 --seed 1     a judge, where another run had --fold 1/2
     python train_reward.py --trunk_learning_rate 0                  a probe on frozen features
-    python train_reward.py --space rgb --frames_decoded all         a pixel reward for refl_baseline.py, on clean videos
-    python train_reward.py --task i2v                               for the image-to-video generator
+    python train_reward.py --space rgb --frames_decoded all --output_dir runs/reward_rgb     a pixel reward for refl_baseline.py
+    python train_reward.py --task i2v --output_dir runs/reward_i2v  for the image-to-video generator
     python train_reward.py --resume latest
 
 Without --data the base generator makes its own samples, the annotator labels them from pixels (good: qualified on both

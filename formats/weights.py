@@ -25,7 +25,8 @@ from formats.metadata import from_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TASKS = ("t2v", "i2v")
-SHIPPED = dict(zip(TASKS, (Path(__file__).parents[1] / "checkpoints", Path(__file__).parents[1] / "checkpoints/i2v")))
+CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
+SHIPPED = {"t2v": CHECKPOINTS, "i2v": CHECKPOINTS / "i2v", "t2v mid": CHECKPOINTS / "mid"}     # task, and --world but tiny
 
 
 class Later(NamedTuple):
@@ -279,19 +280,22 @@ def from_wan_config(theirs, path):
 
 
 def resolve_model(config, transformer=None):
-    """config.model, or the shipped generator of config.task without it; both are filled in, and the folder returned.
+    """config.model, or the shipped generator of config.task and --world; model and task are filled in, the former returned.
 
     transformer: the generator's folder where it is not config.model. Raises InputError if it is of another task, or if no
     generator of --world's size is shipped.
     """
-    folder, world = transformer or config.model, getattr(config, "world", "tiny")
-    if not folder and world != "tiny":
-        raise InputError(f"--world {world}: no generator of that size is shipped: name one with --model (python -m world.pretrain "
-                         "dit makes them)")
-    task = transformer_folder(folder)[1].get("model_type", "t2v") if folder else config.task or "t2v"
+    world, task = getattr(config, "world", "tiny"), config.task or "t2v"
+    of_size = "" if world == "tiny" else f" {world}"
+    folder = transformer or config.model or SHIPPED.get(task + of_size)
+    if not folder:
+        raise InputError(f"--world {world}: no {task} generator of that size is shipped: name one with --model (python -m "
+                         "world.pretrain dit makes them)")
+    task = transformer_folder(folder)[1].get("model_type", "t2v")
     if config.task not in (None, task):
         raise InputError(f"--task is {config.task}, but the generator in {folder} is {task}")
-    config.task, config.model = task, config.model or str(SHIPPED.get(task, SHIPPED["t2v"]))
+    config.task = task
+    config.model = config.model or str(SHIPPED.get(task + of_size) or SHIPPED.get(task) or SHIPPED["t2v"])
     return config.model
 
 

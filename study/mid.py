@@ -1,32 +1,19 @@
 """`python -m study.reproduce mid`: the recipes and best of n at a second size of the world, 48x48, 27 tokens in place of 12.
 
-Every rate and number of steps is what was chosen at the first size.
+The base is checkpoints/mid. Every rate and number of steps is what was chosen at the first size.
 """
 from formats.weights import SHIPPED
 from report import claims_table, judge_claims
 from search import parse_cuts
-from study.parts import MID, evaluations, mid_folder
+from study.parts import MID, evaluations
 from study.search import STEPS, passes_of
 from study.steady import RECIPES, Run, curve, curve_lines, folder_of, length, quality_table, stopped_at_its_best, train
 
 PAPER, STEADY = RECIPES
 RUNS = {row: Run((*MID, *flags)) for row, flags in RECIPES.items()}
-CLIPS, PRETRAINED = 65536, 1200                                 # that the base learns from; steps, from the first size's weights
-
-
-def make_base(work):
-    """Rotary positions and the VAE's convolutions have no size, so the first size's weights are a start."""
-    shipped = SHIPPED["t2v"]
-    work.run([(mid_folder(work), "transformer/config.json", "-m", "world.pretrain", "dit", *MID, "--init", shipped / "transformer",
-               "--clips", CLIPS, "--batch_size", 256, "--max_train_steps", PRETRAINED, "--decay_steps", PRETRAINED * 11 // 12,
-               "--warmup_steps", PRETRAINED // 12, "--validation_steps", PRETRAINED // 6)])
-    for name in ("vae", "text_encoder"):
-        if not (mid_folder(work) / name).exists():
-            (mid_folder(work) / name).symlink_to(shipped / name)
 
 
 def mid(work):
-    make_base(work)
     train(work, [(seed, run) for seed in work.seeds for run in RUNS.values()])
     best, paper_end, steady_end = f"{PAPER}, stopped at its best", f"{PAPER}, at the end", f"{STEADY}, at the end"
     spent = lambda n: f"best of {n} for {passes_of(parse_cuts(n)) / STEPS:.1f} times the passes"
@@ -34,9 +21,9 @@ def mid(work):
     order = ("base", base_searched, best, paper_end, steady_end, steady_searched, "clean renders")
     of = lambda seed, row: folder_of(work, seed, RUNS[row])
     evaluated = lambda name, rows, *flags: evaluations(work, name, {seed: rows(seed) for seed in work.seeds}, (*MID, *flags))
-    parts = (evaluated("mid", lambda seed: {"base": mid_folder(work), paper_end: of(seed, PAPER), steady_end: of(seed, STEADY)}),
+    parts = (evaluated("mid", lambda seed: {"base": SHIPPED["t2v mid"], paper_end: of(seed, PAPER), steady_end: of(seed, STEADY)}),
              evaluated("mid-at-its-best", lambda seed: {best: stopped_at_its_best(of(seed, PAPER))}),
-             evaluated("mid-best-of-8", lambda seed: {base_searched: mid_folder(work)}, "--best_of", 8),
+             evaluated("mid-best-of-8", lambda seed: {base_searched: SHIPPED["t2v mid"]}, "--best_of", 8),
              evaluated("mid-best-of-4", lambda seed: {steady_searched: of(seed, STEADY)}, "--best_of", 4))
     found = [{row: next(rows[row] for rows in seed if row in rows) for row in order} for seed in zip(*parts)]
     cells, lines = quality_table(found)
@@ -45,7 +32,6 @@ def mid(work):
         {row: [f[row]["qualified"] for f in found] for row in order})
     curves = {"The two recipes at 48x48": {row: [curve(work, seed, run) for seed in work.seeds] for row, run in RUNS.items()}}
     work.write("mid", "A second size: 9 frames of 48x48, 27 tokens", [
-        f"{work.preset['videos']} test videos ({work.said_seeds()}); at the end: after {length(work)} iterations. The base is the "
-        f"shipped one, {PRETRAINED} steps of pretraining later, with its VAE and text encoder; learning rates, batch, N and K are "
-        "those chosen at 32x32. Best of n: search.py's default cuts.", "",
+        f"{work.preset['videos']} test videos ({work.said_seeds()}); at the end: after {length(work)} iterations. The base "
+        "is checkpoints/mid; learning rates, batch, N and K are those chosen at 32x32. Best of n: search.py's default cuts.", "",
         *lines, *claims_table(claims), *curve_lines(work, "mid", curves)], {"rows": cells, "claims": claims, "curves": curves})

@@ -156,17 +156,8 @@ def named(prefix, flags):
 
 
 def base_of(flags):
-    """Those that say which base: the shipped ones, or that of study/mid.py."""
+    """Those that say which of the shipped bases."""
     return I2V if "i2v" in flags else MID if "mid" in flags else ()
-
-
-def mid_folder(work):
-    return work.folder / "base-mid"
-
-
-def model_of(work, flags):
-    """What says so to a script, where the base is not shipped."""
-    return ("--model", mid_folder(work)) if base_of(flags) == MID else ()
 
 
 def frames_of(flags):
@@ -190,7 +181,7 @@ def train_rewards(work, variants):
             "--num_samples", work.preset["samples"],
             "--samples_dir", work.folder / f"seed-{seed}" / named("samples", base_of(flags)))
         return (reward_folder(work, seed, flags), "report.json", "train_reward.py", "--seed", seed, *count,
-                "--max_train_steps", work.preset["reward_steps"], *model_of(work, flags), *flags)
+                "--max_train_steps", work.preset["reward_steps"], *flags)
 
     first = {base_of(flags): flags for flags in reversed(list(variants)) if "--num_samples" not in flags}
     work.run([part(seed, flags) for seed in work.seeds for flags in first.values()])           # makes the samples
@@ -244,7 +235,7 @@ def evaluations(work, name, rows_of, flags=()):
     train_rewards(work, [base_of(flags)])
     where = lambda seed, folder: work.folder / f"seed-{seed}" / f"evaluation-{name}" / folder.name
     work.run([(where(seed, folder), "per_video.json", "evaluate.py", f"model={folder}", "--num_videos", work.preset["videos"],
-               "--reward", reward_folder(work, seed, base_of(flags)) / "reward", *model_of(work, flags), *flags)
+               "--reward", reward_folder(work, seed, base_of(flags)) / "reward", *flags)
               for seed, rows in rows_of.items() for folder in rows.values()])
 
     def read(seed, folder, row="model"):

@@ -28,7 +28,7 @@ search     best of n by the latent reward while sampling: quality against forwar
 fooled     the headline rows by a strict and a loose annotator, and in wordings that the world never uses
 
 Every part is a plain call of this repository's own scripts, printed as it starts; what it said is in log.txt in its
-folder. Writes results/<name>.md and .json, and a .png where a curve says more (if matplotlib is there). Intervals are
+folder. Writes <results_dir>/<name>.md and .json, and a .png where a curve says more (if matplotlib is there). Intervals are
 95 %, from resampling seeds and videos together; a claim of the paper holds if the interval of the paired difference is
 above zero, does not hold if it is below, and cannot be told otherwise. (table9's videos differ: unpaired there.)
 table5, table7, table8, labels and fig3 compare reward models: theirs train half as long as table1's (--preset quick: a
@@ -51,7 +51,7 @@ import refl_baseline
 from common import InputError, arg
 from flow import add_noise
 from formats.codec import load_vae
-from formats.video import from_pixels, to_pixels
+from formats.video import from_pixels, read_video, to_pixels, write_video
 from formats.weights import SHIPPED
 from model import load_transformer
 from pavrm import load_pavrm
@@ -470,8 +470,8 @@ def annotator(work):
         with tempfile.TemporaryDirectory() as folder:
             read = []
             for i, video in enumerate(videos):
-                data.write_video(Path(folder) / f"{i}.mp4", video)
-                read.append(data.read_video(Path(folder) / f"{i}.mp4"))
+                write_video(Path(folder) / f"{i}.mp4", video)
+                read.append(read_video(Path(folder) / f"{i}.mp4"))
         decoded = [to_pixels(vae.decode(vae.encode(from_pixels(x)))) for x in torch.stack(read).split(128)]
         return torch.cat(decoded), prompts
 
@@ -506,7 +506,7 @@ class Config:
     preset: str = arg("full", "full is what results/ holds", choices=tuple(parts.PRESETS))
     seeds: int | None = arg(None, "seeds; without, the preset's", above=0)
     output_dir: str = arg("runs/reproduce", "where the parts are kept")
-    results_dir: str = arg("results", "where the tables go; those of before are overwritten, whatever their preset")
+    results_dir: str = arg("runs/results", "where the tables go, over those of before, whatever their preset")
 
 
 def main(config):

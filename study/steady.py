@@ -13,7 +13,7 @@ from formats.weights import SHIPPED
 from model import PRESETS as MODELS
 from report import claims_table, judge_claims, plot, show, summary, table
 from scale import plan
-from study.parts import I2V, METRICS, TUNED, base_of, evaluations, judge_flags, model_of, named, reward_folder, train_rewards
+from study.parts import I2V, METRICS, TUNED, base_of, evaluations, judge_flags, named, reward_folder, train_rewards
 
 WAN = "wan2.1-t2v-14b"
 EVERY = 40                                                      # iterations between validations, and checkpoints
@@ -59,7 +59,7 @@ def part_of_run(work, seed, run):
                "--num_validation": work.preset["videos"] // 2}
     added = [word for flag, value in default.items() if flag not in run.flags for word in (flag, value)]
     return (folder_of(work, seed, run), "transformer/config.json", *script, "--seed", seed, "--curated_dir", curated, *reward,
-            *added, *model_of(work, run.flags), *run.flags)
+            *added, *run.flags)
 
 
 def method_of(run):
@@ -121,14 +121,14 @@ def steady_comparisons(work):
 
 
 def why_comparisons(work):
-    """{title: {row: Run}}: each part of the recipe with and without each other, what else might hold it, what it is
-    sensitive to, and what else might mend the paper's recipe."""
+    """{title: {row: Run}}: each part of the recipe with and without each other; with one seed, what else might hold it, what it
+    is sensitive to, and what else might mend the paper's recipe."""
     steady, paper = run_of(*STEADY[1::2]), run_of(*PAPER[1::2])
     variant = lambda name, *how: Run(("--variant", name, *combination(*how)), "why")
     eight = [(step, passes, loss) for step in ("per_batch", "per_video") for passes in (0, 4) for loss in ("linear", "logsigmoid")]
     recipe = {eight[0]: " (the paper's recipe)", eight[-1]: " (the steady recipe)"}
-    return {
-        "Rewarded step, rollout, loss": {", ".join(map(SAID.get, how)) + recipe.get(how, ""): run_of(*how) for how in eight},
+    parts = {", ".join(map(SAID.get, how)) + recipe.get(how, ""): run_of(*how) for how in eight}
+    others = {
         "Why coarse rollouts hold (step per video)": {
             "linear, every step": run_of("per_video", 0, "linear"),
             "linear, every step, noise .2 (1 - t) on the state": variant("noise", "per_video", 0, "linear"),
@@ -144,17 +144,17 @@ def why_comparisons(work):
         "The steady recipe elsewhere": {
             "the steady recipe": steady, "an AdamW for each kind of update": variant("moments", "per_video", 4, "logsigmoid"),
             "without SFT updates": Run(("--no-sft_updates", *STEADY)),
-            "words of the prompts left out and moved, one seed":
-                variant("words", "per_video", 4, "logsigmoid")._replace(one_seed=True),
-            "twice as long, one seed": Run(("--max_train_steps", 2 * length(work), *STEADY), one_seed=True),
-            "image-to-video, one seed": Run((*I2V, *STEADY), one_seed=True),
-            "image-to-video, the paper's recipe, one seed": Run((*I2V, *PAPER), one_seed=True)},
+            "words of the prompts left out and moved": variant("words", "per_video", 4, "logsigmoid"),
+            "twice as long": Run(("--max_train_steps", 2 * length(work), *STEADY)),
+            "image-to-video": Run((*I2V, *STEADY)), "image-to-video, the paper's recipe": Run((*I2V, *PAPER))},
         "The paper's recipe and one thing more": {
             "the paper's recipe": paper, "an AdamW for each kind of update": variant("moments", "per_batch", 0, "linear"),
             "a pull to the base, + (v - v_ref)^2": variant("pull", "per_batch", 0, "linear"),
             "an average of the weights, factor .98": variant("ema", "per_batch", 0, "linear"),
             "gradients clipped to norm .1": Run(("--max_grad_norm", 0.1, *PAPER)),
             "the reward clipped at 2": variant("ceiling", "per_batch", 0, "linear")}}
+    return {"Rewarded step, rollout, loss": parts} | {
+        f"{title}, one seed": {row: run._replace(one_seed=True) for row, run in rows.items()} for title, rows in others.items()}
 
 
 def trained_curves(work, compared):

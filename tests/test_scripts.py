@@ -39,14 +39,16 @@ def refused(capsys, script, *flags):
     return lines[-1]
 
 
-def test_the_shipped_weights_fit_each_other_and_40_megabytes():
+def test_the_shipped_weights_fit_each_other_and_60_megabytes():
     dit = load_transformer(SHIPPED)
     assert load_pavrm(f"{SHIPPED}/reward", dit).config["transformer"]["num_layers"] <= dit.config["num_layers"]
     assert load_text_encoder(f"{SHIPPED}/text_encoder").config["text_dim"] == dit.config["text_dim"]
     files = {f.resolve() for f in sample.Path(SHIPPED).rglob("*.safetensors")}
-    assert len(files) == 5 and sum(f.stat().st_size for f in files) < 40e6
-    for name in ("vae", "text_encoder"):
-        assert (Path(SHIPPED) / "i2v" / name).resolve() == Path(SHIPPED).resolve() / name
+    assert len(files) == 6 and sum(f.stat().st_size for f in files) < 60e6
+    for folder in ("i2v", "mid"):
+        load_transformer(f"{SHIPPED}/{folder}")
+        for name in ("vae", "text_encoder"):
+            assert (Path(SHIPPED) / folder / name).resolve() == Path(SHIPPED).resolve() / name
 
 
 def test_the_shipped_vae_keeps_clean_clips_clean():
@@ -177,15 +179,18 @@ def test_task_picks_the_shipped_generator_and_model_says_its_task(i2v):
     assert resolved(task="i2v") == resolved(transformer=i2v / "transformer") == ("i2v", f"{SHIPPED}/i2v")
     assert resolved(model=str(i2v)) == resolved(model=str(i2v), task="i2v") == ("i2v", str(i2v))
     assert resolved(model=SHIPPED, transformer=i2v) == ("i2v", SHIPPED)
+    mid = train_align.Config(world="mid")
+    assert weights.resolve_model(mid) == mid.model == f"{SHIPPED}/mid" and mid.task == "t2v"
 
 
 def test_a_world_whose_generator_is_not_shipped_needs_a_model(i2v):
     assert weights.resolve_model(train_align.Config(world="small", model=str(i2v))) == str(i2v)
+    assert weights.resolve_model(train_align.Config(world="mid", model=SHIPPED)) == SHIPPED
     for config in (train_align.Config(world="small"), train_reward.Config(world="mid", task="i2v")):
         with pytest.raises(common.InputError, match=f"--world {config.world}: no .* is shipped: name one with --model"):
             weights.resolve_model(config)
-    with pytest.raises(common.InputError, match="--world mid: no generator"):
-        evaluate.main(evaluate.Config(world="mid"))
+    with pytest.raises(common.InputError, match="--world small: no t2v generator"):
+        evaluate.main(evaluate.Config(world="small"))
 
 
 def test_a_task_at_odds_with_the_model_is_refused(i2v, capsys, tmp_path, monkeypatch):
