@@ -174,8 +174,11 @@ def reward_folder(work, seed, flags=()):
     return work.folder / f"seed-{seed}" / named("reward", flags)
 
 
-def train_rewards(work, variants):
-    """A reward model per seed and entry of variants (train_reward flags), all on the seed's own samples (of a base)."""
+def train_rewards(work, variants, seeds=None):
+    """A reward model per seed (without: work's) and entry of variants (train_reward flags), all on the seed's own samples
+    (of a base)."""
+    seeds = work.seeds if seeds is None else seeds
+
     def part(seed, flags):
         count = () if "--num_samples" in flags else (
             "--num_samples", work.preset["samples"],
@@ -184,8 +187,8 @@ def train_rewards(work, variants):
                 "--max_train_steps", work.preset["reward_steps"], *flags)
 
     first = {base_of(flags): flags for flags in reversed(list(variants)) if "--num_samples" not in flags}
-    work.run([part(seed, flags) for seed in work.seeds for flags in first.values()])           # makes the samples
-    work.run([part(seed, flags) for seed in work.seeds for flags in variants])
+    work.run([part(seed, flags) for seed in seeds for flags in first.values()])                # makes the samples
+    work.run([part(seed, flags) for seed in seeds for flags in variants])
 
 
 def curated(work):

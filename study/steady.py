@@ -68,7 +68,12 @@ def method_of(run):
 
 def train(work, wanted):
     """Runs [(seed, Run)], their reward models first; of those that share curated clips, one before the others: it renders."""
-    train_rewards(work, dict.fromkeys(judge_flags(method_of(run), run.flags) for _, run in wanted if method_of(run) != "sft"))
+    judges = {}                                                 # {train_reward flags: seeds}
+    for seed, run in wanted:
+        if method_of(run) != "sft":
+            judges.setdefault(judge_flags(method_of(run), run.flags), {})[seed] = True
+    for flags, seeds in judges.items():
+        train_rewards(work, [flags], seeds)
     first = {(seed, base_of(run.flags)): (seed, run) for seed, run in reversed(wanted)}
     work.run([part_of_run(work, *each) for each in first.values()])
     work.run([part_of_run(work, *each) for each in wanted])
@@ -144,7 +149,6 @@ def why_comparisons(work):
         "The steady recipe elsewhere": {
             "the steady recipe": steady, "an AdamW for each kind of update": variant("moments", "per_video", 4, "logsigmoid"),
             "without SFT updates": Run(("--no-sft_updates", *STEADY)),
-            "words of the prompts left out and moved": variant("words", "per_video", 4, "logsigmoid"),
             "twice as long": Run(("--max_train_steps", 2 * length(work), *STEADY)),
             "image-to-video": Run((*I2V, *STEADY)), "image-to-video, the paper's recipe": Run((*I2V, *PAPER))},
         "The paper's recipe and one thing more": {
@@ -254,10 +258,10 @@ def why(work):
 
 # ---- speed
 def racers(work):
-    """{row: Run}: each method, validated more often than elsewhere."""
+    """{row: Run}: each method, validated more often than elsewhere; RGB ReFL, which has reward models of its own, with one seed."""
     short, often = work.preset["iterations"] * 4 // 3, ("--validation_steps", 10)
     refl = {f"RGB ReFL, {name}, {said} recipe":
-            Run(("--frames_decoded", frames, "--recipe", recipe, "--max_train_steps", short, *often), "speed-refl")
+            Run(("--frames_decoded", frames, "--recipe", recipe, "--max_train_steps", short, *often), "speed-refl", one_seed=True)
             for name, frames in (("first frame", "first"), ("all frames", "all"))
             for said, recipe in (("paper's", "paper"), ("steady", "steady"))}
     return {**{f"PRFL, {said} recipe": Run(("--recipe", recipe, "--max_train_steps", short, *often), "speed-prfl")
@@ -288,8 +292,9 @@ def wan_flops(method, recipe="paper", decoded="first"):
 
 def speed(work):
     compared = racers(work)
-    train(work, [(seed, run) for run in compared.values() for seed in work.seeds])
-    found = {row: [quality_over_seconds(metrics_of(work, seed, run)) for seed in work.seeds] for row, run in compared.items()}
+    train(work, [(seed, run) for run in compared.values() for seed in seeds_of(work, run)])
+    found = {row: [quality_over_seconds(metrics_of(work, seed, run)) for seed in seeds_of(work, run)]
+             for row, run in compared.items()}
     times = {row: {level: [seconds_to(level, seed) for seed in by_seed] for level in LEVELS} for row, by_seed in found.items()}
 
     def cell(by_seed):
@@ -315,8 +320,8 @@ def speed(work):
         row: (grid[row], mean[row]) for row in found})})
     work.write("speed", "Quality over CPU seconds of alignment", [
         f"CPU seconds of all updates, one thread, until a validation ({work.preset['videos'] // 2} videos, every 10 iterations; "
-        f"SFT: every 20 updates) first reached a level; mean over the seeds that did ({work.said_seeds()}). Validations themselves "
-        "and the reward models' own training are not counted. Highest and last: mean over the seeds of a run's highest and last "
+        f"SFT: every 20 updates) first reached a level; mean over the seeds that did ({work.said_seeds()}; RGB ReFL: one). Validations "
+        "themselves and the reward models' own training are not counted. Highest and last: mean over the seeds of a run's highest and last "
         "validation, with its CPU seconds.", "",
         *table(["", *(f"{level:.2f}" for level in LEVELS), "highest", "last", "CPU seconds in all", "iterations"],
                [[row, *(cell(times[row][level]) for level in LEVELS), f"{np.mean([max(r for _, r in s) for s in by_seed]):.3f}",
