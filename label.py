@@ -12,7 +12,8 @@ clips is a folder with metadata.jsonl or .csv, as data.py and sample.py read and
 clips/labels.jsonl, or of pairs.jsonl in the first folder of a pair (formats/labels.py has the format). Each is on the disk
 before the next clip shows, so any moment is a good one to stop, and the same command goes on. train_reward.py reads them there
 at start: nothing has to be exported or encoded again. Two grades make a label: good if qualified on both axes, bad if
-unqualified on both (--bad any: on one; train_reward.py has the flag too), else the clip is dropped. Of several annotators more than half decide.
+unqualified on both (--bad any: on one; train_reward.py has the flag too), else the clip is dropped. Of several annotators
+more than half decide.
 
 From another machine: `ssh -L 8765:127.0.0.1:8765 host`, then open the printed address here.
 """

@@ -139,8 +139,8 @@ def refl_update_loss(policy, reward, vae, x_T, context, step, num_steps, *, long
 
     policy: the VideoDiT in training. reward, vae: frozen. x_T [b, c, f, h, w]: noise. context [b, l, d_text]. step:
     1 .. num_steps, one for all or [b]; x_0 is predicted where that step starts, at t = schedule(num_steps, shift)[step - 1].
-    longest, rollout_passes, reward_weight, loss, shift: as in prfl.reward_update_loss; checkpointing: as in predicted_reward. Returns a scalar loss and the logits
-    [b], detached.
+    longest, rollout_passes, reward_weight, loss, shift: as in prfl.reward_update_loss. checkpointing: as in
+    predicted_reward. Returns a scalar loss and the logits [b], detached.
     """
     first = torch.as_tensor(step).expand(len(x_T)) - 1
     t = schedule(num_steps, shift, x_T.device)[first.to(x_T.device)]                                # [b]

@@ -173,7 +173,7 @@ def narrow(dit, dtype):
     """Stores the matrices of a VideoDiT's blocks in the dtype of autocast and the rest in float32, in place, to sample
     with -> dit. Autocast would cast the same matrices at each call: results are the same, in half the memory."""
     matrices = {p for layer in dit.blocks.modules() if isinstance(layer, torch.nn.Linear) for p in layer.parameters()}
-    for p in dit.parameters():                                  # one at a time: never all of a stored half-precision model in float32
+    for p in dit.parameters():                                  # one at a time: never all of a half-precision model in float32
         p.data = p.data.to(dtype if p in matrices else torch.float32)
     return dit
 

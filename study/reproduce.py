@@ -46,7 +46,6 @@ import numpy as np
 import torch
 
 import common
-import data
 import refl_baseline
 from common import InputError, arg
 from flow import add_noise

@@ -320,9 +320,9 @@ def speed(work):
         row: (grid[row], mean[row]) for row in found})})
     work.write("speed", "Quality over CPU seconds of alignment", [
         f"CPU seconds of all updates, one thread, until a validation ({work.preset['videos'] // 2} videos, every 10 iterations; "
-        f"SFT: every 20 updates) first reached a level; mean over the seeds that did ({work.said_seeds()}; RGB ReFL: one). Validations "
-        "themselves and the reward models' own training are not counted. Highest and last: mean over the seeds of a run's highest and last "
-        "validation, with its CPU seconds.", "",
+        f"SFT: every 20 updates) first reached a level; mean over the seeds that did ({work.said_seeds()}; RGB ReFL: one). "
+        "Validations themselves and the reward models' own training are not counted. Highest and last: mean over the seeds of a "
+        "run's highest and last validation, with its CPU seconds.", "",
         *table(["", *(f"{level:.2f}" for level in LEVELS), "highest", "last", "CPU seconds in all", "iterations"],
                [[row, *(cell(times[row][level]) for level in LEVELS), f"{np.mean([max(r for _, r in s) for s in by_seed]):.3f}",
                  f"{np.mean([s[-1][1] for s in by_seed]):.3f}", f"{np.mean([s[-1][0] for s in by_seed]):.0f}",
