@@ -226,6 +226,31 @@ def claims():
         f"lower by {gap(differ, f'base, guided, scale 64, {end} above base, {end}', flip=True)}, and brightness is {bright} where "
         f"clean renders have {number(panel['clean renders']['brightness'])}"]
 
+    judged = load("fooled")
+    differ = {(where, claim["claim"]): claim for where, found in judged["claims"].items() for claim in found}
+    order = [("SFT", "base"), ("paper", "SFT"), ("steady", "paper")]
+    assert all(differ[f"test, {who}", f"{a} above {b}"]["verdict"] == "holds" for who in ("strict", "loose") for a, b in order)
+    assert differ["reworded, firm", "paper above SFT"]["verdict"] == "holds"
+    share = lambda where, row: number(judged["rows"][where][row]["mean"])
+    steadily = lambda where: with_interval(judged["rows"][where]["steady"])
+    md = (ROOT / "results" / "fooled.md").read_text().split("| reworded |")[1]
+    right = {row: re.search(rf"^\| {row} \|.*\| 0(\.\d+) \| 0(\.\d+) \|$", md, re.M) for row in ("PRFL, steady recipe", "base")}
+    of_8, words = "base, best of 8 in a chain", "reworded, firm"
+    said["## Is the annotator fooled"] = [
+        "times the usual ones, the loose one's 1.25 times", "limits are 0.8",
+        "the base has {}, SFT {}, the paper's recipe at its best {}, the steady one {}, clean renders {}".format(
+            *(share("test, strict", row) for row in ("base", "SFT", "paper")), steadily("test, strict"),
+            share("test, strict", "clean renders")),
+        "they have {}, {}, {}, {} and {}".format(*(share("test, loose", row) for row in ("base", "SFT", "paper")),
+                                                 steadily("test, loose"), share("test, loose", "clean renders")),
+        "the base has {}, SFT {}, the paper's recipe {}, the steady one {}".format(
+            *(share(words, row) for row in ("base", "SFT", "paper")), steadily(words)),
+        f"cannot be told**: {with_interval(differ[words, 'steady above paper'], sign='+', key='difference')}",
+        f"{right['PRFL, steady recipe'][1]} of its videos are true to it, of the base's {right['base'][1]}",
+        f"{right['PRFL, steady recipe'][2]} pass, of the base's {right['base'][2]}",
+        f"base {share(words, of_8)} there, as much as the steady recipe: the difference is "
+        + with_interval(differ[words, f"steady above {of_8}"], sign="+", key="difference")]
+
     quick = load("speed")
     mean = lambda row, level: round(fmean(quick["seconds"][f"PRFL, {row} recipe"][level]))
     flops = {row: f"{value / 1e15:.1f}" for row, value in quick["flops"].items()}
