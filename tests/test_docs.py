@@ -234,8 +234,8 @@ def claims():
     how_fast = lambda row: number(rows[row]["speed"]["mean"])
     assert rows[end_of := "PRFL, steady recipe, at the end"]["speed"]["mean"] < 0.95 * rows["clean renders"]["speed"]["mean"]
     said["## A second size"] = [
-        f"has {q('base').split()[0]} of the test videos, the paper's recipe at its best {q(best).split()[0]}, at the end {q(left)}, "
-        f"the steady one at the end {q(end_of)}",
+        f"has {q('base').split()[0]} of the test videos, the paper's recipe at its best {q(best).split()[0]}, at the end {q(left)}"
+        f", the steady one at the end {q(end_of)}",
         f"by {gap(differ, f'{end_of} above {best}')}, and does not fall: its last validation is its best, "
         f"{number(sizes[0]['480'])}",
         f"lifts the base by {gap(differ, f'{base_8} above base')}, to {q(base_8).split()[0]}. Best of 4 brings the steady recipe "
