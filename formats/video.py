@@ -91,7 +91,7 @@ def require_file(path):
         if not stat.S_ISREG(found.st_mode):
             raise InputError(f"{path}: is not a file")
         if not found.st_size:
-            raise InputError(f"{path}: is empty")
+            raise InputError(f"{path}: damaged or not a video (it is empty)")
         open(path, "rb").close()
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path}: there is no such file") from None
