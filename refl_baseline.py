@@ -72,7 +72,7 @@ class PixelReward(nn.Module):
 
 def load_pixel_reward(path, frames, text_dim):
     """The frozen PixelReward saved in `path`; one for other frames or another text encoder is an InputError."""
-    how = f"train one with `python train_reward.py --space rgb --frames_decoded {frames} --output_dir runs/reward_rgb`"
+    how = f"train one with `python train_reward.py --space rgb --frames_decoded {frames}` in an --output_dir of its own"
     if not Path(path).is_dir():
         raise InputError(f"{path} is not a folder; {how} and name it with --reward")
     config = read_config(path)
