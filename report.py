@@ -98,12 +98,13 @@ def plot(path, panels):
         return print(f"no {path}: `pip install matplotlib` draws the curves")
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.4), squeeze=False, layout="constrained")
+    height = 3.2 + 0.17 * max(len(curves) for _, curves in panels.values())        # names stand below, where they hide no curve
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.4 * len(panels), height), squeeze=False, layout="constrained")
     for axis, (title, (x_label, curves)) in zip(axes[0], panels.items()):
         for label, (x, y) in curves.items():
             axis.plot(x, y, marker=".", label=label)
         axis.set(title=title, xlabel=x_label)
-        axis.legend(fontsize="x-small")
+        axis.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.17))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -317,7 +317,8 @@ def test_check_finds_what_encode_refuses(clips, tmp_path, capsys):
     done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii:strict"})
     lines = done.stdout.decode("ascii").splitlines()
     assert done.returncode == 2 and b"Traceback" not in done.stderr and len(lines) == 10
-    for reason in ("File name too long", "0.mp4/a.mp4: there is no", "is not a file", "Too many levels", "endless.mp4: damaged or not a video (it is empty)",
+    for reason in ("File name too long", "0.mp4/a.mp4: there is no", "is not a file", "Too many levels",
+                   "endless.mp4: damaged or not a video (it is empty)",
                    "new\\nline.mp4: there is no"):
         assert sum(reason in line for line in lines) == 1, reason
     assert lines[-1].startswith(f"{clips}: 7 of 16 clips usable")
