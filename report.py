@@ -98,8 +98,8 @@ def plot(path, panels):
         return print(f"no {path}: `pip install matplotlib` draws the curves")
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    height = 3.2 + 0.17 * max(len(curves) for _, curves in panels.values())        # names stand below, where they hide no curve
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.4 * len(panels), height), squeeze=False, layout="constrained")
+    height = 3.23 + 0.17 * max(len(curves) for _, curves in panels.values())       # names stand below, where they hide no curve
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), height), squeeze=False, layout="constrained")
     for axis, (title, (x_label, curves)) in zip(axes[0], panels.items()):
         for label, (x, y) in curves.items():
             axis.plot(x, y, marker=".", label=label)
