@@ -103,7 +103,8 @@ def plot(path, panels):
     for axis, (title, (x_label, curves)) in zip(axes[0], panels.items()):
         for label, (x, y) in curves.items():
             axis.plot(x, y, marker=".", label=label)
-        axis.set(title=title, xlabel=x_label)
+        axis.set_title(title, fontsize="small")
+        axis.set_xlabel(x_label)
         axis.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.17))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -226,6 +226,37 @@ def claims():
         f"lower by {gap(differ, f'base, guided, scale 64, {end} above base, {end}', flip=True)}, and brightness is {bright} where "
         f"clean renders have {number(panel['clean renders']['brightness'])}"]
 
+    parts, coarse, passes, elsewhere, more = load("why")["curves"].values()
+    end_at = lambda group, row: number(group[row][0][max(group[row][0], key=int)])
+    at = lambda group, row, step: number(group[row][0][str(step)])
+    exact, four = (f"step per {{}}, {how}, {{}}" for how in ("every step", "at most 4 passes"))
+    paper, steady = list(parts)[0], list(parts)[-1]
+    log, video = "-log sigmoid", "step per video, at most 4 passes, linear"
+    clips = "no rollout: curated clips noised"
+    said["## Why the steady recipe holds"] = [
+        "up to .04 apart", "The paper's recipe ends at {}. One change is enough: with -log sigmoid it ends at {}, with coarse "
+        "rollouts at {}, with both at {}".format(*(end_at(parts, row) for row in (
+            paper, exact.format("batch", log), four.format("batch", "linear"), four.format("batch", log)))),
+        "Alone it ends at {}, with coarse rollouts at {}, with -log sigmoid at {}, with both, the steady recipe, at {}".format(
+            *(end_at(parts, row) for row in (exact.format("video", "linear"), video, exact.format("video", log), steady))),
+        f"where they have {at(parts, video, 240)} at 240 iterations: noise of their size on exact states has "
+        f"{at(coarse, 'linear, every step, noise .2 (1 - t) on the state', 240)} there, coarse rollouts with an exact last pass "
+        f"{at(coarse, 'linear, at most 4 passes and an exact last one', 240)}, noised curated clips in place of a rollout "
+        f"{at(coarse, f'linear, {clips}', 240)}",
+        f"clips end at {end_at(coarse, f'{log}, {clips}')}, and learn later ({at(coarse, f'{log}, {clips}', 40)} at 40 iterations, "
+        f"the steady recipe {at(parts, steady, 40)})",
+        "end at {}, {}, {}, {} and {}; 4 passes at N = 40 at {}".format(*(end_at(passes, row) for row in (
+            "at most 1 pass", "at most 2 passes", "at most 4 passes", "at most 8 passes", "every step",
+            "at most 4 passes, N = 40"))),
+        f"the steady recipe ends at {end_at(elsewhere, 'without SFT updates')}: it", "after 960 iterations it has "
+        f"{end_at(elsewhere, 'twice as long')}, its best is {number(max(elsewhere['twice as long'][0].values()))}",
+        f"Image-to-video ends at {end_at(elsewhere, 'image-to-video')}, by the paper's recipe at "
+        + end_at(elsewhere, "image-to-video, the paper's recipe"),
+        "pull to the base ends at {}, an AdamW for each kind of update at {}, an average of the weights at {}, gradients clipped "
+        "to norm .1 at {}, a reward clipped at 2 at {}".format(*(end_at(more, row) for row in (
+            "a pull to the base, + (v - v_ref)^2", "an AdamW for each kind of update", "an average of the weights, factor .98",
+            "gradients clipped to norm .1", "the reward clipped at 2")))]
+
     rows, differ = of("mid")
     q = lambda row: with_interval(rows[row]["qualified"])
     base_8, steady_4 = (next(row for row in rows if f"best of {n} " in row) for n in (8, 4))
