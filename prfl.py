@@ -7,8 +7,9 @@ PAVRM. The gradient goes through the frozen PAVRM and that one step into the gen
     x_T ~ N(0, I) --rollout, no grad--> x_{s+dt} --one step, with grad--> x_s --PAVRM--> r(x_s, s, p),  loss = -lambda r
 
 The paper's recipe has to be stopped in time (results/hacking.md). "steady" (RECIPES), which is ours, did not have to be
-in 480 iterations: every video has a step of its own, spread evenly over the trajectory; the rollout without gradients takes at most four
-long Euler steps; and the loss saturates where the reward is sure (results/steady.md).
+in 480 iterations: every video has a step of its own, spread evenly over the trajectory; the rollout without gradients takes
+at most four long Euler steps; and the loss saturates where the reward is sure (results/steady.md; which of the three it
+needs: results/why.md).
 
 Where this differs, on purpose, from the released code (with the recipe "paper" each of these is as the paper has it):
 1. The loss is -lambda * r on the raw logit. The released 0.1 * relu(2 - sigmoid(r)) is "sigmoid_hinge" below: its hinge
