@@ -174,11 +174,13 @@ def reward_folder(work, seed, flags=()):
     return work.folder / f"seed-{seed}" / named("reward", flags)
 
 
-def train_rewards(work, variants, seeds=None):
-    """A reward model per seed (without: work's) and entry of variants (train_reward flags), all on the seed's own samples
-    (of a base)."""
-    seeds = work.seeds if seeds is None else seeds
+def train_rewards(work, variants):
+    """A reward model per seed and entry of variants (train_reward flags)."""
+    train_judges(work, [(seed, flags) for seed in work.seeds for flags in variants])
 
+
+def train_judges(work, wanted):
+    """The reward models [(seed, train_reward flags)], all on the seed's own samples (of a base)."""
     def part(seed, flags):
         count = () if "--num_samples" in flags else (
             "--num_samples", work.preset["samples"],
@@ -186,9 +188,9 @@ def train_rewards(work, variants, seeds=None):
         return (reward_folder(work, seed, flags), "report.json", "train_reward.py", "--seed", seed, *count,
                 "--max_train_steps", work.preset["reward_steps"], *flags)
 
-    first = {base_of(flags): flags for flags in reversed(list(variants)) if "--num_samples" not in flags}
-    work.run([part(seed, flags) for seed in seeds for flags in first.values()])                # makes the samples
-    work.run([part(seed, flags) for seed in seeds for flags in variants])
+    first = {(seed, base_of(flags)): (seed, flags) for seed, flags in reversed(wanted) if "--num_samples" not in flags}
+    work.run([part(*each) for each in first.values()])                                         # makes the samples
+    work.run([part(*each) for each in wanted])
 
 
 def curated(work):
@@ -216,7 +218,7 @@ def align_folder(work, seed, method, flags=()):
 def train_aligned(work, runs):
     """runs: [(seed, method, train_align flags)]. prfl and refl make the preset's iterations, of two updates each, sft and
     rwr as many updates, at the rates of TUNED, unless the flags say otherwise. Their reward models come first."""
-    train_rewards(work, dict.fromkeys(judge_flags(method, flags) for _, method, flags in runs if method != "sft"))
+    train_judges(work, [(seed, judge_flags(method, flags)) for seed, method, flags in runs if method != "sft"])
     shards, parts = curated(work), []
     for seed, method, flags in runs:
         two_updates = method in ("prfl", "refl")

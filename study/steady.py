@@ -13,7 +13,7 @@ from formats.weights import SHIPPED
 from model import PRESETS as MODELS
 from report import claims_table, judge_claims, plot, show, summary, table
 from scale import plan
-from study.parts import I2V, METRICS, TUNED, base_of, evaluations, judge_flags, named, reward_folder, train_rewards
+from study.parts import I2V, METRICS, TUNED, base_of, evaluations, judge_flags, named, reward_folder, train_judges
 
 WAN = "wan2.1-t2v-14b"
 EVERY = 40                                                      # iterations between validations, and checkpoints
@@ -68,12 +68,7 @@ def method_of(run):
 
 def train(work, wanted):
     """Runs [(seed, Run)], their reward models first; of those that share curated clips, one before the others: it renders."""
-    judges = {}                                                 # {train_reward flags: seeds}
-    for seed, run in wanted:
-        if method_of(run) != "sft":
-            judges.setdefault(judge_flags(method_of(run), run.flags), {})[seed] = True
-    for flags, seeds in judges.items():
-        train_rewards(work, [flags], seeds)
+    train_judges(work, [(seed, judge_flags(method_of(run), run.flags)) for seed, run in wanted if method_of(run) != "sft"])
     first = {(seed, base_of(run.flags)): (seed, run) for seed, run in reversed(wanted)}
     work.run([part_of_run(work, *each) for each in first.values()])
     work.run([part_of_run(work, *each) for each in wanted])

@@ -2,7 +2,7 @@
 
     python -m study.why --variant noise --reward runs/reward/reward --output_dir runs/why/noise
     python -m study.why --variant ema --resume latest
-    python -m study.reproduce why                               all of them, three seeds, beside train_align.py's own
+    python -m study.reproduce why                               all but words, one seed, beside train_align.py's own
 
 What could mend the collapse, or explain what coarse rollouts do about it:
 noise        the exact rollout's state plus Gaussian noise, strength (1 - t): is it the mere spread of the states?

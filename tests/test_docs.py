@@ -239,9 +239,9 @@ def claims():
             paper, exact.format("batch", log), four.format("batch", "linear"), four.format("batch", log)))),
         "Alone it ends at {}, with coarse rollouts at {}, with -log sigmoid at {}, with both, the steady recipe, at {}".format(
             *(end_at(parts, row) for row in (exact.format("video", "linear"), video, exact.format("video", log), steady))),
-        f"where they have {at(parts, video, 240)} at 240 iterations: noise of their size on exact states has "
-        f"{at(coarse, 'linear, every step, noise .2 (1 - t) on the state', 240)} there, coarse rollouts with an exact last pass "
-        f"{at(coarse, 'linear, at most 4 passes and an exact last one', 240)}, noised curated clips in place of a rollout "
+        f"where they have {at(parts, video, 240)} at 240 iterations: exact states with noise of strength .2 (1 - t) "
+        f"have {at(coarse, 'linear, every step, noise .2 (1 - t) on the state', 240)} there, coarse rollouts with an exact last "
+        f"pass {at(coarse, 'linear, at most 4 passes and an exact last one', 240)}, noised curated clips in place of a rollout "
         f"{at(coarse, f'linear, {clips}', 240)}",
         f"clips end at {end_at(coarse, f'{log}, {clips}')}, and learn later ({at(coarse, f'{log}, {clips}', 40)} at 40 iterations, "
         f"the steady recipe {at(parts, steady, 40)})",
