@@ -163,6 +163,7 @@ def test_speed_counts_cpu_seconds(tmp_path, made_up, monkeypatch):
     assert "| RGB ReFL, first frame, paper's recipe | never | never | never | never | 0.700 |" in text           # one seed
     assert "| SFT | never" in text and found["ratio_at_.90"] == 0.25 and "takes 0.25 of the paper recipe's" in text
     assert "| RGB ReFL, all frames, steady recipe | 3.0 |" in text
+    assert {folder.parent.name for folder in made_up if "reward-space-rgb" in folder.name} == {"seed-0"}    # as its runs
 
 
 def test_what_a_judge_loses_by_hand():
