@@ -37,6 +37,7 @@ from formats.codec import load_image_encoder, load_text_encoder, load_vae, save_
 from formats.metadata import SUFFIXES, from_json, printable, read_listing, read_metadata, replace_text, write_rows
 from formats.video import Facts, from_pixels, read_clip_facts
 from formats.weights import SHIPPED, stream_tensors, transformer_folder
+from world.scene import meaning
 
 FEWEST = 5  # frames of a clip to train on: two latent frames
 # What encode holds in memory: clips decoded ahead, pixels of a batch, bytes of a shard, bytes of a clip whose size
@@ -222,6 +223,28 @@ def order(n, seed, step, indices, global_batch):
     Every epoch is its own permutation; nothing depends on the number of ranks; there is no state to save."""
     places = [step * global_batch + int(i) for i in indices]
     return torch.stack([_permutation(n, seed, place // n)[place % n] for place in places])
+
+
+def prompt_groups(prompts):
+    """int64 [n]: equal numbers where two prompts are alike, so that neither is wrong for the other's video. Captions of the
+    embedded world are alike if they ask for the same colour, shape and direction, others if they have the same words."""
+    groups = {}
+    return torch.tensor([groups.setdefault(meaning(prompt), len(groups)) for prompt in prompts])
+
+
+def other_rows(groups, rows, seed, step, indices):
+    """For each of `rows` [b], a random row whose prompt is not alike -> int64 [b]. groups [n]: `prompt_groups` of all rows.
+
+    Row j's draw depends only on (seed, step, indices[j]). Raises InputError if all prompts are alike.
+    """
+    by_group = groups.argsort(stable=True)                      # rows of the same group stand together
+    first = torch.searchsorted(groups[by_group], groups[rows])
+    size = torch.bincount(groups)[groups[rows]]
+    others = len(groups) - size                                 # rows of all other groups
+    if not others.all():
+        raise InputError("all prompts are alike: there is no mismatched prompt to train on or to test with")
+    place = (common.uniform(seed, "other prompt", step, indices).double() * others).long()
+    return by_group[torch.where(place < first, place, place + size)]
 
 
 def split(n, holdout, seed):

@@ -78,6 +78,8 @@ class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
     context_dropout: float = arg(0.0, "share of SFT's prompts that become empty: keeps guidance usable", at_least=0, below=1,
                                  only="method sft or method prfl refl, sft_updates")
     learning_rate: float | None = arg(None, "AdamW's; without, 1e-4 (results/table1.md), Wan-sized: the paper's 5e-6", above=0)
+    lr_scheduler: str = arg("constant", "the learning rate stays, or falls linearly to 0 at --max_train_steps",
+                            choices=("constant", "linear"))
     weight_decay: float = arg(0.0, "AdamW's", at_least=0)
     max_train_steps: int | None = arg(None, "iterations, of prfl and refl two updates; without, 120, Wan-sized: 800", above=0)
     batch_size: int | None = arg(None, "videos, or prompts, a pass and rank, or group of ranks; without, 32, Wan-sized: 1", above=0)
@@ -212,7 +214,10 @@ def main(config):
     if validate and not resume:
         log.log(0, **validate(policy, 0))
     for iteration in range(state["step"], config.max_train_steps):
-        metrics = {"learning_rate": config.learning_rate}
+        left = 1 - iteration / config.max_train_steps if config.lr_scheduler == "linear" else 1.0
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * left
+        metrics = {"learning_rate": config.learning_rate * left}
         for name, loss_fn in updates.items():
             metrics |= update(name, loss_fn, iteration)
 

@@ -60,6 +60,8 @@ class Config(runs.Flags, parallel.Flags):
     pooling: str = arg("query_attention", "how tokens become one vector (Eq. 5, Table 5)", choices=tuple(POOLINGS),
                        only="space latent")
     loss: str = arg("bce", "Eq. 6, or Bradley-Terry on the batch's pairs (Table 7)", choices=tuple(CRITERIA))
+    mismatched: float = arg(0.25, "share of each batch that gets another video's prompt and the label bad, so that the "
+                            "reward model learns to read the prompt; 0 is the paper's", at_least=0, below=1)
     fixed_t: float | None = arg(None, "train at this t, not at U(0, 1) (Fig. 3c)", at_least=0, below=1, only="space latent")
     learning_rate: float | None = arg(None, "AdamW's for query and head, falling to 0; without, 2e-3, Wan-sized: 1e-5", above=0)
     trunk_learning_rate: float | None = arg(None, "of the trunk's blocks; without, 1e-3, Wan-sized: 1e-6; 0: frozen", at_least=0,
@@ -117,12 +119,20 @@ def main(config):
     global_batch = config.batch_size * runtime.world_size // config.sequence_parallel
     bar = common.progress(config.max_train_steps, "reward model", initial=state["step"])
     measure = make_reward_report(reward_fn, shards.batch(held), dit.config, config, runtime)
+    groups_of_prompts = data.prompt_groups([shards.rows[i]["prompt"] for i in train.tolist()])
     report = None
 
     for step in range(state["step"], config.max_train_steps):
         clock = time.perf_counter()
         indices = runtime.indices(config.batch_size)                    # places in the global batch
-        batch = shards.batch(train[data.order(len(train), config.seed, step, indices, global_batch)])
+        rows = data.order(len(train), config.seed, step, indices, global_batch)
+        batch = shards.batch(train[rows])
+        if config.mismatched:                                   # a video of another prompt is bad, however good it looks
+            wrong = common.uniform(config.seed, "mismatched", step, indices) < config.mismatched    # [b]
+            if wrong.any():
+                others = data.other_rows(groups_of_prompts, rows, config.seed, step, indices)
+                batch["context"][wrong] = shards.batch(train[others[wrong]])["context"]
+                batch["label"] = batch["label"].masked_fill(wrong, 0)
         x0, context = batch["latents"].to(runtime.device), batch["context"].to(runtime.device)
         labels = batch["label"].to(runtime.device)                      # [b]
         t = common.uniform(config.seed, "t", step, indices).to(runtime.device)                      # Eq. 6: U(0, 1)

@@ -40,6 +40,7 @@ GROUP_LATENTS = 2 ** 11                                         # latent positio
 # of the same base is fooled in the end as the climbed reward is, and its opinion alone goes on rising while an annotator sees
 # worse; but it then likes a sample whatever was asked for. Chosen on three seeds' runs: results/stopping.md.
 OTHER_PROMPT = 0.5
+DEAF = 0.9                                                      # prompt_auc below which a reward hardly reads its prompt
 PANEL = ("speed", "flow", "brightness", "saturation", "sharpness")
 
 
@@ -375,29 +376,52 @@ def make_reward_report(reward_fn, batch, generator_config, config, runtime):
     """-> measure() -> (report, its averages over t for the log); rank 0 prints it as the paper's table.
 
     reward_fn(x_t, t, context, **image) -> logits [b]; config: train_reward.py's; batch: held-out latents
-    [m, c, f, h, w], context [m, l, d_text] and label [m]. The report holds accuracy, balanced_accuracy and auc: five numbers
-    each, by t (interval_metrics), and under "clean" one each, of the videos at t = 0.
+    [m, c, f, h, w], context [m, l, d_text], label [m] and prompt. The report holds accuracy, balanced_accuracy and auc: five
+    numbers each, by t (interval_metrics), and under "clean" one each, of the videos at t = 0. prompt_accuracy and prompt_auc
+    say whether the reward reads its prompt: how well it tells the good videos with their own prompt from the same videos with
+    another's. They are missing where all prompts are alike.
     """
     x0, context, labels = (batch[name].to(runtime.device) for name in ("latents", "context", "label"))
     zero = torch.zeros(len(x0), device=runtime.device)                                                  # t
     image = image_inputs(generator_config, batch, runtime.device)
 
+    good = (labels == 1).nonzero()[:, 0]
+    groups = data.prompt_groups(batch["prompt"])
+    others = None
+    if len(torch.unique(groups)) > 1:
+        others = context[data.other_rows(groups, good.cpu(), config.seed, 0, good.tolist())]                # [m', l, d]
+
+    def logits_of(rows, context):
+        """-> logits [6, m'] of the held-out videos `rows` with these contexts: by t, and of the clean videos."""
+        given = {name: z[rows] for name, z in image.items()}
+        found = interval_logits(reward_fn, x0[rows], context, config.seed, 4 * config.batch_size, runtime.autocast,
+                                rows.tolist(), **given)
+        clean = []
+        for j in torch.arange(len(rows)).split(4 * config.batch_size):
+            with runtime.autocast():
+                clean.append(reward_fn(x0[rows[j]], zero[rows[j]], context[j], **{name: z[j] for name, z in given.items()}))
+        return torch.cat([found, torch.cat(clean)[None].to(found.dtype)])
+
     @torch.no_grad()
     def measure():
-        found = interval_metrics(interval_logits(reward_fn, x0, context, config.seed, 4 * config.batch_size,
-                                                 runtime.autocast, **image), labels)
-        clean = []
-        for i in range(0, len(x0), 4 * config.batch_size):
-            j = slice(i, i + 4 * config.batch_size)
-            with runtime.autocast():
-                clean.append(reward_fn(x0[j], zero[j], context[j], **{name: z[j] for name, z in image.items()}))
-        clean = {name: row[0] for name, row in interval_metrics(torch.cat(clean)[None], labels).items()}
+        logits = logits_of(torch.arange(len(x0), device=x0.device), context)
+        found = interval_metrics(logits, labels)
+        if others is not None:
+            wrong = logits_of(good, others)
+            told = interval_metrics(torch.cat([logits[:, good], wrong], 1),
+                                    torch.tensor([1] * len(good) + [0] * len(good), device=x0.device))
+            found |= {"prompt_accuracy": told["accuracy"], "prompt_auc": told["auc"]}
+        clean = {name: row.pop() for name, row in found.items()}
         averages = {name: sum(row) / len(row) for name, row in found.items()}
         if runtime.rank == 0:
             tqdm.write("held out, t in    " + "".join(f"  ({k / 5:.1f},{(k + 1) / 5:.1f}]" for k in range(5))
                        + "   average     clean")
             for name, row in found.items():
                 tqdm.write(f"{name:18}" + "".join(f"{v:11.3f}" for v in [*row, averages[name], clean[name]]))
+            if clean.get("prompt_auc", 1) < DEAF:
+                tqdm.write(f"note: good videos with their own prompt and with another's are told apart with AUC "
+                           f"{clean['prompt_auc']:.2f}, where .5 is chance: this reward hardly reads the prompt; train with "
+                           "--mismatched .25")
         return found | {"clean": clean}, {f"held_out_{name}": value for name, value in averages.items()}
 
     return measure

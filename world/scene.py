@@ -229,3 +229,10 @@ def parse_prompt(prompt):
     words = prompt.lower().translate(str.maketrans(",.:", "   ")).split()
     first = lambda names: next((n for word in words for n in names if word in (n, n + "s", n + "wards")), None)
     return {"color": first(COLORS), "shape": first(SHAPES), "direction": first(DIRECTIONS)}
+
+
+def meaning(prompt):
+    """What makes two captions ask for the same video: colour, shape and direction, or for a sentence that lacks one of
+    them, its words."""
+    asked = tuple(parse_prompt(prompt).values())
+    return asked if None not in asked else " ".join(prompt.casefold().split())
