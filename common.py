@@ -184,7 +184,7 @@ def uniform(seed, purpose, step, indices):
     return torch.cat([torch.rand(1, generator=random_generator(seed, purpose, step, int(i))) for i in indices])
 
 
-def average(tensors):
+def all_reduce_mean_(tensors):
     """Mean over ranks, in place, of a list of tensors, e.g. of losses before they are logged."""
     if tensors and dist.is_initialized() and dist.get_world_size() > 1:
         for work in [dist.all_reduce(x, async_op=True) for x in tensors]:
@@ -214,7 +214,7 @@ def average_and_clip_gradients(params, max_norm, step=None):
     """Averages gradients over ranks, clips in place (max_norm None: not) -> norm before clipping, float.
     Raises FloatingPointError naming the step if the norm is not finite."""
     params = [p for p in params if p.grad is not None]
-    average([p.grad for p in params if not isinstance(p, DTensor)])     # FSDP averages in the backward pass
+    all_reduce_mean_([p.grad for p in params if not isinstance(p, DTensor)])     # FSDP averages in the backward pass
     norm = torch.nn.utils.get_total_norm([p.grad for p in params])
     value = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     if not math.isfinite(value):

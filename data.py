@@ -53,7 +53,7 @@ def write_shards(folder, latents, contexts, labels, prompts, file_names=None, fp
     there, else in their place. clips: the folder they were made of, for `Shards.relabel`; contents: of each clip's
     file (formats/fingerprint.py). A kill at any moment leaves whole shards. Raises InputError if the folder is not ours."""
     folder = Path(folder)
-    lock.claim(folder, "shards", ("shards.json",))
+    lock.require_ours(folder, "shards", ("shards.json",))
     folder.mkdir(parents=True, exist_ok=True)
     shapes = {"latent_shape": list(latents.shape[1:]), "context_shape": list(contexts.shape[1:]),
               "extra_shapes": {name: list(x.shape[1:]) for name, x in extra.items()}}
@@ -206,8 +206,8 @@ class Shards:
                                  f"--model {model or 'and its folder'}")
             notes = {f"{self.folder}: encoders cannot be compared: {f'{model} holds none' if model else 'no --model'}": not found,
                      f"{self.folder}: clips run at {self.fps:g} frames per second, the model's own videos at "
-                     f"{codec.published(dit.config)['fps']:g}: it will learn another speed; encode with --fps":
-                     abs(self.fps / codec.published(dit.config)["fps"] - 1) > .02,
+                     f"{codec.sampling_defaults(dit.config)['fps']:g}: it will learn another speed; encode with --fps":
+                     abs(self.fps / codec.sampling_defaults(dit.config)["fps"] - 1) > .02,
                      f"{self.folder}: was encoded for image-to-video; this model takes no first frame":
                      "condition" in self.shapes and not image_to_video}
             print(*(f"note: {note}\n" for note in notes if notes[note] and common.rank() == 0), sep="", end="", flush=True)
@@ -400,7 +400,7 @@ class Tally:
 
     def lines(self, config, prompts):
         """The sentences to print. prompts: of all usable clips."""
-        cut, limit = codec.cut_captions(config.text_encoder, prompts)
+        cut, limit = codec.count_long_captions(config.text_encoder, prompts)
         said = {"still": "stand still for a quarter of their frames or longer",
                 "converted": "are HDR or of a wide gamut: converted to BT.709, what is brighter than its white is clipped",
                 "approximate": "have colours that only approximate what a player shows",
@@ -532,7 +532,7 @@ def encode(config, runtime):
         raise InputError(f"{config.folder}: its metadata file has no rows")
     if out.exists() and out.samefile(config.folder):
         raise InputError(f"--out {out}: is the folder of the clips: name another one for the shards")
-    lock.claim(out, "shards", ("shards.json",))
+    lock.require_ours(out, "shards", ("shards.json",))
     settings = {"size": config.size and config.size.replace("x", "*"), "frames": config.frames, "fps": config.fps,
                 "condition": image_to_video, "encoders": {role: fingerprint.of_encoder(path, role)
                                                           for role, path in folders.items()}}

@@ -60,9 +60,9 @@ from formats.video import contact_sheet, from_pixels, read_clip, to_pixels, writ
 from formats.weights import SHIPPED, TASKS, resolve_model, transformer_folder
 from model import first_frame_condition, image_inputs, load_transformer
 from pavrm import load_pavrm
-from report import interval, plot, show, table
+from report import confidence_interval, plot, show, table
 from scale import parallel
-from world import judge, scene
+from world import annotator, scene
 
 TABLE = {"qualified": "qualified", "physical_qualified": "physical", "deformity_qualified": "deformity",
          "adherent": "adherent", "smoothness": "motion smoothness", "dynamic": "dynamic degree",
@@ -99,7 +99,7 @@ class Config(search.Flags):
 def cutouts(videos, centers, side):
     """The subject of every frame, centred, background subtracted: float [b, f, side, side, 3].
 
-    videos: uint8 [b, f, h, w, 3]; centers: [b, f, 2] in fractions, as `judge.annotate` tracks them.
+    videos: uint8 [b, f, h, w, 3]; centers: [b, f, 2] in fractions, as `annotator.annotate` tracks them.
     """
     b, f, h, w, _ = videos.shape
     frames = (videos.float() / 255 - torch.tensor(scene.BACKGROUND)).permute(0, 1, 4, 2, 3).flatten(0, 1)
@@ -116,7 +116,7 @@ def measure(videos, prompts, given=None):
 
     given: clips [b, f, h, w, 3] whose first frames were the input of an image-to-video model.
     """
-    judged = judge.annotate(videos, prompts)
+    judged = annotator.annotate(videos, prompts)
     pixels = videos.float() / 255
     guess = (pixels[:, :-2:2] + pixels[:, 2::2]) / 2                                            # of the odd frames
     side = round(2.6 * scene.RADIUS[1] * videos.shape[2])
@@ -127,9 +127,9 @@ def measure(videos, prompts, given=None):
            "smoothness": 1 - (guess - pixels[:, 1:-1:2]).abs().flatten(1).mean(1),
            "consistency": 0.5 * (similar(subjects[:, 1:], subjects[:, :1])
                                  + similar(subjects[:, 1:], subjects[:, :-1])).mean(1),
-           **{name: judged[name] for name in judge.PANEL}}
+           **{name: judged[name] for name in annotator.PANEL}}
     if given is not None:
-        centers = judge.annotate(given, prompts)["center"][:, :1]
+        centers = annotator.annotate(given, prompts)["center"][:, :1]
         out["i2v_subject"] = similar(subjects, cutouts(given[:, :1], centers, side).flatten(2)).mean(1)
     # What a person would rank by: axes first, then the prompt.
     grade = judged["physical"] + judged["deformity"] + 2 * judged["adherent"].long()
@@ -138,7 +138,7 @@ def measure(videos, prompts, given=None):
 
 def summary(values):
     """values [m] -> {"mean", "interval"}: 95 %, from resampled videos."""
-    return {"mean": float(values.mean()), "interval": interval(values[None])}
+    return {"mean": float(values.mean()), "interval": confidence_interval(values[None])}
 
 
 def compare(a, b):
@@ -164,7 +164,7 @@ def markdown(rows, pairs):
 def own(config, runtime):
     """Rank 0 becomes the one writer of --output_dir, if that is new, empty or an evaluation's -> the lock, to keep."""
     if runtime.rank == 0:
-        lock.claim(config.output_dir, "evaluation", ("per_video.json", "scores.jsonl", "part.json"))
+        lock.require_ours(config.output_dir, "evaluation", ("per_video.json", "scores.jsonl", "part.json"))
         return lock.hold(config.output_dir, "evaluation")
 
 
@@ -186,10 +186,10 @@ def sampled(config, folder, name, rows, contexts, size, runtime):
     clip = codec.load_image_encoder(f"{config.model}/image_encoder") if dit.config["image_dim"] else None
     null = contexts[None].to(device) if None in contexts else None
     cuts = search.parse_cuts(config.best_of, config.cuts)
-    dit, found, films = parallel.narrow(dit, runtime.dtype), [], []
+    dit, found, films = parallel.cast_matrices(dit, runtime.dtype), [], []
     once = max(1, BATCH_LATENTS // (shape[1] * shape[2] * shape[3]))
     groups = [list(range(i, min(i + once, len(rows)))) for i in range(0, len(rows), once)]
-    for group, _ in common.progress(parallel.rounds(groups, runtime, "ddp"), f"{name} (x{once * runtime.world_size})"):
+    for group, _ in common.progress(parallel.work_of_rank(groups, runtime, "ddp"), f"{name} (x{once * runtime.world_size})"):
         context = codec.stack_contexts([contexts[rows[i]["prompt"]] for i in group]).to(device)
         image = {}
         if rows[group[0]]["image"]:
@@ -207,7 +207,7 @@ def sampled(config, folder, name, rows, contexts, size, runtime):
         values = {}
         for kind, reward in rewards.items():
             with codec.on(reward, device):
-                logits = validation.interval_logits(reward, x, context, 7_000, autocast=runtime.autocast, indices=group, **image)
+                logits = validation.logits_by_t(reward, x, context, 7_000, autocast=runtime.autocast, indices=group, **image)
             values[kind] = (logits >= 0).double().mean(0).cpu()
         with codec.on(vae, device):
             videos = codec.decode_pixels(vae, x)
@@ -225,8 +225,8 @@ def compare_on_prompts(config, named, runtime):
     """`--prompts`: samples of each generator side by side."""
     rows = read_prompts(config.prompts)[:config.num_videos]
     dit_config = transformer_folder(next(iter(named.values())))[1]
-    size = data.parse_size(config) or codec.published(dit_config)["size"]
-    codec.fill_in(config, codec.published(dit_config, size[1]))
+    size = data.parse_size(config) or codec.sampling_defaults(dit_config)["size"]
+    codec.fill_in(config, codec.sampling_defaults(dit_config, size[1]))
     for row in rows:
         if (row["image"] is not None) != (dit_config["model_type"] == "i2v"):
             raise InputError(f"--prompts {config.prompts}: an image in each row is needed by image-to-video models, and by those "
@@ -238,7 +238,7 @@ def compare_on_prompts(config, named, runtime):
     for folder in named.values():                               # fails before any work
         for path in filter(None, (config.reward, config.judge)):
             load_pavrm(path, load_transformer(folder, whole=False), whole=False)
-    negative = codec.published(dit_config)["negative_prompt"]
+    negative = codec.sampling_defaults(dit_config)["negative_prompt"]
     contexts = codec.encode_texts(f"{config.model}/text_encoder", [row["prompt"] for row in rows]
                                   + [negative] * (negative is not None), runtime.device, dit_config["text_dim"])
     contexts |= {None: contexts[negative]} if negative is not None else {}
@@ -313,7 +313,7 @@ def score_clips(config, runtime):
     for i in common.progress(range(0, len(shards), once), f"clips (x{once})"):
         indices = list(range(i, min(i + once, len(shards))))
         batch = shards.batch(indices)
-        rows.append(validation.interval_logits(
+        rows.append(validation.logits_by_t(
             pavrm, batch["latents"].to(runtime.device), batch["context"].to(runtime.device), config.seed, autocast=runtime.autocast,
             indices=indices, **image_inputs(pavrm.trunk.config, batch, runtime.device)).float().cpu())
     logits = torch.cat(rows, 1)                                                                     # [5, m]
@@ -328,7 +328,7 @@ def score_clips(config, runtime):
     cells = {"mean probability": good.mean(1).tolist(), "share called good": (logits >= 0).double().mean(1).tolist()}
     known = labels >= 0
     if len(labels[known].unique()) == 2:
-        cells |= validation.interval_metrics(logits[:, known], labels[known])
+        cells |= validation.metrics_by_t(logits[:, known], labels[known])
         curves = calibration(good[:, known], labels[known])
         runs.write_json(folder / "calibration.json", curves)
         drawn = {f"t in {t}": ([x["predicted"] for x in bins], [x["good"] for x in bins]) for t, bins in curves.items()}

@@ -232,7 +232,7 @@ def pair_tables(answers):
     for against in sorted({answer["against"] for answer in answers}):
         mine = [answer for answer in answers if answer["against"] == against]
         win, tie, lose = labels.preference(mine).T                                                  # each [n pairs]
-        show = lambda x, sign="": report.show(x.mean(), report.interval(x[None]), sign)
+        show = lambda x, sign="": report.show(x.mean(), report.confidence_interval(x[None]), sign)
         rows.append([against, len(mine), len(win), len({answer["annotator"] for answer in mine}),
                      show(win), show(tie), show(lose), show(win - lose, "+")])
     return [("A against B (95 % intervals from resampled pairs)",
@@ -294,7 +294,7 @@ def make_app(session, token, scratch):
         """-> item, grades (None to skip) of a request's JSON. Raises KeyError, TypeError or ValueError."""
         item, line = given["id"], session.items[given["id"]]["line"]
         if session.kind == "clip":
-            rules, grades = labels.CLIP, {axis: given[axis] for axis in labels.AXES if not given.get("skip")}
+            rules, grades = labels.CLIP_RULES, {axis: given[axis] for axis in labels.AXES if not given.get("skip")}
         else:                                                   # the page knows sides alone
             sides = {"left": line["left"], "tie": "tie", "right": "ba"["ab".index(line["left"])]}
             rules, grades = labels.PAIR, {} if given.get("skip") else {"winner": sides[given["winner"]]}

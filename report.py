@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 
-def interval(values, other=None, rounds=5000):
+def confidence_interval(values, other=None, rounds=5000):
     """95 % interval of the mean of values [seeds, videos], or of how far it is above that of `other`, which has the same
     seeds but videos of its own: seeds and videos are resampled, with replacement.
 
@@ -27,7 +27,7 @@ def interval(values, other=None, rounds=5000):
 
 def summary(values):
     """values [seeds, videos] -> {"mean", "interval", "seeds"}."""
-    return {"mean": float(np.mean(values)), "interval": interval(values), "seeds": np.mean(values, 1).tolist()}
+    return {"mean": float(np.mean(values)), "interval": confidence_interval(values), "seeds": np.mean(values, 1).tolist()}
 
 
 def show(mean, interval, sign="", **_):
@@ -45,13 +45,13 @@ def verdict(low, high, at=0.0):
     return "holds" if low > at else "does not hold" if high < at else "cannot be told"
 
 
-def judge_claims(claims, values, paired=True):
+def claim_verdicts(claims, values, paired=True):
     """claims [(better, worse)] of the paper, or [(better, worse, what the paper has instead)], values {row: [seeds, videos]}
     -> [{...}] with verdicts. paired: the rows have the same videos."""
     found = []
     for better, worse, *instead in claims:
         a, b = values[better], values[worse]
-        low, high = interval(np.subtract(a, b)) if paired else interval(a, b)
+        low, high = confidence_interval(np.subtract(a, b)) if paired else confidence_interval(a, b)
         found.append({"claim": f"{better} above {worse}", "paper": instead[0] if instead else "yes",
                       "difference": float(np.mean(a) - np.mean(b)), "interval": [low, high],
                       "seeds": (np.mean(a, 1) - np.mean(b, 1)).tolist(), "verdict": verdict(low, high)})

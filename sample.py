@@ -109,8 +109,8 @@ def check_flags(config):
 
 def settle(config, dit_config):
     """What the flags leave open, as the model is used -> size (W, H)."""
-    size, negative = data.parse_size(config) or codec.published(dit_config)["size"], config.negative_prompt
-    codec.fill_in(config, codec.published(dit_config, size[1]))
+    size, negative = data.parse_size(config) or codec.sampling_defaults(dit_config)["size"], config.negative_prompt
+    codec.fill_in(config, codec.sampling_defaults(dit_config, size[1]))
     if negative is not None and config.guidance_scale == 1:
         raise InputError("--negative_prompt means nothing with --guidance_scale 1: leave it out, or give a larger one")
     config.size = f"{size[0]}*{size[1]}"
@@ -160,7 +160,7 @@ def start_folder(config, videos):
     rows = repr([(video.path.name, *dataclasses.astuple(video)[1:]) for video in videos])
     settings = {name: getattr(config, name) for name in kept} | {"videos": hashlib.sha256(rows.encode()).hexdigest()[:16]}
     path = Path(config.output_dir) / "sample.json"
-    lock.claim(config.output_dir, "samples", ("sample.json",))
+    lock.require_ours(config.output_dir, "samples", ("sample.json",))
     held = lock.hold(config.output_dir, "samples")
     if path.exists():
         try:
@@ -222,7 +222,7 @@ def main(config):
         if line := told_if_it_does_not_fit(config, dit.config, runtime, memory):
             print(line, flush=True)
     shape = codec.latent_shape(dit.config, size, config.frames)
-    mine, shown = parallel.rounds(todo, runtime, config.parallel), []
+    mine, shown = parallel.work_of_rank(todo, runtime, config.parallel), []
 
     vae = codec.load_vae(f"{model}/vae")
     clip = codec.load_image_encoder(f"{model}/image_encoder") if dit.config["image_dim"] else None
@@ -234,7 +234,7 @@ def main(config):
         on_device = partial(nullcontext, parallel.shard(dit.float(), runtime, parallel.Flags(parallel="fsdp")))
     else:
         sequence.spread(dit, runtime)
-        on_device = partial(codec.on, parallel.narrow(dit, runtime.dtype), device)
+        on_device = partial(codec.on, parallel.cast_matrices(dit, runtime.dtype), device)
 
     for batch, counts in common.progress(mine, f"videos (x{config.batch_size * runtime.world_size})"):
         context = codec.stack_contexts([contexts[video.prompt] for video in batch]).to(device)          # [b, l, d]

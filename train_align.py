@@ -34,7 +34,7 @@ import rwr_baseline
 import validation
 from common import InputError, arg
 from formats import runs
-from formats.codec import drop_contexts, fill_in, null_context, published, training
+from formats.codec import drop_contexts, fill_in, null_context, sampling_defaults, training_defaults
 from formats.video import SPACE
 from formats.weights import TASKS, resolve_model, transformer_folder
 from model import image_inputs, load_transformer
@@ -92,7 +92,7 @@ class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
 def check_flags(config):
     """Fills in what recipe and model say. Raises InputError for flags that cannot work together."""
     config.recipe = config.recipe or ("paper" if config.method == "refl" else "steady")
-    fill_in(config, prfl.RECIPES[config.recipe] | training(transformer_folder(resolve_model(config))[1], "align"))
+    fill_in(config, prfl.RECIPES[config.recipe] | training_defaults(transformer_folder(resolve_model(config))[1], "align"))
     config.trajectory_part = config.trajectory_part or ("late" if config.method == "refl" else "full")
     prfl.steps_of(config.trajectory_part, config.num_inference_steps)
     validation.check_flags(config)
@@ -124,7 +124,7 @@ def main(config):
         pavrm = parallel.shard(load_pavrm(config.reward, policy, whole=False), runtime, config)
     resume, state = runs.open_checkpoint(config)
     shards, curated, held = load_curated(config, policy, runtime)
-    fill_in(config, published(policy.config, SPACE * shards.latent_shape[2]))
+    fill_in(config, sampling_defaults(policy.config, SPACE * shards.latent_shape[2]))
     accumulation = config.gradient_accumulation_steps
     global_batch = config.batch_size * runtime.world_size // config.sequence_parallel * accumulation
     N = config.num_inference_steps
@@ -198,7 +198,7 @@ def main(config):
         norm = common.average_and_clip_gradients(policy.parameters(), config.max_grad_norm, iteration + 1)
         optimizer.step()
         means = {key: torch.stack([row[key].float() for row in rows]).mean() for key in rows[0]}
-        common.average(list(means.values()))
+        common.all_reduce_mean_(list(means.values()))
         return {**{key: value.item() for key, value in means.items()}, f"{name}_grad_norm": norm,
                 f"{name}_seconds": time.perf_counter() - clock,
                 f"{name}_cpu_seconds": time.process_time() - cpu_clock}     # of all threads, whatever else runs

@@ -28,7 +28,7 @@ import flow
 import refl_baseline
 from common import InputError, arg
 from formats import runs
-from formats.codec import fill_in, training
+from formats.codec import fill_in, training_defaults
 from formats.labels import BAD
 from formats.weights import TASKS, resolve_model, save_module
 from model import image_inputs, load_transformer
@@ -85,7 +85,7 @@ def main(config):
     parallel.check(config)
     whole = config.space == "rgb" or not config.data            # it makes samples, or predicts; else the trunk is enough
     dit = load_transformer(resolve_model(config), whole=whole).eval().requires_grad_(False)
-    fill_in(config, training(dit.config, "reward"))
+    fill_in(config, training_defaults(dit.config, "reward"))
     resume, state = runs.open_checkpoint(config)
     shards = data.Shards(config.data).relabel(config.labels, config.bad) if config.data else clips.own_samples(
         config.samples_dir or Path(config.output_dir) / "samples", dit.to(runtime.device), config.model,
@@ -157,7 +157,7 @@ def main(config):
         done = step + 1
         accuracy = ((logits >= 0) == (labels == 1)).float().mean()
         means = torch.stack([loss.detach(), accuracy])
-        common.average([means])
+        common.all_reduce_mean_([means])
         metrics = {}
         if done % config.validation_steps == 0 or done == config.max_train_steps:
             report, metrics = measure()

@@ -31,9 +31,9 @@ from formats.video import SPACE, TIME, contact_sheet, from_pixels, read_clip, wr
 from model import first_frame_condition, image_inputs
 from pavrm import load_pavrm
 from scale import parallel
-from world import judge, scene
+from world import annotator, scene
 
-INTERVALS = 5                                                   # of t, in the paper's reward-model tables
+T_BINS = 5                                                   # of t, in the paper's reward-model tables
 SEED, SHOWN = 900, 8                                            # of the samples' noise; of them, on the disk
 GROUP_LATENTS = 2 ** 11                                         # latent positions of a batch of samples
 # A judge's score: how likely it calls the samples good, less this times how likely it calls them so for another prompt. A judge
@@ -184,7 +184,7 @@ def make_validation(config, runtime, policy, shards=None, held=None, export=None
         found = {}
         if second:
             other = codec.stack_contexts([contexts[(i + 1) % len(contexts)] for i in group]).to(device)
-            logits, strangers = (interval_logits(second, x, asked, SEED, autocast=runtime.autocast, indices=group, **given)
+            logits, strangers = (logits_by_t(second, x, asked, SEED, autocast=runtime.autocast, indices=group, **given)
                                  for asked in (context, other))
             found = {f"judge_t{k + 1}": row.float().cpu() for k, row in enumerate(logits)}
             found |= {name: torch.sigmoid(row.float()).mean(0).cpu() for name, row in
@@ -194,9 +194,9 @@ def make_validation(config, runtime, policy, shards=None, held=None, export=None
     def measured(videos, group):
         if own:
             return panel(videos)
-        found = judge.annotate(videos, [prompts[i] for i in group])
+        found = annotator.annotate(videos, [prompts[i] for i in group])
         grades = {f"{axis}_qualified": found[axis] == 2 for axis in ("physical", "deformity")}
-        return {"qualified": found["qualified"], **grades, **{name: found[name] for name in judge.PANEL}}
+        return {"qualified": found["qualified"], **grades, **{name: found[name] for name in annotator.PANEL}}
 
     def table(rows):
         """[(index, {name: value})] of every rank -> {name: values in order}"""
@@ -209,7 +209,7 @@ def make_validation(config, runtime, policy, shards=None, held=None, export=None
     def held_out_loss(policy):
         """Eq. 10 on the held-out clips, at four fixed times each."""
         rows = []
-        for group, counts in parallel.rounds([held[i:i + size].tolist() for i in range(0, len(held), size)], runtime,
+        for group, counts in parallel.work_of_rank([held[i:i + size].tolist() for i in range(0, len(held), size)], runtime,
                                              config.parallel):
             batch, losses = shards.batch(group), 0
             x0, context = batch["latents"].to(device), batch["context"].to(device)
@@ -225,7 +225,7 @@ def make_validation(config, runtime, policy, shards=None, held=None, export=None
     real = {}                                                   # the held-out clips, through the same VAE
     if own:
         rows = []
-        for i, counts in parallel.rounds(held.tolist(), runtime, "ddp"):
+        for i, counts in parallel.work_of_rank(held.tolist(), runtime, "ddp"):
             with codec.on(vae, device):
                 film = codec.decode_pixels(vae, shards.batch([i])["latents"].to(device))
             rows += split([i], panel(film)) if counts else []
@@ -236,7 +236,7 @@ def make_validation(config, runtime, policy, shards=None, held=None, export=None
     @torch.no_grad()
     def validate(policy, step):
         rows, films = [], []
-        for group, counts in parallel.rounds(groups, runtime, config.parallel):
+        for group, counts in parallel.work_of_rank(groups, runtime, config.parallel):
             x, found = latents_of(policy, group)
             if counts:
                 with codec.on(vae, device):
@@ -343,7 +343,7 @@ def auc(scores, labels):
 
 
 @torch.no_grad()
-def interval_logits(model, latents, context, seed=0, batch_size=256, autocast=None, indices=None, **image):
+def logits_by_t(model, latents, context, seed=0, batch_size=256, autocast=None, indices=None, **image):
     """Section 4's test: logits [5, m] of m videos, each noised to one random t in every fifth of (0, 1].
 
     latents [m, c, f, h, w], context [m, l, d_text], image: y and clip [m, ...] (i2v). t and noise depend on seed, interval
@@ -351,18 +351,18 @@ def interval_logits(model, latents, context, seed=0, batch_size=256, autocast=No
     """
     rows, (device, m) = [], (latents.device, len(latents))
     indices = range(m) if indices is None else indices
-    for k in range(INTERVALS):
-        t = ((k + uniform(seed, "interval t", k, indices)) / INTERVALS).to(device)
+    for k in range(T_BINS):
+        t = ((k + uniform(seed, "interval t", k, indices)) / T_BINS).to(device)
         x1 = noise(latents.shape[1:], seed, "interval noise", k, indices).to(device)
         for i in range(0, m, batch_size):
             j = slice(i, i + batch_size)
             with autocast() if autocast else torch.autocast(device.type, enabled=False):
                 rows.append(model(add_noise(latents[j], x1[j], t[j]), t[j], context[j],
                                   **{name: z[j] for name, z in image.items()}))
-    return torch.cat(rows).view(INTERVALS, m)
+    return torch.cat(rows).view(T_BINS, m)
 
 
-def interval_metrics(logits, labels):
+def metrics_by_t(logits, labels):
     """{"accuracy", "balanced_accuracy", "auc"} of logits [5, m] and labels [m] in {0, 1}: lists of five numbers, from
     [0, .2] to (.8, 1]. Accuracy counts logit >= 0 as good; balanced accuracy is the mean over the two labels, .5 for a
     constant answer whatever the share of good videos."""
@@ -377,7 +377,7 @@ def make_reward_report(reward_fn, batch, generator_config, config, runtime):
 
     reward_fn(x_t, t, context, **image) -> logits [b]; config: train_reward.py's; batch: held-out latents
     [m, c, f, h, w], context [m, l, d_text], label [m] and prompt. The report holds accuracy, balanced_accuracy and auc: five
-    numbers each, by t (interval_metrics), and under "clean" one each, of the videos at t = 0. prompt_accuracy and prompt_auc
+    numbers each, by t (metrics_by_t), and under "clean" one each, of the videos at t = 0. prompt_accuracy and prompt_auc
     say whether the reward reads its prompt: how well it tells the good videos with their own prompt from the same videos with
     another's. They are missing where all prompts are alike.
     """
@@ -394,7 +394,7 @@ def make_reward_report(reward_fn, batch, generator_config, config, runtime):
     def logits_of(rows, context):
         """-> logits [6, m'] of the held-out videos `rows` with these contexts: by t, and of the clean videos."""
         given = {name: z[rows] for name, z in image.items()}
-        found = interval_logits(reward_fn, x0[rows], context, config.seed, 4 * config.batch_size, runtime.autocast,
+        found = logits_by_t(reward_fn, x0[rows], context, config.seed, 4 * config.batch_size, runtime.autocast,
                                 rows.tolist(), **given)
         clean = []
         for j in torch.arange(len(rows)).split(4 * config.batch_size):
@@ -405,10 +405,10 @@ def make_reward_report(reward_fn, batch, generator_config, config, runtime):
     @torch.no_grad()
     def measure():
         logits = logits_of(torch.arange(len(x0), device=x0.device), context)
-        found = interval_metrics(logits, labels)
+        found = metrics_by_t(logits, labels)
         if others is not None:
             wrong = logits_of(good, others)
-            told = interval_metrics(torch.cat([logits[:, good], wrong], 1),
+            told = metrics_by_t(torch.cat([logits[:, good], wrong], 1),
                                     torch.tensor([1] * len(good) + [0] * len(good), device=x0.device))
             found |= {"prompt_accuracy": told["accuracy"], "prompt_auc": told["auc"]}
         clean = {name: row.pop() for name, row in found.items()}

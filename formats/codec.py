@@ -63,7 +63,7 @@ def find_encoders(model):
     return {role: folder / role for role in ("vae", "text_encoder", "image_encoder") if (folder / role).is_dir()}
 
 
-def cut_captions(path, prompts):
+def count_long_captions(path, prompts):
     """-> (how many of the prompts are longer than what the text encoder in folder `path` reads, that limit in words). Loads
     no weights."""
     config = read_config(path)
@@ -90,7 +90,7 @@ def fill_in(config, values):
             setattr(config, name, value)
 
 
-def published(dit_config, height=None):
+def sampling_defaults(dit_config, height=None):
     """How a generator of this config is used where nobody says otherwise: {"size" (W, H), "frames", "fps",
     "num_inference_steps", "guidance_scale", "shift", "negative_prompt"}.
 
@@ -119,7 +119,7 @@ TRAINING = {
 }
 
 
-def training(dit_config, stage):
+def training_defaults(dit_config, stage):
     """What train_align.py ("align") or train_reward.py ("reward") do where no flag says: {flag: value}. dit_config: of the
     generator; one of width 1536 or more is of Wan2.1's size."""
     world, wan = TRAINING[stage]
@@ -146,7 +146,7 @@ def encode_texts(folder, prompts, device, width=None):
     in `folder` is loaded, used and let go. One prompt at a time: rounding, and with it the bytes of a video, would depend on
     its neighbours in a batch. width: d that the generator takes, else an InputError."""
     text, found, prompts = load_text_encoder(folder).to(device), {}, list(dict.fromkeys(prompts))
-    cut, limit = cut_captions(folder, prompts)
+    cut, limit = count_long_captions(folder, prompts)
     if cut and rank() == 0:
         print(f"note: {cut} of the prompts are longer than the {limit} that {folder} reads: the rest is cut off")
     for prompt in prompts:

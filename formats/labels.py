@@ -24,7 +24,7 @@ from formats.metadata import from_json
 
 AXES = ("physical", "deformity")
 BAD = ("both", "any")                                   # bad is: unqualified on both axes (A.2.3), or on any
-CLIP = {"file_name": lambda x: isinstance(x, str) and x} | {axis: lambda x: x in (0, 1, 2) and type(x) is int for axis in AXES}
+CLIP_RULES = {"file_name": lambda x: isinstance(x, str) and x} | {axis: lambda x: x in (0, 1, 2) and type(x) is int for axis in AXES}
 PAIR = {name: lambda x: isinstance(x, str) for name in ("against", "prompt", "a", "b")} \
     | {"winner": lambda x: x in ("a", "tie", "b")}
 KEYS = {"clip": ("file_name",), "pair": ("against", "a", "b")}
@@ -76,7 +76,7 @@ def _is_json(line):
 def read_answers(path, kind="clip"):
     """-> the answers that stand, oldest first, of a labels.jsonl ("clip") or a pairs.jsonl ("pair"); [] if there is no such
     file. Raises InputError naming the first line that is no answer; a last line that a kill cut short is none."""
-    rules, standing = CLIP if kind == "clip" else PAIR, {}
+    rules, standing = CLIP_RULES if kind == "clip" else PAIR, {}
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except FileNotFoundError:
@@ -87,7 +87,7 @@ def read_answers(path, kind="clip"):
         try:
             line = from_json(text)
             wanted = {name: rule for name, rule in rules.items() if name in KEYS[kind] or not line.get("retracted")}
-            wrong = [name for name, rule in ({"annotator": CLIP["file_name"]} | wanted).items() if not rule(line.get(name))]
+            wrong = [name for name, rule in ({"annotator": CLIP_RULES["file_name"]} | wanted).items() if not rule(line.get(name))]
         except (ValueError, AttributeError):
             raise InputError(f"{path} line {number}: not a JSON object: mend or remove that line") from None
         if wrong:

@@ -16,7 +16,7 @@ NAME = ".lock"
 UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)      # file systems that were mounted without locks
 
 
-def claim(folder, what, signs=()):
+def require_ours(folder, what, signs=()):
     """Raises InputError if `folder` is not ours to write in: it is if it is new or empty, holds a file called as one of `signs`,
     or was held for `what` before; and if its path is no text, which safetensors cannot open."""
     folder = Path(folder)
@@ -38,7 +38,7 @@ def claim(folder, what, signs=()):
 
 def hold(folder, what="run"):
     """Creates `folder` and becomes its one writer -> the open lock file. The lock lasts until that file is closed, or the
-    process ends: keep it in a variable, or `with hold(folder):`. what: it is written there, for `claim`. Raises InputError
+    process ends: keep it in a variable, or `with hold(folder):`. what: it is written there, for `require_ours`. Raises InputError
     naming the process that writes there."""
     path = Path(folder) / NAME
     try:

@@ -32,7 +32,7 @@ MAY_CHANGE = {"max_train_steps", "learning_rate", "trunk_learning_rate", "weight
               "checkpointing_steps", "keep", "export",
               "validation_steps", "validation_prompts", "guidance_scale", "judge", "patience"}
 BY_CONTENT = {"model", "reward", "data", "labels", "samples_dir", "curated_dir"}    # may move: `made_from` knows what they hold
-NEVER_THE_SAME = {"output_dir", "resume_from_checkpoint"}
+NOT_COMPARED = {"output_dir", "resume_from_checkpoint"}
 
 
 def fast_precision():
@@ -82,7 +82,7 @@ def changes(path, config, made_from=None):
     defaults = {field.name: field.default for field in dataclasses.fields(config)}        # of flags younger than the run
     if foreign := sorted(saved.keys() - now.keys() - {"made_from"}):
         raise InputError(f"{path}: not a checkpoint of this script: its args.json has --{foreign[0]}")
-    there = {name: saved.get(name, defaults[name]) for name in now.keys() - NEVER_THE_SAME}
+    there = {name: saved.get(name, defaults[name]) for name in now.keys() - NOT_COMPARED}
     differ = [(name, there[name], now[name]) for name in sorted(there) if there[name] != now[name]]
     if made_from is None:
         differ = [row for row in differ if row[2] is not None and row[0] not in BY_CONTENT]
@@ -112,7 +112,7 @@ def refuse_another_run(path, differ):
                          "--output_dir")
 
 
-def claim(config):
+def require_ours(config):
     """Raises InputError unless --output_dir is new or empty, or is of an earlier run of this script from a model elsewhere."""
     folder, model = Path(config.output_dir), Path(config.model).resolve()
     if folder.resolve() in (model, *model.parents) and folder.exists():
@@ -120,16 +120,16 @@ def claim(config):
     known = {field.name for field in dataclasses.fields(config)} | {"made_from"}
     if not (folder / "args.json").is_file():
         ours = ("samples/.lock", "curated/.lock", "part.json")  # a run that ended while it made them; study/parts.py's note
-        lock.claim(folder, "run", (*ours, *(path.name for _, path in list_checkpoints(folder))))
+        lock.require_ours(folder, "run", (*ours, *(path.name for _, path in list_checkpoints(folder))))
     elif (foreign := sorted(read_args(folder).keys() - known)) or not read_args(folder):
         raise InputError(f"--output_dir {folder}: its args.json is of no run of this script ({foreign[:1]}): name another folder")
 
 
 def open_checkpoint(config):
     """-> (path, state) of the checkpoint that --resume_from_checkpoint names; (None, {"step": 0}) without. Raises InputError
-    if it is of another run, by the flags given, or past --max_train_steps, and as `claim` does."""
+    if it is of another run, by the flags given, or past --max_train_steps, and as `require_ours` does."""
     if rank() == 0 and hasattr(config, "model"):                # world/pretrain.py keeps latents there before it comes here
-        claim(config)
+        require_ours(config)
     if not config.resume_from_checkpoint:
         return None, {"step": 0}
     path = resolve_checkpoint(config.output_dir, config.resume_from_checkpoint)

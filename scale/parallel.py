@@ -93,10 +93,10 @@ def lay_out(model, runtime, flags):
         for block in dit.blocks:
             block.compile()
     if flags.parallel == "fsdp":
-        cut(model, dit, runtime, flags.shard_size)
+        apply_fsdp(model, dit, runtime, flags.shard_size)
 
 
-def cut(model, dit, runtime, shard_size):
+def apply_fsdp(model, dit, runtime, shard_size):
     """Fully shards a model over all ranks, or over groups of shard_size neighbours, each of which has it whole."""
     # PAVRM's logits are a view; no caller writes into them
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
@@ -133,7 +133,7 @@ def first_row(p):
     return compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)[1][0]
 
 
-def rounds(work, runtime, kind):
+def work_of_rank(work, runtime, kind):
     """This rank's share of `work`, a list: [(item, whether this rank keeps what comes of it)].
 
     Ranks that share a clip have the same items, and the first of them keeps. Under fsdp the lists are equally long, as all
@@ -169,7 +169,7 @@ def offload(dit):
     dit.run_blocks = run_offloaded
 
 
-def narrow(dit, dtype):
+def cast_matrices(dit, dtype):
     """Stores the matrices of a VideoDiT's blocks in the dtype of autocast and the rest in float32, in place, to sample
     with -> dit. Autocast would cast the same matrices at each call: results are the same, in half the memory."""
     matrices = {p for layer in dit.blocks.modules() if isinstance(layer, torch.nn.Linear) for p in layer.parameters()}

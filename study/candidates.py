@@ -27,9 +27,9 @@ from formats.weights import SHIPPED, stream_tensors
 from model import load_transformer
 from pavrm import load_pavrm
 from study.search import REWARDED, SEED
-from world import judge, scene
+from world import annotator, scene
 
-JUDGED = ("qualified", "physical", "deformity", *judge.PANEL, *judge.LIMITS, "absent")
+JUDGED = ("qualified", "physical", "deformity", *annotator.PANEL, *annotator.LIMITS, "absent")
 
 
 @dataclass
@@ -89,7 +89,7 @@ def main(config):
         with runtime.autocast():
             x, rewards = sample_and_reward(dit, pavrm, x_T.to(runtime.device), context[[video for video, _ in some]],
                                            config.num_inference_steps, config.guidance)
-        judged = judge.annotate(to_pixels(vae.decode(x)).cpu(), [prompts[video] for video, _ in some])
+        judged = annotator.annotate(to_pixels(vae.decode(x)).cpu(), [prompts[video] for video, _ in some])
         rows.append({"rewards": rewards.cpu()} | {name: judged[name].float() for name in JUDGED})
     found = {name: torch.cat([row[name] for row in rows]).unflatten(0, (-1, n)).contiguous() for name in rows[0]}
     path = Path(config.output_dir) / "candidates.safetensors"

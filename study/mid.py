@@ -3,7 +3,7 @@
 The base is checkpoints/mid. Every rate and number of steps is what was chosen at the first size.
 """
 from formats.weights import SHIPPED
-from report import claims_table, judge_claims
+from report import claims_table, claim_verdicts
 from search import parse_cuts
 from study.parts import MID, evaluations
 from study.search import STEPS, passes_of
@@ -27,7 +27,7 @@ def mid(work):
              evaluated("mid-best-of-4", lambda seed: {steady_searched: of(seed, STEADY)}, "--best_of", 4))
     found = [{row: next(rows[row] for rows in seed if row in rows) for row in order} for seed in zip(*parts)]
     cells, lines = quality_table(found)
-    claims = judge_claims([(*pair, "not in it") for pair in (
+    claims = claim_verdicts([(*pair, "not in it") for pair in (
         (best, "base"), (steady_end, best), (steady_end, paper_end), (base_searched, "base"), (steady_searched, steady_end))],
         {row: [f[row]["qualified"] for f in found] for row in order})
     curves = {"The two recipes at 48x48": {row: [curve(work, seed, run) for seed in work.seeds] for row, run in RUNS.items()}}

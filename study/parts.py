@@ -164,7 +164,7 @@ def frames_of(flags):
     return flags[flags.index("--frames_decoded") + 1]
 
 
-def judge_flags(method, flags):
+def reward_flags(method, flags):
     """train_reward flags of the reward model that train_align takes with these flags."""
     pixels = ("--space", "rgb", "--frames_decoded", frames_of(flags)) if method == "refl" else ()
     return (*pixels, *base_of(flags))
@@ -176,10 +176,10 @@ def reward_folder(work, seed, flags=()):
 
 def train_rewards(work, variants):
     """A reward model per seed and entry of variants (train_reward flags)."""
-    train_judges(work, [(seed, flags) for seed in work.seeds for flags in variants])
+    train_reward_models(work, [(seed, flags) for seed in work.seeds for flags in variants])
 
 
-def train_judges(work, wanted):
+def train_reward_models(work, wanted):
     """The reward models [(seed, train_reward flags)], all on the seed's own samples (of a base)."""
     def part(seed, flags):
         count = () if "--num_samples" in flags else (
@@ -218,7 +218,7 @@ def align_folder(work, seed, method, flags=()):
 def train_aligned(work, runs):
     """runs: [(seed, method, train_align flags)]. prfl and refl make the preset's iterations, of two updates each, sft and
     rwr as many updates, at the rates of TUNED, unless the flags say otherwise. Their reward models come first."""
-    train_judges(work, [(seed, judge_flags(method, flags)) for seed, method, flags in runs if method != "sft"])
+    train_reward_models(work, [(seed, reward_flags(method, flags)) for seed, method, flags in runs if method != "sft"])
     shards, parts = curated(work), []
     for seed, method, flags in runs:
         two_updates = method in ("prfl", "refl")
@@ -226,7 +226,7 @@ def train_aligned(work, runs):
         default = {"--recipe": "paper"} if two_updates else {}  # these tables are about the paper's
         default["--max_train_steps"] = work.preset["iterations"] * (1 if two_updates else 2)
         if method != "sft":
-            default["--reward"] = reward_folder(work, seed, judge_flags(method, flags)) / "reward"
+            default["--reward"] = reward_folder(work, seed, reward_flags(method, flags)) / "reward"
         added = [word for flag, value in default.items() if flag not in flags for word in (flag, value)]
         parts.append((align_folder(work, seed, method, flags), "transformer/config.json", "train_align.py", "--method",
                       method, "--seed", seed, "--data", shards, *added, *flags))

@@ -54,7 +54,7 @@ from formats.video import from_pixels, read_video, to_pixels, write_video
 from formats.weights import SHIPPED
 from model import load_transformer
 from pavrm import load_pavrm
-from report import auc_values, balanced_values, claims_table, interval, judge_claims, plot, show, summary, table, verdict
+from report import auc_values, balanced_values, claim_verdicts, claims_table, confidence_interval, plot, show, summary, table, verdict
 from study import parts
 from study.mid import mid
 from study.parts import I2V, METRICS, align_folder, base_of, evaluations, named, reward_folder, train_aligned, train_rewards
@@ -62,9 +62,9 @@ from study.search import fooled, search
 from study.steady import speed, steady, why
 from study.stopping import stopping
 from study.table4 import table4
-from validation import interval_logits, interval_metrics
+from validation import logits_by_t, metrics_by_t
 from world import clips, scene
-from world.judge import annotate
+from world.annotator import annotate
 
 BASE = SHIPPED["t2v"]
 RATES = {method: (3e-5, 1e-4, 3e-4) for method in ("prfl", "rwr", "refl")} | {"sft": (3e-5, 1e-4, 3e-4, 1e-3)}  # table1's sweep
@@ -85,7 +85,7 @@ def alignment_study(work, name, title, variants, claims, paper, notes=()):
     found = evaluations(work, named("test", task), rows, task)
     metrics = [metric for metric in METRICS if metric in found[0]["base"]]
     rows = {row: {metric: summary([f[row][metric] for f in found]) for metric in metrics} for row in found[0]}
-    claims = judge_claims(claims, {row: [f[row]["qualified"] for f in found] for row in rows} | {
+    claims = claim_verdicts(claims, {row: [f[row]["qualified"] for f in found] for row in rows} | {
         f"{row}'s {METRICS[metric]}": [f[row][metric] for f in found] for row in rows for metric in metrics})
     lines = [f"{work.preset['videos']} held-out videos, same prompts and noise in every row ({work.said_seeds()}). The paper's "
              "column is its average metric (another scale: compare orderings).", ""]
@@ -302,7 +302,7 @@ def accuracy_row(logits, labels):
     """logits [seeds, 5, m], labels [seeds, m] -> (right [seeds, 5, m], {accuracy as a summary; it, balanced accuracy,
     AUC and the share judged good by interval of t})."""
     right = ((logits >= 0) == (labels == 1)[:, None]).double().numpy()
-    found = [interval_metrics(*seed) for seed in zip(logits, labels)]
+    found = [metrics_by_t(*seed) for seed in zip(logits, labels)]
     return right, {"average": summary(right.mean(1)), **{key: np.mean([f[name] for f in found], 0).tolist() for key, name in (
         ("intervals", "accuracy"), ("balanced", "balanced_accuracy"), ("auc", "auc"))},
         "judged_good": (logits >= 0).double().mean((0, 2)).tolist()}
@@ -333,7 +333,7 @@ def reward_study(work, name, title, variants, claims, paper, notes=(), by="accur
     judged, rows = {}, {}
     for row, flags in common.progress(variants.items(), "reward models judge"):
         reward_fns = [reward_fn_of(work, seed, flags) for seed in work.seeds]
-        logits = torch.stack([interval_logits(reward_fn, latents, context) for reward_fn in reward_fns])
+        logits = torch.stack([logits_by_t(reward_fn, latents, context) for reward_fn in reward_fns])
         every = labels.expand(len(logits), -1)
         right, rows[row] = accuracy_row(logits, every)                                              # [seeds, 5, m]
         values = auc_values(logits, every) if by == "AUC" else right
@@ -343,7 +343,7 @@ def reward_study(work, name, title, variants, claims, paper, notes=(), by="accur
             found = torch.stack([logits_at(reward_fn, latents, context, at) for reward_fn in reward_fns])       # [seeds, m]
             judged[f"{row} at {at}"] = ((found >= 0) == (every == 1)).double().numpy()
             rows[row]["at"] = summary(judged[f"{row} at {at}"])
-    claims = judge_claims(claims, judged)
+    claims = claim_verdicts(claims, judged)
     lines = [f"Accuracy on {len(labels)} own samples that no reward model was trained on ({(labels == 1).double().mean():.0%} "
              f"good), one random t in each fifth of (0, 1] ({work.said_seeds()}). Each trained for {steps} steps.", ""]
     lines += accuracy_table(rows, paper)
@@ -400,7 +400,7 @@ def table9(work):
         good = (labels == 1).double().mean(1)
         if not 0 < good.min() <= good.max() < 1:
             raise InputError(f"table9: all {m} test videos of {row} have one label; take another preset")
-        logits = torch.stack([interval_logits(reward_fn_of(work, seed, ()), latents[:m], context[:m])
+        logits = torch.stack([logits_by_t(reward_fn_of(work, seed, ()), latents[:m], context[:m])
                               for seed, (latents, context, _) in zip(work.seeds, found)])       # [seeds, 5, m]
         right[row], rows[row] = accuracy_row(logits, labels)
         rows[row]["good"] = good.mean().item()
@@ -410,9 +410,9 @@ def table9(work):
     rows[mean] = {"average": summary(np.concatenate([right[row].mean(1) for row in others], 1)),
                   **{key: np.mean([rows[row][key] for row in others], 0).tolist()
                      for key in ("intervals", "balanced", "auc", "good")}}
-    claims = judge_claims([(own, row) for row in (*others, mean)], {row: x.mean(1) for row, x in balanced.items()}, paired=False)
+    claims = claim_verdicts([(own, row) for row in (*others, mean)], {row: x.mean(1) for row, x in balanced.items()}, paired=False)
     high, low = f"{mean}, in (.8, 1]", "in [0, .2]"
-    claims += judge_claims([(high, low)], {high: balanced[mean][:, 4], low: balanced[mean][:, 0]})
+    claims += claim_verdicts([(high, low)], {high: balanced[mean][:, 4], low: balanced[mean][:, 0]})
     work.write("table9", "Table 9: the reward model on other generators' videos", [
         f"{m} videos of each generator, new to the reward model (good: "
         + ", ".join(f"{row} {cells['good']:.0%}" for row, cells in rows.items()) + f"), one random t in each fifth of (0, 1] "

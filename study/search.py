@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 from formats.codec import load_vae
 from formats.video import from_pixels, to_pixels
 from formats.weights import SHIPPED
-from report import claims_table, judge_claims, plot, show, summary, table, verdict
+from report import claims_table, claim_verdicts, plot, show, summary, table, verdict
 from search import parse_cuts as search_plan
 from study.parts import align_folder, named, reward_folder, train_aligned
 from study.steady import RECIPES, Run, curve, recipe_folder, stopped_at_its_best, train_recipes
-from world import judge, scene
+from world import scene
+from world.annotator import ANNOTATORS, AXES, annotate, grade
 
 SEED = 7_000                                                    # that of evaluate.py's test videos
 REWARDED = (0.75, 0.5625, 0.375, 0.1875, 0.0)                   # the times at which candidates can be dropped
@@ -93,8 +94,8 @@ def kept(seeds, cuts, tolerance=1.0):
 def graded(found, tolerance=1.0):
     """What the annotator found [m] -> {what of PANEL: [m]}, the axes as qualified or not."""
     found = found | {what: found[what].bool() for what in ("absent", "adherent")}
-    found |= judge.grade(found, tolerance)
-    return {what: (found[what] == 2 if what in judge.AXES else found[what]).double().numpy() for what in PANEL}
+    found |= grade(found, tolerance)
+    return {what: (found[what] == 2 if what in AXES else found[what]).double().numpy() for what in PANEL}
 
 
 @torch.no_grad()
@@ -102,7 +103,7 @@ def clean_renders(m, split="test"):
     """What the annotator finds in clean renders of the same prompts, after the VAE -> {what: [m]}"""
     videos, prompts, _ = scene.make(m, SEED, "clean", split=split)
     vae = load_vae(SHIPPED["t2v"] / "vae")
-    return judge.annotate(torch.cat([to_pixels(vae.decode(vae.encode(from_pixels(x)))) for x in videos.split(128)]), prompts)
+    return annotate(torch.cat([to_pixels(vae.decode(vae.encode(from_pixels(x)))) for x in videos.split(128)]), prompts)
 
 
 # ---- the tables
@@ -166,7 +167,7 @@ def search(work):
     by = {f"{row}, {plan}": panel["qualified"] for row in ROWS for plan, panel in values[row].items()}
     by |= {f"base, {way}": panel["qualified"] for way, (panel, _) in ways.items()}
     chain, end = label(8, "in a chain"), label(4, "at the end")                                 # about as many passes
-    claims = judge_claims([(*pair, "not in it") for pair in (
+    claims = claim_verdicts([(*pair, "not in it") for pair in (
         *((f"{row}, {chain}", f"{row}, {label(1)}") for row in ROWS), *((f"{row}, {chain}", f"{row}, {end}") for row in ROWS),
         (f"base, {chain}", f"base, one sample, {4 * STEPS} steps"), (f"steady, {label(1)}", f"base, {chain}"),
         *((f"base, guided, scale {scale:g}, {end}", f"base, {end}") for scale in GUIDANCE),
@@ -209,22 +210,22 @@ def fooled(work):
     for split in flags:
         found = candidates(work, {row: (row, [of]) for row, of in flags[split].items()})
         clean = clean_renders(work.preset["videos"], split)
-        for annotator, tolerance in judge.ANNOTATORS.items():
+        for annotator, tolerance in ANNOTATORS.items():
             values[split, annotator] = {row: kept(seeds, search_plan(1), tolerance) for row, seeds in found.items()} | {
                 best: kept(found["base"], search_plan(8), tolerance),
                 "clean renders": {what: x[None] for what, x in graded(clean, tolerance).items()}}
     cells = {key: {row: summary(panel["qualified"]) for row, panel in of.items()} for key, of in values.items()}
     lines = [f"Qualified, of {work.preset['videos']} videos ({work.said_seeds()}). Strict, loose: the annotator's limits times "
-             f"{judge.ANNOTATORS['strict']:g} and {judge.ANNOTATORS['loose']:g}.", ""]
+             f"{ANNOTATORS['strict']:g} and {ANNOTATORS['loose']:g}.", ""]
     for split, said in (("test", "test sentences"), ("reworded", "reworded")):
-        lines += table([said, *judge.ANNOTATORS, "true to the prompt", "both axes"], [
-            [names.get(row, row), *(show(**cells[split, annotator][row]) for annotator in judge.ANNOTATORS),
+        lines += table([said, *ANNOTATORS, "true to the prompt", "both axes"], [
+            [names.get(row, row), *(show(**cells[split, annotator][row]) for annotator in ANNOTATORS),
              f"{panel['adherent'].mean():.3f}", f"{(panel['physical'] * panel['deformity']).mean():.3f}"]
             for row, panel in values[split, "firm"].items()])
     lines += ["Reworded: sentences that no training, choice or validation saw (world/scene.py, REWORDED), with other verbs and "
               "phrases, in another order. Only the words for colour, shape and direction are the world's.", ""]
     order = [("steady", "paper"), ("paper", "SFT"), ("SFT", "base"), (best, "base"), ("steady", best)]
-    claims = {f"{split}, {annotator}": judge_claims([(*pair, "not in it") for pair in order],
+    claims = {f"{split}, {annotator}": claim_verdicts([(*pair, "not in it") for pair in order],
                                                    {row: of[row]["qualified"] for row in names})
               for (split, annotator), of in values.items()}
     for where, found in claims.items():

@@ -11,9 +11,9 @@ import numpy as np
 from formats import runs
 from formats.weights import SHIPPED
 from model import PRESETS as MODELS
-from report import claims_table, judge_claims, plot, show, summary, table
+from report import claims_table, claim_verdicts, plot, show, summary, table
 from scale import plan
-from study.parts import I2V, METRICS, TUNED, base_of, evaluations, judge_flags, named, reward_folder, train_judges
+from study.parts import I2V, METRICS, TUNED, base_of, evaluations, reward_flags, named, reward_folder, train_reward_models
 
 WAN = "wan2.1-t2v-14b"
 EVERY = 40                                                      # iterations between validations, and checkpoints
@@ -54,7 +54,7 @@ def part_of_run(work, seed, run):
     method = method_of(run)
     script = ("-m", "study.why") if run.name == "why" else ("train_align.py", "--method", method)
     curated = work.folder / f"seed-{seed}" / named("curated", base_of(run.flags))
-    reward = () if method == "sft" else ("--reward", reward_folder(work, seed, judge_flags(method, run.flags)) / "reward")
+    reward = () if method == "sft" else ("--reward", reward_folder(work, seed, reward_flags(method, run.flags)) / "reward")
     default = {"--learning_rate": TUNED[method], "--max_train_steps": length(work), "--validation_steps": EVERY,
                "--num_validation": work.preset["videos"] // 2}
     added = [word for flag, value in default.items() if flag not in run.flags for word in (flag, value)]
@@ -68,7 +68,7 @@ def method_of(run):
 
 def train(work, wanted):
     """Runs [(seed, Run)], their reward models first; of those that share curated clips, one before the others: it renders."""
-    train_judges(work, [(seed, judge_flags(method_of(run), run.flags)) for seed, run in wanted if method_of(run) != "sft"])
+    train_reward_models(work, [(seed, reward_flags(method_of(run), run.flags)) for seed, run in wanted if method_of(run) != "sft"])
     first = {(seed, base_of(run.flags)): (seed, run) for seed, run in reversed(wanted)}
     work.run([part_of_run(work, *each) for each in first.values()])
     work.run([part_of_run(work, *each) for each in wanted])
@@ -235,7 +235,7 @@ def steady(work):
     rows, lines = quality_table(found)
     values = {row: [f[row]["qualified"] for f in found] for row in rows}
     end = f"{own}, at the end"
-    claims = judge_claims([(end, f"{paper}, stopped at its best", "not in it"), (end, f"{paper}, at the end", "not in it"),
+    claims = claim_verdicts([(end, f"{paper}, stopped at its best", "not in it"), (end, f"{paper}, at the end", "not in it"),
                            (end, "base", "not in it")], values)
     recipes, rates = curves.values()
     asked = expectations(work, found, recipes["the steady recipe"], rates, claims)

@@ -185,7 +185,7 @@ def test_two_processes_average_gradients_as_one_with_both_halves(tmp_path):
             loss.backward()
             norms.append(common.average_and_clip_gradients(model.parameters(), 0.5, step))
             optimizer.step(); optimizer.zero_grad()
-        value = torch.tensor(float(runtime.rank)); common.average([value])
+        value = torch.tensor(float(runtime.rank)); common.all_reduce_mean_([value])
         if runtime.rank == 0:
             torch.save([[p.detach() for p in model.parameters()], norms, value], sys.argv[1])
         common.teardown()

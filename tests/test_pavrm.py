@@ -203,7 +203,7 @@ def test_auc_is_the_share_of_pairs_in_order():
 
 
 def measured(answer, m=30):
-    """interval_metrics of a model that answers with answer(context); the label stands in the context."""
+    """metrics_by_t of a model that answers with answer(context); the label stands in the context."""
     labels = (torch.arange(m) % 3 == 0).to(torch.int8)                             # a third is good
     context = labels.float().view(m, 1, 1)
     latents, seen = torch.zeros(m, 4, 2, 2, 2), []
@@ -212,7 +212,7 @@ def measured(answer, m=30):
         seen.append((x, t))
         return answer(context[:, 0, 0])
 
-    return validation.interval_metrics(validation.interval_logits(model, latents, context, batch_size=8), labels), seen
+    return validation.metrics_by_t(validation.logits_by_t(model, latents, context, batch_size=8), labels), seen
 
 
 def test_interval_metrics_of_known_models():

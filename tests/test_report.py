@@ -39,29 +39,29 @@ def test_values_are_the_statistic_and_what_each_video_moves_it_by(name):
 def test_the_interval_over_videos_is_the_normal_one():
     """Half of 400 videos: .5 +- 1.96 * .5 / 20."""
     values = np.arange(400)[None] % 2
-    assert report.interval(values) == pytest.approx([.5 - .049, .5 + .049], abs=.004)
-    assert report.interval(values, 3 * values + 1) == pytest.approx([-2 - .155, -2 + .155], abs=.012)   # sqrt(1 + 9) as wide
-    assert report.interval(np.full((3, 5), 2.0)) == [2, 2] and report.interval(np.ones((2, 3)), np.full((2, 7), 4.0)) == [-3, -3]
+    assert report.confidence_interval(values) == pytest.approx([.5 - .049, .5 + .049], abs=.004)
+    assert report.confidence_interval(values, 3 * values + 1) == pytest.approx([-2 - .155, -2 + .155], abs=.012)   # sqrt(1 + 9) as wide
+    assert report.confidence_interval(np.full((3, 5), 2.0)) == [2, 2] and report.confidence_interval(np.ones((2, 3)), np.full((2, 7), 4.0)) == [-3, -3]
 
 
 def test_one_seed_fewer_is_drawn_than_there_are():
     """Three of 0, 1, 2, 3: their sum is 0 in 1 of 64 draws, at most 1 in 4: the quantile of .025 is 1, above 3 it mirrors."""
     values = np.arange(4.0)[:, None] * np.ones((1, 6))
-    assert report.interval(values) == pytest.approx([1 / 3, 3 - 1 / 3])
+    assert report.confidence_interval(values) == pytest.approx([1 / 3, 3 - 1 / 3])
     two = np.array([[-1, 1] * 50, [9, 11] * 50])                # one of two: half of N(0, .1), half of N(10, .1)
-    assert report.interval(two) == pytest.approx([-.1645, 10.1645], abs=.015)
+    assert report.confidence_interval(two) == pytest.approx([-.1645, 10.1645], abs=.015)
     found = report.summary(values)
-    assert found["mean"] == 1.5 and found["seeds"] == [0, 1, 2, 3] and found["interval"] == report.interval(values)
+    assert found["mean"] == 1.5 and found["seeds"] == [0, 1, 2, 3] and found["interval"] == report.confidence_interval(values)
 
 
 def test_verdicts_on_claims():
     values = {"a": np.full((2, 4), 3.0), "b": np.array([[1.0] * 4, [2.0] * 4]), "c": np.array([[9.0, 0, 9, 0]] * 2)}
-    first, second, third = report.judge_claims([("a", "b"), ("b", "a", "no"), ("a", "c", "less")], values)
+    first, second, third = report.claim_verdicts([("a", "b"), ("b", "a", "no"), ("a", "c", "less")], values)
     assert first == {"claim": "a above b", "paper": "yes", "difference": 1.5, "interval": [1, 2], "seeds": [2, 1],
                      "verdict": "holds"}
     assert second["paper"] == "no" and second["verdict"] == "does not hold" and third["verdict"] == "cannot be told"
-    (unpaired,) = report.judge_claims([("a", "c")], {"a": values["a"][:, :3], "c": values["c"]}, paired=False)
-    assert unpaired["difference"] == -1.5 and unpaired["interval"] == report.interval(values["a"][:, :3], values["c"])
+    (unpaired,) = report.claim_verdicts([("a", "c")], {"a": values["a"][:, :3], "c": values["c"]}, paired=False)
+    assert unpaired["difference"] == -1.5 and unpaired["interval"] == report.confidence_interval(values["a"][:, :3], values["c"])
     assert [report.verdict(*ends) for ends in ((0, 1), (-1, 0), (.1, 1), (-1, -.1))] == [
         "cannot be told", "cannot be told", "holds", "does not hold"] and report.verdict(.1, 1, at=.5) == "cannot be told"
     lines = report.claims_table([first])

@@ -19,7 +19,7 @@ from formats import lock
 from formats.prompts import read_prompts
 from formats.video import read_video, write_png
 from model import PRESETS
-from world import judge
+from world import annotator
 
 FAST = ["--num_inference_steps", "2", "--batch_size", "2"]
 PROMPTS = [f"a {color} {shape} moving {way}" for color, shape, way in
@@ -54,7 +54,7 @@ def test_many_prompts_are_mp4s_and_metadata(made, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "more/metadata.jsonl").read_text().splitlines()]
     assert [row["file_name"] for row in rows[11:13]] == ["000000-11.mp4", "000001-0.mp4"]
     films = torch.stack([read_video(tmp_path / "more" / row["file_name"]) for row in rows])
-    assert judge.annotate(films, [row["prompt"] for row in rows])["adherent"].float().mean() > 0.5
+    assert annotator.annotate(films, [row["prompt"] for row in rows])["adherent"].float().mean() > 0.5
 
 
 def test_three_processes_make_the_same_files(made, tmp_path):

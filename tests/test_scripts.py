@@ -21,7 +21,7 @@ from formats.video import from_pixels, read_video, to_pixels, write_png, write_v
 from model import PRESETS, VideoDiT, export_transformer, first_frame_condition, load_transformer
 from pavrm import PAVRM, load_pavrm
 from study import parts, reproduce
-from world import judge, pretrain, scene
+from world import annotator, pretrain, scene
 
 SHIPPED = str(sample.Path(sample.__file__).parent / "checkpoints")
 
@@ -56,7 +56,7 @@ def test_the_shipped_vae_keeps_clean_clips_clean():
     vae = load_vae(f"{SHIPPED}/vae")
     with torch.no_grad():
         decoded = to_pixels(vae.decode(vae.encode(from_pixels(videos))))
-    assert judge.annotate(decoded, prompts)["qualified"].float().mean() >= 0.985
+    assert annotator.annotate(decoded, prompts)["qualified"].float().mean() >= 0.985
 
 
 def test_sample_writes_a_film_of_the_asked_colour(tmp_path, capsys):
@@ -64,7 +64,7 @@ def test_sample_writes_a_film_of_the_asked_colour(tmp_path, capsys):
         "--contact_sheet", tmp_path / "sheets" / "x.png")
     films = torch.stack([read_video(tmp_path / f"x-{i}.mp4") for i in range(4)])
     assert films.shape == (4, 9, 32, 32, 3)
-    assert judge.annotate(films, ["red"] * 4)["adherent"].sum() >= 3
+    assert annotator.annotate(films, ["red"] * 4)["adherent"].sum() >= 3
     assert (tmp_path / "sheets" / "x.png").read_bytes().startswith(b"\x89PNG")
     first = films.clone()
     run(sample, "--prompt", "a red circle moving to the right", "--num_videos", 2, "--output", tmp_path / "x.mp4")
@@ -312,8 +312,8 @@ def test_the_shipped_image_to_video_weights(tmp_path, capsys):
 
 # ---- reproduce.py
 def test_interval_over_seeds_and_videos_grows_with_the_spread_of_either():
-    assert report.interval(np.full((3, 10), 0.5)) == [0.5, 0.5]
-    width = lambda values: np.subtract(*report.interval(values)[::-1])
+    assert report.confidence_interval(np.full((3, 10), 0.5)) == [0.5, 0.5]
+    width = lambda values: np.subtract(*report.confidence_interval(values)[::-1])
     videos = np.random.default_rng(0).normal(size=(1, 400)).repeat(3, 0)  # seeds alike
     assert width(videos) == pytest.approx(2 * 1.96 * videos[0].std() / 20, rel=0.15)
     seeds = videos + np.array([[-0.3], [0.0], [0.3]])
@@ -322,17 +322,17 @@ def test_interval_over_seeds_and_videos_grows_with_the_spread_of_either():
 
 def test_seeds_widen_the_interval_as_the_unbiased_variance_of_their_mean_does():
     studies = np.random.default_rng(0).normal(size=(60, 8, 1))                   # 8 seeds, whose videos all agree
-    widths = [np.subtract(*report.interval(study)[::-1]) for study in studies]
+    widths = [np.subtract(*report.confidence_interval(study)[::-1]) for study in studies]
     assert np.mean(widths) == pytest.approx(2 * 1.96 * studies.std(1, ddof=1).mean() / 8 ** 0.5, rel=0.03)
 
 
 def test_claims_are_judged_by_the_paired_difference():
     noise = np.random.default_rng(0).normal(size=(2, 300))
     values = {"a": noise + 0.05, "b": noise, "c": noise + np.random.default_rng(1).normal(size=(2, 300))}
-    found = report.judge_claims([("a", "b"), ("b", "a"), ("c", "b")], values)
+    found = report.claim_verdicts([("a", "b"), ("b", "a"), ("c", "b")], values)
     assert [c["verdict"] for c in found] == ["holds", "does not hold", "cannot be told"]
     assert found[0]["difference"] == pytest.approx(0.05)
-    text = "\n".join(report.claims_table(found + report.judge_claims([("a", "b", "alike")], values)))
+    text = "\n".join(report.claims_table(found + report.claim_verdicts([("a", "b", "alike")], values)))
     assert text.count("| a above b | yes | +0.050 [+0.050, +0.050] | +0.050 +0.050 | holds |") == 1
     assert text.count("| a above b | alike |") == 1
 
@@ -340,12 +340,12 @@ def test_claims_are_judged_by_the_paired_difference():
 def test_unpaired_claims_are_judged_by_groups_of_other_videos():
     rng = np.random.default_rng(0)
     values = {"a": rng.normal(0.5, 1, (1, 400)), "b": rng.normal(0, 1, (1, 300)), "c": rng.normal(0.45, 1, (1, 200))}
-    found = report.judge_claims([("a", "b"), ("b", "a"), ("a", "c")], values, paired=False)
+    found = report.claim_verdicts([("a", "b"), ("b", "a"), ("a", "c")], values, paired=False)
     assert [c["verdict"] for c in found] == ["holds", "does not hold", "cannot be told"]
     spread = 1.96 * (values["a"].var() / 400 + values["b"].var() / 300) ** 0.5      # of the difference of two means
     assert np.subtract(*found[0]["interval"][::-1]) == pytest.approx(2 * spread, rel=0.1)
     seeds = {name: x + np.array([[-1.0], [0.0], [1.0]]) for name, x in values.items()}      # the same in both: they cancel
-    again, = report.judge_claims([("a", "b")], seeds, paired=False)
+    again, = report.claim_verdicts([("a", "b")], seeds, paired=False)
     assert np.allclose(again["interval"], found[0]["interval"], atol=0.05)
 
 
@@ -365,7 +365,7 @@ def test_balanced_values_have_the_mean_and_the_spread_of_balanced_accuracy():
     assert values.mean(2)[0] == pytest.approx(accuracy(right[0], labels[0]))
     picks = np.random.default_rng(0).integers(0, 2000, (2000, 2000))
     wanted = np.quantile([accuracy(right[0][:, pick], labels[0][pick]).mean() for pick in picks], (0.025, 0.975))
-    assert report.interval(values.mean(1)) == pytest.approx(wanted, abs=0.003)
+    assert report.confidence_interval(values.mean(1)) == pytest.approx(wanted, abs=0.003)
 
 
 def test_auc_values_have_the_mean_and_the_spread_of_the_auc():
@@ -376,7 +376,7 @@ def test_auc_values_have_the_mean_and_the_spread_of_the_auc():
     assert values.mean(2)[0] == pytest.approx([validation.auc(row, labels[0]) for row in logits[0]])
     picks = torch.randint(0, 600, (1000, 600), generator=g)
     wanted = np.quantile([validation.auc(logits[0, 0, pick], labels[0, pick]) for pick in picks], (0.025, 0.975))
-    assert report.interval(values[:, 0]) == pytest.approx(wanted, abs=0.005)
+    assert report.confidence_interval(values[:, 0]) == pytest.approx(wanted, abs=0.005)
 
 
 def test_table9_of_a_reward_model_that_errs_on_other_generators_near_clean(tmp_path, monkeypatch):

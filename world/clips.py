@@ -24,7 +24,7 @@ from formats.video import from_pixels, to_pixels, write_video
 from formats.weights import read_config, transformer_folder
 from model import first_frame_condition
 from world import scene
-from world.judge import annotate
+from world.annotator import annotate
 
 
 def require_world(model):
@@ -54,7 +54,7 @@ def own_samples(folder, generator, model, count, num_steps, size, seed, runtime,
             raise InputError(f"{folder}: was made with {made_with}; use another --output_dir, or remove it")
         return shards
     if runtime.rank == 0:
-        lock.claim(folder, "shards")
+        lock.require_ours(folder, "shards")
         guard = lock.hold(folder, "shards")                     # until this function ends
     vae = load_vae(f"{model}/vae").to(runtime.device)
     text = load_text_encoder(f"{model}/text_encoder").to(runtime.device)
@@ -100,7 +100,7 @@ def clean_clips(folder, model, count, size, seed, runtime):
     require_world(model)
     common.gather(None)                                         # every rank has looked
     if runtime.rank == 0:
-        lock.claim(folder, "curated", ("world.json",))
+        lock.require_ours(folder, "curated", ("world.json",))
         guard = lock.hold(folder, "curated")                    # noqa: F841   until this function ends
         runs.write_json(mark, settings)
         if not (clips / "metadata.jsonl").exists():
@@ -121,7 +121,7 @@ class Config:
 
 
 def main(config):
-    lock.claim(config.folder, "clips")
+    lock.require_ours(config.folder, "clips")
     if (Path(config.folder) / "metadata.jsonl").exists():
         raise InputError(f"{config.folder}: holds clips and a metadata.jsonl already: name a new folder")
     with lock.hold(config.folder, "clips"):

@@ -36,7 +36,7 @@ from formats.codec import load_text_encoder, load_vae
 from formats.video import from_pixels, to_pixels
 from formats.weights import SHIPPED, WEIGHTS, save_module, stream_tensors
 from model import PRESETS, VideoDiT, first_frame_condition, load_transformer
-from world import judge, scene
+from world import annotator, scene
 from world.text_encoder import TextEncoder
 from world.vae import VideoVAE
 
@@ -218,9 +218,9 @@ def train_vae(config, runtime):
     def validate(averaged, step):
         video = from_pixels(clean.to(runtime.device))
         decoded = to_pixels(averaged["vae"].decode_raw(averaged["vae"].posterior(video)[0])).cpu()
-        judged = judge.annotate(decoded, clean_prompts)
+        judged = annotator.annotate(decoded, clean_prompts)
         return {"clean_pass": judged["qualified"].float().mean().item(),
-                **{k: judged[k].quantile(0.99).item() for k in judge.LIMITS}}
+                **{k: judged[k].quantile(0.99).item() for k in annotator.LIMITS}}
 
     averaged = train(config, {"vae": vae}, make_optimizers(config, inner, rest), loss_fn, validate, ("vae",))["vae"]
     with torch.no_grad():                                        # per-channel statistics: latents of unit scale
@@ -344,13 +344,13 @@ def train_dit(config, runtime):
             x1 = common.noise(latents.shape[1:], config.seed, "validation", 0, range(256)).to(runtime.device)
             x0 = flow.rollout(averaged["transformer"], x1, context, 16, y=y)
             videos = to_pixels(vae.decode(x0)).cpu()
-        judged = judge.annotate(videos, held_prompts)
+        judged = annotator.annotate(videos, held_prompts)
         if runtime.rank == 0:
             stream_tensors({"videos": videos[:32].contiguous()}, Path(config.output_dir) / "samples.safetensors")
         return {k: judged[k].float().mean().item() for k in ("qualified", "adherent", "speed")} \
             | {"physical_ok": (judged["physical"] == 2).float().mean().item(),
                "deformity_ok": (judged["deformity"] == 2).float().mean().item()} \
-            | {k: judged[k].median().item() for k in judge.LIMITS}
+            | {k: judged[k].median().item() for k in annotator.LIMITS}
 
     averaged = train(config, {"transformer": dit}, make_optimizers(config, matrices, others), loss_fn, validate,
                      ("transformer",))

@@ -1,6 +1,6 @@
 """The embedded world: simple subjects that move by physics, with the flaws a generator makes, and captions.
 
-It stands in for web video, as judge.py does for human annotators, so that the paper's claims can be checked without
+It stands in for web video, as annotator.py does for human annotators, so that the paper's claims can be checked without
 people: `make` renders captioned clips, clean or flawed.
 
     python -m world.clips clips --count 256 --kind clean      writes clips of this world as mp4 with metadata

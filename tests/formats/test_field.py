@@ -189,7 +189,7 @@ def test_nothing_of_the_users_is_written_over(clips, tmp_path, capsys):
     (tmp_path / "mine/table.md").touch()
     evaluate.own(evaluate.Config(output_dir=str(tmp_path / "mine")), runtime).close()       # its own, once more
     with pytest.raises(InputError, match="its path is not UTF-8: name another folder"):
-        lock.claim(os.fsdecode(b"caf\xe9"), "shards")
+        lock.require_ours(os.fsdecode(b"caf\xe9"), "shards")
 
 
 def test_a_killed_first_run_can_be_continued(clips, tmp_path, monkeypatch):

@@ -61,7 +61,7 @@ def compare(runtime, kind, image, checkpointing, rank, pooling, **more):
             common.average_and_clip_gradients(params, None)
             gradients = [p.grad.clone() for p in params]
             means = [loss.detach(), sft.detach()]
-            common.average(means)
+            common.all_reduce_mean_(means)
             loss, sft = means
             reward, sampled = (torch.cat(common.gather(z)[::runtime.sequence_parallel]) for z in (reward, sampled))
         optimizer.step()

@@ -29,7 +29,7 @@ import prfl
 import train_align
 import train_reward
 from formats import weights
-from formats.codec import fill_in, training
+from formats.codec import fill_in, training_defaults
 from model import PRESETS
 from scale import parallel, plan
 from scale.simulate import gpu_attend, simulate
@@ -380,7 +380,7 @@ def test_disk_is_that_of_the_files(tmp_path):
 
 def test_what_the_scripts_do_by_default():
     one, reward, align = plan.Config("tiny-t2v"), train_reward.Config(), train_align.Config()
-    fill_in(align, training(model.PRESETS["tiny-t2v"], "align"))
+    fill_in(align, training_defaults(model.PRESETS["tiny-t2v"], "align"))
     assert (one.reward_steps, plan.REWARD_EVERY) == (reward.max_train_steps, reward.checkpointing_steps)
     assert (one.max_train_steps, plan.ALIGN_EVERY) == (align.max_train_steps, align.checkpointing_steps)
     assert reward.validation_steps == plan.REWARD_EVERY

@@ -1,9 +1,9 @@
-"""scene.py, judge.py: the physics against a step-by-step simulation, and the annotator against clips whose truth is known."""
+"""scene.py, annotator.py: the physics against a step-by-step simulation, and the annotator against clips whose truth is known."""
 import pytest
 import torch
 
 from common import InputError
-from world import judge, scene
+from world import annotator, scene
 
 COMBINATIONS = {(c, s, d) for c in scene.COLORS for s in scene.SHAPES for d in scene.DIRECTIONS}
 
@@ -11,7 +11,7 @@ COMBINATIONS = {(c, s, d) for c in scene.COLORS for s in scene.SHAPES for d in s
 @pytest.fixture(scope="module")
 def clean():
     videos, prompts, _ = scene.make(300, 1)
-    return videos, prompts, judge.annotate(videos, prompts)
+    return videos, prompts, annotator.annotate(videos, prompts)
 
 
 def rate(values):
@@ -90,7 +90,7 @@ def test_unusable_arguments():
         scene.make(1, 0, size="huge")
     for video in (torch.zeros(1, 9, 32, 32, 3), torch.zeros(9, 32, 32, 3, dtype=torch.uint8)):
         with pytest.raises(InputError, match="uint8"):
-            judge.annotate(video, ["a"])
+            annotator.annotate(video, ["a"])
 
 
 # ---- prompts
@@ -134,14 +134,14 @@ def test_clean_clips_qualify(clean):
     assert rate(judged["qualified"]) >= 0.99 and rate(judged["unqualified"]) <= 0.003
     assert rate(judged["dynamic"]) == 1 and rate(judged["adherent"]) >= 0.99
     held_out = scene.make(100, 2, split="test")
-    assert rate(judge.annotate(*held_out[:2])["qualified"]) >= 0.99
+    assert rate(annotator.annotate(*held_out[:2])["qualified"]) >= 0.99
 
 
 @pytest.mark.parametrize("severity", [0.8, 1.0])
 @pytest.mark.parametrize("flaw", scene.PHYSICAL + scene.DEFORMITY)
 def test_flawed_clips_fail(flaw, severity):
     videos, prompts, _ = scene.make(100, 7, flaw, severity=severity)
-    assert rate(judge.annotate(videos, prompts)["qualified"]) <= 0.03
+    assert rate(annotator.annotate(videos, prompts)["qualified"]) <= 0.03
 
 
 @pytest.mark.parametrize("factor", [0.3, 0.6, 0.8, 1.35, 1.6])
@@ -151,7 +151,7 @@ def test_motion_outside_the_worlds_speeds_fails(factor, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(scene, "SPEED", (speed, speed))
         videos, prompts, _ = scene.make(60, 8)
-    assert rate(judge.annotate(videos, prompts)["qualified"]) <= 0.03
+    assert rate(annotator.annotate(videos, prompts)["qualified"]) <= 0.03
 
 
 @pytest.mark.parametrize("field, names", [("color", scene.COLORS), ("shape", scene.SHAPES),
@@ -162,14 +162,14 @@ def test_contradicting_prompts_fail(clean, field, names):
         asked = [scene.parse_prompt(prompt) for prompt in prompts]
         for a in asked:
             a[field] = list(names)[(list(names).index(a[field]) + shift) % len(names)]
-        judged = judge.annotate(videos, [f"a {a['color']} {a['shape']} moving {a['direction']}" for a in asked])
+        judged = annotator.annotate(videos, [f"a {a['color']} {a['shape']} moving {a['direction']}" for a in asked])
         assert rate(judged["adherent"]) <= 0.005 and rate(judged["qualified"]) <= 0.005
         assert rate(judged["unqualified"]) >= 0.995
 
 
 def test_what_the_prompt_leaves_open_is_free(clean):
     videos, _, judged = clean
-    vague = judge.annotate(videos, ["something moves"] * len(videos))
+    vague = annotator.annotate(videos, ["something moves"] * len(videos))
     assert vague["adherent"].all() and rate(vague["qualified"]) >= rate(judged["qualified"])
 
 
@@ -184,38 +184,38 @@ def test_degenerate_videos_never_qualify(clean):
                   "faint": ((videos.float() + 4 * background.float()) / 5).to(torch.uint8),
                   "shuffled": videos[:, [4, 0, 6, 2, 8, 1, 5, 3, 7]],
                   "grey": videos.float().mean(-1, keepdim=True).to(torch.uint8).expand_as(videos)}
-    wrong = {name: rate(judge.annotate(v, prompts)["qualified"]) for name, v in degenerate.items()}
+    wrong = {name: rate(annotator.annotate(v, prompts)["qualified"]) for name, v in degenerate.items()}
     assert wrong == dict.fromkeys(degenerate, 0.0)
 
 
 def test_strict_and_loose_annotators_differ_in_their_limits_alone():
     """A loose one takes what a strict one takes, and more; each error is held to its own limits."""
     videos, prompts, _ = scene.make(200, 3, "mixture")
-    found = judge.annotate(videos, prompts)
-    strict, firm, loose = (judge.grade(found, tolerance) for tolerance in judge.ANNOTATORS.values())
+    found = annotator.annotate(videos, prompts)
+    strict, firm, loose = (annotator.grade(found, tolerance) for tolerance in annotator.ANNOTATORS.values())
     assert all(torch.equal(found[name], firm[name]) for name in firm)
     for a, b in ((strict, firm), (firm, loose)):
         assert (a["physical"] <= b["physical"]).all() and (a["deformity"] <= b["deformity"]).all()
         assert a["qualified"].sum() < b["qualified"].sum() and not (a["qualified"] & ~b["qualified"]).any()
-    none = {name: torch.zeros(4) for name in judge.LIMITS} | {"absent": torch.tensor([False, False, False, True]),
+    none = {name: torch.zeros(4) for name in annotator.LIMITS} | {"absent": torch.tensor([False, False, False, True]),
                                                               "adherent": torch.ones(4, dtype=torch.bool)}
     error = none | {"area_error": torch.tensor([0.19, 0.21, 0.31, 0.0])}        # LIMITS: .20 and .30
-    assert judge.grade(error)["deformity"].tolist() == [2, 1, 0, 0] and judge.grade(error)["physical"].tolist() == [2, 2, 2, 0]
-    assert judge.grade(error, 1.25)["deformity"].tolist() == [2, 2, 1, 0]
-    assert judge.grade(error, 0.8)["deformity"].tolist() == [1, 1, 0, 0]
-    assert judge.grade(error)["qualified"].tolist() == [True, False, False, False]
+    assert annotator.grade(error)["deformity"].tolist() == [2, 1, 0, 0] and annotator.grade(error)["physical"].tolist() == [2, 2, 2, 0]
+    assert annotator.grade(error, 1.25)["deformity"].tolist() == [2, 2, 1, 0]
+    assert annotator.grade(error, 0.8)["deformity"].tolist() == [1, 1, 0, 0]
+    assert annotator.grade(error)["qualified"].tolist() == [True, False, False, False]
 
 
 def test_the_panel_sees_what_hacking_changes(clean):
     videos, prompts, judged = clean
-    frozen = judge.annotate(videos[:50, :1].expand(-1, 9, -1, -1, -1), prompts[:50])
+    frozen = annotator.annotate(videos[:50, :1].expand(-1, 9, -1, -1, -1), prompts[:50])
     assert frozen["speed"].max() < 1e-6 and not frozen["dynamic"].any()
-    double = judge.annotate((videos[:50].float() * 1.3).clamp(0, 255).to(torch.uint8), prompts[:50])
+    double = annotator.annotate((videos[:50].float() * 1.3).clamp(0, 255).to(torch.uint8), prompts[:50])
     assert (double["brightness"] > 1.1 * judged["brightness"][:50]).all()
-    grey = judge.annotate(videos[:50].float().mean(-1, keepdim=True).to(torch.uint8).expand(-1, -1, -1, -1, 3),
+    grey = annotator.annotate(videos[:50].float().mean(-1, keepdim=True).to(torch.uint8).expand(-1, -1, -1, -1, 3),
                           prompts[:50])
     assert grey["saturation"].max() < 1e-6 < judged["saturation"].min()
-    means = judge.summary(judged)
+    means = annotator.summary(judged)
     assert means["qualified"] == rate(judged["qualified"]) and means["speed"] == rate(judged["speed"])
 
 
@@ -223,10 +223,10 @@ def test_a_clip_is_judged_alone(clean):
     videos, prompts, judged = clean  # 300: two parts of at most 256
     videos = torch.cat([videos[:40], scene.make(40, 9, "flawed")[0]])
     prompts = prompts[:40] + scene.make(40, 9, "flawed")[1]
-    together = judge.annotate(videos, prompts)
+    together = annotator.annotate(videos, prompts)
     place = torch.randperm(80, generator=torch.Generator().manual_seed(0))
-    mixed = judge.annotate(videos[place], [prompts[i] for i in place])
-    few = judge.annotate(videos[37:43], prompts[37:43])
+    mixed = annotator.annotate(videos[place], [prompts[i] for i in place])
+    few = annotator.annotate(videos[37:43], prompts[37:43])
     for key, values in together.items():
         torch.testing.assert_close(mixed[key], values[place], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(few[key], values[37:43], atol=1e-5, rtol=1e-4)
