@@ -34,7 +34,15 @@ from common import InputError, arg
 from formats import codec, fingerprint, lock
 from formats import labels as people
 from formats.codec import load_image_encoder, load_text_encoder, load_vae, save_null_context
-from formats.metadata import SUFFIXES, from_json, printable, read_listing, read_metadata, replace_text, write_rows
+from formats.metadata import (
+    SUFFIXES,
+    from_json,
+    printable,
+    read_listing,
+    read_metadata,
+    replace_text,
+    write_rows,
+)
 from formats.video import Facts, from_pixels, read_clip_facts
 from formats.weights import SHIPPED, stream_tensors, transformer_folder
 from world.scene import meaning
@@ -457,7 +465,7 @@ class Encode(Check):
     image_encoder: str | None = arg(None, "without --model: folder of transformers' CLIPVisionModel, for Wan2.1's "
                                     "image-to-video: shards get its tokens, and the first frame as that model takes it")
     batch_size: int = arg(8, "clips encoded at once; fewer if they hold more than 16 million pixels", above=0)
-    shard_size: int = arg(256, "clips a shard; fewer if they hold more than 128 MiB", above=0)
+    clips_per_shard: int = arg(256, "clips a shard; fewer if they hold more than 128 MiB", above=0)
 
 
 ROLES = "vae", "text_encoder", "image_encoder"
@@ -556,7 +564,7 @@ def encode(config, runtime):
                 break
             clips[i] = first                        # is not read again
         # A clip's last bits depend on its batch: chunks are rows of the list, whatever the ranks and whatever is done already.
-        room = max(1, min(config.batch_size, config.shard_size, BATCH_PIXELS // math.prod(kind[:3]))) if kind else 1
+        room = max(1, min(config.batch_size, config.clips_per_shard, BATCH_PIXELS // math.prod(kind[:3]))) if kind else 1
         chunks = [[clips[i] for i in range(k, min(k + room, len(clips))) if i not in done] for k in range(0, len(clips), room)]
         chunks = list(filter(None, chunks))
         common.gather((chunks, kind))
@@ -605,7 +613,7 @@ def write_chunks(encoded, config, settings, report, done, total):
     bar = common.progress(total, "encode", initial=done)
     for chunk, tensors in itertools.chain(encoded, [(None, {})]):                           # None: nothing comes after
         good = [clip for clip in chunk or () if not clip.problem]
-        enough = min(config.shard_size, SHARD_BYTES // max(1, sum(4 * x[0].numel() for x in tensors.values())))
+        enough = min(config.clips_per_shard, SHARD_BYTES // max(1, sum(4 * x[0].numel() for x in tensors.values())))
         if ready and (chunk is None or len(ready) + len(good) > enough):
             whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             write_shards(config.out, whole.pop("latents"), whole.pop("context"), *(

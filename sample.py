@@ -236,7 +236,7 @@ def main(config):
         sequence.spread(dit, runtime)
         on_device = partial(codec.on, parallel.cast_matrices(dit, runtime.dtype), device)
 
-    for batch, counts in common.progress(mine, f"videos (x{config.batch_size * runtime.world_size})"):
+    for batch, keep in common.progress(mine, f"videos (x{config.batch_size * runtime.world_size})"):
         context = codec.stack_contexts([contexts[video.prompt] for video in batch]).to(device)          # [b, l, d]
         image = {}
         if batch[0].image:
@@ -253,7 +253,7 @@ def main(config):
             else:
                 with codec.on(pavrm, device):
                     latents, passes = search.best_of(dit, pavrm, *what, cuts, batch_size=config.batch_size, **how)
-        if not counts:
+        if not keep:
             continue
         with codec.on(vae, device):
             pixels = codec.decode_pixels(vae, latents)                                              # [b, F, H, W, 3]

@@ -209,7 +209,7 @@ def make_validation(config, runtime, policy, shards=None, held=None, export=None
     def held_out_loss(policy):
         """Eq. 10 on the held-out clips, at four fixed times each."""
         rows = []
-        for group, counts in parallel.work_of_rank([held[i:i + size].tolist() for i in range(0, len(held), size)], runtime,
+        for group, keep in parallel.work_of_rank([held[i:i + size].tolist() for i in range(0, len(held), size)], runtime,
                                              config.parallel):
             batch, losses = shards.batch(group), 0
             x0, context = batch["latents"].to(device), batch["context"].to(device)
@@ -219,16 +219,16 @@ def make_validation(config, runtime, policy, shards=None, held=None, export=None
                 with runtime.autocast():
                     v = policy(add_noise(x0, x1, t), t, context, **image_inputs(dit_config, batch, device))
                 losses += (v.float() - (x1 - x0)).square().flatten(1).mean(1).cpu() / 4
-            rows += split(group, {"sft_loss": losses}) if counts else []
+            rows += split(group, {"sft_loss": losses}) if keep else []
         return table(rows)
 
     real = {}                                                   # the held-out clips, through the same VAE
     if own:
         rows = []
-        for i, counts in parallel.work_of_rank(held.tolist(), runtime, "ddp"):
+        for i, keep in parallel.work_of_rank(held.tolist(), runtime, "ddp"):
             with codec.on(vae, device):
                 film = codec.decode_pixels(vae, shards.batch([i])["latents"].to(device))
-            rows += split([i], panel(film)) if counts else []
+            rows += split([i], panel(film)) if keep else []
         real = table(rows)
         real["dynamic"] = dynamic_degree(real["flow"], real["flow"]).tolist()
     history = past_scores(config.output_dir)
@@ -236,9 +236,9 @@ def make_validation(config, runtime, policy, shards=None, held=None, export=None
     @torch.no_grad()
     def validate(policy, step):
         rows, films = [], []
-        for group, counts in parallel.work_of_rank(groups, runtime, config.parallel):
+        for group, keep in parallel.work_of_rank(groups, runtime, config.parallel):
             x, found = latents_of(policy, group)
-            if counts:
+            if keep:
                 with codec.on(vae, device):
                     videos = codec.decode_pixels(vae, x)
                 rows += split(group, measured(videos, group) | found)

@@ -24,7 +24,8 @@ from formats.metadata import from_json
 
 AXES = ("physical", "deformity")
 BAD = ("both", "any")                                   # bad is: unqualified on both axes (A.2.3), or on any
-CLIP_RULES = {"file_name": lambda x: isinstance(x, str) and x} | {axis: lambda x: x in (0, 1, 2) and type(x) is int for axis in AXES}
+CLIP_RULES = {"file_name": lambda x: isinstance(x, str) and x} | {
+    axis: lambda x: x in (0, 1, 2) and type(x) is int for axis in AXES}
 PAIR = {name: lambda x: isinstance(x, str) for name in ("against", "prompt", "a", "b")} \
     | {"winner": lambda x: x in ("a", "tie", "b")}
 KEYS = {"clip": ("file_name",), "pair": ("against", "a", "b")}

@@ -28,7 +28,7 @@ from formats.video import read_clip
 # What a run that goes on may do otherwise than before; it is told. Every other flag makes it another run.
 MAY_CHANGE = {"max_train_steps", "learning_rate", "trunk_learning_rate", "weight_decay", "batch_size",
               "gradient_accumulation_steps", "max_grad_norm", "mixed_precision", "gradient_checkpointing",
-              "decoder_checkpointing", "parallel", "sequence_parallel", "shard_size", "offload_activations", "compile",
+              "decoder_checkpointing", "parallel", "sequence_parallel", "fsdp_group_size", "offload_activations", "compile",
               "checkpointing_steps", "keep", "export",
               "validation_steps", "validation_prompts", "guidance_scale", "judge", "patience"}
 BY_CONTENT = {"model", "reward", "data", "labels", "samples_dir", "curated_dir"}    # may move: `made_from` knows what they hold
@@ -286,7 +286,9 @@ class MetricsLog:
     def videos(self, step, folder):
         """The mp4s in `folder`, to TensorBoard, if that is installed: moving GIFs on its page of images."""
         for path in sorted(Path(folder).glob("*.mp4")) if self.board else []:
-            from tensorboard.compat.proto.summary_pb2 import Summary  # its own add_video wants moviepy 1, for the same GIF
+            from tensorboard.compat.proto.summary_pb2 import (
+                Summary,  # its own add_video wants moviepy 1, for the same GIF
+            )
             video, fps = read_clip(path)                                                    # uint8 [f, h, w, 3]
             with tempfile.TemporaryDirectory() as place:
                 write_gif(Path(place) / "video.gif", video.numpy(), fps)

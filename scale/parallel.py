@@ -48,7 +48,7 @@ class Flags:
                         "reward model whole on each GPU; fsdp, 1 / GPUs of them", choices=KINDS)
     sequence_parallel: int = arg(1, "neighbouring GPUs that share each clip's tokens, for clips too long for one; the "
                                  "paper has 4", above=0)
-    shard_size: int = arg(0, "fsdp: cut over groups of so many neighbouring GPUs, such as those of a node, and keep a copy "
+    fsdp_group_size: int = arg(0, "fsdp: cut over groups of so many neighbouring GPUs, such as those of a node, and keep a copy "
                           "in each group; 0 cuts over all", at_least=0)
     offload_activations: bool = arg(False, "block inputs wait for the backward pass in the host's memory")
     compile: bool = arg(False, "torch.compile each block: minutes at the start, and then faster steps")
@@ -60,11 +60,11 @@ def check(flags):
     sequence.check(flags.sequence_parallel)
     if flags.parallel == "fsdp" and not dist.is_initialized():
         raise InputError("--parallel fsdp shards over processes: start with torchrun --nproc_per_node=<GPUs>")
-    if flags.shard_size and flags.parallel != "fsdp":
-        raise InputError("--shard_size means nothing with --parallel ddp: leave it out")
-    if flags.shard_size and dist.get_world_size() % flags.shard_size:
-        raise InputError(f"--shard_size {flags.shard_size} does not divide the {dist.get_world_size()} processes: choose one "
-                         f"of {sequence.divisors(dist.get_world_size())}")
+    if flags.fsdp_group_size and flags.parallel != "fsdp":
+        raise InputError("--fsdp_group_size means nothing with --parallel ddp: leave it out")
+    if flags.fsdp_group_size and dist.get_world_size() % flags.fsdp_group_size:
+        raise InputError(f"--fsdp_group_size {flags.fsdp_group_size} does not divide the {dist.get_world_size()} "
+                         f"processes: choose one of {sequence.divisors(dist.get_world_size())}")
     if flags.offload_activations and not flags.gradient_checkpointing:
         raise InputError("--offload_activations moves the block inputs that --gradient_checkpointing keeps: give both")
 
@@ -93,16 +93,16 @@ def lay_out(model, runtime, flags):
         for block in dit.blocks:
             block.compile()
     if flags.parallel == "fsdp":
-        apply_fsdp(model, dit, runtime, flags.shard_size)
+        apply_fsdp(model, dit, runtime, flags.fsdp_group_size)
 
 
-def apply_fsdp(model, dit, runtime, shard_size):
-    """Fully shards a model over all ranks, or over groups of shard_size neighbours, each of which has it whole."""
+def apply_fsdp(model, dit, runtime, fsdp_group_size):
+    """Fully shards a model over all ranks, or over groups of fsdp_group_size neighbours, each of which has it whole."""
     # PAVRM's logits are a view; no caller writes into them
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
-    if shard_size:
-        mesh = init_device_mesh(runtime.device.type, (runtime.world_size // shard_size, shard_size),
+    if fsdp_group_size:
+        mesh = init_device_mesh(runtime.device.type, (runtime.world_size // fsdp_group_size, fsdp_group_size),
                                 mesh_dim_names=("replicate", "shard"))
     # inputs are not cast: the residual stream stays float32, and the model casts where it multiplies
     half = MixedPrecisionPolicy(runtime.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)

@@ -63,7 +63,7 @@ class Config:
     parallel: str = arg("fsdp", "ddp: everything whole on every GPU; fsdp: cut over all of them",
                         choices=("ddp", "fsdp"))
     sequence_parallel: int = arg(1, "GPUs that share a clip's tokens", above=0)
-    shard_size: int = arg(0, "fsdp: cut over groups of so many GPUs; 0 cuts over all", at_least=0)
+    fsdp_group_size: int = arg(0, "fsdp: cut over groups of so many GPUs; 0 cuts over all", at_least=0)
     offload_activations: bool = arg(False, "block inputs wait for the backward pass in the host's memory")
     batch_size: int = arg(1, "videos per update and GPU, or GPUs that share them", above=0)
     num_inference_steps: int = arg(40, "N, Euler steps of a rollout", above=0)
@@ -268,9 +268,9 @@ def costs(config, c):
     trained = 0 if sampling else trained
     L = K if stage1 else L                      # blocks with gradients
     fsdp = config.parallel == "fsdp" and world > 1
-    parts = (config.shard_size or world) if fsdp else 1
-    if config.shard_size and (world % config.shard_size or not fsdp):
-        raise InputError(f"--shard_size {config.shard_size} must divide {world} GPUs, and --parallel be fsdp")
+    parts = (config.fsdp_group_size or world) if fsdp else 1
+    if config.fsdp_group_size and (world % config.fsdp_group_size or not fsdp):
+        raise InputError(f"--fsdp_group_size {config.fsdp_group_size} must divide {world} GPUs, and --parallel be fsdp")
     if config.offload_activations and not config.gradient_checkpointing:
         raise InputError("--offload_activations moves what gradient checkpointing keeps: leave --no-gradient_checkpointing out")
     one = dict(n=n, m=m, f=f, h=h, w=w, parameters=count, reward_parameters=reward, trained=trained, parts=parts,
@@ -357,7 +357,7 @@ def network(config, c, one):
     """Bytes that an iteration sends out of each node. fsdp over all GPUs: each forward and each backward pass gathers
     every block in bf16 and the rest in fp32, and each update sums gradients in fp32, as ddp does. In a ring of G GPUs
     what is gathered, or summed in pieces, passes every edge (G - 1) / G times, and what is summed everywhere twice that. With
-    a node's --shard_size, G is the nodes: each sums its pieces with the others' of the same place."""
+    a node's --fsdp_group_size, G is the nodes: each sums its pieces with the others' of the same place."""
     count, two = one["parameters"], config.method in ("prfl", "refl")
     gathers = 2 * (1 + two) + one["rollout_steps"]
     outside = count["total"] - count["blocks"]

@@ -79,7 +79,7 @@ def simulate(config, c, grid):
     world = config.gpus * config.nodes
     runtime = Runtime(0, world, torch.device("cpu"), torch.bfloat16, config.sequence_parallel)
     flags = parallel.Flags(config.gradient_checkpointing, config.parallel if world > 1 else "ddp", config.sequence_parallel,
-                           config.shard_size, config.offload_activations)
+                           config.fsdp_group_size, config.offload_activations)
     if world > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     attend, model.attend = model.attend, gpu_attend

@@ -3,11 +3,21 @@
 The base is checkpoints/mid. Every rate and number of steps is what was chosen at the first size.
 """
 from formats.weights import SHIPPED
-from report import claims_table, claim_verdicts
+from report import claim_verdicts, claims_table
 from search import parse_cuts
 from study.parts import MID, evaluations
 from study.search import STEPS, passes_of
-from study.steady import RECIPES, Run, curve, curve_lines, folder_of, length, quality_table, stopped_at_its_best, train
+from study.steady import (
+    RECIPES,
+    Run,
+    curve,
+    curve_lines,
+    folder_of,
+    length,
+    quality_table,
+    stopped_at_its_best,
+    train,
+)
 
 PAPER, STEADY = RECIPES
 RUNS = {row: Run((*MID, *flags)) for row, flags in RECIPES.items()}

@@ -182,7 +182,7 @@ def measure(config, c, runtime, paths, speed):
         config.model, method, config.frames, config.size[0], variant if variant == "steady" else "paper",
         gpus=runtime.world_size, batch_size=b, num_inference_steps=N, depth=config.depth,
         frames_decoded=variant if method == "refl" else "first", **{flag: getattr(config, flag) for flag in (
-            "parallel", "sequence_parallel", "shard_size", "offload_activations", "lora_rank", "gradient_checkpointing")},
+            "parallel", "sequence_parallel", "fsdp_group_size", "offload_activations", "lora_rank", "gradient_checkpointing")},
         pixel_reward_parameters=sum(p.numel() for p in pixel_reward.parameters()) if method == "refl" else 1), c)
     draw = lambda purpose: common.noise((c["out_dim"], f, h, w), config.seed, purpose, 0, runtime.indices(b)).to(device)
     x0, x1, context = draw("x0"), draw("x1"), torch.randn(b, c["text_len"], c["text_dim"]).to(device)

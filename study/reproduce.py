@@ -54,10 +54,31 @@ from formats.video import from_pixels, read_video, to_pixels, write_video
 from formats.weights import SHIPPED
 from model import load_transformer
 from pavrm import load_pavrm
-from report import auc_values, balanced_values, claim_verdicts, claims_table, confidence_interval, plot, show, summary, table, verdict
+from report import (
+    auc_values,
+    balanced_values,
+    claim_verdicts,
+    claims_table,
+    confidence_interval,
+    plot,
+    show,
+    summary,
+    table,
+    verdict,
+)
 from study import parts
 from study.mid import mid
-from study.parts import I2V, METRICS, align_folder, base_of, evaluations, named, reward_folder, train_aligned, train_rewards
+from study.parts import (
+    I2V,
+    METRICS,
+    align_folder,
+    base_of,
+    evaluations,
+    named,
+    reward_folder,
+    train_aligned,
+    train_rewards,
+)
 from study.search import fooled, search
 from study.steady import speed, steady, why
 from study.stopping import stopping
@@ -227,7 +248,7 @@ def fig5(work):
     for row in list(variants)[:-1]:
         gap = np.array([f["PRFL"]["grade"] - f[row]["grade"] for f in found])
         share = [summary(gap > 0), summary(gap == 0), summary(gap < 0)]
-        low, high = interval(np.sign(gap))
+        low, high = confidence_interval(np.sign(gap))
         values[row] = {"win": share[0], "tie": share[1], "lose": share[2], "verdict": verdict(low, high),
                        "paper": paper.get(row)}
         rows.append([row, " / ".join(f"{v:.1f}" for v in paper.get(row, ())), *(show(**cell) for cell in share),

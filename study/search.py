@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from formats.codec import load_vae
 from formats.video import from_pixels, to_pixels
 from formats.weights import SHIPPED
-from report import claims_table, claim_verdicts, plot, show, summary, table, verdict
+from report import claim_verdicts, claims_table, plot, show, summary, table, verdict
 from search import parse_cuts as search_plan
 from study.parts import align_folder, named, reward_folder, train_aligned
 from study.steady import RECIPES, Run, curve, recipe_folder, stopped_at_its_best, train_recipes

@@ -11,9 +11,19 @@ import numpy as np
 from formats import runs
 from formats.weights import SHIPPED
 from model import PRESETS as MODELS
-from report import claims_table, claim_verdicts, plot, show, summary, table
+from report import claim_verdicts, claims_table, plot, show, summary, table
 from scale import plan
-from study.parts import I2V, METRICS, TUNED, base_of, evaluations, reward_flags, named, reward_folder, train_reward_models
+from study.parts import (
+    I2V,
+    METRICS,
+    TUNED,
+    base_of,
+    evaluations,
+    named,
+    reward_flags,
+    reward_folder,
+    train_reward_models,
+)
 
 WAN = "wan2.1-t2v-14b"
 EVERY = 40                                                      # iterations between validations, and checkpoints

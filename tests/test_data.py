@@ -427,7 +427,7 @@ def encode(folder, *flags):
 
 
 def test_encode_writes_the_usable_clips_and_reports_the_rest(folder, fakes, capsys):
-    encode(folder, "--batch_size", "4", "--shard_size", "4")
+    encode(folder, "--batch_size", "4", "--clips_per_shard", "4")
     shards = data.Shards(folder / "out")
     assert [r["file_name"] for r in shards.rows] == [f"{i}.mp4" for i in range(10)]
     assert shards.labels.tolist() == [i % 2 for i in range(10)] and shards.fps == 8
@@ -454,13 +454,13 @@ def test_encode_resumes_after_an_interruption(folder, fakes, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(data, "write_shards", stop)
         with pytest.raises(SystemExit) as exit:
-            encode(folder, "--batch_size", "4", "--shard_size", "4")
+            encode(folder, "--batch_size", "4", "--clips_per_shard", "4")
     assert exit.value.code == 130 and len(data.Shards(folder / "out")) == 8
     fakes.calls.clear()
-    encode(folder, "--batch_size", "4", "--shard_size", "4")
+    encode(folder, "--batch_size", "4", "--clips_per_shard", "4")
     assert fakes.calls == [2]
     assert [r["file_name"] for r in data.Shards(folder / "out").rows] == [f"{i}.mp4" for i in range(10)]
-    encode(folder, "--shard_size", "4")
+    encode(folder, "--clips_per_shard", "4")
     assert fakes.calls == [2] and len(data.Shards(folder / "out")) == 10  # nothing left to do
 
 

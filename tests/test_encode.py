@@ -16,7 +16,7 @@ from common import InputError
 from formats import lock
 from formats.video import write_video
 
-FLAGS = ["--batch_size", "4", "--shard_size", "8"]
+FLAGS = ["--batch_size", "4", "--clips_per_shard", "8"]
 BAD = {"cut.mp4": "damaged", "none.mp4": "no such file", "large.mp4": "is 64x64", "sub/../3.mp4": "listed twice",
        "short.mp4": "too short", "row 21": "not a JSON object"}
 # encode whose rank 0 stops behind its first shard, and one whose rank 1 has no memory left

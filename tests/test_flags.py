@@ -44,6 +44,7 @@ ACTS = {"train_align": {
     "grad_steps": ("prfl", "--grad_steps 2"), "frames_decoded": ("refl", "--frames_decoded all"),
     "decoder_checkpointing": ("refl", "--decoder_checkpointing"), "sft_updates": ("prfl", "--no-sft_updates"),
     "context_dropout": ("sft", "--context_dropout 0.9"), "learning_rate": ("sft", "--learning_rate 1e-3"),
+    "lr_scheduler": ("sft", "--lr_scheduler linear"),
     "weight_decay": ("sft", "--weight_decay 9"), "max_train_steps": ("sft", "--max_train_steps 1"),
     "batch_size": ("sft", "--batch_size 4"), "gradient_accumulation_steps": ("sft", "--gradient_accumulation_steps 2"),
     "max_grad_norm": ("sft", "--max_grad_norm 1e-9"), "mixed_precision": ("sft", "--mixed_precision bf16"),
@@ -56,7 +57,7 @@ ACTS = {"train_align": {
     "patience": ("watched", "--patience 1 --judge {folder}/other/reward"),
     "resume_from_checkpoint": ("sft", "--resume latest"), "seed": ("sft", "--seed 1"),
     "gradient_checkpointing": ("sft", "--gradient_checkpointing"), "parallel": ("sft", "--parallel fsdp"),
-    "sequence_parallel": ("sft", "--sequence_parallel 2"), "shard_size": ("sft", "--shard_size 2"),
+    "sequence_parallel": ("sft", "--sequence_parallel 2"), "fsdp_group_size": ("sft", "--fsdp_group_size 2"),
     "offload_activations": ("sft", "--offload_activations"), "compile": None,               # tests/scale/'s
 }, "train_reward": {
     "task": ("reward", "--task i2v"), "model": ("reward", "--model {folder}/other/model"), "space": ("reward", "--space rgb"),
@@ -66,14 +67,15 @@ ACTS = {"train_align": {
     "num_samples": ("own", "--num_samples 20"), "samples_dir": ("own", "--samples_dir x"),
     "num_inference_steps": ("own", "--num_inference_steps 3"), "shift": ("own", "--shift 2"), "fold": ("reward", "--fold 1/2"),
     "holdout": ("reward", "--holdout 9"), "depth": ("reward", "--depth 1"), "pooling": ("reward", "--pooling mean"),
-    "loss": ("reward", "--loss bt"), "fixed_t": ("reward", "--fixed_t 0.1"), "learning_rate": ("reward", "--learning_rate 1e-2"),
+    "loss": ("reward", "--loss bt"), "mismatched": ("reward", "--mismatched 0.9"),
+    "fixed_t": ("reward", "--fixed_t 0.1"), "learning_rate": ("reward", "--learning_rate 1e-2"),
     "trunk_learning_rate": ("reward", "--trunk_learning_rate 0"), "weight_decay": ("reward", "--weight_decay 9"),
     "max_train_steps": ("reward", "--max_train_steps 1"), "batch_size": ("reward", "--batch_size 4"),
     "max_grad_norm": ("reward", "--max_grad_norm 1e-9"), "mixed_precision": ("reward", "--mixed_precision bf16"),
     "checkpointing_steps": ("reward", "--checkpointing_steps 1"), "validation_steps": ("reward", "--validation_steps 1"),
     "resume_from_checkpoint": ("reward", "--resume latest"), "seed": ("reward", "--seed 1"),
     "gradient_checkpointing": ("reward", "--gradient_checkpointing"), "parallel": ("reward", "--parallel fsdp"),
-    "sequence_parallel": ("reward", "--sequence_parallel 2"), "shard_size": ("reward", "--shard_size 2"),
+    "sequence_parallel": ("reward", "--sequence_parallel 2"), "fsdp_group_size": ("reward", "--fsdp_group_size 2"),
     "offload_activations": ("reward", "--offload_activations"), "compile": None,            # tests/scale/'s
 }}
 FLAGS = [(script, flag) for script, module in (("train_align", train_align), ("train_reward", train_reward))

@@ -11,7 +11,15 @@ from common import InputError
 from formats import weights
 from formats.codec import load_text_encoder
 from formats.weights import WEIGHTS, diffusers_config, diffusers_name, load_weights, save_module
-from model import PRESETS, VideoDiT, apply_rope, export_transformer, first_frame_condition, load_transformer, rope_table
+from model import (
+    PRESETS,
+    VideoDiT,
+    apply_rope,
+    export_transformer,
+    first_frame_condition,
+    load_transformer,
+    rope_table,
+)
 from world.text_encoder import TextEncoder
 
 T2V = dict(in_dim=4, out_dim=4, dim=24, ffn_dim=40, freq_dim=16, text_dim=8, text_len=5, num_heads=2,

@@ -40,8 +40,10 @@ def test_the_interval_over_videos_is_the_normal_one():
     """Half of 400 videos: .5 +- 1.96 * .5 / 20."""
     values = np.arange(400)[None] % 2
     assert report.confidence_interval(values) == pytest.approx([.5 - .049, .5 + .049], abs=.004)
-    assert report.confidence_interval(values, 3 * values + 1) == pytest.approx([-2 - .155, -2 + .155], abs=.012)   # sqrt(1 + 9) as wide
-    assert report.confidence_interval(np.full((3, 5), 2.0)) == [2, 2] and report.confidence_interval(np.ones((2, 3)), np.full((2, 7), 4.0)) == [-3, -3]
+    assert report.confidence_interval(values, 3 * values + 1) == pytest.approx(
+        [-2 - .155, -2 + .155], abs=.012)                       # sqrt(1 + 9) as wide
+    assert report.confidence_interval(np.full((3, 5), 2.0)) == [2, 2]
+    assert report.confidence_interval(np.ones((2, 3)), np.full((2, 7), 4.0)) == [-3, -3]
 
 
 def test_one_seed_fewer_is_drawn_than_there_are():

@@ -9,7 +9,18 @@ import math
 import torch
 
 from common import InputError
-from world.scene import BACKGROUND, COLORS, DIRECTIONS, RADIUS, SHAPES, SPEED, coverage, fold, parse_prompt, walls
+from world.scene import (
+    BACKGROUND,
+    COLORS,
+    DIRECTIONS,
+    RADIUS,
+    SHAPES,
+    SPEED,
+    coverage,
+    fold,
+    parse_prompt,
+    walls,
+)
 
 # The firm annotator's limits: (qualified up to, unqualified from); what lies between is "partially qualified".
 LIMITS = {

@@ -230,7 +230,7 @@ def test_a_second_run_does_only_what_is_missing(folder, tmp_path, monkeypatch, c
     path, good, bad = folder
     out, read, real = tmp_path / "out", [], video.read_clip_facts
     monkeypatch.setattr(data, "read_clip_facts", lambda path, *a: read.append(Path(path).name) or real(path, *a))
-    run("encode", path, "--out", out, *FLAGS, "--shard_size", 8)
+    run("encode", path, "--out", out, *FLAGS, "--clips_per_shard", 8)
     alone = [name for name, reason in bad.items() if reason != "listed twice"]
     assert sorted(read) == sorted(Path(name).name for name in [*good, *alone, good[0]])      # the first for its kind, too
     shards = data.Shards(out)
@@ -247,7 +247,7 @@ def test_a_second_run_does_only_what_is_missing(folder, tmp_path, monkeypatch, c
     try:
         film(path / "cut.mkv", seconds=SECONDS)                                             # mended
         read.clear()
-        run("encode", path, "--out", out, "--size", "64x48", *FLAGS[2:], "--shard_size", 8)       # the same size
+        run("encode", path, "--out", out, "--size", "64x48", *FLAGS[2:], "--clips_per_shard", 8)       # the same size
     finally:
         (path / "cut.mkv").write_bytes(whole)
     assert sorted(read) == sorted(alone)                       # what was skipped is looked at again, nothing else

@@ -78,10 +78,10 @@ def test_encode_goes_on_when_there_is_room_again(tmp_path, capsys):
     (clips / "metadata.jsonl").write_text("".join(json.dumps({"file_name": f"{i}.mp4", "prompt": f"{i}"}) + "\n" for i in range(6)))
     encode = lambda out, *flags: (data.encode_command, data.Encode, clips, "--out", tmp_path / out, *flags)
     with limit(20_000):                                         # a clip is 12 kB of latents and 4 kB of context
-        assert "shard-00000.safetensors" in failed(capsys, *encode("out", "--shard_size", 2))
+        assert "shard-00000.safetensors" in failed(capsys, *encode("out", "--clips_per_shard", 2))
     assert not list((tmp_path / "out").glob("*.tmp"))
     for out in ("out", "whole"):
-        common.cli(*encode(out)[:2], "", [str(x) for x in encode(out, "--shard_size", 2)[2:]])
+        common.cli(*encode(out)[:2], "", [str(x) for x in encode(out, "--clips_per_shard", 2)[2:]])
     a, b = (data.Shards(tmp_path / out) for out in ("out", "whole"))
     assert len(a) == 6 and same(a.batch(range(6)), b.batch(range(6)))
 

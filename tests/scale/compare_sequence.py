@@ -21,7 +21,7 @@ CASES = [ORDINARY | dict(zip(("kind", "image", "checkpointing"), case))
          for case in itertools.product(("ddp", "fsdp"), (False, True), (False, True))]
 CASES += [ORDINARY | dict(rank=2), ORDINARY | dict(rank=2, kind="ddp", image=True)]
 CASES += [ORDINARY | dict(pooling=name) for name in ("mean", "max", "multihead")]
-OTHERS = [ORDINARY | dict(offload_activations=True), ORDINARY | dict(shard_size=2), ORDINARY | dict(shard_size=2, rank=2)]
+OTHERS = [ORDINARY | dict(offload_activations=True), ORDINARY | dict(fsdp_group_size=2), ORDINARY | dict(fsdp_group_size=2, rank=2)]
 
 
 def far(a, b):

@@ -124,8 +124,8 @@ def test_every_block_input_goes_and_comes_back(monkeypatch):
 
 @pytest.mark.parametrize("flags, words", [
     (["--offload_activations"], "--gradient_checkpointing keeps: give both"),
-    (["--shard_size", "2"], "--shard_size means nothing with --parallel ddp"),
-    (["--shard_size", "-1"], "--shard_size must be a finite number at least 0")])
+    (["--fsdp_group_size", "2"], "--fsdp_group_size means nothing with --parallel ddp"),
+    (["--fsdp_group_size", "-1"], "--fsdp_group_size must be a finite number at least 0")])
 def test_bad_input_is_one_line(folder, capsys, flags, words):
     with pytest.raises(SystemExit) as stop:
         run(*command(folder, "prfl", "bad-run", *flags))

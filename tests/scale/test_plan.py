@@ -312,7 +312,7 @@ def test_network_of_two_nodes_by_hand():
     assert found["network"] == pytest.approx(7 / 8 * ((4 + 19.5) * once + 2 * judge + 2 * 4 * count["total"]))
     assert costs(config, gpus=4, nodes=2, parallel="ddp")["network"] == pytest.approx(7 / 8 * 2 * 2 * 4 * count["total"])
     assert costs(config, gpus=8)["network"] == 0
-    node = costs(config, gpus=4, nodes=2, shard_size=4)             # weights stay inside a node, sums go to both
+    node = costs(config, gpus=4, nodes=2, fsdp_group_size=4)             # weights stay inside a node, sums go to both
     assert node["parts"] == 4 and node["network"] == pytest.approx(1 / 2 * 2 * 2 * 4 * count["total"])
     assert node["static"] == costs(config, gpus=4)["static"]
 
@@ -455,7 +455,7 @@ def printed(capsys, *flags):
     ("wan2.1-t2v-14b", "--lora_rank", 16, "--gpus", 2), ("wan2.1-t2v-14b", "--gpus", 8, "--nodes", 2, "--recipe", "steady"),
     ("wan2.1-i2v-14b", "--gpus", 8, "--sequence_parallel", 4, "--size", "1280*720"),
     ("wan2.1-t2v-1.3b", "--gpus", 4, "--sequence_parallel", 4, "--method", "refl"), ("wan2.1-t2v-1.3b", "--method", "sample"),
-    ("wan2.1-t2v-14b", "--gpus", 8, "--nodes", 2, "--shard_size", 8, "--offload_activations")])
+    ("wan2.1-t2v-14b", "--gpus", 8, "--nodes", 2, "--fsdp_group_size", 8, "--offload_activations")])
 def test_printed_sums_add_up(capsys, flags):
     """Peak = what stays + the largest moment, and both are printed."""
     out = printed(capsys, *flags)
@@ -487,7 +487,7 @@ def test_seconds_follow_the_flops(capsys):
     (("tiny-t2v", "--method", "rwr", "--clips", 5), "--clips means nothing with --method rwr"),
     (("tiny-t2v", "--holdout", 5), "--holdout means nothing without --clips"),
     (("tiny-t2v", "--gpus", 4, "--sequence_parallel", 4), "must divide 4 GPUs and 6 heads: choose one of 1, 2"),
-    (("tiny-t2v", "--gpus", 4, "--shard_size", 3), "--shard_size 3 must divide 4 GPUs"),
+    (("tiny-t2v", "--gpus", 4, "--fsdp_group_size", 3), "--fsdp_group_size 3 must divide 4 GPUs"),
     (("tiny-t2v", "--no-gradient_checkpointing", "--offload_activations"), "--offload_activations moves what"),
     (("tiny-t2v", "--method", "sft", "--recipe", "steady"), "--recipe means nothing with --method sft")])
 def test_bad_input_is_one_line(capsys, flags, words):

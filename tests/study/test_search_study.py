@@ -57,7 +57,8 @@ def work(tmp_path, monkeypatch):
             good = (torch.rand(40, n, generator=g) < (0.3 if "base" in folder.name else 0.6)).float()
             rewards = torch.randn(40, n, len(study.REWARDED), generator=g)
             rewards[..., -1] += 100 * good
-            found = {name: 0.9 * annotator.LIMITS[name][0] * torch.ones(40, n) for name in annotator.LIMITS}     # firm: yes, strict: no
+            # the firm annotator passes this, the strict one does not
+            found = {name: 0.9 * annotator.LIMITS[name][0] * torch.ones(40, n) for name in annotator.LIMITS}
             found |= {name: 0.05 * torch.ones(40, n) for name in ("speed", "dynamic", "brightness", "saturation")}
             save_file(found | {"rewards": rewards, "adherent": good, "absent": 0 * good, "qualified": good.clone()}, folder / last)
     monkeypatch.setattr(study, "curve", lambda work, seed, run: {40: 0.9, 80: 0.9 - seed / 100})

@@ -200,7 +200,8 @@ def test_strict_and_loose_annotators_differ_in_their_limits_alone():
     none = {name: torch.zeros(4) for name in annotator.LIMITS} | {"absent": torch.tensor([False, False, False, True]),
                                                               "adherent": torch.ones(4, dtype=torch.bool)}
     error = none | {"area_error": torch.tensor([0.19, 0.21, 0.31, 0.0])}        # LIMITS: .20 and .30
-    assert annotator.grade(error)["deformity"].tolist() == [2, 1, 0, 0] and annotator.grade(error)["physical"].tolist() == [2, 2, 2, 0]
+    assert annotator.grade(error)["deformity"].tolist() == [2, 1, 0, 0]
+    assert annotator.grade(error)["physical"].tolist() == [2, 2, 2, 0]
     assert annotator.grade(error, 1.25)["deformity"].tolist() == [2, 2, 1, 0]
     assert annotator.grade(error, 0.8)["deformity"].tolist() == [1, 1, 0, 0]
     assert annotator.grade(error)["qualified"].tolist() == [True, False, False, False]
