@@ -1,8 +1,10 @@
 """Rectified flow: the straight path between data and noise, its velocity, and the Euler rollout.
 
-Time runs from t = 0 (clean data) to t = 1 (pure noise), as in the paper. Differences from the released code, on
-purpose: (1) the rollout is Euler, as in Eq. 7, where the release uses a second-order multistep solver;
-(2) the grid is uniform, and for Wan2.1 shifted by 3 (from 720P on by 5), where the release always shifts by 5.
+Time runs from t = 0 (clean data) to t = 1 (pure noise), as in the paper.
+
+Deliberate differences from the released code:
+1. The rollout is Euler, as in Eq. 7. The release uses a second-order multistep solver.
+2. The grid is uniform, and for Wan2.1 shifted by 3 (by 5 from 720P on). The release always shifts by 5.
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 """
@@ -14,12 +16,12 @@ import common
 
 
 def shift_time(u, shift):
-    """Warp times u in [0, 1] towards the noisy end (shift > 1); 0 and 1 stay. Wan samples with shift 3 to 8."""
+    """Move times u in [0, 1] towards noise, if shift > 1; 0 and 1 stay. Wan samples with a shift of 3 to 8."""
     return shift * u / (1 + (shift - 1) * u)
 
 
 def schedule(num_steps, shift=1.0, device=None):
-    """The num_steps + 1 times of a rollout, from 1 down to 0; uniform (dt = 1 / N) at shift 1."""
+    """The times of a rollout [num_steps + 1], from 1 down to 0; evenly spaced (dt = 1 / N) at shift 1."""
     return shift_time(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), shift).float().to(device)
 
 
@@ -52,54 +54,60 @@ def predict_x0(x, v, t):
     return x - _like(t, x) * v.to(x.dtype)
 
 
-def guided_velocity(dit, x, t, context, guidance_scale=1.0, null=None, **image):
-    """Velocity with classifier-free guidance; 1 switches it off. null [l, d_text]: the context of the prompt that it leads
-    away from, for Wan the encoded negative prompt; None is all zeros, as the embedded world's generators were trained."""
-    v = dit(x, t, context, **image)
+def guided_velocity(dit, x, t, context, guidance_scale=1.0, null=None, **conditions):
+    """The velocity with classifier-free guidance away from the null prompt; a scale of 1 switches it off.
+
+    null [l, d_text]: the context of the null prompt, for Wan the encoded negative prompt. None means all
+    zeros, with which the embedded world's generators were trained.
+    """
+    v = dit(x, t, context, **conditions)
     if guidance_scale == 1.0:
         return v
-    v_null = dit(x, t, torch.zeros_like(context) if null is None else null.expand(len(x), -1, -1), **image)
+    null_context = torch.zeros_like(context) if null is None else null.expand(len(x), -1, -1)
+    v_null = dit(x, t, null_context, **conditions)
     return v_null + guidance_scale * (v - v_null)
 
 
 @torch.no_grad()
-def rollout(dit, x, context, num_steps, *, first=0, last=None, longest=None, passes=0, shift=1.0, guidance_scale=1.0,
-            null=None, **image):
-    """Integrate from noise towards data without gradients. image: y and clip of an image-to-video model.
+def rollout(dit, x, context, num_steps, *, start=0, stop=None, passes=0, shift=1.0, guidance_scale=1.0,
+            null=None, **conditions):
+    """Integrate Eq. 7 from noise towards data, without gradients.
 
-    x: [b, c, f, h, w] at schedule(num_steps)[first]; runs steps first .. last - 1 (last = num_steps: to t = 0), so
-    the result is at schedule(num_steps)[last]. last: one number, or [b] of them, a video each. passes: 0 takes every
-    step; n takes at most n passes however many steps there are, each over ceil(num_steps / n) steps at once or what is
-    left of them. longest: the largest `last` of all ranks, as under FSDP every rank must call dit equally often.
-    The state stays float32 whatever autocast does.
+    x [b, c, f, h, w] is the state at schedule(num_steps)[start]; the result is the state at
+    schedule(num_steps)[stop] (None: num_steps, the finished video). passes: 0 takes every step of the
+    schedule; n takes at most n longer ones, each over ceil(num_steps / n) steps of the schedule or what is
+    left of them. conditions: what an image-to-video model is given beside the prompt, such as y and
+    clip_tokens. The state stays float32 whatever autocast does.
     """
     times = schedule(num_steps, shift, x.device)
-    last = torch.as_tensor(num_steps if last is None else last).expand(len(x))                  # on the CPU
+    stop = num_steps if stop is None else stop
     stride = math.ceil(num_steps / passes) if passes else 1
-    for i in range(first, int(last.max()) if longest is None else longest, stride):
-        moving = (last > i).nonzero()[:, 0]                                 # the videos that are not there yet
-        if not len(moving):
-            moving = torch.tensor([0])                                      # a pass for the other ranks' sake: dt = 0
-        t, t_next = (times[last[moving].clamp(max=k).to(x.device)] for k in (i, i + stride))
-        j = moving.to(x.device)
-        v = guided_velocity(dit, x[j], t, None if context is None else context[j], guidance_scale, null,
-                            **{name: z[j] for name, z in image.items() if z is not None})
-        x = x.index_copy(0, j, euler_step(x[j], v, t, t_next))
+    for i in range(start, stop, stride):
+        t = times[i].expand(len(x))                             # [b]
+        t_next = times[min(i + stride, stop)].expand(len(x))
+        v = guided_velocity(dit, x, t, context, guidance_scale, null, **conditions)
+        x = euler_step(x, v, t, t_next)
+    torch.clear_autocast_cache()  # torch before 2.13 would use the weights cast here in a pass with gradients
     return x
 
 
 @torch.no_grad()
 def sample(dit, latent_shape, context, seed, indices, num_steps, *, shift=1.0, guidance_scale=1.0, null=None,
-           batch_size=128, autocast=None, **image):
-    """Finished latents [m, c, f, h, w] of examples `indices`, whose noise depends only on (seed, index).
+           batch_size=128, autocast=None, **conditions):
+    """Finished latents [m, c, f, h, w] of the videos `indices`.
 
-    latent_shape: (c, f, h, w); context [m, l, d_text], y and clip [m, ...] belong to the indices, on the model's device.
+    A video's noise depends only on (seed, index). latent_shape: (c, f, h, w). context [m, l, d_text] and
+    conditions [m, ...] belong to the indices and lie on the model's device. autocast: a function that returns
+    the context manager to sample under; None samples in float32.
     """
+    autocast = autocast or (lambda: torch.autocast(context.device.type, enabled=False))
     latents = []
     for i in range(0, len(indices), batch_size):
         j = slice(i, i + batch_size)
         x_T = common.noise(latent_shape, seed, "sample", 0, indices[j]).to(context.device)
-        with autocast() if autocast else torch.autocast(context.device.type, enabled=False):
-            latents.append(rollout(dit, x_T, context[j], num_steps, shift=shift, guidance_scale=guidance_scale, null=null,
-                                   **{name: z[j] for name, z in image.items() if z is not None}))
+        given = {name: z[j] for name, z in conditions.items() if z is not None}
+        with autocast():
+            x = rollout(dit, x_T, context[j], num_steps, shift=shift, guidance_scale=guidance_scale, null=null,
+                        **given)
+        latents.append(x)
     return torch.cat(latents)

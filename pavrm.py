@@ -1,17 +1,23 @@
-"""PAVRM, the process-aware video reward model: is the video that this noisy latent will become a good one?
+"""PAVRM, the process-aware video reward model: will this noisy latent become a good video?
 
-The first K blocks of the pretrained generator, one learnable query that attends over all their tokens, a three-layer
-MLP, one logit; trained with the label of the finished video at every noise level t (Eq. 4-6).
+It is the first K blocks of the pretrained generator, one learnable query that attends over all their tokens, a
+three-layer MLP and one logit. It learns from the label of the finished video at every noise level t (Eq. 4-6).
 
-Where this differs, on purpose:
-1. From the released code: one attention head with scale sqrt(D), as Eq. 5 has it (there: 8 heads); the query is added
-   per example, so batches work (there [B, 1, D] + [B, D] broadcasts to [B, B, D]); t ~ U(0, 1) (there a shift-5 grid).
-2. As in the released code: patch, text and time embeddings stay frozen. The paper names only blocks, query and head as
-   trained, and frozen embeddings keep the reward's idea of x_t and t equal to the generator's.
-3. From the paper: in the embedded world "bad" is unqualified on one axis or against the prompt, not on both axes, because
-   its flaws are mostly on one. People's answers count as train_reward.py's --bad says: the paper's way if it is not given.
+Deliberate differences:
+1. From the released code: one attention head with scale sqrt(D), as in Eq. 5 (there 8 heads). The query is added
+   to each example, so batches work (there [B, 1, D] + [B, D] broadcasts to [B, B, D]). t ~ U(0, 1) (there a
+   shift-5 grid).
+2. From the paper: patch, text and time embeddings stay frozen, as in the released code. The paper names only
+   blocks, query and head as trained. Frozen embeddings keep the reward's idea of x_t and t equal to the
+   generator's.
+3. From the paper: in the embedded world "bad" is unqualified on one axis or against the prompt, not on both
+   axes, because most of its flawed clips have one flaw. People's answers count as train_reward.py's --bad says,
+   by default the paper's way.
+4. From the paper: train_reward.py gives a share of each batch another video's prompt and the label bad
+   (--mismatched). Without them the reward hardly reads its prompt (results/endurance.md).
 
-Axes: b batch, c channels, f frames, h height, w width, n tokens, d model width, l text tokens.
+Axes: b batch, c channels, f frames, h height, w width, n tokens, d model width, k heads, e channels of a head,
+l text tokens.
 """
 from pathlib import Path
 
@@ -27,9 +33,11 @@ from model import VideoDiT
 class QueryAttention(nn.Module):
     """Eq. 5: z = softmax(q (h W_K)^T / sqrt(D)) (h W_V) + q.
 
-    Eq. 5 adds the query to what it has collected, as a residual connection does: the head is given what was asked beside
-    what was found. (Without it nothing changes that can be told here: results/table5.md.) add_query=False is that ablation,
-    "attention without query"; heads > 1 is the released code's variant.
+    The query is added to what it has collected, as in a residual connection. add_query=False is the ablation
+    "attention without query". heads > 1 is the released code's variant.
+
+    With one query the keys h W_K need not be made: q (h W_K)^T = h (W_K^T q), and likewise for the values. So
+    nothing of size [n, d] is computed or kept for the backward pass.
     """
 
     def __init__(self, dim, add_query=True, heads=1):
@@ -39,19 +47,22 @@ class QueryAttention(nn.Module):
         self.w_v = nn.Linear(dim, dim, bias=False)
         self.add_query, self.heads = add_query, heads
 
-    def forward(self, h):                                       # [b, n, d]
-        b, _, d = h.shape
-        split = lambda x: x.unflatten(-1, (self.heads, d // self.heads)).transpose(1, 2)        # [b, heads, n, d/heads]
-        q = self.query.expand(b, 1, d)
-        z = F.scaled_dot_product_attention(split(q), split(self.w_k(h)), split(self.w_v(h)))
-        z = z.transpose(1, 2).reshape(b, d)
-        return z + self.query if self.add_query else z          # [b, d]
+    def forward(self, h):
+        """Tokens [b, n, d] -> [b, d]"""
+        w_k, w_v = (layer.weight.unflatten(0, (self.heads, -1)) for layer in (self.w_k, self.w_v))  # [k, e, d]
+        q = self.query.view(self.heads, -1)                                                         # [k, e]
+        wanted = torch.einsum("ke,ked->kd", q, w_k) / q.shape[1] ** 0.5                             # W_K^T q
+        share = torch.einsum("bnd,kd->bnk", h, wanted).softmax(1)
+        found = torch.einsum("bnk,bnd->bkd", share, h)
+        z = torch.einsum("bkd,ked->bke", found, w_v).flatten(1)                                     # [b, d]
+        return z + self.query if self.add_query else z
 
 
-POOLINGS = {  # each of the width d -> a module or function of the tokens h [b, n, d] -> [b, d]
+POOLINGS = {  # each makes, from the width d, a module or function from tokens h [b, n, d] to [b, d]
     "query_attention": QueryAttention,                                                  # Eq. 5
-    "attention": lambda dim: QueryAttention(dim, add_query=False),                       # Table 5
-    "mean": lambda dim: lambda h: h.mean(1), "max": lambda dim: lambda h: h.amax(1),    # Table 5
+    "attention": lambda dim: QueryAttention(dim, add_query=False),                      # Table 5
+    "mean": lambda dim: lambda h: h.mean(1),                                            # Table 5
+    "max": lambda dim: lambda h: h.amax(1),                                             # Table 5
     "multihead": lambda dim: QueryAttention(dim, heads=8 if dim % 8 == 0 else 4),       # the released code
 }
 

@@ -133,19 +133,17 @@ def predicted_reward(reward, vae, dit, x, t, context, checkpointing=False, **ima
                       for one, text in zip(x.split(1), context.split(1))])
 
 
-def refl_update_loss(policy, reward, vae, x_T, context, step, num_steps, *, longest=None, rollout_passes=0,
+def refl_update_loss(policy, reward, vae, x_T, context, step, num_steps, *, rollout_passes=0,
                      reward_weight=1.0, loss="linear", shift=1.0, checkpointing=False, **image):
     """RGB ReFL's update: returns (loss, reward); call backward on the loss.
 
     policy: the VideoDiT in training. reward, vae: frozen. x_T [b, c, f, h, w]: noise. context [b, l, d_text]. step:
-    1 .. num_steps, one for all or [b]; x_0 is predicted where that step starts, at t = schedule(num_steps, shift)[step - 1].
-    longest, rollout_passes, reward_weight, loss, shift: as in prfl.reward_update_loss. checkpointing: as in
+    1 .. num_steps; x_0 is predicted where that step starts, at t = schedule(num_steps, shift)[step - 1].
+    rollout_passes, reward_weight, loss, shift: as in prfl.reward_update_loss. checkpointing: as in
     predicted_reward. Returns a scalar loss and the logits [b], detached.
     """
-    first = torch.as_tensor(step).expand(len(x_T)) - 1
-    t = schedule(num_steps, shift, x_T.device)[first.to(x_T.device)]                                # [b]
-    x = rollout(policy, x_T, context, num_steps, last=first, longest=None if longest is None else longest - 1,
-                passes=rollout_passes, shift=shift, **image)                            # x_t, without gradients
-    torch.clear_autocast_cache()        # on torch < 2.13, weights it cast without gradients would be used below
+    t = schedule(num_steps, shift, x_T.device)[step - 1].expand(len(x_T))                           # [b]
+    x = rollout(policy, x_T, context, num_steps, stop=step - 1, passes=rollout_passes, shift=shift,
+                **image)                                                                # x_t, without gradients
     r = predicted_reward(reward, vae, policy, x, t, context, checkpointing, **image)                     # with gradients
     return reward_weight * REWARD_LOSSES[loss](r).mean(), r.detach()

@@ -82,7 +82,7 @@ def best_of(dit, pavrm, latent_shape, context, seed, indices, num_steps, cuts, *
     x = torch.stack([common.noise(latent_shape, seed, "sample", candidate, indices) for candidate in range(n)], 1)
     x, step, passes = x.to(context.device), 0, 0                                                # [m, k, c, f, h, w]
     for cut in sorted({*keep_at, num_steps}):
-        x = each(lambda x, text, **image: flow.rollout(dit, x, text, num_steps, first=step, last=cut, shift=shift,
+        x = each(lambda x, text, **image: flow.rollout(dit, x, text, num_steps, start=step, stop=cut, shift=shift,
                                                      guidance_scale=guidance_scale, null=null, **image), x)
         passes += (cut - step) * cost_of_step * x.shape[1]
         step = cut

@@ -99,7 +99,7 @@ def make_iteration(method, config, runtime):
         step, how = mean_step(method, i, N) if method in PART else None, {}
         if method == "prfl_steady":
             step, steady = prfl.draw_steps(config.seed, i, N, config.batch_size), prfl.RECIPES["steady"]
-            how = dict(longest=int(step.max()), rollout_passes=steady["rollout_passes"], loss=steady["reward_loss"])
+            how = dict(rollout_passes=steady["rollout_passes"], loss=steady["reward_loss"])
         if method.startswith("prfl"):
             update(lambda: prfl.reward_update_loss(policy, reward, x_T, context, step, N, grad_steps=config.grad_steps, **how)[0])
         elif method != "sft":
