@@ -1,4 +1,4 @@
-"""Stage 2: align the generator. `--method prfl` is Algorithm 1; `refl`, `sft` and `rwr` are the baselines beside it.
+"""Stage 2: align the generator. --method prfl is Algorithm 1; refl, sft and rwr are the baselines beside it.
 
     python train_align.py                                               PRFL on the embedded world, the steady recipe
     python train_align.py --recipe paper --max_train_steps 100          Algorithm 1 to the letter, stopped in time
@@ -8,13 +8,15 @@
     python train_align.py --task i2v --reward runs/reward_i2v/reward    the image-to-video generator
     python train_align.py --resume latest
 
-prfl: each iteration an SFT update on curated videos, then a reward update at a random step of a rollout.
-refl: the same, but the reward judges decoded pixels of the clean video predicted at a late step.
-sft:  each iteration one flow-matching update on curated videos (Eq. 10).
-rwr:  each iteration one flow-matching update on the generator's own samples, weighted by exp(reward).
-Without --data the curated set is clean clips of the embedded world, written as mp4 and encoded like anybody's clips;
-with it, the shards' clips that are not labelled 0.
-Writes <output_dir>/transformer, metrics.jsonl, samples/ of fixed prompts and noise, and best/, the choice of judge or annotator.
+prfl: each iteration makes an SFT update on curated videos, then a reward update at a random step of a rollout.
+refl: the same, but the reward judges decoded pixels of the clean video that is predicted at a late step.
+sft:  each iteration makes one flow-matching update on curated videos (Eq. 10).
+rwr:  each iteration makes one flow-matching update on the generator's own samples, weighted by exp(reward).
+
+Without --data the curated set is clean clips of the embedded world, written as mp4 and encoded like anybody's
+clips. With --data it is every clip of the shards that is not labelled 0.
+Writes <output_dir>/transformer, metrics.jsonl, samples/ (fixed prompts and noise, watched while training) and
+best/, the weights whose samples the annotator or --judge liked best.
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 """
@@ -45,48 +47,48 @@ from world import clips, scene
 
 @dataclass
 class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
-    method: str = arg("prfl", "what to train with", choices=("prfl", "refl", "sft", "rwr"))
-    task: str | None = arg(None, "which shipped generator, without --model: t2v, or i2v (image-to-video)", choices=TASKS)
+    method: str = arg("prfl", "how to train", choices=("prfl", "refl", "sft", "rwr"))
+    task: str | None = arg(None, "the shipped generator to train without --model: t2v, or i2v (image-to-video)", choices=TASKS)
     model: str | None = arg(None, "another generator: a folder with transformer/, vae/ and text_encoder/")
-    reward: str | None = arg(None, "reward model; without, <model>/reward, refl: /reward_rgb_...", only="method prfl refl rwr")
-    data: str | None = arg(None, "curated shards from `data.py encode`; without, clean clips of the embedded world")
+    reward: str | None = arg(None, "folder of the reward model; default: reward/ in the folder of the generator, or with "
+                             "--method refl reward_rgb_first/ or reward_rgb_all/ there", only="method prfl refl rwr")
+    data: str | None = arg(None, "curated shards from `data.py encode`; default: clean clips of the embedded world")
     output_dir: str = arg("runs/align", "run folder")
     world: str = arg("tiny", "size of the embedded world", choices=tuple(scene.SIZES), only="!data")
-    num_curated: int = arg(1024, "curated clips to render", above=0, only="!data")
-    curated_dir: str | None = arg(None, "where curated clips are kept, or found; without, <output_dir>/curated", only="!data")
-    num_samples: int = arg(2048, "own samples that are weighted", at_least=2, only="method rwr")
-    num_inference_steps: int | None = arg(None, "N, Euler steps of a rollout; without, 16, Wan-sized: the paper's 40", above=0,
+    num_curated: int = arg(1024, "number of curated clips to render", above=0, only="!data")
+    curated_dir: str | None = arg(None, "where rendered clips are kept, or found; default: <output_dir>/curated", only="!data")
+    num_samples: int = arg(2048, "number of own samples that RWR makes and weighs", at_least=2, only="method rwr")
+    num_inference_steps: int | None = arg(None, "N, Euler steps of a rollout; default: 16, Wan: the paper's 40", above=0,
                                           only="method prfl refl rwr or !num_validation 0")
-    shift: float | None = arg(None, "warps times towards noise; without, 1: uniform, Wan2.1: 3, from 720P 5", above=0, at_most=100,
-                              only="method prfl refl rwr or !num_validation 0")
+    shift: float | None = arg(None, "moves times towards noise; default: 1 (evenly spaced), Wan2.1: 3, or 5 from 720P on",
+                              above=0, at_most=100, only="method prfl refl rwr or !num_validation 0")
     reward_weight: float = arg(1.0, "lambda of Alg. 1; Adam and clipping leave it little effect", above=0, only="method prfl refl")
-    recipe: str | None = arg(None, "paper: Alg. 1 to the letter; steady: ours, needs no stopping. Sets the next three "
-                             "flags where they are not given. Default: steady for prfl, paper for refl",
+    recipe: str | None = arg(None, "paper: Alg. 1 to the letter; steady: ours, which does not collapse. Sets --rollout_passes "
+                             "and --reward_loss unless they are given. Default: steady for prfl, paper for refl",
                              choices=tuple(prfl.RECIPES), only="method prfl refl")
-    rewarded_step: str | None = arg(None, "one random step for the whole batch (Alg. 1), or one for each video, spread "
-                                    "evenly over the trajectory", choices=("per_batch", "per_video"), only="method prfl refl")
-    rollout_passes: int | None = arg(None, "most Euler steps of the rollout without gradients, each a longer one; 0: every "
-                                     "step (Alg. 1)", at_least=0, only="method prfl refl")
-    reward_loss: str | None = arg(None, "-lambda r (linear, Alg. 1), -log sigmoid(r), or the released code's",
+    rollout_passes: int | None = arg(None, "at most this many Euler steps in the rollout without gradients, each longer than "
+                                     "one of the N; 0: all N (Alg. 1)", at_least=0, only="method prfl refl")
+    reward_loss: str | None = arg(None, "loss of a logit r: linear is -lambda r (Alg. 1), logsigmoid is -log sigmoid(r), "
+                                  "sigmoid_hinge is the released code's",
                                   choices=tuple(prfl.REWARD_LOSSES), only="method prfl refl")
-    trajectory_part: str | None = arg(None, "steps that can be rewarded (Table 3); without, full, and late for refl",
-                                      choices=tuple(prfl.THIRDS), only="method prfl refl")
-    grad_steps: int = arg(1, "steps with gradients before the reward; 1 is Alg. 1", above=0, only="method prfl")
-    frames_decoded: str = arg("first", "what is decoded and judged", choices=refl_baseline.FRAMES, only="method refl")
-    decoder_checkpointing: bool = arg(False, "decode video by video, long ones in chunks, twice", only="method refl")
-    sft_updates: bool = arg(True, "the SFT update that keeps the reward from being hacked (Alg. 1)", only="method prfl refl")
-    context_dropout: float = arg(0.0, "share of SFT's prompts that become empty: keeps guidance usable", at_least=0, below=1,
-                                 only="method sft or method prfl refl, sft_updates")
-    learning_rate: float | None = arg(None, "AdamW's; without, 1e-4 (results/table1.md), Wan-sized: the paper's 5e-6", above=0)
-    lr_scheduler: str = arg("constant", "the learning rate stays, or falls linearly to 0 at --max_train_steps",
+    trajectory_part: str | None = arg(None, "part of the trajectory whose steps can be rewarded (Table 3); default: full, or late "
+                                      "for refl", choices=tuple(prfl.THIRDS), only="method prfl refl")
+    frames_decoded: str = arg("first", "frames that are decoded and judged", choices=refl_baseline.FRAMES, only="method refl")
+    decoder_checkpointing: bool = arg(False, "save memory: decode in chunks, and again in the backward pass", only="method refl")
+    sft_updates: bool = arg(True, "make the SFT update that keeps the reward from being exploited (Alg. 1)",
+                            only="method prfl refl")
+    context_dropout: float = arg(0.0, "share of the SFT updates' prompts that are replaced by the empty prompt, so that guidance "
+                                 "stays usable", at_least=0, below=1, only="method sft or method prfl refl, sft_updates")
+    learning_rate: float | None = arg(None, "of AdamW; default: 1e-4 (results/table1.md), Wan: the paper's 5e-6", above=0)
+    lr_scheduler: str = arg("constant", "constant: the learning rate stays; linear: it falls to 0 at --max_train_steps",
                             choices=("constant", "linear"))
-    weight_decay: float = arg(0.0, "AdamW's", at_least=0)
-    max_train_steps: int | None = arg(None, "iterations, of prfl and refl two updates; without, 120, Wan-sized: 800", above=0)
-    batch_size: int | None = arg(None, "videos, or prompts, a pass and rank, or group of ranks; without, 32, Wan-sized: 1", above=0)
-    gradient_accumulation_steps: int | None = arg(None, "passes per update; without, 1, Wan-sized: 30 videos in all", above=0)
-    max_grad_norm: float = arg(1.0, "each update's gradient is clipped to this norm", above=0)
+    weight_decay: float = arg(0.0, "of AdamW", at_least=0)
+    max_train_steps: int | None = arg(None, "iterations (two updates each in prfl and refl); default: 120, Wan: 800", above=0)
+    batch_size: int | None = arg(None, "videos (or prompts) per batch and GPU or group of GPUs; default: 32, Wan: 1", above=0)
+    gradient_accumulation_steps: int | None = arg(None, "batches per update; default: 1, Wan: as many as make 30 videos", above=0)
+    max_grad_norm: float = arg(1.0, "the gradient of each update is clipped to this norm", above=0)
     checkpointing_steps: int = arg(40, "iterations between checkpoints", above=0)
-    seed: int = arg(0, "seed of order, t, noise and steps", at_least=0)
+    seed: int = arg(0, "seed of order, times, noise and rewarded steps", at_least=0)
 
 
 def check_flags(config):
@@ -99,10 +101,15 @@ def check_flags(config):
 
 
 def load_curated(config, policy, runtime):
-    """-> (shards, indices of their clips to train on, and of those held out to watch); none of them is labelled 0."""
-    shards = data.Shards(config.data).relabel() if config.data else clips.clean_clips(
-        config.curated_dir or Path(config.output_dir) / "curated", config.model, config.num_curated, config.world,
-        config.seed + 500, runtime)
+    """-> (shards, indices of the clips to train on, indices of the clips held out to watch).
+
+    No clip that is labelled 0 is among either.
+    """
+    if config.data:
+        shards = data.Shards(config.data).relabel()
+    else:
+        folder = config.curated_dir or Path(config.output_dir) / "curated"
+        shards = clips.clean_clips(folder, config.model, config.num_curated, config.world, config.seed + 500, runtime)
     shards.require_fit(policy, config.model)
     curated = (shards.labels != 0).nonzero()[:, 0]
     if not len(curated):
@@ -111,7 +118,7 @@ def load_curated(config, policy, runtime):
 
 
 def main(config):
-    # ---- what trains, what rewards it, what it learns from
+    # ---- the generator that is trained, its reward, and the videos it learns from
     check_flags(config)
     runtime = common.setup(config.mixed_precision, config.seed, config.sequence_parallel)
     policy = load_transformer(config.model, whole=False).train()
@@ -123,70 +130,72 @@ def main(config):
         config.reward = config.reward or f"{config.model}/reward"
         pavrm = parallel.shard(load_pavrm(config.reward, policy, whole=False), runtime, config)
     resume, state = runs.open_checkpoint(config)
-    shards, curated, held = load_curated(config, policy, runtime)
+    shards, curated, held_out = load_curated(config, policy, runtime)
     fill_in(config, sampling_defaults(policy.config, SPACE * shards.latent_shape[2]))
     accumulation = config.gradient_accumulation_steps
     global_batch = config.batch_size * runtime.world_size // config.sequence_parallel * accumulation
     N = config.num_inference_steps
-    empty = null_context(policy.config, "empty", config.data, config.model, runtime.device) if config.context_dropout else None
+    empty = None
+    if config.context_dropout:
+        empty = null_context(policy.config, "empty", config.data, config.model, runtime.device)
 
     def curated_batch(seed, iteration, indices):
-        """-> x0 [b, c, f, h, w], context [b, l, d_text], and {y, clip} of an image-to-video model"""
-        batch = shards.batch(curated[data.order(len(curated), seed, iteration, indices, global_batch)])
-        return (batch["latents"].to(runtime.device), batch["context"].to(runtime.device),
-                image_inputs(policy.config, batch, runtime.device))
+        """-> x0 [b, c, f, h, w], context [b, l, d_text], and what an image-to-video model is given beside it"""
+        rows = data.order(len(curated), seed, iteration, indices, global_batch)
+        batch = shards.batch(curated[rows])
+        x0, context = batch["latents"].to(runtime.device), batch["context"].to(runtime.device)
+        return x0, context, image_inputs(policy.config, batch, runtime.device)
 
     if config.method == "rwr":
-        # The untrained policy makes these, also on a resume: so before parallel.load_state fills in trained weights.
-        _, own_context, own_image = curated_batch(config.seed + 1, 0, range(config.num_samples))
-        own_x0, own_weights = rwr_baseline.weighted_samples(policy, pavrm, shards.latent_shape, own_context, config.seed + 2,
-                                                            N, config.batch_size, runtime, config.shift, **own_image)
-    # One AdamW for both updates, as in Alg. 1: their gradients never meet, its moments average over both.
-    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=config.learning_rate,
-                                  weight_decay=config.weight_decay)
+        # The untrained policy makes the samples, also on a resume: before parallel.load_state reads trained weights.
+        _, sampled_context, sampled_conditions = curated_batch(config.seed + 1, 0, range(config.num_samples))
+        sampled_x0, sample_weights = rwr_baseline.weighted_samples(
+            policy, pavrm, shards.latent_shape, sampled_context, config.seed + 2, N, config.batch_size, runtime, config.shift,
+            **sampled_conditions)
+    # One AdamW serves both updates, as in Alg. 1: their gradients never mix, its moments average over both.
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
     if resume:
         parallel.load_state(resume, state, policy, optimizer)
     log = runs.start_run(config, state["step"] if resume else None, shards)
 
-    # ---- the losses: each -> loss, {what is logged beside it}; indices are places in the global batch
-    def flow_loss(iteration, indices, x0, context, weight=None, **image):
+    # ---- the losses: each -> (loss, {what is logged beside it}); indices are places in the global batch
+    def flow_loss(iteration, indices, x0, context, weight=None, **conditions):
         t = common.uniform(config.seed, "sft t", iteration, indices).to(runtime.device)
         x1 = common.noise(x0.shape[1:], config.seed, "sft x1", iteration, indices).to(runtime.device)
         with runtime.autocast():
-            return prfl.sft_loss(policy, x0, x1, t, context, weight, **image), {}
+            return prfl.sft_loss(policy, x0, x1, t, context, weight, **conditions), {}
 
     def curated_loss(iteration, indices):
-        """Eq. 10 on curated videos; of some the prompt is dropped."""
-        x0, context, image = curated_batch(config.seed, iteration, indices)
-        return flow_loss(iteration, indices, x0, drop_contexts(context, config, iteration, indices, empty), **image)
+        """Eq. 10 on curated videos, a share of them without its prompt."""
+        x0, context, conditions = curated_batch(config.seed, iteration, indices)
+        context = drop_contexts(context, config, iteration, indices, empty)
+        return flow_loss(iteration, indices, x0, context, **conditions)
 
     def rwr_loss(iteration, indices):
         """Eq. 10 on own samples, each weighted by exp(reward)."""
-        j = data.order(len(own_x0), config.seed, iteration, indices, global_batch).to(runtime.device)
-        return flow_loss(iteration, indices, own_x0[j], own_context[j], own_weights.to(runtime.device)[j],
-                        **{name: z[j] for name, z in own_image.items()})
+        j = data.order(len(sampled_x0), config.seed, iteration, indices, global_batch).to(runtime.device)
+        conditions = {name: z[j] for name, z in sampled_conditions.items()}
+        weight = sample_weights.to(runtime.device)[j]
+        return flow_loss(iteration, indices, sampled_x0[j], sampled_context[j], weight, **conditions)
 
     def reward_loss(iteration, indices):
         """Alg. 1's reward update, or ReFL's, on the prompts of the curated set."""
-        _, context, image = curated_batch(config.seed + 1, iteration, indices)
+        _, context, conditions = curated_batch(config.seed + 1, iteration, indices)
         x_T = common.noise(shards.latent_shape, config.seed, "x_T", iteration, indices).to(runtime.device)
-        if config.rewarded_step == "per_video":
-            drawn = prfl.draw_steps(config.seed, iteration, N, global_batch, config.trajectory_part)    # of all ranks
-        else:
-            drawn = torch.tensor([prfl.draw_step(config.seed, iteration, N, config.trajectory_part)]).expand(global_batch)
-        how = dict(longest=int(drawn.max()), rollout_passes=config.rollout_passes, shift=config.shift,
-                   reward_weight=config.reward_weight, loss=config.reward_loss, **image)
+        step = prfl.draw_step(config.seed, iteration, N, config.trajectory_part)            # one for all ranks
+        how = dict(rollout_passes=config.rollout_passes, shift=config.shift, reward_weight=config.reward_weight,
+                   loss=config.reward_loss, **conditions)
         with runtime.autocast():
             if config.method == "refl":
-                loss, reward = refl_baseline.refl_update_loss(policy, pixel_reward, vae, x_T, context, drawn[indices], N,
+                loss, reward = refl_baseline.refl_update_loss(policy, pixel_reward, vae, x_T, context, step, N,
                                                               checkpointing=config.decoder_checkpointing, **how)
             else:
-                loss, reward = prfl.reward_update_loss(policy, pavrm, x_T, context, drawn[indices], N,
-                                                       grad_steps=config.grad_steps, **how)
-        return loss, {"reward": reward.mean(), "rewarded_step": drawn[indices].float().mean().to(runtime.device)}
+                loss, reward = prfl.reward_update_loss(policy, pavrm, x_T, context, step, N, **how)
+        return loss, {"reward": reward.mean(), "rewarded_step": torch.tensor(step, device=runtime.device)}
 
     def update(name, loss_fn, iteration):
-        """One optimizer update: backward over the accumulated batches, one clip, one step."""
+        """One optimizer update: backward passes of the accumulated batches, one clip, one step -> {metric: number}"""
         clock, cpu_clock = time.perf_counter(), time.process_time()
         optimizer.zero_grad()
         rows = []
@@ -199,25 +208,33 @@ def main(config):
         optimizer.step()
         means = {key: torch.stack([row[key].float() for row in rows]).mean() for key in rows[0]}
         common.all_reduce_mean_(list(means.values()))
-        return {**{key: value.item() for key, value in means.items()}, f"{name}_grad_norm": norm,
-                f"{name}_seconds": time.perf_counter() - clock,
-                f"{name}_cpu_seconds": time.process_time() - cpu_clock}     # of all threads, whatever else runs
+        metrics = {key: value.item() for key, value in means.items()}
+        metrics[f"{name}_grad_norm"] = norm
+        metrics[f"{name}_seconds"] = time.perf_counter() - clock
+        metrics[f"{name}_cpu_seconds"] = time.process_time() - cpu_clock    # of all threads, whatever else runs
+        return metrics
 
-    updates = {"rwr": rwr_loss} if config.method == "rwr" else {"sft": curated_loss}
+    updates = {}                                                # of an iteration, in their order
+    if config.method == "rwr":
+        updates["rwr"] = rwr_loss
+    elif config.sft_updates:
+        updates["sft"] = curated_loss
     if config.method in ("prfl", "refl"):
-        updates = (updates if config.sft_updates else {}) | {"reward": reward_loss}
+        updates["reward"] = reward_loss
     export = partial(lora.export, policy, alpha=config.lora_alpha, kind=config.export)
 
     # ---- the loop
-    validate = config.num_validation and validation.make_validation(config, runtime, policy, shards, held, export, log)
+    validate = config.num_validation and validation.make_validation(config, runtime, policy, shards, held_out, export, log)
     bar = common.progress(config.max_train_steps, config.method, initial=state["step"])
     if validate and not resume:
         log.log(0, **validate(policy, 0))
     for iteration in range(state["step"], config.max_train_steps):
-        left = 1 - iteration / config.max_train_steps if config.lr_scheduler == "linear" else 1.0
+        learning_rate = config.learning_rate
+        if config.lr_scheduler == "linear":
+            learning_rate *= 1 - iteration / config.max_train_steps
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * left
-        metrics = {"learning_rate": config.learning_rate * left}
+            group["lr"] = learning_rate
+        metrics = {"learning_rate": learning_rate}
         for name, loss_fn in updates.items():
             metrics |= update(name, loss_fn, iteration)
 

@@ -32,10 +32,12 @@ LEVELS = (0.80, 0.85, 0.90, 0.95)                               # of the validat
 
 
 def combination(step, passes, loss):
-    return ("--rewarded_step", step, "--rollout_passes", passes, "--reward_loss", loss)
+    """Flags of train_align.py, or with a step for each video of study/why.py, which alone has that."""
+    per_video = ("--rewarded_step", "per_video") if step == "per_video" else ()
+    return (*per_video, "--rollout_passes", passes, "--reward_loss", loss)
 
 
-PAPER, STEADY = combination("per_batch", 0, "linear"), combination("per_video", 4, "logsigmoid")
+PAPER, STEADY = combination("per_batch", 0, "linear"), combination("per_batch", 4, "logsigmoid")
 RECIPES = {"PRFL, paper's recipe": ("--keep", 12, *PAPER), "PRFL, steady recipe": ("--keep", 12, *STEADY)}
 
 
@@ -117,6 +119,8 @@ SAID = {"per_video": "step per video", "per_batch": "step per batch", 0: "every 
 def run_of(*how, more=()):
     """The Run of a combination (step, passes, loss); the recipes' own are those of RECIPES, so that none is made twice."""
     flags = (*more, *combination(*how))
+    if how[0] == "per_video":
+        return Run(flags, "why")
     return Run(next((kept for kept in RECIPES.values() if kept[2:] == flags), flags))
 
 
@@ -124,19 +128,20 @@ def steady_comparisons(work):
     """{title: {row: Run}}: the two recipes, and the steady one at other learning rates."""
     half = ("--max_train_steps", length(work) // 2)
     return {
-        "The two recipes": {"the paper's recipe": run_of(*PAPER[1::2]), "the steady recipe": run_of(*STEADY[1::2])},
+        "The two recipes": {"the paper's recipe": run_of("per_batch", 0, "linear"), "the steady recipe": run_of("per_batch", 4, "logsigmoid")},
         "Learning rates of the steady recipe": {
-            **{f"{rate:g}": run_of(*STEADY[1::2], more=("--learning_rate", rate, *half)) for rate in (3e-5, 2e-4, 3e-4)},
-            f"{TUNED['prfl']:g}, twice as long": run_of(*STEADY[1::2])}}
+            **{f"{rate:g}": run_of("per_batch", 4, "logsigmoid", more=("--learning_rate", rate, *half)) for rate in (3e-5, 2e-4, 3e-4)},
+            f"{TUNED['prfl']:g}, twice as long": run_of("per_batch", 4, "logsigmoid")}}
 
 
 def why_comparisons(work):
     """{title: {row: Run}}: each part of the recipe with and without each other; with one seed, what else might hold it, what it
     is sensitive to, and what else might mend the paper's recipe."""
-    steady, paper = run_of(*STEADY[1::2]), run_of(*PAPER[1::2])
+    steady, paper = run_of("per_batch", 4, "logsigmoid"), run_of("per_batch", 0, "linear")
+    by_video = run_of("per_video", 4, "logsigmoid")
     variant = lambda name, *how: Run(("--variant", name, *combination(*how)), "why")
     eight = [(step, passes, loss) for step in ("per_batch", "per_video") for passes in (0, 4) for loss in ("linear", "logsigmoid")]
-    recipe = {eight[0]: " (the paper's recipe)", eight[-1]: " (the steady recipe)"}
+    recipe = {eight[0]: " (the paper's recipe)", eight[3]: " (the steady recipe)"}
     parts = {", ".join(map(SAID.get, how)) + recipe.get(how, ""): run_of(*how) for how in eight}
     others = {
         "Why coarse rollouts hold (step per video)": {
@@ -146,13 +151,13 @@ def why_comparisons(work):
             "linear, at most 4 passes": run_of("per_video", 4, "linear"),
             "linear, no rollout: curated clips noised": variant("no_rollout", "per_video", 0, "linear"),
             "-log sigmoid, no rollout: curated clips noised": variant("no_rollout", "per_video", 0, "logsigmoid"),
-            "-log sigmoid, at most 4 passes": steady},
+            "-log sigmoid, at most 4 passes": by_video},
         "Passes and steps of the steady recipe": {
-            **{f"at most {n} pass{'es' * (n > 1)}": run_of("per_video", n, "logsigmoid") for n in (1, 2, 4, 8)},
-            "every step": run_of("per_video", 0, "logsigmoid"),
+            **{f"at most {n} pass{'es' * (n > 1)}": run_of("per_batch", n, "logsigmoid") for n in (1, 2, 4, 8)},
+            "every step": run_of("per_batch", 0, "logsigmoid"),
             "at most 4 passes, N = 40": Run(("--num_inference_steps", 40, *STEADY))},
         "The steady recipe elsewhere": {
-            "the steady recipe": steady, "an AdamW for each kind of update": variant("moments", "per_video", 4, "logsigmoid"),
+            "the steady recipe": steady, "an AdamW for each kind of update": variant("moments", "per_batch", 4, "logsigmoid"),
             "without SFT updates": Run(("--no-sft_updates", *STEADY)),
             "twice as long": Run(("--max_train_steps", 2 * length(work), *STEADY)),
             "image-to-video": Run((*I2V, *STEADY)), "image-to-video, the paper's recipe": Run((*I2V, *PAPER))},

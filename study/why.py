@@ -52,7 +52,8 @@ class Config:
     variant: str = arg("none", "what is changed", choices=VARIANTS)
     strength: float | None = arg(None, "of noise, pull, ceiling or words, or ema's factor; without: "
                                  + ", ".join(f"{variant} {value:g}" for variant, value in STRENGTH.items()), at_least=0)
-    rewarded_step: str = arg("per_video", "as in train_align.py", choices=("per_batch", "per_video"))
+    rewarded_step: str = arg("per_batch", "one random step for the whole batch (Alg. 1), or one for each video, spread evenly "
+                             "over the trajectory", choices=("per_batch", "per_video"))
     rollout_passes: int = arg(0, "as in train_align.py", at_least=0)
     reward_loss: str = arg("linear", "as in train_align.py", choices=tuple(prfl.REWARD_LOSSES))
     reward: str = arg(str(BASE / "reward"), "folder of the reward model")
@@ -70,6 +71,29 @@ class Config:
     num_validation: int = arg(256, "videos of a validation; 0 for none", at_least=0)
     resume_from_checkpoint: str | None = arg(None, "'latest' or a checkpoint folder", alias="resume")
     seed: int = arg(0, "seed of order, t, noise and steps", at_least=0)
+
+
+def draw_steps(seed, iteration, num_steps, batch):
+    """A rewarded step for each video of the batch -> int64 [b], spread evenly over the trajectory.
+
+    The trajectory is cut into b equal stretches. Each video has one of them, and its step is uniform within.
+    """
+    stretch = torch.randperm(batch, generator=common.random_generator(seed, "reward steps", iteration))
+    within = common.uniform(seed, "reward steps", iteration, range(batch))
+    place = (stretch + within) / batch                                                          # [b] in [0, 1)
+    return (1 + (place * num_steps).long()).clamp(max=num_steps)
+
+
+@torch.no_grad()
+def rollout_to_each(policy, x, context, num_steps, stop, passes):
+    """flow.rollout up to a step of its own for each video, stop [b]. A video that has arrived waits: its dt is 0."""
+    times = flow.schedule(num_steps, device=x.device)
+    stride = math.ceil(num_steps / passes) if passes else 1
+    for i in range(0, int(stop.max()), stride):
+        t, t_next = times[stop.clamp(max=i)], times[stop.clamp(max=i + stride)]                 # [b]
+        x = flow.euler_step(x, policy(x, t, context), t, t_next)
+    torch.clear_autocast_cache()    # torch before 2.13 would use the weights cast here in a pass with gradients
+    return x
 
 
 def other_words(prompt, share, generator):
@@ -91,10 +115,10 @@ def start_state(config, policy, x_T, context, first, curated, eps):
         return flow.add_noise(curated, x_T, times[first])
     if config.variant == "exact_last":
         before = (first - 1).clamp(min=0)
-        x = flow.rollout(policy, x_T, context, N, last=before, passes=config.rollout_passes)
+        x = rollout_to_each(policy, x_T, context, N, before, config.rollout_passes)
         with torch.no_grad():                                   # a video whose first step is rewarded does not move: dt = 0
             return flow.euler_step(x, policy(x, times[before], context), times[before], times[first])
-    x = flow.rollout(policy, x_T, context, N, last=first, passes=config.rollout_passes)
+    x = rollout_to_each(policy, x_T, context, N, first, config.rollout_passes)
     if config.variant == "noise":
         x = x + config.strength * (1 - times[first]).view(-1, 1, 1, 1, 1) * eps
     return x
@@ -104,7 +128,6 @@ def reward_update_loss(config, policy, base, pavrm, x_T, context, step, curated,
     """prfl.reward_update_loss with the variant in it: -> (loss, reward [b], detached). base: the generator as it was."""
     times = flow.schedule(config.num_inference_steps, device=x_T.device)
     x = start_state(config, policy, x_T, context, step - 1, curated, eps)
-    torch.clear_autocast_cache()        # on torch < 2.13, weights it cast without gradients would be used below
     t, s = times[step - 1], times[step]
     v = policy(x, t, context)
     r = pavrm(flow.euler_step(x, v, t, s), s, context)
@@ -168,8 +191,10 @@ def main(config):
 
     def reward_loss(iteration):
         x0, context = curated_batch(config.seed + 1, iteration)
-        step = prfl.draw_steps(config.seed, iteration, N, B) if config.rewarded_step == "per_video" else torch.tensor(
-            [prfl.draw_step(config.seed, iteration, N)]).expand(B)
+        if config.rewarded_step == "per_video":
+            step = draw_steps(config.seed, iteration, N, B)
+        else:
+            step = torch.tensor([prfl.draw_step(config.seed, iteration, N)]).expand(B)
         loss, reward = reward_update_loss(config, policy, base, pavrm, draw("x_T", iteration), context, step, x0,
                                           draw("why noise", iteration))
         return loss, {"reward": reward.mean().item(), "rewarded_step": step.float().mean().item()}

@@ -76,8 +76,8 @@ def test_predict_x0_inverts_add_noise():
 def test_two_parts_of_a_rollout_are_the_whole(cut):
     x1, context = randn(3, *SHAPE), randn(3, 2, 4, seed=1)
     whole = flow.rollout(curved, x1, context, 8, shift=3.0)
-    noisy = flow.rollout(curved, x1, context, 8, last=cut, shift=3.0)
-    assert torch.equal(flow.rollout(curved, noisy, context, 8, first=cut, shift=3.0), whole)
+    noisy = flow.rollout(curved, x1, context, 8, stop=cut, shift=3.0)
+    assert torch.equal(flow.rollout(curved, noisy, context, 8, start=cut, shift=3.0), whole)
     assert torch.equal(noisy, x1) == (cut == 0)
 
 
@@ -97,32 +97,8 @@ def test_passes_are_longer_steps_on_the_same_grid(passes, N, most):
         for a, b in zip(stops, stops[1:]):
             x = x - (times[a] - times[b]) * curved(x, times[a].expand(2), context)
         calls.clear()
-        torch.testing.assert_close(flow.rollout(counted, x1, context, N, last=last, passes=passes, shift=3.0), x)
+        torch.testing.assert_close(flow.rollout(counted, x1, context, N, stop=last, passes=passes, shift=3.0), x)
         assert len(calls) == len(stops) - 1 <= most
-
-
-@pytest.mark.parametrize("passes", [0, 3])
-def test_each_video_stops_at_its_own_step(passes):
-    """As alone; and with `longest` there are as many passes whatever this rank's own videos need."""
-    x1, context, y, calls = randn(4, *SHAPE), randn(4, 2, 4, seed=1), randn(4, *SHAPE, seed=2), []
-
-    def pulled(x, t, context, y=None):
-        calls.append(len(x))
-        return curved(x, t, context) + y
-
-    last = torch.tensor([7, 0, 3, 8])
-    got = flow.rollout(pulled, x1, context, 8, last=last, passes=passes, y=y)
-    for i in range(4):
-        alone = flow.rollout(pulled, x1[i:i + 1], context[i:i + 1], 8, last=int(last[i]), passes=passes, y=y[i:i + 1])
-        torch.testing.assert_close(got[i:i + 1], alone)
-    counts = set()
-    for last in ([0, 0, 0, 0], [1, 0, 2, 0], [8, 7, 8, 3]):
-        calls.clear()
-        same = flow.rollout(pulled, x1, context, 8, last=torch.tensor(last), longest=8, passes=passes, y=y)
-        counts.add(len(calls))
-        calls.clear()
-        torch.testing.assert_close(same, flow.rollout(pulled, x1, context, 8, last=torch.tensor(last), passes=passes, y=y))
-    assert counts == {passes or 8}
 
 
 def test_rollout_keeps_the_state_wide_and_has_no_gradient():

@@ -65,7 +65,7 @@ def test_gradient_is_the_finite_difference_of_the_one_step(models, batch, step):
     loss, _ = prfl.reward_update_loss(policy, pavrm, x_T, context, step, N)
     grads = gradients(policy, loss)
     times = flow.schedule(N)
-    x = flow.rollout(policy, x_T, context, N, last=step - 1)  # x_{s+dt}: held while the weights move
+    x = flow.rollout(policy, x_T, context, N, stop=step - 1)  # x_{s+dt}: held while the weights move
     t, s = times[step - 1].expand(3), times[step].expand(3)
 
     @torch.no_grad()
@@ -100,53 +100,32 @@ def test_loss_reward_and_gradient_are_algorithm_1_by_hand(models, batch):
     assert not close(grads, gradients(policy, through_all), rtol=1e-2)   # no gradient through the rollout
 
 
-@pytest.mark.parametrize("N, passes, stops", [
-    (6, 4, {1: [0], 4: [0, 2, 3], 6: [0, 2, 4, 5]}),                 # strides of ceil(6 / 4) = 2, or what is left
-    (10, 4, {1: [0], 5: [0, 3, 4], 10: [0, 3, 6, 9]}),
-    (10, 1, {2: [0, 1], 5: [0, 4], 10: [0, 9]}),                     # one pass, straight to x_{s+dt}
-    (6, 0, {1: [0], 3: [0, 1, 2], 6: [0, 1, 2, 3, 4, 5]})])          # every step, and still a step for each video
-def test_steady_by_hand(models, batch, N, passes, stops):
-    """A step for each video, a coarse rollout up to x_{s+dt}, one step of 1 / N with gradients, -log sigmoid(r)."""
+@pytest.mark.parametrize("N, passes, step, route", [
+    (6, 4, 1, [0]), (6, 4, 4, [0, 2, 3]), (6, 4, 6, [0, 2, 4, 5]),      # strides of ceil(6 / 4) = 2, or what is left
+    (10, 4, 5, [0, 3, 4]), (10, 4, 10, [0, 3, 6, 9]),
+    (10, 1, 2, [0, 1]), (10, 1, 10, [0, 9]),                            # one pass, straight to x_{s+dt}
+    (6, 0, 3, [0, 1, 2])])                                              # every step
+def test_steady_by_hand(models, batch, N, passes, step, route):
+    """A coarse rollout up to x_{s+dt}, one step of 1 / N with gradients, -log sigmoid(r)."""
     policy, pavrm = models
-    x_T, context = batch
-    rewards = []
-    for i, (step, route) in enumerate(stops.items()):                # one video at a time
-        x, text = x_T[i:i + 1], context[i:i + 1]
-        with torch.no_grad():
-            for a, b in zip(route, route[1:]):
-                x = x - (b - a) / N * policy(x, torch.tensor([1 - a / N]), text)
-        assert route[-1] == step - 1
-        x = x - policy(x, torch.tensor([1 - route[-1] / N]), text) / N
-        rewards.append(pavrm(x, torch.tensor([1 - step / N]), text))
-    r = torch.cat(rewards)
+    x, context = batch
+    at = lambda place: torch.full((3,), 1 - place / N)
+    with torch.no_grad():
+        for a, b in zip(route, route[1:]):
+            x = x - (b - a) / N * policy(x, at(a), context)
+    assert route[-1] == step - 1
+    x = x - policy(x, at(step - 1), context) / N
+    r = pavrm(x, at(step), context)
     wanted = -torch.log(1 / (1 + torch.exp(-r))).mean()
-    how = dict(rollout_passes=passes, loss="logsigmoid")
-    loss, reward = prfl.reward_update_loss(policy, pavrm, x_T, context, torch.tensor(list(stops)), N, longest=max(stops), **how)
+    loss, reward = prfl.reward_update_loss(policy, pavrm, *batch, step, N, rollout_passes=passes, loss="logsigmoid")
     torch.testing.assert_close(reward, r.detach(), rtol=1e-5, atol=1e-6)
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
-    grads = gradients(policy, loss)
-    assert close(grads, gradients(policy, wanted))
-    more, _ = prfl.reward_update_loss(policy, pavrm, x_T, context, torch.tensor(list(stops)), N, longest=N, **how)
-    assert close(grads, gradients(policy, more), rtol=1e-10)         # passes for other ranks' sake change nothing
+    assert close(gradients(policy, loss), gradients(policy, wanted))
 
 
 def test_the_recipes_are_algorithm_1_and_the_steady_one():
-    assert prfl.RECIPES == {"paper": {"rewarded_step": "per_batch", "rollout_passes": 0, "reward_loss": "linear"},
-                            "steady": {"rewarded_step": "per_video", "rollout_passes": 4, "reward_loss": "logsigmoid"}}
-
-
-def test_two_grad_steps_are_backpropagation_through_two_steps(models, batch):
-    policy, pavrm = models
-    x_T, context = batch
-    with torch.no_grad():
-        x = euler(policy, x_T, context, 0, 2)
-    two = -judged(pavrm, euler(policy, x, context, 2, 4), context, 4).mean()
-    got = lambda k, step=4: gradients(policy, prfl.reward_update_loss(policy, pavrm, x_T, context, step, N,
-                                                                      grad_steps=k)[0])
-    wanted = gradients(policy, two)
-    assert close(got(2), wanted) and not close(got(1), wanted, rtol=1e-2)
-    whole = gradients(policy, -judged(pavrm, euler(policy, x_T, context, 0, 4), context, 4).mean())
-    assert close(got(4), whole) and close(got(99), whole)                # never before the noise itself
+    assert prfl.RECIPES == {"paper": {"rollout_passes": 0, "reward_loss": "linear"},
+                            "steady": {"rollout_passes": 4, "reward_loss": "logsigmoid"}}
 
 
 def test_the_reward_model_stays_bit_for_bit_and_every_block_learns(models, batch):
@@ -170,7 +149,7 @@ def test_the_reward_model_stays_bit_for_bit_and_every_block_learns(models, batch
 
 def test_gradient_checkpointing_changes_nothing(models, batch):
     policy, pavrm = models
-    update = lambda: gradients(policy, prfl.reward_update_loss(policy, pavrm, *batch, 4, N, grad_steps=2)[0])
+    update = lambda: gradients(policy, prfl.reward_update_loss(policy, pavrm, *batch, 4, N)[0])
     plain = update()
     policy.gradient_checkpointing = pavrm.trunk.gradient_checkpointing = True
     assert close(plain, update(), rtol=1e-12)
@@ -223,36 +202,6 @@ def test_a_part_without_steps():
     with pytest.raises(InputError, match="--num_inference_steps 2 .*early"):
         prfl.draw_step(0, 0, 2, "early")
     assert {prfl.draw_step(0, i, 1) for i in range(9)} == {1}
-
-
-@pytest.mark.parametrize("part, first, last", [("full", 0, 40), ("late", 26, 40)])
-@pytest.mark.parametrize("B", [1, 7, 32, 80])
-def test_steps_per_video_are_spread_evenly_over_the_part(part, first, last, B):
-    n = last - first
-    for iteration in range(50):
-        steps = sorted(prfl.draw_steps(0, iteration, 40, B, part).tolist())
-        for j, step in enumerate(steps):                             # one in each of B equal stretches
-            assert first + 1 + j * n // B <= step <= first - (-(j + 1) * n // B), (iteration, j)
-        if B % n == 0:
-            assert Counter(steps) == {step: B // n for step in range(first + 1, last + 1)}
-
-
-@pytest.mark.parametrize("place", [0, 31])
-def test_the_step_of_each_video_is_uniform(place):
-    """As draw_step's, wherever in the batch the video is."""
-    expected, n = 60, 40
-    counts = Counter(prfl.draw_steps(0, i, n, 32)[place].item() for i in range(expected * n))
-    assert set(counts) == set(range(1, n + 1))
-    chi2 = sum((count - expected) ** 2 / expected for count in counts.values())
-    assert abs(chi2 - (n - 1)) < 4 * math.sqrt(2 * (n - 1))          # neither skewed nor too even for chance
-
-
-def test_steps_per_video_depend_on_seed_and_iteration_only():
-    drawn = lambda seed, iteration: prfl.draw_steps(seed, iteration, 16, 32).tolist()
-    torch.manual_seed(3)
-    first = drawn(0, 5)
-    torch.manual_seed(4)
-    assert drawn(0, 5) == first and drawn(1, 5) != first and drawn(0, 6) != first
 
 
 # ---- the other updates
@@ -326,14 +275,3 @@ def test_rwr_judges_as_it_samples_in_the_dtype_of_autocast_and_without_gradients
     assert asked == [(runtime.autocast, 5.0, 3), (True, False, [0, 0, 0])] and not weights.requires_grad
     with pytest.raises(FloatingPointError, match="the reward is nan"):
         rwr_baseline.weighted_samples(None, reward, (1, 1, 1, 1), torch.full((3, 1, 1), torch.nan), 0, 2, 3, runtime, 5.0)
-
-
-@pytest.mark.parametrize("step, longest, grad_steps, passes, wanted", [
-    ([1, 2], 6, 1, 0, 6), ([1, 2], None, 1, 0, 2), ([3, 3], 8, 2, 0, 8), ([1, 1], 1, 1, 0, 1), ([2, 7], 7, 1, 3, 3)])
-def test_every_rank_makes_the_passes_of_the_longest_rollout(step, longest, grad_steps, passes, wanted):
-    """Under fsdp a rank that made fewer would hang the others."""
-    calls = []
-    policy = lambda x, t, context: calls.append(t.tolist()) or x * 0.5
-    prfl.reward_update_loss(policy, lambda x, s, context: x.mean((1, 2, 3, 4)), torch.ones(2, 1, 1, 1, 1), torch.zeros(2, 1, 1),
-                            torch.tensor(step), 8, longest=longest, grad_steps=grad_steps, rollout_passes=passes)
-    assert len(calls) == wanted
