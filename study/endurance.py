@@ -1,0 +1,222 @@
+"""`python -m study.reproduce endurance`: does PRFL hold at any length? Recipes, learning rates and rewards, run for long.
+
+The generator can learn to please the reward and not the eye. This study crosses what could prevent it:
+
+recipe      paper: Algorithm 1. steady: at most four long steps in the rollout, and -log sigmoid(r). by video: the same
+            with a step of its own for each video of a batch (study/why.py).
+schedule    the learning rate stays constant, or falls linearly to 0 at the end of the run.
+reward      as the paper trains it, or with a quarter of each batch under another video's prompt and labelled bad
+            (train_reward.py --mismatched).
+
+The whole study takes about twelve hours of a core, so a finished run is kept in results/endurance_runs.json, as its
+curves and its verdicts on the test videos, and is not made again. Remove its entry there to make it anew.
+"""
+import json
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import common
+import flow
+from common import InputError
+from formats import runs
+from formats.codec import load_text_encoder, load_vae
+from formats.metadata import from_json
+from formats.video import to_pixels
+from formats.weights import SHIPPED
+from model import load_transformer
+from report import confidence_interval, plot, show, summary, table
+from study.parts import HOME, part_of, reward_folder, train_reward_models
+from world import annotator, scene
+
+EVERY = 40                                                      # iterations between validations
+VALIDATED, TESTED, TEST_SEED = 256, 512, 7_000                  # videos; the seed is evaluate.py's
+PANEL = ("speed", "brightness", "saturation")
+RECIPES = {
+    "paper": ("train_align.py", "--method", "prfl", "--recipe", "paper"),
+    "steady": ("train_align.py", "--method", "prfl", "--recipe", "steady"),
+    "by video": ("-m", "study.why", "--rewarded_step", "per_video", "--rollout_passes", 4, "--reward_loss", "logsigmoid"),
+}
+
+
+class Case(NamedTuple):
+    """One run, but for its seed. mismatched: share of the reward model's batches. length: iterations."""
+    recipe: str
+    schedule: str = "constant"
+    mismatched: float = 0.25
+    rate: float = 1e-4
+    length: int = 960
+
+    def name(self, seed):
+        return f"{self.recipe}, {self.schedule}, {self.rate:g}, mismatched {self.mismatched:g}, {self.length}, seed {seed}"
+
+    def row(self):
+        reward = f"mismatched {self.mismatched:g}" if self.mismatched else "the paper's reward"
+        return f"{self.recipe}, {self.schedule} {self.rate:g}, {reward}"
+
+
+# The long runs that are compared, and then shorter ones: a falling rate has one length.
+LONG = [Case(recipe, schedule, mismatched) for mismatched in (0.25, 0) for recipe in RECIPES
+        for schedule in ("constant", "linear")]
+MORE = [Case("steady", "constant", length=1920), Case("steady", "linear", rate=2e-4),
+        *(Case(recipe, "linear", length=length) for recipe in ("steady", "by video") for length in (120, 480)),
+        *(Case("steady", "linear", rate=2e-4, length=length) for length in (120, 480))]
+
+
+# ---- one run
+def part_of_case(work, seed, case):
+    """(folder, file that it ends with, script, *flags), as Work.run takes them."""
+    words = case.name(seed).replace(", ", "_").replace(" ", "-")
+    reward = reward_folder(work, seed, ("--mismatched", case.mismatched)) / "reward"
+    return (work.folder / f"seed-{seed}" / f"endurance-{words}", "transformer/config.json", *RECIPES[case.recipe],
+            "--seed", seed, "--curated_dir", work.folder / f"seed-{seed}" / "curated", "--reward", reward,
+            "--learning_rate", case.rate, "--lr_scheduler", case.schedule, "--max_train_steps", case.length,
+            "--validation_steps", EVERY, "--num_validation", VALIDATED, "--checkpointing_steps", 120)
+
+
+def curve_of(rows):
+    """Rows of a metrics.jsonl -> {iteration: {"qualified", "cpu_seconds" of all updates until then, and the panel}}"""
+    curve, seconds = {}, 0.0
+    for row in rows:
+        seconds += sum(value for name, value in row.items() if name.endswith("_cpu_seconds"))
+        if "validation_qualified" in row:
+            watched = {name.removeprefix("validation_"): round(value, 4) for name, value in row.items()
+                       if name.startswith("validation_")}
+            reward = {"reward": round(row["reward"], 3)} if "reward" in row else {}
+            curve[str(row["step"])] = {**watched, **reward, "cpu_seconds": round(seconds, 1)}
+    return curve
+
+
+def bits(values):
+    """Verdicts [n] as a string of 0 and 1."""
+    return "".join(str(int(value)) for value in values)
+
+
+@torch.no_grad()
+def test_verdicts(transformer):
+    """The generator in folder `transformer` on evaluate.py's test videos and on reworded sentences ->
+    {"test, firm": {"qualified": bits, ...}, ..., "test means": [speed, brightness, saturation], ...}"""
+    runtime = common.setup(runs.fast_precision(), 0)
+    base = SHIPPED["t2v"]
+    dit = load_transformer(transformer).to(runtime.device).eval()
+    vae, text = (load(base / name).to(runtime.device) for load, name in ((load_vae, "vae"),
+                                                                          (load_text_encoder, "text_encoder")))
+    found = {}
+    for split in ("test", "reworded"):
+        _, prompts, _ = scene.make(TESTED, TEST_SEED, "clean", "tiny", split=split)
+        x = flow.sample(dit, scene.LATENT_SHAPES["tiny"], text.encode(prompts), TEST_SEED, range(TESTED), 16,
+                        autocast=runtime.autocast)
+        seen = annotator.annotate(torch.cat([to_pixels(vae.decode(z)).cpu() for z in x.split(128)]), prompts)
+        for who, tolerance in annotator.ANNOTATORS.items():
+            grades = annotator.grade(seen, tolerance)
+            found[f"{split}, {who}"] = {"qualified": bits(grades["qualified"]), "physical": bits(grades["physical"] == 2),
+                                        "deformity": bits(grades["deformity"] == 2)}
+        found[f"{split}, firm"]["adherent"] = bits(seen["adherent"])
+        found[f"{split} means"] = [round(seen[name].float().mean().item(), 5) for name in PANEL]
+    return found
+
+
+def read_kept(path):
+    try:
+        return from_json(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}): restore or remove it") from None
+
+
+def finished(work, wanted):
+    """Makes those of [(seed, case)] that are not kept -> {name of the run: what is kept of it}"""
+    path = work.results / "endurance_runs.json"
+    kept = read_kept(HOME / "results/endurance_runs.json") | read_kept(path)
+    missing = [(seed, case) for seed, case in wanted if case.name(seed) not in kept]
+    train_reward_models(work, [(seed, ("--mismatched", case.mismatched)) for seed, case in missing])
+    for i in range(0, len(missing), work.jobs):                 # kept as soon as they are there
+        together = missing[i:i + work.jobs]
+        work.run([part_of_case(work, seed, case) for seed, case in together])
+        for seed, case in together:
+            folder = part_of_case(work, seed, case)[0]
+            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            part = part_of(folder)
+            kept[case.name(seed)] = {"command": part["command"].replace(str(work.folder), "runs"), "commit": part["commit"],
+                                     "minutes": round(part["seconds"] / 60, 1), "curve": curve_of(rows),
+                                     "test": test_verdicts(folder / "transformer")}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        runs.write_json(path, kept)
+    return {case.name(seed): kept[case.name(seed)] for seed, case in wanted}
+
+
+# ---- what they say
+def rates(curve):
+    """The qualified rate of each validation but the first, which sees the untrained generator."""
+    return [row["qualified"] for step, row in curve.items() if int(step)]
+
+
+def fall(curves):
+    """Curves of the seeds -> (how far the last quarter of the validations lies from the best quarter, its 95 % interval).
+
+    The best quarter is the one whose mean over the seeds is highest, so a run that neither rises nor falls has a
+    difference a little below zero.
+    """
+    values = np.array([rates(curve) for curve in curves])                                       # [seeds, validations]
+    quarters = np.array_split(values, 4, axis=1)
+    best = max(quarters, key=np.mean)
+    if best is quarters[-1]:
+        return 0.0, [0.0, 0.0]
+    return float(quarters[-1].mean() - best.mean()), confidence_interval(quarters[-1], best)
+
+
+def test_values(parts, key, what="qualified"):
+    """Kept runs of the seeds -> [seeds, test videos]"""
+    return np.array([[float(bit) for bit in part["test"][key][what]] for part in parts])
+
+
+def row_of(case, parts):
+    """-> (numbers, cells of the table)"""
+    curves = [part["curve"] for part in parts]
+    difference, interval = fall(curves)
+    at = {step: [curve[str(step)]["qualified"] for curve in curves] for step in (40, 120, 240, 480, 720, 960, 1440, 1920)
+          if str(step) in curves[0]}
+    test = {key: summary(test_values(parts, key)) for key in ("test, firm", "test, strict", "test, loose", "reworded, firm")}
+    means = np.mean([part["test"]["test means"] for part in parts], 0)
+    numbers = {"validation": at, "fall": {"difference": difference, "interval": interval}, "test": test,
+               "adherent": float(test_values(parts, "test, firm", "adherent").mean()),
+               **dict(zip(PANEL, means.tolist())), "minutes": [part["minutes"] for part in parts]}
+    steps = [f"{np.mean(at[step]):.3f}" if step in at else "" for step in (40, 120, 240, 480, 720, 960)]
+    cells = [case.row(), case.length, len(parts), *steps, show(difference, interval, "+"), show(**test["test, firm"]),
+             " ".join(f"{value:.3f}" for value in test["test, firm"]["seeds"]),
+             *(f"{test[key]['mean']:.3f}" for key in ("test, strict", "test, loose", "reworded, firm")),
+             *(f"{value:.3f}" for value in means)]
+    return numbers, cells
+
+
+HEAD = ["recipe, rate, reward", "iterations", "seeds", "40", "120", "240", "480", "720", "960",
+        "last quarter less best quarter", "test videos", "by seed", "strict", "loose", "reworded", *PANEL]
+
+
+def endurance(work):
+    cases = [*LONG, *MORE]
+    seeds_of = lambda case: work.seeds[:1] if case.length > 960 else work.seeds
+    kept = finished(work, [(seed, case) for case in cases for seed in seeds_of(case)])
+    report(work, kept, cases)
+
+
+def report(work, kept, cases):
+    """Writes the table and the curves of the cases of which `kept` has any seed."""
+    rows, cells, curves = {}, [], {}
+    for case in cases:
+        parts = [kept[case.name(seed)] for seed in work.seeds if case.name(seed) in kept]
+        if parts:
+            rows[f"{case.row()}, {case.length}"], row = row_of(case, parts)
+            cells.append(row)
+            steps = [int(step) for step in parts[0]["curve"]]
+            mean = np.mean([[point["qualified"] for point in part["curve"].values()] for part in parts], 0)
+            curves[case] = (steps, mean.tolist())
+    plot(work.results / "endurance.png", {
+        ("mismatched prompts" if mismatched else "the paper's reward"): ("iteration", {
+            f"{case.recipe}, {case.schedule} {case.rate:g}": curve for case, curve in curves.items()
+            if case.mismatched == mismatched and case.length >= 480}) for mismatched in (0.25, 0)})
+    work.write("endurance", "Does it hold? Recipes, learning rates and rewards over many iterations", [
+        f"The share of {VALIDATED} validation videos that are qualified after so many iterations, mean over the seeds; then how "
+        f"far the last quarter of the validations lies below the best one, and {TESTED} test videos at the end, by the firm, the "
+        "strict and the loose annotator, and in other wordings. Each seed has a reward model of its own.", "",
+        *table(HEAD, cells)], {"rows": rows})
