@@ -70,8 +70,8 @@ class Config(runs.Flags, parallel.Flags):
     pooling: str = arg("query_attention", "how tokens become one vector (Eq. 5, Table 5)", choices=tuple(POOLINGS),
                        only="space latent")
     loss: str = arg("bce", "cross-entropy (Eq. 6), or Bradley-Terry on the pairs of a batch (Table 7)", choices=tuple(CRITERIA))
-    mismatched: float = arg(0.25, "share of each batch that gets another video's prompt and the label bad; 0 is the paper's",
-                            at_least=0, below=1)
+    mismatched: float | None = arg(None, "share of each batch that gets another video's prompt and the label bad; 0 is the "
+                                   "paper's; default: .25, or 0 if all prompts are alike", at_least=0, below=1)
     fixed_t: float | None = arg(None, "train at this t instead of t ~ U(0, 1) (Fig. 3c)", at_least=0, below=1,
                                 only="space latent")
     learning_rate: float | None = arg(None, "of AdamW for query and head, falling to 0; default: 2e-3, Wan: 1e-5", above=0)
@@ -106,6 +106,11 @@ def main(config):
                                    config.num_inference_steps, config.world, config.seed, runtime, config.shift)
     shards.require_fit(dit, config.model, labelled=bool(config.data))
     train, held_out = data.labelled_split(data.take_fold(shards, config.fold), config.holdout, config.seed)
+    prompts = data.prompt_groups([shards.rows[i]["prompt"] for i in train.tolist()])     # alike: equal numbers
+    if config.mismatched is None:
+        config.mismatched = 0.25 if prompts.any() else 0.0
+    elif config.mismatched and not prompts.any():
+        raise InputError(f"--mismatched {config.mismatched}: all prompts are alike, so none is wrong: leave it out")
     share = (shards.labels[train] == 1).float().mean().item()
     if runtime.rank == 0:
         print(f"{shards.label_note}\n{len(train)} videos to train on ({share:.0%} good), {len(held_out)} held out, "
@@ -133,7 +138,6 @@ def main(config):
     global_batch = config.batch_size * runtime.world_size // config.sequence_parallel
     bar = common.progress(config.max_train_steps, "reward model", initial=state["step"])
     measure = make_reward_report(reward_fn, shards.batch(held_out), dit.config, config, runtime)
-    groups_of_prompts = data.prompt_groups([shards.rows[i]["prompt"] for i in train.tolist()])
     report = None
 
     for step in range(state["step"], config.max_train_steps):
@@ -143,7 +147,7 @@ def main(config):
         batch = shards.batch(train[rows])
         wrong = common.uniform(config.seed, "mismatched", step, indices) < config.mismatched        # [b]
         if wrong.any():                                         # not what was asked for, so bad, however good it looks
-            others = data.other_rows(groups_of_prompts, rows, config.seed, step, indices)
+            others = data.other_rows(prompts, rows, config.seed, step, indices)
             batch["context"][wrong] = shards.batch(train[others[wrong]])["context"]
             batch["label"][wrong] = 0
         x0, context = batch["latents"].to(runtime.device), batch["context"].to(runtime.device)
