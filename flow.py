@@ -65,7 +65,7 @@ def guided_velocity(dit, x, t, context, guidance_scale=1.0, null=None, **image):
 @torch.no_grad()
 def rollout(dit, x, context, num_steps, *, first=0, last=None, longest=None, passes=0, shift=1.0, guidance_scale=1.0,
             null=None, **image):
-    """Integrate from noise towards data without gradients. image: y and clip of an image-to-video model.
+    """Integrate from noise towards data without gradients. image: y and clip_tokens of an image-to-video model.
 
     x: [b, c, f, h, w] at schedule(num_steps)[first]; runs steps first .. last - 1 (last = num_steps: to t = 0), so
     the result is at schedule(num_steps)[last]. last: one number, or [b] of them, a video each. passes: 0 takes every
@@ -93,7 +93,7 @@ def sample(dit, latent_shape, context, seed, indices, num_steps, *, shift=1.0, g
            batch_size=128, autocast=None, **image):
     """Finished latents [m, c, f, h, w] of examples `indices`, whose noise depends only on (seed, index).
 
-    latent_shape: (c, f, h, w); context [m, l, d_text], y and clip [m, ...] belong to the indices, on the model's device.
+    latent_shape: (c, f, h, w); context [m, l, d_text], y and clip_tokens [m, ...] belong to the indices, on the model's device.
     """
     latents = []
     for i in range(0, len(indices), batch_size):

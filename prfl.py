@@ -80,7 +80,7 @@ def reward_update_loss(policy, pavrm, x_T, context, step, num_steps, *, longest=
     [b, l, d_text]. step: 1 .. num_steps, the step whose result is rewarded, one for all or [b]. longest: the largest
     step of the whole update, so that all its ranks and batches make as many passes. rollout_passes: as in `rollout`.
     reward_weight: lambda. grad_steps: how many of the steps up to there carry gradients; 1 is the paper's, more needs
-    policy.gradient_checkpointing to fit. image: y and clip of an image-to-video model.
+    policy.gradient_checkpointing to fit. image: y and clip_tokens of an image-to-video model.
     """
     times = schedule(num_steps, shift, x_T.device)
     step = torch.as_tensor(step).expand(len(x_T))                                                   # [b]
