@@ -30,10 +30,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 import common
+import families
 from common import InputError, arg
-from formats import codec, fingerprint, lock
+from families import load_image_encoder, load_text_encoder, load_vae, save_null_context
+from formats import encoders, fingerprint, lock
 from formats import labels as people
-from formats.codec import load_image_encoder, load_text_encoder, load_vae, save_null_context
 from formats.metadata import (
     SUFFIXES,
     from_json,
@@ -205,17 +206,17 @@ class Shards:
         if self.settings and not made_by and common.rank() == 0:
             print(f"note: {self.folder}: does not say which encoders made it: see to it that they are the model's")
         if made_by:
-            found, image_to_video = codec.find_encoders(model) if model else {}, dit.config["model_type"] == "i2v"
+            found, image_to_video = encoders.find_encoders(model) if model else {}, dit.config["model_type"] == "i2v"
             for role, path in found.items():
                 if role in made_by and made_by[role] != fingerprint.of_encoder(path, role):
                     raise InputError(f"{self.folder}: was encoded with another {role} than {path}: encode with --model {model}")
-            if image_to_video and length == codec.WAN_CONTEXT and "condition" not in self.shapes:
+            if families.of_config(dit.config).blank_frames and "condition" not in self.shapes:
                 raise InputError(f"{self.folder}: lacks the given first frame as Wan2.1's image-to-video takes it: encode with "
                                  f"--model {model or 'and its folder'}")
             notes = {f"{self.folder}: encoders cannot be compared: {f'{model} holds none' if model else 'no --model'}": not found,
                      f"{self.folder}: clips run at {self.fps:g} frames per second, the model's own videos at "
-                     f"{codec.sampling_defaults(dit.config)['fps']:g}: it will learn another speed; encode with --fps":
-                     abs(self.fps / codec.sampling_defaults(dit.config)["fps"] - 1) > .02,
+                     f"{families.sampling_defaults(dit.config)['fps']:g}: it will learn another speed; encode with --fps":
+                     abs(self.fps / families.sampling_defaults(dit.config)["fps"] - 1) > .02,
                      f"{self.folder}: was encoded for image-to-video; this model takes no first frame":
                      "condition" in self.shapes and not image_to_video}
             print(*(f"note: {note}\n" for note in notes if notes[note] and common.rank() == 0), sep="", end="", flush=True)
@@ -408,7 +409,7 @@ class Tally:
 
     def lines(self, config, prompts):
         """The sentences to print. prompts: of all usable clips."""
-        cut, limit = codec.count_long_captions(config.text_encoder, prompts)
+        cut, limit = encoders.count_long_captions(config.text_encoder, prompts)
         said = {"still": "stand still for a quarter of their frames or longer",
                 "converted": "are HDR or of a wide gamut: converted to BT.709, what is brighter than its white is clipped",
                 "approximate": "have colours that only approximate what a player shows",
@@ -476,7 +477,7 @@ def resolve_encoders(config):
     image_to_video = getattr(config, "image_encoder", None) is not None
     if config.model:
         common.refuse(config, ROLES, "with --model, whose own is taken")
-        dit, found = transformer_folder(config.model)[1], codec.find_encoders(config.model)
+        dit, found = transformer_folder(config.model)[1], encoders.find_encoders(config.model)
         image_to_video = dit["model_type"] == "i2v"
         wanted = [role for role in ROLES if hasattr(config, role) and (role != "image_encoder" or dit["image_dim"])]
         if lacking := [role for role in wanted if role not in found]:
@@ -496,7 +497,8 @@ def encode_batch(clips, models, image_to_video):
     out = {"latents": models["vae"].encode(from_pixels(videos)),                            # [b, c, f, h, w]
            "context": models["text_encoder"].encode([clip.row["prompt"] for clip in clips])}        # [b, l, d]
     if image_to_video:
-        out["condition"] = codec.condition_latents(models["vae"], videos, out["context"].shape[1])        # [b, c, f, h, w]
+        out["condition"] = encoders.condition_latents(
+            models["vae"], videos, families.takes_blank_frames(models["text_encoder"]))                 # [b, c, f, h, w]
     if "image_encoder" in models:
         out["clip_fea"] = models["image_encoder"].encode(videos[:, 0])                      # [b, m, d']
     return {name: x.float().cpu() for name, x in out.items()}

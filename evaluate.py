@@ -47,12 +47,13 @@ import torch.nn.functional as F
 
 import common
 import data
+import families
 import flow
 import search
 import validation
 from common import InputError, arg
-from formats import codec, lock, runs
-from formats.codec import load_text_encoder, load_vae
+from families import load_text_encoder, load_vae
+from formats import encoders, lock, runs
 from formats.metadata import replace_text, write_rows
 from formats.picture import wall, write_gif
 from formats.prompts import read_prompts
@@ -180,37 +181,37 @@ def sampled(config, folder, name, rows, contexts, size, runtime):
     -> ({metric: [n]}, {index: small video uint8 [F, h, w, 3]} of the first few), the same on every rank.
     """
     dit, device = load_transformer(folder, dtype=None).eval().requires_grad_(False), runtime.device
-    shape = codec.latent_shape(dit.config, size, config.frames)
+    shape = families.latent_shape(dit.config, size, config.frames)
     rewards = {kind: load_pavrm(path, dit) for kind, path in (("pavrm", config.reward), ("judge", config.judge)) if path}
     vae = load_vae(f"{config.model}/vae")
-    clip = codec.load_image_encoder(f"{config.model}/image_encoder") if dit.config["image_dim"] else None
+    image_encoder = families.load_image_encoder(f"{config.model}/image_encoder") if dit.config["image_dim"] else None
     null = contexts[None].to(device) if None in contexts else None
     cuts = search.parse_cuts(config.best_of, config.cuts)
     dit, found, films = parallel.cast_matrices(dit, runtime.dtype), [], []
     once = max(1, BATCH_LATENTS // (shape[1] * shape[2] * shape[3]))
     groups = [list(range(i, min(i + once, len(rows)))) for i in range(0, len(rows), once)]
     for group, _ in common.progress(parallel.work_of_rank(groups, runtime, "ddp"), f"{name} (x{once * runtime.world_size})"):
-        context = codec.stack_contexts([contexts[rows[i]["prompt"]] for i in group]).to(device)
+        context = encoders.stack_contexts([contexts[rows[i]["prompt"]] for i in group]).to(device)
         image = {}
         if rows[group[0]]["image"]:
             first = torch.stack([read_clip(rows[i]["image"], size=size, frames=1)[0][0] for i in group]).to(device)
-            with codec.on(vae, device), codec.on(clip or vae, device):
-                image = codec.image_conditions(dit.config, vae, clip, first, config.frames)
+            with encoders.on(vae, device), encoders.on(image_encoder or vae, device):
+                image = families.image_conditions(dit.config, vae, image_encoder, first, config.frames)
         what = shape, context, 7_000 + config.seed, group, config.num_inference_steps
         how = dict(shift=config.shift, guidance_scale=config.guidance_scale, null=null, autocast=runtime.autocast, **image)
-        with codec.on(dit, device):
+        with encoders.on(dit, device):
             if config.best_of == 1:
                 x = flow.sample(dit, *what, **how)                                                  # [b, c, f, h, w]
             else:
-                with codec.on(rewards["pavrm"], device) as pavrm:
+                with encoders.on(rewards["pavrm"], device) as pavrm:
                     x, _ = search.best_of(dit, pavrm, *what, cuts, batch_size=once, **how)
         values = {}
         for kind, reward in rewards.items():
-            with codec.on(reward, device):
+            with encoders.on(reward, device):
                 logits = validation.logits_by_t(reward, x, context, 7_000, autocast=runtime.autocast, indices=group, **image)
             values[kind] = (logits >= 0).double().mean(0).cpu()
-        with codec.on(vae, device):
-            videos = codec.decode_pixels(vae, x)
+        with encoders.on(vae, device):
+            videos = encoders.decode_pixels(vae, x)
         values |= validation.panel(videos)
         found += [(i, {key: float(x[k]) for key, x in values.items()}) for k, i in enumerate(group)]
         for i, video in zip(group, videos):
@@ -225,8 +226,8 @@ def compare_on_prompts(config, named, runtime):
     """`--prompts`: samples of each generator side by side."""
     rows = read_prompts(config.prompts)[:config.num_videos]
     dit_config = transformer_folder(next(iter(named.values())))[1]
-    size = data.parse_size(config) or codec.sampling_defaults(dit_config)["size"]
-    codec.fill_in(config, codec.sampling_defaults(dit_config, size[1]))
+    size = data.parse_size(config) or families.sampling_defaults(dit_config)["size"]
+    families.fill_in(config, families.sampling_defaults(dit_config, size))
     for row in rows:
         if (row["image"] is not None) != (dit_config["model_type"] == "i2v"):
             raise InputError(f"--prompts {config.prompts}: an image in each row is needed by image-to-video models, and by those "
@@ -237,9 +238,9 @@ def compare_on_prompts(config, named, runtime):
         raise InputError(f"--best_of {config.best_of} needs a reward model: name one with --reward")
     for folder in named.values():                               # fails before any work
         for path in filter(None, (config.reward, config.judge)):
-            load_pavrm(path, load_transformer(folder, whole=False), whole=False)
-    negative = codec.sampling_defaults(dit_config)["negative_prompt"]
-    contexts = codec.encode_texts(f"{config.model}/text_encoder", [row["prompt"] for row in rows]
+            load_pavrm(path, load_transformer(folder, load_now=False), load_now=False)
+    negative, text_folder = families.sampling_defaults(dit_config)["negative_prompt"], f"{config.model}/text_encoder"
+    contexts = encoders.encode_texts(families.load_text_encoder(text_folder), text_folder, [row["prompt"] for row in rows]
                                   + [negative] * (negative is not None), runtime.device, dit_config["text_dim"])
     contexts |= {None: contexts[negative]} if negative is not None else {}
     held, found, films = own(config, runtime), {}, {}           # noqa: F841   as long as this function runs
@@ -291,8 +292,8 @@ def score_clips(config, runtime):
     if not config.reward:
         raise InputError("--clips needs a reward model: name one with --reward")
     pavrm, source, folder, fit = load_pavrm(config.reward), Path(config.clips), Path(config.output_dir), ("size", "frames", "fps")
-    wan = pavrm.trunk.config["text_len"] == codec.WAN_CONTEXT
-    model = config.model or (None if wan else str(SHIPPED["t2v"]))
+    films = families.of_config(pavrm.trunk.config).world is None        # not of the embedded world
+    model = config.model or (None if films else str(SHIPPED["t2v"]))
     if (source / "shards.json").exists():
         common.refuse(config, fit, "with --clips of shards, whose clips have theirs")
     elif not model:
@@ -366,9 +367,9 @@ def main(config):
         resolve_model(config, folder)                                                   # all must be of one task
     if config.prompts:
         return compare_on_prompts(config, named, runtime)
-    if any(transformer_folder(folder)[1]["text_len"] == codec.WAN_CONTEXT for folder in named.values()):
+    if any(families.of_config(transformer_folder(folder)[1]).world is None for folder in named.values()):
         raise InputError("the embedded world's prompts and annotator mean nothing to Wan2.1's generators: give --prompts FILE")
-    codec.fill_in(config, {"num_videos": 512, "num_inference_steps": 16, "guidance_scale": 1.0})
+    families.fill_in(config, {"num_videos": 512, "num_inference_steps": 16, "guidance_scale": 1.0})
     if runtime.world_size > 1:
         raise InputError("evaluate.py runs on one process without --prompts: start it without torchrun")
     cuts = search.parse_cuts(config.best_of, config.cuts)

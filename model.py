@@ -122,49 +122,52 @@ def attend(q, k, v, sequence=None):
 
 
 class Attention(nn.Module):
-    """Self-attention over video tokens, or cross-attention to text and, with `image`, to CLIP tokens too."""
+    """Self-attention over video tokens, or cross-attention to text and, with has_image_tokens, to CLIP tokens too."""
 
-    def __init__(self, dim, num_heads, eps, image=False):
+    def __init__(self, dim, num_heads, eps, has_image_tokens=False):
         super().__init__()
         self.num_heads = num_heads
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
-        if image:
+        if has_image_tokens:
             self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
             self.norm_k_img = RMSNorm(dim, eps)
 
-    def forward(self, x, source=None, image=None, rope=None, sequence=None):
-        """x [b, n, d]; source [b, l, d] or None for x itself; image [b, m, d]; rope, sequence as in `run_blocks`."""
+    def forward(self, x, attended=None, image_tokens=None, rope=None, sequence=None):
+        """x [b, n, d]; attended: text [b, l, d], or None for x itself; image_tokens [b, m, d]; rope, sequence as in
+        `run_blocks`."""
         x = x.to(self.q.weight.dtype)
-        source = x if source is None else source
+        if attended is None:
+            attended = x
         split = partial(torch.unflatten, dim=2, sizes=(self.num_heads, -1))        # [b, ., d] -> [b, ., k, e]
-        q, k, v = split(self.norm_q(self.q(x))), split(self.norm_k(self.k(source))), split(self.v(source))
+        q, k, v = split(self.norm_q(self.q(x))), split(self.norm_k(self.k(attended))), split(self.v(attended))
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         out = attend(q, k, v, sequence)
-        if image is not None:
-            out = out + attend(q, split(self.norm_k_img(self.k_img(image))), split(self.v_img(image)))
+        if image_tokens is not None:
+            k, v = split(self.norm_k_img(self.k_img(image_tokens))), split(self.v_img(image_tokens))
+            out = out + attend(q, k, v)
         return self.o(out.to(self.o.weight.dtype))
 
 
 class Block(nn.Module):
-    def __init__(self, dim, ffn_dim, num_heads, eps, image):
+    def __init__(self, dim, ffn_dim, num_heads, eps, has_image_tokens):
         super().__init__()
         self.eps = eps
         self.self_attn = Attention(dim, num_heads, eps)
         self.norm3 = nn.LayerNorm(dim, eps)  # before cross-attention; the other two norms have no parameters
-        self.cross_attn = Attention(dim, num_heads, eps, image)
+        self.cross_attn = Attention(dim, num_heads, eps, has_image_tokens)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim ** 0.5)
 
-    def forward(self, x, e, context, image, rope, sequence=None):
-        """x [b, n, d] float32, e [b, 6, d] float32 (shared by all blocks), context [b, l, d] -> [b, n, d]"""
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.modulation.to(x.dtype) + e).split(1, dim=1)
+    def forward(self, x, time, context, image_tokens, rope, sequence=None):
+        """x [b, n, d] float32; time [b, 6, d] float32, the same for all blocks; context [b, l, d] -> [b, n, d]"""
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.modulation.to(x.dtype) + time).split(1, dim=1)
         y = self.self_attn(modulated_norm(x, shift_a, scale_a, self.eps), rope=rope, sequence=sequence)
         x = (y * gate_a).add_(x)
         weight, bias = self.norm3.weight.to(x.dtype), self.norm3.bias.to(x.dtype)
         y = F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
-        x = x + self.cross_attn(y, context, image)
+        x = x + self.cross_attn(y, context, image_tokens)
         y = self.ffn(modulated_norm(x, shift_f, scale_f, self.eps).to(self.ffn[0].weight.dtype))
         return (y * gate_f).add_(x)
 
@@ -176,9 +179,9 @@ class Head(nn.Module):
         self.head = nn.Linear(dim, out_features)
         self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim ** 0.5)
 
-    def forward(self, x, e):
-        """x [b, n, d], e [b, 1, d] the time embedding itself -> [b, n, c * patch volume]"""
-        shift, scale = (self.modulation.to(x.dtype) + e).split(1, dim=1)
+    def forward(self, x, time_embedding):
+        """x [b, n, d], time_embedding [b, 1, d] -> [b, n, c * patch volume]"""
+        shift, scale = (self.modulation.to(x.dtype) + time_embedding).split(1, dim=1)
         return wide_linear(self.head, modulated_norm(x, shift, scale, self.eps))
 
 
@@ -188,9 +191,9 @@ class ImageEmbedding(nn.Module):
         self.proj = nn.Sequential(nn.LayerNorm(image_dim), nn.Linear(image_dim, image_dim), nn.GELU(),
                                   nn.Linear(image_dim, dim), nn.LayerNorm(dim))
 
-    def forward(self, clip):
-        """CLIP tokens [b, m, image_dim] -> [b, m, d]"""
-        return self.proj(clip)
+    def forward(self, clip_tokens):
+        """clip_tokens [b, m, image_dim] -> [b, m, d]"""
+        return self.proj(clip_tokens)
 
 
 class VideoDiT(nn.Module):
@@ -218,7 +221,7 @@ class VideoDiT(nn.Module):
                            out_dim=out_dim, dim=dim, ffn_dim=ffn_dim, freq_dim=freq_dim, text_dim=text_dim,
                            text_len=text_len, num_heads=num_heads, num_layers=num_layers, eps=eps,
                            image_dim=image_dim)
-        self.gradient_checkpointing, self.sequence, self.source = False, None, None
+        self.gradient_checkpointing, self.sequence, self.weight_files = False, None, None
         patch = self.config["patch_size"]
         self.patch_embedding = nn.Conv3d(in_dim, dim, kernel_size=patch, stride=patch)
         self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
@@ -242,28 +245,28 @@ class VideoDiT(nn.Module):
             nn.init.normal_(layer.weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
 
-    def forward(self, x, t, context, y=None, clip=None):
+    def forward(self, x, t, context, y=None, clip_tokens=None):
         """Velocity of x at time t.
 
         x [b, c, f, h, w] latent; t [b] in [0, 1], 1 = noise; context [b, l <= text_len, text_dim], padded
         here with zeros to text_len and attended without a mask; y [b, in_dim - c, f, h, w] in i2v (mask and
-        first-frame latent); clip [b, m, image_dim] when the model has image tokens (Wan2.1: m = 257).
+        first-frame latent); clip_tokens [b, m, image_dim] when the model has image tokens (Wan2.1: m = 257).
         Returns [b, out_dim, f, h, w], float32 (float64 in a float64 model). InputError on a wrong shape.
         """
-        tokens, e, (f, h, w), sequence = self.run_blocks(x, t, context, len(self.blocks), y, clip)
+        tokens, time_embedding, (f, h, w), sequence = self.run_blocks(x, t, context, len(self.blocks), y, clip_tokens)
         with torch.autocast(x.device.type, enabled=False):
-            out = self.head(tokens, e[:, None])                                     # [b, n, c * patch volume]
-        out = sequence.whole(out) if sequence else out
+            out = self.head(tokens, time_embedding[:, None])                                    # [b, n, c * patch volume]
+        out = sequence.gather_tokens(out) if sequence else out
         pf, ph, pw = self.config["patch_size"]
         return rearrange(out, "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)",
                          f=f, h=h, w=w, pf=pf, ph=ph, pw=pw)                                # [b, c, f, h, w]
 
-    def features(self, x, t, context, *, depth, y=None, clip=None):
+    def features(self, x, t, context, *, depth, y=None, clip_tokens=None):
         """Tokens [b, n, d] after the first `depth` blocks, 0 <= depth <= num_layers; the rest is not run."""
-        tokens, _, _, sequence = self.run_blocks(x, t, context, depth, y, clip)
-        return sequence.whole(tokens) if sequence else tokens
+        tokens, _, _, sequence = self.run_blocks(x, t, context, depth, y, clip_tokens)
+        return sequence.gather_tokens(tokens) if sequence else tokens
 
-    def run_blocks(self, x, t, context, depth, y, clip):
+    def run_blocks(self, x, t, context, depth, y, clip_tokens):
         """-> tokens [b, n, d], time embedding [b, d], token grid (f, h, w), None; or this GPU's tokens, and `sequence`
 
         The rule of dtypes: matrices multiply in theirs (or autocast's); the residual stream `tokens`, norms, modulation
@@ -272,25 +275,27 @@ class VideoDiT(nn.Module):
         if not 0 <= depth <= len(self.blocks):
             raise InputError(f"depth is {depth}; this model has 0 to {len(self.blocks)} blocks")
         x = x if y is None else torch.cat([x, self.checked_y(x, y)], dim=1)             # [b, in_dim, f, h, w]
-        grid = self.check_inputs(x, t, context, clip)
+        grid = self.check_inputs(x, t, context, clip_tokens)
         dtype = self.patch_embedding.weight.dtype
         sequence = self.sequence and self.sequence(math.prod(grid))
         tokens = self.patchify(x.to(dtype), sequence).to(wide(dtype))                        # [b, n, d]
         with torch.autocast(x.device.type, enabled=False):
-            e, e_blocks = self.embed_time(t.to(wide(dtype)))                               # [b, d], [b, 6, d]
+            time_embedding, time = self.embed_time(t.to(wide(dtype)))                      # [b, d], [b, 6, d]
         context = F.pad(context.to(dtype), (0, 0, 0, self.config["text_len"] - context.shape[1]))
         context = self.text_embedding(context)                                               # [b, l, d]
-        image = None if clip is None else self.img_emb(clip.to(dtype)).to(dtype)             # [b, m, d]
+        image_tokens = None
+        if clip_tokens is not None:
+            image_tokens = self.img_emb(clip_tokens.to(dtype)).to(dtype)                     # [b, m, d]
         rope = rope_table(grid, self.config["dim"] // self.config["num_heads"], x.device, wide(dtype))
         rope = sequence.mine(rope, dim=0) if sequence else rope
         for block in self.blocks[:depth]:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 # no dropout inside, so there is no random state to preserve
-                tokens = checkpoint(block, tokens, e_blocks, context, image, rope, sequence,
+                tokens = checkpoint(block, tokens, time, context, image_tokens, rope, sequence,
                                     use_reentrant=False, preserve_rng_state=False)
             else:
-                tokens = block(tokens, e_blocks, context, image, rope, sequence)
-        return tokens, e, grid, sequence
+                tokens = block(tokens, time, context, image_tokens, rope, sequence)
+        return tokens, time_embedding, grid, sequence
 
     def patchify(self, x, sequence=None):
         """The patch embedding (its stride is its kernel) as one product. [b, c, f, h, w] -> [b, n, d]"""
@@ -303,16 +308,17 @@ class VideoDiT(nn.Module):
         half = self.config["freq_dim"] // 2
         frequency = 10000.0 ** (-torch.arange(half, device=t.device, dtype=t.dtype) / half)
         angle = 1000 * t[:, None] * frequency                                              # [b, freq_dim / 2]
-        e = wide_linear(self.time_embedding[0], torch.cat([angle.cos(), angle.sin()], dim=1))
-        e = wide_linear(self.time_embedding[2], F.silu(e))                                   # [b, d]
-        return e, wide_linear(self.time_projection[1], F.silu(e)).unflatten(1, (6, -1))      # [b, 6, d]
+        hidden = wide_linear(self.time_embedding[0], torch.cat([angle.cos(), angle.sin()], dim=1))
+        embedding = wide_linear(self.time_embedding[2], F.silu(hidden))                      # [b, d]
+        modulation = wide_linear(self.time_projection[1], F.silu(embedding))                 # [b, 6 d]
+        return embedding, modulation.unflatten(1, (6, -1))                                   # [b, d], [b, 6, d]
 
     def checked_y(self, x, y):
         if y.shape[0] != x.shape[0] or y.shape[2:] != x.shape[2:]:
             raise InputError(f"y has shape {list(y.shape)}; beside x {list(x.shape)} only its channels may differ")
         return y.to(x.dtype)
 
-    def check_inputs(self, x, t, context, clip):
+    def check_inputs(self, x, t, context, clip_tokens):
         """The token grid (f, h, w) of x (with y already concatenated), or InputError."""
         config, b = self.config, x.shape[0]
         if x.dim() != 5 or x.shape[1] != config["in_dim"]:
@@ -325,10 +331,10 @@ class VideoDiT(nn.Module):
                 or context.shape[1] > config["text_len"]:
             raise InputError(f"context has shape {list(context.shape)}; this model takes "
                              f"[{b}, at most {config['text_len']}, {config['text_dim']}]")
-        if (clip is None) != (config["image_dim"] is None):
-            raise InputError("clip image tokens must be given exactly when the model has image_dim")
-        if clip is not None and (clip.dim() != 3 or clip[:, 0].shape != (b, config["image_dim"])):
-            raise InputError(f"clip has shape {list(clip.shape)}; this model takes [{b}, m, {config['image_dim']}]")
+        if (clip_tokens is None) != (config["image_dim"] is None):
+            raise InputError("clip_tokens must be given exactly when the model has image_dim")
+        if clip_tokens is not None and (clip_tokens.dim() != 3 or clip_tokens[:, 0].shape != (b, config["image_dim"])):
+            raise InputError(f"clip_tokens has shape {list(clip_tokens.shape)}; this model takes [{b}, m, {config['image_dim']}]")
         return tuple(size // p for size, p in zip(x.shape[2:], config["patch_size"]))
 
 
@@ -347,23 +353,26 @@ def image_inputs(config, batch, device):
     """What a VideoDiT of this config takes beside x, t and context, from a batch of `data.Shards`, as keywords.
 
     Text-to-video: none. Image-to-video: y [b, 4 + c, f, h, w], the mask and the first frame's latent (behind it the
-    condition in the shards, which is Wan's, or zeros), and clip [b, m, image_dim] if the model has image tokens.
+    condition in the shards, which is Wan's, or zeros), and clip_tokens [b, m, image_dim] if the model has image tokens.
     """
     if config["model_type"] != "i2v":
         return {}
     y = first_frame_condition(batch["latents"])
     if "condition" in batch:
         y[:, 4:] = batch["condition"]
-    return {"y": y.to(device)} | ({"clip": batch["clip_fea"].to(device)} if config["image_dim"] else {})
+    conditions = {"y": y.to(device)}
+    if config["image_dim"]:
+        conditions["clip_tokens"] = batch["clip_fea"].to(device)
+    return conditions
 
 
 # ---------------------------------------- folders
-def load_transformer(path, dtype=torch.float32, whole=True):
+def load_transformer(path, dtype=torch.float32, load_now=True):
     """VideoDiT from our folder, an official Wan2.1 or diffusers one, or a folder that holds `transformer/`.
 
     dtype of the parameters: float32 master weights, or None for each as stored. `export_transformer` finds
-    the stored dtypes again. whole=False: a model on the meta device, whose weights scale.parallel.shard reads from
-    `dit.source`, each rank its own. Raises InputError (one line, naming the file) for anything missing or unexpected.
+    the stored dtypes again. load_now=False: a model on the meta device, whose weights scale.parallel.shard reads from
+    `dit.weight_files`, each rank its own. Raises InputError (one line, naming the file) for anything missing or unexpected.
     """
     path, config, rename, ignore = transformer_folder(path)
     try:
@@ -372,11 +381,11 @@ def load_transformer(path, dtype=torch.float32, whole=True):
     except (InputError, TypeError, KeyError, ValueError, RuntimeError, ArithmeticError, AttributeError) as error:
         reason = f"{path}/config.json does not describe a Wan2.1 transformer: {error}"
         raise InputError(reason.replace("\n", " ")) from None
-    dit.source = WeightFiles(path, rename).require({name: p.shape for name, p in dit.state_dict().items()}, ignore)
-    if not whole:
+    dit.weight_files = WeightFiles(path, rename).require({name: p.shape for name, p in dit.state_dict().items()}, ignore)
+    if not load_now:
         return dit
-    state = {name: dit.source.tensor(name) for name in dit.state_dict()}
-    dit.source, dit.stored_dtypes = None, {name: tensor.dtype for name, tensor in state.items()}
+    state = {name: dit.weight_files.tensor(name) for name in dit.state_dict()}
+    dit.weight_files, dit.stored_dtypes = None, {name: tensor.dtype for name, tensor in state.items()}
     # copy: a parameter must not stay a view of a file that may be replaced
     dit.load_state_dict({n: v.to(dtype or v.dtype, copy=True) for n, v in state.items()}, assign=True)
     return dit

@@ -90,15 +90,18 @@ class PAVRM(nn.Module):
         """Copy the first `depth` blocks and the embeddings of a VideoDiT (Eq. 4); the rest starts fresh."""
         if not 1 <= depth <= dit.config["num_layers"]:
             raise InputError(f"--depth must be 1 to {dit.config['num_layers']}, the generator's blocks; got {depth}")
-        model = cls({**dit.config, "num_layers": depth}, pooling, by_pieces=bool(dit.source))
-        model.source = dit.source and dit.source.behind("trunk.")   # whole=False: parallel.shard reads the trunk
-        if not dit.source:
-            model.trunk.load_state_dict({name: dit.get_parameter(name) for name in model.trunk.state_dict()})
-        return model if dit.source else model.to(next(dit.parameters()).device)
+        model = cls({**dit.config, "num_layers": depth}, pooling, by_pieces=bool(dit.weight_files))
+        model.weight_files = None
+        if dit.weight_files:                                    # load_now=False: parallel.shard reads the trunk
+            model.weight_files = dit.weight_files.behind("trunk.")
+            return model
+        model.trunk.load_state_dict({name: dit.get_parameter(name) for name in model.trunk.state_dict()})
+        return model.to(next(dit.parameters()).device)
 
-    def forward(self, x, t, context, y=None, clip=None):
+    def forward(self, x, t, context, y=None, clip_tokens=None):
         """x [b, c, f, h, w] at times t [b], context [b, l, d_text] -> logits [b], float32; >= 0 means good."""
-        h = self.trunk.features(x, t, context, depth=len(self.trunk.blocks), y=y, clip=clip)        # [b, n, d]
+        h = self.trunk.features(x, t, context, depth=len(self.trunk.blocks), y=y,
+                                clip_tokens=clip_tokens)                                            # [b, n, d]
         with torch.autocast(x.device.type, enabled=False):
             h = h.to(self.mlp[0].weight.dtype)
             return self.mlp(self.pool(h))[:, 0]                                                     # [b]
@@ -118,9 +121,9 @@ class PAVRM(nn.Module):
         return self.eval().requires_grad_(False)
 
 
-def load_pavrm(path, generator=None, whole=True):
+def load_pavrm(path, generator=None, load_now=True):
     """The PAVRM saved in `path`. generator: the VideoDiT it is to reward; a reward model whose trunk is not the first
-    blocks of such a generator is an InputError that names the difference. whole: as in `model.load_transformer`."""
+    blocks of such a generator is an InputError that names the difference. load_now: as in `model.load_transformer`."""
     if not Path(path).is_dir():
         raise InputError(f"{path} is not a folder; train a reward model with train_reward.py (--task i2v for the "
                          "image-to-video generator) and name it with --reward")
@@ -141,7 +144,7 @@ def load_pavrm(path, generator=None, whole=True):
             model = PAVRM(**config)
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}/config.json is not a reward model's: {error!r}") from None
-    load_weights(model, path, whole)
+    load_weights(model, path, load_now)
     return model.freeze()
 
 

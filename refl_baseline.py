@@ -29,8 +29,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common import InputError
+from families import load_vae
 from flow import predict_x0, rollout, schedule
-from formats.codec import load_vae
 from formats.video import CHANNELS, TIME
 from formats.weights import load_weights, read_config
 from prfl import REWARD_LOSSES

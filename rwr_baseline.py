@@ -26,7 +26,7 @@ def rwr_weights(rewards):
 def weighted_samples(policy, pavrm, latent_shape, context, seed, num_steps, batch_size, runtime, shift=1.0, **image):
     """The untrained policy's own samples of given prompts: x0 [m, c, f, h, w], and exp(reward) of each with mean 1 [m].
 
-    context [m, l, d_text]; image: y and clip [m, ...] of an image-to-video policy. Made batch_size at a time, and split over
+    context [m, l, d_text]; image: y and clip_tokens [m, ...] of an image-to-video policy. Made batch_size at a time, and split over
     the ranks. Raises FloatingPointError if a reward is not finite.
     """
     m, made = len(context), {}

@@ -30,10 +30,11 @@ import torch
 
 import common
 import data
+import families
 import flow
 import search
 from common import InputError, arg
-from formats import codec, lock, runs
+from formats import encoders, lock, runs
 from formats.metadata import from_json, not_text, write_rows
 from formats.prompts import read_prompts
 from formats.video import contact_sheet, read_clip, write_video
@@ -109,12 +110,12 @@ def check_flags(config):
 
 def settle(config, dit_config):
     """What the flags leave open, as the model is used -> size (W, H)."""
-    size, negative = data.parse_size(config) or codec.sampling_defaults(dit_config)["size"], config.negative_prompt
-    codec.fill_in(config, codec.sampling_defaults(dit_config, size[1]))
+    size, negative = data.parse_size(config) or families.sampling_defaults(dit_config)["size"], config.negative_prompt
+    families.fill_in(config, families.sampling_defaults(dit_config, size))
     if negative is not None and config.guidance_scale == 1:
         raise InputError("--negative_prompt means nothing with --guidance_scale 1: leave it out, or give a larger one")
     config.size = f"{size[0]}*{size[1]}"
-    c, f, h, w = codec.latent_shape(dit_config, size, config.frames)
+    c, f, h, w = families.latent_shape(dit_config, size, config.frames)
     config.batch_size = config.batch_size or max(1, BATCH_LATENTS // (f * h * w))
     return size
 
@@ -200,15 +201,15 @@ def main(config):
     check_flags(config)
     model = resolve_model(config, config.transformer)
     videos = list_videos(config)
-    pieces = config.parallel == "fsdp" and not config.lora      # each rank reads its own; adapters are merged into whole weights
-    dit = load_transformer(config.transformer or model, dtype=None, whole=not pieces).eval().requires_grad_(False)
-    wan = dit.config["text_len"] == codec.WAN_CONTEXT
-    config.mixed_precision = config.mixed_precision or (runs.fast_precision() if wan else "no")
+    pieces = config.parallel == "fsdp"                          # each rank reads its own
+    dit = load_transformer(config.transformer or model, dtype=None, load_now=not pieces).eval().requires_grad_(False)
+    half = families.of_config(dit.config).half
+    config.mixed_precision = config.mixed_precision or (runs.fast_precision() if half else "no")
     runtime = common.setup(config.mixed_precision, config.seed, config.sequence_parallel)
     parallel.check(parallel.Flags(parallel=config.parallel, sequence_parallel=config.sequence_parallel))
     size, device = settle(config, dit.config), runtime.device
     if config.lora:
-        lora.merge_file(dit, config.lora)
+        lora.attach(dit, config.lora)
     check_images(videos, dit.config, size)
     cuts = search.parse_cuts(config.best_of, config.cuts)
     pavrm = load_pavrm(config.reward or f"{model}/reward", dit) if config.best_of > 1 else None
@@ -221,29 +222,30 @@ def main(config):
         memory = torch.cuda.get_device_properties(device).total_memory
         if line := told_if_it_does_not_fit(config, dit.config, runtime, memory):
             print(line, flush=True)
-    shape = codec.latent_shape(dit.config, size, config.frames)
+    shape = families.latent_shape(dit.config, size, config.frames)
     mine, shown = parallel.work_of_rank(todo, runtime, config.parallel), []
 
-    vae = codec.load_vae(f"{model}/vae")
-    clip = codec.load_image_encoder(f"{model}/image_encoder") if dit.config["image_dim"] else None
+    vae = families.load_vae(f"{model}/vae")
+    image_encoder = families.load_image_encoder(f"{model}/image_encoder") if dit.config["image_dim"] else None
     negative = [] if config.negative_prompt is None else [config.negative_prompt]
     prompts = [video.prompt for batch, _ in mine for video in batch] + negative
-    contexts = codec.encode_texts(f"{model}/text_encoder", prompts, device, dit.config["text_dim"])
+    text_folder = f"{model}/text_encoder"
+    contexts = encoders.encode_texts(families.load_text_encoder(text_folder), text_folder, prompts, device, dit.config["text_dim"])
     null = contexts[negative[0]].to(device) if negative else None                                   # [l, d]
     if config.parallel == "fsdp":
         on_device = partial(nullcontext, parallel.shard(dit.float(), runtime, parallel.Flags(parallel="fsdp")))
     else:
         sequence.spread(dit, runtime)
-        on_device = partial(codec.on, parallel.cast_matrices(dit, runtime.dtype), device)
+        on_device = partial(encoders.on, parallel.cast_matrices(dit, runtime.dtype), device)
 
     for batch, keep in common.progress(mine, f"videos (x{config.batch_size * runtime.world_size})"):
-        context = codec.stack_contexts([contexts[video.prompt] for video in batch]).to(device)          # [b, l, d]
+        context = encoders.stack_contexts([contexts[video.prompt] for video in batch]).to(device)          # [b, l, d]
         image = {}
         if batch[0].image:
             images = list(dict.fromkeys(video.image for video in batch))
             first = torch.stack([read_clip(image, size=size, frames=1)[0][0] for image in images]).to(device)
-            with codec.on(vae, device), codec.on(clip or vae, device):
-                image = codec.image_conditions(dit.config, vae, clip, first, config.frames)
+            with encoders.on(vae, device), encoders.on(image_encoder or vae, device):
+                image = families.image_conditions(dit.config, vae, image_encoder, first, config.frames)
             image = {name: x[[images.index(video.image) for video in batch]] for name, x in image.items()}
         what = shape, context, batch[0].seed, [video.index for video in batch], config.num_inference_steps
         how = dict(shift=config.shift, guidance_scale=config.guidance_scale, null=null, autocast=runtime.autocast, **image)
@@ -251,12 +253,12 @@ def main(config):
             if pavrm is None:
                 latents = flow.sample(dit, *what, **how)                                            # [b, c, f, h, w]
             else:
-                with codec.on(pavrm, device):
+                with encoders.on(pavrm, device):
                     latents, passes = search.best_of(dit, pavrm, *what, cuts, batch_size=config.batch_size, **how)
         if not keep:
             continue
-        with codec.on(vae, device):
-            pixels = codec.decode_pixels(vae, latents)                                              # [b, F, H, W, 3]
+        with encoders.on(vae, device):
+            pixels = encoders.decode_pixels(vae, latents)                                              # [b, F, H, W, 3]
         for video, frames in zip(batch, pixels):
             write_video(video.path, frames, config.fps)
         if config.output_dir and runtime.rank == 0:

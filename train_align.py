@@ -35,9 +35,9 @@ import refl_baseline
 import rwr_baseline
 import validation
 from common import InputError, arg
+from families import fill_in, null_context, sampling_defaults, training_defaults, video_size
 from formats import runs
-from formats.codec import drop_contexts, fill_in, null_context, sampling_defaults, training_defaults
-from formats.video import SPACE
+from formats.encoders import drop_contexts
 from formats.weights import TASKS, resolve_model, transformer_folder
 from model import image_inputs, load_transformer
 from pavrm import load_pavrm
@@ -85,7 +85,8 @@ class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
     weight_decay: float = arg(0.0, "of AdamW", at_least=0)
     max_train_steps: int | None = arg(None, "iterations (two updates each in prfl and refl); default: 120, Wan: 800", above=0)
     batch_size: int | None = arg(None, "videos (or prompts) per batch and GPU or group of GPUs; default: 32, Wan: 1", above=0)
-    gradient_accumulation_steps: int | None = arg(None, "batches per update; default: 1, Wan: as many as make 30 videos", above=0)
+    gradient_accumulation_steps: int | None = arg(None, "batches per update; default: 1, Wan: what brings an update of all "
+                                                   "GPUs nearest to 30 videos", above=0)
     max_grad_norm: float = arg(1.0, "the gradient of each update is clipped to this norm", above=0)
     checkpointing_steps: int = arg(40, "iterations between checkpoints", above=0)
     seed: int = arg(0, "seed of order, times, noise and rewarded steps", at_least=0)
@@ -94,7 +95,9 @@ class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
 def check_flags(config):
     """Fills in what recipe and model say. Raises InputError for flags that cannot work together."""
     config.recipe = config.recipe or ("paper" if config.method == "refl" else "steady")
-    fill_in(config, prfl.RECIPES[config.recipe] | training_defaults(transformer_folder(resolve_model(config))[1], "align"))
+    dit_config = transformer_folder(resolve_model(config))[1]
+    fill_in(config, prfl.RECIPES[config.recipe] | training_defaults(dit_config, "align", config.batch_size,
+                                                                    config.sequence_parallel))
     config.trajectory_part = config.trajectory_part or ("late" if config.method == "refl" else "full")
     prfl.steps_of(config.trajectory_part, config.num_inference_steps)
     validation.check_flags(config)
@@ -121,19 +124,22 @@ def main(config):
     # ---- the generator that is trained, its reward, and the videos it learns from
     check_flags(config)
     runtime = common.setup(config.mixed_precision, config.seed, config.sequence_parallel)
-    policy = load_transformer(config.model, whole=False).train()
+    policy = load_transformer(config.model, load_now=False).train()
     lora.add(policy, config.lora_rank, config.lora_alpha, config.seed, config.lora)
     parallel.shard(policy, runtime, config)
     if config.method == "refl":
         pixel_reward, vae = refl_baseline.load_reward_and_decoder(config, policy, runtime)
     elif config.method in ("prfl", "rwr"):
         config.reward = config.reward or f"{config.model}/reward"
-        pavrm = parallel.shard(load_pavrm(config.reward, policy, whole=False), runtime, config)
+        pavrm = parallel.shard(load_pavrm(config.reward, policy, load_now=False), runtime, config)
     resume, state = runs.open_checkpoint(config)
     shards, curated, held_out = load_curated(config, policy, runtime)
-    fill_in(config, sampling_defaults(policy.config, SPACE * shards.latent_shape[2]))
+    fill_in(config, sampling_defaults(policy.config, video_size(policy.config, shards.latent_shape)))
     accumulation = config.gradient_accumulation_steps
     global_batch = config.batch_size * runtime.world_size // config.sequence_parallel * accumulation
+    if runtime.rank == 0:
+        print(f"{global_batch} videos per update: {runtime.world_size // config.sequence_parallel} x --batch_size "
+              f"{config.batch_size} x --gradient_accumulation_steps {accumulation}", flush=True)
     N = config.num_inference_steps
     empty = None
     if config.context_dropout:

@@ -36,8 +36,8 @@ import data
 import flow
 import refl_baseline
 from common import InputError, arg
+from families import fill_in, training_defaults
 from formats import runs
-from formats.codec import fill_in, training_defaults
 from formats.labels import BAD
 from formats.weights import TASKS, resolve_model, save_module
 from model import image_inputs, load_transformer
@@ -95,7 +95,7 @@ def main(config):
     runtime = common.setup(config.mixed_precision, config.seed, config.sequence_parallel)
     parallel.check(config)
     whole = config.space == "rgb" or not config.data            # to make samples or predictions; else the trunk is enough
-    dit = load_transformer(resolve_model(config), whole=whole).eval().requires_grad_(False)
+    dit = load_transformer(resolve_model(config), load_now=whole).eval().requires_grad_(False)
     fill_in(config, training_defaults(dit.config, "reward"))
     resume, state = runs.open_checkpoint(config)
     if config.data:

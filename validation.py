@@ -21,13 +21,14 @@ from tqdm import tqdm
 
 import common
 import data
+import families
 import flow
 from common import InputError, arg, noise, uniform
 from flow import add_noise
-from formats import codec, fingerprint, runs
+from formats import encoders, fingerprint, runs
 from formats.metadata import from_json
 from formats.prompts import read_prompts
-from formats.video import SPACE, TIME, contact_sheet, from_pixels, read_clip, write_video
+from formats.video import TIME, contact_sheet, from_pixels, read_clip, write_video
 from model import first_frame_condition, image_inputs
 from pavrm import load_pavrm
 from scale import parallel
@@ -125,14 +126,14 @@ def hold_out(config, curated):
 
 
 def held_out_prompts(config, dit_config, shards, held, vae, device):
-    """What is sampled: (prompts, contexts: m of [l, d], {y, clip}: [m, ...], latent shape, clean clips uint8 or None).
+    """What is sampled: (prompts, contexts: m of [l, d], {y, clip_tokens}: [m, ...], latent shape, clean clips uint8 or None).
 
     The embedded world's validation sentences, or --validation_prompts, or the prompts of held-out clips of the data.
     """
     n, i2v = config.num_validation, dit_config["model_type"] == "i2v"
     if not config.data:
         clips, prompts, _ = scene.make(n, SEED, "clean", config.world, split="validation")
-        contexts = list(codec.load_text_encoder(f"{config.model}/text_encoder").to(device).encode(prompts).cpu())
+        contexts = list(families.load_text_encoder(f"{config.model}/text_encoder").to(device).encode(prompts).cpu())
         y = first_frame_condition(vae.encode(from_pixels(clips.to(device)))) if i2v else None
         return prompts, contexts, {"y": y.cpu()} if i2v else {}, scene.LATENT_SHAPES[config.world]
     if not config.validation_prompts:
@@ -144,12 +145,15 @@ def held_out_prompts(config, dit_config, shards, held, vae, device):
         raise InputError(f"--validation_prompts {config.validation_prompts}: {bad[0]!r} has {'no' if i2v else 'an'} image, "
                          f"the model is {dit_config['model_type']}")
     if i2v:
-        _, f, h, w = shards.latent_shape
-        first = torch.stack([read_clip(row["image"], size=(SPACE * w, SPACE * h), frames=1)[0][0] for row in rows]).to(device)
-        clip = codec.load_image_encoder(f"{config.model}/image_encoder").to(device) if dit_config["image_dim"] else None
-        given = [codec.image_conditions(dit_config, vae, clip, frame, TIME * (f - 1) + 1) for frame in first.split(1)]
+        size, frames = families.video_size(dit_config, shards.latent_shape), TIME * (shards.latent_shape[1] - 1) + 1
+        first = torch.stack([read_clip(row["image"], size=size, frames=1)[0][0] for row in rows]).to(device)
+        image_encoder = None
+        if dit_config["image_dim"]:
+            image_encoder = families.load_image_encoder(f"{config.model}/image_encoder").to(device)
+        given = [families.image_conditions(dit_config, vae, image_encoder, frame, frames) for frame in first.split(1)]
         image = {name: torch.cat([one[name] for one in given]).cpu() for name in given[0]}
-    contexts = codec.encode_texts(f"{config.model}/text_encoder", prompts, device, dit_config["text_dim"])
+    text_folder = f"{config.model}/text_encoder"
+    contexts = encoders.encode_texts(families.load_text_encoder(text_folder), text_folder, prompts, device, dit_config["text_dim"])
     return prompts, [contexts[prompt] for prompt in prompts], image, shards.latent_shape
 
 
@@ -163,10 +167,10 @@ def make_validation(config, runtime, policy, shards=None, held=None, export=None
     encoders, prompts or judge do not fit.
     """
     device, folder, own, dit_config = runtime.device, Path(config.output_dir) / "samples", bool(config.data), policy.config
-    vae = codec.load_vae(f"{config.model}/vae").to(device)
+    vae = families.load_vae(f"{config.model}/vae").to(device)
     prompts, contexts, image, shape = held_out_prompts(config, dit_config, shards, held, vae, device)
-    null = None if config.guidance_scale == 1 else codec.null_context(dit_config, "negative", config.data, config.model, device)
-    second = load_pavrm(config.judge, policy, whole=False) if config.judge else None
+    null = None if config.guidance_scale == 1 else families.null_context(dit_config, "negative", config.data, config.model, device)
+    second = load_pavrm(config.judge, policy, load_now=False) if config.judge else None
     if second and config.reward and fingerprint.of_weights(config.judge) == fingerprint.of_weights(config.reward):
         raise InputError(f"--judge {config.judge}: is the reward model that is climbed: train another one, on other clips (--fold)")
     if second:
@@ -177,13 +181,13 @@ def make_validation(config, runtime, policy, shards=None, held=None, export=None
 
     def latents_of(policy, group):
         j = torch.tensor(group)
-        context = codec.stack_contexts([contexts[i] for i in group]).to(device)
+        context = encoders.stack_contexts([contexts[i] for i in group]).to(device)
         given = {name: x[j].to(device) for name, x in image.items()}
         x = flow.sample(policy, shape, context, SEED, group, config.num_inference_steps, shift=config.shift,
                         guidance_scale=config.guidance_scale, null=null, autocast=runtime.autocast, **given)
         found = {}
         if second:
-            other = codec.stack_contexts([contexts[(i + 1) % len(contexts)] for i in group]).to(device)
+            other = encoders.stack_contexts([contexts[(i + 1) % len(contexts)] for i in group]).to(device)
             logits, strangers = (logits_by_t(second, x, asked, SEED, autocast=runtime.autocast, indices=group, **given)
                                  for asked in (context, other))
             found = {f"judge_t{k + 1}": row.float().cpu() for k, row in enumerate(logits)}
@@ -226,8 +230,8 @@ def make_validation(config, runtime, policy, shards=None, held=None, export=None
     if own:
         rows = []
         for i, keep in parallel.work_of_rank(held.tolist(), runtime, "ddp"):
-            with codec.on(vae, device):
-                film = codec.decode_pixels(vae, shards.batch([i])["latents"].to(device))
+            with encoders.on(vae, device):
+                film = encoders.decode_pixels(vae, shards.batch([i])["latents"].to(device))
             rows += split([i], panel(film)) if keep else []
         real = table(rows)
         real["dynamic"] = dynamic_degree(real["flow"], real["flow"]).tolist()
@@ -239,8 +243,8 @@ def make_validation(config, runtime, policy, shards=None, held=None, export=None
         for group, keep in parallel.work_of_rank(groups, runtime, config.parallel):
             x, found = latents_of(policy, group)
             if keep:
-                with codec.on(vae, device):
-                    videos = codec.decode_pixels(vae, x)
+                with encoders.on(vae, device):
+                    videos = encoders.decode_pixels(vae, x)
                 rows += split(group, measured(videos, group) | found)
                 films += [(i, video) for i, video in zip(group, videos) if i < SHOWN]
         found = table(rows)
@@ -346,7 +350,7 @@ def auc(scores, labels):
 def logits_by_t(model, latents, context, seed=0, batch_size=256, autocast=None, indices=None, **image):
     """Section 4's test: logits [5, m] of m videos, each noised to one random t in every fifth of (0, 1].
 
-    latents [m, c, f, h, w], context [m, l, d_text], image: y and clip [m, ...] (i2v). t and noise depend on seed, interval
+    latents [m, c, f, h, w], context [m, l, d_text], image: y and clip_tokens [m, ...] (i2v). t and noise depend on seed, interval
     and the video's number only: indices [m], or its place.
     """
     rows, (device, m) = [], (latents.device, len(latents))

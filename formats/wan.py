@@ -8,12 +8,13 @@ an aligned transformer as diffusers loads it. Nobody needs this file to learn th
     >>> transformer = WanTransformer3DModel.from_pretrained("aligned", torch_dtype=torch.bfloat16)
     >>> pipeline = WanPipeline.from_pretrained("Wan2.1", transformer=transformer)
 
-formats/codec.py comes here when a folder's config.json is of such a model.
+families.py comes here when a folder's config.json is of such a model.
 
 Axes: b batch, c latent channels, F video frames (4k + 1), f latent frames (k + 1), H W pixels, h w latents,
 l text tokens, d text width, m image tokens.
 """
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from torch import nn
 
 import common
 from common import InputError, arg
-from formats.adapters import LAYOUTS, read_adapters, write_adapters
+from formats.adapters import FILE, LAYOUTS, read_adapters, share_kept, write_adapters
 
 TEXT_LEN = 512  # tokens of Wan2.1's context
 
@@ -146,8 +147,8 @@ class Export:
     dtype: str = arg("bf16", "of the weights", choices=("bf16", "fp32"))
 
 
-def export(config):
-    from model import export_transformer, load_transformer
+def export(config, load_transformer, export_transformer):
+    """The two functions are model.py's. Raises InputError."""
     if Path(config.out).exists():
         raise InputError(f"--out {config.out}: is there already; name a new one")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
@@ -156,9 +157,30 @@ def export(config):
         Path(config.out).parent.mkdir(parents=True, exist_ok=True)
         write_adapters(config.out, adapters, config.layout)
     else:
-        export_transformer(load_transformer(config.transformer), config.out, config.layout, dtype)
+        dit = load_transformer(config.transformer)
+        export_transformer(dit, config.out, config.layout, dtype)
+        tell_what_rounding_takes(dit.state_dict(), config.transformer, dtype)
     print(f"wrote {config.out}")
 
 
+def tell_what_rounding_takes(state, folder, dtype):
+    """Prints a note if a transformer was merged with adapters, which then lie beside it, and dtype loses much of them."""
+    folder = Path(folder)
+    if (folder / "transformer").is_dir():
+        folder = folder / "transformer"
+    file = folder.parent / FILE
+    if not file.is_file():
+        return
+    adapters = read_adapters(file)
+    for layer, (A, B) in adapters.items():
+        if getattr(state.get(f"{layer}.weight"), "shape", None) != (len(B), A.shape[1]):
+            return                                              # of another model
+    share = share_kept(state, adapters, dtype)
+    if share < 0.9:
+        print(f"note: only {share:.0%} of what the adapters add to the weights is left after rounding: write --dtype fp32, or "
+              f"load the adapters themselves, {file} (train_align.py --export lora writes nothing else)")
+
+
 if __name__ == "__main__":
-    common.cli(export, Export, __doc__)
+    from model import export_transformer, load_transformer  # passed in: what is here imports only what is below
+    common.cli(partial(export, load_transformer=load_transformer, export_transformer=export_transformer), Export, __doc__)

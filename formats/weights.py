@@ -36,8 +36,8 @@ class Later(NamedTuple):
     make: Callable
 
 
-def whole(x):
-    """All of a tensor of which each rank may hold a piece, or that is made now. Every rank must call it."""
+def full_tensor(x):
+    """The whole of a tensor of which each rank may hold a piece; a Later is made now. Every rank must call it."""
     x = x.make() if isinstance(x, Later) else x
     return x.detach().full_tensor() if isinstance(x, DTensor) else x.detach()
 
@@ -59,7 +59,7 @@ def stream_tensors(tensors, path, dtype=None):
         with open(path, "wb") as file:
             file.write(struct.pack("<Q", len(header)) + header)
             for name, x in tensors.items():
-                x = whole(x).to("cpu", dtypes.get(name, x.dtype)).contiguous()
+                x = full_tensor(x).to("cpu", dtypes.get(name, x.dtype)).contiguous()
                 file.write(x.flatten().view(torch.uint8).numpy().data)
     except OSError as error:
         if Path(path).is_file():
@@ -74,7 +74,7 @@ def write_folder(path, config, tensors, dtype=None):
     if rank() > 0:
         for x in tensors.values():
             if isinstance(x, (DTensor, Later)):
-                whole(x)
+                full_tensor(x)
         return
     new, old = path.with_name(f"{path.name}.tmp{os.getpid()}"), path.with_name(f"{path.name}.old{os.getpid()}")
     shutil.rmtree(new, ignore_errors=True)
@@ -196,9 +196,9 @@ def save_module(module, path, dtype=None):
     write_folder(path, module.config, module.state_dict(), dtype)
 
 
-def load_weights(module, path, whole=True):
+def load_weights(module, path, load_now=True):
     """Fill `module`, keeping its dtype and device, from a folder that `save_module` wrote; returns the module. One on the
-    meta device gets float32 weights, or with whole=False only `source`, as in model.load_transformer.
+    meta device gets float32 weights, or with load_now=False only `weight_files`, as in model.load_transformer.
 
     InputError when the folder was written for another config or its weights are not exactly the module's.
     """
@@ -207,14 +207,77 @@ def load_weights(module, path, whole=True):
                  for key in sorted(stored.keys() | mine.keys()) if stored.get(key) != mine.get(key)]
     if differing:
         raise InputError(f"{path}/config.json is of another {type(module).__name__}: {', '.join(differing)}")
-    meta, source = module.state_dict(), WeightFiles(path).require({n: v.shape for n, v in module.state_dict().items()})
-    if not whole:
-        module.source = source
+    meta = module.state_dict()
+    files = WeightFiles(path).require({n: v.shape for n, v in meta.items()})
+    if not load_now:
+        module.weight_files = files
     elif any(x.is_meta for x in meta.values()):                 # copies: no parameter stays a view of a file
-        module.load_state_dict({n: source.tensor(n).to(torch.float32, copy=True) for n in meta}, assign=True)
+        module.load_state_dict({n: files.tensor(n).to(torch.float32, copy=True) for n in meta}, assign=True)
     else:
-        module.load_state_dict({n: source.tensor(n) for n in meta})
+        module.load_state_dict({n: files.tensor(n) for n in meta})
     return module
+
+
+# ---- which folders are read
+PIPELINES = ("WanPipeline", "WanVideoToVideoPipeline", "WanImageToVideoPipeline")       # of diffusers
+PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "image_encoder", "image_processor", "scheduler")
+TRANSFORMERS = ("WanModel", "WanTransformer3DModel")
+WAN22 = {"transformer_2": "Wan2.2 A14B", "boundary_ratio": "Wan2.2 A14B", "expand_timesteps": "Wan2.2 TI2V-5B"}
+EXPERTS = ("high_noise_model", "low_noise_model")               # of Wan2.2 A14B in its authors' layout
+
+
+def require_known(path):
+    """Raises InputError if a generator's folder, or the pipeline that it is a part of, holds a part that nothing here reads.
+
+    Without that part the generator would do something else than its authors meant, and no error would say so.
+    """
+    path = Path(path)
+    parent = path.resolve().parent
+    for folder in (path, parent) if path.resolve().name in EXPERTS else (path,):
+        if all((folder / name).is_dir() for name in EXPERTS):
+            raise InputError(f"{folder}: holds {EXPERTS[0]}/ and {EXPERTS[1]}/ (Wan2.2 A14B), and one of the two alone is only "
+                             "half a generator: not supported, give a folder of Wan2.1")
+    pipeline = parent if path.resolve().name.startswith("transformer") else path
+    if pipeline.joinpath("model_index.json").is_file():
+        require_known_index(pipeline / "model_index.json")
+    if pipeline.joinpath("transformer_2").is_dir():
+        raise InputError(f"{pipeline}: holds transformer_2/ ({WAN22['transformer_2']}), which nothing here reads: "
+                         "not supported, give a folder of Wan2.1")
+
+
+def require_known_index(file):
+    """Raises InputError if a diffusers pipeline's model_index.json names a pipeline or a part that nothing here reads."""
+    try:
+        index = from_json(file.read_text())
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON: {error}") from None
+    if not isinstance(index, dict):
+        raise InputError(f"{file} holds no JSON object")
+    kind = index.get("_class_name")
+    if kind not in PIPELINES:
+        raise InputError(f"{file}: is of a {kind}: not supported, give a folder of Wan2.1: {' or '.join(PIPELINES)}")
+    for name, value in index.items():
+        empty = value in (None, False) or value == [None, None]
+        if not empty and not name.startswith("_") and name not in PARTS:
+            family = f" ({WAN22[name]})" if name in WAN22 else ""
+            raise InputError(f"{file}: names {name}{family}, which nothing here reads: not supported, give a folder of Wan2.1")
+
+
+def require_known_transformer(config):
+    """Raises InputError if a transformer's config.json is of a kind that is like Wan2.1's, but is given or does more."""
+    kind, task = config.get("_class_name", TRANSFORMERS[0]), config.get("model_type", TASKS[0])
+    if kind not in TRANSFORMERS:
+        raise InputError(f"is of a {kind}: not supported, give a transformer of Wan2.1: {' or '.join(TRANSFORMERS)}")
+    if task not in TASKS:
+        raise InputError(f"model_type is {task!r}: not supported, give a transformer of Wan2.1's for {' or '.join(TASKS)}")
+
+
+def require_known_channels(config):
+    """Raises InputError if a transformer takes more channels than noise and, in image-to-video, mask and first frame."""
+    taken, c = config.get("in_dim", 16), config.get("out_dim", 16)
+    if taken not in (c, 4 + 2 * c):
+        raise InputError(f"takes {taken} channels: not supported, t2v takes {c} and i2v {4 + 2 * c} (Wan2.1's Fun models for "
+                         "control signals take more)")
 
 
 # ---- Wan2.1's official folders and diffusers'
@@ -291,6 +354,8 @@ def resolve_model(config, transformer=None):
     if not folder:
         raise InputError(f"--world {world}: no {task} generator of that size is shipped: name one with --model (python -m "
                          "world.pretrain dit makes them)")
+    if config.model:
+        require_known(config.model)
     task = transformer_folder(folder)[1].get("model_type", "t2v")
     if config.task not in (None, task):
         raise InputError(f"--task is {config.task}, but the generator in {folder} is {task}")
@@ -303,13 +368,18 @@ def transformer_folder(path):
     """What a transformer's folder (or a folder that holds `transformer/`) is: its path, our config, the function from
     our parameter names to its own, and words of names in it that no model reads. Raises InputError."""
     path = Path(path)
+    require_known(path)
     if not (path / "config.json").exists() and (path / "transformer").is_dir():
         path = path / "transformer"
     theirs = read_config(path)
     try:
+        require_known_transformer(theirs)
         if theirs.get("_class_name") == "WanTransformer3DModel" or "num_attention_heads" in theirs:
             # diffusers' published i2v folders carry norm_added_q weights, which no model reads
-            return path, from_diffusers_config(theirs), diffusers_name, ("norm_added_q",)
-        return path, from_wan_config(theirs, path), str, ()
+            config, rename, ignored = from_diffusers_config(theirs), diffusers_name, ("norm_added_q",)
+        else:
+            config, rename, ignored = from_wan_config(theirs, path), str, ()
+        require_known_channels(config)
+        return path, config, rename, ignored
     except (InputError, KeyError, TypeError) as error:
         raise InputError(f"{path}/config.json: {error}") from None

@@ -15,7 +15,7 @@ from torch import nn
 
 from common import InputError, arg, random_generator, rank
 from formats.adapters import FILE, read_adapters, write_adapters
-from formats.weights import Later, whole
+from formats.weights import Later, full_tensor
 from model import export_transformer
 
 
@@ -85,7 +85,7 @@ def scaled(state, alpha):
     found = {}
     for name, x in state.items():
         if name.endswith(".lora_A.weight"):
-            A, B = whole(x), whole(state[name.replace("lora_A", "lora_B")])
+            A, B = full_tensor(x), full_tensor(state[name.replace("lora_A", "lora_B")])
             found[name.removesuffix(".lora_A.weight")] = A.float(), B.float() * ((alpha or len(A)) / len(A))
     return found
 
@@ -95,16 +95,18 @@ def merge(state, adapters):
     merged = {name: x for name, x in state.items() if ".lora_" not in name}
     for layer, (A, B) in adapters.items():
         W = merged[f"{layer}.weight"]
-        merged[f"{layer}.weight"] = Later(W.shape, W.dtype, lambda W=W, A=A, B=B: (whole(W).float() + B @ A).to(W.dtype))
+        make = lambda W=W, A=A, B=B: full_tensor(W).float() + B @ A
+        merged[f"{layer}.weight"] = Later(W.shape, torch.float32, make)
     return merged
 
 
-@torch.no_grad()
-def merge_file(dit, path):
-    """Adds the adapters in a LoRA file to a plain VideoDiT's weights, in place. Raises InputError if they do not fit."""
-    for layer, (A, B) in read_for(dit, path).items():
-        W = dit.get_parameter(f"{layer}.weight")
-        W.copy_(W.float() + B @ A)
+def attach(dit, path):
+    """Gives a VideoDiT the adapters in a LoRA file, in place, to sample with. Raises InputError if they do not fit.
+
+    They stay beside the weights: what adapters add is often less than bfloat16 can add to a weight.
+    """
+    add(dit, 0, path=path)
+    dit.requires_grad_(False)
 
 
 def save(adapters, folder, layout="diffusers"):

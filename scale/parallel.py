@@ -71,7 +71,7 @@ def check(flags):
 
 def shard(model, runtime, flags):
     """Puts a VideoDiT or a PAVRM, in place, on this rank's device: whole (ddp) or its piece (fsdp) -> model, which runs as
-    `flags` say. One on the meta device, from load_transformer(whole=False), gets its weights here.
+    `flags` say. One on the meta device, from load_transformer(load_now=False), gets its weights here.
 
     Call it before the optimizer is made. For fsdp give the model on meta or on the CPU, so that one block at a time is
     whole on the device; every rank must hold the same weights. Raises InputError without processes.
@@ -124,9 +124,9 @@ def fill(model, device):
         if name in waiting:
             mine, first = (p.to_local(), first_row(p)) if isinstance(p, DTensor) else (p, 0)
             if len(mine):
-                mine.copy_(model.source.rows(name, first, first + len(mine)))
+                mine.copy_(model.weight_files.rows(name, first, first + len(mine)))
     if waiting:
-        model.source = None                                     # closes the files
+        model.weight_files = None                                     # closes the files
 
 
 def first_row(p):
@@ -172,7 +172,11 @@ def offload(dit):
 def cast_matrices(dit, dtype):
     """Stores the matrices of a VideoDiT's blocks in the dtype of autocast and the rest in float32, in place, to sample
     with -> dit. Autocast would cast the same matrices at each call: results are the same, in half the memory."""
-    matrices = {p for layer in dit.blocks.modules() if isinstance(layer, torch.nn.Linear) for p in layer.parameters()}
+    matrices = set()
+    for layer in dit.blocks.modules():
+        weight = getattr(layer, "weight", None)
+        if weight is not None and weight.dim() == 2:            # of a linear layer, perhaps with adapters beside it
+            matrices |= {weight, layer.bias}
     for p in dit.parameters():                                  # one at a time: never all of a half-precision model in float32
         p.data = p.data.to(dtype if p in matrices else torch.float32)
     return dit

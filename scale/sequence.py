@@ -5,7 +5,7 @@ embedding, linear layers, norms, cross-attention to the whole prompt, head. Self
 needs them head by head, so an all-to-all trades tokens for heads before it, and one back after it ("Ulysses"). The
 velocity, and the features that a reward model pools, are whole again on every rank of the group:
 
-    x --mine--> tokens [b, n / ranks, d] --blocks--> [b, n / ranks, d] --head--> --whole--> velocity
+    x --mine--> tokens [b, n / ranks, d] --blocks--> [b, n / ranks, d] --head--> --gather_tokens--> velocity
                         q, k, v [b, n / ranks, k, e] --heads--> [b, n, k / ranks, e] --attention, tokens--> [b, n / ranks, d]
 
 Where the ranks do not divide n, zeros stand behind the last token; they are cut off before attention, pooling and loss.
@@ -41,7 +41,7 @@ class Sequence:
         missing = self.m - x.shape[dim]
         return F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, missing)) if missing else x
 
-    def whole(self, x):
+    def gather_tokens(self, x):
         """All tokens of x [b, m, ...], of which every rank has its own: -> [b, n, ...]."""
         every = all_gather_single_autograd(x.transpose(0, 1).contiguous(), 0, self.group)         # [p m, b, ...]
         return every[:self.n].transpose(0, 1)

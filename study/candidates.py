@@ -20,8 +20,8 @@ import torch
 import common
 import flow
 from common import arg
+from families import load_text_encoder, load_vae
 from formats import runs
-from formats.codec import load_text_encoder, load_vae
 from formats.video import to_pixels
 from formats.weights import SHIPPED, stream_tensors
 from model import load_transformer

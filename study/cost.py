@@ -30,8 +30,8 @@ import common
 import prfl
 import refl_baseline
 from common import arg
+from families import load_vae
 from formats import runs
-from formats.codec import load_vae
 from formats.weights import SHIPPED
 from model import load_transformer
 from pavrm import PAVRM

@@ -113,9 +113,9 @@ class WanDecoder:
 
 
 def image_of(c, b, f, h, w, device):
-    """{y, clip}, at random, where the model takes them."""
+    """{y, clip_tokens}, at random, where the model takes them."""
     found = {"y": torch.randn(b, c["in_dim"] - c["out_dim"], f, h, w)} if c["model_type"] == "i2v" else {}
-    found |= {"clip": torch.randn(b, plan.IMAGE_TOKENS, c["image_dim"])} if c.get("image_dim") else {}
+    found |= {"clip_tokens": torch.randn(b, plan.IMAGE_TOKENS, c["image_dim"])} if c.get("image_dim") else {}
     return {name: x.to(device) for name, x in found.items()}
 
 
@@ -172,10 +172,10 @@ def measure(config, c, runtime, paths, speed):
     if method == "refl":
         decoder = WanDecoder(device)
         pixel_reward = refl_baseline.PixelReward(variant, c["text_dim"]).to(device).requires_grad_(False).eval()
-    policy = load_transformer(paths[0], whole=False).train()
+    policy = load_transformer(paths[0], load_now=False).train()
     lora.add(policy, config.lora_rank, seed=config.seed)
     parallel.shard(policy, runtime, config)
-    pavrm = parallel.shard(load_pavrm(paths[1], policy, whole=False), runtime, config) if method == "prfl" else None
+    pavrm = parallel.shard(load_pavrm(paths[1], policy, load_now=False), runtime, config) if method == "prfl" else None
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6, foreach=True)
     planned = plan.costs(plan.Config(

@@ -48,8 +48,8 @@ import torch
 import common
 import refl_baseline
 from common import InputError, arg
+from families import load_vae
 from flow import add_noise
-from formats.codec import load_vae
 from formats.video import from_pixels, read_video, to_pixels, write_video
 from formats.weights import SHIPPED
 from model import load_transformer

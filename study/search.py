@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from formats.codec import load_vae
+from families import load_vae
 from formats.video import from_pixels, to_pixels
 from formats.weights import SHIPPED
 from report import claim_verdicts, claims_table, plot, show, summary, table, verdict

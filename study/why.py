@@ -33,8 +33,8 @@ import data
 import flow
 import prfl
 from common import InputError, arg
+from families import load_text_encoder
 from formats import runs
-from formats.codec import load_text_encoder
 from formats.weights import SHIPPED
 from model import export_transformer, load_transformer
 from pavrm import load_pavrm

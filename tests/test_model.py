@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common import InputError
+from families import load_text_encoder
 from formats import weights
-from formats.codec import load_text_encoder
 from formats.weights import WEIGHTS, diffusers_config, diffusers_name, load_weights, save_module
 from model import (
     PRESETS,
@@ -54,7 +54,7 @@ def inputs(config=T2V, b=2, size=(3, 4, 6), text=None, seed=1, dtype=torch.float
     if config["in_dim"] > config["out_dim"]:
         args["y"] = draw(b, config["in_dim"] - config["out_dim"], *size)
     if config.get("image_dim"):
-        args["clip"] = draw(b, 7, config["image_dim"])
+        args["clip_tokens"] = draw(b, 7, config["image_dim"])
     return args
 
 
@@ -83,9 +83,9 @@ def make_theirs(Wan, config, seed=0):
     return randomise(Wan(**{k: v for k, v in ours.items() if not k.startswith("_")}), seed).eval()
 
 
-def run_theirs(theirs, x, t, context, y=None, clip=None):
+def run_theirs(theirs, x, t, context, y=None, clip_tokens=None):
     x = x if y is None else torch.cat([x, y], dim=1)
-    return theirs(x, 1000 * t, context, clip, return_dict=False)[0]
+    return theirs(x, 1000 * t, context, clip_tokens, return_dict=False)[0]
 
 
 @pytest.mark.parametrize("config, b, size", [
@@ -492,7 +492,7 @@ def test_velocity_starts_at_zero():
     (dict(context=(2, 5, 9)), "context"), (dict(context=(2, 6, 8)), "at most 5"),
     (dict(context=(1, 5, 8)), "context"), (dict(context=(5, 8)), "context"),
     (dict(y=(2, 1, 3, 4, 6)), "x with y"), (dict(y=(1, 8, 3, 4, 6)), "y has shape"),
-    (dict(y=(2, 8, 2, 4, 6)), "y has shape"), (dict(clip=(2, 7, 10)), "clip"),
+    (dict(y=(2, 8, 2, 4, 6)), "y has shape"), (dict(clip_tokens=(2, 7, 10)), "clip"),
     (dict(depth=4), "depth is 4"), (dict(depth=-1), "depth is -1")])
 def test_wrong_inputs_are_named(changes, words):
     args = inputs() | {k: v if k == "depth" else torch.zeros(v) for k, v in changes.items()}
@@ -502,8 +502,8 @@ def test_wrong_inputs_are_named(changes, words):
 
 @pytest.mark.parametrize("config, changes, words", [
     (I2V, dict(y=None), "x with y"), (I2V, dict(y=(2, 7, 3, 4, 6)), "x with y"),
-    (CLIP, dict(clip=None), "clip"), (CLIP, dict(clip=(1, 7, 10)), "clip"),
-    (CLIP, dict(clip=(2, 7, 11)), "clip"), (CLIP, dict(clip=(2, 10)), "clip")])
+    (CLIP, dict(clip_tokens=None), "clip"), (CLIP, dict(clip_tokens=(1, 7, 10)), "clip"),
+    (CLIP, dict(clip_tokens=(2, 7, 11)), "clip"), (CLIP, dict(clip_tokens=(2, 10)), "clip")])
 def test_wrong_image_inputs_are_named(config, changes, words):
     args = inputs(config) | {k: None if v is None else torch.zeros(v) for k, v in changes.items()}
     assert words in error_of(make_dit(config), **args)

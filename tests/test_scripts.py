@@ -15,8 +15,8 @@ import sample
 import train_align
 import train_reward
 import validation
+from families import load_text_encoder, load_vae
 from formats import lock, weights
-from formats.codec import load_text_encoder, load_vae
 from formats.video import from_pixels, read_video, to_pixels, write_png, write_video
 from model import PRESETS, VideoDiT, export_transformer, first_frame_condition, load_transformer
 from pavrm import PAVRM, load_pavrm
@@ -260,9 +260,9 @@ def test_image_to_video_from_samples_to_evaluation(i2v, tmp_path, capsys, monkey
     """Every stage on the embedded world; the condition that reaches the reward model is the given first frame's."""
     seen, forward = [], PAVRM.forward
 
-    def watch(self, x, t, context, y=None, clip=None):
+    def watch(self, x, t, context, y=None, clip_tokens=None):
         seen.append(y.detach().clone())
-        return forward(self, x, t, context, y, clip)
+        return forward(self, x, t, context, y, clip_tokens)
 
     def are_given(latents):
         """The reward model saw masks of frame 0 and first frames among latents [n, c, f, h, w], and nothing behind."""

@@ -31,11 +31,12 @@ from tiny import (
 
 import common
 import data
+import families
 import prfl
 import train_align
 import train_reward
 from common import InputError
-from formats import codec, runs
+from formats import encoders, runs
 from formats.weights import WEIGHTS, save_module
 from model import PRESETS, export_transformer, load_transformer
 from pavrm import PAVRM, load_pavrm
@@ -160,13 +161,13 @@ def test_a_recipe_is_its_three_flags(folder):
 def test_a_share_of_the_prompts_is_dropped_in_sft():
     config = train_align.Config(context_dropout=0.3, seed=4)
     context, null = torch.randn(1000, 3, 8), torch.randn(5, 8)
-    found = codec.drop_contexts(context, config, 7, range(1000), None)
+    found = encoders.drop_contexts(context, config, 7, range(1000), None)
     dropped = (found == 0).flatten(1).all(1)
     assert 0.25 < dropped.float().mean() < 0.35 and torch.equal(found[~dropped], context[~dropped])
-    given = codec.drop_contexts(context, config, 7, range(1000), null)
+    given = encoders.drop_contexts(context, config, 7, range(1000), null)
     assert torch.equal(given[dropped], null[:3].expand(int(dropped.sum()), 3, 8))
-    assert torch.equal(codec.drop_contexts(context[300:400], config, 7, range(300, 400), None), found[300:400])    # any rank
-    assert codec.drop_contexts(context, train_align.Config(), 7, range(1000), None) is context
+    assert torch.equal(encoders.drop_contexts(context[300:400], config, 7, range(300, 400), None), found[300:400])    # any rank
+    assert encoders.drop_contexts(context, train_align.Config(), 7, range(1000), None) is context
 
 
 def test_folds_are_disjoint_and_together_everything(folder):
@@ -186,15 +187,15 @@ def test_defaults_are_the_papers_where_the_model_is_wans_size(monkeypatch):
     for preset, rate, head, batch in (("tiny-t2v", 1e-4, 2e-3, 32), ("wan2.1-t2v-1.3b", 5e-6, 1e-5, 1),
                                       ("wan2.1-i2v-14b", 5e-6, 1e-5, 1)):
         align, reward = train_align.Config(learning_rate=None), train_reward.Config(max_train_steps=7)
-        codec.fill_in(align, codec.training(PRESETS[preset], "align"))
-        codec.fill_in(reward, codec.training(PRESETS[preset], "reward"))
+        families.fill_in(align, families.training_defaults(PRESETS[preset], "align"))
+        families.fill_in(reward, families.training_defaults(PRESETS[preset], "reward"))
         assert (align.learning_rate, align.batch_size, reward.learning_rate, reward.max_train_steps) == (rate, batch, head, 7)
     assert (align.num_inference_steps, align.max_train_steps, align.gradient_accumulation_steps) == (40, 800, 30)
     assert reward.trunk_learning_rate == 1e-6
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert codec.training(PRESETS["wan2.1-t2v-14b"], "align")["gradient_accumulation_steps"] == 4      # 32 videos
+    assert families.training_defaults(PRESETS["wan2.1-t2v-14b"], "align")["gradient_accumulation_steps"] == 4      # 32 videos
     given = train_align.Config(learning_rate=1e-3)
-    codec.fill_in(given, codec.training(PRESETS["wan2.1-t2v-14b"], "align"))
+    families.fill_in(given, families.training_defaults(PRESETS["wan2.1-t2v-14b"], "align"))
     assert given.learning_rate == 1e-3
 
 

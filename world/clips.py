@@ -17,8 +17,8 @@ import common
 import data
 import flow
 from common import InputError, arg
+from families import load_text_encoder, load_vae
 from formats import fingerprint, lock, runs
-from formats.codec import load_text_encoder, load_vae
 from formats.metadata import from_json, write_rows
 from formats.video import from_pixels, to_pixels, write_video
 from formats.weights import read_config, transformer_folder

@@ -31,8 +31,8 @@ from torch import nn
 import common
 import flow
 from common import InputError, arg
+from families import load_text_encoder, load_vae
 from formats import runs
-from formats.codec import load_text_encoder, load_vae
 from formats.video import from_pixels, to_pixels
 from formats.weights import SHIPPED, WEIGHTS, save_module, stream_tensors
 from model import PRESETS, VideoDiT, first_frame_condition, load_transformer

@@ -260,7 +260,7 @@ def test_a_second_run_does_only_what_is_missing(folder, tmp_path, monkeypatch, c
 
 def test_what_is_encoded_is_what_was_read(folder, tmp_path):
     """The shards hold the shipped VAE's own latents of the pictures, whatever the batch that they went through."""
-    from formats.codec import load_vae
+    from families import load_vae
     path, good, _ = folder
     run("encode", path, "--out", tmp_path / "out", *FLAGS, "--batch_size", 3)
     shards = data.Shards(tmp_path / "out")

@@ -14,14 +14,15 @@ from safetensors.torch import load_file, save_file
 import common
 import data
 import evaluate
+import families
 import sample
 import train_align
 import train_reward
 from common import InputError
-from formats import codec, video, wan
-from formats.codec import load_text_encoder, load_vae
+from families import load_text_encoder, load_vae
+from formats import encoders, video, wan
 from formats.weights import save_module
-from model import image_inputs, load_transformer
+from model import export_transformer, image_inputs, load_transformer
 from pavrm import PAVRM
 
 diffusers = pytest.importorskip("diffusers", reason="needs requirements-wan.txt")
@@ -54,6 +55,10 @@ def clips(tmp_path_factory):
 def run(module, *argv, command=None):
     function, Config = data.COMMANDS[command] if command else (module.main, module.Config)
     common.cli(function, Config, "", [str(a) for a in argv])
+
+
+def export(*args, **more):
+    wan.export(wan.Export(*args, **more), load_transformer, export_transformer)
 
 
 def encode(clips, out, pipeline, *more):
@@ -114,7 +119,7 @@ def test_the_condition_is_the_pipelines_own(pipelines, clips, tmp_path):
         _, y = pipeline.prepare_latents(first, 1, 16, 32, 48, 9, torch.float32, torch.device("cpu"))
         torch.testing.assert_close(given["y"][row:row + 1], y, rtol=1e-4, atol=1e-5)
         frame = video.read_clip(clips / f"{i}.mp4", (48, 32), 9, 16)[0][0]
-        torch.testing.assert_close(given["clip"][row:row + 1], pipeline.encode_image(frame.numpy(), "cpu"))
+        torch.testing.assert_close(given["clip_tokens"][row:row + 1], pipeline.encode_image(frame.numpy(), "cpu"))
 
 
 # ---- from a folder of clips to diffusers
@@ -135,7 +140,7 @@ def test_clips_to_an_aligned_transformer_in_diffusers(pipelines, clips, tmp_path
     for method, more in (("prfl", ()), ("rwr", ("--num_samples", 4))):
         run(train_align, *common_flags, "--output_dir", tmp_path / method, "--method", method, "--reward",
             tmp_path / "reward/reward", "--learning_rate", "1e-2", "--num_inference_steps", 2, *more)
-    wan.export(wan.Export(str(tmp_path / "prfl/transformer"), out=str(tmp_path / "aligned"), dtype="fp32"))
+    export(str(tmp_path / "prfl/transformer"), out=str(tmp_path / "aligned"), dtype="fp32")
 
     transformer = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "aligned")
     ours, base = load_transformer(tmp_path / "prfl"), load_transformer(pipeline)
@@ -146,7 +151,7 @@ def test_clips_to_an_aligned_transformer_in_diffusers(pipelines, clips, tmp_path
     with torch.no_grad():
         velocity = ours(x, t, batch["context"], **image)
         theirs = transformer(torch.cat([x, image["y"]], 1) if image else x, 1000 * t, batch["context"],
-                             encoder_hidden_states_image=image.get("clip"))[0]
+                             encoder_hidden_states_image=image.get("clip_tokens"))[0]
         assert (velocity - base(x, t, batch["context"], **image)).abs().max() > 1e-2          # it was trained
     assert (velocity - theirs).norm() < 1e-4 * theirs.norm()
 
@@ -182,7 +187,7 @@ def test_a_model_brings_its_encoders_and_refuses_shards_of_others(pipelines, cli
 
     dit = load_transformer(pipeline)
     shards.require_fit(dit, pipeline)
-    for role in codec.find_encoders(pipeline):
+    for role in encoders.find_encoders(pipeline):
         other = shutil.copytree(pipeline, tmp_path / role)
         path = next((other / role).glob("*.safetensors"))
         tensors = load_file(path)
@@ -260,8 +265,8 @@ def test_without_the_extra_there_is_one_line(pipelines, clips, tmp_path, capsys,
 
 def test_export_never_replaces_a_folder(pipelines, tmp_path):
     with pytest.raises(InputError, match="is there already"):
-        wan.export(wan.Export(str(pipelines / "t2v"), out=str(pipelines / "t2v")))
-    wan.export(wan.Export(str(pipelines / "t2v"), out=str(tmp_path / "official"), layout="wan", dtype="fp32"))
+        export(str(pipelines / "t2v"), out=str(pipelines / "t2v"))
+    export(str(pipelines / "t2v"), out=str(tmp_path / "official"), layout="wan", dtype="fp32")
     a, b = (load_transformer(folder).state_dict() for folder in (pipelines / "t2v", tmp_path / "official"))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
@@ -276,9 +281,9 @@ class Uniform(diffusers.FlowMatchEulerDiscreteScheduler):
 
 def sampled(monkeypatch, *argv):
     """-> latents [b, c, f, h, w] of sample.py's videos, in order"""
-    found, decode = [], codec.decode_pixels
+    found, decode = [], encoders.decode_pixels
     with monkeypatch.context() as patch:
-        patch.setattr(codec, "decode_pixels", lambda vae, x: found.append(x.clone()) or decode(vae, x))
+        patch.setattr(encoders, "decode_pixels", lambda vae, x: found.append(x.clone()) or decode(vae, x))
         run(sample, *argv)
     return torch.cat(found)
 
@@ -311,14 +316,14 @@ def test_shards_carry_the_null_contexts(pipelines, clips, tmp_path, monkeypatch)
     """Of the empty and of the negative prompt, as the text encoder has them; without them it is asked again, or named."""
     encode(clips, tmp_path / "data", pipelines / "t2v")
     text, dit = load_text_encoder(pipelines / "t2v/text_encoder"), load_transformer(pipelines / "t2v")
-    for kind, prompt in (("empty", ""), ("negative", codec.WAN_NEGATIVE)):
-        found = codec.null_context(dit.config, kind, tmp_path / "data", tmp_path, "cpu")
+    for kind, prompt in (("empty", ""), ("negative", families.WAN_NEGATIVE)):
+        found = families.null_context(dit.config, kind, tmp_path / "data", tmp_path, "cpu")
         torch.testing.assert_close(found, text.encode([prompt])[0])
-        again = codec.null_context(dit.config, kind, tmp_path, pipelines / "t2v", "cpu")       # without the zeros behind it
+        again = families.null_context(dit.config, kind, tmp_path, pipelines / "t2v", "cpu")       # without the zeros behind it
         torch.testing.assert_close(found[:len(again)], again)
         assert not found[len(again):].any()
     with pytest.raises(InputError, match="encode again"):
-        codec.null_context(dit.config, "empty", tmp_path, tmp_path, "cpu")
+        families.null_context(dit.config, "empty", tmp_path, tmp_path, "cpu")
     run(train_align, "--model", pipelines / "t2v", "--data", tmp_path / "data", *SHORT, "--output_dir", tmp_path / "run",
         "--method", "sft", "--context_dropout", 0.5, "--num_validation", 2, "--num_inference_steps", 2)
     args = json.loads((tmp_path / "run/args.json").read_text())

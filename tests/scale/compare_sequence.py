@@ -45,7 +45,7 @@ def compare(runtime, kind, image, checkpointing, rank, pooling, **more):
         parallel.shard(model, runtime, parallel.Flags(gradient_checkpointing=checkpointing, parallel=kind, **more))
     B = 2 * runtime.world_size // runtime.sequence_parallel
     x, context = torch.randn(B, 16, 3, 6, 4, generator=g), torch.randn(B, 3, 8, generator=g)
-    given = dict(y=torch.randn(B, 20, 3, 6, 4, generator=g), clip=torch.randn(B, 5, 32, generator=g)) if image else {}
+    given = dict(y=torch.randn(B, 20, 3, 6, 4, generator=g), clip_tokens=torch.randn(B, 5, 32, generator=g)) if image else {}
     steps = prfl.draw_steps(3, 0, 4, B)
     found = []
     for policy, pavrm, j in ((one, judge, range(B)), (*many, runtime.indices(2))):

@@ -18,9 +18,9 @@ if __name__ == "__main__":
     runtime = common.setup("no")
     anonymous = lambda: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
     before, most = anonymous(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    dit = load_transformer(sys.argv[1], whole=False)
+    dit = load_transformer(sys.argv[1], load_now=False)
     nothing_yet = all(p.is_meta for p in dit.parameters())
-    rename = dit.source.rename
+    rename = dit.weight_files.rename
     parallel.shard(dit, runtime, parallel.Flags(parallel="fsdp"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - most
     dit.stored_dtypes = {"head.modulation": torch.bfloat16}     # as if one weight had been stored so
@@ -34,7 +34,7 @@ if __name__ == "__main__":
         if len(mine):
             far = max(far, (mine - files.tensor(name)[first:first + len(mine)]).abs().max().item())
     del dit, p, mine
-    judge = PAVRM.from_generator(load_transformer(sys.argv[1], whole=False), 4)
+    judge = PAVRM.from_generator(load_transformer(sys.argv[1], load_now=False), 4)
     parallel.shard(judge, runtime, parallel.Flags(parallel="fsdp"))
     for name, p in judge.trunk.named_parameters():
         mine, first = p.to_local(), parallel.first_row(p)

@@ -15,12 +15,16 @@ from tiny import (
 from common import InputError
 from formats import runs, wan
 from formats.adapters import LAYOUTS, read_adapters
-from formats.weights import whole
+from formats.weights import full_tensor
 from model import VideoDiT, export_transformer, load_transformer
 from scale import lora
 
 pytestmark = pytest.mark.usefixtures("cpu")
 LORA = ["--lora_rank", "2", "--lora_alpha", "4", "--learning_rate", "1e-3"]
+
+
+def export(*args, **more):
+    wan.export(wan.Export(*args, **more), load_transformer, export_transformer)
 
 
 def batch():
@@ -53,7 +57,7 @@ def test_step_0_is_the_base_and_only_adapters_train():
     assert {name.split(".lora_")[0] for name, p in dit.named_parameters() if p.requires_grad} == {
         f"blocks.{i}.{kind}_attn.{x}" for i in range(2) for kind in ("self", "cross") for x in "qkvo"}
     state = dit.state_dict()
-    assert same({name: whole(x) for name, x in lora.merge(state, lora.scaled(state, 8)).items()}, before)
+    assert same({name: full_tensor(x) for name, x in lora.merge(state, lora.scaled(state, 8)).items()}, before)
 
 
 @pytest.mark.parametrize("alpha", [None, 4])
@@ -144,12 +148,12 @@ def test_both_layouts_say_the_same_and_convert_both_ways(tmp_path):
     names = load_file(tmp_path / "wan" / lora.FILE)
     assert "diffusion_model.blocks.1.cross_attn.o.lora_B.weight" in names and len(names) == 32
     for first, second in (LAYOUTS, LAYOUTS[::-1]):
-        wan.export(wan.Export(str(tmp_path / first / lora.FILE), out=str(tmp_path / f"{first}.safetensors"), layout=second,
-                              dtype="fp32"))
+        export(str(tmp_path / first / lora.FILE), out=str(tmp_path / f"{first}.safetensors"), layout=second,
+               dtype="fp32")
         assert same(load_file(tmp_path / f"{first}.safetensors"), load_file(tmp_path / second / lora.FILE))
         assert same(read_adapters(tmp_path / first / lora.FILE), wanted)
     with pytest.raises(InputError, match="is there already"):
-        wan.export(wan.Export(str(tmp_path / "wan" / lora.FILE), out=str(tmp_path / "wan.safetensors")))
+        export(str(tmp_path / "wan" / lora.FILE), out=str(tmp_path / "wan.safetensors"))
 
 
 def test_diffusers_converts_comfyuis_names_to_the_same_adapters(tmp_path):
@@ -171,8 +175,9 @@ def test_files_of_other_trainers_are_read(tmp_path):
     (layer, (a, b)), = read_adapters(tmp_path / "x.safetensors").items()
     assert layer == "blocks.1.ffn.0" and torch.equal(a, A) and torch.equal(b, B / 2)
     dit = generator()
-    lora.merge_file(dit, tmp_path / "x.safetensors")
-    torch.testing.assert_close(dit.blocks[1].ffn[0].weight, generator().blocks[1].ffn[0].weight + B @ A / 2)
+    lora.attach(dit, tmp_path / "x.safetensors")
+    x = torch.randn(3, 24)
+    torch.testing.assert_close(dit.blocks[1].ffn[0](x), generator().blocks[1].ffn[0](x) + x @ A.T @ B.T / 2)
 
 
 def test_training_goes_on_from_a_file(folder, tmp_path):
@@ -181,7 +186,7 @@ def test_training_goes_on_from_a_file(folder, tmp_path):
     lora.save(lora.scaled(dit.state_dict(), 4), tmp_path)
     started, merged = generator(), generator()
     lora.add(started, 0, 8, path=tmp_path / lora.FILE)          # another alpha: the same function
-    lora.merge_file(merged, tmp_path / lora.FILE)
+    lora.attach(merged, tmp_path / lora.FILE)
     torch.testing.assert_close(started(*batch()), dit(*batch()), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(merged(*batch()), dit(*batch()), rtol=1e-5, atol=1e-5)
     run(*command(folder, "sft", "onwards", "--lora", str(tmp_path / lora.FILE), "--learning_rate", "1e-4"))
@@ -200,7 +205,7 @@ def test_files_that_do_not_fit(tmp_path, tensors, words):
     save_file(tensors, tmp_path / "x.safetensors")
     dit = generator()
     path = tmp_path / "x.safetensors"
-    for use in (lambda: lora.add(dit, 0, path=path), lambda: lora.merge_file(dit, path)):
+    for use in (lambda: lora.add(dit, 0, path=path), lambda: lora.attach(dit, path)):
         with pytest.raises(InputError, match=words) as error:
             use()
         assert "x.safetensors" in str(error.value)

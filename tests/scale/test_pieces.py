@@ -10,7 +10,7 @@ from test_sequence import torchrun
 from tiny import ROOT, command, generator, one_line, run, same
 
 import common
-from formats.weights import WEIGHTS, Later, stream_tensors, whole
+from formats.weights import WEIGHTS, Later, full_tensor, stream_tensors
 from model import VideoDiT, export_transformer, load_transformer
 from pavrm import PAVRM
 from scale import parallel
@@ -54,12 +54,12 @@ def test_one_rank_gets_all(tmp_path, layout):
     """In place on its device, as load_transformer gives it; adapters keep what they start with."""
     export_transformer(generator(), tmp_path, layout)
     runtime = common.Runtime(0, 1, torch.device("cpu"), torch.float32)
-    one = load_transformer(tmp_path, whole=False)
+    one = load_transformer(tmp_path, load_now=False)
     assert all(p.is_meta for p in one.parameters())
     parallel.shard(one, runtime, parallel.Flags())
     for (name, p), q in zip(one.named_parameters(), load_transformer(tmp_path).parameters(), strict=True):
         assert torch.equal(p, q), name
-    assert one.source is None
+    assert one.weight_files is None
 
 
 def test_a_reward_model_starts_the_same_by_pieces(tmp_path):
@@ -67,7 +67,7 @@ def test_a_reward_model_starts_the_same_by_pieces(tmp_path):
     runtime, found = common.Runtime(0, 1, torch.device("cpu"), torch.float32), []
     for whole_model in (True, False):
         torch.manual_seed(3)
-        judge = PAVRM.from_generator(load_transformer(tmp_path, whole=whole_model), 1)
+        judge = PAVRM.from_generator(load_transformer(tmp_path, load_now=whole_model), 1)
         assert judge.trunk.blocks[0].ffn[0].weight.is_meta != whole_model
         found.append(parallel.shard(judge, runtime, parallel.Flags()).state_dict())
     assert same(*found)
@@ -79,7 +79,7 @@ def test_files_are_those_of_safetensors(tmp_path):
                "d": torch.randn(7).half(), "e": Later((2, 2), torch.bfloat16, lambda: torch.eye(2).bfloat16())}
     stream_tensors(tensors, tmp_path / "x.safetensors", {"a": torch.bfloat16})
     found = load_file(tmp_path / "x.safetensors")
-    wanted = {name: whole(x).contiguous() for name, x in tensors.items()} | {"a": tensors["a"].bfloat16().contiguous()}
+    wanted = {name: full_tensor(x).contiguous() for name, x in tensors.items()} | {"a": tensors["a"].bfloat16().contiguous()}
     assert {name: x.dtype for name, x in found.items()} == {name: x.dtype for name, x in wanted.items()}
     assert all(torch.equal(found[name], wanted[name]) for name in wanted) and len(found) == 5
 

@@ -28,8 +28,8 @@ import pavrm
 import prfl
 import train_align
 import train_reward
+from families import fill_in, training_defaults
 from formats import weights
-from formats.codec import fill_in, training_defaults
 from model import PRESETS
 from scale import parallel, plan
 from scale.simulate import gpu_attend, simulate
@@ -96,7 +96,7 @@ def inputs(config, grid, batch=1, grad=False):
     if config["model_type"] == "i2v":
         args["y"] = torch.randn(batch, 20, *grid)
     if config.get("image_dim"):
-        args["clip"] = torch.randn(batch, plan.IMAGE_TOKENS, config["image_dim"])
+        args["clip_tokens"] = torch.randn(batch, plan.IMAGE_TOKENS, config["image_dim"])
     return args
 
 
@@ -152,7 +152,7 @@ def test_a_block_keeps_what_autograd_saves(config, batch, grid, trained):
         def blocks(depth):
             with torch.autocast("cpu", torch.bfloat16):
                 return dit.features(args["x"], args["t"], args["context"], depth=depth, y=args.get("y"),
-                                    clip=args.get("clip"))
+                                    clip_tokens=args.get("clip_tokens"))
         measured = saved_bytes(lambda: blocks(2), weights) - saved_bytes(lambda: blocks(1), weights)
     # bf16 copies of the matrices are a term of their own; frozen ones that see only the prompt or the image keep none
     squares = 6 if trained != "all" else 10 if config.get("image_dim") else 8

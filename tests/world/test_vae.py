@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from common import InputError
-from formats.codec import load_vae
+from families import load_vae
 from formats.video import CHANNELS, from_pixels, to_pixels
 from formats.weights import save_module
 from world.vae import VideoVAE
