@@ -1,10 +1,14 @@
+"""What every test file gets: one thread, its own random draws, and on request an order that nobody chose."""
 import os
+import random
 import sys
+import zlib
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import pytest
 import torch
 from tiny import TINY, generator, write_data
@@ -16,6 +20,43 @@ from refl_baseline import FRAMES, PixelReward
 from world.vae import VideoVAE
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--order-seed", type=int, metavar="SEED",
+                     help="shuffle the files, and the tests within each, with this seed; default: as they are written")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Afterwards pytest itself brings together the tests that share a parameter of a module's fixture."""
+    if config.option.order_seed is None:
+        return
+    rng, files = random.Random(config.option.order_seed), {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    shuffled = rng.sample(list(files.values()), len(files))
+    items[:] = [item for tests in shuffled for item in rng.sample(tests, len(tests))]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.option.order_seed is not None:
+        terminalreporter.write_line(f"This order again: --order-seed {config.option.order_seed}")
+
+
+def seed_everything(name):
+    """Random draws without a generator of their own then depend on nothing that ran before, only on `name`."""
+    seed = zlib.crc32(name.encode())
+    random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef):
+    seed_everything(fixturedef.argname)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item):
+    seed_everything("test")
 
 
 @pytest.fixture(scope="module")

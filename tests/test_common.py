@@ -288,20 +288,21 @@ def test_kill_9_at_a_random_moment(tmp_path):
         import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
         import test_common, torch
         for step in range(1, 10 ** 6):
-            test_common.save({str(tmp_path / 'run')!r}, step % 7 + 1, bytes([step % 7 + 1]) * 20000)
+            test_common.save(sys.argv[1], step % 7 + 1, bytes([step % 7 + 1]) * 20000)
     """))
     for pause in (0.05, 0.13):
-        process = subprocess.Popen([sys.executable, script])
+        folder = tmp_path / f"run-{pause}"                      # of its own: the second kill, too, interrupts saving
+        process = subprocess.Popen([sys.executable, script, folder])
         try:
             deadline = time.time() + 120  # importing torch is slow on a busy machine
-            while len(runs.list_checkpoints(tmp_path / "run")) < 2 and time.time() < deadline:
+            while len(runs.list_checkpoints(folder)) < 2 and time.time() < deadline:
                 assert process.poll() is None, "the saver ended by itself"
                 time.sleep(0.01)
             time.sleep(pause)
         finally:
             process.send_signal(signal.SIGKILL)
             process.wait()
-        latest = runs.resolve_checkpoint(tmp_path / "run", "latest")
+        latest = runs.resolve_checkpoint(folder, "latest")
         step = runs.load_state(latest)["step"]
         assert (latest / "transformer/w.safetensors").read_bytes() == bytes([step]) * 20000
 

@@ -2,15 +2,13 @@
 on two ranks as on one, and killed and resumed as uninterrupted."""
 import json
 import shutil
-import signal
 import subprocess
 import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training import KILLED
-from tiny import DRIVER, ENV, RUNS, distance, run, same
+from tiny import DRIVER, ENV, RUNS, distance, kill, run, same
 
 from formats.weights import SHIPPED, WEIGHTS
 from model import load_transformer
@@ -62,8 +60,7 @@ def test_two_ranks_in_fresh_folders_are_one(whole, tmp_path):
 @pytest.mark.parametrize("name", FRESH)
 def test_killed_and_resumed_in_another_fresh_folder_is_uninterrupted(whole, tmp_path, name):
     script, argv = command(name, tmp_path / name)
-    done = subprocess.run([sys.executable, "-c", KILLED, script, *argv], env=ENV, capture_output=True, text=True, timeout=600)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    kill([(script, argv)])
     run(script, [*argv, "--resume", "latest"])
     assert same(result(name, tmp_path / name), result(name, whole[name]))
     shutil.rmtree(tmp_path)

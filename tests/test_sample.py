@@ -1,6 +1,5 @@
 """sample.py with many prompts: split over processes, killed and resumed, its files, its refusals; and files of prompts."""
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -63,8 +62,8 @@ def test_three_processes_make_the_same_files(made, tmp_path):
     runs = [("sample", ["--prompts", str(made / "prompts.txt"), "--output_dir", str(tmp_path / kind), "--parallel", kind, *FAST])
             for kind in ("ddp", "fsdp")]
     (tmp_path / "driver.py").write_text(driver)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3", "--master_port",
-                    str(29600 + os.getpid() % 300), tmp_path / "driver.py", json.dumps(runs)], env=ENV, check=True, timeout=300)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3",
+                    tmp_path / "driver.py", json.dumps(runs)], env=ENV, check=True, timeout=300)
     for kind in ("ddp", "fsdp"):
         assert files(tmp_path / kind) == files(made / "one")
 

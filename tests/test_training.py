@@ -4,7 +4,6 @@ Everything runs on the CPU, on a tiny random generator and random labelled shard
 """
 import json
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -21,6 +20,7 @@ from tiny import (
     command,
     distance,
     generator,
+    kill,
     metrics,
     one_line,
     run,
@@ -361,30 +361,14 @@ def test_both_ranks_make_the_same_number_of_passes(folder):
 
 
 # ---- kill and resume
-KILLED = """
-import os, signal, sys, torch, common, train_align, train_reward
-save, count = torch.save, 0
-
-def save_or_die(state, file):
-    global count
-    count += 1
-    if count == 2:                                              # half way through the second checkpoint
-        file.write(b"PK")
-        file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-    save(state, file)
-
-torch.save = save_or_die
-script = sys.modules[sys.argv[1]]
-common.cli(script.main, script.Config, "", sys.argv[2:])
-"""
+@pytest.fixture(scope="module")
+def killed(folder):
+    kill([command(folder, name, f"killed-{name}") for name in RUNS])
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_killed_and_resumed_is_uninterrupted_bit_for_bit(folder, one_rank, name):
+def test_killed_and_resumed_is_uninterrupted_bit_for_bit(folder, one_rank, killed, name):
     script, argv = command(folder, name, f"killed-{name}")
-    done = subprocess.run([sys.executable, "-c", KILLED, script, *argv], env=ENV, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     out, whole = folder / f"killed-{name}", folder / f"one-{name}"
     assert (out / "checkpoint-000004.tmp").is_dir() and not (out / RUNS[name][1]).exists()
     assert metrics(folder, out.name)[-1]["step"] == 4

@@ -1,6 +1,5 @@
 """What is watched: the panel against known films, validations on own data by ranks and kinds, judge, best/, patience."""
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -136,8 +135,8 @@ def test_three_ranks_under_ddp_and_fsdp_see_what_one_sees(folder, watched, secon
                                "--parallel", kind, "--patience", "1", batch_size=1)
         runs.append((script, argv))
     (tmp_path / "driver.py").write_text(DRIVER)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3", "--master_port",
-                    str(29100 + os.getpid() % 300), tmp_path / "driver.py", json.dumps(runs)], env=ENV, check=True, timeout=300)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3",
+                    tmp_path / "driver.py", json.dumps(runs)], env=ENV, check=True, timeout=300)
     one = json.loads((watched / "samples/step-000000.json").read_text())["values"]
     for kind in ("ddp", "fsdp"):
         found = json.loads((tmp_path / kind / "samples/step-000000.json").read_text())["values"]

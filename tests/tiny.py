@@ -2,6 +2,8 @@
 `folder` of conftest.py holds them on disk). Everything runs on the CPU."""
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -80,6 +82,33 @@ for script, argv in json.loads(sys.argv[1]):
     common.cli(sys.modules[script].main, sys.modules[script].Config, "", argv)
 leave()
 """
+KILLER = """
+import json, os, signal, sys, torch, common, train_align, train_reward
+save, count = torch.save, 0
+
+def save_or_die(state, file):
+    global count
+    count += 1
+    if count == 2:                                              # half way through the second checkpoint
+        file.write(b"PK")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(state, file)
+
+torch.save = save_or_die
+for script, argv in json.loads(sys.argv[1]):
+    child = os.fork()                                           # importing torch costs more than such a run
+    if not child:
+        common.cli(sys.modules[script].main, sys.modules[script].Config, "", argv)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+"""
+
+
+def kill(jobs):
+    """Runs each of jobs [(script, flags)] up to the middle of its second checkpoint, where kill -9 ends it."""
+    done = subprocess.run([sys.executable, "-c", KILLER, json.dumps(jobs)], env=ENV, capture_output=True, text=True,
+                          timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def same(a, b):

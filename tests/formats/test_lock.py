@@ -1,23 +1,33 @@
 """formats/lock.py against a second process: who holds a folder, who is refused, and that a killed holder lets go."""
+import multiprocessing
+import os
 import signal
-import subprocess
-import sys
+import time
 
 import pytest
 
 from common import InputError
 from formats import lock
 
-HOLDER = "import sys, time; from formats import lock; kept = lock.hold(sys.argv[1]); print('held', flush=True); time.sleep(60)"
+FORK = multiprocessing.get_context("fork")                      # a copy of this process has torch already
+
+
+def hold_for_ever(path, pipe):
+    kept = lock.hold(path)
+    pipe.send("held")
+    time.sleep(600)
+    kept.close()
 
 
 @pytest.fixture
 def holder(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
+    mine, other = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=hold_for_ever, args=(tmp_path / "run", other))
+    process.start()
+    assert mine.recv() == "held"
     yield process
     process.kill()
-    process.wait()
+    process.join()
 
 
 def test_the_second_writer_is_told_who_the_first_is(holder, tmp_path):
@@ -30,8 +40,8 @@ def test_the_second_writer_is_told_who_the_first_is(holder, tmp_path):
 
 @pytest.mark.parametrize("how", (signal.SIGKILL, signal.SIGTERM))
 def test_the_system_lets_go_when_the_holder_dies(holder, tmp_path, how):
-    holder.send_signal(how)
-    holder.wait()
+    os.kill(holder.pid, how)
+    holder.join()
     with lock.hold(tmp_path / "run"), pytest.raises(InputError, match="is writing there"):
         lock.hold(tmp_path / "run")
     lock.hold(tmp_path / "run").close()     # closed: free again

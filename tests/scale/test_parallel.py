@@ -237,7 +237,7 @@ def test_compiled_blocks_train_alike(group, kind, monkeypatch):
     x_T, context, found = torch.randn(4, 16, 2, 4, 4), torch.randn(4, 3, 8), []
     for compiled in (False, True):
         torch._dynamo.utils.counters.clear()
-        policy, pavrm = generator(), PAVRM.from_generator(generator(), 1).freeze()
+        policy, pavrm = generator(num_layers=1), PAVRM.from_generator(generator(), 1).freeze()
         torch.nn.init.normal_(pavrm.mlp[-1].weight, generator=torch.Generator().manual_seed(4))
         for model in (policy, pavrm):
             parallel.shard(model, group, parallel.Flags(gradient_checkpointing=True, parallel=kind, compile=compiled))

@@ -1,5 +1,6 @@
 """study/search.py: a replay is what search.best_of does; the tables, from candidates whose best is known."""
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ from tiny import generator
 
 import common
 import flow
+import report
 import search as best_of_n
 from pavrm import PAVRM
 from study import candidates, parts
@@ -52,7 +54,7 @@ def work(tmp_path, monkeypatch):
     def run(wanted):
         for folder, last, *words in wanted:
             flags = dict(zip(words[::2], words[1::2]))
-            n, g = flags.get("--count", 8), common.random_generator(str(folder))
+            n, g = flags.get("--count", 8), common.random_generator(str(folder.relative_to(tmp_path)))
             folder.mkdir(parents=True, exist_ok=True)
             good = (torch.rand(40, n, generator=g) < (0.3 if "base" in folder.name else 0.6)).float()
             rewards = torch.randn(40, n, len(study.REWARDED), generator=g)
@@ -66,6 +68,7 @@ def work(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "train_aligned", lambda work, runs: None)
     monkeypatch.setattr(study, "stopped_at_its_best", lambda folder: folder / "checkpoint-000080")
     monkeypatch.setattr(parts.Work, "run", lambda self, wanted: run(wanted))
+    monkeypatch.setattr(report, "confidence_interval", partial(report.confidence_interval, rounds=200))
     made = parts.Work(SimpleNamespace(preset="full", output_dir=tmp_path / "runs", results_dir=tmp_path / "results", seeds=None))
     made.preset = made.preset | {"videos": 40}
     return made

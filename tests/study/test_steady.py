@@ -1,9 +1,11 @@
 """study/steady.py: its parts' commands, and what `steady` and `speed` make of runs whose numbers are known."""
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 
+import report
 from study import mid, parts, reproduce, steady, stopping
 
 STEADY = "--rewarded_step per_video --rollout_passes 4 --reward_loss logsigmoid"
@@ -104,6 +106,9 @@ def made_up(monkeypatch):
     monkeypatch.setattr(parts.Work, "run", run)
     for study in (steady, mid):
         monkeypatch.setattr(study, "evaluations", evaluations)
+    quick = partial(report.confidence_interval, rounds=200)     # these intervals are wide of every verdict
+    for module in (report, reproduce):
+        monkeypatch.setattr(module, "confidence_interval", quick)
     return asked
 
 

@@ -109,16 +109,18 @@ def test_other_words():
 
 
 def test_words_reach_both_updates(folder, cpu, monkeypatch):
-    losses = lambda name: [json.loads(line)[f"{update}_loss"] for line in (folder / name / "metrics.jsonl").read_text().splitlines()
-                           for update in ("sft", "reward")]
+    def losses(name, *flags):
+        """In float32: in bfloat16 a last bit of the first update is worth 1e-2 of the next loss."""
+        run(why, folder, name, "--mixed_precision", "no", *flags)
+        rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        return np.array([[row["sft_loss"], row["reward_loss"]] for row in rows])
+
+    none = losses("words-none")
     monkeypatch.setattr(why, "other_words", lambda prompt, share, g: prompt)
-    run(why, folder, "words-kept", "--variant", "words")
-    run(why, folder, "words-none")
-    np.testing.assert_allclose(losses("words-kept"), losses("words-none"), atol=2e-3)   # shards hold contexts in half precision
+    np.testing.assert_allclose(losses("words-kept", "--variant", "words"), none, rtol=0, atol=1e-4)
     asked = []
     monkeypatch.setattr(why, "other_words", lambda prompt, share, g: asked.append((prompt, share)) or "x")
-    run(why, folder, "words-x", "--variant", "words")
-    assert all(abs(x - none) > 2e-3 for x, none in zip(losses("words-x"), losses("words-none"), strict=True))
+    assert (np.abs(losses("words-x", "--variant", "words") - none) > 0.01).all()
     assert len(asked) == 2 * 2 * 4 and {share for _, share in asked} == {0.15}           # iterations, updates, batch
 
 
