@@ -18,9 +18,7 @@ more than half decide.
 From another machine: `ssh -L 8765:127.0.0.1:8765 host`, then open the printed address here.
 """
 import contextlib
-import csv
 import getpass
-import json
 import logging
 import os
 import secrets
@@ -42,11 +40,10 @@ except ImportError:                     # an extra: report and export do without
     flask = None
 
 import common
-import data
 import report
 from common import InputError, arg
 from formats import labels
-from formats.metadata import FIELDS, find_metadata, printable
+from formats.metadata import printable, read_metadata, write_labels
 from formats.video import read_clip, write_video
 
 PAGE = Path(__file__).with_name("assets") / "label.html"
@@ -81,7 +78,7 @@ class Said:
 # ---- what is shown: items {key, line: the answer's fixed part, files: from left to right, show: what the page may know}
 def own_files(folder):
     """-> rows of the metadata whose file is there, within the folder; how many are not is told."""
-    rows, root = data.read_metadata(folder), os.path.realpath(folder)
+    rows, root = read_metadata(folder), os.path.realpath(folder)
     where = lambda row: os.path.realpath(os.path.join(root, row["file_name"]))
     inside = [row for row in rows if where(row).startswith(root + os.sep)]
     there = [row for row in inside if os.path.isfile(where(row))]
@@ -378,40 +375,15 @@ def report_command(config):
     print(show_tables((clip_tables(clips, config.bad) if clips else []) + (pair_tables(pairs) if pairs else [])))
 
 
-def relabel(row, found):
-    """A metadata row as it was read -> with its label in `found`, or as it is if the clip has none there."""
-    fields = {str(name).strip().lower(): name for name in row}
-    name = next(row[fields[field]] for field in FIELDS["file_name"] if row.get(fields.get(field)))
-    name, column = os.path.normpath(name), next((fields[x] for x in FIELDS["label"] if x in fields), "label")
-    if name not in found:
-        return row
-    return row | {fields[x]: None for x in FIELDS["label"] if x in fields} | {column: found[name]}
-
-
 def export_command(config):
-    """Writes the majority's labels into the metadata. Other fields, and rows of clips without answers, stay; what is dropped
-    loses its label."""
+    """Writes the majority's labels into the clips' metadata and changes no other byte. Clips without answers keep their
+    labels; a clip whose annotators disagree loses its label."""
     folder = Path(config.folder)
     found = labels.majority(labels.read_answers(folder / "labels.jsonl"), config.bad)
-    rows = data.read_metadata(folder)                                           # every row can be used
+    rows = read_metadata(folder)                                                # every row can be used
     if not found:
         raise InputError(f"{folder}/labels.jsonl: no answers: `python label.py {folder}`")
-    path = find_metadata(folder)
-    temporary = Path(f"{path}.tmp")
-    with path.open(encoding="utf-8-sig", newline="") as old, temporary.open("w", encoding="utf-8", newline="") as new:
-        if path.suffix.lower() == ".csv":
-            changed = [relabel(row, found) for row in csv.DictReader(old)]
-            writer = csv.DictWriter(new, list(dict.fromkeys(name for row in changed for name in row)), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(changed)
-        else:
-            for line in old:
-                row = json.loads(line) if line.strip() else {}
-                changed = relabel(row, found) if row else row
-                new.write(line if changed == row else json.dumps(changed, ensure_ascii=False) + "\n")
-        new.flush()
-        os.fsync(new.fileno())
-    os.replace(temporary, path)
+    path = write_labels(folder, found)
     names = {os.path.normpath(row["file_name"]) for row in rows}
     votes = [label for name, label in found.items() if name in names]
     print(f"wrote {path}: {votes.count(1)} good, {votes.count(0)} bad, {votes.count(None)} dropped, "

@@ -1,48 +1,65 @@
-"""Lists of prompts: one a line in a .txt, or rows of a .jsonl or .csv with prompt (or text, caption) and, where wanted,
-image (a first frame, beside the file) and seed. Rows are read as strictly as those of formats/metadata.py.
+"""Lists of prompts, to sample from: one per line of a .txt file, or the rows of a .jsonl or .csv file.
+
+Rows have prompt (or text, caption) and, where wanted, image (a first frame, beside the file) and seed. They are read as
+strictly as those of formats/metadata.py. In a .txt file, lines that begin with # are comments. Prompt files of other
+trainers put flags behind a prompt, as in `a cat --w 640 --h 480`: these are refused, so that none is sampled as a caption.
 """
 import os
+import re
 from pathlib import Path
 
 from common import InputError
 from formats.metadata import FIELDS, not_text, read_table
 
 NAMES = {"prompt": FIELDS["prompt"], "image": ("image",), "seed": ("seed",)}
+FOREIGN_FLAG = re.compile(r"(?:^|\s)(--[A-Za-z][\w-]*)(?=[\s=]|$)")
 
 
 def read_prompts(path):
-    """-> [{"prompt": str, "image": path or None, "seed": int or None}], one for each row of the file.
+    """-> [{"prompt": str, "image": path or None, "seed": int or None}], one for each prompt in the file.
 
-    Raises InputError naming the file, and the row, of what cannot be used: a missing or empty file, a row whose prompt is
-    no text, an image that is not there, a seed that is no whole number.
+    Raises InputError naming the file, and the row, of what cannot be used: a missing or empty file, a prompt that is not
+    text or holds flags of another trainer, an image that is not there, a seed that is not a whole number.
     """
     path = Path(path)
     if path.suffix.lower() not in (".txt", ".jsonl", ".csv"):
-        raise InputError(f"{path}: prompts come in a .txt (one a line), .jsonl or .csv file")
+        raise InputError(f"{path}: prompts come in a .txt (one per line), .jsonl or .csv file")
+    rows = []
     try:
         if path.suffix.lower() == ".txt":
-            lines = path.read_text(encoding="utf-8-sig").split("\n")
-            rows = [(f"{path} row {n}", {"prompt": line}, None, []) for n, line in enumerate(lines, 1) if line.strip()]
+            for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+                if line.strip() and not line.lstrip().startswith("#"):
+                    rows.append((f"{path} row {number}", {"prompt": line}, None))
         else:
-            rows = list(read_table(path, NAMES, "prompt"))
+            rows = [(place, given, problem) for place, given, problem, _ in read_table(path, NAMES, "prompt")]
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
     except (UnicodeDecodeError, IsADirectoryError) as error:
-        raise InputError(f"{path}: is no UTF-8 text ({error})") from None
+        raise InputError(f"{path}: is not UTF-8 text ({error})") from None
     if not rows:
         raise InputError(f"{path}: holds no prompt")
-    return [_checked(given, place, problem, path.parent) for place, given, problem, _ in rows]
+    return [_checked(place, given, problem, path.parent) for place, given, problem in rows]
 
 
-def _checked(given, place, problem, folder):
+def foreign_flag(prompt):
+    """The first flag of another trainer in a prompt, such as "--w", or None. A dash between blanks is not one."""
+    found = FOREIGN_FLAG.search(prompt)
+    return found and found[1]
+
+
+def _checked(place, given, problem, folder):
     if problem:
         raise InputError(f"{place}: {problem}")
     prompt, image, seed = given.get("prompt", ""), given.get("image"), given.get("seed")
-    if (wrong := not_text(prompt)) or not prompt.strip():
+    wrong = not_text(prompt)
+    if wrong or not prompt.strip():
         raise InputError(f"{place}: its prompt (or text, caption) {wrong or 'is empty'}")
+    if flag := foreign_flag(prompt):
+        raise InputError(f"{place}: {flag} is not read from a prompt: take it out; a seed or image of its own goes into a "
+                         ".jsonl or .csv file, all else into sample.py's flags")
     if image is not None and not (isinstance(image, str) and os.path.isfile(folder / image)):
         raise InputError(f"{place}: there is no image {folder / str(image)}")
     if seed is not None and not str(seed).strip().isdecimal():
         raise InputError(f"{place}: seed must be a whole number from 0 on, got {seed!r}")
-    return {"prompt": " ".join(prompt.split()), "image": image and str(folder / image),
+    return {"prompt": " ".join(prompt.split()), "image": None if image is None else str(folder / image),
             "seed": None if seed is None else int(str(seed))}

@@ -33,6 +33,7 @@ from hypothesis.errors import Flaky
 import common
 import data
 from common import InputError, arg
+from formats import metadata
 
 LIMIT = 60                                                      # seconds a case may take
 VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20), lambda inner: st.lists(
@@ -202,7 +203,116 @@ def checkpoint(folder, rng, first):
     assert code == 0 or contents(kept) == before, f"{path}: a refused run has changed its checkpoint"
 
 
-KINDS = (rows_of_metadata, clip, weights, shards, checkpoint)
+# ---- lists: what a writer may change is known, so every other byte can be compared
+SPELLINGS = {None: ("", " "), 0: ("0", "0.0", "False", " 0 "), 1: ("1", "1.0", "true", "TRUE ")}
+PIECES = (b"a red circle", b"x, y", b'say ""yes""', b"caf\xe9", b"\xed\xa0\x80", "\u2028 \u00e4 \ufeff".encode(), b"one\ntwo",
+          b"a\r\nb", b";", b"#", b"'", b"\t", b"-", 7000 * b"long ")
+
+
+def csv_cell(rng, content, plain=False):
+    """content (quotes doubled), between quotes or as it is; plain: it holds nothing that needs quotes."""
+    quoted = not plain and any(c in content for c in b',"\r\n') or content[:1] == b" " or rng.random() < 0.4
+    left, right = rng.choice((b"", b"", b" ", b"   ")), b"" if quoted else rng.choice((b"", b"", b"  "))
+    return left + (b'"' + content + b'"' if quoted else content) + right
+
+
+def csv_list(rng, rows, new):
+    """-> (a metadata.csv of rows [(name, label or None)], the same with the labels that `new` {name: label} changes)."""
+    columns = [rng.choice((b"file_name", b"Video", b"FILE")), rng.choice((b"prompt", b"Text")), b"note", b"caf\xe9"]
+    labelled = rng.random() < 0.7
+    if labelled:
+        columns.append(rng.choice((b"label", b"Reward ")))
+    rng.shuffle(columns)
+    ends = rng.choice(((b"\n",), (b"\r\n",), (b"\r",), (b"\n", b"\r\n", b"\r")))
+    before = after = rng.choice((b"", b"\xef\xbb\xbf"))
+    blank = lambda: rng.choice((b"", b"", rng.choice(ends), b"  " + rng.choice(ends), b"," * (len(columns) - 1) + rng.choice(ends)))
+    rows = rows if labelled else [(name, None) for name, _ in rows]
+    is_changed = any(name in new and new[name] != label for name, label in rows)
+    header = b",".join(csv_cell(rng, name, True) for name in columns)
+    lines = [(header, header + b",label" if is_changed and not labelled else header)]
+    for name, label in rows:
+        old, cells = rng.choice(SPELLINGS[label]).encode(), []
+        target = new.get(name, label)
+        for column in columns:
+            if column in (b"label", b"Reward "):
+                was = now = csv_cell(rng, old, True)
+                fresh = ("" if target is None else str(target)).encode()
+                if target != label and label is None:           # into its blanks, behind them
+                    now = was[:-1] + fresh + b'"' if was.endswith(b'"') else was + fresh
+                elif target != label:
+                    now = was.replace(old.strip(), fresh)
+                cells.append((was, now))
+            elif column in (b"file_name", b"Video", b"FILE"):
+                cells.append((csv_cell(rng, name.encode()),) * 2)
+            else:
+                usual = rng.choice(PIECES) if column not in (b"prompt", b"Text") else b"a, b"
+                cells.append((csv_cell(rng, usual),) * 2)
+        was, now = (b",".join(cell[i] for cell in cells) for i in (0, 1))
+        if is_changed and not labelled:
+            now += b"," + ("" if target is None else str(target)).encode()
+        lines.append((was, now))
+    for i, (was, now) in enumerate(lines):
+        empty, end = blank(), rng.choice(ends)
+        if i == len(lines) - 1 and rng.random() < 0.3:
+            end = b""
+        before, after = before + empty + was + end, after + empty + now + end
+    return before, after
+
+
+def jsonl_list(rng, rows, new):
+    """As `csv_list`, a metadata.jsonl."""
+    before = after = rng.choice((b"", b"\xef\xbb\xbf"))
+    strange = (b'"caf\xe9"', b'"\\ud83d"', b'{"label": [1, {"x": "}"}]}', b"NaN", b'"\\"label\\": 1, }"', b"[]", b"1e400",
+               '"\u2028"'.encode(), b'"' + 7000 * b"long " + b'"')
+    for i, (name, label) in enumerate(rows):
+        target, blanks = new.get(name, label), lambda: rng.choice((b"", b" ", b"\t "))
+        old = rng.choice({None: (b"null", b'""', b""), 0: (b"0", b"0.0", b"false", b'"0"'), 1: (b"1", b"1.0", b"true")}[label])
+        members = [(rng.choice((b'"file_name"', b'"Video"')), f'"{name}"'.encode()), (b'"prompt"', b'"a, \\"b\\""'),
+                   (b'"note"', rng.choice(strange)), (b'"lab"', rng.choice(strange))]
+        if old:
+            members += [(rng.choice((b'"label"', b'"REWARD"')), b"@")]
+            if label is not None and rng.random() < 0.2:
+                members += [members[-1]]                        # twice the same is no contradiction
+        rng.shuffle(members)
+        line = b",".join(blanks() + key + blanks() + b":" + blanks() + value + (blanks() if j < len(members) - 1 else b"")
+                         for j, (key, value) in enumerate(members))
+        fresh = b"null" if target is None else str(target).encode()
+        was = line.replace(b"@", old)
+        now = was if target == label else line.replace(b"@", fresh) if old else line + b', "label": ' + fresh
+        empty, tail = rng.choice((b"", b"", b"\n", b" \r\n")), rng.choice((b"}", b" }", b"}\r", b"} "))
+        tail += b"" if i == len(rows) - 1 and rng.random() < 0.3 else b"\n"
+        before, after = before + empty + b"{" + was + tail, after + empty + b"{" + now + tail
+    return before, after
+
+
+def list_case(rng):
+    """-> (suffix, {name: label} to write, the list before, the list after)."""
+    names = [f"{i}.mp4" for i in range(rng.choice((1, 2, 5)))] + ["a b.mp4"]
+    rows = [(name, rng.choice((None, 0, 1))) for name in names]
+    new = {name: rng.choice((None, 0, 1)) for name in names if rng.random() < 0.7}
+    suffix = rng.choice(("csv", "jsonl"))
+    return suffix, new, *(csv_list if suffix == "csv" else jsonl_list)(rng, rows, new)
+
+
+def lists(folder, rng, first):
+    """Labels are written into lists of random dialects."""
+    where = folder / "lists"
+    where.mkdir()
+    for i in range(50):
+        suffix, new, before, after = list_case(rng)
+        path = where / f"metadata.{suffix}"
+        path.write_bytes(before)
+        print(json.dumps({"case": f"{i}, {suffix}"}), flush=True)
+        try:
+            metadata.write_labels(where, new)
+        except BaseException as error:
+            raise AssertionError(f"{before!r} {new}: {type(error).__name__}: {error}") from error
+        assert path.read_bytes() == after, f"{before!r} {new}: {path.read_bytes()!r}, not {after!r}"
+        assert [x.name for x in where.iterdir()] == [path.name]
+        path.unlink()
+
+
+KINDS = (rows_of_metadata, clip, weights, shards, checkpoint, lists)
 
 
 def prepare(folder):
