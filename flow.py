@@ -76,30 +76,33 @@ def rollout(dit, x, context, num_steps, *, first=0, last=None, longest=None, pas
     times = schedule(num_steps, shift, x.device)
     last = torch.as_tensor(num_steps if last is None else last).expand(len(x))                  # on the CPU
     stride = math.ceil(num_steps / passes) if passes else 1
-    for i in range(first, int(last.max()) if longest is None else longest, stride):
-        moving = (last > i).nonzero()[:, 0]                                 # the videos that are not there yet
-        if not len(moving):
-            moving = torch.tensor([0])                                      # a pass for the other ranks' sake: dt = 0
+    starts = range(first, int(last.max()), stride)
+    count = len(starts if longest is None else range(first, longest, stride))
+    for i, counts in common.equal_turns(starts, count, spare=first):
+        moving = (last > i).nonzero()[:, 0] if counts else torch.tensor([0])    # the videos that are not there yet
         t, t_next = (times[last[moving].clamp(max=k).to(x.device)] for k in (i, i + stride))
         j = moving.to(x.device)
         v = guided_velocity(dit, x[j], t, None if context is None else context[j], guidance_scale, null,
                             **{name: z[j] for name, z in image.items() if z is not None})
-        x = x.index_copy(0, j, euler_step(x[j], v, t, t_next))
+        if counts:                                                          # else a pass for the other ranks' sake
+            x = x.index_copy(0, j, euler_step(x[j], v, t, t_next))
     return x
 
 
 @torch.no_grad()
 def sample(dit, latent_shape, context, seed, indices, num_steps, *, shift=1.0, guidance_scale=1.0, null=None,
-           batch_size=128, autocast=None, **image):
+           batch_size=128, max_rows=None, autocast=None, **image):
     """Finished latents [m, c, f, h, w] of examples `indices`, whose noise depends only on (seed, index).
 
     latent_shape: (c, f, h, w); context [m, l, d_text], y and clip [m, ...] belong to the indices, on the model's device.
+    max_rows: the largest m of all ranks, if dit is sharded over them: all make as many passes (common.equal_turns).
     """
     latents = []
-    for i in range(0, len(indices), batch_size):
-        j = slice(i, i + batch_size)
+    for j, counts in common.equal_batches(len(indices), batch_size, max_rows):
         x_T = common.noise(latent_shape, seed, "sample", 0, indices[j]).to(context.device)
         with autocast() if autocast else torch.autocast(context.device.type, enabled=False):
-            latents.append(rollout(dit, x_T, context[j], num_steps, shift=shift, guidance_scale=guidance_scale, null=null,
-                                   **{name: z[j] for name, z in image.items() if z is not None}))
+            x = rollout(dit, x_T, context[j], num_steps, shift=shift, guidance_scale=guidance_scale, null=null,
+                        **{name: z[j] for name, z in image.items() if z is not None})
+        if counts:
+            latents.append(x)
     return torch.cat(latents)

@@ -508,14 +508,14 @@ def test_reproduce_keeps_finished_parts_and_names_the_one_that_fails(tmp_path, c
 def test_best_of_is_what_search_gives_and_lifts_the_base(tmp_path, capsys):
     how = ("--num_videos", 64, "--num_inference_steps", 8, "--mixed_precision", "no")
     run(evaluate, f"base={SHIPPED}", *how, "--output_dir", tmp_path / "one")
-    run(evaluate, f"base={SHIPPED}", *how, "--best_of", 4, "--cuts", ".5:1", "--output_dir", tmp_path / "four")
+    run(evaluate, f"base={SHIPPED}", *how, "--best_of", 4, "--drops", ".5:1", "--output_dir", tmp_path / "four")
     one, four = (json.loads((tmp_path / name / "per_video.json").read_text())["base"] for name in ("one", "four"))
     assert np.mean(four["qualified"]) > np.mean(one["qualified"]) + 0.1
     assert "best of 4 by the reward, 24 forward passes" in (tmp_path / "four" / "table.md").read_text()      # 4 (4 + K / L) + 4
 
 
 @pytest.mark.parametrize("flags, words", [
-    (("--best_of", 8, "--cuts", "half"), "--cuts half"), (("--cuts", "0:1"), "--best_of 1"), (("--reward", "x"), "--best_of"),
+    (("--best_of", 8, "--drops", "half"), "--drops half"), (("--drops", "0:1"), "--best_of 1"), (("--reward", "x"), "--best_of"),
     (("--best_of", 2, "--reward", "nowhere"), "nowhere"), (("--best_of", 0), "--best_of")])
 def test_search_refuses(capsys, tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)
