@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from common import InputError, rank, uniform
-from formats.video import SPACE, TIME, from_pixels, to_pixels
+from formats.video import SPACE, TIME, from_pixels, read_clip, to_pixels
 from formats.weights import load_weights, read_config, stream_tensors
 from model import image_inputs
 from world import scene
@@ -135,9 +135,10 @@ NULL_CONTEXT = "null_context.safetensors"                       # beside shards
 # ---- text, generator and VAE on the device one after another
 @contextmanager
 def on(module, device):
-    """The module on the device, and off it after, where that is a GPU: a 14B generator's 29 GB make room for the VAE."""
-    yield module.to(device)
-    if torch.device(device).type == "cuda":
+    """The module on the device, and off it after, where that is a GPU: a 14B generator's 29 GB make room for the VAE. None
+    stays None."""
+    yield module and module.to(device)
+    if module and torch.device(device).type == "cuda":
         module.cpu()
 
 
@@ -223,6 +224,19 @@ def image_conditions(dit_config, vae, image_encoder, first, frames):
     if dit_config["image_dim"]:
         batch["clip_fea"] = image_encoder.encode(first)
     return image_inputs(dit_config, batch, first.device)
+
+
+def conditions_of_images(dit_config, vae, image_encoder, paths, size, frames, device):
+    """`image_conditions` of pictures: one path per video, {} if the paths are None. size: (W, H). Each picture is encoded
+    alone: rounding, and with it the bytes of a video, would depend on its neighbours in a batch."""
+    if paths[0] is None:
+        return {}
+    found = {}
+    with on(vae, device), on(image_encoder, device):
+        for path in dict.fromkeys(paths):
+            first = read_clip(path, size=size, frames=1)[0].to(device)                      # [1, H, W, 3]
+            found[path] = image_conditions(dit_config, vae, image_encoder, first, frames)
+    return {name: torch.cat([found[path][name] for path in paths]) for name in found[paths[0]]}
 
 
 def decode_pixels(vae, latents, pixels=2 ** 23):

@@ -7,11 +7,12 @@ from pathlib import Path
 from common import InputError
 from formats.metadata import FIELDS, not_text, read_table
 
-NAMES = {"prompt": FIELDS["prompt"], "image": ("image",), "seed": ("seed",)}
+NAMES = {"prompt": FIELDS["prompt"], "image": ("image",), "seed": ("seed",), "settings": ("settings",)}
 
 
 def read_prompts(path):
-    """-> [{"prompt": str, "image": path or None, "seed": int or None}], one for each row of the file.
+    """-> [{"prompt": str, "image": path or None, "seed": int or None}], one for each row of the file; with "settings", a
+    dict, where a row says how its video was made (formats/samples.py).
 
     Raises InputError naming the file, and the row, of what cannot be used: a missing or empty file, a row whose prompt is
     no text, an image that is not there, a seed that is no whole number.
@@ -45,4 +46,13 @@ def _checked(given, place, problem, folder):
     if seed is not None and not str(seed).strip().isdecimal():
         raise InputError(f"{place}: seed must be a whole number from 0 on, got {seed!r}")
     return {"prompt": " ".join(prompt.split()), "image": image and str(folder / image),
-            "seed": None if seed is None else int(str(seed))}
+            "seed": None if seed is None else int(str(seed))} | _settings(place, given.get("settings"))
+
+
+def _settings(place, pairs):
+    """{"settings": dict} of a row's JSON object, as read_table gives it; {} if there is none."""
+    if pairs is None:
+        return {}
+    if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
+        raise InputError(f"{place}: settings must be an object, as sample.py writes it in metadata.jsonl")
+    return {"settings": dict(pairs)}

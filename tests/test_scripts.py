@@ -213,12 +213,12 @@ def test_sample_starts_from_the_given_image(i2v, tmp_path, capsys, monkeypatch):
     write_video(tmp_path / "film.mp4", torch.stack([frame, 255 - frame]))
     given = []
 
-    def still(dit, shape, context, seed, indices, steps, *, y, **other):
+    def still(dit, pavrm, shape, context, seed, indices, steps, drops, *, y, **other):
         """A generator that does as it is told: the first frame stays."""
         given.append(y)
-        return y[:, 4:, :1].expand(-1, -1, shape[1], -1, -1)
+        return y[:, 4:, :1].expand(-1, -1, shape[1], -1, -1), steps
 
-    monkeypatch.setattr(sample.flow, "sample", still)
+    monkeypatch.setattr(sample.search, "best_of", still)
     with torch.no_grad():
         vae = load_vae(f"{SHIPPED}/vae")
         wanted = first_frame_condition(vae.encode(from_pixels(frame[None, None])).expand(2, -1, 3, -1, -1))
