@@ -10,11 +10,12 @@ import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
 from common import InputError
-from formats.encoders import condition_latents, encode_texts, load_saved
-from formats.video import CHANNELS, SPACE, TIME
+from formats.encoders import condition_latents, encode_texts, load_saved, on
+from formats.video import CHANNELS, SPACE, TIME, read_clip
 from formats.weights import read_config, stream_tensors
 from model import PRESETS, image_inputs
 from world import scene
@@ -201,6 +202,19 @@ def image_conditions(dit_config, vae, image_encoder, first, frames):
     if dit_config["image_dim"]:
         batch["clip_fea"] = image_encoder.encode(first)
     return image_inputs(dit_config, batch, first.device)
+
+
+def conditions_of_images(dit_config, vae, image_encoder, paths, size, frames, device):
+    """`image_conditions` of pictures: one path per video, {} if the paths are None. size: (W, H). Each picture is encoded
+    alone: rounding, and with it the bytes of a video, would depend on its neighbours in a batch."""
+    if paths[0] is None:
+        return {}
+    found = {}
+    with on(vae, device), on(image_encoder, device):
+        for path in dict.fromkeys(paths):
+            first = read_clip(path, size=size, frames=1)[0].to(device)                      # [1, H, W, 3]
+            found[path] = image_conditions(dit_config, vae, image_encoder, first, frames)
+    return {name: torch.cat([found[path][name] for path in paths]) for name in found[paths[0]]}
 
 
 # ---- the prompt that guidance leads away from

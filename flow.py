@@ -93,21 +93,22 @@ def rollout(dit, x, context, num_steps, *, start=0, stop=None, passes=0, shift=1
 
 @torch.no_grad()
 def sample(dit, latent_shape, context, seed, indices, num_steps, *, shift=1.0, guidance_scale=1.0, null=None,
-           batch_size=128, autocast=None, **conditions):
+           batch_size=128, max_rows=None, autocast=None, **conditions):
     """Finished latents [m, c, f, h, w] of the videos `indices`.
 
     A video's noise depends only on (seed, index). latent_shape: (c, f, h, w). context [m, l, d_text] and
-    conditions [m, ...] belong to the indices and lie on the model's device. autocast: a function that returns
-    the context manager to sample under; None samples in float32.
+    conditions [m, ...] belong to the indices and lie on the model's device. max_rows: if dit is sharded, the
+    largest m of all ranks, as all must make as many passes (common.equal_turns). autocast: a function that
+    returns the context manager to sample under; None samples in float32.
     """
     autocast = autocast or (lambda: torch.autocast(context.device.type, enabled=False))
     latents = []
-    for i in range(0, len(indices), batch_size):
-        j = slice(i, i + batch_size)
+    for j, counts in common.equal_batches(len(indices), batch_size, max_rows):
         x_T = common.noise(latent_shape, seed, "sample", 0, indices[j]).to(context.device)
         given = {name: z[j] for name, z in conditions.items() if z is not None}
         with autocast():
             x = rollout(dit, x_T, context[j], num_steps, shift=shift, guidance_scale=guidance_scale, null=null,
                         **given)
-        latents.append(x)
+        if counts:
+            latents.append(x)
     return torch.cat(latents)

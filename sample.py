@@ -1,20 +1,26 @@
-"""Sample videos, one prompt or thousands, from every generator that training knows, to mp4.
+"""Sample videos, for one prompt or thousands, from every generator that training knows, to mp4.
 
     python sample.py --prompt "a red circle moving to the right"
     python sample.py --prompt "a blue square moves up" --transformer runs/align/transformer --num_videos 4 \\
         --contact_sheet sheet.png
-    python sample.py --prompt "a blue square moves up" --best_of 8         search.py: the best of 8, by the latent reward
+    python sample.py --prompt "a blue square moves up" --best_of 8     the best of 8 by the latent reward (search.py)
     python sample.py --task i2v --prompt "a red circle moving to the right" --image first.png
     python sample.py --model Wan2.1 --lora pytorch_lora_weights.safetensors --prompt "a cat lands on its feet"
-    torchrun --nproc_per_node=8 sample.py --model Wan2.1 --prompts prompts.txt --output_dir clips     own samples, to label
+    torchrun --nproc_per_node=8 sample.py --model Wan2.1 --prompts prompts.txt --output_dir clips     videos to label
+    python sample.py --prompts clips/metadata.jsonl --output_dir again     makes the videos of that list again
 
---prompts FILE: .txt, a prompt a line; or .jsonl or .csv with prompt and, where wanted, image (a first frame) and seed.
---output_dir gets an mp4 a video and metadata.jsonl, which label.py and data.py read. Under torchrun each process makes its
-share. A second run goes on where a killed one stopped; the files are the same, byte for byte, on any number of processes.
+--prompts FILE is a .txt file with one prompt per line, or a .jsonl or .csv file whose rows have prompt and, if wanted,
+image (a first frame) and seed. --output_dir gets one mp4 per video, and metadata.jsonl, which label.py and data.py read.
+Under torchrun the processes share the videos. A second run continues where a killed one stopped. The files are the same,
+byte for byte, on any number of processes.
 
-What is not said comes from the model. Embedded world: 32*32, 9 frames at 8 fps, 32 steps, no guidance, shift 1. Wan2.1, as
-published: 832*480, 81 frames at 16 fps, guidance 5, shift 3 (5 from 720P on), its negative prompt; and the paper's 40 steps.
-Text encoder, generator and VAE are on the GPU one after another.
+Each row of metadata.jsonl also says how its video was made. Such a row, given to --prompts again, makes the same bytes
+on the same machine, whichever other rows are given with it (with bf16, also with the same --parallel). A flag that is
+given beside it replaces what the row says.
+
+Flags that are not given have the model's defaults. Embedded world: 32*32, 9 frames at 8 fps, 32 steps, no guidance,
+shift 1. Wan2.1: 832*480, 81 frames at 16 fps, guidance 5, shift 3 (5 from 720P on) and the negative prompt as
+published, and the paper's 40 steps. Text encoder, generator and VAE are on the GPU one after another.
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 """
@@ -22,7 +28,7 @@ import dataclasses
 import hashlib
 import itertools
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -31,10 +37,9 @@ import torch
 import common
 import data
 import families
-import flow
 import search
 from common import InputError, arg
-from formats import encoders, lock, runs
+from formats import encoders, lock, runs, samples
 from formats.metadata import from_json, not_text, write_rows
 from formats.prompts import read_prompts
 from formats.video import contact_sheet, read_clip, write_video
@@ -44,47 +49,55 @@ from pavrm import load_pavrm
 from scale import lora, parallel, plan, sequence
 
 EXAMPLE = "a red circle moving to the right"
-BATCH_LATENTS = 2 ** 12                                         # latent positions of a batch where no flag says
+BATCH_LATENTS = 2 ** 12                                 # latent positions of a batch if no flag gives its size
 
 
 @dataclass
 class Config(search.Flags):
-    prompt: str | None = arg(None, f"what the video shows, in plain words; without, of the shipped model: {EXAMPLE}")
+    prompt: str | None = arg(None, f"what the video shows, in plain words; default for the shipped model: {EXAMPLE}")
     prompts: str | None = arg(None, "file of many prompts; give --output_dir too")
-    output: str = arg("sample.mp4", "mp4 to write; with several videos, sample-0.mp4, sample-1.mp4, ...", only="!prompts")
-    output_dir: str | None = arg(None, "folder for the videos, and metadata.jsonl", only="prompts")
-    task: str | None = arg(None, "which shipped generator, without --model: t2v, or i2v (image-to-video)", choices=TASKS)
-    model: str | None = arg(None, "another folder with transformer/, text_encoder/, vae/ (and image_encoder/), e.g. Wan2.1's")
-    transformer: str | None = arg(None, "another generator, e.g. runs/align/transformer")
-    lora: str | None = arg(None, "LoRA file to add to the generator, in diffusers' or ComfyUI's names")
+    output: str = arg("sample.mp4", "mp4 file to write; several videos become sample-0.mp4, sample-1.mp4, ...",
+                      only="!prompts")
+    output_dir: str | None = arg(None, "folder for the videos and metadata.jsonl", only="prompts")
+    task: str | None = arg(None, "shipped generator to use if --model is not given: t2v, or i2v (image-to-video)",
+                           choices=TASKS)
+    model: str | None = arg(None, "another folder with transformer/, text_encoder/, vae/ (and image_encoder/), such as "
+                            "Wan2.1's")
+    transformer: str | None = arg(None, "another generator, such as runs/align/transformer")
+    lora: str | None = arg(None, "LoRA file to add to the generator, with diffusers' or ComfyUI's names")
     image: str | None = arg(None, "first frame (png, jpg, or a video's first frame), for image-to-video models")
-    size: str | None = arg(None, "W*H of the video; without, the model's")
-    frames: int | None = arg(None, "frames, 4k + 1; without, the model's", at_least=5)
-    fps: float | None = arg(None, "frames per second of the file; without, the model's", above=0)
+    size: str | None = arg(None, "W*H of the video; default: the model's")
+    frames: int | None = arg(None, "frames, 4k + 1; default: the model's", at_least=5)
+    fps: float | None = arg(None, "frames per second of the file; default: the model's", above=0)
     num_videos: int = arg(1, "videos of each prompt", above=0)
-    num_inference_steps: int | None = arg(None, "Euler steps from noise to video; without, the model's", above=0)
-    guidance_scale: float | None = arg(None, "classifier-free guidance, 1 is none; without, the model's", at_least=0)
-    negative_prompt: str | None = arg(None, "what guidance leads away from; without, Wan2.1's own, or an all-zero context")
-    shift: float | None = arg(None, "warps times towards noise, 1 is uniform; without, the model's", above=0, at_most=100)
-    seed: int = arg(0, "of the noise; a row of --prompts may have its own", at_least=0)
-    reward: str | None = arg(None, "reward model of the search; without, <model>/reward", only="!best_of 1")
+    num_inference_steps: int | None = arg(None, "Euler steps from noise to video; default: the model's", above=0)
+    guidance_scale: float | None = arg(None, "classifier-free guidance, 1 is none; default: the model's", at_least=0)
+    negative_prompt: str | None = arg(None, "what guidance leads away from; default: Wan2.1's own, or an all-zero "
+                                      "context")
+    shift: float | None = arg(None, "moves times towards noise, 1 leaves them uniform; default: the model's", above=0,
+                              at_most=100)
+    seed: int = arg(0, "seed of the noise; a row of --prompts may have its own", at_least=0)
+    reward: str | None = arg(None, "reward model of the search; default: <model>/reward", only="!best_of 1")
     contact_sheet: str | None = arg(None, "also write all frames of all videos as one PNG", only="!prompts")
-    batch_size: int | None = arg(None, "videos of one seed in a pass; without, by their size: 1 for Wan2.1's", above=0)
-    mixed_precision: str | None = arg(None, "autocast dtype; without, no, and for Wan2.1 bf16 if the machine has it",
-                                     choices=("no", "bf16"))
-    parallel: str = arg("ddp", "under torchrun: the generator whole on each GPU (ddp), or 1 / GPUs of it (fsdp)",
+    batch_size: int | None = arg(None, "videos of one seed in a batch; default: by their size, 1 for Wan2.1's; rows of "
+                                 "metadata.jsonl keep the batches they were made in", above=0)
+    mixed_precision: str | None = arg(None, "autocast dtype; default: no, and for Wan2.1 bf16 if the machine has it",
+                                      choices=("no", "bf16"))
+    parallel: str = arg("ddp", "under torchrun: the whole generator on each GPU (ddp), or 1 / GPUs of it (fsdp)",
                         choices=parallel.KINDS)
-    sequence_parallel: int = arg(1, "neighbouring GPUs that share a video's tokens, for long ones", above=0)
+    sequence_parallel: int = arg(1, "neighbouring GPUs that share a video's tokens, for long videos", above=0)
 
 
 @dataclass
 class Video:
-    """One video to make; its noise depends on seed and index alone."""
-    path: Path
+    """One video to make. Its noise depends on seed and index alone, its last bits also on its place in its batch."""
+    path: Path | None                                   # None: it only fills a place in a batch
     prompt: str
     image: str | None
     seed: int
     index: int
+    batch: int | None = None                            # how many videos are sampled together; None: as many as fit
+    place: int | None = None                            # which of them this one is
 
 
 def check_flags(config):
@@ -105,7 +118,43 @@ def check_flags(config):
     if config.contact_sheet and Path(config.contact_sheet).suffix.lower() != ".png":
         raise InputError(f"--contact_sheet {config.contact_sheet}: the name must end in .png")
     data.parse_size(config)
-    search.parse_cuts(config.best_of, config.cuts)
+    search.parse_drops(config.best_of, config.drops)
+
+
+def take_settings(config, rows):
+    """Fills in the flags that are not given with those that the rows of --prompts were made with.
+
+    -> the rows' settings if every one that decides a video's bytes is now as it was then, else None. Raises InputError.
+    """
+    recorded = samples.shared_settings(config.prompts, rows)
+    if not recorded:
+        return None
+    flags = [f"--{name}={value}" for name, value in recorded.items() if name in samples.FLAGS]
+    try:
+        then = common.parse(Config, "", flags)
+    except InputError as error:
+        raise InputError(f"{config.prompts}: its settings cannot be used: {error}") from None
+    default = {field.name: field.default for field in dataclasses.fields(Config)}
+    given = [name for name in samples.FLAGS if getattr(config, name) != default[name]]
+    changed = [name for name in given if not samples.same_setting(name, getattr(config, name), getattr(then, name))]
+    if config.num_videos > 1:
+        changed.append("num_videos")
+    keep = set(samples.FLAGS) - set(given)
+    if {"task", "model"} & set(changed):                # another model: what belonged to the recorded one goes with it
+        keep -= {"task", "model", "transformer", "lora", "reward"}
+    elif "transformer" in changed:
+        keep -= {"lora"}
+    for name in keep:
+        setattr(config, name, getattr(then, name))
+    check_flags(config)
+    exact = set(changed) <= {"batch_size"}
+    if exact:
+        config.batch_size = then.batch_size
+    if changed and common.rank() == 0:
+        why = ("its videos keep the batches they were made in, and with them their bytes: --batch_size is not used"
+               if exact else f"its videos were made with other {', '.join(changed)}: these are new videos")
+        print(f"note: {config.prompts}: {why}")
+    return recorded if exact else None
 
 
 def settle(config, dit_config):
@@ -121,87 +170,134 @@ def settle(config, dit_config):
 
 
 def list_videos(config):
-    """[Video], in order."""
+    """-> ([Video] in order, the settings that they were made with before, or None)."""
     output, n = Path(config.output), config.num_videos
     if config.prompt is not None:
         paths = [output if n == 1 else output.with_name(f"{output.stem}-{k}{output.suffix}") for k in range(n)]
-        return [Video(path, config.prompt, config.image, config.seed, k) for k, path in enumerate(paths)]
+        return [Video(path, config.prompt, config.image, config.seed, k) for k, path in enumerate(paths)], None
     rows = read_prompts(config.prompts)
     for name in ("seed", "image"):
         if all(row[name] is not None for row in rows):
             common.refuse(config, (name,), f"where every row of --prompts has its own {name}")
-    return [Video(Path(config.output_dir) / (f"{i:06d}.mp4" if n == 1 else f"{i:06d}-{k}.mp4"), row["prompt"],
-                  row["image"] or config.image, *((config.seed, i * n + k) if row["seed"] is None else (row["seed"], k)))
-            for i, row in enumerate(rows) for k in range(n)]
+    before = take_settings(config, rows)
+    videos = []
+    for i, row in enumerate(rows):
+        made = row.get("settings", {}) if n == 1 else {}
+        for k in range(n):
+            name = f"{i:06d}.mp4" if n == 1 else f"{i:06d}-{k}.mp4"
+            seed, index = (config.seed, i * n + k) if row["seed"] is None else (row["seed"], made.get("index", k))
+            video = Video(Path(config.output_dir) / name, row["prompt"], row["image"] or config.image, seed, index)
+            if before:
+                video.batch, video.place = made.get("batch"), made.get("place")
+            videos.append(video)
+    return videos, before
 
 
-def batches(videos, batch_size):
-    """The list cut into batches of one seed. They are the same whatever is done already and however many processes there
-    are, as rounding, and with it the bytes of a file, can depend on a video's neighbours in its batch."""
-    for _, same in itertools.groupby(videos, lambda video: video.seed):
-        same = list(same)
-        yield from (same[i:i + batch_size] for i in range(0, len(same), batch_size))
+def place_videos(videos, batch_size):
+    """Gives every Video without a batch its batch and place: neighbours in the list that have one seed go together.
+    Batches are the same whatever is done already and however many processes there are, as rounding, and with it the
+    bytes of a file, can depend on the size of a video's batch."""
+    free = [video for video in videos if video.batch is None]
+    for _, same_seed in itertools.groupby(free, lambda video: video.seed):
+        same_seed = list(same_seed)
+        for i in range(0, len(same_seed), batch_size):
+            together = same_seed[i:i + batch_size]
+            for place, video in enumerate(together):
+                video.batch, video.place = len(together), place
+
+
+def batches(videos):
+    """[[Video, ...], ...]: what is sampled together, each video at its place in a batch of one seed and of the size that
+    it says. A copy of the batch's first video, without a path, fills a place that no video claims."""
+    found, with_room = [], {}
+    for video in videos:
+        open_batches = with_room.setdefault((video.seed, video.batch), [])
+        batch = next((batch for batch in open_batches if batch[video.place] is None), None)
+        if batch is None:
+            batch = [None] * video.batch
+            found.append(batch)
+            open_batches.append(batch)
+        batch[video.place] = video
+        if None not in batch:
+            open_batches.remove(batch)
+    for batch in found:
+        spare = replace(next(video for video in batch if video is not None), path=None)
+        batch[:] = [spare if video is None else video for video in batch]
+    return found
+
+
+def is_done(batch):
+    return all(video.path is None or video.path.exists() for video in batch)
 
 
 def check_images(videos, dit_config, size):
     """Raises InputError for an image that is missing, superfluous, damaged or does not fit."""
     for image in dict.fromkeys(video.image for video in videos):
         if (dit_config["model_type"] == "i2v") != (image is not None):
-            raise InputError("--image is needed by image-to-video models (or an image in each row of --prompts), and by those "
-                             f"alone; this one is {dit_config['model_type']}")
+            raise InputError("--image is needed by image-to-video models (or an image in each row of --prompts), and by "
+                             f"those alone; this one is {dit_config['model_type']}")
         if image is not None:
             read_clip(image, size=size, frames=1)
 
 
-def start_folder(config, videos):
-    """Makes --output_dir -> its lock, to keep; sample.json in it says how its videos are made. Raises InputError where it
-    says otherwise."""
-    kept = ("model", "transformer", "lora", "size", "frames", "fps", "num_inference_steps", "guidance_scale", "negative_prompt",
-            "shift", "batch_size", "mixed_precision", "best_of", "cuts", "reward")
-    rows = repr([(video.path.name, *dataclasses.astuple(video)[1:]) for video in videos])
-    settings = {name: getattr(config, name) for name in kept} | {"videos": hashlib.sha256(rows.encode()).hexdigest()[:16]}
+def start_folder(config, videos, weights=None):
+    """Makes --output_dir, in which sample.json says how its videos are made -> the folder's lock, to keep.
+
+    weights: their fingerprint. Raises InputError if a sample.json there says otherwise.
+    """
+    names = [name for name in samples.FLAGS if name != "task"]
+    rows = repr([(video.path.name, video.prompt, video.image, video.seed, video.index) for video in videos])
+    settings = {name: getattr(config, name) for name in names}
+    settings |= {"weights": weights, "videos": hashlib.sha256(rows.encode()).hexdigest()[:16]}
     path = Path(config.output_dir) / "sample.json"
     lock.require_ours(config.output_dir, "samples", ("sample.json",))
-    held = lock.hold(config.output_dir, "samples")
-    if path.exists():
-        try:
-            before = from_json(path.read_text())
-            changed = [name for name in settings if before.get(name) != settings[name]]
-        except (ValueError, AttributeError) as error:
-            raise InputError(f"{path} is damaged ({error}): name another --output_dir") from None
-        if changed:
-            raise InputError(f"--output_dir {config.output_dir}: its videos were made with other {', '.join(changed)}: use the "
-                             "same flags and prompts, or another folder")
-    else:
+    folder_lock = lock.hold(config.output_dir, "samples")
+    if not path.exists():
         runs.write_json(path, settings)
-    return held
+        return folder_lock
+    try:
+        before = from_json(path.read_text())
+        if not isinstance(before, dict):
+            raise ValueError("it holds no settings")
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}): name another --output_dir") from None
+    # a folder begun before these were recorded continues
+    before = {"drops": before.get("cuts"), "weights": weights} | before
+    if changed := [name for name in settings if before.get(name) != settings[name]]:
+        raise InputError(f"--output_dir {config.output_dir}: its videos were made with other {', '.join(changed)}: use "
+                         "the same flags and prompts, or another folder")
+    return folder_lock
 
 
-def told_if_it_does_not_fit(config, dit_config, runtime, memory):
-    """The planner's one line where a GPU of `memory` bytes is too small, else None."""
-    flags = plan.Config("wan2.1-t2v-14b", method="sample", frames=config.frames, size=config.size, gpus=runtime.world_size,
-                        parallel=config.parallel, sequence_parallel=config.sequence_parallel, batch_size=config.batch_size,
-                        num_inference_steps=config.num_inference_steps)
+def memory_warning(config, dit_config, runtime, memory):
+    """The planner's one line if a GPU of `memory` bytes is too small, else None."""
+    flags = plan.Config("wan2.1-t2v-14b", method="sample", frames=config.frames, size=config.size,
+                        gpus=runtime.world_size, parallel=config.parallel, sequence_parallel=config.sequence_parallel,
+                        batch_size=config.batch_size, num_inference_steps=config.num_inference_steps)
     peak = plan.costs(flags, dit_config)["with"]["peak"]
-    if peak > memory:
-        return (f"likely out of memory: {peak / 1e9:.0f} GB are wanted of a GPU's {memory / 1e9:.0f}: lower --batch_size, --size "
-                "or --frames, or start on more GPUs with torchrun and --parallel fsdp or --sequence_parallel")
-    return None
+    if peak <= memory:
+        return None
+    return (f"likely out of memory: this needs {peak / 1e9:.0f} GB of a GPU's {memory / 1e9:.0f}: lower --batch_size, "
+            "--size or --frames, or start on more GPUs with torchrun and --parallel fsdp or --sequence_parallel")
 
 
-def write_metadata(folder, videos):
-    """metadata.jsonl of the videos that are there."""
-    rows = [{"file_name": video.path.name, "prompt": video.prompt, "seed": video.seed}
-            | ({"image": video.image} if video.image else {}) for video in videos if video.path.exists()]
+def write_metadata(folder, videos, settings):
+    """metadata.jsonl of the videos that are there; settings: those that all of them share."""
+    rows = []
+    for video in videos:
+        if video.path.exists():
+            place = {name: getattr(video, name) for name in samples.OF_A_VIDEO}
+            rows.append(samples.row(folder, video.path.name, video.prompt, video.seed, video.image, settings | place))
     write_rows(Path(folder) / "metadata.jsonl", rows)
 
 
 @torch.no_grad()
 def main(config):
+    # ---- which videos, by which generator
     check_flags(config)
+    videos, before = list_videos(config)
     model = resolve_model(config, config.transformer)
-    videos = list_videos(config)
-    pieces = config.parallel == "fsdp"                          # each rank reads its own
+    pieces = config.parallel == "fsdp" and not config.lora      # each rank reads its own; LoRA needs whole weights
     dit = load_transformer(config.transformer or model, dtype=None, load_now=not pieces).eval().requires_grad_(False)
     half = families.of_config(dit.config).half
     config.mixed_precision = config.mixed_precision or (runs.fast_precision() if half else "no")
@@ -211,19 +307,25 @@ def main(config):
     if config.lora:
         lora.attach(dit, config.lora)
     check_images(videos, dit.config, size)
-    cuts = search.parse_cuts(config.best_of, config.cuts)
+    drops = search.parse_drops(config.best_of, config.drops)
     pavrm = load_pavrm(config.reward or f"{model}/reward", dit) if config.best_of > 1 else None
-    todo = list(batches(videos, config.batch_size))
+    place_videos(videos, config.batch_size)
+    todo = batches(videos)
     if config.output_dir:
         if runtime.rank == 0:
-            held = start_folder(config, videos)                 # noqa: F841   as long as this function runs
-        todo = common.gather([batch for batch in todo if not all(video.path.exists() for video in batch)])[0]
+            flags = {name: getattr(config, name) for name in samples.FLAGS}
+            settings = samples.describe(flags, config.output_dir)
+            if before and before.get("weights") not in (None, settings["weights"]):
+                print(f"note: {config.prompts}: the weights named there have changed since: these are new videos")
+            folder_lock = start_folder(config, videos, settings["weights"])     # noqa: F841   held until main returns
+        todo = common.gather([batch for batch in todo if not is_done(batch)])[0]
     if device.type == "cuda" and runtime.rank == 0:
         memory = torch.cuda.get_device_properties(device).total_memory
-        if line := told_if_it_does_not_fit(config, dit.config, runtime, memory):
+        if line := memory_warning(config, dit.config, runtime, memory):
             print(line, flush=True)
     shape = families.latent_shape(dit.config, size, config.frames)
     mine, shown = parallel.work_of_rank(todo, runtime, config.parallel), []
+    largest = max((len(batch) for batch in todo), default=0)
 
     vae = families.load_vae(f"{model}/vae")
     image_encoder = families.load_image_encoder(f"{model}/image_encoder") if dit.config["image_dim"] else None
@@ -240,38 +342,30 @@ def main(config):
 
     for batch, keep in common.progress(mine, f"videos (x{config.batch_size * runtime.world_size})"):
         context = encoders.stack_contexts([contexts[video.prompt] for video in batch]).to(device)          # [b, l, d]
-        image = {}
-        if batch[0].image:
-            images = list(dict.fromkeys(video.image for video in batch))
-            first = torch.stack([read_clip(image, size=size, frames=1)[0][0] for image in images]).to(device)
-            with encoders.on(vae, device), encoders.on(image_encoder or vae, device):
-                image = families.image_conditions(dit.config, vae, image_encoder, first, config.frames)
-            image = {name: x[[images.index(video.image) for video in batch]] for name, x in image.items()}
-        what = shape, context, batch[0].seed, [video.index for video in batch], config.num_inference_steps
-        how = dict(shift=config.shift, guidance_scale=config.guidance_scale, null=null, autocast=runtime.autocast, **image)
-        with on_device():
-            if pavrm is None:
-                latents = flow.sample(dit, *what, **how)                                            # [b, c, f, h, w]
-            else:
-                with encoders.on(pavrm, device):
-                    latents, passes = search.best_of(dit, pavrm, *what, cuts, batch_size=config.batch_size, **how)
+        conditions = families.conditions_of_images(dit.config, vae, image_encoder, [video.image for video in batch], size,
+                                                   config.frames, device)
+        with on_device(), encoders.on(pavrm, device):
+            latents, passes = search.best_of(                                                       # [b, c, f, h, w]
+                dit, pavrm, shape, context, batch[0].seed, [video.index for video in batch],
+                config.num_inference_steps, drops, shift=config.shift, guidance_scale=config.guidance_scale, null=null,
+                batch_size=config.batch_size, max_rows=largest, autocast=runtime.autocast, **conditions)
         if not keep:
             continue
         with encoders.on(vae, device):
             pixels = encoders.decode_pixels(vae, latents)                                              # [b, F, H, W, 3]
         for video, frames in zip(batch, pixels):
-            write_video(video.path, frames, config.fps)
+            if video.path:
+                write_video(video.path, frames, config.fps)
+                if config.contact_sheet:
+                    shown.append((video.index, frames))
         if config.output_dir and runtime.rank == 0:
-            write_metadata(config.output_dir, videos)
-        if config.contact_sheet:
-            shown += [(video.index, frames) for video, frames in zip(batch, pixels)]
+            write_metadata(config.output_dir, videos, settings)
     shown = sorted(itertools.chain(*common.gather(shown)), key=lambda one: one[0])
     if runtime.rank == 0:
         if pavrm is not None and mine:
-            print(f"best of {config.best_of}: {passes:g} forward passes a video, {passes / config.num_inference_steps:.1f} times "
-                  "those of one candidate")
+            print(search.cost_in_words(config.best_of, passes, config.num_inference_steps, config.guidance_scale))
         if config.output_dir:
-            write_metadata(config.output_dir, videos)
+            write_metadata(config.output_dir, videos, settings)
             print(f"wrote {len(videos)} videos and metadata.jsonl in {config.output_dir}")
         else:
             print(*(f"wrote {video.path}" for video in videos), sep="\n")

@@ -1,14 +1,14 @@
 """Best of n while sampling: a video's candidates start from different noise, and the latent reward drops them on the way.
 
-PAVRM says of a half-finished latent whether a good video will come of it, so a bad candidate need not be finished, nor
-anything decoded. Any generator that has a reward model can be sampled so, aligned or not.
+PAVRM predicts from a half-finished latent whether a good video will come of it. So a bad candidate need not be finished,
+and nothing has to be decoded. Every generator that has a reward model can be sampled like this, aligned or not.
 
     n candidates --steps--> x_t --PAVRM r(x_t, t, p)--> the best few --steps--> ... --> the best one --steps--> x_0
 
-    python sample.py --prompt "a red circle moving to the right" --best_of 8 --cuts .75:4,.56:2,.37:1
+    python sample.py --prompt "a red circle moving to the right" --best_of 8 --drops .75:4,.56:2,.37:1
     python evaluate.py checkpoints --best_of 8
 
-Axes: m videos, k candidates of each that are left, c channels, f frames, h height, w width, l text tokens.
+Axes: m videos, k candidates left of each video, c channels, f frames, h height, w width, l text tokens.
 """
 from dataclasses import dataclass
 
@@ -21,74 +21,105 @@ from common import InputError, arg
 
 @dataclass
 class Flags:
-    """What sample.py and evaluate.py take for a search."""
-    best_of: int = arg(1, "candidates a video, of which the reward model keeps one", above=0)
-    cuts: str | None = arg(None, "when it drops them: time:candidates that stay, such as .75:4,.56:2,.37:1; 0:1 judges finished "
-                           "ones alone; without, half at .75, a quarter at .56, one at .37", only="!best_of 1")
+    """The flags of sample.py and evaluate.py about the search."""
+    best_of: int = arg(1, "candidates per video, of which the reward model keeps one", above=0)
+    drops: str | None = arg(None, "when candidates are dropped, as time:number kept, such as .75:4,.56:2,.37:1; 0:1 "
+                            "compares finished videos only; default: half kept at .75, a quarter at .56, one at .37",
+                            only="!best_of 1")
 
 
-def default_cuts(n):
-    """The cuts of best_of for n candidates: half of them at t = 3/4, of these half at 9/16, the best at 3/8."""
-    cuts = [(1.0, n)]
+def default_drops(n):
+    """The drops of best_of for n candidates: half of them stay at t = 3/4, a quarter at 9/16, the best at 3/8."""
+    drops = [(1.0, n)]
     for t, keep in ((0.75, -(-n // 2)), (0.5625, -(-n // 4)), (0.375, 1)):
-        cuts += [(t, keep)] if keep < cuts[-1][1] else []
-    return tuple(cuts)
+        if keep < drops[-1][1]:
+            drops.append((t, keep))
+    return tuple(drops)
 
 
-def parse_cuts(n, text=None):
-    """--best_of n and --cuts, such as ".75:4,.56:2,.37:1" (None: default_cuts) -> the cuts of best_of, down to one
-    candidate: at the end, t = 0, if the text does not say where. Raises InputError."""
+def parse_drops(n, text=None):
+    """--best_of n and --drops, such as ".75:4,.56:2,.37:1" (None: default_drops) -> the drops of best_of.
+
+    They always end with one candidate: if the text keeps more, the last choice is made at the end, t = 0. Raises
+    InputError.
+    """
     if text is None:
-        return default_cuts(n)
-    cuts = [(1.0, n)]
+        return default_drops(n)
+    drops = [(1.0, n)]
     for part in text.split(","):
+        t_before, kept_before = drops[-1]
         try:
-            t, keep = (kind(word) for kind, word in zip((float, int), part.split(":"), strict=True))
-            fits = 0 <= t < cuts[-1][0] and 0 < keep < cuts[-1][1]
+            t_text, keep_text = part.split(":")
+            t, keep = float(t_text), int(keep_text)
+            fits = 0 <= t < t_before and 0 < keep < kept_before
         except ValueError:
             fits = False
         if not fits:
-            raise InputError(f"--cuts {text}: {part!r} must be time:candidates, such as .75:4; times fall from 1 to 0, and "
-                             f"candidates from --best_of {n} to 1")
-        cuts.append((t, keep))
-    return tuple(cuts if cuts[-1][1] == 1 else [*cuts, (0.0, 1)])
+            raise InputError(f"--drops {text}: {part!r} must be time:number kept, such as .75:4; times fall from 1 to "
+                             f"0, and numbers from --best_of {n} to 1")
+        drops.append((t, keep))
+    if drops[-1][1] > 1:
+        drops.append((0.0, 1))
+    return tuple(drops)
+
+
+def passes_per_step(guidance_scale):
+    """Forward passes of the generator in one Euler step: guidance needs a second one."""
+    return 1 if guidance_scale == 1 else 2
+
+
+def cost_in_words(n, passes, num_steps, guidance_scale):
+    """One line about what a search cost. passes: what best_of returned."""
+    one = num_steps * passes_per_step(guidance_scale)
+    return f"best of {n}: {passes:g} forward passes per video, {passes / one:.1f} times those of one candidate"
 
 
 @torch.no_grad()
-def best_of(dit, pavrm, latent_shape, context, seed, indices, num_steps, cuts, *, shift=1.0, guidance_scale=1.0,
-            null=None, batch_size=128, autocast=None, **image):
-    """-> (the best candidates' latents [m, c, f, h, w], forward passes of dit per video; a reward counts as the share of
-    dit's blocks that it runs).
+def best_of(dit, pavrm, latent_shape, context, seed, indices, num_steps, drops, *, shift=1.0, guidance_scale=1.0,
+            null=None, batch_size=128, max_rows=None, autocast=None, **image):
+    """-> (the best candidates' latents [m, c, f, h, w], forward passes of dit per video).
 
-    The noise of a candidate depends only on (seed, index, its number); number 0 is what flow.sample makes. cuts:
-    ((1, n), (t, keep), ..., (t, 1)) from default_cuts or parse_cuts: n candidates, of which the reward keeps so many at
-    the step nearest to t. batch_size: candidates in one pass. The rest as in flow.sample.
+    A reward counts as the share of dit's blocks that it runs. The noise of a candidate depends only on (seed, index,
+    its number); number 0 is what flow.sample makes. drops: ((1, n), (t, keep), ..., (t, 1)) from default_drops or
+    parse_drops: of n candidates the reward keeps `keep` at the step nearest to t. With one candidate this is
+    flow.sample, and pavrm may be None. batch_size: candidates in one pass. max_rows: the largest m of all ranks, for
+    models that are sharded over them. The rest as in flow.sample.
     """
-    m, n = len(indices), cuts[0][1]
+    m, n = len(indices), drops[0][1]
     times = flow.schedule(num_steps, shift)
-    keep_at = {int((times - t).abs().argmin()): keep for t, keep in cuts[1:]}                   # by step; the last one counts
+    keep_at = {int((times - t).abs().argmin()): keep for t, keep in drops[1:]}      # by step; the last one counts
     image = {name: z for name, z in image.items() if z is not None}
-    cost_of_step = 1 if guidance_scale == 1 else 2
+    cost_of_step = passes_per_step(guidance_scale)
     cost_of_reward = len(pavrm.trunk.blocks) / len(dit.blocks) if n > 1 else 0
 
     def each(function, x):
-        """function(candidates, their context, their image) over all x [m, k, ...], a batch at a time -> [m, k, ...]"""
+        """function(candidates, their context, their image) over all x [m, k, ...] in batches -> [m, k, ...]"""
+        k, flat, found = x.shape[1], x.flatten(0, 1), []
         with autocast() if autocast else torch.autocast(context.device.type, enabled=False):
-            rows = torch.arange(m * x.shape[1], device=context.device).split(batch_size)
-            return torch.cat([function(x.flatten(0, 1)[j], context[j // x.shape[1]],
-                                       **{name: z[j // x.shape[1]] for name, z in image.items()})
-                              for j in rows]).unflatten(0, (m, -1))
+            for j, counts in common.equal_batches(m * k, batch_size, (max_rows or m) * k):
+                video = torch.arange(m * k, device=context.device)[j] // k
+                given = {name: z[video] for name, z in image.items()}
+                result = function(flat[j], context[video], **given)
+                if counts:
+                    found.append(result)
+        return torch.cat(found).unflatten(0, (m, -1))
 
     x = torch.stack([common.noise(latent_shape, seed, "sample", candidate, indices) for candidate in range(n)], 1)
-    x, step, passes = x.to(context.device), 0, 0                                                # [m, k, c, f, h, w]
-    for cut in sorted({*keep_at, num_steps}):
-        x = each(lambda x, text, **image: flow.rollout(dit, x, text, num_steps, start=step, stop=cut, shift=shift,
-                                                     guidance_scale=guidance_scale, null=null, **image), x)
-        passes += (cut - step) * cost_of_step * x.shape[1]
-        step = cut
-        if cut in keep_at:
-            r = each(lambda x, text, **image: pavrm(x, times[cut].expand(len(x)).to(x.device), text, **image), x)     # [m, k]
+    x, step, passes = x.to(context.device), 0, 0                                    # [m, k, c, f, h, w]
+    for stop in sorted({*keep_at, num_steps}):
+        def rollout(x, text, **given):
+            return flow.rollout(dit, x, text, num_steps, start=step, stop=stop, shift=shift,
+                                guidance_scale=guidance_scale, null=null, **given)
+
+        def reward(x, text, **given):
+            return pavrm(x, times[stop].expand(len(x)).to(x.device), text, **given)
+
+        x = each(rollout, x)
+        passes += (stop - step) * cost_of_step * x.shape[1]
+        step = stop
+        if stop in keep_at:
+            r = each(reward, x)                                                     # [m, k]
             passes += cost_of_reward * x.shape[1]
-            best = r.nan_to_num(nan=-torch.inf).topk(keep_at[cut], 1).indices                   # [m, keep]
+            best = r.nan_to_num(nan=-torch.inf).topk(keep_at[stop], 1).indices      # [m, keep]
             x = x[torch.arange(m, device=x.device)[:, None], best]
     return x[:, 0], passes

@@ -11,12 +11,13 @@ from pathlib import Path
 from common import InputError
 from formats.metadata import FIELDS, not_text, read_table
 
-NAMES = {"prompt": FIELDS["prompt"], "image": ("image",), "seed": ("seed",)}
+NAMES = {"prompt": FIELDS["prompt"], "image": ("image",), "seed": ("seed",), "settings": ("settings",)}
 FOREIGN_FLAG = re.compile(r"(?:^|\s)(--[A-Za-z][\w-]*)(?=[\s=]|$)")
 
 
 def read_prompts(path):
-    """-> [{"prompt": str, "image": path or None, "seed": int or None}], one for each prompt in the file.
+    """-> [{"prompt": str, "image": path or None, "seed": int or None}], one for each prompt in the file; with
+    "settings", a dict, where a row says how its video was made (formats/samples.py).
 
     Raises InputError naming the file, and the row, of what cannot be used: a missing or empty file, a prompt that is not
     text or holds flags of another trainer, an image that is not there, a seed that is not a whole number.
@@ -62,4 +63,13 @@ def _checked(place, given, problem, folder):
     if seed is not None and not str(seed).strip().isdecimal():
         raise InputError(f"{place}: seed must be a whole number from 0 on, got {seed!r}")
     return {"prompt": " ".join(prompt.split()), "image": None if image is None else str(folder / image),
-            "seed": None if seed is None else int(str(seed))}
+            "seed": None if seed is None else int(str(seed))} | _settings(place, given.get("settings"))
+
+
+def _settings(place, pairs):
+    """{"settings": dict} of a row's JSON object, as read_table gives it; {} if there is none."""
+    if pairs is None:
+        return {}
+    if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
+        raise InputError(f"{place}: settings must be an object, as sample.py writes it in metadata.jsonl")
+    return {"settings": dict(pairs)}

@@ -136,14 +136,15 @@ def first_row(p):
 def work_of_rank(work, runtime, kind):
     """This rank's share of `work`, a list: [(item, whether this rank keeps what comes of it)].
 
-    Ranks that share a clip have the same items, and the first of them keeps. Under fsdp the lists are equally long, as all
-    ranks must call a model equally often: who has less repeats an item without effect.
+    Ranks that share a clip have the same items, and the first of them keeps. Under fsdp the lists are equally long
+    (common.equal_turns). If the model is called in batches, the size of the largest item goes on as max_rows.
     """
     group, place = divmod(runtime.rank, runtime.sequence_parallel)
     groups = runtime.world_size // runtime.sequence_parallel
-    mine = [(item, place == 0) for item in work[group::groups]]
-    longest = -(-len(work) // groups) if kind == "fsdp" else 0
-    return mine + [(work[0], False)] * (longest - len(mine))
+    mine = work[group::groups]
+    count = -(-len(work) // groups) if kind == "fsdp" else len(mine)
+    spare = work[0] if work else None
+    return [(item, counts and place == 0) for item, counts in common.equal_turns(mine, count, spare)]
 
 
 def offload(dit):

@@ -4,7 +4,7 @@ The base is checkpoints/mid. Every rate and number of steps is what was chosen a
 """
 from formats.weights import SHIPPED
 from report import claim_verdicts, claims_table
-from search import parse_cuts
+from search import parse_drops
 from study.parts import MID, evaluations
 from study.search import STEPS, passes_of
 from study.steady import (
@@ -26,7 +26,7 @@ RUNS = {row: Run((*MID, *flags)) for row, flags in RECIPES.items()}
 def mid(work):
     train(work, [(seed, run) for seed in work.seeds for run in RUNS.values()])
     best, paper_end, steady_end = f"{PAPER}, stopped at its best", f"{PAPER}, at the end", f"{STEADY}, at the end"
-    spent = lambda n: f"best of {n} for {passes_of(parse_cuts(n)) / STEPS:.1f} times the passes"
+    spent = lambda n: f"best of {n} for {passes_of(parse_drops(n)) / STEPS:.1f} times the passes"
     base_searched, steady_searched = f"base, {spent(8)}", f"{STEADY}, {spent(4)}"
     order = ("base", base_searched, best, paper_end, steady_end, steady_searched, "clean renders")
     of = lambda seed, row: folder_of(work, seed, RUNS[row])

@@ -13,7 +13,7 @@ from families import load_vae
 from formats.video import from_pixels, to_pixels
 from formats.weights import SHIPPED
 from report import claim_verdicts, claims_table, plot, show, summary, table, verdict
-from search import parse_cuts as search_plan
+from search import parse_drops as search_plan
 from study.parts import align_folder, named, reward_folder, train_aligned
 from study.steady import RECIPES, Run, curve, recipe_folder, stopped_at_its_best, train_recipes
 from world import scene
@@ -27,7 +27,7 @@ AIMS = (("base", "best of 8 in a chain", 0.85), ("steady", "best of 4 in a chain
 GUIDANCE = (4.0, 16.0, 64.0)
 PANEL = ("qualified", "physical", "deformity", "adherent", "speed", "brightness", "saturation")
 OTHERS = "by another seed's reward"
-HOW = {"at the end": "0:1", "once, at t = .38": ".375:1", "in a chain": None}                  # --cuts
+HOW = {"at the end": "0:1", "once, at t = .38": ".375:1", "in a chain": None}                  # --drops
 
 
 def generators(work, seed):

@@ -159,7 +159,7 @@ def test_what_does_not_fit_is_told_before():
     """Wan2.1 14B at 480P fits one GPU of 80 GB; 1.3B fits, and 14B does not fit, 24 GB."""
     config = sample.Config("a", size="832*480", frames=81, num_inference_steps=40, batch_size=1)
     one = common.Runtime(0, 1, torch.device("cpu"), torch.bfloat16)
-    told = lambda preset, memory: sample.told_if_it_does_not_fit(config, PRESETS[preset], one, memory)
+    told = lambda preset, memory: sample.memory_warning(config, PRESETS[preset], one, memory)
     assert told("wan2.1-t2v-14b", 80e9) is None and told("wan2.1-t2v-1.3b", 24e9) is None
     line = told("wan2.1-t2v-14b", 24e9)
     assert line.startswith("likely out of memory: ") and "of a GPU's 24" in line and "\n" not in line

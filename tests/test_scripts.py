@@ -213,12 +213,12 @@ def test_sample_starts_from_the_given_image(i2v, tmp_path, capsys, monkeypatch):
     write_video(tmp_path / "film.mp4", torch.stack([frame, 255 - frame]))
     given = []
 
-    def still(dit, shape, context, seed, indices, steps, *, y, **other):
+    def still(dit, pavrm, shape, context, seed, indices, steps, drops, *, y, **other):
         """A generator that does as it is told: the first frame stays."""
         given.append(y)
-        return y[:, 4:, :1].expand(-1, -1, shape[1], -1, -1)
+        return y[:, 4:, :1].expand(-1, -1, shape[1], -1, -1), steps
 
-    monkeypatch.setattr(sample.flow, "sample", still)
+    monkeypatch.setattr(sample.search, "best_of", still)
     with torch.no_grad():
         vae = load_vae(f"{SHIPPED}/vae")
         wanted = first_frame_condition(vae.encode(from_pixels(frame[None, None])).expand(2, -1, 3, -1, -1))
@@ -508,14 +508,14 @@ def test_reproduce_keeps_finished_parts_and_names_the_one_that_fails(tmp_path, c
 def test_best_of_is_what_search_gives_and_lifts_the_base(tmp_path, capsys):
     how = ("--num_videos", 64, "--num_inference_steps", 8, "--mixed_precision", "no")
     run(evaluate, f"base={SHIPPED}", *how, "--output_dir", tmp_path / "one")
-    run(evaluate, f"base={SHIPPED}", *how, "--best_of", 4, "--cuts", ".5:1", "--output_dir", tmp_path / "four")
+    run(evaluate, f"base={SHIPPED}", *how, "--best_of", 4, "--drops", ".5:1", "--output_dir", tmp_path / "four")
     one, four = (json.loads((tmp_path / name / "per_video.json").read_text())["base"] for name in ("one", "four"))
     assert np.mean(four["qualified"]) > np.mean(one["qualified"]) + 0.1
     assert "best of 4 by the reward, 24 forward passes" in (tmp_path / "four" / "table.md").read_text()      # 4 (4 + K / L) + 4
 
 
 @pytest.mark.parametrize("flags, words", [
-    (("--best_of", 8, "--cuts", "half"), "--cuts half"), (("--cuts", "0:1"), "--best_of 1"), (("--reward", "x"), "--best_of"),
+    (("--best_of", 8, "--drops", "half"), "--drops half"), (("--drops", "0:1"), "--best_of 1"), (("--reward", "x"), "--best_of"),
     (("--best_of", 2, "--reward", "nowhere"), "nowhere"), (("--best_of", 0), "--best_of")])
 def test_search_refuses(capsys, tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)

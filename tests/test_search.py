@@ -39,25 +39,25 @@ class Brightest(nn.Module):
         return x.mean((1, 2, 3, 4)) + context.mean((1, 2))
 
 
-def find(n, cuts=None, indices=range(5), dit=None, reward=None, seed=3, **how):
+def find(n, drops=None, indices=range(5), dit=None, reward=None, seed=3, **how):
     context = torch.zeros(len(indices), 2, 4)
     return search.best_of(dit or Straight(), reward or Brightest(), SHAPE, context, seed, indices, N,
-                          search.parse_cuts(n, cuts), **how)
+                          search.parse_drops(n, drops), **how)
 
 
 def candidates(n, indices=range(5), seed=3):
     return torch.stack([common.noise(SHAPE, seed, "sample", k, indices) for k in range(n)], 1)      # [m, n, c, f, h, w]
 
 
-@pytest.mark.parametrize("cuts", ["0:1", ".5:1", ".75:3,.5:2,.25:1", ".75:3", None])
-def test_the_brightest_start_ends_brightest_so_every_plan_finds_it(cuts):
+@pytest.mark.parametrize("drops", ["0:1", ".5:1", ".75:3,.5:2,.25:1", ".75:3", None])
+def test_the_brightest_start_ends_brightest_so_every_plan_finds_it(drops):
     x = candidates(6)
     best = x.mean((2, 3, 4, 5)).argmax(1)
-    found, _ = find(6, cuts)
+    found, _ = find(6, drops)
     torch.testing.assert_close(found, x[range(5), best] - 0.5)
 
 
-def test_each_cut_ranks_what_the_one_before_left_at_its_own_time():
+def test_each_drop_ranks_what_the_one_before_left_at_its_own_time():
     """A reward that turns around: the two brightest of six at t = 3/4, of these the darker one at the end."""
     class Turning(Brightest):
         def forward(self, x, t, context, y=None):
@@ -74,23 +74,23 @@ def test_one_candidate_is_what_sample_makes_and_more_begin_with_it():
     context = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0))
     shape = (16, 2, 4, 4)
     one = flow.sample(dit, shape, context, 7, range(5), 4)
-    found, passes = search.best_of(dit, PAVRM.from_generator(dit, 1), shape, context, 7, range(5), 4, search.parse_cuts(1))
+    found, passes = search.best_of(dit, PAVRM.from_generator(dit, 1), shape, context, 7, range(5), 4, search.parse_drops(1))
     assert torch.equal(found, one) and passes == 4
     never = lambda x, t, context: (x - never.first).square().flatten(1).sum(1).neg()               # nearest to a given video
     never.trunk, never.first = PAVRM.from_generator(dit, 1).trunk, one[2]
-    found, _ = search.best_of(dit, never, shape, context[2:3], 7, [2], 4, search.parse_cuts(3, "0:1"))
+    found, _ = search.best_of(dit, never, shape, context[2:3], 7, [2], 4, search.parse_drops(3, "0:1"))
     torch.testing.assert_close(found[0], one[2])
 
 
-@pytest.mark.parametrize("n, cuts, guidance, passes", [
+@pytest.mark.parametrize("n, drops, guidance, passes", [
     (8, "0:1", 1.0, 8 * 8 + 8 / 2),                                     # every candidate whole, one reward each: K / L = 1/2
     (8, ".75:4,.5:2,.25:1", 1.0, 8 * 2 + 4 + 4 * 2 + 2 + 2 * 2 + 1 + 2),
     (8, ".75:4,.5:2,.25:1", 3.0, 8 * 4 + 4 + 4 * 4 + 2 + 2 * 4 + 1 + 4),           # guidance: two passes a step
     (4, ".5:2", 1.0, 4 * 4 + 2 + 2 * 4 + 1),                            # down to one at the end, though it does not say so
     (1, None, 1.0, 8)])
-def test_passes_are_those_made(n, cuts, guidance, passes):
+def test_passes_are_those_made(n, drops, guidance, passes):
     dit, reward = Straight(), Brightest()
-    assert find(n, cuts, dit=dit, reward=reward, guidance_scale=guidance)[1] == passes
+    assert find(n, drops, dit=dit, reward=reward, guidance_scale=guidance)[1] == passes
     assert (dit.seen + sum(k for _, k in reward.seen) / 2) / 5 == passes
 
 
@@ -117,21 +117,21 @@ def test_a_candidate_that_is_not_finite_never_wins():
     torch.testing.assert_close(found[0], x[x.mean((1, 2, 3, 4)).argmax()] - 0.5)
 
 
-def test_cuts():
-    assert search.parse_cuts(8, ".75:4,.56:2,.37:1") == ((1.0, 8), (0.75, 4), (0.56, 2), (0.37, 1))
-    assert search.parse_cuts(8, ".5:2") == ((1.0, 8), (0.5, 2), (0.0, 1))
+def test_drops():
+    assert search.parse_drops(8, ".75:4,.56:2,.37:1") == ((1.0, 8), (0.75, 4), (0.56, 2), (0.37, 1))
+    assert search.parse_drops(8, ".5:2") == ((1.0, 8), (0.5, 2), (0.0, 1))
     for n in range(1, 20):
-        cuts = search.default_cuts(n)
-        assert cuts[0] == (1.0, n) and cuts[-1][1] == 1
-        assert all(t > later and keep > fewer for (t, keep), (later, fewer) in zip(cuts, cuts[1:]))
+        drops = search.default_drops(n)
+        assert drops[0] == (1.0, n) and drops[-1][1] == 1
+        assert all(t > later and keep > fewer for (t, keep), (later, fewer) in zip(drops, drops[1:]))
 
 
 @pytest.mark.parametrize("n, text", [
     (8, ""), (8, "x"), (8, ".5"), (8, ".5:2:1"), (8, ".5:8"), (8, ".5:0"), (8, "1:4"), (8, "-.1:1"), (8, ".5:4,.75:2"),
     (8, ".5:2,.25:2"), (8, ".5:1.5"), (8, "nan:1"), (8, "0:1,0:1"), (1, "0:1")])
-def test_cuts_that_cannot_be(n, text):
-    with pytest.raises(InputError, match="--cuts"):
-        search.parse_cuts(n, text)
+def test_drops_that_cannot_be(n, text):
+    with pytest.raises(InputError, match="--drops"):
+        search.parse_drops(n, text)
 
 
 def test_generator_and_reward_run_in_the_dtype_of_autocast_or_in_none():
@@ -149,8 +149,8 @@ def test_generator_and_reward_run_in_the_dtype_of_autocast_or_in_none():
 
 @pytest.mark.parametrize("n, kept", [(2, [1]), (4, [2, 1]), (8, [4, 2, 1]), (16, [8, 4, 1]), (5, [3, 2, 1])])
 def test_the_default_keeps_half_a_quarter_and_one(n, kept):
-    first, *cuts = search.default_cuts(n)
-    assert first == (1.0, n) and [keep for _, keep in cuts] == kept and cuts[-1][1] == 1
+    first, *drops = search.default_drops(n)
+    assert first == (1.0, n) and [keep for _, keep in drops] == kept and drops[-1][1] == 1
 
 
 def test_candidates_go_by_the_shifted_times():

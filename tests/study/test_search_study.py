@@ -26,7 +26,7 @@ def test_a_replay_is_what_best_of_does(n, cuts):
     dit, context = generator(), torch.randn(3, 3, 8, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(1)
     pavrm = PAVRM.from_generator(dit, 1)
-    cuts = best_of_n.parse_cuts(n, cuts)
+    cuts = best_of_n.parse_drops(n, cuts)
     wanted, passes = best_of_n.best_of(dit, pavrm, SHAPE, context, 7, range(3), study.STEPS, cuts)
     x_T = torch.cat([common.noise(SHAPE, 7, "sample", k, [i]) for i in range(3) for k in range(n)])
     x, rewards = candidates.sample_and_reward(dit, pavrm, x_T, context.repeat_interleave(n, 0), study.STEPS, 0.0)
