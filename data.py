@@ -403,7 +403,7 @@ class Tally:
         frames, facts = clip.kind[2], clip.facts
         self.kept += [facts.kept] * (facts.kept < 0.95)
         for name, true in (("slow", 10 * facts.repeated > frames), ("still", 4 * facts.still > frames),
-                           (facts.colours, facts.colours)):
+                           (facts.colours, facts.colours), ("interlaced", facts.interlaced)):
             if true:
                 self.found[name].append(clip.name)
 
@@ -413,6 +413,9 @@ class Tally:
         said = {"still": "stand still for a quarter of their frames or longer",
                 "converted": "are HDR or of a wide gamut: converted to BT.709, what is brighter than its white is clipped",
                 "approximate": "have colours that only approximate what a player shows",
+                "guessed": "do not say how their colours are coded: read by BT.709, as players do from 720 lines on, which is "
+                           "only approximate if they were written by BT.601",
+                "interlaced": "are interlaced: each pair of fields became one picture, by FFmpeg's bwdif",
                 "slow": f"are slower than {config.fps or 0:g} fps: their frames will repeat"}
         if self.kept:
             yield (f"{len(self.kept)} of them lose part of their picture to the crop: {min(self.kept):.0%} of it stays at worst, "

@@ -55,6 +55,7 @@ from common import InputError, arg
 from families import load_text_encoder, load_vae
 from formats import encoders, lock, runs
 from formats.metadata import replace_text, write_rows
+from formats.paths import require_writable
 from formats.picture import wall, write_gif
 from formats.prompts import read_prompts
 from formats.video import contact_sheet, from_pixels, read_clip, to_pixels, write_video
@@ -352,14 +353,24 @@ def calibration(good, labels, bins=10):
     return found
 
 
+def name_of_folder(part):
+    """name=folder, or a folder, whose last part is its name then -> (name, folder). `runs/lr=1e-4` is a folder: it exists, or
+    what is left of the first = could not be a name."""
+    name, equals, folder = part.partition("=")
+    if equals and "/" not in name and not Path(part).exists():
+        return name, folder
+    return Path(part).name, part
+
+
 @torch.no_grad()
 def main(config):
+    require_writable(Path(config.output_dir) / "table.md")
     runtime = common.setup(config.mixed_precision, config.seed)
     if config.clips:
         return score_clips(config, runtime)
     if not (config.checkpoints or config.model or config.prompts):
         config.checkpoints = (f"base={resolve_model(config)}",)
-    named = dict(part.split("=", 1) if "=" in part else (Path(part).name, part) for part in config.checkpoints)
+    named = dict(name_of_folder(part) for part in config.checkpoints)
     if not named or len(named) < len(config.checkpoints):
         raise InputError("two checkpoints have one name: give them as name=folder" if named else
                          "give checkpoints to compare, or --clips with a folder of clips")

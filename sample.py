@@ -41,6 +41,7 @@ import search
 from common import InputError, arg
 from formats import encoders, lock, runs, samples
 from formats.metadata import from_json, not_text, write_rows
+from formats.paths import require_writable
 from formats.prompts import read_prompts
 from formats.video import contact_sheet, read_clip, write_video
 from formats.weights import TASKS, resolve_model
@@ -117,6 +118,9 @@ def check_flags(config):
         raise InputError(f"--output {config.output}: the name must end in .mp4")
     if config.contact_sheet and Path(config.contact_sheet).suffix.lower() != ".png":
         raise InputError(f"--contact_sheet {config.contact_sheet}: the name must end in .png")
+    require_writable(Path(config.output_dir) / "metadata.jsonl" if config.output_dir else config.output)
+    if config.contact_sheet:
+        require_writable(config.contact_sheet)
     data.parse_size(config)
     search.parse_drops(config.best_of, config.drops)
 

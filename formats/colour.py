@@ -1,35 +1,80 @@
-"""Colours of films as a screen of BT.709 shows them: HLG, PQ and wide gamuts, which phones record, become plain RGB.
+"""Colours of films: how frames that are read become plain RGB, and how frames that are written are tagged.
 
-As zimg does it with a reference white of 203 cd/m2 (ITU-R BT.2408), every channel by itself: BT.2100's EOTF to light, light
-to BT.709's primaries, and BT.1886's gamma of 2.4. What is brighter than that white is clipped.
-"""
+Reading: HLG, PQ and wide gamuts, which phones record, become RGB as a screen of BT.709 shows them, as zimg
+does it with a reference white of 203 cd/m2 (ITU-R BT.2408), every channel by itself: BT.2100's EOTF to light,
+light to BT.709's primaries, and BT.1886's gamma of 2.4. What is brighter than that white is clipped. Where a
+file does not name the matrix of its YCbCr, the number of its lines decides, as in players and browsers.
+
+Writing: a file gets the matrix that players take for its number of lines, and a tag that says so. Programs
+that read the tag and programs that count lines then show the same colours. """
 import functools
 
 import numpy as np
 
 WHITE, HLG_PEAK, PQ_PEAK, GAMMA = 203, 1000, 10000, 2.4                 # cd/m2; a display's gamma
-PQ, HLG = 16, 18                                                        # numbers of ITU-T H.273
-UNSPECIFIED, BT709, BT2020, P3 = 2, 1, 9, 12
-UNKNOWN_PRIMARIES = 4, 8, 10, 11                                        # of 1953, of slides, of cinemas
-UNKNOWN_TRANSFERS = 8, 9, 10, 17                                       # linear, logarithmic, of cinemas
-UNKNOWN_MATRICES = 8, 10, 11, 12, 13, 14, 15                           # constant luminance, ICtCp, YCgCo and the like
-PRIMARIES = {1: ((.640, .330), (.300, .600), (.150, .060)), BT2020: ((.708, .292), (.170, .797), (.131, .046)),
-             P3: ((.680, .320), (.265, .690), (.150, .060))}            # x, y of red, green and blue; white is D65 in all
+HD_LINES = 720                                          # from here on players take BT.709's matrix
+# Numbers of ITU-T H.273, as in PyAV.
+UNSPECIFIED, BT709 = 2, 1                               # of transfers, primaries and matrices
+PQ, HLG = 16, 18                                        # transfers
+BT2020, P3 = 9, 12                                      # primaries; the first is also a matrix
+RGB, BT601 = 0, 6                                       # matrices
+LIMITED = 1                                             # FFmpeg's number of the range of 16 to 235
+UNKNOWN_PRIMARIES = 4, 8, 10, 11                        # of 1953, of slides, of cinemas
+UNKNOWN_TRANSFERS = 8, 9, 10, 17                        # linear, logarithmic, of cinemas
+UNKNOWN_MATRICES = 8, 10, 11, 12, 13, 14, 15            # constant luminance, ICtCp, YCgCo and the like
+# x, y of red, green and blue; white is D65 in all
+PRIMARIES = {BT709: ((.640, .330), (.300, .600), (.150, .060)),
+             BT2020: ((.708, .292), (.170, .797), (.131, .046)),
+             P3: ((.680, .320), (.265, .690), (.150, .060))}
 
 
-def kind(transfer, primaries, matrix):
-    """-> None: to be shown as it is; "converted": `to_bt709` has to do it; "approximate": nothing here can show it right."""
+# ---- tags
+def tags_to_write(lines):
+    """-> {attribute of PyAV's codec context: number} for a video of BT.709's (sRGB's) colours and this many
+    lines."""
+    return {"colorspace": usual_matrix(lines), "color_primaries": BT709, "color_trc": BT709,
+            "color_range": LIMITED}
+
+
+def usual_matrix(lines):
+    """The matrix that players take where a file names none."""
+    return BT709 if lines >= HD_LINES else BT601
+
+
+def tags_of(frame):
+    """-> (transfer, primaries, matrix) of a frame of PyAV, in H.273's numbers. Pixels that are RGB, grey or
+    numbers in a palette need no matrix: theirs is RGB's."""
+    has_matrix = not (frame.format.is_rgb or frame.format.has_palette or len(frame.format.components) < 3)
+    return frame.color_trc, frame.color_primaries, frame.colorspace if has_matrix else RGB
+
+
+def kind(transfer, primaries, matrix, lines=0):
+    """What reading does to a frame of these tags and this many lines:
+
+    None: it is shown as it is. "converted": `to_bt709` converts it. "guessed": it names no matrix and has so
+    many lines that players take BT.709's, but other programs BT.601's. "approximate": nothing here can show
+    it right. """
     if transfer in UNKNOWN_TRANSFERS or primaries in UNKNOWN_PRIMARIES or matrix in UNKNOWN_MATRICES:
         return "approximate"
-    return "converted" if transfer in (PQ, HLG) or primaries in (BT2020, P3) else None
+    if transfer in (PQ, HLG) or primaries in (BT2020, P3):
+        return "converted"
+    if matrix == UNSPECIFIED and usual_matrix(lines) != BT601:
+        return "guessed"
+    return None
 
 
-def matrix_of(transfer, primaries, matrix):
-    """The matrix of a film that has to be converted, where it does not say: that of its primaries."""
-    wide = primaries == BT2020 or primaries == UNSPECIFIED and transfer in (PQ, HLG)
-    return matrix if matrix != UNSPECIFIED else BT2020 if wide else BT709
+def matrix_of(transfer, primaries, matrix, lines=0):
+    """The matrix to read a frame by: the named one, else that of its wide primaries, else the usual one."""
+    if matrix != UNSPECIFIED:
+        return matrix
+    if primaries == BT2020 or primaries == UNSPECIFIED and transfer in (PQ, HLG):
+        return BT2020
+    if primaries == P3 or transfer in (PQ, HLG):
+        return BT709
+    return usual_matrix(lines)
 
 
+# ---- pixels
 def to_xyz(primaries):
     """3 x 3, from linear RGB of these primaries to XYZ, of which D65 white has (.9505, 1, 1.089)."""
     columns = np.array([(x / y, 1, (1 - x - y) / y) for x, y in primaries]).T
@@ -54,13 +99,15 @@ def light_table(transfer):
 
 @functools.cache
 def code_table():
-    """uint8 [4096]: square root of light * 4095 -> code value; the root, so that dark ones keep their steps."""
+    """uint8 [4096]: square root of light * 4095 -> code value. The root keeps the steps between dark
+    values."""
     return (255 * np.linspace(0, 1, 4096) ** (2 / GAMMA)).round().astype(np.uint8)
 
 
 def to_bt709(image, transfer, primaries):
     """uint16 RGB [h, w, 3] of that transfer and those primaries (H.273's numbers) -> uint8 [h, w, 3]."""
-    primaries = primaries if primaries in PRIMARIES else BT2020 if transfer in (PQ, HLG) else 1
-    matrix = np.linalg.solve(to_xyz(PRIMARIES[1]), to_xyz(PRIMARIES[primaries]))
+    if primaries not in PRIMARIES:
+        primaries = BT2020 if transfer in (PQ, HLG) else BT709
+    matrix = np.linalg.solve(to_xyz(PRIMARIES[BT709]), to_xyz(PRIMARIES[primaries]))
     light = light_table(transfer)[image] @ matrix.T.astype(np.float32)
     return code_table()[(np.sqrt(light.clip(0, 1)) * 4095 + 0.5).astype(np.uint16)]

@@ -1,13 +1,15 @@
-"""Video files in and out: any container and codec that PyAV reads -> RGB frames as a player shows them, at one size and
-rate; H.264 and PNG out. One frame is decoded at a time, so memory is that of the frames asked for, whatever the file.
+"""Video files in and out. Any container and codec that PyAV reads becomes RGB frames as a player shows them,
+at one size and rate; H.264 and PNG are written. One frame is decoded at a time, so memory holds only the
+frames that are asked for.
 
 Axes: F frames of the result, f frames, H W its pixels, h w pixels, n videos.
 """
+import collections
 import contextlib
 import math
 import os
 import re
-import stat
+import threading
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -15,11 +17,16 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from common import InputError
 from formats import colour
 from formats.metadata import replace_bytes
+from formats.paths import as_url, require_file
+
+FASTEST = 60                            # frames per second of a copy for the browser, at most
+FIELDS = {2: "tff", 3: "bff", 4: "bff", 5: "tff"}       # FFmpeg's field orders: which field is shown first
+SWSCALE = {colour.BT709: Colorspace.ITU709, colour.BT601: Colorspace.ITU601}
 
 
 # ---- in
@@ -30,30 +37,49 @@ def read_video(path):
 
 @dataclass
 class Facts:
-    """What was done to a clip's frames so that they fit: what a user wants to know before training on them."""
+    """What a clip is, and what was done to its frames so that they fit: what a user wants to know before
+    training on them."""
+    fps: float | None = None        # the file's own frames per second
     kept: float = 1.0               # share of the picture that the crop leaves
     repeated: int = 0               # images that only fill up the rate of a slower file
     still: int = 0                  # images that equal the one before, in the file itself
-    colours: str | None = None      # None, or formats/colour.py's "converted" or "approximate"
+    interlaced: int = 0             # frames of two fields, shot one after the other, that were deinterlaced
+    colours: str | None = None      # None, or formats/colour.py's "converted", "guessed" or "approximate"
 
 
 def read_clip(path, size=None, frames=None, fps=None, largest=None):
     """-> (video uint8 [F, H, W, 3], its frames per second).
 
-    size (W, H): scaled to cover it, then centre-cropped. frames: reading stops after as many. fps: resampled to this
-    rate, image i being the frame nearest to i / fps seconds; frames of a slower file repeat. Raises InputError if the
-    file cannot be decoded, ends before it says it does, or (largest) holds more bytes of such frames.
-    """
+    size (W, H): the video is scaled to cover it, then centre-cropped. frames: reading stops after as many.
+    fps: the video is resampled to this rate, image i being the frame nearest to i / fps seconds; frames of a
+    slower file repeat. Raises InputError if the file cannot be decoded, ends before it says it does, or holds
+    more than `largest` bytes of such frames. """
     return read_clip_facts(path, size, frames, fps, largest)[:2]
 
 
 def read_clip_facts(path, size=None, frames=None, fps=None, largest=None):
     """`read_clip`, and the Facts of what it did."""
+    pixels, shape, count, facts = bytearray(), None, 0, Facts()
+    for image in read_images(path, size, frames, fps, facts):
+        pixels += image.data.cast("B")
+        shape = image.shape
+        count += 1
+        if largest and len(pixels) > largest:
+            raise InputError(f"{path}: more than {largest >> 20} MiB of frames: pass --size and --frames")
+    return torch.frombuffer(pixels, dtype=torch.uint8).view(count, *shape), float(fps or facts.fps), facts
+
+
+def read_images(path, size=None, frames=None, fps=None, facts=None):
+    """Yields the frames of `read_clip`, uint8 [H, W, 3], one by one while the file is decoded. facts: Facts
+    to fill in on the way."""
     require_file(path)
-    pixels, shapes, count, reformatter, facts, last = bytearray(), set(), 0, VideoReformatter(), Facts(), None
+    facts = facts or Facts()
+    reformatter, last, count = VideoReformatter(), None, 0
     fps = fps and Fraction(fps).limit_denominator(1001)
+    options = {"pattern_type": "none"}  # the name of a picture, such as 50%d.png, is a name and no pattern
     try:
-        with av.open(str(path), metadata_errors="replace") as container:  # titles of any encoding
+        # titles may have any encoding
+        with av.open(as_url(path), metadata_errors="replace", options=options) as container:
             stream = container.streams.best("video")
             if stream is None:
                 raise InputError(f"{path}: holds no video stream")
@@ -62,50 +88,34 @@ def read_clip_facts(path, size=None, frames=None, fps=None, largest=None):
             stream.codec_context.thread_count = 1  # many clips at once use more cores than threads within one
             stream.codec_context.options = {"err_detect": "explode"}  # no frames made up for damaged ones
             native = stream.average_rate or stream.guessed_rate or Fraction(8)
-            for frame, times in _resampled(_decoded(path, container, stream, native), fps, native):
+            facts.fps = float(native)
+            timed = _decoded(path, container, stream, native)
+            timed = _deinterlaced(path, timed, stream.codec_context, facts)
+            for frame, times in _resampled(timed, fps, native):
                 if stream.metadata.get("alpha_mode") == "1" and not _may_be_transparent(frame):
-                    raise InputError(f"{path}: has an alpha channel that its decoder leaves out: put it on a background first")
+                    raise InputError(f"{path}: has an alpha channel that its decoder leaves out: "
+                                     "put it on a background first")
                 image = _to_rgb(path, frame, size, stream.sample_aspect_ratio or 1, reformatter, facts)
-                shapes.add(image.shape)
-                facts.still += last is not None and np.array_equal(image, last)
+                if last is not None:
+                    if image.shape != last.shape:
+                        raise InputError(f"{path}: its frames differ in size")
+                    facts.still += np.array_equal(image, last)
                 last = image
-                for i in range(min(times, (frames or math.inf) - count)):
-                    pixels += image.data.cast("B")
-                    count += 1
+                for i in range(times):
                     facts.repeated += i > 0
-                    if largest and len(pixels) > largest:
-                        raise InputError(f"{path}: more than {largest >> 20} MiB of frames: pass --size and --frames")
-                if count == frames:
-                    break
+                    yield image
+                    count += 1
+                    if count == frames:
+                        return
     except (av.FFmpegError, OSError) as e:
         raise InputError(f"{path}: damaged or not a video ({e.strerror or e})") from None
-    if len(shapes) != 1:
-        raise InputError(f"{path}: " + ("its frames differ in size" if shapes else "holds no frames"))
-    return torch.frombuffer(pixels, dtype=torch.uint8).view(count, *shapes.pop()), float(fps or native), facts
-
-
-def require_file(path):
-    """Raises InputError if `path` is no file that can be read, or is empty: as the kernel's own are, some of which never end."""
-    try:
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):
-            raise InputError(f"{path}: is not a file")
-        if not found.st_size:
-            raise InputError(f"{path}: damaged or not a video (it is empty)")
-        open(path, "rb").close()
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{path}: there is no such file") from None
-    except OSError as e:  # permissions, a name that is too long, a loop of links
-        raise InputError(f"{path}: cannot be read ({e.strerror})") from None
-    except ValueError as e:
-        if isinstance(e, InputError):
-            raise
-        raise InputError(f"{path}: no file can have such a name") from None
+    if not count:
+        raise InputError(f"{path}: holds no frames")
 
 
 def _decoded(path, container, stream, native):
-    """Yields (frame, seconds since the first one, exact). Matroska and MPEG files may be cut off anywhere without an
-    error, so the end is compared with the one that the file's header promises."""
+    """Yields (frame, seconds since the first one, exact). Matroska and MPEG files may be cut off anywhere
+    without an error, so the end is compared with the one that the file's header promises."""
     start, time, end = None, None, 0
     for packet in container.demux(stream):
         frames = packet.decode()
@@ -114,7 +124,12 @@ def _decoded(path, container, stream, native):
         for frame in frames:
             stamp = None if frame.pts is None else frame.pts * frame.time_base
             start = stamp if start is None else start
-            time = stamp - start if stamp is not None else Fraction(0) if time is None else time + 1 / native
+            if stamp is not None:
+                time = stamp - start
+            elif time is None:
+                time = Fraction(0)
+            else:
+                time += 1 / native
             end = max(end, time + 1 / native)
             yield frame, time
         if None not in (packet.pts, packet.duration, start):  # the last frame may be shown for long
@@ -125,17 +140,73 @@ def _decoded(path, container, stream, native):
 
 
 def _promised(container, stream, start):
-    """Seconds that the video should last according to the file's header, 0 if that does not say. A stream's duration counts
-    from its first frame, which is shown at `start` seconds; Matroska's tag and the whole file's duration count from 0."""
+    """Seconds that the video should last according to the file's header, 0 if that does not say. A stream's
+    duration counts from its first frame, which is shown at `start` seconds; Matroska's tag and the whole
+    file's duration count from 0."""
     if stream.duration:
         return float(stream.duration * stream.time_base)
     if tag := re.fullmatch(r"(\d+):(\d+):(\d+(\.\d+)?)", stream.metadata.get("DURATION", "")):  # Matroska
         return 3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3]) - start
-    return (container.duration or 0) / av.time_base - start if len(container.streams) == 1 else 0  # sound may last longer
+    if len(container.streams) == 1:     # else sound may last longer
+        return (container.duration or 0) / av.time_base - start
+    return 0
+
+
+def _deinterlaced(path, timed, codec, facts):
+    """Yields the (frame, time) pairs of `timed`, after FFmpeg's bwdif made one whole picture of each
+    interlaced frame. Interlaced is what is marked so, frame by frame or by the container. Other frames stay
+    as they are."""
+    graph, format, times = None, None, collections.deque()
+    for i, (frame, time) in enumerate(timed):
+        first_field = FIELDS.get(codec.field_order)
+        interlaced = frame.interlaced_frame or first_field is not None
+        facts.interlaced += interlaced
+        if graph is None and not interlaced:
+            yield frame, time
+            continue
+        if graph is None:
+            graph = _bwdif(frame, None if frame.interlaced_frame else first_field)
+            format = frame.width, frame.height, frame.format.name
+        if format != (frame.width, frame.height, frame.format.name):    # bwdif looks at a frame's neighbours
+            raise InputError(f"{path}: its frames differ in size")
+        frame.pts = i
+        graph.push(frame)
+        times.append(time)
+        for done in _pull(graph):
+            yield done, times.popleft()
+    if graph is not None:
+        graph.push(None)
+        for done in _pull(graph):
+            yield done, times.popleft()
+
+
+def _bwdif(frame, first_field):
+    """-> a filter graph for frames like this one, which gives one picture for each. first_field: tff or bff
+    where the frames are not marked themselves."""
+    graph = av.filter.Graph()
+    graph.threads = 1
+    size = {"width": frame.width, "height": frame.height}
+    nodes = [graph.add_buffer(**size, format=frame.format, time_base=Fraction(1, 25))]   # times stay outside
+    if first_field:
+        nodes.append(graph.add("setfield", first_field))
+    nodes += [graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink")]
+    graph.link_nodes(*nodes)
+    graph.configure()
+    return graph
+
+
+def _pull(graph):
+    """Yields the frames that a filter graph has ready."""
+    while True:
+        try:
+            yield graph.pull()
+        except (av.BlockingIOError, av.EOFError):
+            return
 
 
 def _resampled(timed, fps, native):
-    """Yields (frame, how often it is shown) so that image i is the frame nearest to i / fps, the later of two."""
+    """Yields (frame, how often it is shown) so that image i is the frame nearest to i / fps, the later one of
+    two that are equally near."""
     shown, held = 0, None
     for frame, time in timed:
         if fps is None:
@@ -149,8 +220,8 @@ def _resampled(timed, fps, native):
 
 
 def _to_rgb(path, frame, size, pixel_aspect, reformatter, facts):
-    """-> uint8 [H, W, 3]: square pixels, turned and mirrored as the file asks (phones store portrait clips lying down), on
-    black where it is transparent, in BT.709's colours."""
+    """-> uint8 [H, W, 3]: square pixels, turned and mirrored as the file asks (phones store portrait clips
+    lying down), on black where it is transparent, in BT.709's colours."""
     across, flip_x, flip_y = _orientation(frame)
     turn = slice(None, None, -1 if across else 1)
     width, height = (max(1, round(frame.width * pixel_aspect)), frame.height)[turn]
@@ -158,17 +229,23 @@ def _to_rgb(path, frame, size, pixel_aspect, reformatter, facts):
     wide, high = (round(width * scale), round(height * scale))
     if size and wide * high > 8 * size[0] * size[1]:
         raise InputError(f"{path}: {width}x{height} is too narrow to be cropped to {size[0]}x{size[1]}")
-    how = Interpolation.AREA if scale < 1 else Interpolation.BICUBIC if scale > 1 else Interpolation.BILINEAR
-    tags = frame.color_trc, frame.color_primaries
-    colours = colour.kind(*tags, frame.colorspace)
+    if scale < 1:
+        how = Interpolation.AREA
+    elif scale > 1:
+        how = Interpolation.BICUBIC
+    else:
+        how = Interpolation.BILINEAR
+    transfer, primaries, matrix = colour.tags_of(frame)
+    colours = colour.kind(transfer, primaries, matrix, frame.height)
+    if matrix != colour.RGB:
+        frame.colorspace = colour.matrix_of(transfer, primaries, matrix, frame.height)
     if _may_be_transparent(frame):
         rgba = reformatter.reformat(frame, format="rgba", threads=1).to_ndarray()
         on_black = (rgba[..., :3] * (rgba[..., 3:] / np.float32(255))).round().astype(np.uint8)
         frame = av.VideoFrame.from_ndarray(on_black, format="rgb24")
     deep = colours == "converted"
-    if deep:
-        frame.colorspace = colour.matrix_of(*tags, frame.colorspace)
-    scaled = reformatter.reformat(frame, *(wide, high)[turn], "rgb48le" if deep else "rgb24", interpolation=how, threads=1)
+    pixels = "rgb48le" if deep else "rgb24"
+    scaled = reformatter.reformat(frame, *(wide, high)[turn], pixels, interpolation=how, threads=1)
     image = scaled.to_ndarray()
     image = image.transpose(1, 0, 2) if across else image
     image = image[::-1 if flip_y else 1, ::-1 if flip_x else 1]
@@ -177,7 +254,9 @@ def _to_rgb(path, frame, size, pixel_aspect, reformatter, facts):
         image = image[top:top + size[1], left:left + size[0]]
         facts.kept = min(facts.kept, size[0] * size[1] / (wide * high))
     facts.colours = facts.colours or colours
-    return np.ascontiguousarray(colour.to_bt709(image, *tags) if deep else image)
+    if deep:
+        image = colour.to_bt709(image, transfer, primaries)
+    return np.ascontiguousarray(image)
 
 
 def _may_be_transparent(frame):
@@ -185,7 +264,8 @@ def _may_be_transparent(frame):
 
 
 def _orientation(frame):
-    """-> (rows become columns, then mirrored in x, then in y), of the file's display matrix, to the nearest quarter turn."""
+    """-> (rows become columns, then mirrored in x, then in y), by the file's display matrix, to the nearest
+    quarter turn."""
     matrix = next((bytes(data) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
     if matrix is None:
         return False, False, False
@@ -195,44 +275,83 @@ def _orientation(frame):
 
 
 # ---- pixels and the VAE's floats
-# What either VAE makes of a video: one latent frame of 4 frames (the first alone), 1 x 1 of 8 x 8 pixels, 16 channels.
+# What either VAE makes of a video: one latent frame of the first frame and of each 4 after it, one position of 8 x 8
+# pixels, 16 channels.
 TIME, SPACE, CHANNELS = 4, 8, 16
 
 
 def to_pixels(video):
-    """Decoded video [b, 3, F, H, W] in about [-1, 1] -> uint8 [b, F, H, W, 3], as written to files and judged."""
-    return ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous()
+    """Decoded video [b, 3, F, H, W] in about [-1, 1] -> uint8 [b, F, H, W, 3], as files and the annotator get
+    it."""
+    pixels = ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return pixels.permute(0, 2, 3, 4, 1).contiguous()
 
 
 def from_pixels(video):
     """uint8 [b, F, H, W, 3] -> float [b, 3, F, H, W] in [-1, 1]."""
-    return video.permute(0, 4, 1, 2, 3).contiguous().float().div_(127.5).sub_(1)   # in place: clips can be large
+    video = video.permute(0, 4, 1, 2, 3).contiguous().float()
+    return video.div_(127.5).sub_(1)            # in place: clips can be large
 
 
 # ---- out
 def write_video(path, video, fps=8):
-    """Writes uint8 [f, h, w, 3] (tensor or array) as H.264, 4:2:0 (odd sizes gain a row or column), whole or
-    not at all. Raises InputError if the name does not end in .mp4."""
-    path, video, reformatter = Path(path), np.asarray(video), VideoReformatter()
+    """Writes uint8 [f, h, w, 3] (tensor or array) as H.264, 4:2:0 (odd sizes gain a row or column), with its
+    colours tagged; the file is whole or not there. Raises InputError if the name does not end in .mp4."""
+    path, video = Path(path), np.asarray(video)
     if path.suffix.lower() != ".mp4":
         raise InputError(f"{path}: the name of a video to write must end in .mp4")
     if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3 or not len(video):
         raise ValueError(f"write_video wants uint8 [f, h, w, 3], got {video.dtype} {list(video.shape)}")
-    video = np.pad(video, ((0, 0), (0, video.shape[1] % 2), (0, video.shape[2] % 2), (0, 0)), mode="edge")
+    _write_h264(path, video, fps, {"crf": "12", "preset": "veryfast", "threads": "1"})
+
+
+def copy_for_browser(source, path):
+    """Writes what is read of the file `source` as an mp4 that browsers play, at its own rate (60 frames a
+    second at most). Frames are converted one by one, so a long video takes no more memory than a short one.
+    Raises InputError if `source` cannot be read to its end."""
+    fps = min(first_look(source).fps, FASTEST)
+    options = {"crf": "16", "preset": "ultrafast", "threads": "2"}
+    _write_h264(Path(path), read_images(source, fps=fps), fps, options)
+
+
+def first_look(path):
+    """-> the Facts of a file's first frame. Raises InputError if that cannot be read."""
+    return read_clip_facts(path, frames=1)[2]
+
+
+def _write_h264(path, images, fps, options):
+    """Writes uint8 images [h, w, 3], an array or a generator of them, as mp4."""
+    reformatter, stream = VideoReformatter(), None
+    with writing(path, "mp4") as container:
+        for image in images:
+            image = np.pad(image, ((0, image.shape[0] % 2), (0, image.shape[1] % 2), (0, 0)), mode="edge")
+            tags = colour.tags_to_write(image.shape[0])
+            if stream is None:
+                stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+                stream.height, stream.width, stream.pix_fmt = *image.shape[:2], "yuv420p"
+                for name, value in tags.items():
+                    setattr(stream.codec_context, name, value)
+                # x264's mbtree reads memory that nobody set in small pictures: bytes differ between runs
+                stream.options = options | {"x264-params": "mbtree=0"}
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame = reformatter.reformat(frame, format="yuv420p", dst_colorspace=SWSCALE[tags["colorspace"]],
+                                         dst_color_range=ColorRange.MPEG, threads=1)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+@contextlib.contextmanager
+def writing(path, format, **options):
+    """Gives a container of PyAV to fill, under a temporary name, which becomes the file `path` at the end. If
+    anything fails, nothing is left of it. Raises OSError that names the file if it cannot be written, as on a
+    full disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".writing-{os.getpid()}-{threading.get_ident()}.tmp")   # one for each thread
     try:
-        with av.open(str(temporary), "w", format="mp4") as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-            stream.height, stream.width, stream.pix_fmt = *video.shape[1:3], "yuv420p"
-            # x264's mbtree reads memory that nobody set in pictures this small: bytes would differ from run to run
-            stream.options = {"crf": "12", "preset": "veryfast", "threads": "1", "x264-params": "mbtree=0"}
-            for image in video:
-                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-                container.mux(stream.encode(reformatter.reformat(frame, format="yuv420p", threads=1)))
-            container.mux(stream.encode())
+        with av.open(as_url(temporary), "w", format=format, options=options) as container:
+            yield container
         os.replace(temporary, path)
-    except av.FFmpegError as e:                                 # a full disk, or one that cannot be written
+    except av.FFmpegError as e:
         raise OSError(e.errno, e.strerror, str(path)) from None
     finally:
         with contextlib.suppress(OSError):
@@ -250,8 +369,8 @@ def write_png(path, image):
 
 
 def contact_sheet(videos, path, scale=3):
-    """Writes uint8 videos [n, f, h, w, 3] as one PNG: a row a video, time to the right."""
-    frames = np.asarray(videos).repeat(scale, 2).repeat(scale, 3)                   # [n, f, H, W, 3]
+    """Writes uint8 videos [n, f, h, w, 3] as one PNG: one row per video, time to the right."""
+    frames = np.asarray(videos).repeat(scale, 2).repeat(scale, 3)     # [n, f, H, W, 3]
     frames = np.pad(frames, ((0, 0), (0, 0), (0, scale), (0, scale), (0, 0)), constant_values=255)
     n, f, h, w, _ = frames.shape
     write_png(path, frames.transpose(0, 2, 1, 3, 4).reshape(n * h, f * w, 3))
