@@ -1,23 +1,24 @@
 """PAVRM, the process-aware video reward model: will this noisy latent become a good video?
 
-It is the first K blocks of the pretrained generator, one learnable query that attends over all their tokens, a
-three-layer MLP and one logit. It learns from the label of the finished video at every noise level t (Eq. 4-6).
+It is the first K blocks of the pretrained generator, one learnable query that attends over all their tokens,
+a three-layer MLP and one logit. It learns from the label of the finished video at every noise level t (Eq.
+4-6).
 
 Deliberate differences:
-1. From the released code: one attention head with scale sqrt(D), as in Eq. 5 (there 8 heads). The query is added
-   to each example, so batches work (there [B, 1, D] + [B, D] broadcasts to [B, B, D]). t ~ U(0, 1) (there a
-   shift-5 grid).
+1. From the released code: one attention head with scale sqrt(D), as in Eq. 5 (there 8 heads). The query is
+   added to each example, so batches work (there [B, 1, D] + [B, D] broadcasts to [B, B, D]). t ~ U(0, 1)
+   (there a shift-5 grid).
 2. From the paper: patch, text and time embeddings stay frozen, as in the released code. The paper names only
    blocks, query and head as trained. Frozen embeddings keep the reward's idea of x_t and t equal to the
    generator's.
 3. From the paper: in the embedded world "bad" is unqualified on one axis or against the prompt, not on both
-   axes, because most of its flawed clips have one flaw. People's answers count as train_reward.py's --bad says,
-   by default the paper's way.
+   axes, because most of its flawed clips have one flaw. People's answers count as train_reward.py's --bad
+   says, by default the paper's way.
 4. From the paper: train_reward.py gives a share of each batch another video's prompt and the label bad
    (--mismatched). Without them the reward hardly reads its prompt (results/endurance.md).
 
-Axes: b batch, c channels, f frames, h height, w width, n tokens, d model width, k heads, e channels of a head,
-l text tokens.
+Axes: b batch, c channels, f frames, h height, w width, n tokens, d model width, k heads, e channels of a
+head, l text tokens.
 """
 from pathlib import Path
 
@@ -49,7 +50,8 @@ class QueryAttention(nn.Module):
 
     def forward(self, h):
         """Tokens [b, n, d] -> [b, d]"""
-        w_k, w_v = (layer.weight.unflatten(0, (self.heads, -1)) for layer in (self.w_k, self.w_v))  # [k, e, d]
+        # [k, e, d]
+        w_k, w_v = (layer.weight.unflatten(0, (self.heads, -1)) for layer in (self.w_k, self.w_v))
         q = self.query.view(self.heads, -1)                                                         # [k, e]
         wanted = torch.einsum("ke,ked->kd", q, w_k) / q.shape[1] ** 0.5                             # W_K^T q
         share = torch.einsum("bnd,kd->bnk", h, wanted).softmax(1)
@@ -89,19 +91,21 @@ class PAVRM(nn.Module):
     def from_generator(cls, dit, depth, pooling="query_attention"):
         """Copy the first `depth` blocks and the embeddings of a VideoDiT (Eq. 4); the rest starts fresh."""
         if not 1 <= depth <= dit.config["num_layers"]:
-            raise InputError(f"--depth must be 1 to {dit.config['num_layers']}, the generator's blocks; got {depth}")
+            raise InputError(f"--depth must be 1 to {dit.config['num_layers']}, the generator's blocks; got "
+                             f"{depth}")
         model = cls({**dit.config, "num_layers": depth}, pooling, by_pieces=bool(dit.weight_files))
         model.weight_files = None
-        if dit.weight_files:                                    # load_now=False: parallel.shard reads the trunk
+        if dit.weight_files:                                  # load_now=False: parallel.shard reads the trunk
             model.weight_files = dit.weight_files.behind("trunk.")
             return model
         model.trunk.load_state_dict({name: dit.get_parameter(name) for name in model.trunk.state_dict()})
         return model.to(next(dit.parameters()).device)
 
     def forward(self, x, t, context, y=None, clip_tokens=None):
-        """x [b, c, f, h, w] at times t [b], context [b, l, d_text] -> logits [b], float32; >= 0 means good."""
+        """x [b, c, f, h, w] at times t [b], context [b, l, d_text] -> logits [b], float32; >= 0 means
+        good."""
         h = self.trunk.features(x, t, context, depth=len(self.trunk.blocks), y=y,
-                                clip_tokens=clip_tokens)                                            # [b, n, d]
+                                clip_tokens=clip_tokens)                                           # [b, n, d]
         with torch.autocast(x.device.type, enabled=False):
             h = h.to(self.mlp[0].weight.dtype)
             return self.mlp(self.pool(h))[:, 0]                                                     # [b]
@@ -114,7 +118,8 @@ class PAVRM(nn.Module):
         for p in heads:
             p.requires_grad_(True)
         groups = [{"params": heads, "lr": head_lr}]
-        return groups + ([{"params": list(self.trunk.blocks.parameters()), "lr": trunk_lr}] if trunk_lr > 0 else [])
+        return groups + ([{"params": list(self.trunk.blocks.parameters()), "lr": trunk_lr}] if trunk_lr > 0
+                         else [])
 
     def freeze(self):
         """Eval mode and no gradients on any weight: in alignment the gradient passes through, to x_s only."""
@@ -122,11 +127,12 @@ class PAVRM(nn.Module):
 
 
 def load_pavrm(path, generator=None, load_now=True):
-    """The PAVRM saved in `path`. generator: the VideoDiT it is to reward; a reward model whose trunk is not the first
-    blocks of such a generator is an InputError that names the difference. load_now: as in `model.load_transformer`."""
+    """The PAVRM saved in `path`. generator: the VideoDiT it is to reward; a reward model whose trunk is not
+    the first blocks of such a generator is an InputError that names the difference. load_now: as in
+    `model.load_transformer`."""
     if not Path(path).is_dir():
-        raise InputError(f"{path} is not a folder; train a reward model with train_reward.py (--task i2v for the "
-                         "image-to-video generator) and name it with --reward")
+        raise InputError(f"{path} is not a folder; train a reward model with train_reward.py (--task i2v for "
+                         f"the image-to-video generator) and name it with --reward")
     config = read_config(path)
     if set(config) != {"transformer", "pooling"}:
         raise InputError(f"{path}/config.json is not a reward model's (wants transformer and pooling); "
