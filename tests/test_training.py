@@ -461,7 +461,7 @@ BAD = [
     ("train_reward", "--data {bad}/channels", "latents have 5 channels, the model has 16"),
     ("train_reward", "--data {bad}/long", "context is [4, 8] (tokens, width), not [3, 8]"),
     ("train_reward", "--holdout 32", "--holdout 32 leaves nothing to train on"),
-    ("train_reward", "--depth 3", "--depth must be 1 to 2, the generator's blocks; got 3"),
+    ("train_reward", "--depth 3", "--depth 3: must be from 1 to 2, the blocks of the generator"),
     ("train_reward", "--space rgb", "--depth means nothing with --space rgb: leave it out"),
     ("train_reward", "--space latent --frames_decoded all", "--frames_decoded means nothing with --space latent: leave it out"),
     ("train_reward", "--resume {folder}/one-reward_rgb/checkpoint-000004", "--space rgb (now latent)"),
