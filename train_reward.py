@@ -90,12 +90,13 @@ def main(config):
     shards = data.Shards(config.data).relabel(config.labels, config.bad) if config.data else clips.own_samples(
         config.samples_dir or Path(config.output_dir) / "samples", dit.to(runtime.device), config.model,
         config.num_samples, config.num_inference_steps, config.world, config.seed, runtime, config.shift)
-    shards.require_fit(dit, config.model, labelled=bool(config.data))
+    data.require_fit(shards, dit, config.model, labelled=bool(config.data))
     train, held = data.labelled_split(data.take_fold(shards, config.fold), config.holdout, config.seed)
     share = (shards.labels[train] == 1).float().mean().item()
     if runtime.rank == 0:
         print(f"{shards.label_note}\n{len(train)} videos to train on ({share:.0%} good), {len(held)} held out, "
-              f"{len(shards) - len(train) - len(held)} in between or unlabelled left out")
+              f"{len(shards) - len(train) - len(held)} in between or unlabelled left out\n"
+              f"{data.describe_split(shards, train, held)}")
 
     torch.manual_seed(config.seed)
     if config.space == "latent":
