@@ -309,7 +309,7 @@ def score_clips(config, runtime):
         data.encode(data.Encode(str(source), out=str(folder / "latents"), **flags), runtime)
         source = folder / "latents"
     shards = data.Shards(source).relabel()
-    shards.require_fit(pavrm.trunk, model)
+    data.require_fit(shards, pavrm.trunk, model)
     pavrm, rows = pavrm.to(runtime.device), []
     once = max(1, min(16, BATCH_LATENTS // math.prod(shards.latent_shape[1:])))
     for i in common.progress(range(0, len(shards), once), f"clips (x{once})"):

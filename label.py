@@ -40,10 +40,12 @@ except ImportError:                     # an extra: report and export do without
     flask = None
 
 import common
+import data
 import report
 from common import InputError, arg
 from formats import labels
 from formats.metadata import printable, read_metadata, write_labels
+from formats.shards import join_equal
 from formats.video import read_clip, write_video
 
 PAGE = Path(__file__).with_name("assets") / "label.html"
@@ -134,7 +136,8 @@ class Session:
         self.kind, self.journal, self.annotator, self.bad = kind, journal, annotator, bad
         self.index = {item["key"]: i for i, item in enumerate(self.items)}
         self.answers = {}                                       # item -> this annotator's standing answer, oldest first
-        for line in labels.read_answers(journal.path, kind):
+        answers, self.notes = labels.current_answers(journal.path, kind)
+        for line in answers:
             key = (os.path.normpath(line["file_name"]),) if kind == "clip" else tuple(line[name] for name in labels.KEYS[kind])
             if line["annotator"] == annotator and key in self.index:
                 self.answers[self.index[key]] = line
@@ -165,7 +168,8 @@ class Session:
         return line
 
     def answer(self, item, grades):
-        line = self.save(item, **self.items[item]["line"], **grades)
+        line = self.items[item]["line"]
+        line = self.save(item, **line, **grades, contents=labels.contents_beside(self.journal.path, line))
         self.answers.pop(item, None)
         self.answers[item] = line                               # the latest is the last
 
@@ -198,7 +202,7 @@ class Session:
                 "tables": self.tables() if now is None else []}
 
     def tables(self):
-        answers = labels.read_answers(self.journal.path, self.kind)
+        answers, _ = labels.current_answers(self.journal.path, self.kind)
         return clip_tables(answers, self.bad) if self.kind == "clip" else pair_tables(answers)
 
 
@@ -360,6 +364,8 @@ def serve(config):
         with contextlib.suppress(KeyboardInterrupt):
             print(f"{len(items)} {kind}s, {len(session.answers)} answered by {printable(annotator)}\n"
                   f"open http://127.0.0.1:{address[1]}/{token}/\nanswers go to {journal.path}; Ctrl-C ends", flush=True)
+            for note in session.notes:
+                print(printable(note), flush=True)
             server.serve_forever()
     print(f"\n{len(session.answers)} of {len(items)} {kind}s answered by {printable(annotator)}: {journal.path}\n")
     print(show_tables(session.tables()))
@@ -367,22 +373,44 @@ def serve(config):
 
 # ---- the other commands
 def report_command(config):
-    clips, pairs = (labels.read_answers(Path(config.folder) / f"{kind}.jsonl", kind.removesuffix("s").replace("label", "clip"))
-                    for kind in ("labels", "pairs"))
+    folder = Path(config.folder)
+    clips, notes = labels.current_answers(folder / "labels.jsonl", "clip")
+    pairs, more = labels.current_answers(folder / "pairs.jsonl", "pair")
+    notes += more
     if not clips and not pairs:
-        raise InputError(f"{config.folder}: no answers in a labels.jsonl or pairs.jsonl: `python label.py {config.folder}`")
+        raise InputError("; ".join([f"{folder}: no answers in a labels.jsonl or pairs.jsonl: `python label.py {folder}`", *notes]))
     common.refuse(config, () if clips else ("bad",), "for pairs")
-    print(show_tables((clip_tables(clips, config.bad) if clips else []) + (pair_tables(pairs) if pairs else [])))
+    tables = clip_tables(clips, config.bad) if clips else []
+    if pairs:
+        tables += pair_tables(pairs)
+    print(show_tables(tables))
+    if clips:
+        print(describe_clips(folder, clips))
+    for note in notes:
+        print(printable(note))
+
+
+def describe_clips(folder, answers):
+    """A sentence that counts copies, and clips of one prompt, among the clips that have answers."""
+    answers = list({os.path.normpath(answer["file_name"]): answer for answer in answers}.values())
+    prompts = {}
+    with contextlib.suppress(InputError):                       # answers can lie in a folder without its list
+        prompts = {os.path.normpath(row["file_name"]): row["prompt"] for row in read_metadata(folder)}
+    contents = [content for content, in labels.all_contents(folder / "labels.jsonl", answers)]
+    names = [os.path.normpath(answer["file_name"]) for answer in answers]
+    groups = data.prompt_groups([prompts.get(name, name) for name in names])
+    return data.count_relatives(join_equal(contents), groups)
 
 
 def export_command(config):
     """Writes the majority's labels into the clips' metadata and changes no other byte. Clips without answers keep their
-    labels; a clip whose annotators disagree loses its label."""
+    labels; a clip on which no label has more than half of the annotators loses its label."""
     folder = Path(config.folder)
-    found = labels.majority(labels.read_answers(folder / "labels.jsonl"), config.bad)
     rows = read_metadata(folder)                                                # every row can be used
-    if not found:
-        raise InputError(f"{folder}/labels.jsonl: no answers: `python label.py {folder}`")
+    answers, notes = labels.current_answers(folder / "labels.jsonl")
+    if not answers:
+        raise InputError("; ".join([f"{folder}/labels.jsonl: no answers: `python label.py {folder}`", *notes]))
+    found = labels.majority(answers, config.bad)
     path = write_labels(folder, found)
     names = {os.path.normpath(row["file_name"]) for row in rows}
     votes = [label for name, label in found.items() if name in names]
@@ -390,6 +418,8 @@ def export_command(config):
           f"{len(names) - len(votes)} without answers left as they were")
     if len(found) > len(votes):
         print(f"{len(found) - len(votes)} answered clips are not in it")
+    for note in notes:
+        print(printable(note))
 
 
 COMMANDS = {"report": (report_command, Said), "export": (export_command, Said)}

@@ -129,11 +129,11 @@ def load_curated(config, policy, runtime):
         folder = config.curated_dir or Path(config.output_dir) / "curated"
         shards = clips.clean_clips(folder, config.model, config.num_curated, config.world, config.seed + 500,
                                    runtime)
-    shards.require_fit(policy, config.model)
+    data.require_fit(shards, policy, config.model)
     curated = (shards.labels != 0).nonzero()[:, 0]
     if not len(curated):
         raise InputError(f"{shards.folder}: every clip is labelled 0; alignment needs good ones")
-    return shards, *validation.hold_out(config, curated)
+    return shards, *validation.hold_out(config, shards, curated)
 
 
 def main(config):

@@ -121,7 +121,7 @@ def main(config):
         shards = clips.own_samples(folder, dit.to(runtime.device), config.model, config.num_samples,
                                    config.num_inference_steps, config.world, config.seed, runtime,
                                    config.shift)
-    shards.require_fit(dit, config.model, labelled=bool(config.data))
+    data.require_fit(shards, dit, config.model, labelled=bool(config.data))
     train, held_out = data.labelled_split(data.take_fold(shards, config.fold), config.holdout, config.seed)
     prompts = data.prompt_groups([shards.rows[i]["prompt"] for i in train.tolist()])    # alike: equal numbers
     if config.mismatched is None:
@@ -131,8 +131,11 @@ def main(config):
                          f"it out")
     share = (shards.labels[train] == 1).float().mean().item()
     if runtime.rank == 0:
-        print(f"{shards.label_note}\n{len(train)} videos to train on ({share:.0%} good), {len(held_out)} "
-              f"held out, {len(shards) - len(train) - len(held_out)} in between or unlabelled left out")
+        left_out = len(shards) - len(train) - len(held_out)
+        print(shards.label_note)
+        print(f"{len(train)} videos to train on ({share:.0%} good), {len(held_out)} held out, {left_out} in between or "
+              "unlabelled left out")
+        print(data.describe_split(shards, train, held_out))
 
     torch.manual_seed(config.seed)
     if config.space == "latent":

@@ -112,8 +112,9 @@ def check_flags(config):
         raise InputError("--export lora writes adapters: give --lora_rank or --lora too, or leave it out")
 
 
-def hold_out(config, curated):
-    """-> (clips of own data to train on, those held out: num_validation of them); fills in how many that is."""
+def hold_out(config, shards, curated):
+    """-> (clips of own data to train on, those held out: num_validation of them); fills in how many that is. Clips to train on
+    are not copies of held-out ones, and where there are enough prompts, they share none."""
     if config.num_validation is None:
         config.num_validation = min(8, len(curated) // 5) if config.data else 128
     if not config.num_validation:
@@ -122,6 +123,8 @@ def hold_out(config, curated):
     if config.data and config.num_validation >= len(curated):
         raise InputError(f"--num_validation {config.num_validation} leaves nothing to train on: there are {len(curated)} clips")
     train, held = data.split(len(curated), config.num_validation if config.data else 0, config.seed)
+    if len(held):
+        return data.without_relatives(shards, curated[train], curated[held]), curated[held]
     return curated[train], curated[held]
 
 

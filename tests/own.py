@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
+from formats import labels  # noqa: E402
 from world import clips, scene  # noqa: E402
 
 
@@ -28,7 +29,9 @@ def label(folder):
     grades = [(1, 2) if i % 5 == 4 else (2, 2) if i % 2 else (0, 0) for i in range(len(rows))]
     lines = [{"file_name": row["file_name"], "annotator": "script", "physical": a, "deformity": b, "time": round(time.time(), 2)}
              for row, (a, b) in zip(rows, grades)]
-    (folder / "samples/labels.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path = folder / "samples/labels.jsonl"
+    lines = [line | {"contents": labels.contents_beside(path, line)} for line in lines]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def test_each_answer_is_on_the_disk_before_the_next_clip_shows(folder, monkeypat
     assert state["now"] is None and state["tables"][1][2] == [[1, 1, 2]] and sorted(seen) == [f"{i}.mp4" for i in range(4)]
     said = labels.read_answers(folder / "labels.jsonl")
     assert [(x["file_name"], x["physical"], x["deformity"]) for x in said] == list(zip(seen, (2, 0, 1, 2), (2, 0, 2, 0)))
-    assert all(set(x) == {"file_name", "annotator", "physical", "deformity", "time"} for x in said)
+    assert all(set(x) == {"file_name", "annotator", "physical", "deformity", "contents", "time"} for x in said)
     assert seen != sorted(seen)                                         # shuffled, and for everyone alike
     session.journal.file.close()
     assert open_session(folder, "ben").coming(9) == [session.index[name,] for name in seen]
