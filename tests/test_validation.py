@@ -1,6 +1,5 @@
 """What is watched: the panel against known films, validations on own data by ranks and kinds, judge, best/, patience."""
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -136,8 +135,8 @@ def test_three_ranks_under_ddp_and_fsdp_see_what_one_sees(folder, watched, secon
                                "--parallel", kind, "--patience", "1", batch_size=1)
         runs.append((script, argv))
     (tmp_path / "driver.py").write_text(DRIVER)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3", "--master_port",
-                    str(29100 + os.getpid() % 300), tmp_path / "driver.py", json.dumps(runs)], env=ENV, check=True, timeout=300)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3",
+                    tmp_path / "driver.py", json.dumps(runs)], env=ENV, check=True, timeout=300)
     one = json.loads((watched / "samples/step-000000.json").read_text())["values"]
     for kind in ("ddp", "fsdp"):
         found = json.loads((tmp_path / kind / "samples/step-000000.json").read_text())["values"]
@@ -194,11 +193,11 @@ def test_what_is_watched_needs_something_to_watch(folder, capsys):
         with pytest.raises(SystemExit):
             script, argv = command(folder, "sft", "four-run", "--data", str(folder / "four"), *flags.split())
             run(script, [x for i, x in enumerate(argv) if "--num_validation" not in (x, argv[i - 1])])
-        assert f"--{flags.split()[-2].lstrip('-')} means nothing where nothing is watched" in capsys.readouterr().err
+        assert f"--{flags.split()[-2].lstrip('-')} means nothing without validation" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--judge", "{}/generator/reward", "--num_validation", "4"], "is the reward model that is climbed"),
+    (["--judge", "{}/generator/reward", "--num_validation", "4"], "is the reward model that the generator is trained against"),
     (["--num_validation", "16"], "leaves nothing to train on"), (["--patience", "2", "--num_validation", "4"], "--judge"),
     (["--judge", "nowhere", "--num_validation", "4"], "nowhere"), (["--judge", "x"], "--num_validation 0"),
     (["--export", "lora"], "--lora_rank"), (["--lora", "none.safetensors"], "none.safetensors"),
