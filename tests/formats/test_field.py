@@ -179,16 +179,16 @@ def test_nothing_of_the_users_is_written_over(clips, tmp_path, capsys):
     dit = type("Dit", (), {"config": {"model_type": "t2v"}})
     for make in (lambda: world.own_samples(other, dit, weights.SHIPPED["t2v"], 2, 1, "tiny", 0, runtime),
                  lambda: world.clean_clips(other, weights.SHIPPED["t2v"], 2, "tiny", 0, runtime),
-                 lambda: evaluate.own(evaluate.Config(output_dir=str(other)), runtime),
+                 lambda: evaluate.lock_output_dir(evaluate.Config(output_dir=str(other)), runtime),
                  lambda: sample.start_folder(sample.Config("x", output_dir=str(other)), [])):
         with pytest.raises(InputError, match="not ours"):
             make()
     assert before == {path.name: path.read_bytes() for path in other.iterdir()}
-    with evaluate.own(evaluate.Config(output_dir=str(tmp_path / "mine")), runtime):         # and one writer at a time
+    with evaluate.lock_output_dir(evaluate.Config(output_dir=str(tmp_path / "mine")), runtime):         # and one writer at a time
         with pytest.raises(InputError, match=f"process {os.getpid()} on .* is writing there"):
-            evaluate.own(evaluate.Config(output_dir=str(tmp_path / "mine")), runtime)
+            evaluate.lock_output_dir(evaluate.Config(output_dir=str(tmp_path / "mine")), runtime)
     (tmp_path / "mine/table.md").touch()
-    evaluate.own(evaluate.Config(output_dir=str(tmp_path / "mine")), runtime).close()       # its own, once more
+    evaluate.lock_output_dir(evaluate.Config(output_dir=str(tmp_path / "mine")), runtime).close()       # its own, once more
     with pytest.raises(InputError, match="its path is not UTF-8: name another folder"):
         lock.require_ours(os.fsdecode(b"caf\xe9"), "shards")
 
