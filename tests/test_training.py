@@ -191,18 +191,18 @@ def test_defaults_are_the_papers_where_the_model_is_wans_size(monkeypatch):
     for preset, rate, head, batch in (("tiny-t2v", 1e-4, 2e-3, 32), ("wan2.1-t2v-1.3b", 5e-6, 1e-5, 1),
                                       ("wan2.1-i2v-14b", 5e-6, 1e-5, 1)):
         align, reward = train_align.Config(learning_rate=None), train_reward.Config(max_train_steps=7)
-        codec.fill_in(align, codec.training(PRESETS[preset], "align"))
-        codec.fill_in(reward, codec.training(PRESETS[preset], "reward"))
+        codec.fill_in(align, codec.training_defaults(PRESETS[preset], "align"))
+        codec.fill_in(reward, codec.training_defaults(PRESETS[preset], "reward"))
         assert (align.learning_rate, align.batch_size) == (rate, batch)
         assert (reward.learning_rate, reward.max_train_steps) == (head, 7)
     assert (align.num_inference_steps, align.max_train_steps) == (40, 800)
     assert align.gradient_accumulation_steps == 30
     assert reward.trunk_learning_rate == 1e-6
     monkeypatch.setenv("WORLD_SIZE", "8")
-    on_8_ranks = codec.training(PRESETS["wan2.1-t2v-14b"], "align")
+    on_8_ranks = codec.training_defaults(PRESETS["wan2.1-t2v-14b"], "align")
     assert on_8_ranks["gradient_accumulation_steps"] == 4       # 32 videos
     given = train_align.Config(learning_rate=1e-3)
-    codec.fill_in(given, codec.training(PRESETS["wan2.1-t2v-14b"], "align"))
+    codec.fill_in(given, codec.training_defaults(PRESETS["wan2.1-t2v-14b"], "align"))
     assert given.learning_rate == 1e-3
 
 
