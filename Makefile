@@ -42,7 +42,7 @@ own: .venv/test
 	$(BIN)/python -m formats.wan $(OWN)/align/pytorch_lora_weights.safetensors --out $(OWN)/comfyui.safetensors --layout wan
 
 test: .venv/test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(PYTEST_FLAGS) tests
 
 lint: .venv/test
 	$(BIN)/ruff check .

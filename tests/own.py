@@ -1,7 +1,7 @@
-"""What `make own` needs beside the commands of docs/your_model.md: a model, prompts, clips, and somebody who labels.
+"""What `make own` needs beside the commands of docs/your_model.md: a model, prompts, clips, and labels.
 
     python tests/own.py prepare runs/own      a tiny random Wan2.1, prompts and clips of the embedded world
-    python tests/own.py label runs/own        grades for every sample, by rule: labels.jsonl as label.py writes it
+    python tests/own.py label runs/own        a labels.jsonl like label.py's, with grades by a fixed rule
 """
 import json
 import sys
@@ -18,8 +18,8 @@ from world import clips, scene  # noqa: E402
 def prepare(folder):
     from tiny_wan import write_pipelines
     write_pipelines(folder / "wan")
-    for name, split in (("prompts", "train"), ("test", "test")):
-        (folder / f"{name}.txt").write_text("\n".join(scene.draw_prompts(20 if name == "prompts" else 4, 5, split=split)) + "\n")
+    for name, split, count in (("prompts", "train", 20), ("test", "test", 4)):
+        (folder / f"{name}.txt").write_text("\n".join(scene.draw_prompts(count, 5, split=split)) + "\n")
     clips.main(clips.Config(str(folder / "clips"), count=16, kind="clean"))
 
 
