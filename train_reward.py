@@ -2,6 +2,7 @@
 
     python train_reward.py                                      the embedded world: samples, labels, trains
     torchrun --nproc_per_node=8 train_reward.py --data clips_encoded --holdout 100
+    python train_reward.py --data round1_encoded round2_encoded     two rounds of labels
     python train_reward.py --data clips_encoded --fold 1/2          half of the labels, so that a judge
     python train_reward.py --data clips_encoded --fold 2/2 --seed 1     can be trained on the other half
     python train_reward.py --mismatched 0                       the paper's: every video with its own prompt
@@ -39,6 +40,7 @@ from common import InputError, arg
 from families import fill_in, training_defaults
 from formats import runs
 from formats.labels import BAD
+from formats.shards import join
 from formats.weights import TASKS, resolve_model, save_module
 from model import image_inputs, load_transformer
 from pavrm import CRITERIA, PAVRM, POOLINGS
@@ -56,8 +58,8 @@ class Config(runs.Flags, parallel.Flags):
                      choices=("latent", "rgb"))
     frames_decoded: str = arg("first", "frames that are decoded and judged", choices=refl_baseline.FRAMES,
                               only="space rgb")
-    data: str | None = arg(None, "labelled shards from `data.py encode`; default: the generator's own "
-                           "samples")
+    data: tuple[str, ...] = arg((), "labelled shards from `data.py encode`; several folders, such as rounds of labels, "
+                                "count as one; default: the generator's own samples")
     labels: str | None = arg(None, "a labels.jsonl in place of the one beside the clips", only="data")
     bad: str = arg("both", "a video is bad if it is unqualified on both axes (A.2.3), or on any", choices=BAD,
                    only="data")
@@ -107,6 +109,8 @@ def main(config):
     if config.loss == "bt" and config.batch_size == 1:
         raise InputError("--loss bt compares the good and the bad of a batch: it needs --batch_size 2 or "
                          "more")
+    if config.labels and len(config.data) > 1:
+        raise InputError("--labels replaces the labels.jsonl of one folder: with several folders of --data leave it out")
     runtime = common.setup(config.mixed_precision, config.seed, config.sequence_parallel)
     parallel.check(config)
     # to make samples or predictions; else the trunk is enough
@@ -115,13 +119,17 @@ def main(config):
     fill_in(config, training_defaults(dit.config, "reward"))
     resume, state = runs.open_checkpoint(config)
     if config.data:
-        shards = data.Shards(config.data).relabel(config.labels, config.bad)
+        parts = [data.Shards(folder).relabel(config.labels, config.bad) for folder in config.data]
+        for part in parts:
+            data.require_fit(part, dit, config.model)
+        shards = join(parts)
+        shards.require(labelled=True)
     else:
         folder = config.samples_dir or Path(config.output_dir) / "samples"
         shards = clips.own_samples(folder, dit.to(runtime.device), config.model, config.num_samples,
                                    config.num_inference_steps, config.world, config.seed, runtime,
                                    config.shift)
-    data.require_fit(shards, dit, config.model, labelled=bool(config.data))
+        data.require_fit(shards, dit, config.model)
     train, held_out = data.labelled_split(data.take_fold(shards, config.fold), config.holdout, config.seed)
     prompts = data.prompt_groups([shards.rows[i]["prompt"] for i in train.tolist()])    # alike: equal numbers
     if config.mismatched is None:

@@ -194,6 +194,27 @@ class Shards:
             raise InputError(f"{self.folder}: {what}: a reward model needs 0 and 1 (label.py, or `label` in the clips' metadata)")
 
 
+def join(parts):
+    """Several Shards as one, in their order, such as the rounds of labels of a reward model.
+
+    -> the first of them, which then has the clips of all. Raises InputError naming a folder that does not fit the first.
+    """
+    whole = parts[0]
+    for part in parts[1:]:
+        if part.shapes != whole.shapes:
+            raise InputError(f"{part.folder}: holds {part.shapes} where {whole.folder} holds {whole.shapes}: encode both with "
+                             "the same --model, --size and --frames")
+        if part.settings.get("encoders") != whole.settings.get("encoders"):
+            raise InputError(f"{part.folder}: was encoded with other encoders than {whole.folder}: encode both with the same "
+                             "--model")
+        whole.rows += part.rows
+        whole.where += part.where
+        whole.contents += part.contents
+        whole.labels = torch.cat([whole.labels, part.labels])
+        whole.label_note += f"\n{part.label_note}"
+    return whole
+
+
 def _labels_by_name(rows):
     """{normal path: label} of rows; of two rows of one file, the upper one counts."""
     return {os.path.normpath(row["file_name"]): row["label"] for row in reversed(rows)}

@@ -54,7 +54,11 @@ def command(folder, name, output, *more, batch_size=8):
         flags = [*flags, "--num_validation", "0"]
         if name != "sft":
             flags += ["--num_inference_steps", "4"]
-    return script, [*flags, "--model", str(folder / "generator"), "--data", str(folder / "data"),
+    if "--data=" in more:                                       # the generator's own samples, or the world's clips
+        more, shards = [word for word in more if word != "--data="], []
+    else:
+        shards = ["--data", str(folder / "data")]
+    return script, [*flags, "--model", str(folder / "generator"), *shards,
                     "--output_dir", str(folder / output), "--mixed_precision", "no",
                     "--batch_size", str(batch_size), "--max_train_steps", str(STEPS),
                     "--checkpointing_steps", "2", *more]
