@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 
 import common
 from common import InputError, arg
-from formats import codec, fingerprint, lock
+from formats import codec, disk, fingerprint, lock
 from formats import labels as people
 from formats.codec import load_image_encoder, load_text_encoder, load_vae, save_null_context
 from formats.metadata import (
@@ -79,7 +79,7 @@ def write_shards(folder, latents, contexts, labels, prompts, file_names=None, fp
         (folder / "shards.json").unlink(missing_ok=True)
     tensors = {name: x.float().contiguous() for name, x in (extra | dict(latents=latents, context=contexts)).items()}
     stream_tensors(tensors | {"label": values}, folder / f"{name}.tmp")
-    os.replace(folder / f"{name}.tmp", folder / name)
+    disk.put(folder / f"{name}.tmp", folder / name)
     rows = (before.all_rows if before else []) + rows
     write_rows(folder / "metadata.jsonl", rows)
     index["shards"].append({"file": name, "count": len(values)} | ({"contents": list(contents)} if contents else {}))
@@ -531,6 +531,9 @@ def encode(config, runtime):
     loaders = dict(zip(ROLES, (load_vae, load_text_encoder, load_image_encoder)))
     load = functools.cache(lambda: {role: loaders[role](path).to(runtime.device) for role, path in folders.items()})
     contents = fingerprint.Contents(out / "contents.json")
+    disk.require_shared(out, "--out")
+    if not all(common.gather(Path(config.folder).is_dir() or runtime.rank == 0)):
+        raise InputError(f"{config.folder}: not every process sees this folder: put the clips on a disk that all nodes share")
     if runtime.rank > 0:
         for _ in encode_chunks(*common.gather(None)[0], config, load, image_to_video, contents, runtime):
             pass                                    # rank 0 gets them

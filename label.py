@@ -45,7 +45,7 @@ import common
 import data
 import report
 from common import InputError, arg
-from formats import labels
+from formats import disk, labels
 from formats.metadata import FIELDS, find_metadata, printable
 from formats.video import read_clip, write_video
 
@@ -409,9 +409,7 @@ def export_command(config):
                 row = json.loads(line) if line.strip() else {}
                 changed = relabel(row, found) if row else row
                 new.write(line if changed == row else json.dumps(changed, ensure_ascii=False) + "\n")
-        new.flush()
-        os.fsync(new.fileno())
-    os.replace(temporary, path)
+    disk.put(temporary, path)
     names = {os.path.normpath(row["file_name"]) for row in rows}
     votes = [label for name, label in found.items() if name in names]
     print(f"wrote {path}: {votes.count(1)} good, {votes.count(0)} bad, {votes.count(None)} dropped, "

@@ -33,7 +33,7 @@ import data
 import flow
 import search
 from common import InputError, arg
-from formats import codec, lock, runs
+from formats import codec, disk, lock, runs
 from formats.metadata import from_json, not_text, write_rows
 from formats.prompts import read_prompts
 from formats.video import contact_sheet, read_clip, write_video
@@ -213,6 +213,7 @@ def main(config):
     cuts = search.parse_cuts(config.best_of, config.cuts)
     pavrm = load_pavrm(config.reward or f"{model}/reward", dit) if config.best_of > 1 else None
     todo = list(batches(videos, config.batch_size))
+    disk.require_shared(config.output_dir or Path(config.output).parent, "--output_dir" if config.output_dir else "--output")
     if config.output_dir:
         if runtime.rank == 0:
             held = start_folder(config, videos)                 # noqa: F841   as long as this function runs

@@ -9,7 +9,6 @@ being exploited. best/ keeps the weights whose samples were liked best.
 Axes: b batch, m held-out videos, c channels, f frames, h height, w width, F H W of pixels, l text tokens.
 """
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ import data
 import flow
 from common import InputError, arg, noise, uniform
 from flow import add_noise
-from formats import codec, fingerprint, runs
+from formats import codec, disk, fingerprint, runs
 from formats.metadata import from_json
 from formats.prompts import read_prompts
 from formats.video import SPACE, TIME, contact_sheet, from_pixels, read_clip, write_video
@@ -154,8 +153,9 @@ def held_out_prompts(config, dit_config, shards, held, vae, device):
 
 
 @torch.no_grad()
-def make_validation(config, runtime, policy, shards=None, held=None, export=None, log=None):
-    """-> validate(policy, step) -> {validation_<name>: mean over videos}, the same on every rank; every rank must call it.
+def make_validation(config, runtime, policy, shards=None, held=None, export=None):
+    """-> validate(policy, step, log=None) -> {validation_<name>: mean over videos}, the same on every rank; every rank must
+    call it. log: a runs.MetricsLog, to show videos.
 
     config: train_align.py's. shards, held: own data, and the clips of it that are not trained on. export(path):
     writes the policy; best/ in the run folder keeps what it writes of the best step. Draws samples/step-<step>.png, and
@@ -231,10 +231,12 @@ def make_validation(config, runtime, policy, shards=None, held=None, export=None
             rows += split([i], panel(film)) if keep else []
         real = table(rows)
         real["dynamic"] = dynamic_degree(real["flow"], real["flow"]).tolist()
-    history = past_scores(config.output_dir)
+    history = None                                              # known when the run has started
 
     @torch.no_grad()
-    def validate(policy, step):
+    def validate(policy, step, log=None):
+        nonlocal history
+        history = past_scores(config.output_dir) if history is None else history
         rows, films = [], []
         for group, keep in parallel.work_of_rank(groups, runtime, config.parallel):
             x, found = latents_of(policy, group)
@@ -319,18 +321,14 @@ def past_scores(output_dir):
 def save_best(output_dir, policy, export, note):
     """Replaces best/ in the run folder by the policy's weights and best.json. Every rank must call it."""
     best = Path(output_dir) / "best"
-    new, old = best.with_name("best.tmp"), best.with_name("best.old")
+    new = best.with_name("best.tmp")
     if common.rank() == 0:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
     export(new / "transformer")
     if common.rank() == 0:
         runs.write_json(new / "best.json", note)
-        shutil.rmtree(old, ignore_errors=True)
-        if best.exists():
-            os.rename(best, old)
-        os.rename(new, best)
-        shutil.rmtree(old, ignore_errors=True)
+        disk.put(new, best)
     common.gather(None)                                         # nobody goes on before it is there
 
 

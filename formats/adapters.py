@@ -7,13 +7,13 @@ multiplied into B, so that every reader finds the same weights.
 
 Axes: d d' widths of a layer, r rank.
 """
-import os
 import re
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from common import InputError
+from formats import disk
 from formats.weights import diffusers_name, stream_tensors
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -60,4 +60,4 @@ def write_adapters(path, adapters, layout="diffusers"):
         tensors |= {f"{spell(layer)}lora_A.weight": A.contiguous(), f"{spell(layer)}lora_B.weight": B.contiguous()}
     temporary = Path(f"{path}.tmp")
     stream_tensors(tensors, temporary)
-    os.replace(temporary, path)
+    disk.put(temporary, path)

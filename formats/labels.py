@@ -11,7 +11,6 @@ in place of the answer, so nothing that was said is ever lost. time: seconds sin
 Axes: n clips, k categories, m annotators.
 """
 import collections
-import fcntl
 import itertools
 import json
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from common import InputError
+from formats import disk, lock
 from formats.metadata import from_json
 
 AXES = ("physical", "deformity")
@@ -39,14 +39,10 @@ class Journal:
     def __init__(self, path):
         self.path, new = Path(path), not Path(path).exists()
         self.file = self.path.open("a+b", buffering=0)
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)       # the system frees it, however this process ends
-        except BlockingIOError:
-            raise InputError(f"{self.path.parent}: another label.py has this folder open: stop that one first") from None
+        if not lock.take(self.file, self.path.parent):
+            raise InputError(f"{self.path.parent}: another label.py has this folder open: stop that one first")
         if new:                                                         # the name, too, has to be on the disk
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            disk.flush(self.path.parent)
         whole = self.path.read_bytes()
         tail = whole[whole.rfind(b"\n") + 1:]
         if tail and _is_json(tail):
@@ -61,7 +57,7 @@ class Journal:
         try:
             if self.file.write(data) < len(data):
                 raise OSError("the disk is full")
-            os.fsync(self.file.fileno())
+            disk.flush_handle(self.file.fileno(), self.path)
         except OSError:
             self.file.truncate(before)
             raise

@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from common import InputError
+from formats import disk
 
 FIELDS = {"file_name": ("file_name", "video", "file"), "prompt": ("prompt", "text", "caption"),
           "label": ("label", "reward")}
@@ -103,7 +104,7 @@ def replace_bytes(path, content):
     """Whole or not at all: a temporary name, then a rename. Raises OSError that names the file."""
     try:
         Path(f"{path}.tmp").write_bytes(content)
-        os.replace(f"{path}.tmp", path)
+        disk.put(f"{path}.tmp", path)
     except OSError as error:
         with contextlib.suppress(OSError):
             os.unlink(f"{path}.tmp")

@@ -31,7 +31,7 @@ from torch import nn
 import common
 import flow
 from common import InputError, arg
-from formats import runs
+from formats import disk, runs
 from formats.codec import load_text_encoder, load_vae
 from formats.video import from_pixels, to_pixels
 from formats.weights import SHIPPED, WEIGHTS, save_module, stream_tensors
@@ -281,7 +281,7 @@ def world_latents(config, vae, runtime):
             latents += [vae.encode(from_pixels(v.to(runtime.device))).half().cpu() for v in videos.split(128)]
         temporary = path.with_suffix(".tmp")
         stream_tensors({"latents": torch.cat(latents)}, temporary)
-        temporary.rename(path)
+        disk.put(temporary, path)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     return load_file(path)["latents"], prompts
