@@ -32,7 +32,7 @@ import common
 import families
 from common import InputError, arg
 from families import load_image_encoder, load_text_encoder, load_vae, save_null_context
-from formats import encoders, fingerprint, lock
+from formats import disk, encoders, fingerprint, lock
 from formats.metadata import SUFFIXES, printable, read_listing, read_metadata, replace_text  # noqa: F401   for tests
 from formats.shards import Shards, join_equal, write_shards
 from formats.video import Facts, from_pixels, read_clip_facts
@@ -520,6 +520,9 @@ def encode(config, runtime):
     loaders = dict(zip(ROLES, (load_vae, load_text_encoder, load_image_encoder)))
     load = functools.cache(lambda: {role: loaders[role](path).to(runtime.device) for role, path in folders.items()})
     contents = fingerprint.Contents(out / "contents.json")
+    disk.require_shared(out, "--out")
+    if not all(common.gather(Path(config.folder).is_dir() or runtime.rank == 0)):
+        raise InputError(f"{config.folder}: not every process sees this folder: put the clips on a disk that all nodes share")
     if runtime.rank > 0:
         for _ in encode_chunks(*common.gather(None)[0], config, load, image_to_video, contents, runtime):
             pass                                    # rank 0 gets them

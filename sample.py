@@ -40,7 +40,7 @@ import data
 import families
 import search
 from common import InputError, arg
-from formats import encoders, lock, runs, samples
+from formats import disk, encoders, lock, runs, samples
 from formats.metadata import from_json, not_text, write_rows
 from formats.paths import require_writable
 from formats.prompts import read_prompts
@@ -334,6 +334,10 @@ def main(config):
     pavrm = load_pavrm(config.reward or f"{model}/reward", dit) if config.best_of > 1 else None
     place_videos(videos, config.batch_size)
     todo = batches(videos)
+    if config.output_dir:
+        disk.require_shared(config.output_dir, "--output_dir")
+    else:
+        disk.require_shared(Path(config.output).parent, "--output")
     if config.output_dir:
         if runtime.rank == 0:
             flags = {name: getattr(config, name) for name in samples.FLAGS}

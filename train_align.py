@@ -181,7 +181,6 @@ def main(config):
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
     if resume:
         parallel.load_state(resume, state, policy, optimizer)
-    log = runs.start_run(config, state["step"] if resume else None, shards)
 
     # ---- the losses: each -> (loss, {what is logged beside it}); indices are places in the global batch
     def flow_loss(iteration, indices, x0, context, weight=None, **conditions):
@@ -249,11 +248,13 @@ def main(config):
     export = partial(lora.export, policy, alpha=config.lora_alpha, kind=config.export)
 
     # ---- the loop
-    validate = config.num_validation and validation.make_validation(config, runtime, policy, shards, held_out,
-        export, log)
+    validate = None
+    if config.num_validation:
+        validate = validation.make_validation(config, runtime, policy, shards, held_out, export)
+    log = runs.start_run(config, state["step"] if resume else None, shards)     # last: now the run folder changes
     bar = common.progress(config.max_train_steps, config.method, initial=state["step"])
     if validate and not resume:
-        log.log(0, **validate(policy, 0))
+        log.log(0, **validate(policy, 0, log))
     for iteration in range(state["step"], config.max_train_steps):
         learning_rate = config.learning_rate
         if config.lr_scheduler == "linear":
@@ -267,7 +268,7 @@ def main(config):
         done = iteration + 1
         last = done == config.max_train_steps
         if validate and (done % config.validation_steps == 0 or last):
-            metrics |= validate(policy, done)
+            metrics |= validate(policy, done, log)
             last |= metrics.get("validation_since_best", 0) >= (config.patience or math.inf)
         log.log(done, **metrics)
         bar.set_postfix({k: f"{metrics[k]:.3f}" for k in ("reward", "sft_loss", "rwr_loss") if k in metrics})

@@ -163,10 +163,10 @@ def main(config):
     params = [p for p in reward.parameters() if p.requires_grad]
     if resume:
         parallel.load_state(resume, state, reward, optimizer)
-    log = runs.start_run(config, state["step"] if resume else None, shards)
     global_batch = config.batch_size * runtime.world_size // config.sequence_parallel
-    bar = common.progress(config.max_train_steps, "reward model", initial=state["step"])
     measure = make_reward_report(reward_fn, shards.batch(held_out), dit.config, config, runtime)
+    log = runs.start_run(config, state["step"] if resume else None, shards)     # last: now the run folder changes
+    bar = common.progress(config.max_train_steps, "reward model", initial=state["step"])
     report = None
 
     for step in range(state["step"], config.max_train_steps):

@@ -10,7 +10,6 @@ best/ keeps the weights whose samples scored best.
 Axes: b batch, m held-out videos, c channels, f frames, h height, w width, F H W of pixels, l text tokens.
 """
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ import families
 import flow
 from common import InputError, arg, noise, uniform
 from flow import add_noise
-from formats import encoders, fingerprint, runs
+from formats import disk, encoders, fingerprint, runs
 from formats.metadata import from_json
 from formats.prompts import read_prompts
 from formats.video import TIME, contact_sheet, from_pixels, write_video
@@ -196,9 +195,10 @@ def gather_values(rows):
 
 
 @torch.no_grad()
-def make_validation(config, runtime, policy, shards=None, held_out=None, export=None, log=None):
-    """-> validate(policy, step) -> {validation_<name>: mean over videos}, the same on every rank; all must
-    call it.
+def make_validation(config, runtime, policy, shards=None, held_out=None, export=None):
+    """-> validate(policy, step, log=None) -> {validation_<name>: mean over videos}, the same on every rank.
+
+    Every rank must call it. log: a runs.MetricsLog, to show videos in TensorBoard.
 
     config: train_align.py's. shards, held_out: the user's data, and the clips of it that are kept out of
     training. export(path) writes the policy: best/ in the run folder keeps what it writes at the best step.
@@ -275,10 +275,12 @@ def make_validation(config, runtime, policy, shards=None, held_out=None, export=
                 rows += by_video([i], panel(film))
         real = gather_values(rows)
         real["dynamic"] = dynamic_degree(real["flow"], real["flow"]).tolist()
-    history = past_scores(config.output_dir)
+    history = None                                              # known when the run has started
 
     @torch.no_grad()
-    def validate(policy, step):
+    def validate(policy, step, log=None):
+        nonlocal history
+        history = past_scores(config.output_dir) if history is None else history
         rows, films = [], []
         for group, keep in parallel.work_of_rank(groups, runtime, config.parallel):
             x, found = latents_of(policy, group)
@@ -371,18 +373,14 @@ def past_scores(output_dir):
 def save_best(output_dir, policy, export, note):
     """Replaces best/ in the run folder by the policy's weights and best.json. Every rank must call it."""
     best = Path(output_dir) / "best"
-    new, old = best.with_name("best.tmp"), best.with_name("best.old")
+    new = best.with_name("best.tmp")
     if common.rank() == 0:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
     export(new / "transformer")
     if common.rank() == 0:
         runs.write_json(new / "best.json", note)
-        shutil.rmtree(old, ignore_errors=True)
-        if best.exists():
-            os.rename(best, old)
-        os.rename(new, best)
-        shutil.rmtree(old, ignore_errors=True)
+        disk.put(new, best)
     common.gather(None)                                 # no rank continues before it is there
 
 

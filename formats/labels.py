@@ -16,7 +16,6 @@ Axes: n clips, k categories, m annotators.
 """
 import collections
 import contextlib
-import fcntl
 import itertools
 import json
 import os
@@ -25,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from common import InputError
-from formats import fingerprint
+from formats import disk, fingerprint, lock
 from formats.metadata import from_json
 
 AXES = ("physical", "deformity")
@@ -64,14 +63,10 @@ class Journal:
         self.path = Path(path)
         is_new = not self.path.exists()
         self.file = self.path.open("a+b", buffering=0)
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)       # the system frees it, however this process ends
-        except BlockingIOError:
-            raise InputError(f"{self.path.parent}: another label.py has this folder open: stop that one first") from None
+        if not lock.take(self.file, self.path.parent):
+            raise InputError(f"{self.path.parent}: another label.py has this folder open: stop that one first")
         if is_new:                                                      # the name, too, has to be on the disk
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            disk.flush(self.path.parent)
         content = self.path.read_bytes()
         tail = content[content.rfind(b"\n") + 1:]
         if tail and _is_json(tail):
@@ -86,7 +81,7 @@ class Journal:
         try:
             if self.file.write(data) < len(data):
                 raise OSError("the disk is full")
-            os.fsync(self.file.fileno())
+            disk.flush_handle(self.file.fileno(), self.path)
         except OSError:
             self.file.truncate(before)
             raise

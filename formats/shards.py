@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 import common
 from common import InputError
-from formats import fingerprint, lock
+from formats import disk, fingerprint, lock
 from formats import labels as people
 from formats.metadata import from_json, printable, read_listing, read_metadata, replace_text, write_rows
 from formats.weights import stream_tensors
@@ -56,7 +56,7 @@ def write_shards(folder, latents, contexts, labels, prompts, file_names=None, fp
     tensors = {key: x.float().contiguous() for key, x in {**extra, "latents": latents, "context": contexts}.items()}
     tensors["label"] = values
     stream_tensors(tensors, folder / f"{name}.tmp")
-    os.replace(folder / f"{name}.tmp", folder / name)
+    disk.put(folder / f"{name}.tmp", folder / name)
     write_rows(folder / "metadata.jsonl", rows)
     entry = {"file": name, "count": len(values)}
     if contents:

@@ -182,8 +182,8 @@ def main(config):
     if resume:
         parallel.load_state(resume, state, policy, optimizer)
     average = frozen(resume / "transformer" if resume else BASE) if config.variant == "ema" else policy
-    log = runs.start_run(config, state["step"] if resume else None, shards)
     validate = make_validation(config, runtime, policy) if config.num_validation else None
+    log = runs.start_run(config, state["step"] if resume else None, shards)
     indices, B, N = range(config.batch_size), config.batch_size, config.num_inference_steps
 
     def curated_batch(seed, iteration):

@@ -42,7 +42,7 @@ import common
 import flow
 from common import InputError, arg
 from families import load_text_encoder, load_vae
-from formats import runs
+from formats import disk, runs
 from formats.video import from_pixels, to_pixels
 from formats.weights import SHIPPED, WEIGHTS, save_module, stream_tensors
 from model import PRESETS, VideoDiT, first_frame_condition, load_transformer
@@ -350,7 +350,7 @@ def world_latents(config, vae, runtime):
                 latents.append(vae.encode(from_pixels(some.to(runtime.device))).half().cpu())
         temporary = path.with_suffix(".tmp")
         stream_tensors({"latents": torch.cat(latents)}, temporary)
-        temporary.rename(path)
+        disk.put(temporary, path)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     return load_file(path)["latents"], prompts
