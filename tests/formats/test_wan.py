@@ -202,7 +202,7 @@ def test_a_model_brings_its_encoders_and_refuses_shards_of_others(pipelines, cli
     if kind == "t2v":                                           # as of a Wan2.2 model: first frame, and no image tokens
         config = load_transformer(pipelines / "i2v").config
         with pytest.raises(InputError, match="i2v .* without CLIP tokens is of a family that is not supported"):
-            shards.require_fit(type("Dit", (), {"config": config | {"image_dim": None}}), pipeline)
+            data.require_fit(shards, type("Dit", (), {"config": config | {"image_dim": None}}), pipeline)
         shards.require = lambda *_: None                        # it has tokens, and lacks the first frame alone
         with pytest.raises(InputError, match="lacks the given first frame as Wan2.1's .* takes it: encode with --model"):
             data.require_fit(shards, type("Dit", (), {"config": config}), pipeline)
