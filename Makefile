@@ -25,8 +25,6 @@ PEOPLE := $(HERE)/tests/own.py answer
 SIZE := --size "32*32" --frames 9 --fps 8
 STEPS := --num_inference_steps 4
 REWARD := --depth 1 --holdout 2 --max_train_steps 4 --batch_size 4 --mixed_precision no
-# samples_encoded samples2_encoded, once train_reward.py takes several folders after --data
-BOTH_ROUNDS := samples2_encoded
 ALIGN := --batch_size 2 --max_train_steps 4 --mixed_precision no --num_validation 4 --checkpointing_steps 2 $(STEPS)
 
 own: .venv/test
@@ -53,9 +51,9 @@ own: .venv/test
 		--output_dir samples2 $(SIZE) $(STEPS)
 	$(RUN) $(PEOPLE) $(HERE)/label.py samples2 --annotator ada
 	$(RUN) $(HERE)/data.py encode samples2 --out samples2_encoded $(SIZE) --model Wan2.1
-	$(RUN) $(HERE)/train_reward.py --model Wan2.1 --data $(BOTH_ROUNDS) --fold 1/2 \
+	$(RUN) $(HERE)/train_reward.py --model Wan2.1 --data samples_encoded samples2_encoded --fold 1/2 \
 		--output_dir runs/reward2 --gradient_checkpointing $(REWARD)
-	$(RUN) $(HERE)/train_reward.py --model Wan2.1 --data $(BOTH_ROUNDS) --fold 2/2 --seed 1 \
+	$(RUN) $(HERE)/train_reward.py --model Wan2.1 --data samples_encoded samples2_encoded --fold 2/2 --seed 1 \
 		--output_dir runs/judge2 --gradient_checkpointing $(REWARD)
 	$(RUN) $(HERE)/train_align.py --model Wan2.1 --data clips_encoded --reward runs/reward2/reward \
 		--judge runs/judge2/reward --validation_steps 2 --patience 3 --gradient_checkpointing \
@@ -68,7 +66,7 @@ own: .venv/test
 	$(RUN) -m formats.wan runs/adapters/pytorch_lora_weights.safetensors --out comfyui.safetensors --layout wan
 
 test: .venv/test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(PYTEST_FLAGS) tests
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -1,12 +1,13 @@
-"""Plumbing every script shares, as plain functions. Imports none of our files.
-Whatever is random in example i of step k comes from random_generator(seed, purpose, k, i): a resumed run, or one on
-another number of ranks, draws the same numbers, and no generator state is ever stored."""
+"""The plumbing that every script shares, as plain functions. This file imports none of ours.
+
+Every random number for example i of step k comes from random_generator(seed, purpose, k, i). So a resumed run, and a run on
+another number of ranks, draw the same numbers, and no generator state is ever stored.
+"""
 import argparse
 import dataclasses
 import datetime
 import hashlib
 import math
-import operator
 import os
 import sys
 import time
@@ -27,11 +28,19 @@ def rank():
 
 
 # ---- command line
-def arg(default, help, *, choices=None, above=None, at_least=None, at_most=None, below=None, alias=None, positional=False, only=""):
-    """A dataclass field that is also a flag: int, float, str, bool, or Optional[X] or tuple[X, ...] of these.
-    default=... (Ellipsis) makes it required; above, at_least, at_most, below bound every value. only: where it does anything, such
-    as "method prfl refl, !data or keep": --method is one of two and --data not given, or --keep is. Elsewhere it is refused."""
-    rule = {k: v for k, v in locals().items() if k != "default"}
+def arg(default, help, *, choices=None, above=None, at_least=None, at_most=None, below=None, alias=None, positional=False,
+        only=""):
+    """A dataclass field that is also a flag. Its type is int, float, str or bool, or Optional[X] or tuple[X, ...] of these.
+
+    default: ... (Ellipsis) makes the flag required. above, at_least, at_most, below: bounds of every value. only: where the
+    flag has an effect; elsewhere it is refused. It is a list of conditions, joined by ", " (and) or " or ":
+        "method prfl refl"      --method is one of the two
+        "!method sft"           --method is not sft
+        "data"                  --data is given (of a switch: it is on; of a number: it is not 0)
+        "!data"                 --data is not given
+    """
+    rule = {"help": help, "choices": choices, "above": above, "at_least": at_least, "at_most": at_most, "below": below,
+            "alias": alias, "positional": positional, "only": only}
     return dataclasses.field(default=dataclasses.MISSING if default is ... else default, metadata=rule)
 
 
@@ -44,52 +53,120 @@ def parse(Config, doc, argv=None, prog=None):
     """-> Config from the command line. Raises InputError naming the flag; --help prints doc and flags."""
     parser = _Parser(prog, description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     hints, fields = typing.get_type_hints(Config), dataclasses.fields(Config)
-    for field in sorted(fields, key=lambda field: field.name not in Config.__annotations__):     # its own come first
-        _add_flag(parser, field, hints[field.name])
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(parser.parse_args(argv)).items()}
+    positionals = {field.name for field in fields if field.metadata["positional"]}
+    own = [field for field in fields if field.name in Config.__annotations__]
+    inherited = [field for field in fields if field.name not in Config.__annotations__]
+    for field in own + inherited:
+        _add_flag(parser, field, hints[field.name], positionals)
+    given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        if isinstance(value, list):
+            given[name] = tuple(value)
     config = Config(**given)
     for field in fields:
         _check_bounds(field, getattr(config, field.name))
-        if field.name in given and (unmet := _unmet(config, field.metadata["only"])):
-            raise InputError(f"--{field.name} means nothing {unmet}: leave it out")
+        if field.name in given:
+            unmet = _unmet(config, field.metadata["only"])
+            if unmet:
+                raise InputError(f"--{field.name} means nothing {unmet}: leave it out")
     return config
 
 
-def _add_flag(parser, field, hint):
+def _add_flag(parser, field, hint, positionals):
+    """Gives argparse one field of a Config. A flag that is not given is left out of the result, so that Config's default
+    holds. positionals: names of the Config's fields that have no dashes."""
     rule, required = field.metadata, field.default is dataclasses.MISSING
-    kind = (*typing.get_args(hint), hint)[0]                # X | None and tuple[X, ...] -> X
-    notes = [f"only: {rule['only'].replace('!', 'no ')}"] * bool(rule["only"]) + [f"default: {field.default}"] * (not required)
-    how = {"help": (rule["help"] + (f" ({'; '.join(notes)})" if notes else "")).replace("%", "%%")}
-    how |= {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "choices": rule["choices"]}
-    how |= {"nargs": "*" if rule["positional"] and not required else "+"} if typing.get_origin(hint) is tuple else {}
-    if not rule["positional"]:
-        how |= {"required": required, "default": argparse.SUPPRESS}     # what is not given is left to Config
-    names = [field.name] if rule["positional"] else [f"--{name}" for name in (field.name, rule["alias"]) if name]
-    parser.add_argument(*names, **how)
+    inner = typing.get_args(hint)                               # of X | None and tuple[X, ...]: X comes first
+    kind = inner[0] if inner else hint
+    help = rule["help"]
+    notes = []
+    if rule["only"]:
+        notes.append(f"only {_in_words(rule['only'], positionals)}")
+    if not required and field.default not in (None, ()):
+        notes.append(f"default: {field.default}")
+    if notes:
+        help += f" ({'; '.join(notes)})"
+    options = {"help": help.replace("%", "%%")}                 # argparse reads % as a placeholder
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        options["type"] = kind
+        options["choices"] = rule["choices"]
+    if typing.get_origin(hint) is tuple:
+        options["nargs"] = "*" if rule["positional"] and not required else "+"
+    if rule["positional"]:
+        parser.add_argument(field.name, **options)
+        return
+    names = [f"--{field.name}"]
+    if rule["alias"]:
+        names.append(f"--{rule['alias']}")
+    parser.add_argument(*names, required=required, default=argparse.SUPPRESS, **options)
 
 
 def _check_bounds(field, value):
-    tests = ("above", operator.gt), ("at_least", operator.ge), ("at_most", operator.le), ("below", operator.lt)
-    bounds = [(name.replace("_", " "), field.metadata[name], holds) for name, holds in tests if field.metadata[name] is not None]
-    for v in value if isinstance(value, tuple) else (value,):
-        broken = [f" {words} {bound}" for words, bound, holds in bounds if v is not None and not holds(v, bound)]
-        broken += [" below 2 ** 63"] * (isinstance(v, int) and v >= 2 ** 63)             # more than torch counts
-        if broken or isinstance(v, float) and not math.isfinite(v):
+    """Raises InputError naming the flag if a value is out of its bounds, not finite, or more than torch can count."""
+    rule = field.metadata
+    values = value if isinstance(value, tuple) else (value,)
+    for v in values:
+        if not isinstance(v, (int, float)):
+            continue
+        broken = []
+        if rule["above"] is not None and not v > rule["above"]:
+            broken.append(f" above {rule['above']}")
+        if rule["at_least"] is not None and not v >= rule["at_least"]:
+            broken.append(f" at least {rule['at_least']}")
+        if rule["at_most"] is not None and not v <= rule["at_most"]:
+            broken.append(f" at most {rule['at_most']}")
+        if rule["below"] is not None and not v < rule["below"]:
+            broken.append(f" below {rule['below']}")
+        if isinstance(v, int) and v >= 2 ** 63:
+            broken.append(" below 2 ** 63")
+        if broken or (isinstance(v, float) and not math.isfinite(v)):
             raise InputError(f"--{field.name} must be a finite number{''.join(broken)}, got {v}")
 
 
+def _conditions(only):
+    """"method a b, !data or keep" -> [[("method", ["a", "b"], True), ("data", [], False)], [("keep", [], True)]]: a list of
+    alternatives, each a list of (flag, values, whether it must be so)."""
+    alternatives = []
+    for alternative in only.split(" or ") if only else ():
+        conditions = []
+        for condition in alternative.split(", "):
+            flag, *values = condition.split()
+            conditions.append((flag.removeprefix("!"), values, not flag.startswith("!")))
+        alternatives.append(conditions)
+    return alternatives
+
+
+def _in_words(only, positionals=()):
+    """A rule as --help says it, such as "if --method is a or b and without --data, or with --keep"."""
+    alternatives = []
+    for conditions in _conditions(only):
+        words = []
+        for flag, values, wanted in conditions:
+            name = flag if flag in positionals else f"--{flag}"
+            if values:
+                words.append(f"if {name} is {'' if wanted else 'not '}{' or '.join(values)}")
+            else:
+                words.append(f"{'with' if wanted else 'without'} {name}")
+        alternatives.append(" and ".join(words))
+    return ", or ".join(alternatives)
+
+
 def _unmet(config, only):
-    """Why a flag of this rule (see arg) does nothing here; "" if it does something."""
+    """Why a flag with this rule has no effect here: the first unmet condition of each alternative; "" if it has one."""
     reasons = []
-    for alternative in filter(None, only.split(" or ")):
-        broken = []
-        for flag, *values in (condition.split() for condition in alternative.split(", ")):
-            value = getattr(config, flag.lstrip("!"))
-            if (str(value) in values if values else bool(value)) == flag.startswith("!"):
-                broken += [f"without --{flag}" if value is None or value is False else f"with --{flag.lstrip('!')} {value}"]
-        if not broken:
+    for conditions in _conditions(only):
+        reason = ""
+        for flag, values, wanted in conditions:
+            value = getattr(config, flag)
+            found = str(value) in values if values else bool(value)
+            if found != wanted and not reason:
+                reason = f"without --{flag}" if value is None or value is False else f"with --{flag} {value}"
+        if not reason:
             return ""
-        reasons += [reason for reason in broken[:1] if reason not in reasons]
+        if reason not in reasons:
+            reasons.append(reason)
     return " and ".join(reasons)
 
 
@@ -100,10 +177,42 @@ def refuse(config, names, why):
             raise InputError(f"--{field.name} means nothing {why}: leave it out")
 
 
+def settle(config, sources):
+    """Flags in, settings out: -> (a copy of config with its open flags filled in, {flag: where its value comes from}).
+
+    A flag that was given keeps its value. One that is open (None) takes that of the first of `sources` that has one;
+    sources: {where they come from, such as "the steady recipe": {flag: value}}. All others keep their defaults.
+    """
+    values, origin = {}, {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value != field.default:
+            origin[field.name] = "given"
+        elif value is None:
+            for source, found in sources.items():
+                if found.get(field.name) is not None:
+                    values[field.name] = found[field.name]
+                    origin[field.name] = source
+                    break
+    return dataclasses.replace(config, **values), origin
+
+
+def print_settings(config, origin):
+    """Prints the settings that are not defaults, on rank 0: a line for each place where they come from, first what was given.
+    config, origin: from `settle`."""
+    if rank() > 0:
+        return
+    for source in ["given", *sorted(set(origin.values()) - {"given"})]:
+        said = [f"--{name} {getattr(config, name)}" for name in origin if origin[name] == source]
+        if said:
+            print(f"settings, {source}: {', '.join(said)}")
+
+
 def cli(main, Config, doc, argv=None, prog=None):
-    """main(Config from the command line), expected failures as one line on stderr. Exit code 2: unusable input,
-    1: the disk, non-finite numbers or out of memory, 130: interrupted. Other exceptions are bugs: traceback."""
-    if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="backslashreplace")     # names of others, on any terminal
+    """Calls main(Config from the command line); an expected failure is one line on stderr. Exit code 2: unusable input, 1: the
+    disk, non-finite numbers or out of memory, 130: interrupted. Any other exception is a bug and keeps its traceback."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")       # file names of others, on any terminal
     try:
         return main(parse(Config, doc, argv, prog))
     except (InputError, PermissionError, FileExistsError, NotADirectoryError) as e:
@@ -113,11 +222,15 @@ def cli(main, Config, doc, argv=None, prog=None):
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
     except Exception:
-        time.sleep(3 if "RANK" in os.environ else 0)    # often the echo of another rank's end: torchrun ends this one, too
+        if "RANK" in os.environ:
+            time.sleep(3)           # often the echo of another rank's end: meanwhile torchrun ends this one too
         raise
-    time.sleep(3 if rank() else 0)  # a failure of every rank is told once: torchrun ends the others meanwhile
-    message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
-    print("error:", message, file=sys.stderr, flush=True)
+    if rank() > 0:
+        time.sleep(3)               # what fails on every rank is printed once: meanwhile torchrun ends the others
+    shown = ""
+    for character in " ".join(message.split()):
+        shown += character if character.isprintable() else ascii(character)[1:-1]
+    print("error:", shown, file=sys.stderr, flush=True)
     leave(code)
 
 
@@ -127,14 +240,14 @@ class Runtime:
     rank: int
     world_size: int
     device: torch.device
-    dtype: torch.dtype  # of autocast; weights stay float32
-    sequence_parallel: int = 1  # neighbouring ranks that share their clips
+    dtype: torch.dtype              # of autocast; weights stay float32
+    sequence_parallel: int = 1      # how many neighbouring ranks share their clips
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def indices(self, batch_size, micro=0):
-        """Positions in the global batch of this rank's examples; micro counts gradient accumulation."""
+        """Positions in the global batch of this rank's examples. micro: which of the accumulated batches."""
         place = (micro * self.world_size + self.rank) // self.sequence_parallel
         return [place * batch_size + j for j in range(batch_size)]
 
@@ -147,7 +260,7 @@ def setup(mixed_precision="no", seed=0, sequence_parallel=1):
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=1))
-    torch.manual_seed(seed)  # equal on every rank: modules start from equal weights
+    torch.manual_seed(seed)         # the same on every rank, so that modules start from the same weights
     dtype = {"no": torch.float32, "bf16": torch.bfloat16}[mixed_precision]
     return Runtime(rank(), int(os.environ.get("WORLD_SIZE", 1)), device, dtype, sequence_parallel)
 
@@ -155,21 +268,22 @@ def setup(mixed_precision="no", seed=0, sequence_parallel=1):
 def teardown():
     """The last call of a script; under torchrun it ends the process."""
     if dist.is_initialized():
-        dist.barrier()  # a rank that leaves while another still talks to it can abort that one
+        dist.barrier()              # a rank that leaves while another still talks to it can abort that one
         leave(0)
 
 
 def leave(code):
-    """sys.exit; under torchrun at once, because a thread of the process group that is still letting go of a tensor
-    while the interpreter shuts down aborts it (exit code -6, seen on a loaded machine)."""
+    """sys.exit, or under torchrun os._exit, which skips the interpreter's shutdown: a process-group thread that frees a tensor
+    during the shutdown can abort the process (exit code -6, seen on a loaded machine)."""
     if not dist.is_initialized():
         sys.exit(code)
-    sys.stdout.flush(), sys.stderr.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(code)
 
 
 def random_generator(seed, *keys):
-    """CPU generator that depends on nothing but its arguments (plain numbers and strings)."""
+    """A CPU generator that depends only on its arguments, which are plain numbers and strings."""
     digest = hashlib.blake2b(repr((seed, *keys)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -193,7 +307,8 @@ def all_reduce_mean_(tensors):
 
 
 def gather(value, to=None):
-    """[value of rank 0, of rank 1, ...], on every rank, or on rank `to` ([] elsewhere); picklable values and CPU tensors."""
+    """-> [the value of rank 0, of rank 1, ...] on every rank, or only on rank `to` (then [] elsewhere). Values must be picklable
+    or CPU tensors."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     parts = [None] * dist.get_world_size() if to in (None, rank()) else None
@@ -231,7 +346,7 @@ def check_finite(value, name, step):
 
 
 def average_and_clip_gradients(params, max_norm, step=None):
-    """Averages gradients over ranks, clips in place (max_norm None: not) -> norm before clipping, float.
+    """Averages gradients over ranks and clips them in place -> their norm before clipping, a float. max_norm None: no clipping.
     Raises FloatingPointError naming the step if the norm is not finite."""
     params = [p for p in params if p.grad is not None]
     all_reduce_mean_([p.grad for p in params if not isinstance(p, DTensor)])     # FSDP averages in the backward pass
@@ -244,6 +359,7 @@ def average_and_clip_gradients(params, max_norm, step=None):
 
 
 def progress(work, desc, initial=0):
-    """tqdm over an iterable or a number of steps, on rank 0; once in 10 s when stderr is a file."""
-    what, pause = "total" if isinstance(work, int) else "iterable", 0.2 if sys.stderr.isatty() else 10
-    return tqdm(**{what: work}, desc=desc, initial=initial, disable=rank() > 0, mininterval=pause)
+    """A progress bar over an iterable or a number of steps, on rank 0. If stderr is a file, it prints every 10 s."""
+    steps, total = (None, work) if isinstance(work, int) else (work, None)
+    pause = 0.2 if sys.stderr.isatty() else 10
+    return tqdm(steps, total=total, desc=desc, initial=initial, disable=rank() > 0, mininterval=pause)

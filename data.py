@@ -27,25 +27,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 import common
 import families
 from common import InputError, arg
 from families import load_image_encoder, load_text_encoder, load_vae, save_null_context
-from formats import encoders, fingerprint, lock
-from formats import labels as people
-from formats.metadata import (
-    SUFFIXES,
-    from_json,
-    printable,
-    read_listing,
-    read_metadata,
-    replace_text,
-    write_rows,
-)
+from formats import disk, encoders, fingerprint, lock
+from formats.metadata import SUFFIXES, printable, read_listing, read_metadata, replace_text  # noqa: F401   for tests
+from formats.shards import Shards, join_equal, write_shards
 from formats.video import Facts, from_pixels, read_clip_facts
-from formats.weights import SHIPPED, stream_tensors, transformer_folder
+from formats.weights import SHIPPED, transformer_folder
 from world.scene import meaning
 
 FEWEST = 5  # frames of a clip to train on: two latent frames
@@ -54,174 +45,48 @@ FEWEST = 5  # frames of a clip to train on: two latent frames
 AHEAD, BATCH_PIXELS, SHARD_BYTES, CLIP_BYTES = 2, 2 ** 24, 2 ** 27, 2 ** 27
 
 
-# ---- latent shards
-def write_shards(folder, latents, contexts, labels, prompts, file_names=None, fps=8.0, settings=None,
-                 append=False, clips=None, contents=None, **extra):
-    """Writes one shard: latents [n, c, f, h, w] and contexts [n, l, d] as float32, labels (0, 1, None or -1),
-    prompts; extra: of image-to-video, clip_fea [n, m, d'] and condition [n, c, f, h, w]. append: after the shards
-    there, else in their place. clips: the folder they were made of, for `Shards.relabel`; contents: of each clip's
-    file (formats/fingerprint.py). A kill at any moment leaves whole shards. Raises InputError if the folder is not ours."""
-    folder = Path(folder)
-    lock.require_ours(folder, "shards", ("shards.json",))
-    folder.mkdir(parents=True, exist_ok=True)
-    shapes = {"latent_shape": list(latents.shape[1:]), "context_shape": list(contexts.shape[1:]),
-              "extra_shapes": {name: list(x.shape[1:]) for name, x in extra.items()}}
-    before = Shards(folder) if append and (folder / "shards.json").exists() else None
-    index = before.index if before else shapes | {"fps": fps, "settings": settings, "shards": []}
-    index |= {"clips": os.path.relpath(os.path.realpath(clips), os.path.realpath(folder))} if clips else {}
-    if {key: index.get(key, {}) for key in shapes} != shapes:
-        raise InputError(f"{folder}: shards there have another shape than {shapes}")
-    values = torch.tensor([-1 if x is None else int(x) for x in labels], dtype=torch.int8)
-    name = f"shard-{len(index['shards']):05d}.safetensors"
-    names = file_names or [f"{name}#{i}" for i in range(len(values))]
-    rows = [{"file_name": file, "prompt": prompt, "label": None if label < 0 else label}
-            for file, prompt, label in zip(names, prompts, values.tolist(), strict=True)]
-    if not before:
-        (folder / "shards.json").unlink(missing_ok=True)
-    tensors = {name: x.float().contiguous() for name, x in (extra | dict(latents=latents, context=contexts)).items()}
-    stream_tensors(tensors | {"label": values}, folder / f"{name}.tmp")
-    os.replace(folder / f"{name}.tmp", folder / name)
-    rows = (before.all_rows if before else []) + rows
-    write_rows(folder / "metadata.jsonl", rows)
-    index["shards"].append({"file": name, "count": len(values)} | ({"contents": list(contents)} if contents else {}))
-    replace_text(folder / "shards.json", json.dumps(index | {"count": len(rows)}, indent=1))
+# ---- shards and the model that reads them
+def require_fit(shards, dit, model=None, labelled=False):
+    """Raises InputError, with the remedy, unless a VideoDiT can be trained on the Shards; prints what may surprise.
+
+    Contexts may be shorter than the model's text_len, as it pads them. model: its folder, whose encoders must be those that
+    made the shards. labelled: both labels must occur.
+    """
+    folder = shards.folder
+    if not len(shards):
+        raise InputError(f"{folder}: none of its clips is listed any more: encode again")
+    if any(side % patch for side, patch in zip(shards.latent_shape[1:], dit.config["patch_size"])):
+        raise InputError(f"{folder}: latents are {list(shards.latent_shape[1:])}, which the model's patches of "
+                         f"{list(dit.config['patch_size'])} do not divide: encode with another --size")
+    length = min(shards.context_shape[0], dit.config["text_len"])
+    shards.require(dit.config["out_dim"], (length, dit.config["text_dim"]), labelled, dit.config["image_dim"])
+    made_by, notes = shards.settings.get("encoders", {}), []
+    if shards.settings and not made_by:
+        notes.append("does not say which encoders made it: see to it that they are the model's")
+    if made_by:
+        found = encoders.find_encoders(model) if model else {}
+        is_image_to_video = dit.config["model_type"] == "i2v"
+        for role, path in found.items():
+            if role in made_by and made_by[role] != fingerprint.of_encoder(path, role):
+                raise InputError(f"{folder}: was encoded with another {role} than {path}: encode with --model {model}")
+        if families.of_config(dit.config).blank_frames and "condition" not in shards.shapes:
+            raise InputError(f"{folder}: lacks the given first frame as Wan2.1's image-to-video models take it: encode with "
+                             f"--model {model or 'and its folder'}")
+        if not found:
+            why = f"{model} holds none" if model else "there is no --model"
+            notes.append(f"its encoders cannot be compared with the model's: {why}")
+        fps = families.sampling_defaults(dit.config)["fps"]
+        if abs(shards.fps / fps - 1) > .02:
+            notes.append(f"clips run at {shards.fps:g} frames per second, the model's own videos at {fps:g}: it will learn "
+                         "another speed; encode with --fps")
+        if "condition" in shards.shapes and not is_image_to_video:
+            notes.append("was encoded for image-to-video; this model takes no first frame")
+    if common.rank() == 0:
+        for note in notes:
+            print(f"note: {folder}: {note}", flush=True)
 
 
-class Shards:
-    """Read-only view of a folder of shards, memory-mapped for each batch: resident memory does not grow with the
-    data. Raises InputError, one line, if the folder is missing, truncated or inconsistent."""
-
-    def __init__(self, folder):
-        self.folder = folder = Path(folder)
-        path = folder / "shards.json"
-        self.where, labels, self.contents = [], [], []
-        try:
-            self.index = from_json(path.read_text())
-            self.latent_shape = tuple(self.index["latent_shape"])    # (c, f, h, w)
-            self.context_shape = tuple(self.index["context_shape"])  # (l, d)
-            self.shapes = {"latents": self.latent_shape, "context": self.context_shape,
-                           **{name: tuple(shape) for name, shape in self.index.get("extra_shapes", {}).items()}}
-            self.fps, self.settings = self.index["fps"] + 0.0, self.index["settings"] or {}
-            if not (self.fps > 0 and isinstance(self.settings, dict) and isinstance(self.settings.get("encoders", {}), dict)):
-                raise TypeError(f"fps {self.fps}, settings {self.settings}")
-            for entry in self.index["shards"]:
-                path, n = folder / entry["file"], entry["count"]
-                with safe_open(path, "pt") as file:
-                    found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-                    if found != {"label": (n,)} | {name: (n, *shape) for name, shape in self.shapes.items()}:
-                        raise InputError(f"{path}: holds {found}, not what shards.json says: encode again")
-                    labels.append(file.get_tensor("label").clone())
-                self.where += [(path, i) for i in range(n)]
-                self.contents += entry.get("contents") or [None] * n
-            self.dropped = set(self.index.get("dropped", ()))
-        except (FileNotFoundError, NotADirectoryError) as e:
-            raise InputError(f"{e.filename or path} is missing: `python data.py encode` writes it") from None
-        except (OSError, SafetensorError) as e:
-            raise InputError(f"{path}: truncated or damaged ({e}): encode again") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
-            raise InputError(f"{folder}/shards.json: damaged ({e!r}): encode again") from None
-        self.rows = read_metadata(folder)[:len(self.where)]  # later rows: of a shard that a kill cut off
-        self.labels = torch.cat(labels) if labels else torch.empty(0, dtype=torch.int8)
-        if not 0 < len(self) == self.index.get("count") == len(self.rows):
-            raise InputError(f"{folder}: shards.json counts {self.index.get('count')} clips, the shards hold "
-                             f"{len(self)}, metadata.jsonl {len(self.rows)}: encode again")
-        if [-1 if row["label"] is None else row["label"] for row in self.rows] != self.labels.tolist():
-            raise InputError(f"{folder}: metadata.jsonl and shards differ in labels: leave these as they were encoded, "
-                             "and change labels beside the clips")
-        self.label_note = "labels as they were encoded"
-        # What is no longer listed, or has changed since, stays in its shard, and nothing reads it.
-        self.all_rows, live = self.rows, [i for i in range(len(self)) if i not in self.dropped]
-        self.rows, self.where = [self.rows[i] for i in live], [self.where[i] for i in live]
-        self.labels = self.labels[live]
-
-    def __len__(self):
-        return len(self.where)
-
-    def relabel(self, answers=None, bad="both"):
-        """-> self, with today's labels, the same on every rank: people's answers in the labels.jsonl beside the clips (or in
-        the file `answers`), for clips without one those of the clips' metadata, else as encoded. bad: formats/labels.py's."""
-        folder = self.index.get("clips") and Path(os.path.normpath(self.folder / self.index["clips"]))
-        if answers and not Path(answers).is_file():
-            raise InputError(f"--labels {answers}: there is no such file")
-        rows = read_listing(folder)[0] if folder and any(folder.glob("metadata.*")) else []
-        rows = [row for _, row, problem in rows if not problem]         # the others were not encoded either
-        labels = lambda rows: {os.path.normpath(row["file_name"]): row["label"] for row in reversed(rows)}
-        path = answers or folder and folder / "labels.jsonl"
-        sources = {f"{path}": people.majority(people.read_answers(path), bad) if path else {},
-                   f"the metadata in {folder}": labels(rows), "encoding": labels(self.rows)}
-        if bad != "both" and not sources[f"{path}"]:
-            raise InputError(f"--bad {bad} means nothing without answers, none in {path or self.folder}: leave it out")
-        counts = collections.Counter()
-        for i, name in enumerate(os.path.normpath(row["file_name"]) for row in self.rows):
-            source = next(source for source, found in sources.items() if name in found)
-            label = sources[source][name]
-            self.labels[i] = -1 if label is None else label
-            counts[source] += label is not None
-        note = "labels from " + (", ".join(f"{source}: {counts[source]}" for source in sources if counts[source]) or "nowhere")
-        self.labels, self.label_note = common.gather((self.labels, printable(note)))[0]     # a person may be answering meanwhile
-        return self
-
-    def batch(self, indices):
-        """-> {latents [b, c, f, h, w], context [b, l, d], label int8 [b] (-1: none), prompt: list of b}, and in
-        shards of image-to-video clip_fea [b, m, d'] and condition [b, c, f, h, w]."""
-        indices = [int(i) for i in indices]
-        batch = {name: torch.empty(len(indices), *shape) for name, shape in self.shapes.items()}
-        for path in {self.where[i][0] for i in indices}:
-            with safe_open(path, "pt") as file:  # closed again: what was read of an open map stays resident
-                for name, rows in batch.items():
-                    view = file.get_slice(name)
-                    for j, (shard, k) in enumerate(self.where[i] for i in indices):
-                        if shard == path:
-                            rows[j:j + 1] = view[k:k + 1]
-        return batch | {"label": self.labels[indices], "prompt": [self.rows[i]["prompt"] for i in indices]}
-
-    def require(self, channels=None, context_shape=None, labelled=False, image_dim=None):
-        """Raises InputError naming the field that does not fit a model of these latent channels, contexts [l, d]
-        and CLIP tokens of width image_dim; labelled: both labels must occur."""
-        if channels not in (None, self.latent_shape[0]):
-            raise InputError(f"{self.folder}: latents have {self.latent_shape[0]} channels, the model "
-                             f"has {channels}: encode with its own VAE")
-        if context_shape is not None and tuple(context_shape) != self.context_shape:
-            raise InputError(f"{self.folder}: context is {list(self.context_shape)} (tokens, width), not "
-                             f"{list(context_shape)} as the model's: encode with its own text encoder")
-        if image_dim not in (None, self.shapes.get("clip_fea", (0,))[-1]):
-            raise InputError(f"{self.folder}: holds no CLIP image tokens of width {image_dim}, which the model takes: "
-                             "encode with --image_encoder, or better --model")
-        found = sorted(set(self.labels.tolist()) - {-1})
-        if labelled and len(found) < 2:
-            raise InputError(f"{self.folder}: " + (f"every label is {found[0]}" if found else "no clip has a label")
-                             + ": a reward model needs 0 and 1 (label.py, or `label` in the clips' metadata)")
-
-    def require_fit(self, dit, model=None, labelled=False):
-        """`require` what the VideoDiT wants; its context may be shorter than text_len, as it pads. model: its folder, whose
-        encoders must be those that made the shards."""
-        if not len(self):
-            raise InputError(f"{self.folder}: none of its clips is listed any more: encode again")
-        if any(side % patch for side, patch in zip(self.latent_shape[1:], dit.config["patch_size"])):
-            raise InputError(f"{self.folder}: latents are {list(self.latent_shape[1:])}, which the model's patches of "
-                             f"{list(dit.config['patch_size'])} do not divide: encode with another --size")
-        length = min(self.context_shape[0], dit.config["text_len"])
-        self.require(dit.config["out_dim"], (length, dit.config["text_dim"]), labelled, dit.config["image_dim"])
-        made_by = (self.settings or {}).get("encoders", {})
-        if self.settings and not made_by and common.rank() == 0:
-            print(f"note: {self.folder}: does not say which encoders made it: see to it that they are the model's")
-        if made_by:
-            found, image_to_video = encoders.find_encoders(model) if model else {}, dit.config["model_type"] == "i2v"
-            for role, path in found.items():
-                if role in made_by and made_by[role] != fingerprint.of_encoder(path, role):
-                    raise InputError(f"{self.folder}: was encoded with another {role} than {path}: encode with --model {model}")
-            if families.of_config(dit.config).blank_frames and "condition" not in self.shapes:
-                raise InputError(f"{self.folder}: lacks the given first frame as Wan2.1's image-to-video takes it: encode with "
-                                 f"--model {model or 'and its folder'}")
-            notes = {f"{self.folder}: encoders cannot be compared: {f'{model} holds none' if model else 'no --model'}": not found,
-                     f"{self.folder}: clips run at {self.fps:g} frames per second, the model's own videos at "
-                     f"{families.sampling_defaults(dit.config)['fps']:g}: it will learn another speed; encode with --fps":
-                     abs(self.fps / families.sampling_defaults(dit.config)["fps"] - 1) > .02,
-                     f"{self.folder}: was encoded for image-to-video; this model takes no first frame":
-                     "condition" in self.shapes and not image_to_video}
-            print(*(f"note: {note}\n" for note in notes if notes[note] and common.rank() == 0), sep="", end="", flush=True)
-
-
+# ---- the loader
 @functools.lru_cache(maxsize=4)
 def _permutation(n, seed, epoch):
     return torch.randperm(n, generator=common.random_generator(seed, "order", epoch))
@@ -265,29 +130,76 @@ def split(n, holdout, seed):
     return shuffled[count:].sort().values, shuffled[:count].sort().values
 
 
+# Prompts are kept on one side of a split if there are at least this many, with at most this many clips of each on average.
+FEWEST_PROMPTS, MOST_CLIPS = 10, 16
+
+
+def groups_to_keep(shards):
+    """-> [int64 [n], ...]: numbers of the groups of clips that a split should not part, the groups to try first coming first.
+
+    Copies of a clip always belong together, and so do clips of one prompt where there are enough prompts. A generator's own
+    samples come from no files, and their prompts are drawn again and again: of them, only copies belong together.
+    """
+    prompts = prompt_groups([row["prompt"] for row in shards.rows])
+    number = len(prompts.unique())
+    if any(shards.contents) and number >= FEWEST_PROMPTS and len(prompts) <= MOST_CLIPS * number:
+        return [join_equal(shards.copies.tolist(), prompts.tolist()), shards.copies]
+    return [shards.copies]
+
+
 def take_fold(shards, fold):
-    """Shards of which all clips outside `fold` count as unlabelled: "i/n" is the i-th of n random parts, which have no clip in
-    common; None: all clips. Parts depend on the number of clips alone, so that labels which come later move none between
-    them; but where a part would have fewer than two of a label, it gets some of another's: with labels that few, train on all
-    parts before more are given. Raises InputError."""
+    """Shards of which all clips outside `fold` count as unlabelled; None: all clips.
+
+    "i/n" is the i-th of n random parts, which have no clip in common, no copy of one and, where there are enough, no prompt.
+    Parts do not depend on labels, so that labels which come later move no clip to another part. There is one exception: a
+    part with fewer than two clips of a label gets some of another part's. With labels that few, train on all parts before
+    more labels are given. Raises InputError.
+    """
     if fold is None:
         return shards
     i, n = (int(part) if part.isdecimal() else 0 for part in f"{fold}/x".split("/")[:2])
     if fold.count("/") != 1 or not 1 <= i <= n or n < 2:
         raise InputError(f"--fold {fold}: must be i/n, as 1/2 and 2/2 are, with i from 1 to n and n of at least 2")
-    part = torch.randperm(len(shards), generator=common.random_generator(0, "fold")) % n
+    order = torch.randperm(len(shards.labels), generator=common.random_generator(0, "fold"))
+    for groups in groups_to_keep(shards):
+        part = deal(groups, order, n)
+        if 2 * n * torch.bincount(part, minlength=n).min() >= len(order):       # else a few large groups make lopsided parts
+            break
     for label in (0, 1):
-        mine, counts = shards.labels == label, torch.bincount(part[shards.labels == label], minlength=n)
+        mine = shards.labels == label
+        counts = torch.bincount(part[mine], minlength=n)
         while counts.min() < 2 <= counts.max() - counts.min():
-            part[(mine & (part == counts.argmax())).nonzero()[0]] = counts.argmin()
+            donors = (mine & (part == counts.argmax())).nonzero()[:, 0]
+            moved = next((groups == groups[j] for j in donors
+                          if (mine & (groups == groups[j])).sum() < counts.max() - counts.min()), None)
+            if moved is None:
+                break
+            part[moved] = counts.argmin()
             counts = torch.bincount(part[mine], minlength=n)
     shards.labels = shards.labels.masked_fill(part != i - 1, -1)
     return shards
 
 
+def deal(groups, order, n):
+    """-> int64 [len(groups)]: the part, 0 to n - 1, of each clip. Whole groups are dealt out, in the order of their first
+    clip's place in `order`, each to the part that has the fewest clips."""
+    part, sizes, members = torch.empty_like(groups), [0] * n, collections.defaultdict(list)
+    for i in order.argsort().tolist():
+        members[groups[i].item()].append(i)                     # a dict keeps the order of its first entries
+    for clips in members.values():
+        smallest = sizes.index(min(sizes))
+        part[clips] = smallest
+        sizes[smallest] += len(clips)
+    return part
+
+
 def labelled_split(shards, holdout, seed):
-    """Of the labelled clips -> (train, held-out) sorted int64 indices, `holdout` in number (None: a fifth, 400 at most), each
-    label in its share and at least once in both parts. Raises InputError, with the remedy, if that cannot be."""
+    """Splits the labelled clips -> (train, held-out), sorted int64 indices.
+
+    holdout: how many are held out; None: a fifth, 400 at most. Each label has its share in both parts and occurs at least
+    once. Copies of a clip are never on both sides, nor are prompts where there are enough of them: then fewer clips may be
+    held out than were asked for. Raises InputError, with the remedy, if that cannot be.
+    """
     where = [(shards.labels == label).nonzero()[:, 0] for label in (0, 1)]
     counts = [len(part) for part in where]
     for label, count in enumerate(counts):
@@ -301,8 +213,74 @@ def labelled_split(shards, holdout, seed):
                          f"as both parts need each label: try --holdout {max(2, sum(counts) // 5)}")
     bad = round(holdout * counts[0] / sum(counts))
     bad = min(max(bad, 1, holdout - counts[1] + 1), counts[0] - 1, holdout - 1)
-    parts = [split(len(part), n, f"{seed} {label}") for label, (part, n) in enumerate(zip(where, (bad, holdout - bad)))]
-    return tuple(torch.cat([part[chosen[i]] for part, chosen in zip(where, parts)]).sort().values for i in (0, 1))
+    order = []
+    for label in (0, 1):
+        generator = common.random_generator(f"{seed} {label}", "split")
+        order += where[label][torch.randperm(counts[label], generator=generator)].tolist()
+    for groups in groups_to_keep(shards):
+        held = hold_out_groups(groups.tolist(), shards.labels.tolist(), order, [bad, holdout - bad])
+        if 2 * len(held) >= holdout:
+            break
+    if not held:
+        raise InputError(f"{shards.folder}: clips of one label are copies of one another, and training and held-out videos need "
+                         "different ones: label more (label.py, or `label` in the clips' metadata)")
+    labelled = torch.cat(where).sort().values
+    is_held = torch.isin(labelled, torch.tensor(held))
+    return labelled[~is_held], labelled[is_held]
+
+
+def hold_out_groups(groups, labels, order, wanted):
+    """-> [clips to hold out]: whole groups, taken in `order` as long as no more than wanted[label] clips of each label are held
+    out; [] if both labels cannot occur on both sides. groups, labels: of each clip; order: of the labelled clips."""
+    members = collections.defaultdict(list)
+    for i in order:
+        members[groups[i]].append(i)
+    size = {group: [sum(labels[i] == label for i in clips) for label in (0, 1)] for group, clips in members.items()}
+    total, taken, held = [sum(counts[label] for counts in size.values()) for label in (0, 1)], [0, 0], []
+
+    def take(group):
+        held.append(group)
+        for label in (0, 1):
+            taken[label] += size[group][label]
+
+    for group in members:
+        if all(taken[label] + size[group][label] <= wanted[label] for label in (0, 1)):
+            take(group)
+    for label in (0, 1):
+        if not taken[label]:                                    # no group was small enough: the smallest that can be spared
+            spare = [group for group in members if group not in held and size[group][label]
+                     and all(taken[k] + size[group][k] < total[k] for k in (0, 1))]
+            if not spare:
+                return []
+            take(min(spare, key=lambda group: sum(size[group])))
+    return [i for group in held for i in members[group]]
+
+
+def without_relatives(shards, train, held):
+    """-> `train` (int64 indices) without copies of the clips in `held`, nor clips that share a prompt with these where there
+    are enough prompts. Raises InputError if nothing is left."""
+    for groups in groups_to_keep(shards):
+        left = train[~torch.isin(groups[train], groups[held])]
+        if 2 * len(left) >= len(train):
+            break
+    if not len(left):
+        raise InputError(f"{shards.folder}: all clips are copies of those held out, so nothing is left to train on")
+    return left
+
+
+def count_relatives(copies, prompts):
+    """A phrase that counts copies among clips, and clips of one prompt. copies, prompts: the group of each clip, int64 [n]."""
+    copied, shared = (int((torch.bincount(groups)[groups] > 1).sum()) for groups in (copies, prompts))
+    return (f"{copied} of {len(copies)} clips are copies of others, {shared} share their prompt with others "
+            f"({len(prompts.unique())} prompts)")
+
+
+def describe_split(shards, train, held):
+    """A sentence that counts copies and prompts in the two parts of `labelled_split`."""
+    both, prompts = torch.cat([train, held]), prompt_groups([row["prompt"] for row in shards.rows])
+    on_both_sides = set(prompts[train].tolist()) & set(prompts[held].tolist())
+    return (f"{count_relatives(shards.copies[both], prompts[both])}; no copy is on both sides of the split, and "
+            f"{len(on_both_sides)} prompts are")
 
 
 # ---- commands
@@ -442,19 +420,25 @@ def check_command(config):
     folder, tally, problems, usable = Path(config.folder), Tally(), [], []
     clips, notes = list_clips(folder)
     resolve_encoders(config)
-    bar = common.progress(len(clips), "check")
-    for clip in load_clips(clips, config):
+    bar, contents = common.progress(len(clips), "check"), fingerprint.Contents(folder / ".contents.json")
+    for clip in load_clips(clips, config, contents=contents):
         if clip.problem:
             problems.append(f"{printable(clip.name)}: {clip.problem}")
         else:
-            usable.append((clip.row, show(clip.kind)))
+            usable.append((clip.row, show(clip.kind), clip.content))
             tally.add(clip)
         bar.update()
     bar.close()
-    labels = collections.Counter(row["label"] for row, _ in usable)
-    print(*problems, f"{folder}: {len(usable)} of {len(clips)} clips usable: {labels[1]} good, "
-          f"{labels[0]} bad, {labels[None]} unlabelled" + (f"; {usable[0][1]}" if usable else ""), *notes,
-          *tally.lines(config, [row["prompt"] for row, _ in usable]), sep="\n")
+    labels, prompts = collections.Counter(row["label"] for row, _, _ in usable), [row["prompt"] for row, _, _ in usable]
+    summary = (f"{folder}: {len(usable)} of {len(clips)} clips usable: {labels[1]} good, {labels[0]} bad, {labels[None]} "
+               "unlabelled")
+    if usable:
+        summary += f"; {usable[0][1]}"
+    lines = [*problems, summary, *notes, *tally.lines(config, prompts)]
+    copies, groups = join_equal([content for _, _, content in usable]), prompt_groups(prompts)
+    if len(copies.unique()) < len(usable) or len(groups.unique()) < len(usable):
+        lines.append(count_relatives(copies, groups))
+    print(*lines, sep="\n")
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES}
     if unlisted := sorted(names - {os.path.normpath(clip.name) for clip in clips}):
         print(f"{len(unlisted)} video files are not in the metadata: {some(unlisted)}")
@@ -511,7 +495,7 @@ def unchanged(before, clips, folder, contents):
     """{index of a clip: its place in the shards `before`} of those whose caption, and whose file's content, are as they were
     encoded."""
     places = {(row["file_name"], row["prompt"], content): i
-              for i, (row, content) in enumerate(zip(before.all_rows, before.contents)) if content}
+              for i, (row, content) in enumerate(zip(before.all_rows, before.all_contents)) if content}
     names, found = {name for name, _, _ in places}, {}
     for i, clip in enumerate(clips):
         if clip.name in names and not clip.problem:
@@ -536,6 +520,9 @@ def encode(config, runtime):
     loaders = dict(zip(ROLES, (load_vae, load_text_encoder, load_image_encoder)))
     load = functools.cache(lambda: {role: loaders[role](path).to(runtime.device) for role, path in folders.items()})
     contents = fingerprint.Contents(out / "contents.json")
+    disk.require_shared(out, "--out")
+    if not all(common.gather(Path(config.folder).is_dir() or runtime.rank == 0)):
+        raise InputError(f"{config.folder}: not every process sees this folder: put the clips on a disk that all nodes share")
     if runtime.rank > 0:
         for _ in encode_chunks(*common.gather(None)[0], config, load, image_to_video, contents, runtime):
             pass                                    # rank 0 gets them

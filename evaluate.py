@@ -1,41 +1,48 @@
-"""Checkpoints side by side on held-out prompts, with the same noise: quality, motion, hacking panel, intervals.
+"""Checkpoints side by side on the same prompts and noise: quality, motion, signs of reward hacking, with
+intervals.
 
     python evaluate.py checkpoints runs/sft runs/prfl --output_dir results/mine
     python evaluate.py base=checkpoints prfl=runs/prfl --num_videos 512
     python evaluate.py --task i2v base=checkpoints/i2v prfl=runs/prfl_i2v
-    python evaluate.py checkpoints --best_of 8                  search.py: of 8 candidates a video, what the reward keeps
-    python evaluate.py checkpoints --split reworded             sentences in wordings that no training saw
+    python evaluate.py checkpoints --best_of 8          the best of 8 candidates by the reward (search.py)
+    python evaluate.py checkpoints --split reworded     sentences in wordings that no training saw
 
-    python evaluate.py --model Wan2.1 --prompts test.txt base=Wan2.1 prfl=runs/prfl --reward runs/reward/reward
-    python evaluate.py --clips my_clips --reward runs/reward/reward     scores clips that exist: to clean, or to check, labels
+    python evaluate.py --model Wan2.1 --prompts test.txt base=Wan2.1 prfl=runs/prfl \\
+        --reward runs/reward/reward
+    python evaluate.py --clips my_clips --reward runs/reward/reward     to clean or check the labels of clips
 
-Each folder holds transformer/ (or is one); `name=folder` names it in the tables. The first is the one the others are
-compared with. Prompts and seeds are disjoint from all training. Writes table.md, table.json, per_video.json,
-videos.png (a row a prompt, the checkpoints from left to right, every other frame), side_by_side.mp4 and side_by_side.gif
-(the same moving, each clip framed green or red by its verdict). The judge is the embedded world's annotator, which sees
-pixels only.
+All of these run under torchrun, too: the processes share the videos, and the results are the same.
 
-Metrics, all means over videos, with 95 % intervals from a bootstrap over videos:
-  qualified            both axes qualified and the prompt followed
-  physical, deformity  share qualified on that axis
-  adherent             colour, shape and direction are the prompt's
-  motion smoothness    odd frames against the mean of their neighbours: 1 - mean absolute error, pixels in [0, 1]
-  dynamic degree       share that moves at more than half of the world's slowest speed
-  subject consistency  cosine similarity of the subject's cut-out to that of the first and of the previous frame
-  I2V subject          the same, to the given first frame (image-to-video only)
-  PAVRM score          share the reward model calls good at one random t
-  speed, brightness, saturation   against reward hacking; clean renders stand in the last row
+A checkpoint is a folder that is or holds transformer/; `name=folder` names it in the tables. The others are
+compared with the first one. Prompts and seeds are disjoint from all training. The embedded world's annotator,
+which sees pixels only, says how good the videos are. Written are table.md, table.json, per_video.json,
+videos.png (one row per prompt, the checkpoints from left to right, every other frame), and side_by_side.mp4
+and side_by_side.gif (the same in motion, each clip framed green or red by what the annotator says).
 
---prompts: any generator's samples of prompts of one's own, of which no annotator says anything: the table has the reward
-model and, with --judge, a second one, each as share called good at five random t; the panel of validation.py (dynamic: over
-half of the first checkpoint's median flow); and every difference from the first checkpoint, prompt by prompt, with its
-interval. <output_dir>/<name>/ gets the videos and metadata.jsonl, ready for `label.py --pairs`. What no flag says is as
-sample.py has it. Runs under torchrun.
+The metrics are means over videos, with 95 % intervals from a bootstrap over videos:
+  qualified           share with physical motion, a subject that is not deformed, and what the prompt says
+  physical            share whose motion is physical
+  not deformed        share whose subject keeps its form
+  adherent            share that show the colour, shape and direction that the prompt asks for
+  motion smoothness   1 - mean absolute difference of odd frames from the mean of their neighbours
+  dynamic degree      share that move at more than half of the world's slowest speed
+  subject consistency cosine similarity of the subject's cut-out to that of the first and previous frame
+  I2V subject         its cosine similarity to the given first frame (image-to-video only)
+  PAVRM score         share that the reward model calls good at one random t
+  speed, brightness, saturation   these move when a reward is hacked; the last row has those of clean renders
 
---clips: a folder of clips or of shards. scores.jsonl lists them, the worst first, with the probability of "good" that the
-reward model gives each at one random t in every fifth of (0, 1]; where labels are known, accuracy and calibration too.
+--prompts FILE compares any generators on your own prompts, which the annotator cannot grade. The table has
+the share of samples that the reward model and, with --judge, a second one call good (mean over five random
+t); the panel of validation.py (dynamic degree: share with more than half of the first checkpoint's median
+flow); and for each metric the difference from the first checkpoint, paired by prompt, with its interval. The
+videos and metadata.jsonl go to <output_dir>/<name>/, ready for `label.py --pairs`; sample.py --prompts makes
+the videos of such a metadata.jsonl again. Flags that are not given have sample.py's defaults.
 
-Axes: b batch, c channels, f frames, h height, w width.
+--clips DIR scores a folder of clips or of shards. scores.jsonl lists the clips, the worst first, with the
+probability of "good" that the reward model gives each at one random t in every fifth of (0, 1]. Where labels
+are known, accuracy and calibration are reported, too.
+
+Axes: b batch, c channels, f frames, h height, w width, n videos, l text tokens.
 """
 import math
 from dataclasses import dataclass
@@ -52,8 +59,7 @@ import flow
 import search
 import validation
 from common import InputError, arg
-from families import load_text_encoder, load_vae
-from formats import encoders, lock, runs
+from formats import encoders, lock, runs, samples
 from formats.metadata import replace_text, write_rows
 from formats.paths import require_writable
 from formats.picture import wall, write_gif
@@ -66,38 +72,60 @@ from report import confidence_interval, plot, show, table
 from scale import parallel
 from world import annotator, scene
 
-TABLE = {"qualified": "qualified", "physical_qualified": "physical", "deformity_qualified": "deformity",
+# columns of the tables: of the embedded world's videos, and of samples of other prompts
+TABLE = {"qualified": "qualified", "physical_qualified": "physical", "deformity_qualified": "not deformed",
          "adherent": "adherent", "smoothness": "motion smoothness", "dynamic": "dynamic degree",
          "consistency": "subject consistency", "i2v_subject": "I2V subject", "pavrm": "PAVRM score",
          "speed": "speed", "brightness": "brightness", "saturation": "saturation"}
+WATCHED = {"pavrm": "PAVRM score", "judge": "judge", **{name: name for name in validation.PANEL},
+           "dynamic": "dynamic degree"}
+CLEAN = "clean renders"                                 # the last row of the embedded world's table
+WORLD_BATCH = 128                                       # its videos that are sampled together
+BATCH_LATENTS = 2 ** 12  # latent positions of a batch of samples or clips elsewhere
+SEED = 7_000                                            # of the noise and prompts, to which --seed adds
+SHOWN, HEIGHT = 8, 160  # prompts in the pictures, largest side of a video there
+T_NAMES = [f"({k / 5:.1f}, {(k + 1) / 5:.1f}]" for k in range(validation.T_BINS)]
 
 
 @dataclass
 class Config(search.Flags):
-    checkpoints: tuple[str, ...] = arg((), "folders, or name=folder; the first is compared with; without, the shipped base",
-                                       positional=True)
-    output_dir: str = arg("runs/evaluate", "where tables and pictures go")
-    task: str | None = arg(None, "t2v, or i2v (image-to-video); without, what the checkpoints are", choices=TASKS, only="!clips")
-    model: str | None = arg(None, "folder with text_encoder/, vae/ and reward/; without, the shipped one of --task")
-    reward: str | None = arg(None, "reward model of the PAVRM score; without, <model>/reward if there is one")
-    prompts: str | None = arg(None, "file of prompts (.txt, .jsonl, .csv) in place of the embedded world's", only="!clips")
-    clips: str | None = arg(None, "folder of clips, or of their shards, to score with --reward; without checkpoints")
-    judge: str | None = arg(None, "second reward model, trained on other clips and from another seed", only="prompts")
-    world: str = arg("tiny", "size of the embedded world", choices=tuple(scene.SIZES), only="!prompts, !clips")
-    size: str | None = arg(None, "W*H; without, the model's, or the clips'", only="prompts or clips")
-    frames: int | None = arg(None, "frames, 4k + 1; without, the model's, or the clips'", at_least=5, only="prompts or clips")
-    fps: float | None = arg(None, "frames per second; without, the model's, or the clips'", above=0, only="prompts or clips")
-    num_videos: int | None = arg(None, "prompts, one video each; without, 512 held-out ones, or all of --prompts", above=0,
-                                 only="!clips")
-    num_inference_steps: int | None = arg(None, "Euler steps; without, 16, or with --prompts the model's", above=0, only="!clips")
-    guidance_scale: float | None = arg(None, "classifier-free guidance, 1 is none; without, the model's", at_least=0, only="!clips")
-    shift: float | None = arg(None, "warps times towards noise; without, the model's", above=0, at_most=100, only="prompts")
-    split: str = arg("test", "held-out sentences: test to report on, validation to choose on; reworded: with verbs, order and "
-                     "phrases that training never sees", choices=("test", "validation", "reworded"), only="!prompts, !clips")
-    seed: int = arg(0, "of the noise and of the prompts, among the held-out ones", at_least=0)
+    checkpoints: tuple[str, ...] = arg((), "folders, or name=folder; the first one is what the others are "
+                                       "compared with; default: the shipped base", positional=True)
+    output_dir: str = arg("runs/evaluate", "folder for tables and pictures")
+    task: str | None = arg(None, "t2v, or i2v (image-to-video); default: the checkpoints' own", choices=TASKS,
+                           only="!clips")
+    model: str | None = arg(None, "folder with text_encoder/, vae/ and reward/; default: the shipped one of "
+                            "--task")
+    reward: str | None = arg(None, "reward model of the PAVRM score; default: <model>/reward if there is one")
+    prompts: str | None = arg(None, "file of prompts (.txt, .jsonl, .csv) to use instead of the embedded "
+                              "world's", only="!clips")
+    clips: str | None = arg(None, "folder of clips, or of their shards, to score with --reward; give no "
+                            "checkpoints")
+    judge: str | None = arg(None, "second reward model, trained on other clips and from another seed",
+                            only="prompts")
+    world: str = arg("tiny", "size of the embedded world", choices=tuple(scene.SIZES),
+                     only="!prompts, !clips")
+    size: str | None = arg(None, "W*H; default: the model's, or the clips'", only="prompts or clips")
+    frames: int | None = arg(None, "frames, 4k + 1; default: the model's, or the clips'", at_least=5,
+                             only="prompts or clips")
+    fps: float | None = arg(None, "frames per second; default: the model's, or the clips'", above=0,
+                            only="prompts or clips")
+    num_videos: int | None = arg(None, "number of prompts, with one video each; default: 512 held-out "
+                                 "prompts, or all of --prompts", above=0, only="!clips")
+    num_inference_steps: int | None = arg(None, "Euler steps; default: 16, or with --prompts the model's",
+                                          above=0, only="!clips")
+    guidance_scale: float | None = arg(None, "classifier-free guidance, 1 is none; default: the model's",
+                                       at_least=0, only="!clips")
+    shift: float | None = arg(None, "moves times towards noise; default: the model's", above=0, at_most=100,
+                              only="prompts")
+    split: str = arg("test", "held-out sentences: test to report on, validation to choose on, reworded with "
+                     "verbs, order and phrases that training never sees",
+                     choices=("test", "validation", "reworded"), only="!prompts, !clips")
+    seed: int = arg(0, "seed of the noise and of the choice among the held-out prompts", at_least=0)
     mixed_precision: str = runs.precision_flag()
 
 
+# ---- measures of the embedded world's videos
 def cutouts(videos, centers, side):
     """The subject of every frame, centred, background subtracted: float [b, f, side, side, 3].
 
@@ -105,11 +133,11 @@ def cutouts(videos, centers, side):
     """
     b, f, h, w, _ = videos.shape
     frames = (videos.float() / 255 - torch.tensor(scene.BACKGROUND)).permute(0, 1, 4, 2, 3).flatten(0, 1)
-    steps = (torch.arange(side) - (side - 1) / 2) * 2 / w                                       # in [-1, 1] units
+    steps = (torch.arange(side) - (side - 1) / 2) * 2 / w                                   # in [-1, 1] units
     x = (2 * centers.flatten(0, 1)[:, 0] - 1)[:, None, None] + steps[None, None, :]
     y = (2 * centers.flatten(0, 1)[:, 1] - 1)[:, None, None] + steps[None, :, None]
-    grid = torch.stack(torch.broadcast_tensors(x, y), -1)                                       # [b f, side, side, 2]
-    crops = F.grid_sample(frames, grid, align_corners=False)                                    # [b f, 3, side, side]
+    grid = torch.stack(torch.broadcast_tensors(x, y), -1)                               # [b f, side, side, 2]
+    crops = F.grid_sample(frames, grid, align_corners=False)                            # [b f, 3, side, side]
     return crops.unflatten(0, (b, f)).permute(0, 1, 3, 4, 2)
 
 
@@ -118,342 +146,450 @@ def measure(videos, prompts, given=None):
 
     given: clips [b, f, h, w, 3] whose first frames were the input of an image-to-video model.
     """
-    judged = annotator.annotate(videos, prompts)
+    grades = annotator.annotate(videos, prompts)
     pixels = videos.float() / 255
-    guess = (pixels[:, :-2:2] + pixels[:, 2::2]) / 2                                            # of the odd frames
+    guess = (pixels[:, :-2:2] + pixels[:, 2::2]) / 2                                    # of the odd frames
     side = round(2.6 * scene.RADIUS[1] * videos.shape[2])
-    subjects = cutouts(videos, judged["center"], side).flatten(2)                               # [b, f, side side 3]
-    similar = lambda a, b: F.cosine_similarity(a, b, dim=-1, eps=1e-4).clamp_min(0)
-    out = {"qualified": judged["qualified"], "physical_qualified": judged["physical"] == 2,
-           "deformity_qualified": judged["deformity"] == 2,
-           "smoothness": 1 - (guess - pixels[:, 1:-1:2]).abs().flatten(1).mean(1),
-           "consistency": 0.5 * (similar(subjects[:, 1:], subjects[:, :1])
-                                 + similar(subjects[:, 1:], subjects[:, :-1])).mean(1),
-           **{name: judged[name] for name in annotator.PANEL}}
+    subjects = cutouts(videos, grades["center"], side).flatten(2)                       # [b, f, side side 3]
+    found = {"qualified": grades["qualified"], "physical_qualified": grades["physical"] == 2,
+             "deformity_qualified": grades["deformity"] == 2,
+             "smoothness": 1 - (guess - pixels[:, 1:-1:2]).abs().flatten(1).mean(1),
+             "consistency": 0.5 * (similarity(subjects[:, 1:], subjects[:, :1])
+                                   + similarity(subjects[:, 1:], subjects[:, :-1])).mean(1),
+             **{name: grades[name] for name in annotator.PANEL}}
     if given is not None:
         centers = annotator.annotate(given, prompts)["center"][:, :1]
-        out["i2v_subject"] = similar(subjects, cutouts(given[:, :1], centers, side).flatten(2)).mean(1)
+        first = cutouts(given[:, :1], centers, side).flatten(2)
+        found["i2v_subject"] = similarity(subjects, first).mean(1)
     # What a person would rank by: axes first, then the prompt.
-    grade = judged["physical"] + judged["deformity"] + 2 * judged["adherent"].long()
-    return {name: values.double().numpy() for name, values in out.items()} | {"grade": grade.numpy()}
+    grade = grades["physical"] + grades["deformity"] + 2 * grades["adherent"].long()
+    return {name: values.double().numpy() for name, values in found.items()} | {"grade": grade.numpy()}
+
+
+def similarity(a, b):
+    return F.cosine_similarity(a, b, dim=-1, eps=1e-4).clamp_min(0)
 
 
 def summary(values):
-    """values [m] -> {"mean", "interval"}: 95 %, from resampled videos."""
+    """values [n] -> {"mean", "interval"}: 95 %, from resampled videos."""
     return {"mean": float(values.mean()), "interval": confidence_interval(values[None])}
 
 
 def compare(a, b):
-    """b against a, video by video: difference in qualified rate with its paired 95 % interval, win / tie / lose."""
+    """b against a, video by video: difference in qualified rate with its paired 95 % interval, win / tie /
+    lose."""
     difference = summary(b["qualified"] - a["qualified"])
     return {"qualified_difference": difference["mean"], "interval": difference["interval"],
             "win": float((b["grade"] > a["grade"]).mean()), "tie": float((b["grade"] == a["grade"]).mean()),
             "lose": float((b["grade"] < a["grade"]).mean())}
 
 
-def markdown(rows, pairs):
-    """The tables of table.md: metrics with intervals, then the comparisons with the first row."""
-    names = [name for name in TABLE if any(name in row for row in rows.values())]
-    lines = table(["", *(TABLE[name] for name in names)],
-                  [[label, *(show(**row[name]) if name in row else "" for name in names)] for label, row in rows.items()])
-    if pairs:
-        lines += table([f"against {next(iter(rows))}", "qualified, difference", "win", "tie", "lose"],
-                       [[label, show(pair["qualified_difference"], pair["interval"], "+"),
-                         *(f"{pair[key]:.3f}" for key in ("win", "tie", "lose"))] for label, pair in pairs.items()])
-    return "\n".join(lines)
+# ---- the one flow: generators (or clips) -> videos -> measures -> tables and pictures
+def main(config):
+    """Each kind of evaluation is a function that checks its flags and returns what differs:
 
-
-def own(config, runtime):
-    """Rank 0 becomes the one writer of --output_dir, if that is new, empty or an evaluation's -> the lock, to keep."""
-    if runtime.rank == 0:
-        lock.require_ours(config.output_dir, "evaluation", ("per_video.json", "scores.jsonl", "part.json"))
-        return lock.hold(config.output_dir, "evaluation")
-
-
-# ---- any generator, on prompts of one's own
-WATCHED = {"pavrm": "PAVRM score", "judge": "judge", **{name: name for name in validation.PANEL}, "dynamic": "dynamic degree"}
-BATCH_LATENTS = 2 ** 12                                         # latent positions of a batch of samples
-SHOWN, HEIGHT = 6, 160                                          # prompts in the pictures, pixels of a video there
-
-
-def sampled(config, folder, name, rows, contexts, size, runtime):
-    """Samples every prompt from one generator, writes them to <output_dir>/<name>, and measures them.
-
-    -> ({metric: [n]}, {index: small video uint8 [F, h, w, 3]} of the first few), the same on every rank.
+    names: what is compared, in order open_source(name) -> (groups, measure): groups of video numbers 0 .. n -
+    1; measure(group) -> ({metric: values [b]},
+        videos uint8 [b, f, h, w, 3])
+    report(found, films): writes tables and pictures, from {name: {metric: [n]}} and {name: {number: uint8
+    video}}
     """
-    dit, device = load_transformer(folder, dtype=None).eval().requires_grad_(False), runtime.device
-    shape = families.latent_shape(dit.config, size, config.frames)
-    rewards = {kind: load_pavrm(path, dit) for kind, path in (("pavrm", config.reward), ("judge", config.judge)) if path}
-    vae = load_vae(f"{config.model}/vae")
-    image_encoder = families.load_image_encoder(f"{config.model}/image_encoder") if dit.config["image_dim"] else None
-    null = contexts[None].to(device) if None in contexts else None
-    cuts = search.parse_cuts(config.best_of, config.cuts)
-    dit, found, films = parallel.cast_matrices(dit, runtime.dtype), [], []
-    once = max(1, BATCH_LATENTS // (shape[1] * shape[2] * shape[3]))
-    groups = [list(range(i, min(i + once, len(rows)))) for i in range(0, len(rows), once)]
-    for group, _ in common.progress(parallel.work_of_rank(groups, runtime, "ddp"), f"{name} (x{once * runtime.world_size})"):
-        context = encoders.stack_contexts([contexts[rows[i]["prompt"]] for i in group]).to(device)
-        image = {}
-        if rows[group[0]]["image"]:
-            first = torch.stack([read_clip(rows[i]["image"], size=size, frames=1)[0][0] for i in group]).to(device)
-            with encoders.on(vae, device), encoders.on(image_encoder or vae, device):
-                image = families.image_conditions(dit.config, vae, image_encoder, first, config.frames)
-        what = shape, context, 7_000 + config.seed, group, config.num_inference_steps
-        how = dict(shift=config.shift, guidance_scale=config.guidance_scale, null=null, autocast=runtime.autocast, **image)
-        with encoders.on(dit, device):
-            if config.best_of == 1:
-                x = flow.sample(dit, *what, **how)                                                  # [b, c, f, h, w]
-            else:
-                with encoders.on(rewards["pavrm"], device) as pavrm:
-                    x, _ = search.best_of(dit, pavrm, *what, cuts, batch_size=once, **how)
-        values = {}
-        for kind, reward in rewards.items():
-            with encoders.on(reward, device):
-                logits = validation.logits_by_t(reward, x, context, 7_000, autocast=runtime.autocast, indices=group, **image)
-            values[kind] = (logits >= 0).double().mean(0).cpu()
-        with encoders.on(vae, device):
-            videos = encoders.decode_pixels(vae, x)
-        values |= validation.panel(videos)
-        found += [(i, {key: float(x[k]) for key, x in values.items()}) for k, i in enumerate(group)]
-        for i, video in zip(group, videos):
-            write_video(Path(config.output_dir) / name / f"{i:06d}.mp4", video, config.fps)
-        films += [(i, validation.shrunk(video, HEIGHT)) for i, video in zip(group, videos) if i < SHOWN]
-    found = [values for _, values in sorted(sum(common.gather(found), []), key=lambda row: row[0])]
-    films = dict(sum(common.gather(films), []))
-    return {key: np.array([values[key] for values in found]) for key in found[0]}, films
-
-
-def compare_on_prompts(config, named, runtime):
-    """`--prompts`: samples of each generator side by side."""
-    rows = read_prompts(config.prompts)[:config.num_videos]
-    dit_config = transformer_folder(next(iter(named.values())))[1]
-    size = data.parse_size(config) or families.sampling_defaults(dit_config)["size"]
-    families.fill_in(config, families.sampling_defaults(dit_config, size))
-    for row in rows:
-        if (row["image"] is not None) != (dit_config["model_type"] == "i2v"):
-            raise InputError(f"--prompts {config.prompts}: an image in each row is needed by image-to-video models, and by those "
-                             f"alone; these are {dit_config['model_type']}")
-        if row["image"]:
-            read_clip(row["image"], size=size, frames=1)
-    if config.best_of > 1 and not config.reward:
-        raise InputError(f"--best_of {config.best_of} needs a reward model: name one with --reward")
-    for folder in named.values():                               # fails before any work
-        for path in filter(None, (config.reward, config.judge)):
-            load_pavrm(path, load_transformer(folder, load_now=False), load_now=False)
-    negative, text_folder = families.sampling_defaults(dit_config)["negative_prompt"], f"{config.model}/text_encoder"
-    contexts = encoders.encode_texts(families.load_text_encoder(text_folder), text_folder, [row["prompt"] for row in rows]
-                                  + [negative] * (negative is not None), runtime.device, dit_config["text_dim"])
-    contexts |= {None: contexts[negative]} if negative is not None else {}
-    held, found, films = own(config, runtime), {}, {}           # noqa: F841   as long as this function runs
-    for name, folder in named.items():
-        found[name], films[name] = sampled(config, folder, name, rows, contexts, size, runtime)
-    first = next(iter(named))
-    for values in found.values():
-        values["dynamic"] = validation.dynamic_degree(values["flow"], found[first]["flow"]).astype(float)
-    if runtime.rank > 0:
-        return common.teardown()
-
-    folder, metrics = Path(config.output_dir), [name for name in WATCHED if name in found[first]]
-    for name in named:
-        lines = [{"file_name": f"{i:06d}.mp4", "prompt": row["prompt"]} for i, row in enumerate(rows)]
-        write_rows(folder / name / "metadata.jsonl", lines)
-    means = {name: {metric: summary(values[metric]) for metric in metrics} for name, values in found.items()}
-    against = {name: {metric: summary(found[name][metric] - found[first][metric]) for metric in metrics}
-               for name in named if name != first}
-    lines = table(["", *(WATCHED[metric] for metric in metrics)],
-                  [[name, *(show(**row[metric]) for metric in metrics)] for name, row in means.items()])
-    lines += table([f"above {first}", *(WATCHED[metric] for metric in metrics)],
-                   [[name, *(show(**row[metric], sign="+") for metric in metrics)] for name, row in against.items()])
-    replace_text(folder / "table.md", f"{len(rows)} prompts, same noise, {config.num_inference_steps} Euler steps, guidance "
-                                     f"{config.guidance_scale:g}; 95 % bootstrap intervals.\n\n" + "\n".join(lines))
-    runs.write_json(folder / "table.json", {"config": vars(config), "rows": means, "against_first": against})
-    runs.write_json(folder / "per_video.json", {name: {key: x.round(5).tolist() for key, x in values.items()}
-                                                for name, values in found.items()})
-    few = range(min(SHOWN, len(rows)))
-    side_by_side = wall({name: torch.stack([films[name][i] for i in few]) for name in named}, [rows[i]["prompt"] for i in few],
-                        {name: (name,) for name in named})
-    write_video(folder / "side_by_side.mp4", side_by_side, config.fps)
-    strips = [torch.stack([validation.strip(films[name][i], 4) for i in few]) for name in named]
-    contact_sheet(torch.cat(strips, 1), folder / "videos.png", scale=1)
-    print("\n".join(lines))
-    print(f"wrote {folder}/table.md, table.json, per_video.json, videos.png, side_by_side.mp4 and "
-          + ", ".join(f"{name}/" for name in named))
-    if len(named) > 1:
-        other = list(named)[1]
-        print(f"let people choose: python label.py --pairs {folder / first} {folder / other}")
+    require_writable(Path(config.output_dir) / "table.md")
+    runtime = common.setup(config.mixed_precision, config.seed)
+    with torch.no_grad():
+        if config.clips:
+            names, open_source, report = existing_clips(config, runtime)
+        else:
+            named = name_checkpoints(config)
+            kind = own_prompts if config.prompts else embedded_world
+            names, open_source, report = kind(config, named, runtime)
+        folder_lock = lock_output_dir(config, runtime)          # noqa: F841   held until main returns
+        found, films = measure_all(names, open_source, runtime)
+        if runtime.rank == 0:
+            report(found, films)
     common.teardown()
 
 
-# ---- clips that exist
-def score_clips(config, runtime):
-    """`--clips`: what a reward model thinks of each clip, and how right it is where labels are known."""
-    common.refuse(config, ("best_of",), "with --clips")
-    if config.checkpoints:
-        raise InputError("--clips scores clips that exist: give no checkpoints")
-    if not config.reward:
-        raise InputError("--clips needs a reward model: name one with --reward")
-    pavrm, source, folder, fit = load_pavrm(config.reward), Path(config.clips), Path(config.output_dir), ("size", "frames", "fps")
-    films = families.of_config(pavrm.trunk.config).world is None        # not of the embedded world
-    model = config.model or (None if films else str(SHIPPED["t2v"]))
-    if (source / "shards.json").exists():
-        common.refuse(config, fit, "with --clips of shards, whose clips have theirs")
-    elif not model:
-        raise InputError("--clips: give --model too, the folder with the encoders that the reward model's generator came with")
-    if not source.is_dir():
-        raise InputError(f"--clips {source}: there is no such folder")
-    held = own(config, runtime)                                 # noqa: F841   as long as this function runs
-    if not (source / "shards.json").exists():
-        flags = {name: getattr(config, name) for name in fit}
-        flags |= {name: f"{model}/{name}" for name in ("vae", "text_encoder")}
-        flags |= {"image_encoder": f"{model}/image_encoder"} if pavrm.trunk.config["image_dim"] else {}
-        data.encode(data.Encode(str(source), out=str(folder / "latents"), **flags), runtime)
-        source = folder / "latents"
-    shards = data.Shards(source).relabel()
-    shards.require_fit(pavrm.trunk, model)
-    pavrm, rows = pavrm.to(runtime.device), []
-    once = max(1, min(16, BATCH_LATENTS // math.prod(shards.latent_shape[1:])))
-    for i in common.progress(range(0, len(shards), once), f"clips (x{once})"):
-        indices = list(range(i, min(i + once, len(shards))))
-        batch = shards.batch(indices)
-        rows.append(validation.logits_by_t(
-            pavrm, batch["latents"].to(runtime.device), batch["context"].to(runtime.device), config.seed, autocast=runtime.autocast,
-            indices=indices, **image_inputs(pavrm.trunk.config, batch, runtime.device)).float().cpu())
-    logits = torch.cat(rows, 1)                                                                     # [5, m]
-    good, labels = torch.sigmoid(logits), shards.labels
-    order = good.mean(0).argsort()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_rows(folder / "scores.jsonl", [
-        {"file_name": shards.rows[i]["file_name"], "prompt": shards.rows[i]["prompt"],
-         "label": None if labels[i] < 0 else int(labels[i]), "good": round(good[:, i].mean().item(), 4),
-         "good_by_t": [round(p, 4) for p in good[:, i].tolist()]} for i in order.tolist()])
-    head = ["t in", *(f"({k / 5:.1f}, {(k + 1) / 5:.1f}]" for k in range(5))]
-    cells = {"mean probability": good.mean(1).tolist(), "share called good": (logits >= 0).double().mean(1).tolist()}
-    known = labels >= 0
-    if len(labels[known].unique()) == 2:
-        cells |= validation.metrics_by_t(logits[:, known], labels[known])
-        curves = calibration(good[:, known], labels[known])
-        runs.write_json(folder / "calibration.json", curves)
-        drawn = {f"t in {t}": ([x["predicted"] for x in bins], [x["good"] for x in bins]) for t, bins in curves.items()}
-        plot(folder / "calibration.png", {"share that is good": ("probability of good", {"exact": ([0, 1], [0, 1])} | drawn)})
-    lines = table(head, [[name, *(f"{x:.3f}" for x in row)] for name, row in cells.items()])
-    print("\n".join(lines))
-    print(f"wrote {folder}/scores.jsonl: {len(shards)} clips, the worst first; {int(known.sum())} of them have labels")
-    common.teardown()
-
-
-def calibration(good, labels, bins=10):
-    """{interval of t: [{"predicted", "good", "count"}]}: clips by the probability [5, m] given them, in ten equal steps (those
-    that hold any); the mean of it, and the share that labels [m] call good."""
-    found = {}
-    for k, row in enumerate(good):
-        place = (row * bins).long().clamp(max=bins - 1)
-        found[f"({k / 5:.1f}, {(k + 1) / 5:.1f}]"] = [
-            {"predicted": row[place == i].mean().item(), "good": (labels[place == i] == 1).double().mean().item(),
-             "count": int((place == i).sum())} for i in range(bins) if (place == i).any()]
-    return found
+def name_checkpoints(config):
+    """-> {name: folder} of the checkpoints; fills in task and model. Raises InputError."""
+    if not (config.checkpoints or config.model or config.prompts):
+        config.checkpoints = (f"base={resolve_model(config)}",)
+    if not config.checkpoints:
+        raise InputError("give checkpoints to compare, or --clips with a folder of clips")
+    named = {}
+    for part in config.checkpoints:
+        name, folder = name_of_folder(part)
+        if name in named:
+            raise InputError("two checkpoints have one name: give them as name=folder")
+        named[name] = folder
+    for folder in named.values():
+        resolve_model(config, folder)                           # all must be of one task
+    return named
 
 
 def name_of_folder(part):
-    """name=folder, or a folder, whose last part is its name then -> (name, folder). `runs/lr=1e-4` is a folder: it exists, or
-    what is left of the first = could not be a name."""
+    """name=folder, or a folder, which is named by its last part -> (name, folder).
+
+    `runs/lr=1e-4` is a folder: it exists, or what stands before the = could not be a name.
+    """
     name, equals, folder = part.partition("=")
     if equals and "/" not in name and not Path(part).exists():
         return name, folder
     return Path(part).name, part
 
 
-@torch.no_grad()
-def main(config):
-    require_writable(Path(config.output_dir) / "table.md")
-    runtime = common.setup(config.mixed_precision, config.seed)
-    if config.clips:
-        return score_clips(config, runtime)
-    if not (config.checkpoints or config.model or config.prompts):
-        config.checkpoints = (f"base={resolve_model(config)}",)
-    named = dict(name_of_folder(part) for part in config.checkpoints)
-    if not named or len(named) < len(config.checkpoints):
-        raise InputError("two checkpoints have one name: give them as name=folder" if named else
-                         "give checkpoints to compare, or --clips with a folder of clips")
+def lock_output_dir(config, runtime):
+    """Rank 0 becomes the one writer of --output_dir, if that is new, empty or an evaluation's -> the lock, to
+    keep."""
+    if runtime.rank == 0:
+        lock.require_ours(config.output_dir, "evaluation", ("per_video.json", "scores.jsonl", "part.json"))
+        return lock.hold(config.output_dir, "evaluation")
+    return None
+
+
+def measure_all(names, open_source, runtime):
+    """-> ({name: {metric: [n]}}, {name: {number: video uint8 [f, h, w, 3]} of the first SHOWN}), the same on
+    every rank.
+
+    The ranks take the groups in turn. A group is computed alike wherever it is, so n ranks give what one
+    gives.
+    """
+    found, films = {}, {}
+    for name in names:
+        groups, measure_group = open_source(name)
+        mine, rows, shown = parallel.work_of_rank(groups, runtime, "ddp"), [], []
+        for group, _ in common.progress(mine, f"{name} (x{len(groups[0]) * runtime.world_size})"):
+            values, videos = measure_group(group)
+            rows += validation.by_video(group, values)
+            shown += [(i, validation.shrunk(video, HEIGHT)) for i, video in zip(group, videos) if i < SHOWN]
+        found[name] = {key: np.array(values) for key, values in validation.gather_values(rows).items()}
+        films[name] = dict(sum(common.gather(shown), []))
+    return found, films
+
+
+def groups_of(n, size):
+    return [list(range(i, min(i + size, n))) for i in range(0, n, size)]
+
+
+def check_models(named, *rewards):
+    """Raises InputError, before any work, if a generator or a reward model for it cannot be loaded."""
     for folder in named.values():
-        resolve_model(config, folder)                                                   # all must be of one task
-    if config.prompts:
-        return compare_on_prompts(config, named, runtime)
+        dit = load_transformer(folder, load_now=False)
+        for path in filter(None, rewards):
+            load_pavrm(path, dit, load_now=False)
+
+
+def open_generator(folder, runtime, **rewards):
+    """-> (the generator in `folder`, {name: its reward model} of rewards {name: path or None}), ready to
+    sample."""
+    dit = load_transformer(folder, dtype=None).eval().requires_grad_(False)
+    pavrms = {name: load_pavrm(path, dit) for name, path in rewards.items() if path}
+    return parallel.cast_matrices(dit, runtime.dtype), pavrms
+
+
+def searched(config, passes):
+    """For the line above a table: how the videos were chosen."""
+    if config.best_of == 1:
+        return ""
+    return f"the best of {config.best_of} by the reward, {passes:g} forward passes per video; "
+
+
+def write_results(config, line, tables, rows, against, found, digits):
+    """table.md, table.json and per_video.json, for which values are rounded to so many digits."""
+    folder = Path(config.output_dir)
+    replace_text(folder / "table.md", f"{line}95 % bootstrap intervals.\n\n" + "\n".join(tables))
+    runs.write_json(folder / "table.json", {"config": vars(config), "rows": rows, "against_first": against})
+    per_video = {}
+    for name, metrics in found.items():
+        per_video[name] = {metric: [round(value, digits) for value in values.tolist()]
+                           for metric, values in metrics.items()}
+    runs.write_json(folder / "per_video.json", per_video)
+    print("\n".join(tables))
+
+
+def metrics_table(columns, rows):
+    """Means with intervals, {name: {metric: summary}}; columns {metric: title}, of which those that no row
+    has are left out."""
+    metrics = [metric for metric in columns if any(metric in row for row in rows.values())]
+    cells = [[name, *(show(**row[metric]) if metric in row else "" for metric in metrics)]
+             for name, row in rows.items()]
+    return table(["", *(columns[metric] for metric in metrics)], cells)
+
+
+# ---- the embedded world: held-out prompts, graded by the annotator
+def embedded_world(config, named, runtime):
     if any(families.of_config(transformer_folder(folder)[1]).world is None for folder in named.values()):
-        raise InputError("the embedded world's prompts and annotator mean nothing to Wan2.1's generators: give --prompts FILE")
+        raise InputError("the embedded world's prompts and annotator mean nothing to Wan2.1's generators: "
+                         "give --prompts FILE")
     families.fill_in(config, {"num_videos": 512, "num_inference_steps": 16, "guidance_scale": 1.0})
-    if runtime.world_size > 1:
-        raise InputError("evaluate.py runs on one process without --prompts: start it without torchrun")
-    cuts = search.parse_cuts(config.best_of, config.cuts)
-    generators = {name: load_transformer(folder) for name, folder in named.items()}     # fails before any work
-    text = load_text_encoder(f"{config.model}/text_encoder").to(runtime.device).eval()
-    vae = load_vae(f"{config.model}/vae").to(runtime.device)
-    reward = config.reward or (f"{config.model}/reward" if Path(f"{config.model}/reward").is_dir() else None)
+    drops = search.parse_drops(config.best_of, config.drops)
+    reward = config.reward
+    if reward is None and Path(f"{config.model}/reward").is_dir():
+        reward = f"{config.model}/reward"
     if config.best_of > 1 and not reward:
         raise InputError(f"--best_of {config.best_of} needs a reward model: name one with --reward")
-    pavrms = {name: load_pavrm(reward, dit).to(runtime.device) for name, dit in generators.items()} if reward else {}
-    n = config.num_videos
-    seed = 7_000 + config.seed
+    check_models(named, reward)
+    vae, device = families.load_vae(f"{config.model}/vae").to(runtime.device), runtime.device
+    n, seed, image_to_video, spent = config.num_videos, SEED + config.seed, config.task == "i2v", {}
     clean, prompts, _ = scene.make(n, seed, "clean", config.world, split=config.split)
-    context = text.encode(prompts)                                                              # [n, l, d]
-    given = vae.encode(from_pixels(clean.to(runtime.device)))                                   # [n, c, f, h, w]
-    t = common.uniform(seed, "pavrm t", 0, range(n)).to(runtime.device)
-    x1 = common.noise(given.shape[1:], seed, "pavrm x1", 0, range(n)).to(runtime.device)
-    image_to_video = config.task == "i2v"
-    y = first_frame_condition(given) if image_to_video else None                                # [n, 4 + c, f, h, w]
+    text = families.load_text_encoder(f"{config.model}/text_encoder").to(device).eval()
+    context = text.encode(prompts)                                                          # [n, l, d]
+    given = vae.encode(from_pixels(clean.to(device)))                                       # [n, c, f, h, w]
+    y = first_frame_condition(given) if image_to_video else None                        # [n, 4 + c, f, h, w]
 
-    held, found, videos = own(config, runtime), {}, {}          # noqa: F841   as long as this function runs
-    for name, dit in generators.items():
-        dit = dit.to(runtime.device).eval()
-        latents = []
-        for i in common.progress(range(0, n, 128), f"{name} (x128)"):
-            j = range(i, min(n, i + 128))
-            what = given.shape[1:], context[j], seed, j, config.num_inference_steps
-            how = dict(guidance_scale=config.guidance_scale, y=None if y is None else y[j], autocast=runtime.autocast)
-            if config.best_of > 1:
-                found_best, passes = search.best_of(dit, pavrms[name], *what, cuts, **how)
-            else:
-                found_best = flow.sample(dit, *what, **how)
-            latents.append(found_best)
-        latents = torch.cat(latents)
-        videos[name] = torch.cat([to_pixels(vae.decode(x)).cpu() for x in latents.split(128)])
-        found[name] = measure(videos[name], prompts, clean if image_to_video else None)
-        if reward:
-            x_t = flow.add_noise(latents, x1, t)
-            with runtime.autocast():
-                logits = [pavrms[name](x_t[i:i + 128], t[i:i + 128], context[i:i + 128],
-                                       y=None if y is None else y[i:i + 128]) for i in range(0, n, 128)]
-            found[name]["pavrm"] = (torch.cat(logits) >= 0).double().cpu().numpy()
-    videos["clean renders"] = torch.cat([to_pixels(vae.decode(x)).cpu() for x in given.split(128)])
-    found["clean renders"] = measure(videos["clean renders"], prompts, clean if image_to_video else None)
+    def open_source(name):
+        if name != CLEAN:
+            dit, pavrms = open_generator(named[name], runtime, pavrm=reward)
+            dit = dit.to(device)
+            pavrm = pavrms["pavrm"].to(device) if pavrms else None
 
-    rows = {name: {metric: summary(values) for metric, values in metrics.items() if metric != "grade"}
-            for name, metrics in found.items()}
-    first = next(iter(named))
-    pairs = {name: compare(found[first], found[name]) for name in named if name != first}
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    tables = markdown(rows, pairs)
-    searched = "" if config.best_of == 1 else f"the best of {config.best_of} by the reward, {passes:g} forward passes a video; "
-    replace_text(folder / "table.md", f"{n} held-out prompts, same noise, {config.num_inference_steps} Euler steps; {searched}"
-                                     "95 % bootstrap intervals.\n\n" + tables)
-    runs.write_json(folder / "table.json", {"config": {k: v for k, v in vars(config).items()}, "rows": rows,
-                                              "against_first": pairs})
-    runs.write_json(folder / "per_video.json", {name: {metric: [round(v, 4) for v in values.astype(float).tolist()]
-                                                         for metric, values in metrics.items()}
-                                                  for name, metrics in found.items()})
-    gap = torch.full_like(next(iter(videos.values()))[:8, :1], 255)                             # a white frame between
-    bands = [part for name in named for part in (videos[name][:8, ::2], gap)][:-1]
-    contact_sheet(torch.cat(bands, 1), folder / "videos.png", scale=2)
-    few = min(8, n)
-    side_by_side = wall({name: videos[name][:few] for name in named}, prompts[:few],
-                        {name: (name, f"{rows[name]['qualified']['mean']:.0%} good") for name in named},
-                        {name: found[name]["qualified"][:few] > 0 for name in named})
-    write_video(folder / "side_by_side.mp4", side_by_side, fps=scene.FPS)
-    write_gif(folder / "side_by_side.gif", side_by_side, fps=scene.FPS)
-    print(tables)
-    print(f"wrote {folder}/table.md, table.json, per_video.json, videos.png and side_by_side.mp4")
-    print(f"look at {folder}/side_by_side.gif: the same prompts and noise, framed green where the annotator is content")
-    common.teardown()
+        def measure_group(group):
+            image = {"y": y[group]} if image_to_video else {}
+            latents = given[group]
+            if name != CLEAN:
+                latents, spent["passes"] = search.best_of(
+                    dit, pavrm, given.shape[1:], context[group], seed, group, config.num_inference_steps,
+                    drops, guidance_scale=config.guidance_scale, batch_size=WORLD_BATCH,
+                    autocast=runtime.autocast, **image)
+            videos = to_pixels(vae.decode(latents)).cpu()
+            values = measure(videos, [prompts[i] for i in group], clean[group] if image_to_video else None)
+            if name != CLEAN and pavrm:
+                t = common.uniform(seed, "pavrm t", 0, group).to(device)
+                x1 = common.noise(given.shape[1:], seed, "pavrm x1", 0, group).to(device)
+                with runtime.autocast():
+                    logits = pavrm(flow.add_noise(latents, x1, t), t, context[group], **image)
+                values["pavrm"] = (logits >= 0).double().cpu().numpy()
+            return values, videos
+
+        return groups_of(n, WORLD_BATCH), measure_group
+
+    def report(found, films):
+        rows = {name: {metric: summary(values) for metric, values in metrics.items() if metric != "grade"}
+                for name, metrics in found.items()}
+        first, folder = next(iter(named)), Path(config.output_dir)
+        against = {name: compare(found[first], found[name]) for name in named if name != first}
+        tables = metrics_table(TABLE, rows)
+        if against:
+            tables += table([f"against {first}", "qualified, difference", "win", "tie", "lose"],
+                            [[name, show(pair["qualified_difference"], pair["interval"], "+"),
+                              *(f"{pair[key]:.3f}" for key in ("win", "tie", "lose"))]
+                             for name, pair in against.items()])
+        line = f"{n} held-out prompts, same noise, {config.num_inference_steps} Euler steps; "
+        write_results(config, line + searched(config, spent["passes"]), tables, rows, against, found, 4)
+        few = range(min(SHOWN, n))
+        videos = {name: torch.stack([films[name][i] for i in few]) for name in named}
+        gap = torch.full_like(videos[first][:, :1], 255)                            # a white frame between
+        bands = [part for name in named for part in (videos[name][:, ::2], gap)][:-1]
+        contact_sheet(torch.cat(bands, 1), folder / "videos.png", scale=2)
+        side_by_side = wall(videos, prompts[:len(few)],
+                            {name: (name, f"{rows[name]['qualified']['mean']:.0%} good") for name in named},
+                            {name: found[name]["qualified"][:len(few)] > 0 for name in named})
+        write_video(folder / "side_by_side.mp4", side_by_side, fps=scene.FPS)
+        write_gif(folder / "side_by_side.gif", side_by_side, fps=scene.FPS)
+        print(f"wrote {folder}/table.md, table.json, per_video.json, videos.png and side_by_side.mp4")
+        print(f"look at {folder}/side_by_side.gif: the same prompts and noise; green frames are what the "
+              "annotator calls good")
+
+    return [*named, CLEAN], open_source, report
+
+
+# ---- any generators, on your own prompts
+def own_prompts(config, named, runtime):
+    rows = read_prompts(config.prompts)[:config.num_videos]
+    dit_config = transformer_folder(next(iter(named.values())))[1]
+    defaults = families.sampling_defaults(dit_config)
+    size, negative = data.parse_size(config) or defaults["size"], defaults["negative_prompt"]
+    families.fill_in(config, families.sampling_defaults(dit_config, size))
+    for row in rows:
+        if (row["image"] is not None) != (dit_config["model_type"] == "i2v"):
+            raise InputError(f"--prompts {config.prompts}: an image in each row is needed by image-to-video "
+                             f"models, and only by those; these are {dit_config['model_type']}")
+        if row["image"]:
+            read_clip(row["image"], size=size, frames=1)
+    if config.best_of > 1 and not config.reward:
+        raise InputError(f"--best_of {config.best_of} needs a reward model: name one with --reward")
+    drops = search.parse_drops(config.best_of, config.drops)
+    check_models(named, config.reward, config.judge)
+    vae, device = families.load_vae(f"{config.model}/vae"), runtime.device
+    texts = [row["prompt"] for row in rows]
+    all_texts = texts if negative is None else [*texts, negative]
+    contexts = families.encode_prompts(f"{config.model}/text_encoder", all_texts, device, dit_config["text_dim"])
+    null = None if negative is None else contexts[negative].to(device)                      # [l, d]
+    shape = families.latent_shape(dit_config, size, config.frames)
+    batch_size = max(1, BATCH_LATENTS // (shape[1] * shape[2] * shape[3]))
+    groups, spent = groups_of(len(rows), batch_size), {}
+    seed, folder = SEED + config.seed, Path(config.output_dir)
+
+    def open_source(name):
+        dit, rewards = open_generator(named[name], runtime, pavrm=config.reward, judge=config.judge)
+        image_encoder = None
+        if dit.config["image_dim"]:
+            image_encoder = families.load_image_encoder(f"{config.model}/image_encoder")
+        pavrm = rewards["pavrm"] if config.best_of > 1 else None
+
+        def measure_group(group):
+            context = encoders.stack_contexts([contexts[texts[i]] for i in group]).to(device)
+            paths = [rows[i]["image"] for i in group]
+            image = families.conditions_of_images(dit.config, vae, image_encoder, paths, size, config.frames,
+                                               device)
+            with encoders.on(dit, device), encoders.on(pavrm, device):
+                x, spent["passes"] = search.best_of(                                        # [b, c, f, h, w]
+                    dit, pavrm, shape, context, seed, group, config.num_inference_steps, drops,
+                    shift=config.shift, guidance_scale=config.guidance_scale, null=null,
+                    batch_size=batch_size, autocast=runtime.autocast, **image)
+            values = {}
+            for kind, reward in rewards.items():
+                with encoders.on(reward, device):
+                    logits = validation.logits_by_t(reward, x, context, SEED, autocast=runtime.autocast,
+                                                    indices=group, **image)
+                values[kind] = (logits >= 0).double().mean(0).cpu()
+            with encoders.on(vae, device):
+                videos = encoders.decode_pixels(vae, x)
+            for i, video in zip(group, videos):
+                write_video(folder / name / f"{i:06d}.mp4", video, config.fps)
+            return values | validation.panel(videos), videos
+
+        return groups, measure_group
+
+    def write_metadata(name):
+        flags = {flag: getattr(config, flag, None) for flag in samples.FLAGS}
+        flags |= {"transformer": named[name], "size": f"{size[0]}*{size[1]}", "batch_size": batch_size,
+                  "negative_prompt": negative, "reward": config.reward if config.best_of > 1 else None}
+        settings, lines = samples.describe(flags, folder / name), []
+        for group in groups:
+            for place, i in enumerate(group):
+                made = settings | {"index": i, "batch": len(group), "place": place}
+                file_name, image = f"{i:06d}.mp4", rows[i]["image"]
+                lines.append(samples.row(folder / name, file_name, texts[i], seed, image, made))
+        write_rows(folder / name / "metadata.jsonl", lines)
+
+    def report(found, films):
+        first, *others = named
+        for values in found.values():
+            values["dynamic"] = validation.dynamic_degree(values["flow"], found[first]["flow"]).astype(float)
+        for name in named:
+            write_metadata(name)
+        metrics = [metric for metric in WATCHED if metric in found[first]]
+        means = {name: {metric: summary(found[name][metric]) for metric in metrics} for name in named}
+        against = {name: {metric: summary(found[name][metric] - found[first][metric]) for metric in metrics}
+                   for name in others}
+        tables = metrics_table(WATCHED, means)
+        tables += table([f"above {first}", *(WATCHED[metric] for metric in metrics)],
+                        [[name, *(show(**row[metric], sign="+") for metric in metrics)]
+                         for name, row in against.items()])
+        line = (f"{len(rows)} prompts, same noise, {config.num_inference_steps} Euler steps, guidance "
+                f"{config.guidance_scale:g}; ")
+        write_results(config, line + searched(config, spent["passes"]), tables, means, against, found, 5)
+        few = range(min(6, len(rows)))
+        videos = {name: torch.stack([films[name][i] for i in few]) for name in named}
+        side_by_side = wall(videos, texts[:len(few)], {name: (name,) for name in named})
+        write_video(folder / "side_by_side.mp4", side_by_side, config.fps)
+        strips = [torch.stack([validation.strip(films[name][i], 4) for i in few]) for name in named]
+        contact_sheet(torch.cat(strips, 1), folder / "videos.png", scale=1)
+        print(f"wrote {folder}/table.md, table.json, per_video.json, videos.png, side_by_side.mp4 and "
+              + ", ".join(f"{name}/" for name in named))
+        if others:
+            print(f"let people choose: python label.py --pairs {folder / first} {folder / others[0]}")
+
+    return list(named), open_source, report
+
+
+# ---- clips that exist
+def existing_clips(config, runtime):
+    """`--clips`: what a reward model says of each clip, and how right it is where labels are known."""
+    fit = ("size", "frames", "fps")
+    common.refuse(config, ("best_of",), "with --clips")
+    if config.checkpoints:
+        raise InputError("--clips scores clips that exist: give no checkpoints")
+    if not config.reward:
+        raise InputError("--clips needs a reward model: name one with --reward")
+    pavrm, source, folder = load_pavrm(config.reward), Path(config.clips), Path(config.output_dir)
+    encoded = (source / "shards.json").exists()
+    model = config.model
+    if model is None and families.of_config(pavrm.trunk.config).world:
+        model = str(SHIPPED["t2v"])
+    if encoded:
+        common.refuse(config, fit, "with --clips of shards, whose clips have theirs")
+    elif not model:
+        raise InputError("--clips: give --model too, the folder with the encoders that the reward model's "
+                         "generator came with")
+    if not source.is_dir():
+        raise InputError(f"--clips {source}: there is no such folder")
+
+    def load_shards():
+        """The clips as shards: encoded first if they are not."""
+        latents = source
+        if not encoded:
+            latents = folder / "latents"
+            flags = {name: getattr(config, name) for name in fit}
+            roles = ["vae", "text_encoder", *(["image_encoder"] if pavrm.trunk.config["image_dim"] else [])]
+            flags |= {role: f"{model}/{role}" for role in roles}
+            data.encode(data.Encode(str(source), out=str(latents), **flags), runtime)
+            common.gather(None)                                 # the other ranks wait for the files
+        shards = data.Shards(latents).relabel()
+        shards.require_fit(pavrm.trunk, model)
+        return shards
+
+    def open_source(name):
+        shards = kept["shards"] = load_shards()
+        pavrm.to(runtime.device)
+        batch_size = max(1, min(16, BATCH_LATENTS // math.prod(shards.latent_shape[1:])))
+
+        def measure_group(group):
+            batch = shards.batch(group)
+            image = image_inputs(pavrm.trunk.config, batch, runtime.device)
+            logits = validation.logits_by_t(
+                pavrm, batch["latents"].to(runtime.device), batch["context"].to(runtime.device), config.seed,
+                autocast=runtime.autocast, indices=group, **image)
+            return {interval: row.float().cpu() for interval, row in zip(T_NAMES, logits)}, ()
+
+        return groups_of(len(shards), batch_size), measure_group
+
+    def report(found, films):
+        shards = kept["shards"]
+        logits = torch.tensor(np.stack([found["clips"][interval] for interval in T_NAMES])).float()  # [5, n]
+        good, labels = torch.sigmoid(logits), shards.labels
+        lines = []
+        for i in good.mean(0).argsort().tolist():
+            label = int(labels[i])
+            lines.append({"file_name": shards.rows[i]["file_name"], "prompt": shards.rows[i]["prompt"],
+                          "label": None if label < 0 else label, "good": round(good[:, i].mean().item(), 4),
+                          "good_by_t": [round(p, 4) for p in good[:, i].tolist()]})
+        write_rows(folder / "scores.jsonl", lines)
+        cells = {"mean probability": good.mean(1).tolist(),
+                 "share called good": (logits >= 0).double().mean(1).tolist()}
+        known = labels >= 0
+        if len(labels[known].unique()) == 2:
+            cells |= validation.metrics_by_t(logits[:, known], labels[known])
+            curves = calibration(good[:, known], labels[known])
+            runs.write_json(folder / "calibration.json", curves)
+            drawn = {f"t in {t}": ([x["predicted"] for x in bins], [x["good"] for x in bins])
+                     for t, bins in curves.items()}
+            panels = {"share that is good": ("probability of good", {"exact": ([0, 1], [0, 1])} | drawn)}
+            plot(folder / "calibration.png", panels)
+        cells = [[name, *(f"{x:.3f}" for x in row)] for name, row in cells.items()]
+        print("\n".join(table(["t in", *T_NAMES], cells)))
+        print(f"wrote {folder}/scores.jsonl: {len(shards)} clips, worst first; {int(known.sum())} have labels")
+
+    kept = {}
+    return ["clips"], open_source, report
+
+
+def calibration(good, labels, bins=10):
+    """{interval of t: [{"predicted", "good", "count"}]}: the clips in ten equal steps of the probability [5,
+    n] given to them, empty steps left out; the mean of that probability, and the share that labels [n] call
+    good."""
+    found = {}
+    for interval, row in zip(T_NAMES, good):
+        step = (row * bins).long().clamp(max=bins - 1)
+        found[interval] = []
+        for i in range(bins):
+            inside = step == i
+            if inside.any():
+                found[interval].append({"predicted": row[inside].mean().item(),
+                                        "good": (labels[inside] == 1).double().mean().item(),
+                                        "count": int(inside.sum())})
+    return found
 
 
 if __name__ == "__main__":

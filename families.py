@@ -217,6 +217,11 @@ def conditions_of_images(dit_config, vae, image_encoder, paths, size, frames, de
     return {name: torch.cat([found[path][name] for path in paths]) for name in found[paths[0]]}
 
 
+def encode_prompts(folder, prompts, device, width=None):
+    """formats.encoders.encode_texts by the text encoder in `folder`, which is loaded, used and let go."""
+    return encode_texts(load_text_encoder(folder), folder, prompts, device, width)
+
+
 # ---- the prompt that guidance leads away from
 NULL_CONTEXT = "null_context.safetensors"                       # beside shards
 

@@ -16,7 +16,7 @@ import common
 
 
 def shift_time(u, shift):
-    """Move times u in [0, 1] towards noise, if shift > 1; 0 and 1 stay. Wan samples with a shift of 3 to 8."""
+    """Move times u in [0, 1] towards noise if shift > 1; 0 and 1 stay. Wan samples with a shift of 3 to 8."""
     return shift * u / (1 + (shift - 1) * u)
 
 
@@ -107,8 +107,8 @@ def sample(dit, latent_shape, context, seed, indices, num_steps, *, shift=1.0, g
         x_T = common.noise(latent_shape, seed, "sample", 0, indices[j]).to(context.device)
         given = {name: z[j] for name, z in conditions.items() if z is not None}
         with autocast():
-            x = rollout(dit, x_T, context[j], num_steps, shift=shift, guidance_scale=guidance_scale, null=null,
-                        **given)
+            x = rollout(dit, x_T, context[j], num_steps, shift=shift, guidance_scale=guidance_scale,
+                        null=null, **given)
         if counts:
             latents.append(x)
     return torch.cat(latents)

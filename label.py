@@ -1,19 +1,25 @@
-"""People grade clips in a browser, by keys alone: the labels that train_reward.py learns from (A.2.3, Table 6).
+"""People grade clips in a browser, with keys only: the labels that train_reward.py learns from (A.2.3, Table
+6).
 
-    pip install -r requirements-label.txt                        once: Flask
-    python label.py clips                                        a page on 127.0.0.1; Ctrl-C ends it
-    python label.py clips --annotator ada                        each person's answers are kept apart
-    python label.py report clips                                 counts, agreement between annotators, labels
-    python label.py export clips --bad any                       writes the majority's labels into the clips' metadata
-    python label.py --pairs samples_base samples_prfl            which of two is better? blind, sides by chance (Fig. 5)
-    python label.py report samples_base                          how often it won, with 95 % intervals
+    pip install -r requirements-label.txt                   once: Flask python label.py clips
+    serves a page on 127.0.0.1 until Ctrl-C python label.py clips --annotator ada                   keeps
+    ada's answers apart from other people's python label.py report clips                            counts,
+    agreement between annotators, labels python label.py export clips --bad any                  writes the
+    majority's labels into the clips' metadata python label.py --pairs samples_base samples_prfl       asks
+    which of two is better, without saying which is which;
+                                                            chance decides which is left (Fig. 5)
+    python label.py report samples_base                     how often its samples won, with 95 % intervals
 
-clips is a folder with metadata.jsonl or .csv, as data.py and sample.py read and write it. Answers are lines of
-clips/labels.jsonl, or of pairs.jsonl in the first folder of a pair (formats/labels.py has the format). Each is on the disk
-before the next clip shows, so any moment is a good one to stop, and the same command goes on. train_reward.py reads them there
-at start: nothing has to be exported or encoded again. Two grades make a label: good if qualified on both axes, bad if
-unqualified on both (--bad any: on one; train_reward.py has the flag too), else the clip is dropped. Of several annotators
-more than half decide.
+clips is a folder with metadata.jsonl or metadata.csv, as data.py and sample.py read and write it. Answers are
+lines of clips/labels.jsonl, or of pairs.jsonl in the first folder of a pair (formats/labels.py describes
+them). Each answer is on the disk before the next clip is shown, so you can stop at any moment; the same
+command continues. train_reward.py reads the answers there when it starts: nothing has to be exported or
+encoded again. Two grades make a label: good if both are qualified, bad if both are unqualified (--bad any: if
+one is; train_reward.py has the flag too), otherwise the clip is dropped. With several annotators the label
+that more than half of them give counts.
+
+The page shows what training reads: clips that browsers do not play, interlaced ones and HDR are shown as a
+converted copy.
 
 From another machine: `ssh -L 8765:127.0.0.1:8765 host`, then open the printed address here.
 """
@@ -40,51 +46,60 @@ except ImportError:                     # an extra: report and export do without
     flask = None
 
 import common
+import data
 import report
 from common import InputError, arg
 from formats import labels
 from formats.metadata import printable, read_metadata, write_labels
-from formats.video import read_clip, write_video
+from formats.paths import other_spelling
+from formats.shards import join_equal
+from formats.video import copy_for_browser, first_look
 
 PAGE = Path(__file__).with_name("assets") / "label.html"
 PAUSE = 120.0                           # seconds between two answers that count as a break, not as work
-BAD = "bad is: unqualified on both axes (A.2.3), or on any"
+COPIES = 8                              # converted clips that are kept while the page runs
+BAD_HELP = "a clip is bad if it is unqualified on both axes (A.2.3), or on any of them"
 
 
 @dataclass(kw_only=True)
 class Serve:
-    annotator: str | None = arg(None, "whose answers these are; without, the login name")
-    port: int = arg(8765, "of 127.0.0.1; 0 takes any free one", at_least=0, at_most=65535)
-    seed: int = arg(0, "of the order, the same for every annotator, and of the sides of pairs", at_least=0)
+    annotator: str | None = arg(None, "name of the person whose answers these are; default: the login name")
+    port: int = arg(8765, "port of the page on 127.0.0.1; 0: any free one", at_least=0, at_most=65535)
+    seed: int = arg(0, "seed of the order of clips, the same for every annotator, and of which clip of a pair is left",
+                    at_least=0)
 
 
 @dataclass(kw_only=True)
 class Clips(Serve):
     folder: str = arg(..., "folder with clips and metadata", positional=True)
-    bad: str = arg("both", BAD, choices=labels.BAD)
+    bad: str = arg("both", BAD_HELP, choices=labels.BAD)
 
 
 @dataclass(kw_only=True)
 class Pairs(Serve):
-    pairs: tuple[str, ...] = arg(..., "two folders with clips of the same prompts: A B")
+    pairs: tuple[str, ...] = arg(..., "two folders with clips of the same prompts, A and B")
 
 
 @dataclass(kw_only=True)
 class Said:
     folder: str = arg(..., "folder with labels.jsonl (or, for report, pairs.jsonl)", positional=True)
-    bad: str = arg("both", BAD, choices=labels.BAD)
+    bad: str = arg("both", BAD_HELP, choices=labels.BAD)
 
 
-# ---- what is shown: items {key, line: the answer's fixed part, files: from left to right, show: what the page may know}
+# ---- what is shown. An item is {key, line: the part of its answer that is known before, files: from left to
+# right, show: what the page may know}.
 def own_files(folder):
-    """-> rows of the metadata whose file is there, within the folder; how many are not is told."""
+    """-> the rows of the metadata whose file exists, inside the folder. Prints how many rows are left out."""
     rows, root = read_metadata(folder), os.path.realpath(folder)
     where = lambda row: os.path.realpath(os.path.join(root, row["file_name"]))
     inside = [row for row in rows if where(row).startswith(root + os.sep)]
     there = [row for row in inside if os.path.isfile(where(row))]
-    for count, why in ((len(rows) - len(inside), "lie outside the folder"), (len(inside) - len(there), "have no file")):
-        if count:
-            print(f"{folder}: {count} of {len(rows)} clips {why}: left out")
+    if len(rows) > len(inside):
+        print(f"{folder}: {len(rows) - len(inside)} of {len(rows)} clips lie outside the folder: left out")
+    if missing := [row["file_name"] for row in inside if row not in there]:
+        print(f"{folder}: {len(missing)} of {len(rows)} clips have no file: left out")
+        if hint := other_spelling(os.path.join(folder, missing[0])):
+            print(printable(f"{missing[0]}: there is no such file{hint}"))
     if not there:
         raise InputError(f"{folder}: none of the clips in its metadata is there")
     return there
@@ -93,14 +108,17 @@ def own_files(folder):
 def clip_items(folder):
     items = {}
     for row in own_files(folder):
-        key = (os.path.normpath(row["file_name"]),)             # a row that comes twice is one clip
-        items.setdefault(key, {"key": key, "line": {"file_name": row["file_name"]}, "files": [Path(folder) / row["file_name"]],
-                               "show": {"prompt": row["prompt"], "name": row["file_name"]}})
+        name = row["file_name"]
+        key = (os.path.normpath(name),)                         # a row that comes twice is one clip
+        if key not in items:
+            items[key] = {"key": key, "line": {"file_name": name}, "files": [Path(folder) / name],
+                          "show": {"prompt": row["prompt"], "name": name}}
     return list(items.values())
 
 
 def pair_items(folders, seed):
-    """The first clip of a prompt in A is shown with the first one in B, the second with the second, and so on."""
+    """The first clip of a prompt in folder A is shown with its first clip in B, the second with the second,
+    and so on. The seed draws which one is left."""
     sides = []
     for folder in folders:
         found, count = {}, {}
@@ -114,19 +132,20 @@ def pair_items(folders, seed):
         raise InputError(f"--pairs {' '.join(folders)}: no prompt is in both folders")
     if alone := sum(map(len, sides)) - 2 * len(both):
         print(f"{alone} clips have no partner of the same prompt: left out")
-    against, items = os.path.relpath(*folders[::-1]), []
+    against, items = os.path.relpath(folders[1], folders[0]), []
     for i, place in enumerate(both):
         names = {"a": sides[0][place], "b": sides[1][place]}
-        order = "ab" if common.uniform(seed, "sides", 0, [i]).item() < 0.5 else "ba"
+        files = {"a": Path(folders[0]) / names["a"], "b": Path(folders[1]) / names["b"]}
+        left, right = ("a", "b") if common.uniform(seed, "sides", 0, [i]).item() < 0.5 else ("b", "a")
         items.append({"key": (against, names["a"], names["b"]), "show": {"prompt": place[0]},
-                      "line": {"against": against, "prompt": place[0], **names, "left": order[0]},
-                      "files": [Path(folders["ab".index(side)]) / names[side] for side in order]})
+                      "line": {"against": against, "prompt": place[0], **names, "left": left},
+                      "files": [files[left], files[right]]})
     return items
 
 
 class Session:
-    """One annotator's way through shuffled items. What must last is in the journal; what was skipped comes again at the end,
-    or after a restart."""
+    """One annotator's way through the shuffled items. Only answers are in the journal and last; skipped items
+    come again at the end, or after a restart."""
 
     def __init__(self, kind, items, journal, annotator, seed=0, bad="both"):
         order = torch.randperm(len(items), generator=common.random_generator(seed, "label order"))
@@ -134,28 +153,45 @@ class Session:
         self.kind, self.journal, self.annotator, self.bad = kind, journal, annotator, bad
         self.index = {item["key"]: i for i, item in enumerate(self.items)}
         self.answers = {}                                       # item -> this annotator's standing answer, oldest first
-        for line in labels.read_answers(journal.path, kind):
+        answers, self.notes = labels.current_answers(journal.path, kind)
+        for line in answers:
             key = (os.path.normpath(line["file_name"]),) if kind == "clip" else tuple(line[name] for name in labels.KEYS[kind])
             if line["annotator"] == annotator and key in self.index:
                 self.answers[self.index[key]] = line
-        self.skipped, self.again, self.gone = [], [], set()
-        self.lock = threading.Lock()                            # the server has a thread for each request
+        self.skipped, self.again = [], []       # items to show at the end; items to show next, last one first
+        self.gone = set()                       # items whose file was deleted
+        self.looks = {}                         # item -> what `look` found
+        self.lock = threading.Lock()            # the server has a thread for each request
 
     def coming(self, count):
-        """-> the next `count` items to show, fewer at the end; those whose file has gone meanwhile are left out."""
+        """-> the next `count` items to show, fewer at the end. Items whose file was deleted are left out."""
         found, moved = [], {*self.again, *self.skipped}
         fresh = (i for i in range(len(self.items)) if i not in moved)
         for i in (*self.again[::-1], *fresh, *self.skipped):
             if len(found) == count:
                 break
-            if i not in self.answers and i not in self.gone:
-                found.extend([i] * self.here(i))
+            if i not in self.answers and i not in self.gone and self.here(i):
+                found.append(i)
         return found
 
     def here(self, item):
+        """Whether the item's files exist; if not, it is noted as gone."""
         there = all(os.path.isfile(path) for path in self.items[item]["files"])
-        self.gone.update([item] * (not there))
+        if not there:
+            self.gone.add(item)
         return there
+
+    def look(self, item):
+        """-> [Facts of the first frame] of the item's files, None for a file that cannot be read."""
+        if item not in self.looks:
+            found = []
+            for path in self.items[item]["files"]:
+                try:
+                    found.append(first_look(path))
+                except InputError:
+                    found.append(None)
+            self.looks[item] = found
+        return self.looks[item]
 
     def save(self, item, **said):
         line = said | {"annotator": self.annotator, "time": round(time.time(), 3)}
@@ -165,7 +201,8 @@ class Session:
         return line
 
     def answer(self, item, grades):
-        line = self.save(item, **self.items[item]["line"], **grades)
+        line = self.items[item]["line"]
+        line = self.save(item, **line, **grades, contents=labels.contents_beside(self.journal.path, line))
         self.answers.pop(item, None)
         self.answers[item] = line                               # the latest is the last
 
@@ -183,83 +220,139 @@ class Session:
             self.skipped.append(item)
 
     def rate(self):
-        """-> answers a minute, of the latest 50, breaks left out; None before there are some."""
+        """-> answers per minute, from the latest 50 without breaks; None while there are too few."""
         times = [line.get("time", 0) for line in list(self.answers.values())[-50:]]
         gaps = [b - a for a, b in zip(times, times[1:]) if 0 < b - a < PAUSE]
         return 60 / statistics.mean(gaps) if len(gaps) >= 3 else None
 
     def state(self):
         """All that the page shows."""
-        now, following, *_ = [*self.coming(2), None, None]
-        show = lambda i: None if i is None else self.items[i]["show"] | {"id": i}
-        return {"kind": self.kind, "annotator": self.annotator, "folder": str(self.journal.path.parent), "rate": self.rate(),
-                "done": len(self.answers), "total": len(self.items) - len(self.gone), "skipped": len(self.skipped),
-                "gone": len(self.gone), "now": show(now), "next": show(following),
+        shown = []
+        for item in self.coming(2):
+            fps = [None if facts is None else facts.fps for facts in self.look(item)]
+            shown.append(self.items[item]["show"] | {"id": item, "fps": fps})
+        now, following, *_ = [*shown, None, None]
+        return {"kind": self.kind, "annotator": self.annotator, "folder": str(self.journal.path.parent),
+                "rate": self.rate(), "done": len(self.answers), "total": len(self.items) - len(self.gone),
+                "skipped": len(self.skipped), "gone": len(self.gone), "now": now, "next": following,
                 "tables": self.tables() if now is None else []}
 
     def tables(self):
-        answers = labels.read_answers(self.journal.path, self.kind)
+        answers, _ = labels.current_answers(self.journal.path, self.kind)
         return clip_tables(answers, self.bad) if self.kind == "clip" else pair_tables(answers)
 
 
 # ---- what is reported: tables (title, head, rows)
 def clip_tables(answers, bad):
-    """What each annotator said, the majority's labels, and agreement."""
+    """How often each annotator gave each grade, the majority's labels, and agreement between annotators."""
     people, rows = sorted({answer["annotator"] for answer in answers}), []
     for who in people:
         mine = [answer for answer in answers if answer["annotator"] == who]
-        count = lambda axis, grade: str(sum(answer[axis] == grade for answer in mine))
-        rows.append([who, len(mine), *(" / ".join(count(axis, grade) for grade in (2, 1, 0)) for axis in labels.AXES)])
+        row = [who, len(mine)]
+        for axis in labels.AXES:
+            given = [answer[axis] for answer in mine]
+            row.append(f"{given.count(2)} / {given.count(1)} / {given.count(0)}")
+        rows.append(row)
     head = ["annotator", "clips", *(f"{axis}: qualified / partially / un-" for axis in labels.AXES)]
     votes = list(labels.majority(answers, bad).values())
-    tables = [("Answers", head, rows), (f"Labels (bad: unqualified on {bad})", ["good", "bad", "dropped"],
-                                        [[votes.count(label) for label in (1, 0, None)]])]
+    counts = [votes.count(1), votes.count(0), votes.count(None)]
+    tables = [("Answers", head, rows),
+              (f"Labels (bad: unqualified on {bad})", ["good", "bad", "dropped"], [counts])]
     if len(people) > 1:
-        found = labels.agreement(answers, bad)
-        cell = lambda kappa, n: f"{'-' if kappa is None else f'{kappa:.2f}'} ({n})"
-        name = lambda pair: "all (Fleiss)" if pair == "all" else f"{pair[0]} and {pair[1]} (Cohen)"
-        tables.append(("Agreement: kappa (clips that both, or at least two, graded)", ["", *found],
-                       [[name(pair), *(cell(*found[what][pair]) for what in found)] for pair in found["label"]]))
+        found, rows = labels.agreement(answers, bad), []
+        for pair in found["label"]:
+            row = ["all (Fleiss)" if pair == "all" else f"{pair[0]} and {pair[1]} (Cohen)"]
+            for what in found:
+                kappa, n = found[what][pair]
+                row.append(f"- ({n})" if kappa is None else f"{kappa:.2f} ({n})")
+            rows.append(row)
+        tables.append(("Agreement: kappa (clips that both, or at least two, graded)", ["", *found], rows))
     return tables
 
 
 def pair_tables(answers):
-    """Win, tie and lose of A against each other folder: means over pairs of the annotators' shares."""
+    """How often A wins, ties and loses against each other folder: each pair's share of its annotators, then
+    the mean over pairs."""
     rows = []
     for against in sorted({answer["against"] for answer in answers}):
         mine = [answer for answer in answers if answer["against"] == against]
-        win, tie, lose = labels.preference(mine).T                                                  # each [n pairs]
-        show = lambda x, sign="": report.show(x.mean(), report.confidence_interval(x[None]), sign)
-        rows.append([against, len(mine), len(win), len({answer["annotator"] for answer in mine}),
-                     show(win), show(tie), show(lose), show(win - lose, "+")])
+        win, tie, lose = labels.preference(mine).T                                          # each [n pairs]
+        row = [against, len(mine), len(win), len({answer["annotator"] for answer in mine})]
+        for values, sign in ((win, ""), (tie, ""), (lose, ""), (win - lose, "+")):
+            row.append(report.show(values.mean(), report.confidence_interval(values[None]), sign))
+        rows.append(row)
     return [("A against B (95 % intervals from resampled pairs)",
              ["B", "answers", "pairs", "annotators", "A wins", "tie", "A loses", "wins - losses"], rows)]
 
 
 def show_tables(tables):
-    text = lambda row: [printable(cell) for cell in row]
-    return "\n".join(line for title, head, rows in tables for line in (f"{title}\n", *report.table(head, map(text, rows))))
+    lines = []
+    for title, head, rows in tables:
+        lines += [f"{title}\n", *report.table(head, [[printable(cell) for cell in row] for row in rows])]
+    return "\n".join(lines)
 
 
 # ---- the page
+class Copies:
+    """Copies of clips that a browser plays. Each is made once, however many requests ask for it at once; the
+    latest few are kept in the folder."""
+
+    def __init__(self, folder):
+        self.folder, self.count = Path(folder), 0
+        self.made = {}                          # (path, its time and size) -> copy, or why there is none
+        self.turns = {}                         # the same -> a lock
+        self.lock = threading.Lock()
+
+    def of(self, source):
+        """-> path of the copy. Raises InputError if `source` cannot be read, OSError if a copy cannot be
+        written."""
+        found = source.stat()
+        key = source, found.st_mtime_ns, found.st_size
+        with self.lock:
+            turn = self.turns.setdefault(key, threading.Lock())
+        with turn:                              # one request converts, the others wait here
+            if key not in self.made:
+                self.convert(key)
+            copy = self.made[key]
+        if isinstance(copy, InputError):
+            raise copy
+        return copy
+
+    def convert(self, key):
+        with self.lock:
+            self.count += 1
+            copy = self.folder / f"{self.count}.mp4"
+        try:
+            copy_for_browser(key[0], copy)
+        except InputError as error:
+            copy = error
+        with self.lock:
+            self.made[key] = copy
+            for old in [*self.made][:-COPIES]:
+                del self.turns[old]
+                if isinstance(forgotten := self.made.pop(old), Path):
+                    forgotten.unlink(missing_ok=True)
+
+
 def make_app(session, token, scratch):
-    """The Flask application. Every address begins with the token. Clips are reached by their number in the list, so no other
-    file can be asked for. scratch: a folder for copies of clips that the browser cannot play."""
-    app = flask.Flask("label", static_folder=None)
+    """The Flask application. Every address begins with the token. Clips are reached by their number in the
+    list, so no other file can be asked for. scratch: a folder for converted copies of clips."""
+    app, copies = flask.Flask("label", static_folder=None), Copies(scratch)
     refuse = lambda code, text: flask.Response(f"{text}\n", code, mimetype="text/plain")
 
     @app.before_request
     def only_who_was_told():
-        host = flask.request.host.rsplit(":", 1)[0]             # another name for 127.0.0.1 is another site's trick
+        host = flask.request.host.rsplit(":", 1)[0]     # any other name for 127.0.0.1 is a site's trick
         given = (flask.request.view_args or {}).pop("token", "")
-        if host not in ("127.0.0.1", "localhost") or not secrets.compare_digest(given.encode(), token.encode()):
+        known = secrets.compare_digest(given.encode(), token.encode())
+        if host not in ("127.0.0.1", "localhost") or not known:
             return refuse(403, "This is not the address that label.py printed when it was last started.")
 
     @app.after_request
     def close_doors(response):
-        response.headers.update({"Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store",
-                                 "Content-Security-Policy": "default-src 'self' 'unsafe-inline'; img-src data:; "
-                                                            "frame-ancestors 'none'"})
+        policy = "default-src 'self' 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
+        response.headers.update({"Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff",
+                                 "Cache-Control": "no-store", "Content-Security-Policy": policy})
         return response
 
     @app.get("/<token>/")
@@ -277,25 +370,32 @@ def make_app(session, token, scratch):
         path = files[side] if side < len(files) else None
         if not path or not path.is_file():
             return refuse(410, "gone")
-        if flask.request.args.get("as") == "mp4":               # a codec or container that the browser does not play
-            copy = Path(scratch) / f"{item}-{side}.mp4"
-            try:
-                if not copy.exists():
-                    write_video(copy, *read_clip(path))
-            except InputError as e:
-                return refuse(415, e)
-            path = copy
+        # The page asks for an mp4 if the browser does not play the file. A file that the browser would show
+        # otherwise than training reads it is converted unasked.
+        facts = session.look(item)[side]
+        otherwise = facts is not None and (facts.interlaced > 0 or facts.colours == "converted")
+        try:
+            if otherwise or flask.request.args.get("as") == "mp4":
+                path = copies.of(path)
+        except InputError as e:
+            return refuse(415, e)
+        except OSError as e:
+            return refuse(507, f"{scratch}: {e.strerror or e}")
         return flask.send_file(path.absolute(), conditional=True)       # ranges, so that seeking works
 
     def read(given):
-        """-> item, grades (None to skip) of a request's JSON. Raises KeyError, TypeError or ValueError."""
+        """-> item, grades (none: skip it) of a request's JSON. Raises KeyError, TypeError or ValueError."""
         item, line = given["id"], session.items[given["id"]]["line"]
+        if item < 0:
+            raise ValueError
+        if given.get("skip"):
+            return item, {}
         if session.kind == "clip":
-            rules, grades = labels.CLIP_RULES, {axis: given[axis] for axis in labels.AXES if not given.get("skip")}
-        else:                                                   # the page knows sides alone
-            sides = {"left": line["left"], "tie": "tie", "right": "ba"["ab".index(line["left"])]}
-            rules, grades = labels.PAIR, {} if given.get("skip") else {"winner": sides[given["winner"]]}
-        if item < 0 or not all(rules[name](grade) for name, grade in grades.items()):
+            rules, grades = labels.CLIP_RULES, {axis: given[axis] for axis in labels.AXES}
+        else:                                                   # the page knows left and right only
+            sides = {"left": line["left"], "tie": "tie", "right": "b" if line["left"] == "a" else "a"}
+            rules, grades = labels.PAIR, {"winner": sides[given["winner"]]}
+        if not all(rules[name](grade) for name, grade in grades.items()):
             raise ValueError
         return item, grades
 
@@ -304,7 +404,10 @@ def make_app(session, token, scratch):
         with session.lock:
             try:
                 item, grades = read(flask.request.get_json(silent=True))
-                session.answer(item, grades) if grades else session.skip(item)
+                if grades:
+                    session.answer(item, grades)
+                else:
+                    session.skip(item)
             except (LookupError, TypeError, ValueError):
                 return refuse(400, "not an answer")
             except OSError as e:
@@ -314,8 +417,10 @@ def make_app(session, token, scratch):
     @app.post("/<token>/undo")
     def undo():
         with session.lock:
-            try:                        # a request that is sent again, as its reply was lost, takes back one answer all the same
-                if session.answers and (flask.request.get_json(silent=True) or {}).get("done") == len(session.answers):
+            try:
+                # if the reply was lost, the page sends the request again: it takes back one answer all the same
+                given = flask.request.get_json(silent=True) or {}
+                if session.answers and given.get("done") == len(session.answers):
                     session.undo()
             except OSError as e:
                 return refuse(507, f"{session.journal.path}: {e.strerror or e}")
@@ -325,14 +430,14 @@ def make_app(session, token, scratch):
 
 
 def listen(port):
-    """-> a socket of 127.0.0.1 alone. Raises InputError if the port is taken."""
+    """-> a socket that only 127.0.0.1 reaches. Raises InputError if the port is taken."""
     found = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)         # a restart need not wait for old connections
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)     # a restart does not wait for the last one
     try:
         found.bind(("127.0.0.1", port))
         found.listen(128)
     except OSError as e:
-        raise InputError(f"--port {port}: {e.strerror.lower()}: pass another one (0 takes any that is free)") from None
+        raise InputError(f"--port {port}: {e.strerror.lower()}: pass another one (0: any free one)") from None
     return found
 
 
@@ -353,36 +458,60 @@ def serve(config):
     journal = labels.Journal(folder / f"{'pairs' if kind == 'pair' else 'labels'}.jsonl")
     session = Session(kind, items, journal, annotator, config.seed, getattr(config, "bad", "both"))
     token = secrets.token_urlsafe(12)
-    with tempfile.TemporaryDirectory(prefix="label-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="label-", ignore_cleanup_errors=True) as scratch:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         app, address = make_app(session, token, scratch), listening.getsockname()
         server = make_server(*address, app, threaded=True, fd=listening.fileno())
         with contextlib.suppress(KeyboardInterrupt):
             print(f"{len(items)} {kind}s, {len(session.answers)} answered by {printable(annotator)}\n"
-                  f"open http://127.0.0.1:{address[1]}/{token}/\nanswers go to {journal.path}; Ctrl-C ends", flush=True)
+                  f"open http://127.0.0.1:{address[1]}/{token}/\n"
+                  f"answers go to {journal.path}; Ctrl-C ends", flush=True)
             server.serve_forever()
-    print(f"\n{len(session.answers)} of {len(items)} {kind}s answered by {printable(annotator)}: {journal.path}\n")
+    print(f"\n{len(session.answers)} of {len(items)} {kind}s answered by {printable(annotator)}: "
+          f"{journal.path}\n")
     print(show_tables(session.tables()))
 
 
 # ---- the other commands
 def report_command(config):
-    clips, pairs = (labels.read_answers(Path(config.folder) / f"{kind}.jsonl", kind.removesuffix("s").replace("label", "clip"))
-                    for kind in ("labels", "pairs"))
+    folder = Path(config.folder)
+    clips, notes = labels.current_answers(folder / "labels.jsonl", "clip")
+    pairs, more = labels.current_answers(folder / "pairs.jsonl", "pair")
+    notes += more
     if not clips and not pairs:
-        raise InputError(f"{config.folder}: no answers in a labels.jsonl or pairs.jsonl: `python label.py {config.folder}`")
+        raise InputError("; ".join([f"{folder}: no answers in a labels.jsonl or pairs.jsonl: `python label.py {folder}`", *notes]))
     common.refuse(config, () if clips else ("bad",), "for pairs")
-    print(show_tables((clip_tables(clips, config.bad) if clips else []) + (pair_tables(pairs) if pairs else [])))
+    tables = clip_tables(clips, config.bad) if clips else []
+    if pairs:
+        tables += pair_tables(pairs)
+    print(show_tables(tables))
+    if clips:
+        print(describe_clips(folder, clips))
+    for note in notes:
+        print(printable(note))
+
+
+def describe_clips(folder, answers):
+    """A sentence that counts copies, and clips of one prompt, among the clips that have answers."""
+    answers = list({os.path.normpath(answer["file_name"]): answer for answer in answers}.values())
+    prompts = {}
+    with contextlib.suppress(InputError):                       # answers can lie in a folder without its list
+        prompts = {os.path.normpath(row["file_name"]): row["prompt"] for row in read_metadata(folder)}
+    contents = [content for content, in labels.all_contents(folder / "labels.jsonl", answers)]
+    names = [os.path.normpath(answer["file_name"]) for answer in answers]
+    groups = data.prompt_groups([prompts.get(name, name) for name in names])
+    return data.count_relatives(join_equal(contents), groups)
 
 
 def export_command(config):
     """Writes the majority's labels into the clips' metadata and changes no other byte. Clips without answers keep their
-    labels; a clip whose annotators disagree loses its label."""
+    labels; a clip on which no label has more than half of the annotators loses its label."""
     folder = Path(config.folder)
-    found = labels.majority(labels.read_answers(folder / "labels.jsonl"), config.bad)
     rows = read_metadata(folder)                                                # every row can be used
-    if not found:
-        raise InputError(f"{folder}/labels.jsonl: no answers: `python label.py {folder}`")
+    answers, notes = labels.current_answers(folder / "labels.jsonl")
+    if not answers:
+        raise InputError("; ".join([f"{folder}/labels.jsonl: no answers: `python label.py {folder}`", *notes]))
+    found = labels.majority(answers, config.bad)
     path = write_labels(folder, found)
     names = {os.path.normpath(row["file_name"]) for row in rows}
     votes = [label for name, label in found.items() if name in names]
@@ -390,6 +519,8 @@ def export_command(config):
           f"{len(names) - len(votes)} without answers left as they were")
     if len(found) > len(votes):
         print(f"{len(found) - len(votes)} answered clips are not in it")
+    for note in notes:
+        print(printable(note))
 
 
 COMMANDS = {"report": (report_command, Said), "export": (export_command, Said)}

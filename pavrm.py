@@ -1,23 +1,24 @@
 """PAVRM, the process-aware video reward model: will this noisy latent become a good video?
 
-It is the first K blocks of the pretrained generator, one learnable query that attends over all their tokens, a
-three-layer MLP and one logit. It learns from the label of the finished video at every noise level t (Eq. 4-6).
+It is the first K blocks of the pretrained generator, one learnable query that attends over all their tokens,
+a three-layer MLP and one logit. It learns from the label of the finished video at every noise level t (Eq.
+4-6).
 
 Deliberate differences:
-1. From the released code: one attention head with scale sqrt(D), as in Eq. 5 (there 8 heads). The query is added
-   to each example, so batches work (there [B, 1, D] + [B, D] broadcasts to [B, B, D]). t ~ U(0, 1) (there a
-   shift-5 grid).
+1. From the released code: one attention head with scale sqrt(D), as in Eq. 5 (there 8 heads). The query is
+   added to each example, so batches work (there [B, 1, D] + [B, D] broadcasts to [B, B, D]). t ~ U(0, 1)
+   (there a shift-5 grid).
 2. From the paper: patch, text and time embeddings stay frozen, as in the released code. The paper names only
    blocks, query and head as trained. Frozen embeddings keep the reward's idea of x_t and t equal to the
    generator's.
 3. From the paper: in the embedded world "bad" is unqualified on one axis or against the prompt, not on both
-   axes, because most of its flawed clips have one flaw. People's answers count as train_reward.py's --bad says,
-   by default the paper's way.
+   axes, because most of its flawed clips have one flaw. People's answers count as train_reward.py's --bad
+   says, by default the paper's way.
 4. From the paper: train_reward.py gives a share of each batch another video's prompt and the label bad
    (--mismatched). Without them the reward hardly reads its prompt (results/endurance.md).
 
-Axes: b batch, c channels, f frames, h height, w width, n tokens, d model width, k heads, e channels of a head,
-l text tokens.
+Axes: b batch, c channels, f frames, h height, w width, n tokens, d model width, k heads, e channels of a
+head, l text tokens.
 """
 from pathlib import Path
 
@@ -49,7 +50,8 @@ class QueryAttention(nn.Module):
 
     def forward(self, h):
         """Tokens [b, n, d] -> [b, d]"""
-        w_k, w_v = (layer.weight.unflatten(0, (self.heads, -1)) for layer in (self.w_k, self.w_v))  # [k, e, d]
+        # [k, e, d]
+        w_k, w_v = (layer.weight.unflatten(0, (self.heads, -1)) for layer in (self.w_k, self.w_v))
         q = self.query.view(self.heads, -1)                                                         # [k, e]
         wanted = torch.einsum("ke,ked->kd", q, w_k) / q.shape[1] ** 0.5                             # W_K^T q
         share = torch.einsum("bnd,kd->bnk", h, wanted).softmax(1)
@@ -68,12 +70,13 @@ POOLINGS = {  # each makes, from the width d, a module or function from tokens h
 
 
 class PAVRM(nn.Module):
-    """Reward logit r(x_t, t, p) of the video that x_t is on its way to.
+    """The reward logit r(x_t, t, p) of the video that x_t will become.
 
-    trunk: a VideoDiT without head, cut to K blocks. Build one with `PAVRM.from_generator` or `load_pavrm`.
+    Build one with `PAVRM.from_generator` or `load_pavrm`. Its trunk is a VideoDiT of K blocks without a head.
     """
 
     def __init__(self, transformer, pooling="query_attention", by_pieces=False):
+        """transformer: the config of the trunk. by_pieces: leave the trunk's weights on the meta device."""
         super().__init__()
         if pooling not in POOLINGS:
             raise InputError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
@@ -87,46 +90,60 @@ class PAVRM(nn.Module):
 
     @classmethod
     def from_generator(cls, dit, depth, pooling="query_attention"):
-        """Copy the first `depth` blocks and the embeddings of a VideoDiT (Eq. 4); the rest starts fresh."""
+        """A PAVRM whose trunk copies the embeddings and the first `depth` blocks of a VideoDiT (Eq. 4).
+
+        Query and head start fresh. Raises InputError if the generator has fewer blocks.
+        """
         if not 1 <= depth <= dit.config["num_layers"]:
-            raise InputError(f"--depth must be 1 to {dit.config['num_layers']}, the generator's blocks; got {depth}")
+            raise InputError(f"--depth {depth}: must be from 1 to {dit.config['num_layers']}, the blocks of "
+                             f"the generator")
         model = cls({**dit.config, "num_layers": depth}, pooling, by_pieces=bool(dit.weight_files))
         model.weight_files = None
-        if dit.weight_files:                                    # load_now=False: parallel.shard reads the trunk
+        if dit.weight_files:                                    # parallel.shard reads the trunk from them
             model.weight_files = dit.weight_files.behind("trunk.")
             return model
         model.trunk.load_state_dict({name: dit.get_parameter(name) for name in model.trunk.state_dict()})
         return model.to(next(dit.parameters()).device)
 
     def forward(self, x, t, context, y=None, clip_tokens=None):
-        """x [b, c, f, h, w] at times t [b], context [b, l, d_text] -> logits [b], float32; >= 0 means good."""
-        h = self.trunk.features(x, t, context, depth=len(self.trunk.blocks), y=y,
-                                clip_tokens=clip_tokens)                                            # [b, n, d]
+        """x [b, c, f, h, w] at times t [b], context [b, l, d_text] -> logits [b], float32. 0 or more means
+        good."""
+        depth = len(self.trunk.blocks)
+        h = self.trunk.features(x, t, context, depth=depth, y=y, clip_tokens=clip_tokens)          # [b, n, d]
         with torch.autocast(x.device.type, enabled=False):
             h = h.to(self.mlp[0].weight.dtype)
-            return self.mlp(self.pool(h))[:, 0]                                                     # [b]
+            z = self.pool(h)                                                                        # [b, d]
+            return self.mlp(z)[:, 0]                                                                # [b]
 
     def parameter_groups(self, trunk_lr, head_lr):
-        """AdamW groups: the trunk's blocks (unless trunk_lr is 0: a frozen probe), and query and head."""
+        """What is trained, as groups for AdamW: query and head, and the trunk's blocks.
+
+        A trunk_lr of 0 freezes the blocks too, which makes a probe on frozen features.
+        """
         self.requires_grad_(False)
-        self.trunk.blocks.requires_grad_(trunk_lr > 0)
         heads = [p for name, p in self.named_parameters() if not name.startswith("trunk.")]
-        for p in heads:
-            p.requires_grad_(True)
         groups = [{"params": heads, "lr": head_lr}]
-        return groups + ([{"params": list(self.trunk.blocks.parameters()), "lr": trunk_lr}] if trunk_lr > 0 else [])
+        if trunk_lr > 0:
+            groups.append({"params": list(self.trunk.blocks.parameters()), "lr": trunk_lr})
+        for group in groups:
+            for p in group["params"]:
+                p.requires_grad_(True)
+        return groups
 
     def freeze(self):
-        """Eval mode and no gradients on any weight: in alignment the gradient passes through, to x_s only."""
+        """Eval mode, and no gradients on any weight: in alignment the gradient passes through to x_s."""
         return self.eval().requires_grad_(False)
 
 
 def load_pavrm(path, generator=None, load_now=True):
-    """The PAVRM saved in `path`. generator: the VideoDiT it is to reward; a reward model whose trunk is not the first
-    blocks of such a generator is an InputError that names the difference. load_now: as in `model.load_transformer`."""
+    """The frozen PAVRM that was saved in folder `path`.
+
+    generator: the VideoDiT it is to reward. Raises InputError, which names the difference, if the trunk is
+    not the first blocks of such a generator. load_now: as in `model.load_transformer`.
+    """
     if not Path(path).is_dir():
-        raise InputError(f"{path} is not a folder; train a reward model with train_reward.py (--task i2v for the "
-                         "image-to-video generator) and name it with --reward")
+        raise InputError(f"{path} is not a folder; train a reward model with train_reward.py (--task i2v for "
+                         f"the image-to-video generator) and name it with --reward")
     config = read_config(path)
     if set(config) != {"transformer", "pooling"}:
         raise InputError(f"{path}/config.json is not a reward model's (wants transformer and pooling); "
@@ -134,12 +151,7 @@ def load_pavrm(path, generator=None, load_now=True):
     try:
         config["transformer"]["patch_size"] = tuple(config["transformer"]["patch_size"])
         if generator is not None:
-            differs = [f"{key} {config['transformer'].get(key)} instead of {value}"
-                       for key, value in generator.config.items()
-                       if key != "num_layers" and config["transformer"].get(key) != value]
-            if differs or config["transformer"]["num_layers"] > generator.config["num_layers"]:
-                raise InputError(f"the reward model in {path} has another trunk than the generator: "
-                                 + ", ".join(differs or ["more blocks"]) + "; train one with train_reward.py")
+            require_trunk_of(generator, config["transformer"], path)
         with torch.device("meta"):
             model = PAVRM(**config)
     except (KeyError, TypeError) as error:
@@ -148,13 +160,27 @@ def load_pavrm(path, generator=None, load_now=True):
     return model.freeze()
 
 
+def require_trunk_of(generator, trunk, path):
+    """Raises InputError unless the config `trunk` is that of the generator's first blocks."""
+    differences = []
+    for key, value in generator.config.items():
+        if key != "num_layers" and trunk.get(key) != value:
+            differences.append(f"{key} {trunk.get(key)} instead of {value}")
+    if trunk["num_layers"] > generator.config["num_layers"]:
+        differences.append("more blocks")
+    if differences:
+        raise InputError(f"the reward model in {path} has another trunk than the generator: "
+                         f"{', '.join(differences)}; train one with train_reward.py")
+
+
 def bce_loss(logits, labels):
     """Eq. 6: binary cross-entropy of sigmoid(r) with the label in {0, 1} of the clean video; both [b]."""
     return F.binary_cross_entropy_with_logits(logits, labels.float())
 
 
 def bradley_terry_loss(logits, labels):
-    """Table 7's variant: -log sigmoid(r_good - r_bad), over every (good, bad) pair of this rank's batch."""
+    """Table 7's variant: the mean of -log sigmoid(r_good - r_bad) over all (good, bad) pairs of this rank's
+    batch."""
     good, bad = logits[labels == 1], logits[labels == 0]
     if not len(good) or not len(bad):
         return logits.sum() * 0.0                               # a batch of one kind has no pairs

@@ -1,7 +1,8 @@
 """What results are made of: intervals over seeds and videos, verdicts on a claim, tables, curves.
 
-Values are one number per seed and video, [seeds, videos] (the same videos in each seed). A statistic that is no mean over
-videos (AUC, balanced accuracy) is given as values whose mean it is and whose spread over resampled videos is its own.
+Values are one number per seed and video, [seeds, videos] (the same videos in each seed). AUC and balanced
+accuracy are not means over videos; `auc_values` and `balanced_values` give per-video values with the same
+mean, and with the same spread when videos are resampled.
 """
 from pathlib import Path
 
@@ -9,15 +10,15 @@ import numpy as np
 
 
 def confidence_interval(values, other=None, rounds=5000):
-    """95 % interval of the mean of values [seeds, videos], or of how far it is above that of `other`, which has the same
-    seeds but videos of its own: seeds and videos are resampled, with replacement.
+    """95 % interval of the mean of values [seeds, videos], or of its difference from the mean of `other`,
+    which has the same seeds but videos of its own. Seeds and videos are resampled, with replacement.
 
-    One seed fewer is drawn than there are, which makes the seeds' part of the variance unbiased (n draws of n would give
-    (n - 1) / n of it). From three seeds that part is known poorly all the same. Videos count as independent, though some
-    share a sentence.
+    One seed fewer is drawn than there are. That makes the seeds' part of the variance unbiased: n draws of n
+    would give (n - 1) / n of it. Still, three seeds say little about that part. Videos count as independent,
+    though some share a sentence.
     """
-    groups, rng = [np.asarray(group, float) for group in (values, other) if group is not None], np.random.default_rng(0)
-    found = []
+    groups = [np.asarray(group, float) for group in (values, other) if group is not None]
+    rng, found = np.random.default_rng(0), []
     for _ in range(rounds):
         seeds = rng.integers(0, len(values), max(1, len(values) - 1))
         means = [group[seeds][:, rng.integers(0, group.shape[1], group.shape[1])].mean() for group in groups]
@@ -27,7 +28,8 @@ def confidence_interval(values, other=None, rounds=5000):
 
 def summary(values):
     """values [seeds, videos] -> {"mean", "interval", "seeds"}."""
-    return {"mean": float(np.mean(values)), "interval": confidence_interval(values), "seeds": np.mean(values, 1).tolist()}
+    return {"mean": float(np.mean(values)), "interval": confidence_interval(values),
+            "seeds": np.mean(values, 1).tolist()}
 
 
 def show(mean, interval, sign="", **_):
@@ -42,12 +44,15 @@ def table(head, rows):
 
 
 def verdict(low, high, at=0.0):
-    return "holds" if low > at else "does not hold" if high < at else "cannot be told"
+    """What an interval says of the claim that a difference is above `at`."""
+    if low > at:
+        return "holds"
+    return "does not hold" if high < at else "cannot be told"
 
 
 def claim_verdicts(claims, values, paired=True):
-    """claims [(better, worse)] of the paper, or [(better, worse, what the paper has instead)], values {row: [seeds, videos]}
-    -> [{...}] with verdicts. paired: the rows have the same videos."""
+    """claims [(better, worse)] of the paper, or [(better, worse, what the paper has instead)], values {row:
+    [seeds, videos]} -> [{...}] with verdicts. paired: the rows have the same videos."""
     found = []
     for better, worse, *instead in claims:
         a, b = values[better], values[worse]
@@ -59,14 +64,17 @@ def claim_verdicts(claims, values, paired=True):
 
 
 def claims_table(found):
-    return table(["ordering", "the paper's", "difference", "by seed", "verdict on this ordering"],
-                 [[c["claim"], c["paper"], show(c["difference"], c["interval"], "+"), " ".join(f"{d:+.3f}" for d in c["seeds"]),
-                   c["verdict"]] for c in found])
+    rows = []
+    for claim in found:
+        seeds = " ".join(f"{difference:+.3f}" for difference in claim["seeds"])
+        rows.append([claim["claim"], claim["paper"], show(claim["difference"], claim["interval"], "+"), seeds,
+                     claim["verdict"]])
+    return table(["ordering", "the paper's", "difference", "by seed", "verdict on this ordering"], rows)
 
 
 def auc_values(logits, labels):
-    """logits [seeds, 5, m], labels [seeds, m] -> [seeds, 5, m], whose mean over videos is the AUC and whose spread is what
-    resampled videos would give it (the delta method)."""
+    """logits [seeds, 5, m], labels [seeds, m] -> [seeds, 5, m], whose mean over videos is the AUC and whose
+    spread is what resampled videos would give it (the delta method)."""
     values = np.zeros(logits.shape)
     for seed, (found, label) in enumerate(zip(logits.double().numpy(), labels.numpy())):
         good = label == 1
@@ -79,13 +87,13 @@ def auc_values(logits, labels):
 
 
 def balanced_values(right, labels):
-    """right [seeds, 5, m], labels [seeds, m] -> [seeds, 5, m], whose mean over videos is balanced accuracy and whose spread
-    is what resampled videos would give it (the delta method)."""
+    """right [seeds, 5, m], labels [seeds, m] -> [seeds, 5, m], whose mean over videos is balanced accuracy
+    and whose spread is what resampled videos would give it (the delta method)."""
     values = np.zeros_like(right)
     for label in (0, 1):
-        mine = (labels == label)[:, None].double().numpy()                                      # [seeds, 1, m]
+        mine = (labels == label)[:, None].double().numpy()                                  # [seeds, 1, m]
         share = mine.mean(2, keepdims=True)
-        accuracy = (right * mine).mean(2, keepdims=True) / share                                # [seeds, 5, 1]
+        accuracy = (right * mine).mean(2, keepdims=True) / share                            # [seeds, 5, 1]
         values += (accuracy + mine * (right - accuracy) / share) / 2
     return values
 
@@ -98,8 +106,10 @@ def plot(path, panels):
         return print(f"no {path}: `pip install matplotlib` draws the curves")
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    height = 3.23 + 0.17 * max(len(curves) for _, curves in panels.values())       # names stand below, where they hide no curve
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), height), squeeze=False, layout="constrained")
+    # the curves' names stand below the panels, where they hide none
+    height = 3.23 + 0.17 * max(len(curves) for _, curves in panels.values())
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), height), squeeze=False,
+                                   layout="constrained")
     for axis, (title, (x_label, curves)) in zip(axes[0], panels.items()):
         for label, (x, y) in curves.items():
             axis.plot(x, y, marker=".", label=label)

@@ -3,24 +3,25 @@
     python sample.py --prompt "a red circle moving to the right"
     python sample.py --prompt "a blue square moves up" --transformer runs/align/transformer --num_videos 4 \\
         --contact_sheet sheet.png
-    python sample.py --prompt "a blue square moves up" --best_of 8     the best of 8 by the latent reward (search.py)
+    python sample.py --prompt "a blue square moves up" --best_of 8      the best of 8, see search.py
     python sample.py --task i2v --prompt "a red circle moving to the right" --image first.png
     python sample.py --model Wan2.1 --lora pytorch_lora_weights.safetensors --prompt "a cat lands on its feet"
-    torchrun --nproc_per_node=8 sample.py --model Wan2.1 --prompts prompts.txt --output_dir clips     videos to label
-    python sample.py --prompts clips/metadata.jsonl --output_dir again     makes the videos of that list again
+    torchrun --nproc_per_node=8 sample.py --model Wan2.1 --prompts prompts.txt --output_dir clips
+    python sample.py --prompts clips/metadata.jsonl --output_dir again      makes the same videos again
 
---prompts FILE is a .txt file with one prompt per line, or a .jsonl or .csv file whose rows have prompt and, if wanted,
-image (a first frame) and seed. --output_dir gets one mp4 per video, and metadata.jsonl, which label.py and data.py read.
-Under torchrun the processes share the videos. A second run continues where a killed one stopped. The files are the same,
-byte for byte, on any number of processes.
+--prompts FILE is a .txt file with one prompt per line, or a .jsonl or .csv file whose rows have prompt and,
+if wanted, image (a first frame) and seed. --output_dir gets one mp4 per video, and metadata.jsonl, which
+label.py and data.py read. Under torchrun the processes share the videos. A second run continues where a
+killed one stopped. The files are the same, byte for byte, on any number of processes.
 
-Each row of metadata.jsonl also says how its video was made. Such a row, given to --prompts again, makes the same bytes
-on the same machine, whichever other rows are given with it (with bf16, also with the same --parallel). A flag that is
-given beside it replaces what the row says.
+Each row of metadata.jsonl also says how its video was made. Such a row, given to --prompts again, makes the
+same bytes on the same machine, whichever other rows are given with it (with bf16, also with the same
+--parallel). A flag that is given beside it replaces what the row says.
 
-Flags that are not given have the model's defaults. Embedded world: 32*32, 9 frames at 8 fps, 32 steps, no guidance,
-shift 1. Wan2.1: 832*480, 81 frames at 16 fps, guidance 5, shift 3 (5 from 720P on) and the negative prompt as
-published, and the paper's 40 steps. Text encoder, generator and VAE are on the GPU one after another.
+Flags that are not given have the model's defaults. Embedded world: 32*32, 9 frames at 8 fps, 32 steps, no
+guidance, shift 1. Wan2.1: 832*480, 81 frames at 16 fps, guidance 5, shift 3 (5 from 720P on) and the negative
+prompt as published, and the paper's 40 steps. Text encoder, generator and VAE are on the GPU one after
+another.
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 """
@@ -39,7 +40,7 @@ import data
 import families
 import search
 from common import InputError, arg
-from formats import encoders, lock, runs, samples
+from formats import disk, encoders, lock, runs, samples
 from formats.metadata import from_json, not_text, write_rows
 from formats.paths import require_writable
 from formats.prompts import read_prompts
@@ -50,54 +51,59 @@ from pavrm import load_pavrm
 from scale import lora, parallel, plan, sequence
 
 EXAMPLE = "a red circle moving to the right"
-BATCH_LATENTS = 2 ** 12                                 # latent positions of a batch if no flag gives its size
+BATCH_LATENTS = 2 ** 12  # latent positions of a batch if no flag gives its size
 
 
 @dataclass
 class Config(search.Flags):
-    prompt: str | None = arg(None, f"what the video shows, in plain words; default for the shipped model: {EXAMPLE}")
+    prompt: str | None = arg(None, "what the video shows, in plain words; default for the shipped model: "
+                             f"{EXAMPLE}")
     prompts: str | None = arg(None, "file of many prompts; give --output_dir too")
-    output: str = arg("sample.mp4", "mp4 file to write; several videos become sample-0.mp4, sample-1.mp4, ...",
-                      only="!prompts")
+    output: str = arg("sample.mp4", "mp4 file to write; several videos become sample-0.mp4, sample-1.mp4, "
+                      "...", only="!prompts")
     output_dir: str | None = arg(None, "folder for the videos and metadata.jsonl", only="prompts")
-    task: str | None = arg(None, "shipped generator to use if --model is not given: t2v, or i2v (image-to-video)",
-                           choices=TASKS)
-    model: str | None = arg(None, "another folder with transformer/, text_encoder/, vae/ (and image_encoder/), such as "
-                            "Wan2.1's")
+    task: str | None = arg(None, "shipped generator to use if --model is not given: t2v, or i2v "
+                           "(image-to-video)", choices=TASKS)
+    model: str | None = arg(None, "another folder with transformer/, text_encoder/, vae/ (and "
+                            "image_encoder/), such as Wan2.1's")
     transformer: str | None = arg(None, "another generator, such as runs/align/transformer")
     lora: str | None = arg(None, "LoRA file to add to the generator, with diffusers' or ComfyUI's names")
-    image: str | None = arg(None, "first frame (png, jpg, or a video's first frame), for image-to-video models")
+    image: str | None = arg(None, "first frame (png, jpg, or a video's first frame), for image-to-video "
+                            "models")
     size: str | None = arg(None, "W*H of the video; default: the model's")
     frames: int | None = arg(None, "frames, 4k + 1; default: the model's", at_least=5)
     fps: float | None = arg(None, "frames per second of the file; default: the model's", above=0)
     num_videos: int = arg(1, "videos of each prompt", above=0)
-    num_inference_steps: int | None = arg(None, "Euler steps from noise to video; default: the model's", above=0)
-    guidance_scale: float | None = arg(None, "classifier-free guidance, 1 is none; default: the model's", at_least=0)
-    negative_prompt: str | None = arg(None, "what guidance leads away from; default: Wan2.1's own, or an all-zero "
-                                      "context")
-    shift: float | None = arg(None, "moves times towards noise, 1 leaves them uniform; default: the model's", above=0,
-                              at_most=100)
+    num_inference_steps: int | None = arg(None, "Euler steps from noise to video; default: the model's",
+                                          above=0)
+    guidance_scale: float | None = arg(None, "classifier-free guidance, 1 is none; default: the model's",
+                                       at_least=0)
+    negative_prompt: str | None = arg(None, "what guidance leads away from; default: Wan2.1's own, or an "
+                                      "all-zero context")
+    shift: float | None = arg(None, "moves times towards noise, 1 leaves them uniform; default: the model's",
+                              above=0, at_most=100)
     seed: int = arg(0, "seed of the noise; a row of --prompts may have its own", at_least=0)
     reward: str | None = arg(None, "reward model of the search; default: <model>/reward", only="!best_of 1")
     contact_sheet: str | None = arg(None, "also write all frames of all videos as one PNG", only="!prompts")
-    batch_size: int | None = arg(None, "videos of one seed in a batch; default: by their size, 1 for Wan2.1's; rows of "
-                                 "metadata.jsonl keep the batches they were made in", above=0)
-    mixed_precision: str | None = arg(None, "autocast dtype; default: no, and for Wan2.1 bf16 if the machine has it",
-                                      choices=("no", "bf16"))
-    parallel: str = arg("ddp", "under torchrun: the whole generator on each GPU (ddp), or 1 / GPUs of it (fsdp)",
-                        choices=parallel.KINDS)
+    batch_size: int | None = arg(None, "videos of one seed in a batch; default: by their size, 1 for "
+                                 "Wan2.1's; rows of metadata.jsonl keep the batches they were made in",
+                                 above=0)
+    mixed_precision: str | None = arg(None, "autocast dtype; default: no, and for Wan2.1 bf16 if the "
+                                      "machine has it", choices=("no", "bf16"))
+    parallel: str = arg("ddp", "under torchrun: the whole generator on each GPU (ddp), or 1 / GPUs of it "
+                        "(fsdp)", choices=parallel.KINDS)
     sequence_parallel: int = arg(1, "neighbouring GPUs that share a video's tokens, for long videos", above=0)
 
 
 @dataclass
 class Video:
-    """One video to make. Its noise depends on seed and index alone, its last bits also on its place in its batch."""
+    """One video to make. Its noise depends only on seed and index, its last bits also on batch and place."""
     path: Path | None                                   # None: it only fills a place in a batch
     prompt: str
     image: str | None
     seed: int
     index: int
-    batch: int | None = None                            # how many videos are sampled together; None: as many as fit
+    batch: int | None = None  # how many videos are sampled together; None: as many as fit
     place: int | None = None                            # which of them this one is
 
 
@@ -128,7 +134,8 @@ def check_flags(config):
 def take_settings(config, rows):
     """Fills in the flags that are not given with those that the rows of --prompts were made with.
 
-    -> the rows' settings if every one that decides a video's bytes is now as it was then, else None. Raises InputError.
+    -> the rows' settings if every one that decides a video's bytes is now as it was then, else None. Raises
+    InputError.
     """
     recorded = samples.shared_settings(config.prompts, rows)
     if not recorded:
@@ -140,11 +147,12 @@ def take_settings(config, rows):
         raise InputError(f"{config.prompts}: its settings cannot be used: {error}") from None
     default = {field.name: field.default for field in dataclasses.fields(Config)}
     given = [name for name in samples.FLAGS if getattr(config, name) != default[name]]
-    changed = [name for name in given if not samples.same_setting(name, getattr(config, name), getattr(then, name))]
+    changed = [name for name in given
+               if not samples.same_setting(name, getattr(config, name), getattr(then, name))]
     if config.num_videos > 1:
         changed.append("num_videos")
     keep = set(samples.FLAGS) - set(given)
-    if {"task", "model"} & set(changed):                # another model: what belonged to the recorded one goes with it
+    if {"task", "model"} & set(changed):  # another model: what belonged to the recorded one goes with it
         keep -= {"task", "model", "transformer", "lora", "reward"}
     elif "transformer" in changed:
         keep -= {"lora"}
@@ -155,9 +163,10 @@ def take_settings(config, rows):
     if exact:
         config.batch_size = then.batch_size
     if changed and common.rank() == 0:
-        why = ("its videos keep the batches they were made in, and with them their bytes: --batch_size is not used"
-               if exact else f"its videos were made with other {', '.join(changed)}: these are new videos")
-        print(f"note: {config.prompts}: {why}")
+        what = f"its videos were made with other {', '.join(changed)}: these are new videos"
+        if exact:
+            what = "its videos keep their batches, and so their bytes: --batch_size is not used"
+        print(f"note: {config.prompts}: {what}")
     return recorded if exact else None
 
 
@@ -166,7 +175,8 @@ def settle(config, dit_config):
     size, negative = data.parse_size(config) or families.sampling_defaults(dit_config)["size"], config.negative_prompt
     families.fill_in(config, families.sampling_defaults(dit_config, size))
     if negative is not None and config.guidance_scale == 1:
-        raise InputError("--negative_prompt means nothing with --guidance_scale 1: leave it out, or give a larger one")
+        raise InputError("--negative_prompt means nothing with --guidance_scale 1: leave it out, or give a "
+                         "larger one")
     config.size = f"{size[0]}*{size[1]}"
     c, f, h, w = families.latent_shape(dit_config, size, config.frames)
     config.batch_size = config.batch_size or max(1, BATCH_LATENTS // (f * h * w))
@@ -177,8 +187,11 @@ def list_videos(config):
     """-> ([Video] in order, the settings that they were made with before, or None)."""
     output, n = Path(config.output), config.num_videos
     if config.prompt is not None:
-        paths = [output if n == 1 else output.with_name(f"{output.stem}-{k}{output.suffix}") for k in range(n)]
-        return [Video(path, config.prompt, config.image, config.seed, k) for k, path in enumerate(paths)], None
+        paths = [output]
+        if n > 1:
+            paths = [output.with_name(f"{output.stem}-{k}{output.suffix}") for k in range(n)]
+        videos = [Video(path, config.prompt, config.image, config.seed, k) for k, path in enumerate(paths)]
+        return videos, None
     rows = read_prompts(config.prompts)
     for name in ("seed", "image"):
         if all(row[name] is not None for row in rows):
@@ -189,8 +202,10 @@ def list_videos(config):
         made = row.get("settings", {}) if n == 1 else {}
         for k in range(n):
             name = f"{i:06d}.mp4" if n == 1 else f"{i:06d}-{k}.mp4"
-            seed, index = (config.seed, i * n + k) if row["seed"] is None else (row["seed"], made.get("index", k))
-            video = Video(Path(config.output_dir) / name, row["prompt"], row["image"] or config.image, seed, index)
+            image, seed, index = row["image"] or config.image, row["seed"], made.get("index", k)
+            if seed is None:
+                seed, index = config.seed, i * n + k
+            video = Video(Path(config.output_dir) / name, row["prompt"], image, seed, index)
             if before:
                 video.batch, video.place = made.get("batch"), made.get("place")
             videos.append(video)
@@ -198,9 +213,9 @@ def list_videos(config):
 
 
 def place_videos(videos, batch_size):
-    """Gives every Video without a batch its batch and place: neighbours in the list that have one seed go together.
-    Batches are the same whatever is done already and however many processes there are, as rounding, and with it the
-    bytes of a file, can depend on the size of a video's batch."""
+    """Gives every Video without a batch its batch and place: neighbours in the list that have one seed go
+    together. Batches are the same whatever is done already and however many processes there are, as rounding,
+    and with it the bytes of a file, can depend on the size of a video's batch."""
     free = [video for video in videos if video.batch is None]
     for _, same_seed in itertools.groupby(free, lambda video: video.seed):
         same_seed = list(same_seed)
@@ -211,8 +226,9 @@ def place_videos(videos, batch_size):
 
 
 def batches(videos):
-    """[[Video, ...], ...]: what is sampled together, each video at its place in a batch of one seed and of the size that
-    it says. A copy of the batch's first video, without a path, fills a place that no video claims."""
+    """[[Video, ...], ...]: what is sampled together, each video at its place in a batch of one seed and of
+    the size that it says. A copy of the batch's first video, without a path, fills a place that no video
+    claims."""
     found, with_room = [], {}
     for video in videos:
         open_batches = with_room.setdefault((video.seed, video.batch), [])
@@ -238,8 +254,8 @@ def check_images(videos, dit_config, size):
     """Raises InputError for an image that is missing, superfluous, damaged or does not fit."""
     for image in dict.fromkeys(video.image for video in videos):
         if (dit_config["model_type"] == "i2v") != (image is not None):
-            raise InputError("--image is needed by image-to-video models (or an image in each row of --prompts), and by "
-                             f"those alone; this one is {dit_config['model_type']}")
+            raise InputError("--image is needed by image-to-video models (or an image in each row of "
+                             f"--prompts), and only by those; this one is {dit_config['model_type']}")
         if image is not None:
             read_clip(image, size=size, frames=1)
 
@@ -268,21 +284,23 @@ def start_folder(config, videos, weights=None):
     # a folder begun before these were recorded continues
     before = {"drops": before.get("cuts"), "weights": weights} | before
     if changed := [name for name in settings if before.get(name) != settings[name]]:
-        raise InputError(f"--output_dir {config.output_dir}: its videos were made with other {', '.join(changed)}: use "
-                         "the same flags and prompts, or another folder")
+        raise InputError(f"--output_dir {config.output_dir}: its videos were made with other "
+                         f"{', '.join(changed)}: use the same flags and prompts, or another folder")
     return folder_lock
 
 
 def memory_warning(config, dit_config, runtime, memory):
     """The planner's one line if a GPU of `memory` bytes is too small, else None."""
     flags = plan.Config("wan2.1-t2v-14b", method="sample", frames=config.frames, size=config.size,
-                        gpus=runtime.world_size, parallel=config.parallel, sequence_parallel=config.sequence_parallel,
-                        batch_size=config.batch_size, num_inference_steps=config.num_inference_steps)
+                        gpus=runtime.world_size, parallel=config.parallel,
+                        sequence_parallel=config.sequence_parallel, batch_size=config.batch_size,
+                        num_inference_steps=config.num_inference_steps)
     peak = plan.costs(flags, dit_config)["with"]["peak"]
     if peak <= memory:
         return None
-    return (f"likely out of memory: this needs {peak / 1e9:.0f} GB of a GPU's {memory / 1e9:.0f}: lower --batch_size, "
-            "--size or --frames, or start on more GPUs with torchrun and --parallel fsdp or --sequence_parallel")
+    return (f"likely out of memory: this needs {peak / 1e9:.0f} GB of a GPU's {memory / 1e9:.0f}: lower "
+            "--batch_size, --size or --frames, or start on more GPUs with torchrun and --parallel fsdp or "
+            "--sequence_parallel")
 
 
 def write_metadata(folder, videos, settings):
@@ -291,7 +309,8 @@ def write_metadata(folder, videos, settings):
     for video in videos:
         if video.path.exists():
             place = {name: getattr(video, name) for name in samples.OF_A_VIDEO}
-            rows.append(samples.row(folder, video.path.name, video.prompt, video.seed, video.image, settings | place))
+            made = settings | place
+            rows.append(samples.row(folder, video.path.name, video.prompt, video.seed, video.image, made))
     write_rows(Path(folder) / "metadata.jsonl", rows)
 
 
@@ -316,12 +335,17 @@ def main(config):
     place_videos(videos, config.batch_size)
     todo = batches(videos)
     if config.output_dir:
+        disk.require_shared(config.output_dir, "--output_dir")
+    else:
+        disk.require_shared(Path(config.output).parent, "--output")
+    if config.output_dir:
         if runtime.rank == 0:
             flags = {name: getattr(config, name) for name in samples.FLAGS}
             settings = samples.describe(flags, config.output_dir)
             if before and before.get("weights") not in (None, settings["weights"]):
-                print(f"note: {config.prompts}: the weights named there have changed since: these are new videos")
-            folder_lock = start_folder(config, videos, settings["weights"])     # noqa: F841   held until main returns
+                print(f"note: {config.prompts}: the weights named there have changed since: these are new "
+                      "videos")
+            folder_lock = start_folder(config, videos, settings["weights"])  # noqa: F841   until main returns
         todo = common.gather([batch for batch in todo if not is_done(batch)])[0]
     if device.type == "cuda" and runtime.rank == 0:
         memory = torch.cuda.get_device_properties(device).total_memory
@@ -335,11 +359,11 @@ def main(config):
     image_encoder = families.load_image_encoder(f"{model}/image_encoder") if dit.config["image_dim"] else None
     negative = [] if config.negative_prompt is None else [config.negative_prompt]
     prompts = [video.prompt for batch, _ in mine for video in batch] + negative
-    text_folder = f"{model}/text_encoder"
-    contexts = encoders.encode_texts(families.load_text_encoder(text_folder), text_folder, prompts, device, dit.config["text_dim"])
+    contexts = families.encode_prompts(f"{model}/text_encoder", prompts, device, dit.config["text_dim"])
     null = contexts[negative[0]].to(device) if negative else None                                   # [l, d]
     if config.parallel == "fsdp":
-        on_device = partial(nullcontext, parallel.shard(dit.float(), runtime, parallel.Flags(parallel="fsdp")))
+        sharded = parallel.shard(dit.float(), runtime, parallel.Flags(parallel="fsdp"))
+        on_device = partial(nullcontext, sharded)
     else:
         sequence.spread(dit, runtime)
         on_device = partial(encoders.on, parallel.cast_matrices(dit, runtime.dtype), device)
@@ -367,7 +391,8 @@ def main(config):
     shown = sorted(itertools.chain(*common.gather(shown)), key=lambda one: one[0])
     if runtime.rank == 0:
         if pavrm is not None and mine:
-            print(search.cost_in_words(config.best_of, passes, config.num_inference_steps, config.guidance_scale))
+            print(search.cost_in_words(config.best_of, passes, config.num_inference_steps,
+                                       config.guidance_scale))
         if config.output_dir:
             write_metadata(config.output_dir, videos, settings)
             print(f"wrote {len(videos)} videos and metadata.jsonl in {config.output_dir}")

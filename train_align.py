@@ -1,17 +1,17 @@
 """Stage 2: align the generator. --method prfl is Algorithm 1; refl, sft and rwr are the baselines beside it.
 
-    python train_align.py                                               PRFL on the embedded world, the steady recipe
-    python train_align.py --recipe paper --max_train_steps 100          Algorithm 1 to the letter, stopped in time
-    python train_align.py --method sft --max_train_steps 240            as many updates as 120 iterations of PRFL
+    python train_align.py                                           PRFL, embedded world, the steady recipe
+    python train_align.py --recipe paper --max_train_steps 100      Algorithm 1 to the letter, stopped in time
+    python train_align.py --method sft --max_train_steps 240        as many updates as 120 iterations of PRFL
     python train_align.py --method refl --frames_decoded first --reward runs/reward_rgb/reward
-    torchrun --nproc_per_node=8 train_align.py --data clips_encoded --reward runs/reward/reward --parallel fsdp
-    python train_align.py --task i2v --reward runs/reward_i2v/reward    the image-to-video generator
+    torchrun --nproc_per_node=8 train_align.py --data encoded --reward runs/reward/reward --parallel fsdp
+    python train_align.py --task i2v --reward runs/reward_i2v/reward
     python train_align.py --resume latest
 
-prfl: each iteration makes an SFT update on curated videos, then a reward update at a random step of a rollout.
-refl: the same, but the reward judges decoded pixels of the clean video that is predicted at a late step.
-sft:  each iteration makes one flow-matching update on curated videos (Eq. 10).
-rwr:  each iteration makes one flow-matching update on the generator's own samples, weighted by exp(reward).
+prfl: each iteration makes an SFT update on curated videos, then a reward update at a random step of a
+rollout. refl: the same, but the reward judges decoded pixels of the clean video that is predicted at a late
+step. sft:  each iteration makes one flow-matching update on curated videos (Eq. 10). rwr:  each iteration
+makes one flow-matching update on the generator's own samples, weighted by exp(reward).
 
 Without --data the curated set is clean clips of the embedded world, written as mp4 and encoded like anybody's
 clips. With --data it is every clip of the shards that is not labelled 0.
@@ -48,45 +48,60 @@ from world import clips, scene
 @dataclass
 class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
     method: str = arg("prfl", "how to train", choices=("prfl", "refl", "sft", "rwr"))
-    task: str | None = arg(None, "the shipped generator to train without --model: t2v, or i2v (image-to-video)", choices=TASKS)
+    task: str | None = arg(None, "the shipped generator to train without --model: t2v, or i2v "
+                           "(image-to-video)", choices=TASKS)
     model: str | None = arg(None, "another generator: a folder with transformer/, vae/ and text_encoder/")
-    reward: str | None = arg(None, "folder of the reward model; default: reward/ in the folder of the generator, or with "
-                             "--method refl reward_rgb_first/ or reward_rgb_all/ there", only="method prfl refl rwr")
-    data: str | None = arg(None, "curated shards from `data.py encode`; default: clean clips of the embedded world")
+    reward: str | None = arg(None, "folder of the reward model; default: reward/ in the folder of the "
+                             "generator, or with --method refl reward_rgb_first/ or reward_rgb_all/ there",
+                             only="method prfl refl rwr")
+    data: str | None = arg(None, "curated shards from `data.py encode`; default: clean clips of the embedded "
+                           "world")
     output_dir: str = arg("runs/align", "run folder")
     world: str = arg("tiny", "size of the embedded world", choices=tuple(scene.SIZES), only="!data")
     num_curated: int = arg(1024, "number of curated clips to render", above=0, only="!data")
-    curated_dir: str | None = arg(None, "where rendered clips are kept, or found; default: <output_dir>/curated", only="!data")
-    num_samples: int = arg(2048, "number of own samples that RWR makes and weighs", at_least=2, only="method rwr")
-    num_inference_steps: int | None = arg(None, "N, Euler steps of a rollout; default: 16, Wan: the paper's 40", above=0,
-                                          only="method prfl refl rwr or !num_validation 0")
-    shift: float | None = arg(None, "moves times towards noise; default: 1 (evenly spaced), Wan2.1: 3, or 5 from 720P on",
-                              above=0, at_most=100, only="method prfl refl rwr or !num_validation 0")
-    reward_weight: float = arg(1.0, "lambda of Alg. 1; Adam and clipping leave it little effect", above=0, only="method prfl refl")
-    recipe: str | None = arg(None, "paper: Alg. 1 to the letter; steady: ours, which does not collapse. Sets --rollout_passes "
-                             "and --reward_loss unless they are given. Default: steady for prfl, paper for refl",
-                             choices=tuple(prfl.RECIPES), only="method prfl refl")
-    rollout_passes: int | None = arg(None, "at most this many Euler steps in the rollout without gradients, each longer than "
-                                     "one of the N; 0: all N (Alg. 1)", at_least=0, only="method prfl refl")
-    reward_loss: str | None = arg(None, "loss of a logit r: linear is -lambda r (Alg. 1), logsigmoid is -log sigmoid(r), "
-                                  "sigmoid_hinge is the released code's",
+    curated_dir: str | None = arg(None, "where rendered clips are kept, or found; default: "
+                                  "<output_dir>/curated", only="!data")
+    num_samples: int = arg(2048, "number of own samples that RWR makes and weighs", at_least=2,
+                           only="method rwr")
+    num_inference_steps: int | None = arg(None, "N, Euler steps of a rollout; default: 16, Wan: the paper's "
+                                          "40", above=0, only="method prfl refl rwr or !num_validation 0")
+    shift: float | None = arg(None, "moves times towards noise; default: 1 (evenly spaced), Wan2.1: 3, or 5 "
+                              "from 720P on", above=0, at_most=100,
+                              only="method prfl refl rwr or !num_validation 0")
+    reward_weight: float = arg(1.0, "lambda of Alg. 1; Adam and clipping leave it little effect", above=0,
+                               only="method prfl refl")
+    recipe: str | None = arg(None, "paper: Alg. 1 to the letter; steady: ours, which does not collapse. Sets "
+                             "--rollout_passes and --reward_loss unless they are given. Default: steady for "
+                             "prfl, paper for refl", choices=tuple(prfl.RECIPES), only="method prfl refl")
+    rollout_passes: int | None = arg(None, "at most this many Euler steps in the rollout without gradients, "
+                                     "each longer than one of the N; 0: all N (Alg. 1)", at_least=0,
+                                     only="method prfl refl")
+    reward_loss: str | None = arg(None, "loss of a logit r: linear is -lambda r (Alg. 1), logsigmoid is -log "
+                                  "sigmoid(r), sigmoid_hinge is the released code's",
                                   choices=tuple(prfl.REWARD_LOSSES), only="method prfl refl")
-    trajectory_part: str | None = arg(None, "part of the trajectory whose steps can be rewarded (Table 3); default: full, or late "
-                                      "for refl", choices=tuple(prfl.THIRDS), only="method prfl refl")
-    frames_decoded: str = arg("first", "frames that are decoded and judged", choices=refl_baseline.FRAMES, only="method refl")
-    decoder_checkpointing: bool = arg(False, "save memory: decode in chunks, and again in the backward pass", only="method refl")
+    trajectory_part: str | None = arg(None, "part of the trajectory whose steps can be rewarded (Table 3); "
+                                      "default: full, or late for refl", choices=tuple(prfl.THIRDS),
+                                      only="method prfl refl")
+    frames_decoded: str = arg("first", "frames that are decoded and judged", choices=refl_baseline.FRAMES,
+                              only="method refl")
+    decoder_checkpointing: bool = arg(False, "save memory: decode in chunks, and again in the backward pass",
+                                      only="method refl")
     sft_updates: bool = arg(True, "make the SFT update that keeps the reward from being exploited (Alg. 1)",
                             only="method prfl refl")
-    context_dropout: float = arg(0.0, "share of the SFT updates' prompts that are replaced by the empty prompt, so that guidance "
-                                 "stays usable", at_least=0, below=1, only="method sft or method prfl refl, sft_updates")
-    learning_rate: float | None = arg(None, "of AdamW; default: 1e-4 (results/table1.md), Wan: the paper's 5e-6", above=0)
-    lr_scheduler: str = arg("constant", "constant: the learning rate stays; linear: it falls to 0 at --max_train_steps",
-                            choices=("constant", "linear"))
+    context_dropout: float = arg(0.0, "share of the SFT updates' prompts that are replaced by the empty "
+                                 "prompt, so that guidance stays usable", at_least=0, below=1,
+                                 only="method sft or method prfl refl, sft_updates")
+    learning_rate: float | None = arg(None, "of AdamW; default: 1e-4 (results/table1.md), Wan: the paper's "
+                                      "5e-6", above=0)
+    lr_scheduler: str = arg("constant", "constant: the learning rate stays; linear: it falls to 0 at "
+                            "--max_train_steps", choices=("constant", "linear"))
     weight_decay: float = arg(0.0, "of AdamW", at_least=0)
-    max_train_steps: int | None = arg(None, "iterations (two updates each in prfl and refl); default: 120, Wan: 800", above=0)
-    batch_size: int | None = arg(None, "videos (or prompts) per batch and GPU or group of GPUs; default: 32, Wan: 1", above=0)
-    gradient_accumulation_steps: int | None = arg(None, "batches per update; default: 1, Wan: what brings an update of all "
-                                                   "GPUs nearest to 30 videos", above=0)
+    max_train_steps: int | None = arg(None, "iterations (two updates each in prfl and refl); default: 120, "
+                                      "Wan: 800", above=0)
+    batch_size: int | None = arg(None, "videos (or prompts) per batch and GPU or group of GPUs; default: 32, "
+                                 "Wan: 1", above=0)
+    gradient_accumulation_steps: int | None = arg(None, "batches per update; default: 1, Wan: what brings an "
+                                                  "update of all GPUs nearest to 30 videos", above=0)
     max_grad_norm: float = arg(1.0, "the gradient of each update is clipped to this norm", above=0)
     checkpointing_steps: int = arg(40, "iterations between checkpoints", above=0)
     seed: int = arg(0, "seed of order, times, noise and rewarded steps", at_least=0)
@@ -112,12 +127,13 @@ def load_curated(config, policy, runtime):
         shards = data.Shards(config.data).relabel()
     else:
         folder = config.curated_dir or Path(config.output_dir) / "curated"
-        shards = clips.clean_clips(folder, config.model, config.num_curated, config.world, config.seed + 500, runtime)
-    shards.require_fit(policy, config.model)
+        shards = clips.clean_clips(folder, config.model, config.num_curated, config.world, config.seed + 500,
+                                   runtime)
+    data.require_fit(shards, policy, config.model)
     curated = (shards.labels != 0).nonzero()[:, 0]
     if not len(curated):
         raise InputError(f"{shards.folder}: every clip is labelled 0; alignment needs good ones")
-    return shards, *validation.hold_out(config, curated)
+    return shards, *validation.hold_out(config, shards, curated)
 
 
 def main(config):
@@ -138,32 +154,33 @@ def main(config):
     accumulation = config.gradient_accumulation_steps
     global_batch = config.batch_size * runtime.world_size // config.sequence_parallel * accumulation
     if runtime.rank == 0:
-        print(f"{global_batch} videos per update: {runtime.world_size // config.sequence_parallel} x --batch_size "
-              f"{config.batch_size} x --gradient_accumulation_steps {accumulation}", flush=True)
+        print(f"{global_batch} videos per update: {runtime.world_size // config.sequence_parallel} x "
+              f"--batch_size {config.batch_size} x --gradient_accumulation_steps {accumulation}", flush=True)
     N = config.num_inference_steps
     empty = None
     if config.context_dropout:
         empty = null_context(policy.config, "empty", config.data, config.model, runtime.device)
 
     def curated_batch(seed, iteration, indices):
-        """-> x0 [b, c, f, h, w], context [b, l, d_text], and what an image-to-video model is given beside it"""
+        """-> x0 [b, c, f, h, w], context [b, l, d_text], and what an image-to-video model is given beside
+        it"""
         rows = data.order(len(curated), seed, iteration, indices, global_batch)
         batch = shards.batch(curated[rows])
         x0, context = batch["latents"].to(runtime.device), batch["context"].to(runtime.device)
         return x0, context, image_inputs(policy.config, batch, runtime.device)
 
     if config.method == "rwr":
-        # The untrained policy makes the samples, also on a resume: before parallel.load_state reads trained weights.
+        # The untrained policy makes the samples, also on a resume: before parallel.load_state reads trained
+        # weights.
         _, sampled_context, sampled_conditions = curated_batch(config.seed + 1, 0, range(config.num_samples))
-        sampled_x0, sample_weights = rwr_baseline.weighted_samples(
-            policy, pavrm, shards.latent_shape, sampled_context, config.seed + 2, N, config.batch_size, runtime, config.shift,
+        sampled_x0, sample_weights = rwr_baseline.weighted_samples(policy, pavrm, shards.latent_shape,
+            sampled_context, config.seed + 2, N, config.batch_size, runtime, config.shift,
             **sampled_conditions)
     # One AdamW serves both updates, as in Alg. 1: their gradients never mix, its moments average over both.
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
     if resume:
         parallel.load_state(resume, state, policy, optimizer)
-    log = runs.start_run(config, state["step"] if resume else None, shards)
 
     # ---- the losses: each -> (loss, {what is logged beside it}); indices are places in the global batch
     def flow_loss(iteration, indices, x0, context, weight=None, **conditions):
@@ -189,19 +206,20 @@ def main(config):
         """Alg. 1's reward update, or ReFL's, on the prompts of the curated set."""
         _, context, conditions = curated_batch(config.seed + 1, iteration, indices)
         x_T = common.noise(shards.latent_shape, config.seed, "x_T", iteration, indices).to(runtime.device)
-        step = prfl.draw_step(config.seed, iteration, N, config.trajectory_part)            # one for all ranks
-        how = dict(rollout_passes=config.rollout_passes, shift=config.shift, reward_weight=config.reward_weight,
-                   loss=config.reward_loss, **conditions)
+        step = prfl.draw_step(config.seed, iteration, N, config.trajectory_part)           # one for all ranks
+        how = dict(rollout_passes=config.rollout_passes, shift=config.shift,
+                   reward_weight=config.reward_weight, loss=config.reward_loss, **conditions)
         with runtime.autocast():
             if config.method == "refl":
-                loss, reward = refl_baseline.refl_update_loss(policy, pixel_reward, vae, x_T, context, step, N,
-                                                              checkpointing=config.decoder_checkpointing, **how)
+                loss, reward = refl_baseline.refl_update_loss(policy, pixel_reward, vae, x_T, context, step,
+                    N, checkpointing=config.decoder_checkpointing, **how)
             else:
                 loss, reward = prfl.reward_update_loss(policy, pavrm, x_T, context, step, N, **how)
         return loss, {"reward": reward.mean(), "rewarded_step": torch.tensor(step, device=runtime.device)}
 
     def update(name, loss_fn, iteration):
-        """One optimizer update: backward passes of the accumulated batches, one clip, one step -> {metric: number}"""
+        """One optimizer update: backward passes of the accumulated batches, one clip, one step -> {metric:
+        number}"""
         clock, cpu_clock = time.perf_counter(), time.process_time()
         optimizer.zero_grad()
         rows = []
@@ -217,7 +235,7 @@ def main(config):
         metrics = {key: value.item() for key, value in means.items()}
         metrics[f"{name}_grad_norm"] = norm
         metrics[f"{name}_seconds"] = time.perf_counter() - clock
-        metrics[f"{name}_cpu_seconds"] = time.process_time() - cpu_clock    # of all threads, whatever else runs
+        metrics[f"{name}_cpu_seconds"] = time.process_time() - cpu_clock  # of all threads, whatever else runs
         return metrics
 
     updates = {}                                                # of an iteration, in their order
@@ -230,10 +248,13 @@ def main(config):
     export = partial(lora.export, policy, alpha=config.lora_alpha, kind=config.export)
 
     # ---- the loop
-    validate = config.num_validation and validation.make_validation(config, runtime, policy, shards, held_out, export, log)
+    validate = None
+    if config.num_validation:
+        validate = validation.make_validation(config, runtime, policy, shards, held_out, export)
+    log = runs.start_run(config, state["step"] if resume else None, shards)     # last: now the run folder changes
     bar = common.progress(config.max_train_steps, config.method, initial=state["step"])
     if validate and not resume:
-        log.log(0, **validate(policy, 0))
+        log.log(0, **validate(policy, 0, log))
     for iteration in range(state["step"], config.max_train_steps):
         learning_rate = config.learning_rate
         if config.lr_scheduler == "linear":
@@ -247,13 +268,14 @@ def main(config):
         done = iteration + 1
         last = done == config.max_train_steps
         if validate and (done % config.validation_steps == 0 or last):
-            metrics |= validate(policy, done)
+            metrics |= validate(policy, done, log)
             last |= metrics.get("validation_since_best", 0) >= (config.patience or math.inf)
         log.log(done, **metrics)
         bar.set_postfix({k: f"{metrics[k]:.3f}" for k in ("reward", "sft_loss", "rwr_loss") if k in metrics})
         bar.update()
         if done % config.checkpointing_steps == 0 or last:
-            parallel.save_checkpoint(config.output_dir, done, {"transformer": export}, policy, optimizer, config, config.keep)
+            parallel.save_checkpoint(config.output_dir, done, {"transformer": export}, policy, optimizer,
+                                     config, config.keep)
         if last:
             break
     bar.close()

@@ -1,26 +1,27 @@
 """Stage 1: train PAVRM, the latent reward model, on labelled videos that are noised to random t (Eq. 4-6).
 
-    python train_reward.py                                          the embedded world: samples, labels, trains
+    python train_reward.py                                      the embedded world: samples, labels, trains
     torchrun --nproc_per_node=8 train_reward.py --data clips_encoded --holdout 100
+    python train_reward.py --data round1_encoded round2_encoded     two rounds of labels
     python train_reward.py --data clips_encoded --fold 1/2          half of the labels, so that a judge
     python train_reward.py --data clips_encoded --fold 2/2 --seed 1     can be trained on the other half
-    python train_reward.py --mismatched 0                           the paper's: every video with its own prompt
-    python train_reward.py --trunk_learning_rate 0                  a probe on frozen features
-    python train_reward.py --space rgb --frames_decoded all --output_dir runs/reward_rgb    a pixel reward, for refl
-    python train_reward.py --task i2v --output_dir runs/reward_i2v  for the image-to-video generator
+    python train_reward.py --mismatched 0                       the paper's: every video with its own prompt
+    python train_reward.py --trunk_learning_rate 0              a probe on frozen features
+    python train_reward.py --space rgb --frames_decoded all --output_dir runs/reward_rgb    a reward of pixels
+    python train_reward.py --task i2v --output_dir runs/reward_i2v
     python train_reward.py --resume latest
 
-Without --data the base generator makes its own samples and the annotator labels them from pixels: good is qualified
-on both axes and true to the prompt, bad is unqualified, and what lies in between is dropped. The samples stay in
-<output_dir>/samples. With --data they are your shards, with the labels that lie beside their clips (label.py's, or
-else those of the metadata).
+Without --data the base generator makes its own samples and the annotator labels them from pixels: good is
+qualified on both axes and true to the prompt, bad is unqualified, and what lies in between is dropped. The
+samples stay in <output_dir>/samples. With --data they are your shards, with the labels that lie beside their
+clips (label.py's, or else those of the metadata).
 
-A share of each batch (--mismatched) is given another video's prompt and the label bad. This takes no labels, and
-without it the reward hardly reads its prompt.
+A share of each batch (--mismatched) is given another video's prompt and the label bad. This takes no labels,
+and without it the reward hardly reads its prompt.
 
-Writes <output_dir>/reward, metrics.jsonl and report.json: the accuracy on held-out videos, clean and by t, and how
-well the reward tells good videos with their own prompt from the same videos with another's. For a reward of pixels,
-the video at t is the clean one that is predicted from x_t.
+Writes <output_dir>/reward, metrics.jsonl and report.json: the accuracy on held-out videos, clean and by t,
+and how well the reward tells good videos with their own prompt from the same videos with another's. For a
+reward of pixels, the video at t is the clean one that is predicted from x_t.
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 """
@@ -39,6 +40,7 @@ from common import InputError, arg
 from families import fill_in, training_defaults
 from formats import runs
 from formats.labels import BAD
+from formats.shards import join
 from formats.weights import TASKS, resolve_model, save_module
 from model import image_inputs, load_transformer
 from pavrm import CRITERIA, PAVRM, POOLINGS
@@ -49,37 +51,50 @@ from world import clips, scene
 
 @dataclass
 class Config(runs.Flags, parallel.Flags):
-    task: str | None = arg(None, "the shipped generator to use without --model: t2v, or i2v (image-to-video)", choices=TASKS)
+    task: str | None = arg(None, "the shipped generator to use without --model: t2v, or i2v (image-to-video)",
+                           choices=TASKS)
     model: str | None = arg(None, "another generator: a folder with transformer/, vae/ and text_encoder/")
-    space: str = arg("latent", "what the reward judges: noisy latents (PAVRM), or pixels (RGB ReFL)", choices=("latent", "rgb"))
-    frames_decoded: str = arg("first", "frames that are decoded and judged", choices=refl_baseline.FRAMES, only="space rgb")
-    data: str | None = arg(None, "labelled shards from `data.py encode`; default: the generator's own samples")
+    space: str = arg("latent", "what the reward judges: noisy latents (PAVRM), or pixels (RGB ReFL)",
+                     choices=("latent", "rgb"))
+    frames_decoded: str = arg("first", "frames that are decoded and judged", choices=refl_baseline.FRAMES,
+                              only="space rgb")
+    data: tuple[str, ...] = arg((), "labelled shards from `data.py encode`; several folders, such as rounds of labels, "
+                                "count as one; default: the generator's own samples")
     labels: str | None = arg(None, "a labels.jsonl in place of the one beside the clips", only="data")
-    bad: str = arg("both", "a video is bad if it is unqualified on both axes (A.2.3), or on any", choices=BAD, only="data")
+    bad: str = arg("both", "a video is bad if it is unqualified on both axes (A.2.3), or on any", choices=BAD,
+                   only="data")
     output_dir: str = arg("runs/reward", "run folder")
     world: str = arg("tiny", "size of the embedded world", choices=tuple(scene.SIZES), only="!data")
     num_samples: int = arg(16384, "number of own samples to make and label", above=0, only="!data")
-    samples_dir: str | None = arg(None, "where own samples are kept, or found; default: <output_dir>/samples", only="!data")
+    samples_dir: str | None = arg(None, "where own samples are kept, or found; default: <output_dir>/samples",
+                                  only="!data")
     num_inference_steps: int = arg(16, "Euler steps of each own sample", above=0, only="!data")
-    shift: float = arg(1.0, "moves the times of own samples towards noise; 1 spaces them evenly", above=0, at_most=100,
-                       only="!data")
-    fold: str | None = arg(None, "i/n: use only the i-th of n parts of the labelled videos, such as 1/2 here and 2/2 for a judge")
-    holdout: int | None = arg(None, "number of labelled videos kept for the report; default: a fifth, but at most 400", above=0)
-    depth: int = arg(8, "K, blocks of the generator in the trunk (Table 8); the paper has 8 of 40, the shipped model 8 in all",
-                     above=0, only="space latent")
-    pooling: str = arg("query_attention", "how tokens become one vector (Eq. 5, Table 5)", choices=tuple(POOLINGS),
-                       only="space latent")
-    loss: str = arg("bce", "cross-entropy (Eq. 6), or Bradley-Terry on the pairs of a batch (Table 7)", choices=tuple(CRITERIA))
-    mismatched: float | None = arg(None, "share of each batch that gets another video's prompt and the label bad; 0 is the "
-                                   "paper's; default: .25, or 0 if all prompts are alike", at_least=0, below=1)
+    shift: float = arg(1.0, "moves the times of own samples towards noise; 1 spaces them evenly", above=0,
+                       at_most=100, only="!data")
+    fold: str | None = arg(None, "i/n: use only the i-th of n parts of the labelled videos, such as 1/2 here "
+                           "and 2/2 for a judge")
+    holdout: int | None = arg(None, "number of labelled videos kept for the report; default: a fifth, but at "
+                              "most 400", above=0)
+    depth: int = arg(8, "K, blocks of the generator in the trunk (Table 8); the paper has 8 of 40, the "
+                     "shipped model 8 in all", above=0, only="space latent")
+    pooling: str = arg("query_attention", "how tokens become one vector (Eq. 5, Table 5)",
+                       choices=tuple(POOLINGS), only="space latent")
+    loss: str = arg("bce", "cross-entropy (Eq. 6), or Bradley-Terry on the pairs of a batch (Table 7)",
+                    choices=tuple(CRITERIA))
+    mismatched: float | None = arg(None, "share of each batch that gets another video's prompt and the label "
+                                   "bad; 0 is the paper's; default: .25, or 0 if all prompts are alike",
+                                   at_least=0, below=1)
     fixed_t: float | None = arg(None, "train at this t instead of t ~ U(0, 1) (Fig. 3c)", at_least=0, below=1,
                                 only="space latent")
-    learning_rate: float | None = arg(None, "of AdamW for query and head, falling to 0; default: 2e-3, Wan: 1e-5", above=0)
-    trunk_learning_rate: float | None = arg(None, "of AdamW for the trunk's blocks, falling to 0; default: 1e-3, Wan: 1e-6; "
-                                            "0 freezes them", at_least=0, only="space latent")
+    learning_rate: float | None = arg(None, "of AdamW for query and head, falling to 0; default: 2e-3, Wan: "
+                                      "1e-5", above=0)
+    trunk_learning_rate: float | None = arg(None, "of AdamW for the trunk's blocks, falling to 0; default: "
+                                            "1e-3, Wan: 1e-6; 0 freezes them", at_least=0,
+                                            only="space latent")
     weight_decay: float = arg(0.01, "of AdamW", at_least=0)
     max_train_steps: int = arg(1600, "optimizer steps", above=0)
-    batch_size: int | None = arg(None, "videos per step and GPU or group of GPUs; default: 64, Wan: 2", above=0)
+    batch_size: int | None = arg(None, "videos per step and GPU or group of GPUs; default: 64, Wan: 2",
+                                 above=0)
     max_grad_norm: float = arg(1.0, "gradients are clipped to this norm", above=0)
     checkpointing_steps: int = arg(200, "steps between checkpoints", above=0)
     validation_steps: int = arg(200, "steps between reports on the held-out videos", above=0)
@@ -89,32 +104,46 @@ class Config(runs.Flags, parallel.Flags):
 def main(config):
     shared = tuple(parallel.Flags.__annotations__)
     common.refuse(config, shared if config.space == "rgb" else (), "with --space rgb")
-    common.refuse(config, shared[:1] if config.trunk_learning_rate == 0 else (), "with --trunk_learning_rate 0")
+    common.refuse(config, shared[:1] if config.trunk_learning_rate == 0 else (),
+                  "with --trunk_learning_rate 0")
     if config.loss == "bt" and config.batch_size == 1:
-        raise InputError("--loss bt compares the good and the bad of a batch: it needs --batch_size 2 or more")
+        raise InputError("--loss bt compares the good and the bad of a batch: it needs --batch_size 2 or "
+                         "more")
+    if config.labels and len(config.data) > 1:
+        raise InputError("--labels replaces the labels.jsonl of one folder: with several folders of --data leave it out")
     runtime = common.setup(config.mixed_precision, config.seed, config.sequence_parallel)
     parallel.check(config)
-    whole = config.space == "rgb" or not config.data            # to make samples or predictions; else the trunk is enough
+    # to make samples or predictions; else the trunk is enough
+    whole = config.space == "rgb" or not config.data
     dit = load_transformer(resolve_model(config), load_now=whole).eval().requires_grad_(False)
     fill_in(config, training_defaults(dit.config, "reward"))
     resume, state = runs.open_checkpoint(config)
     if config.data:
-        shards = data.Shards(config.data).relabel(config.labels, config.bad)
+        parts = [data.Shards(folder).relabel(config.labels, config.bad) for folder in config.data]
+        for part in parts:
+            data.require_fit(part, dit, config.model)
+        shards = join(parts)
+        shards.require(labelled=True)
     else:
         folder = config.samples_dir or Path(config.output_dir) / "samples"
         shards = clips.own_samples(folder, dit.to(runtime.device), config.model, config.num_samples,
-                                   config.num_inference_steps, config.world, config.seed, runtime, config.shift)
-    shards.require_fit(dit, config.model, labelled=bool(config.data))
+                                   config.num_inference_steps, config.world, config.seed, runtime,
+                                   config.shift)
+        data.require_fit(shards, dit, config.model)
     train, held_out = data.labelled_split(data.take_fold(shards, config.fold), config.holdout, config.seed)
-    prompts = data.prompt_groups([shards.rows[i]["prompt"] for i in train.tolist()])     # alike: equal numbers
+    prompts = data.prompt_groups([shards.rows[i]["prompt"] for i in train.tolist()])    # alike: equal numbers
     if config.mismatched is None:
         config.mismatched = 0.25 if prompts.any() else 0.0
     elif config.mismatched and not prompts.any():
-        raise InputError(f"--mismatched {config.mismatched}: all prompts are alike, so none is wrong: leave it out")
+        raise InputError(f"--mismatched {config.mismatched}: all prompts are alike, so none is wrong: leave "
+                         f"it out")
     share = (shards.labels[train] == 1).float().mean().item()
     if runtime.rank == 0:
-        print(f"{shards.label_note}\n{len(train)} videos to train on ({share:.0%} good), {len(held_out)} held out, "
-              f"{len(shards) - len(train) - len(held_out)} in between or unlabelled left out")
+        left_out = len(shards) - len(train) - len(held_out)
+        print(shards.label_note)
+        print(f"{len(train)} videos to train on ({share:.0%} good), {len(held_out)} held out, {left_out} in between or "
+              "unlabelled left out")
+        print(data.describe_split(shards, train, held_out))
 
     torch.manual_seed(config.seed)
     if config.space == "latent":
@@ -122,7 +151,7 @@ def main(config):
         parallel.shard(reward, runtime, config)
         reward_fn = reward                                      # (x_t, t, context, **image) -> logits [b]
         groups = reward.parameter_groups(config.trunk_learning_rate, config.learning_rate)
-        dit.to("meta")                                          # PAVRM has its own copy of the blocks it needs
+        dit.to("meta")                                         # PAVRM has its own copy of the blocks it needs
     else:
         reward = refl_baseline.PixelReward(config.frames_decoded, dit.config["text_dim"]).to(runtime.device)
         vae = refl_baseline.load_decoder(config.model, dit.config["out_dim"]).to(runtime.device)
@@ -134,10 +163,10 @@ def main(config):
     params = [p for p in reward.parameters() if p.requires_grad]
     if resume:
         parallel.load_state(resume, state, reward, optimizer)
-    log = runs.start_run(config, state["step"] if resume else None, shards)
     global_batch = config.batch_size * runtime.world_size // config.sequence_parallel
-    bar = common.progress(config.max_train_steps, "reward model", initial=state["step"])
     measure = make_reward_report(reward_fn, shards.batch(held_out), dit.config, config, runtime)
+    log = runs.start_run(config, state["step"] if resume else None, shards)     # last: now the run folder changes
+    bar = common.progress(config.max_train_steps, "reward model", initial=state["step"])
     report = None
 
     for step in range(state["step"], config.max_train_steps):
@@ -146,13 +175,13 @@ def main(config):
         rows = data.order(len(train), config.seed, step, indices, global_batch)
         batch = shards.batch(train[rows])
         wrong = common.uniform(config.seed, "mismatched", step, indices) < config.mismatched        # [b]
-        if wrong.any():                                         # not what was asked for, so bad, however good it looks
+        if wrong.any():                                # not what was asked for, so bad, however good it looks
             others = data.other_rows(prompts, rows, config.seed, step, indices)
             batch["context"][wrong] = shards.batch(train[others[wrong]])["context"]
             batch["label"][wrong] = 0
         x0, context = batch["latents"].to(runtime.device), batch["context"].to(runtime.device)
         labels = batch["label"].to(runtime.device)                      # [b]
-        t = common.uniform(config.seed, "t", step, indices).to(runtime.device)                      # Eq. 6: U(0, 1)
+        t = common.uniform(config.seed, "t", step, indices).to(runtime.device)                # Eq. 6: U(0, 1)
         if config.space == "rgb":
             t = torch.zeros_like(t)                             # pixels learn from finished videos
         elif config.fixed_t is not None:
@@ -183,13 +212,14 @@ def main(config):
         bar.set_postfix(loss=f"{means[0]:.3f}", accuracy=f"{means[1]:.2f}")
         bar.update()
         if done % config.checkpointing_steps == 0 or done == config.max_train_steps:
-            parallel.save_checkpoint(config.output_dir, done, {"reward": partial(save_module, reward)}, reward, optimizer, config)
-    report = report or measure()[0]                             # resumed at its last step: nothing was left to train
+            parallel.save_checkpoint(config.output_dir, done, {"reward": partial(save_module, reward)},
+                                     reward, optimizer, config)
+    report = report or measure()[0]                      # resumed at its last step: nothing was left to train
     bar.close()
     save_module(reward, Path(config.output_dir) / "reward")
     if runtime.rank == 0:
         runs.write_json(Path(config.output_dir) / "report.json",
-                          {**report, "trained_on": len(train), "held_out": len(held_out), "good_share": share})
+                        {**report, "trained_on": len(train), "held_out": len(held_out), "good_share": share})
         print(f"wrote {Path(config.output_dir) / 'reward'} and report.json")
     common.teardown()
 

@@ -15,13 +15,13 @@ multiplied into B, so that every reader finds the same weights.
 
 Axes: d d' widths of a layer, r rank.
 """
-import os
 import re
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from common import InputError
+from formats import disk
 from formats.metadata import from_json
 from formats.weights import diffusers_name, stream_tensors
 
@@ -144,7 +144,7 @@ def write_adapters(path, adapters, layout="diffusers"):
         tensors |= {f"{name}.lora_A.weight": A.contiguous(), f"{name}.lora_B.weight": B.contiguous()}
     temporary = Path(f"{path}.tmp")
     stream_tensors(tensors, temporary)
-    os.replace(temporary, path)
+    disk.put(temporary, path)
 
 
 def share_kept(merged, adapters, dtype):

@@ -1,5 +1,5 @@
-"""What a cache or a run was made from, known by content and not by name: fingerprints of clips, of encoders, of a
-generator's or reward model's weights, and of shards."""
+"""Fingerprints: what a label, a cache or a run was made from is known by content and not by name."""
+import collections
 import hashlib
 import json
 import os
@@ -11,14 +11,21 @@ from common import InputError
 from formats.metadata import from_json, replace_text
 from formats.weights import WeightFiles, read_config, transformer_folder
 
-WHOLE, SAMPLE = 2 ** 26, 2 ** 12        # bytes: files up to the first are read whole, of each tensor in larger ones the second
+# Bytes: weight files up to WHOLE are read whole; in larger ones, SAMPLE of each tensor is read at three places.
+WHOLE, SAMPLE = 2 ** 26, 2 ** 12
 TOKENIZERS = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json")
 BESIDE = {"text_encoder": ("tokenizer", TOKENIZERS), "image_encoder": ("image_processor", ("preprocessor_config.json",))}
 
 
+def of_file(path):
+    """32 hex digits of a file's bytes. Raises OSError or ValueError if it cannot be read."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
 class Contents:
-    """content(path): 32 hex digits of a file's bytes. A file whose inode, size and times are those of the last look, which
-    `file` remembers, is not read again; losing that file costs time and nothing else."""
+    """`of_file`, which does not read a file again whose inode, size and times are those of the last look. `file` remembers
+    these; losing that file costs time and nothing else."""
 
     def __init__(self, file):
         self.file, self.fresh = Path(file), {}
@@ -29,13 +36,12 @@ class Contents:
             self.known = {}
 
     def content(self, path):
-        """Raises OSError or ValueError if it cannot be read."""
+        """Raises OSError or ValueError if the file cannot be read."""
         name, found = os.path.abspath(path), os.stat(path)
         state = [found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
-        entry = self.known.get(name)
+        entry = self.fresh.get(name) or self.known.get(name)
         if not (isinstance(entry, list) and len(entry) == 5 and entry[:4] == state):
-            with open(path, "rb") as handle:
-                entry = [*state, hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=16)).hexdigest()]
+            entry = [*state, of_file(path)]
         self.fresh[name] = entry
         return entry[4]
 
@@ -44,13 +50,18 @@ class Contents:
 
 
 def of_encoder(path, role):
-    """12 hex digits of the VAE, text_encoder or image_encoder (role) in folder `path`: its config, its weights' headers and a
-    sample of their bytes, and the tokenizer's or image processor's files in it or beside it; not its path. Raises InputError."""
+    """12 hex digits of the VAE, text_encoder or image_encoder (role) in folder `path`, wherever that folder lies.
+
+    They depend on its config, its weights' headers and a sample of their bytes, and on the tokenizer's or image
+    processor's files, which lie in the folder or beside it. Raises InputError if the folder is none, or damaged.
+    """
     path, digest = Path(path), hashlib.blake2b(digest_size=6)
     try:
-        config = from_json((path / "config.json").read_text())
-        digest.update(json.dumps({key: value for key, value in config.items() if not key.startswith("_")
-                                  and not key.endswith("_version")}, sort_keys=True).encode())
+        config = {}
+        for key, value in from_json((path / "config.json").read_text()).items():
+            if not key.startswith("_") and not key.endswith("_version"):
+                config[key] = value
+        digest.update(json.dumps(config, sort_keys=True).encode())
         for file in sorted(path.glob("*.safetensors")):
             _add_weights(digest, file)
         sibling, names = BESIDE.get(role, ("", ()))
@@ -62,7 +73,7 @@ def of_encoder(path, role):
     except FileNotFoundError as error:
         raise InputError(f"{path} is not a folder of a {role}: there is no {error.filename}") from None
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: damaged, or no {role} ({error})") from None
+        raise InputError(f"{path}: damaged, or not a {role} ({error})") from None
     return digest.hexdigest()
 
 
@@ -83,9 +94,13 @@ def _add_weights(digest, path):
 
 
 def of_weights(path):
-    """16 hex digits of the generator or reward model in folder `path`, wherever that lies and however it is cut into files: its
-    config, and names, shapes and some of the bytes of every weight."""
-    folder = transformer_folder(path)[0] if (Path(path) / "transformer").is_dir() else Path(path)
+    """16 hex digits of the generator or reward model in folder `path`, wherever it lies and into however many files it is cut.
+
+    They depend on its config, and on the name, the shape and some of the values of every weight.
+    """
+    folder = Path(path)
+    if (folder / "transformer").is_dir():
+        folder = transformer_folder(path)[0]
     weights, digest = WeightFiles(folder), hashlib.blake2b(digest_size=8)
     digest.update(json.dumps(read_config(folder), sort_keys=True).encode())
     for name in sorted(weights.handle):
@@ -95,7 +110,7 @@ def of_weights(path):
 
 
 def of_shards(shards):
-    """16 hex digits of data.Shards: the prompt, label and some of the latent of every clip."""
+    """16 hex digits of Shards, which depend on the prompt, the label and some of the latent of every clip."""
     digest = hashlib.blake2b(digest_size=8)
     digest.update(repr((shards.shapes, [row["prompt"] for row in shards.rows], shards.labels.tolist())).encode())
     for path in dict.fromkeys(path for path, _ in shards.where):
@@ -103,3 +118,24 @@ def of_shards(shards):
         with safe_open(path, "pt") as file:
             digest.update(repr(file.get_slice("latents")[:, 0, 0, 0][mine].tolist()).encode())
     return digest.hexdigest()
+
+
+def of_latents(shards):
+    """[16 hex digits of each clip's latent in Shards, or None where no other clip can have the same one]."""
+    rows_of_file = collections.defaultdict(list)
+    for i, (path, k) in enumerate(shards.where):
+        rows_of_file[path].append((i, k))
+    beginnings, digests = [None] * len(shards.where), [None] * len(shards.where)
+    for path, rows in rows_of_file.items():
+        with safe_open(path, "pt") as file:
+            values = file.get_slice("latents")[:, 0, 0, 0]                                          # [n, w]
+        for i, k in rows:
+            beginnings[i] = values[k].numpy().tobytes()
+    counts = collections.Counter(beginnings)
+    for path, rows in rows_of_file.items():
+        with safe_open(path, "pt") as file:
+            view = file.get_slice("latents")
+            for i, k in rows:
+                if counts[beginnings[i]] > 1:                   # only these are read whole
+                    digests[i] = hashlib.blake2b(view[k:k + 1].numpy().tobytes(), digest_size=8).hexdigest()
+    return digests

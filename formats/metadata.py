@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import InputError
+from formats import disk
 
 FIELDS = {"file_name": ("file_name", "video", "file"), "prompt": ("prompt", "text", "caption"),
           "label": ("label", "reward")}
@@ -363,20 +364,16 @@ def replace_text(path, text):
 
 
 def replace_bytes(path, content):
-    """Writes a file whole or not at all: under a temporary name, which is removed if anything fails, then renamed.
+    """Writes a file whole or not at all, also if the power fails: under a temporary name, then formats/disk.put.
 
-    Raises OSError that names the file.
+    Raises OSError that names the file. The temporary file is removed if anything fails.
     """
     temporary = f"{path}.tmp"
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            with contextlib.suppress(OSError):              # some file systems cannot
-                os.fsync(file.fileno())
+        Path(temporary).write_bytes(content)
         if os.path.exists(path):
             shutil.copymode(path, temporary)
-        os.replace(temporary, path)
+        disk.put(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)

@@ -1,13 +1,28 @@
-"""A run folder on disk: args.json, checkpoints, metrics.jsonl. A kill at any moment leaves all of them usable.
+"""A run folder on disk, and the one place that decides what a run does to it. A kill at any moment leaves it usable.
 
     runs/align/
-        args.json                       the flags, as they were resolved
-        metrics.jsonl                   one line a step
-        checkpoint-000040/              transformer/ (or reward/), train_state.pt (or sharded_state/), args.json
-        samples/  best/  transformer/   what the script makes of it
+        args.json                        the flags, as they were resolved
+        metrics.jsonl                    one line per step
+        checkpoint-000040/               transformer/ (or reward/), train_state.pt (or sharded_state/), args.json
+        samples/  best/  transformer/    what the script makes
+        earlier-20261129-204500/         a run that was here before: all of the above, so that it can be resumed
+
+A script calls open_checkpoint, which reads and refuses; then it loads everything that could still be wrong; then it calls
+start_run. Only that changes the folder, and it prints what it changes:
+
+    a fresh run                               sets aside the run that is there, as earlier-<time>/
+    --resume, a checkpoint of this folder     goes on from it; sets aside what the run made after it
+    --resume, one in an earlier-<time>/       sets aside the run that is there, and moves the earlier one back
+    --resume, a checkpoint of another folder  sets aside the run that is there; the other folder stays as it is
+    a run that is refused                     changes nothing
+
+Clips and samples that a script rendered for itself (curated/, samples/shards.json) stay where they are in all cases: the
+next run uses them again, or refuses them if it would have made others.
 """
 import dataclasses
 import errno
+import fnmatch
+import importlib.util
 import json
 import math
 import os
@@ -19,27 +34,37 @@ from pathlib import Path
 
 import torch
 
-from common import InputError, arg, rank
-from formats import fingerprint, lock
+from common import InputError, arg, gather, rank
+from formats import disk, fingerprint, lock
 from formats.metadata import from_json, replace_text
 from formats.picture import write_gif
 from formats.video import read_clip
 
-# What a run that goes on may do otherwise than before; it is told. Every other flag makes it another run.
+# What a resumed run may do differently; it is printed. Every other flag makes it another run.
 MAY_CHANGE = {"max_train_steps", "learning_rate", "trunk_learning_rate", "weight_decay", "batch_size",
               "gradient_accumulation_steps", "max_grad_norm", "mixed_precision", "gradient_checkpointing",
               "decoder_checkpointing", "parallel", "sequence_parallel", "fsdp_group_size", "offload_activations", "compile",
               "checkpointing_steps", "keep", "export",
               "validation_steps", "validation_prompts", "guidance_scale", "judge", "patience"}
-BY_CONTENT = {"model", "reward", "data", "labels", "samples_dir", "curated_dir"}    # may move: `made_from` knows what they hold
+BY_CONTENT = {"model", "reward", "data", "labels", "samples_dir", "curated_dir"}    # may move: compared by their content
 NOT_COMPARED = {"output_dir", "resume_from_checkpoint"}
+RENAMED = {"shard_size": "fsdp_group_size"}                     # flags in the args.json of older runs: old name -> new name
+
+# What the scripts make in a run folder; set aside together. A folder among them that has a writer of its own stays.
+WEIGHTS = ("best", "transformer", "reward", "vae", "text_encoder", "pytorch_lora_weights.safetensors")
+MADE = ("args.json", "metrics.jsonl", "report.json", "events.out.tfevents.*", "checkpoint-*", "sharded_state.tmp", "samples",
+        *WEIGHTS, *(f"{name}.tmp*" for name in WEIGHTS), *(name + disk.REPLACED for name in WEIGHTS), "earlier-*-checkpoint-*")
+CHECKPOINT = re.compile(rf"checkpoint-(\d+)(\.old|\{disk.REPLACED})?")         # .old: as older runs called it
+MOVING = ".moving"                                              # end of the name of a folder that a kill left half moved
 
 
 def fast_precision():
-    """"bf16", or "no" (float32) where it is several times faster: most laptops' CPUs only emulate
-    bf16 (AVX-512 alone does not have it), and so do GPUs older than Ampere."""
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else \
-        torch.cpu.get_capabilities().get("avx512_bf16", False)
+    """"bf16", or "no" (float32) where it is several times faster: most laptops' CPUs only emulate bf16 (AVX-512 does not
+    include it), and so do GPUs older than Ampere."""
+    if torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu.get_capabilities().get("avx512_bf16", False)
     return "bf16" if fast else "no"
 
 
@@ -49,59 +74,80 @@ def precision_flag(more=""):
 
 @dataclasses.dataclass
 class Flags:
-    """What every training run takes."""
+    """The flags of every training run."""
     mixed_precision: str = precision_flag(" (weights, optimizer and rollout state are fp32)")
-    resume_from_checkpoint: str | None = arg(None, "'latest' or a checkpoint folder", alias="resume")
+    resume_from_checkpoint: str | None = arg(None, "go on from a checkpoint: its folder, a run folder (its last checkpoint), or "
+                                             "'latest', the last one in --output_dir, or a fresh start if there is none",
+                                             alias="resume")
 
 
 def write_json(path, value):
-    """Whole or not at all: a temporary name, then a rename."""
+    """Replaces the file, whole or not at all."""
     replace_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def list_checkpoints(output_dir):
-    """[(step, path)] of whole checkpoints, oldest first; `.old`: a kill came while that step was replaced."""
-    paths = sorted(Path(output_dir).glob("checkpoint-*"), reverse=True)  # the plain name comes last and wins
-    names = [(re.fullmatch(r"checkpoint-(\d+)(\.old)?", path.name), path) for path in paths]
-    return sorted({int(name[1]): path for name, path in names if name}.items())
+    """[(step, path)] of whole checkpoints, oldest first. One that a kill left half replaced is `checkpoint-<step>.replaced`."""
+    found = {}
+    for path in sorted(Path(output_dir).glob("checkpoint-*"), reverse=True):        # the plain name comes last and wins
+        if name := CHECKPOINT.fullmatch(path.name):
+            found[int(name[1])] = path
+    return sorted(found.items())
 
 
 # ---- the same run, or another
 def contents(config, shards):
-    """{"model", "reward", "data": fingerprint} of what a run learns from."""
-    weights = {name: path for name in ("model", "reward") if (path := getattr(config, name, None))}
-    return {name: fingerprint.of_weights(path) for name, path in weights.items()} | (
-        {"data": fingerprint.of_shards(shards)} if shards else {})
+    """{"model", "reward", "data": fingerprint} of what a run learns from, as far as it has them."""
+    found = {}
+    for name in ("model", "reward"):
+        if path := getattr(config, name, None):
+            found[name] = fingerprint.of_weights(path)
+    if shards:
+        found["data"] = fingerprint.of_shards(shards)
+    return found
 
 
 def changes(path, config, made_from=None):
-    """What config does otherwise than the run of checkpoint folder `path`: ([(flag, there, now)] that make it another run,
-    [...] that may change). made_from: its `contents`; without, what is not given (None) may still be filled in, and is
-    not compared."""
+    """Compares config with the run that wrote checkpoint `path` -> (differences that make it another run, differences that
+    are allowed), each [(flag, saved value, new value)]. made_from: this run's `contents`. Without it, flags that are still
+    None (they may be filled in later) and those of BY_CONTENT are not compared. Raises InputError."""
     saved, now = read_args(path), json.loads(json.dumps(dataclasses.asdict(config)))
     defaults = {field.name: field.default for field in dataclasses.fields(config)}        # of flags younger than the run
     if foreign := sorted(saved.keys() - now.keys() - {"made_from"}):
         raise InputError(f"{path}: not a checkpoint of this script: its args.json has --{foreign[0]}")
-    there = {name: saved.get(name, defaults[name]) for name in now.keys() - NOT_COMPARED}
-    differ = [(name, there[name], now[name]) for name in sorted(there) if there[name] != now[name]]
-    if made_from is None:
-        differ = [row for row in differ if row[2] is not None and row[0] not in BY_CONTENT]
-    elif known := saved.get("made_from"):                       # an old run knows its paths only
-        differ = [row for row in differ if row[0] not in BY_CONTENT]
-        differ += [(f"{name}, what it holds:", known.get(name), x) for name, x in made_from.items() if known.get(name) != x]
-    froze = lambda name, *values: name == "trunk_learning_rate" and 0 in values         # other weights train
-    other = [row for row in differ if row[0] not in MAY_CHANGE or froze(*row)]
-    return other, [row for row in differ if row not in other]
+    known = saved.get("made_from")                              # the oldest runs only know their paths
+    other, allowed = [], []
+    for name in sorted(now.keys() - NOT_COMPARED):
+        there, here = saved.get(name, defaults[name]), now[name]
+        if there == here:
+            continue
+        if made_from is None and (here is None or name in BY_CONTENT):
+            continue
+        if made_from is not None and known and name in BY_CONTENT:
+            continue
+        freezes = name == "trunk_learning_rate" and 0 in (there, here)              # then other weights are trained
+        if name in MAY_CHANGE and not freezes:
+            allowed.append((name, there, here))
+        else:
+            other.append((name, there, here))
+    if made_from is not None and known:
+        for name, here in made_from.items():
+            if known.get(name) != here:
+                other.append((f"{name}, what it holds:", known.get(name), here))
+    return other, allowed
 
 
 def read_args(path):
-    """The flags in a run's or a checkpoint's args.json. Raises InputError."""
+    """The flags in a run's or a checkpoint's args.json, with the names they have today. Raises InputError."""
     try:
         saved = from_json((Path(path) / "args.json").read_text())
     except ValueError as e:
         raise InputError(f"{path}/args.json is damaged ({e})") from None
     if not isinstance(saved, dict) or not isinstance(saved.get("made_from", {}), dict):
         raise InputError(f"{path}/args.json is damaged: it holds no flags")
+    for old, new in RENAMED.items():
+        if old in saved and new not in saved:
+            saved[new] = saved.pop(old)
     return saved
 
 
@@ -113,26 +159,58 @@ def refuse_another_run(path, differ):
 
 
 def require_ours(config):
-    """Raises InputError unless --output_dir is new or empty, or is of an earlier run of this script from a model elsewhere."""
+    """Raises InputError unless --output_dir is new, empty, or the folder of an earlier run of this script, and --model is
+    elsewhere."""
     folder, model = Path(config.output_dir), Path(config.model).resolve()
     if folder.resolve() in (model, *model.parents) and folder.exists():
         raise InputError(f"--output_dir {folder}: holds --model {config.model}, which would be written over: name another folder")
-    known = {field.name for field in dataclasses.fields(config)} | {"made_from"}
     if not (folder / "args.json").is_file():
-        ours = ("samples/.lock", "curated/.lock", "part.json")  # a run that ended while it made them; study/parts.py's note
-        lock.require_ours(folder, "run", (*ours, *(path.name for _, path in list_checkpoints(folder))))
-    elif (foreign := sorted(read_args(folder).keys() - known)) or not read_args(folder):
-        raise InputError(f"--output_dir {folder}: its args.json is of no run of this script ({foreign[:1]}): name another folder")
+        # signs of a run that ended while it made its data, and of a note by study/parts.py
+        ours = ["samples/.lock", "curated/.lock", "part.json"] + [path.name for _, path in list_checkpoints(folder)]
+        lock.require_ours(folder, "run", ours)
+        return
+    known = {field.name for field in dataclasses.fields(config)} | {"made_from"}
+    saved = read_args(folder)
+    if foreign := sorted(saved.keys() - known):
+        raise InputError(f"--output_dir {folder}: its args.json is of no run of this script, as it has --{foreign[0]}: "
+                         "name another folder")
+    if not saved:
+        raise InputError(f"--output_dir {folder}: its args.json is of no run of this script, as it is empty: name another folder")
 
 
+def refuse_inputs_that_would_move(config):
+    """Raises InputError if a flag names a file or folder of the earlier run that a new run in --output_dir sets aside."""
+    moved = [path.resolve() for path in made_in(config.output_dir)]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, str) and field.name not in NOT_COMPARED:
+            path = Path(value).resolve()
+            if any(place in (path, *path.parents) for place in moved):
+                raise InputError(f"--{field.name} {value}: belongs to the run in --output_dir {config.output_dir}, which a new run "
+                                 "there would set aside: name another --output_dir")
+
+
+# ---- a run starts
 def open_checkpoint(config):
-    """-> (path, state) of the checkpoint that --resume_from_checkpoint names; (None, {"step": 0}) without. Raises InputError
-    if it is of another run, by the flags given, or past --max_train_steps, and as `require_ours` does."""
+    """-> (path, state) of the checkpoint that --resume_from_checkpoint names; (None, {"step": 0}) of a fresh run, as also
+    `latest` is where there is none. Changes nothing; every process must call it.
+
+    Raises InputError if the checkpoint is of another run, as far as the flags that were given tell, or past
+    --max_train_steps; if the run folder is not ours to write in; or if the processes have no common disk there.
+    """
+    spec, folder = config.resume_from_checkpoint, Path(config.output_dir)
     if rank() == 0 and hasattr(config, "model"):                # world/pretrain.py keeps latents there before it comes here
         require_ours(config)
-    if not config.resume_from_checkpoint:
+    for name in ("output_dir", "samples_dir", "curated_dir"):
+        if getattr(config, name, None):
+            disk.require_shared(getattr(config, name), f"--{name}")
+    path = resolve_checkpoint(folder, spec) if spec else None
+    if spec and path is None and rank() == 0:
+        print(f"--resume latest: there is no checkpoint in {folder} yet, so the run starts afresh")
+    if path is None or not in_run(path, folder):
+        refuse_inputs_that_would_move(config)
+    if path is None:
         return None, {"step": 0}
-    path = resolve_checkpoint(config.output_dir, config.resume_from_checkpoint)
     refuse_another_run(path, changes(path, config)[0])
     state = load_state(path)
     if state["step"] > config.max_train_steps:
@@ -141,35 +219,164 @@ def open_checkpoint(config):
 
 
 def start_run(config, resume_step=None, shards=None):
-    """Rank 0 becomes the one writer of config.output_dir and writes its args.json -> MetricsLog, which keeps the lock.
+    """Rank 0 becomes the one writer of config.output_dir, does to the run that is there what the head of this file says, and
+    prints it, and writes args.json -> MetricsLog, which keeps the lock. Every process must call it, after everything else
+    that could fail. resume_step: of the checkpoint from open_checkpoint; default: a fresh run. shards: what it learns from.
 
-    Checkpoints past resume_step (None: all) are of an earlier run; they are renamed to earlier-<time>-checkpoint-<step>, so
-    that `latest` never means them. A run that goes on is compared with its checkpoint: InputError if it is another, a line
-    for what it does otherwise. shards: what it learns from.
+    Raises InputError if the run to resume is another by what it holds, or if another process writes in the folder.
     """
-    held, folder = None, Path(config.output_dir)
+    folder, folder_lock, writer = Path(config.output_dir), None, None
+    gather(None)                                                # all have read what may be moved now
     if rank() == 0:
-        made_from = contents(config, shards)
+        made_from, path = contents(config, shards), None
+        writer = summary_writer()
         if resume_step is not None:
             path = resolve_checkpoint(folder, config.resume_from_checkpoint)
-            other, told = changes(path, config, made_from)
+            other, allowed = changes(path, config, made_from)
             refuse_another_run(path, other)
-            print(f"goes on from {path}" + "".join(f"; --{name} {now} (was {there})" for name, there, now in told))
-        held = lock.hold(folder)
-        for step, path in list_checkpoints(folder):
-            if resume_step is None or step > resume_step:
-                path.rename(folder / f"earlier-{time.time_ns()}-{path.name}")
+            print(f"goes on from {path}" + "".join(f"; --{name} {now} (was {there})" for name, there, now in allowed))
+        folder_lock = lock.hold(folder)
+        if path is not None and in_run(path, folder):
+            if half := half_moved(folder):
+                bring_back(folder, half)
+            set_aside_after(folder, resume_step)
+        else:
+            set_aside_run(folder)
+            if path is not None and is_earlier(path.resolve().parent, folder):
+                bring_back(folder, path.resolve().parent)
+                set_aside_after(folder, resume_step)
         write_json(folder / "args.json", dataclasses.asdict(config) | {"made_from": made_from})
-    return MetricsLog(folder, resume_step, held)
+    return MetricsLog(folder, resume_step, folder_lock, writer)
 
 
+def in_run(path, folder):
+    """Whether checkpoint `path` is of the run in `folder`, in its place or half moved."""
+    home = path.resolve().parent
+    return CHECKPOINT.fullmatch(path.name) is not None and home in (Path(folder).resolve(), half_moved(Path(folder).resolve()))
+
+
+def is_earlier(home, folder):
+    """Whether `home` is a run of `folder` that was set aside."""
+    return home.name.startswith("earlier-") and home.parent == Path(folder).resolve()
+
+
+# ---- a run is set aside, and comes back
+def made_in(folder):
+    """[path] of all that the run in `folder` made. Folders that have another writer stay out: rendered clips and samples,
+    which the next run uses again, and other runs."""
+    found = []
+    for path in sorted(Path(folder).glob("*")):
+        signs = [lock.NAME, "shards.json"]                      # of another writer
+        if "checkpoint-" not in path.name:
+            signs.append("args.json")
+        if path.is_dir() and any((path / name).exists() for name in signs):
+            continue
+        if any(fnmatch.fnmatch(path.name, pattern) for pattern in MADE):
+            found.append(path)
+    return found
+
+
+def half_moved(folder):
+    """The folder of an earlier run that was being moved when its process was killed, or None."""
+    return next(iter(sorted(Path(folder).glob(f"earlier-*{MOVING}"))), None)
+
+
+def set_aside(folder, moved, copied=()):
+    """Moves the paths in `moved` and copies the files in `copied` to one folder earlier-<time>/ -> its path. What an
+    interrupted move has taken along already goes to the same folder."""
+    half = half_moved(folder)
+    if half is None:
+        name = time.strftime("earlier-%Y%m%d-%H%M%S")
+        while (folder / name).exists():
+            name += "-again"
+        half = folder / f"{name}{MOVING}"
+        half.mkdir()
+        disk.flush(folder)
+    for path in copied:
+        shutil.copyfile(path, half / path.name)
+        disk.flush(half / path.name)
+    for path in moved:
+        os.rename(path, half / path.name)
+    disk.flush(half)
+    aside = half.with_name(half.name.removesuffix(MOVING))
+    os.rename(half, aside)
+    disk.flush(folder)
+    return aside
+
+
+def set_aside_run(folder):
+    """Sets the run in `folder` aside, whole, if it got as far as a first step, and prints where it is now."""
+    made = made_in(folder)
+    empty = [path for path in made if path.name == "args.json" or path.name.startswith("events.out.tfevents.")
+             or (path.name == "metrics.jsonl" and not read_metrics(path))]
+    if len(made) == len(empty) and not half_moved(folder):
+        return
+    aside = set_aside(folder, made)
+    if list_checkpoints(aside):
+        back = f"to go back to it, give its flags and --resume {aside}"
+    else:
+        back = "it has no checkpoint to go back to"
+    print(f"{folder} held an earlier run. It is now {aside}; {back}", flush=True)
+
+
+def set_aside_after(folder, step):
+    """Where the run in `folder` has checkpoints past `step`: sets aside all that it made after that step, with copies of
+    args.json and metrics.jsonl, and prints it."""
+    newer = [number for number, _ in list_checkpoints(folder) if number > step]
+    if not newer:
+        return
+    stays, copied, moved = ("samples", "events.out.tfevents.", "sharded_state.tmp", "earlier-"), [], []
+    for path in made_in(folder):
+        name = CHECKPOINT.fullmatch(path.name)
+        if path.name in ("args.json", "metrics.jsonl"):
+            copied.append(path)
+        elif name:
+            if int(name[1]) > step:
+                moved.append(path)
+        elif path.name == "best":
+            if step_of_best(path) > step:
+                moved.append(path)
+        elif not path.name.startswith(stays):
+            moved.append(path)
+    aside = set_aside(folder, moved, copied)
+    print(f"{folder}: what the run made after step {step} is now {aside}; to go back to step {newer[-1]}, give --resume {aside}",
+          flush=True)
+
+
+def step_of_best(path):
+    """The step whose weights best/ holds; 0 if it does not say."""
+    try:
+        return int(from_json((path / "best.json").read_text())["step"])
+    except (OSError, ValueError, LookupError, TypeError, OverflowError):
+        return 0
+
+
+def bring_back(folder, aside):
+    """Moves the run in folder `aside`, a subfolder of `folder`, back to its place. Raises InputError if a process writes in it."""
+    half = aside
+    if not aside.name.endswith(MOVING):
+        lock.hold(aside).close()                                # a run that goes on in there is not moved away
+        (aside / lock.NAME).unlink(missing_ok=True)
+        half = aside.with_name(aside.name + MOVING)
+        os.rename(aside, half)
+    for path in sorted(half.iterdir()):
+        if not (folder / path.name).exists() or path.name in ("args.json", "metrics.jsonl"):
+            os.rename(path, folder / path.name)
+    disk.flush(folder)
+    if next(half.iterdir(), None) is None:
+        half.rmdir()
+    else:                                                       # what has no place, such as clips that were rendered twice
+        os.rename(half, half.with_name(half.name.removesuffix(MOVING)))
+
+
+# ---- checkpoints
 def save_checkpoint(output_dir, step, folders, state, config, keep=None):
-    """Writes checkpoint-<step> (folders {name: function(path)}, train_state.pt, args.json) under a temporary name, flushes,
-    renames: a kill at any moment leaves the previous one usable. keep: n stay. Every rank calls the functions, as a
-    model's pieces are gathered while it is written; rank 0 writes.
+    """Writes checkpoint-<step> (folders {name: function(path)}, train_state.pt, args.json) under a temporary name, flushes it
+    and renames it: after a kill or a power loss at any moment, the previous one can be used. keep: how many stay; default:
+    all. Every rank calls the functions, as a model's pieces are gathered while it is written; rank 0 writes.
     Raises OSError, which names the last whole checkpoint, if the disk is full, read-only or gone."""
     final = Path(output_dir) / f"checkpoint-{step:06d}"
-    temporary, old = Path(f"{final}.tmp"), Path(f"{final}.old")
+    temporary = Path(f"{final}.tmp")
     if rank() > 0:
         for name, write in folders.items():
             write(temporary / name)
@@ -184,18 +391,10 @@ def save_checkpoint(output_dir, step, folders, state, config, keep=None):
         save_state({"step": step, **state}, temporary / "train_state.pt")
         run = read_args(output_dir) if (Path(output_dir) / "args.json").exists() else {}           # has `made_from`
         write_json(temporary / "args.json", run | dataclasses.asdict(config))
-        for path in [*temporary.rglob("*"), temporary]:  # on the disk before the name is
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
-        if final.exists():  # a folder cannot be replaced in one move
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(final, old)
-        os.rename(temporary, final)
+        disk.put(temporary, final)
     except OSError as e:
-        shutil.rmtree(temporary, ignore_errors=True)    # what it holds is needed by nobody; a full disk needs the room
+        shutil.rmtree(temporary, ignore_errors=True)            # nobody needs what it holds, and a full disk needs the room
         raise unwritten(output_dir, step, e) from None
-    shutil.rmtree(old, ignore_errors=True)
     whole = [path for _, path in list_checkpoints(output_dir)]
     for path in whole[:-keep] if keep else []:
         shutil.rmtree(path, ignore_errors=True)
@@ -203,7 +402,7 @@ def save_checkpoint(output_dir, step, folders, state, config, keep=None):
 
 
 def unwritten(output_dir, step, error):
-    """An OSError for one that kept checkpoint-<step> from being written: it names the last whole one."""
+    """An OSError for `error`, which kept checkpoint-<step> from being written: it names the last whole one."""
     whole = list_checkpoints(output_dir)
     there = f"the last whole one is {whole[-1][1]}: --resume latest goes on from it" if whole else "there is none before it"
     number, why = getattr(error, "errno", None) or errno.EIO, getattr(error, "strerror", None) or str(error)
@@ -220,11 +419,20 @@ def save_state(state, path):
 
 
 def resolve_checkpoint(output_dir, spec):
-    """`latest`, a checkpoint folder, its name inside output_dir, or a run folder -> its path. InputError."""
-    path = Path(output_dir if spec == "latest" else spec)
-    path = path if path.is_dir() else Path(output_dir) / spec
-    if not path.name.startswith("checkpoint-"):
-        path = list_checkpoints(path)[-1][1] if list_checkpoints(path) else path / "checkpoint-<step>"
+    """-> the path of the checkpoint that `spec` names: a checkpoint folder; a run folder, whose last one it is; the name of
+    either inside output_dir; or "latest", the last one in output_dir, None if there is none. Raises InputError."""
+    path = Path(spec)
+    if spec == "latest":
+        path = Path(output_dir)
+    elif not path.is_dir():
+        path = Path(output_dir) / spec
+    if not path.name.startswith("checkpoint-") and not (path / "train_state.pt").is_file():
+        found = list_checkpoints(path)
+        if spec == "latest" and (half := half_moved(path)):
+            found = sorted([*found, *list_checkpoints(half)])
+        if spec == "latest" and not found:
+            return None
+        path = found[-1][1] if found else path / "checkpoint-<step>"
     if lacking := [name for name in ("train_state.pt", "args.json") if not (path / name).is_file()]:
         raise InputError(f"--resume_from_checkpoint {spec}: there is no {path / lacking[0]}")
     return path
@@ -252,21 +460,49 @@ def read_metrics(path):
     return found
 
 
-class MetricsLog:
-    """metrics.jsonl, one flushed line a step (rank 0); TensorBoard events if that is installed. On resume,
-    lines past resume_step, or that are damaged, are dropped; None starts afresh. held: a lock to keep."""
+def summary_writer():
+    """TensorBoard's SummaryWriter, or None if it is not installed; with a warning if it is, and cannot be imported."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+        return SummaryWriter
+    except Exception as error:                                  # a broken install raises anything
+        no_tensorboard(error)
+        return None
 
-    def __init__(self, output_dir, resume_step=None, held=None):
-        path, self.file, self.board, self.held = Path(output_dir) / "metrics.jsonl", None, None, held
-        if rank() == 0:
-            kept = [line for step, line in read_metrics(path) if resume_step is not None and step <= resume_step]
-            replace_text(path, "".join(f"{line}\n" for line in kept))
-            self.file = path.open("a", buffering=1)             # flushes each line
+
+def no_tensorboard(error):
+    disk.warn_once("tensorboard", f"TensorBoard cannot be used ({type(error).__name__}: {' '.join(str(error).split())[:200]}): "
+                   "metrics go to metrics.jsonl only")
+
+
+class MetricsLog:
+    """metrics.jsonl, one flushed line per step (rank 0), and TensorBoard events if `writer`, its SummaryWriter, is given. On
+    resume, lines past resume_step and damaged ones are dropped; None: all lines are. folder_lock: a lock to keep."""
+
+    def __init__(self, output_dir, resume_step=None, folder_lock=None, writer=None):
+        path, self.file, self.board, self.folder_lock = Path(output_dir) / "metrics.jsonl", None, None, folder_lock
+        if rank() > 0:
+            return
+        kept = [line for step, line in read_metrics(path) if resume_step is not None and step <= resume_step]
+        replace_text(path, "".join(f"{line}\n" for line in kept))
+        self.file = path.open("a", buffering=1)                 # flushes each line
+        if writer is not None:
             try:
-                from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(str(output_dir), purge_step=(resume_step or 0) + 1)
-            except ImportError:
-                pass
+                self.board = writer(str(output_dir), purge_step=(resume_step or 0) + 1)
+            except Exception as error:
+                no_tensorboard(error)
+
+    def on_board(self, write):
+        """Calls write(board) if there is one. The board is an extra: if it fails, it is given up with a warning."""
+        if self.board is None:
+            return
+        try:
+            write(self.board)
+        except Exception as error:
+            no_tensorboard(error)
+            self.board = None
 
     def log(self, step, **values):
         """Numbers, scalar tensors or strings. Raises FloatingPointError if one is not finite, OSError if the file is gone."""
@@ -274,24 +510,30 @@ class MetricsLog:
         for name, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise FloatingPointError(f"step {step}: {name} is {value}; lower --learning_rate")
-            if self.board and not isinstance(value, str):
-                self.board.add_scalar(name, value, step)
-        if self.board:
-            self.board.flush()
+
+        def add_scalars(board):
+            for name, value in values.items():
+                if not isinstance(value, str):
+                    board.add_scalar(name, value, step)
+            board.flush()
+
+        self.on_board(add_scalars)
         if self.file:
             if not os.fstat(self.file.fileno()).st_nlink:       # the file, or the whole folder, was removed
                 raise FileNotFoundError(errno.ENOENT, f"was removed while step {step} was made", self.file.name)
             self.file.write(json.dumps({"step": step, **values}) + "\n")
 
     def videos(self, step, folder):
-        """The mp4s in `folder`, to TensorBoard, if that is installed: moving GIFs on its page of images."""
-        for path in sorted(Path(folder).glob("*.mp4")) if self.board else []:
-            from tensorboard.compat.proto.summary_pb2 import (
-                Summary,  # its own add_video wants moviepy 1, for the same GIF
-            )
+        """Shows the mp4s in `folder` on TensorBoard's page of images, as moving GIFs."""
+        def add_video(board, path):
+            # SummaryWriter.add_video makes the same GIF, but needs moviepy 1
+            from tensorboard.compat.proto.summary_pb2 import Summary
             video, fps = read_clip(path)                                                    # uint8 [f, h, w, 3]
             with tempfile.TemporaryDirectory() as place:
                 write_gif(Path(place) / "video.gif", video.numpy(), fps)
                 image = Summary.Image(height=video.shape[1], width=video.shape[2], colorspace=3,
                                       encoded_image_string=(Path(place) / "video.gif").read_bytes())
-            self.board.file_writer.add_summary(Summary(value=[Summary.Value(tag=f"samples/{path.stem}", image=image)]), step)
+            board.file_writer.add_summary(Summary(value=[Summary.Value(tag=f"samples/{path.stem}", image=image)]), step)
+
+        for path in sorted(Path(folder).glob("*.mp4")):
+            self.on_board(lambda board, path=path: add_video(board, path))

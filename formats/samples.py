@@ -1,10 +1,11 @@
-"""How a sampled video was made: what its row of metadata.jsonl says so that sample.py can make the same bytes again.
+"""How a sampled video was made: what its row of metadata.jsonl says so that sample.py can make the same bytes
+again.
 
 Beside file_name, prompt, seed and image (a path relative to the file's folder), a row has `settings`:
   flags of sample.py (FLAGS), except those that are None; paths are relative to the file's folder
   index           the video's number under its seed, from which its noise is drawn
-  batch, place    how many videos were sampled together, and which of them this one was: floating-point sums depend on
-                  the size of a batch, and so do the bytes of a file
+  batch, place    how many videos were sampled together, and which of them this one was: floating-point sums
+                  depend on the size of a batch, and so do the bytes of a file
   weights         a fingerprint of generator, encoders, adapter and reward model
 """
 import hashlib
@@ -16,8 +17,9 @@ from formats import fingerprint
 from formats.metadata import not_text
 from formats.weights import SHIPPED, TASKS
 
-FLAGS = ("task", "model", "transformer", "lora", "size", "frames", "fps", "num_inference_steps", "guidance_scale",
-         "negative_prompt", "shift", "batch_size", "mixed_precision", "best_of", "drops", "reward")
+FLAGS = ("task", "model", "transformer", "lora", "size", "frames", "fps", "num_inference_steps",
+         "guidance_scale", "negative_prompt", "shift", "batch_size", "mixed_precision", "best_of", "drops",
+         "reward")
 PATHS = ("model", "transformer", "lora", "reward")
 OF_A_VIDEO = ("index", "batch", "place")
 
@@ -32,12 +34,14 @@ def same_setting(name, a, b):
 
 
 def relative_path(path, folder):
-    """`path` as a file in `folder` has to name it. Links are followed first, as ".." is not the way back over one."""
+    """`path` as a file in `folder` has to name it. Links are followed first, as ".." is not the way back over
+    one."""
     return os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
 
 
 def of_weights(flags):
-    """16 hex digits of all weights that the flags ({name of FLAGS: value}, with the model's folder) sample with."""
+    """16 hex digits of all weights that the flags ({name of FLAGS: value}, with the model's folder) sample
+    with."""
     model, digest = Path(flags["model"]), hashlib.blake2b(digest_size=8)
     digest.update(fingerprint.of_weights(flags.get("transformer") or model).encode())
     for role in ("vae", "text_encoder", "image_encoder"):
@@ -52,9 +56,10 @@ def of_weights(flags):
 
 
 def describe(flags, folder):
-    """The settings that all videos in `folder` share. flags: {name of FLAGS: value}, with the model's folder also where
-    that is a shipped one, which is recorded by its task."""
-    found = {name: flags[name] for name in FLAGS if flags.get(name) is not None} | {"weights": of_weights(flags)}
+    """The settings that all videos in `folder` share. flags: {name of FLAGS: value}, with the model's folder
+    also where that is a shipped one, which is recorded by its task."""
+    found = {name: flags[name] for name in FLAGS if flags.get(name) is not None}
+    found["weights"] = of_weights(flags)
     if "transformer" in found and same_path(found["transformer"], found["model"]):
         del found["transformer"]
     tasks = [task for task in TASKS if same_path(found["model"], SHIPPED[task])]
@@ -74,8 +79,9 @@ def row(folder, file_name, prompt, seed, image, settings):
 
 
 def shared_settings(path, rows):
-    """What the rows of prompts file `path`, as read_prompts returns them, say about their making -> {flag or "weights":
-    value}; {} if no row says anything. Raises InputError if two rows differ or a setting is not known."""
+    """What the rows of prompts file `path`, as read_prompts returns them, say about their making -> {flag or
+    "weights": value}; {} if no row says anything. Raises InputError if two rows differ or a setting is not
+    known."""
     shared, first = None, None
     for number, given in enumerate((given.get("settings") for given in rows), 1):
         if given is None:
@@ -90,8 +96,10 @@ def shared_settings(path, rows):
         mine = {name: value for name, value in given.items() if name not in OF_A_VIDEO}
         if shared is None:
             shared, first = mine, number
-        if differ := sorted(name for name in shared.keys() | mine.keys() if shared.get(name) != mine.get(name)):
-            raise InputError(f"{place} have another {differ[0]} than those of prompt {first}: sample them in two runs")
+        for name in sorted(shared.keys() | mine.keys()):
+            if shared.get(name) != mine.get(name):
+                raise InputError(f"{place} have another {name} than those of prompt {first}: sample them in "
+                                 "two runs")
     return {name: resolved(name, value, path) for name, value in (shared or {}).items()}
 
 

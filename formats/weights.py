@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import InputError, rank
+from formats import disk
 from formats.metadata import from_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -76,18 +77,15 @@ def write_folder(path, config, tensors, dtype=None):
             if isinstance(x, (DTensor, Later)):
                 full_tensor(x)
         return
-    new, old = path.with_name(f"{path.name}.tmp{os.getpid()}"), path.with_name(f"{path.name}.old{os.getpid()}")
+    new = path.with_name(f"{path.name}.tmp{os.getpid()}")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         stream_tensors(tensors, new / WEIGHTS, dtype)
-        if path.exists():
-            path.rename(old)
-        new.rename(path)
+        disk.put(new, path)
     finally:
         shutil.rmtree(new, ignore_errors=True)          # a failed one's; it is not there otherwise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_config(path):

@@ -11,7 +11,6 @@ Writes candidates.safetensors: rewards [m, n, times] at REWARDED, and [m, n] eac
 
 Axes: m videos, n candidates, b batch of candidates, c channels, f frames, h height, w width, l text tokens.
 """
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import common
 import flow
 from common import arg
 from families import load_text_encoder, load_vae
-from formats import runs
+from formats import disk, runs
 from formats.video import to_pixels
 from formats.weights import SHIPPED, stream_tensors
 from model import load_transformer
@@ -95,7 +94,7 @@ def main(config):
     path = Path(config.output_dir) / "candidates.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     stream_tensors(found, f"{path}.part")
-    os.replace(f"{path}.part", path)
+    disk.put(f"{path}.part", path)
     print(f"{found['qualified'].mean():.3f} of all candidates are qualified\nwrote {path}")
 
 

@@ -1,15 +1,17 @@
-"""`python -m study.reproduce endurance`: does PRFL hold at any length? Recipes, learning rates and rewards, run for long.
+"""`python -m study.reproduce endurance`: does PRFL hold at any length? Recipes, learning rates and rewards,
+run for long.
 
 The generator can learn to please the reward and not the eye. This study crosses what could prevent it:
 
-recipe      paper: Algorithm 1. steady: at most four long steps in the rollout, and -log sigmoid(r). by video: the same
-            with a step of its own for each video of a batch (study/why.py).
+recipe      paper: Algorithm 1. steady: at most four long steps in the rollout, and -log sigmoid(r).
+            by video: the same with a step of its own for each video of a batch (study/why.py).
 schedule    the learning rate stays constant, or falls linearly to 0 at the end of the run.
-reward      as the paper trains it, or with a quarter of each batch under another video's prompt and labelled bad
-            (train_reward.py --mismatched).
+reward      as the paper trains it, or with a quarter of each batch under another video's prompt and
+            labelled bad (train_reward.py --mismatched).
 
-The whole study takes about twelve hours of a core, so a finished run is kept in results/endurance_runs.json, as its
-curves and its verdicts on the test videos, and is not made again. Remove its entry there to make it anew.
+The whole study takes about twelve hours of a core, so a finished run is kept in results/endurance_runs.json,
+as its curves and its verdicts on the test videos, and is not made again. Remove its entry there to make it
+anew.
 """
 import json
 from typing import NamedTuple
@@ -20,8 +22,8 @@ import torch
 import common
 import flow
 from common import InputError
+from families import load_text_encoder, load_vae
 from formats import runs
-from formats.codec import load_text_encoder, load_vae
 from formats.metadata import from_json
 from formats.video import to_pixels
 from formats.weights import SHIPPED
@@ -33,11 +35,10 @@ from world import annotator, scene
 EVERY = 40                                                      # iterations between validations
 VALIDATED, TESTED, TEST_SEED = 256, 512, 7_000                  # videos; the seed is evaluate.py's
 PANEL = ("speed", "brightness", "saturation")
-RECIPES = {
-    "paper": ("train_align.py", "--method", "prfl", "--recipe", "paper"),
-    "steady": ("train_align.py", "--method", "prfl", "--recipe", "steady"),
-    "by video": ("-m", "study.why", "--rewarded_step", "per_video", "--rollout_passes", 4, "--reward_loss", "logsigmoid"),
-}
+RECIPES = {"paper": ("train_align.py", "--method", "prfl", "--recipe", "paper"),
+           "steady": ("train_align.py", "--method", "prfl", "--recipe", "steady"),
+           "by video": ("-m", "study.why", "--rewarded_step", "per_video", "--rollout_passes", 4,
+                        "--reward_loss", "logsigmoid"),}
 
 
 class Case(NamedTuple):
@@ -49,7 +50,12 @@ class Case(NamedTuple):
     length: int = 960
 
     def name(self, seed):
-        return f"{self.recipe}, {self.schedule}, {self.rate:g}, mismatched {self.mismatched:g}, {self.length}, seed {seed}"
+        reward = f"mismatched {self.mismatched:g}"
+        return f"{self.recipe}, {self.schedule}, {self.rate:g}, {reward}, {self.length}, seed {seed}"
+
+    def reward_flags(self):
+        """Flags of train_reward.py; none is the reward model of the other tables."""
+        return ("--mismatched", self.mismatched) if self.mismatched else ()
 
     def row(self):
         reward = f"mismatched {self.mismatched:g}" if self.mismatched else "the paper's reward"
@@ -60,7 +66,8 @@ class Case(NamedTuple):
 LONG = [Case(recipe, schedule, mismatched) for mismatched in (0.25, 0) for recipe in RECIPES
         for schedule in ("constant", "linear")]
 MORE = [Case("steady", "constant", length=1920), Case("steady", "linear", rate=2e-4),
-        *(Case(recipe, "linear", length=length) for recipe in ("steady", "by video") for length in (120, 480)),
+        *(Case(recipe, "linear", length=length) for recipe in ("steady", "by video")
+          for length in (120, 480)),
         *(Case("steady", "linear", rate=2e-4, length=length) for length in (120, 480))]
 
 
@@ -68,15 +75,17 @@ MORE = [Case("steady", "constant", length=1920), Case("steady", "linear", rate=2
 def part_of_case(work, seed, case):
     """(folder, file that it ends with, script, *flags), as Work.run takes them."""
     words = case.name(seed).replace(", ", "_").replace(" ", "-")
-    reward = reward_folder(work, seed, ("--mismatched", case.mismatched)) / "reward"
-    return (work.folder / f"seed-{seed}" / f"endurance-{words}", "transformer/config.json", *RECIPES[case.recipe],
-            "--seed", seed, "--curated_dir", work.folder / f"seed-{seed}" / "curated", "--reward", reward,
-            "--learning_rate", case.rate, "--lr_scheduler", case.schedule, "--max_train_steps", case.length,
-            "--validation_steps", EVERY, "--num_validation", VALIDATED, "--checkpointing_steps", 120)
+    reward = reward_folder(work, seed, case.reward_flags()) / "reward"
+    return (work.folder / f"seed-{seed}" / f"endurance-{words}", "transformer/config.json",
+            *RECIPES[case.recipe], "--seed", seed, "--curated_dir", work.folder / f"seed-{seed}" / "curated",
+            "--reward", reward, "--learning_rate", case.rate, "--lr_scheduler", case.schedule,
+            "--max_train_steps", case.length, "--validation_steps", EVERY, "--num_validation", VALIDATED,
+            "--checkpointing_steps", 120)
 
 
 def curve_of(rows):
-    """Rows of a metrics.jsonl -> {iteration: {"qualified", "cpu_seconds" of all updates until then, and the panel}}"""
+    """Rows of a metrics.jsonl -> {iteration: {"qualified", "cpu_seconds" of all updates until then, and the
+    panel}}"""
     curve, seconds = {}, 0.0
     for row in rows:
         seconds += sum(value for name, value in row.items() if name.endswith("_cpu_seconds"))
@@ -100,8 +109,8 @@ def test_verdicts(transformer):
     runtime = common.setup(runs.fast_precision(), 0)
     base = SHIPPED["t2v"]
     dit = load_transformer(transformer).to(runtime.device).eval()
-    vae, text = (load(base / name).to(runtime.device) for load, name in ((load_vae, "vae"),
-                                                                          (load_text_encoder, "text_encoder")))
+    vae, text = (load(base / name).to(runtime.device) for load,
+                 name in ((load_vae, "vae"), (load_text_encoder, "text_encoder")))
     found = {}
     for split in ("test", "reworded"):
         _, prompts, _ = scene.make(TESTED, TEST_SEED, "clean", "tiny", split=split)
@@ -110,7 +119,8 @@ def test_verdicts(transformer):
         seen = annotator.annotate(torch.cat([to_pixels(vae.decode(z)).cpu() for z in x.split(128)]), prompts)
         for who, tolerance in annotator.ANNOTATORS.items():
             grades = annotator.grade(seen, tolerance)
-            found[f"{split}, {who}"] = {"qualified": bits(grades["qualified"]), "physical": bits(grades["physical"] == 2),
+            found[f"{split}, {who}"] = {"qualified": bits(grades["qualified"]),
+                                        "physical": bits(grades["physical"] == 2),
                                         "deformity": bits(grades["deformity"] == 2)}
         found[f"{split}, firm"]["adherent"] = bits(seen["adherent"])
         found[f"{split} means"] = [round(seen[name].float().mean().item(), 5) for name in PANEL]
@@ -129,7 +139,7 @@ def finished(work, wanted):
     path = work.results / "endurance_runs.json"
     kept = read_kept(HOME / "results/endurance_runs.json") | read_kept(path)
     missing = [(seed, case) for seed, case in wanted if case.name(seed) not in kept]
-    train_reward_models(work, [(seed, ("--mismatched", case.mismatched)) for seed, case in missing])
+    train_reward_models(work, [(seed, case.reward_flags()) for seed, case in missing])
     for i in range(0, len(missing), work.jobs):                 # kept as soon as they are there
         together = missing[i:i + work.jobs]
         work.run([part_of_case(work, seed, case) for seed, case in together])
@@ -137,9 +147,9 @@ def finished(work, wanted):
             folder = part_of_case(work, seed, case)[0]
             rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             part = part_of(folder)
-            kept[case.name(seed)] = {"command": part["command"].replace(str(work.folder), "runs"), "commit": part["commit"],
-                                     "minutes": round(part["seconds"] / 60, 1), "curve": curve_of(rows),
-                                     "test": test_verdicts(folder / "transformer")}
+            kept[case.name(seed)] = {"command": part["command"].replace(str(work.folder), "runs"),
+                                     "commit": part["commit"], "minutes": round(part["seconds"] / 60, 1),
+                                     "curve": curve_of(rows), "test": test_verdicts(folder / "transformer")}
         path.parent.mkdir(parents=True, exist_ok=True)
         runs.write_json(path, kept)
     return {case.name(seed): kept[case.name(seed)] for seed, case in wanted}
@@ -152,12 +162,13 @@ def rates(curve):
 
 
 def fall(curves):
-    """Curves of the seeds -> (how far the last quarter of the validations lies from the best quarter, its 95 % interval).
+    """Curves of the seeds -> (how far the last quarter of the validations lies from the best quarter, its 95
+    % interval).
 
-    The best quarter is the one whose mean over the seeds is highest, so a run that neither rises nor falls has a
-    difference a little below zero.
+    The best quarter is the one whose mean over the seeds is highest, so a run that neither rises nor falls
+    has a difference a little below zero.
     """
-    values = np.array([rates(curve) for curve in curves])                                       # [seeds, validations]
+    values = np.array([rates(curve) for curve in curves])                               # [seeds, validations]
     quarters = np.array_split(values, 4, axis=1)
     best = max(quarters, key=np.mean)
     if best is quarters[-1]:
@@ -174,16 +185,17 @@ def row_of(case, parts):
     """-> (numbers, cells of the table)"""
     curves = [part["curve"] for part in parts]
     difference, interval = fall(curves)
-    at = {step: [curve[str(step)]["qualified"] for curve in curves] for step in (40, 120, 240, 480, 720, 960, 1440, 1920)
-          if str(step) in curves[0]}
-    test = {key: summary(test_values(parts, key)) for key in ("test, firm", "test, strict", "test, loose", "reworded, firm")}
+    at = {step: [curve[str(step)]["qualified"] for curve in curves]
+          for step in (40, 120, 240, 480, 720, 960, 1440, 1920) if str(step) in curves[0]}
+    test = {key: summary(test_values(parts, key))
+            for key in ("test, firm", "test, strict", "test, loose", "reworded, firm")}
     means = np.mean([part["test"]["test means"] for part in parts], 0)
     numbers = {"validation": at, "fall": {"difference": difference, "interval": interval}, "test": test,
                "adherent": float(test_values(parts, "test, firm", "adherent").mean()),
                **dict(zip(PANEL, means.tolist())), "minutes": [part["minutes"] for part in parts]}
     steps = [f"{np.mean(at[step]):.3f}" if step in at else "" for step in (40, 120, 240, 480, 720, 960)]
-    cells = [case.row(), case.length, len(parts), *steps, show(difference, interval, "+"), show(**test["test, firm"]),
-             " ".join(f"{value:.3f}" for value in test["test, firm"]["seeds"]),
+    cells = [case.row(), case.length, len(parts), *steps, show(difference, interval, "+"),
+             show(**test["test, firm"]), " ".join(f"{value:.3f}" for value in test["test, firm"]["seeds"]),
              *(f"{test[key]['mean']:.3f}" for key in ("test, strict", "test, loose", "reworded, firm")),
              *(f"{value:.3f}" for value in means)]
     return numbers, cells
@@ -215,8 +227,9 @@ def report(work, kept, cases):
         ("mismatched prompts" if mismatched else "the paper's reward"): ("iteration", {
             f"{case.recipe}, {case.schedule} {case.rate:g}": curve for case, curve in curves.items()
             if case.mismatched == mismatched and case.length >= 480}) for mismatched in (0.25, 0)})
-    work.write("endurance", "Does it hold? Recipes, learning rates and rewards over many iterations", [
-        f"The share of {VALIDATED} validation videos that are qualified after so many iterations, mean over the seeds; then how "
-        f"far the last quarter of the validations lies below the best one, and {TESTED} test videos at the end, by the firm, the "
-        "strict and the loose annotator, and in other wordings. Each seed has a reward model of its own.", "",
-        *table(HEAD, cells)], {"rows": rows})
+    work.write("endurance", "Does it hold? Recipes, learning rates and rewards over many iterations",
+               [f"The share of {VALIDATED} validation videos that are qualified after so many iterations, "
+                "mean over the seeds; then how far the last quarter of the validations lies below the best "
+                f"one, and {TESTED} test videos at the end, by the firm, the strict and the loose annotator, "
+                f"and in other wordings. Each seed has a reward model of its own.", "", *table(HEAD, cells)],
+               {"rows": rows})

@@ -1,4 +1,5 @@
-"""The parts that reproduce.py's tables are made of: runs of the other scripts, named by their flags, kept and shared."""
+"""The parts that reproduce.py's tables are made of: runs of the other scripts, named by their flags, kept and
+shared."""
 import json
 import os
 import platform
@@ -21,14 +22,15 @@ HOME = Path(__file__).resolve().parents[1]                     # of the reposito
 I2V, MID = ("--task", "i2v"), ("--world", "mid")                # among a part's flags: another base
 TUNED = {"prfl": 1e-4, "sft": 3e-4, "rwr": 1e-4, "refl": 1e-4}   # the best of the sweep in results/table1.md
 METRICS = {"qualified": "qualified", "physical_qualified": "physical", "deformity_qualified": "deformity",
-           "adherent": "adherent", "smoothness": "smoothness", "dynamic": "dynamic", "consistency": "consistency",
-           "i2v_subject": "I2V subject", "speed": "speed", "brightness": "brightness", "saturation": "saturation"}
-PRESETS = {
-    "quick": {"seeds": 1, "sweep": False, "videos": 256, "samples": 4096, "reward_steps": 600, "study_steps": 200,
-              "iterations": 80, "tested": 512, "rounds": 4, "clips": 400, "candidates": 8},
-    "full": {"seeds": 3, "sweep": True, "videos": 512, "samples": 16384, "reward_steps": 1600, "study_steps": 800,
-             "iterations": 120, "tested": 2048, "rounds": 16, "clips": 2000, "candidates": 16},
-}
+           "adherent": "adherent", "smoothness": "smoothness", "dynamic": "dynamic",
+           "consistency": "consistency", "i2v_subject": "I2V subject", "speed": "speed",
+           "brightness": "brightness", "saturation": "saturation"}
+PRESETS = {"quick": {"seeds": 1, "sweep": False, "videos": 256, "samples": 4096, "reward_steps": 600,
+                     "study_steps": 200, "iterations": 80, "tested": 512, "rounds": 4, "clips": 400,
+                     "candidates": 8},
+           "full": {"seeds": 3, "sweep": True, "videos": 512, "samples": 16384, "reward_steps": 1600,
+                    "study_steps": 800, "iterations": 120, "tested": 2048, "rounds": 16, "clips": 2000,
+                    "candidates": 16},}
 
 
 class Work:
@@ -39,16 +41,18 @@ class Work:
         self.folder = Path(config.output_dir) / config.preset
         self.results = Path(config.results_dir)
         self.seeds = range(config.seeds or self.preset["seeds"])
-        # Small models gain little from a second thread: on CPU every part has one, and there are as many parts at a time.
+        # Small models gain little from a second thread: on CPU every part has one, and there are as many
+        # parts at a time.
         on_gpu = torch.cuda.is_available()
         self.jobs = 1 if on_gpu else os.cpu_count()
-        self.environment = os.environ | {"PYTHONPATH": str(HOME)} | ({} if on_gpu else {"OMP_NUM_THREADS": "1"})
+        self.environment = os.environ | {"PYTHONPATH": str(HOME)} | (
+            {} if on_gpu else {"OMP_NUM_THREADS": "1"})
         self.started, self.used, self.children = time.time(), set(), []
 
     def run(self, parts, jobs=None):
-        """Runs the unfinished ones of parts [(folder, file that it ends with, script, *flags)], side by side (or so many at
-        a time); training goes on from its last checkpoint. Raises InputError with the last line of one that fails, or if a
-        folder holds another part."""
+        """Runs the unfinished ones of parts [(folder, file that it ends with, script, *flags)], side by side
+        (or so many at a time); training goes on from its last checkpoint. Raises InputError with the last
+        line of one that fails, or if a folder holds another part."""
         unfinished = {}
         for folder, last, *command in parts:
             words = shlex.join(map(str, (*command, "--output_dir", folder)))
@@ -74,7 +78,7 @@ class Work:
         bar.write(f"$ python {words}")
         folder.mkdir(parents=True, exist_ok=True)
         start, before = time.time(), part_of(folder).get("seconds", 0)                  # an interrupted run's
-        made = [*part_of(folder).get("commit", "").split(), commit()]                   # a resumed one may have several
+        made = [*part_of(folder).get("commit", "").split(), commit()]         # a resumed one may have several
         note = {"command": f"python {words}", "commit": " ".join(dict.fromkeys(made)), "seconds": before}
         runs.write_json(folder / "part.json", note)
         with (folder / "log.txt").open("a") as log:
@@ -84,7 +88,8 @@ class Work:
         runs.write_json(folder / "part.json", note | {"seconds": before + time.time() - start})
         if code:
             said = (folder / "log.txt").read_text().strip().splitlines()[-1:]
-            raise InputError(f"`python {words}` ended with code {code}: {' '.join(said)} (all it said: {folder}/log.txt)")
+            raise InputError(f"`python {words}` ended with code {code}: {' '.join(said)} (all it said: "
+                             f"{folder}/log.txt)")
         bar.update()
 
     def said_seeds(self):
@@ -92,24 +97,27 @@ class Work:
         return f"{count} seeds" if count > 1 else "1 seed: intervals are over videos alone"
 
     def write(self, name, title, lines, values):
-        """results/<name>.md and .json, with the command, the commits of this call and of the parts, the machine, the minutes."""
+        """results/<name>.md and .json, with the command, the commits of this call and of the parts, the
+        machine, the minutes."""
         gpu = torch.cuda.is_available()
         device = torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} CPU cores ({platform.machine()})"
         seeds = f" --seeds {self.config.seeds}" if self.config.seeds else ""
         parts = [part_of(folder) for folder in self.used]
-        about = {"command": f"python -m study.reproduce {name} --preset {self.config.preset}{seeds}", "commit": COMMIT,
-                 "commits_of_parts": sorted({part["commit"] for part in parts}), "hardware": device,
-                 "mixed_precision": runs.fast_precision(),
+        about = {"command": f"python -m study.reproduce {name} --preset {self.config.preset}{seeds}",
+                 "commit": COMMIT, "commits_of_parts": sorted({part["commit"] for part in parts}),
+                 "hardware": device, "mixed_precision": runs.fast_precision(),
                  "minutes": round((time.time() - self.started) / 60, 1), "parts": len(parts),
                  "parts_without_time": sum(not part["seconds"] for part in parts),
                  "minutes_of_parts": round(sum(part["seconds"] for part in parts) / 60, 1)}
         precision = "bf16" if about["mixed_precision"] == "bf16" else "float32"
-        said = (f"`{about['command']}` at {about['commit']}, {about['hardware']}, {precision}; this call took {about['minutes']} "
-                "minutes.")
+        said = (f"`{about['command']}` at {about['commit']}, {about['hardware']}, {precision}; this call "
+                f"took {about['minutes']} minutes.")
         if parts:
-            missing = f" (without {about['parts_without_time']} whose time was not kept)" * bool(about["parts_without_time"])
-            said += (f" Its {len(parts)} runs, evaluations and measurements ({'' if gpu else 'of one thread each; '}shared with "
-                     f"other tables) took {about['minutes_of_parts']} minutes in sum{missing}, at "
+            missing = f" (without {about['parts_without_time']} whose time was not kept)" * bool(
+                about["parts_without_time"])
+            said += (f" Its {len(parts)} runs, evaluations and measurements "
+                     f"({'' if gpu else 'of one thread each; '}shared with other tables) took "
+                     f"{about['minutes_of_parts']} minutes in sum{missing}, at "
                      f"{', '.join(about['commits_of_parts'])}.")
         self.results.mkdir(parents=True, exist_ok=True)
         text = "\n".join([f"# {title}", "", *lines, said, ""])
@@ -137,17 +145,19 @@ def check_part(folder, words, finished):
     """A folder is known by its name; scripts' defaults and presets are not in it."""
     kept = part_of(folder).get("command", "an unknown command" if finished else None)
     if kept not in (None, f"python {words}"):
-        raise InputError(f"{folder} was made by `{kept}`, not by `python {words}`: remove it, or take another --output_dir")
+        raise InputError(f"{folder} was made by `{kept}`, not by `python {words}`: remove it, or take "
+                         f"another --output_dir")
 
 
 def commit():
     """The commit of this code, with -dirty if code or weights differ from it."""
-    git = lambda *words: subprocess.run(["git", *words], cwd=HOME, capture_output=True, text=True).stdout.strip()
+    git = lambda *words: subprocess.run(["git", *words], cwd=HOME, capture_output=True,
+                                        text=True).stdout.strip()
     changed = git("status", "--porcelain", "--", "*.py", "checkpoints")
     return (git("rev-parse", "--short", "HEAD") or "no commit") + "-dirty" * bool(changed)
 
 
-COMMIT = commit()                                               # of the code that runs here, whatever comes after
+COMMIT = commit()                                           # of the code that runs here, whatever comes after
 
 
 def named(prefix, flags):
@@ -180,16 +190,21 @@ def train_rewards(work, variants):
 
 
 def train_reward_models(work, wanted):
-    """The reward models [(seed, train_reward flags)], all on the seed's own samples (of a base)."""
+    """The reward models [(seed, train_reward flags)], all on the seed's own samples (of a base).
+
+    They see no mismatched prompts unless the flags say so, as the paper's do not.
+    """
     def part(seed, flags):
         count = () if "--num_samples" in flags else (
             "--num_samples", work.preset["samples"],
             "--samples_dir", work.folder / f"seed-{seed}" / named("samples", base_of(flags)))
         return (reward_folder(work, seed, flags), "report.json", "train_reward.py", "--seed", seed, *count,
-                "--max_train_steps", work.preset["reward_steps"], *flags)
+                "--max_train_steps", work.preset["reward_steps"],
+                *(() if "--mismatched" in flags else ("--mismatched", 0)), *flags)
 
-    first = {(seed, base_of(flags)): (seed, flags) for seed, flags in reversed(wanted) if "--num_samples" not in flags}
-    work.run([part(*each) for each in first.values()])                                         # makes the samples
+    first = {(seed, base_of(flags)): (seed, flags) for seed,
+             flags in reversed(wanted) if "--num_samples" not in flags}
+    work.run([part(*each) for each in first.values()])                                     # makes the samples
     work.run([part(*each) for each in wanted])
 
 
@@ -216,9 +231,11 @@ def align_folder(work, seed, method, flags=()):
 
 
 def train_aligned(work, runs):
-    """runs: [(seed, method, train_align flags)]. prfl and refl make the preset's iterations, of two updates each, sft and
-    rwr as many updates, at the rates of TUNED, unless the flags say otherwise. Their reward models come first."""
-    train_reward_models(work, [(seed, reward_flags(method, flags)) for seed, method, flags in runs if method != "sft"])
+    """runs: [(seed, method, train_align flags)]. prfl and refl make the preset's iterations, of two updates
+    each, sft and rwr as many updates, at the rates of TUNED, unless the flags say otherwise. Their reward
+    models come first."""
+    train_reward_models(work, [(seed, reward_flags(method, flags)) for seed, method,
+                         flags in runs if method != "sft"])
     shards, parts = curated(work), []
     for seed, method, flags in runs:
         two_updates = method in ("prfl", "refl")
@@ -228,24 +245,25 @@ def train_aligned(work, runs):
         if method != "sft":
             default["--reward"] = reward_folder(work, seed, reward_flags(method, flags)) / "reward"
         added = [word for flag, value in default.items() if flag not in flags for word in (flag, value)]
-        parts.append((align_folder(work, seed, method, flags), "transformer/config.json", "train_align.py", "--method",
-                      method, "--seed", seed, "--data", shards, *added, *flags))
+        parts.append((align_folder(work, seed, method, flags), "transformer/config.json", "train_align.py",
+                      "--method", method, "--seed", seed, "--data", shards, *added, *flags))
     work.run(parts)
 
 
 def evaluations(work, name, rows_of, flags=()):
-    """rows_of: {seed: {row: checkpoint folder}} -> [{row: {metric: array over videos}}], one dict a seed, the last row
-    of each "clean renders". name: of the test videos and sampler that the evaluate.py flags stand for. A checkpoint is
-    evaluated once under a name, whichever tables ask for it."""
+    """rows_of: {seed: {row: checkpoint folder}} -> [{row: {metric: array over videos}}], one dict a seed, the
+    last row of each "clean renders". name: of the test videos and sampler that the evaluate.py flags stand
+    for. A checkpoint is evaluated once under a name, whichever tables ask for it."""
     train_rewards(work, [base_of(flags)])
     where = lambda seed, folder: work.folder / f"seed-{seed}" / f"evaluation-{name}" / folder.name
-    work.run([(where(seed, folder), "per_video.json", "evaluate.py", f"model={folder}", "--num_videos", work.preset["videos"],
-               "--reward", reward_folder(work, seed, base_of(flags)) / "reward", *flags)
-              for seed, rows in rows_of.items() for folder in rows.values()])
+    work.run([(where(seed, folder), "per_video.json", "evaluate.py", f"model={folder}", "--num_videos",
+               work.preset["videos"], "--reward", reward_folder(work, seed, base_of(flags)) / "reward",
+               *flags) for seed, rows in rows_of.items() for folder in rows.values()])
 
     def read(seed, folder, row="model"):
         metrics = json.loads((where(seed, folder) / "per_video.json").read_text())[row]
         return {metric: np.array(values) for metric, values in metrics.items()}
 
     return [{row: read(seed, folder) for row, folder in rows.items()}
-            | {"clean renders": read(seed, next(iter(rows.values())), "clean renders")} for seed, rows in rows_of.items()]
+            | {"clean renders": read(seed, next(iter(rows.values())), "clean renders")} for seed,
+            rows in rows_of.items()]

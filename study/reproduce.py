@@ -67,6 +67,7 @@ from report import (
     verdict,
 )
 from study import parts
+from study.endurance import endurance
 from study.mid import mid
 from study.parts import (
     I2V,
@@ -516,8 +517,9 @@ def annotator(work):
                {"clean_pass": passed, "flawed_fail": overall, "fails": failed})
 
 
-STUDIES = {study.__name__: study for study in (table1, table2, table3, table4, table5, table7, table8, table9, fig3, fig5, labels,
-                                               loss, steady, mid, why, speed, stopping, hacking, annotator, search, fooled)}
+STUDIES = {study.__name__: study for study in (
+    table1, table2, table3, table4, table5, table7, table8, table9, fig3, fig5, labels, loss, endurance, steady, mid, why,
+    speed, stopping, hacking, annotator, search, fooled)}
 
 
 @dataclass

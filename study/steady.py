@@ -1,7 +1,9 @@
-"""`python -m study.reproduce steady`, `why` and `speed`: the two recipes of prfl.RECIPES; all that lies between them, and what
-keeps the steady one from collapsing; how many CPU seconds of alignment each method takes to a quality.
+"""`python -m study.reproduce steady`, `why` and `speed`: the two recipes of prfl.RECIPES; all that lies
+between them, and what keeps the steady one from collapsing; how many CPU seconds of alignment each method
+takes to a quality.
 
-Unlike table1's, these runs are validated as they train, so their curated clips are the world's own, rendered for each seed.
+Unlike table1's, these runs are validated as they train, so their curated clips are the world's own, rendered
+for each seed.
 """
 import json
 from typing import NamedTuple
@@ -26,8 +28,9 @@ from study.parts import (
 )
 
 WAN = "wan2.1-t2v-14b"
-EVERY = 40                                                      # iterations between validations, and checkpoints
-COLUMNS = ("qualified", "physical_qualified", "deformity_qualified", "adherent", "speed", "brightness", "saturation")
+EVERY = 40                                                   # iterations between validations, and checkpoints
+COLUMNS = ("qualified", "physical_qualified", "deformity_qualified", "adherent", "speed", "brightness",
+           "saturation")
 LEVELS = (0.80, 0.85, 0.90, 0.95)                               # of the validation videos, for `speed`
 
 
@@ -44,7 +47,7 @@ RECIPES = {"PRFL, paper's recipe": ("--keep", 12, *PAPER), "PRFL, steady recipe"
 class Run(NamedTuple):
     """Flags of train_align.py, or of study/why.py; a part is known by them."""
     flags: tuple
-    name: str = "steady"                                        # what its folder's name begins with: steady, why, speed-<method>
+    name: str = "steady"                     # what its folder's name begins with: steady, why, speed-<method>
     one_seed: bool = False
 
 
@@ -66,12 +69,13 @@ def part_of_run(work, seed, run):
     method = method_of(run)
     script = ("-m", "study.why") if run.name == "why" else ("train_align.py", "--method", method)
     curated = work.folder / f"seed-{seed}" / named("curated", base_of(run.flags))
-    reward = () if method == "sft" else ("--reward", reward_folder(work, seed, reward_flags(method, run.flags)) / "reward")
-    default = {"--learning_rate": TUNED[method], "--max_train_steps": length(work), "--validation_steps": EVERY,
-               "--num_validation": work.preset["videos"] // 2}
+    reward = () if method == "sft" else ("--reward",
+        reward_folder(work, seed, reward_flags(method, run.flags)) / "reward")
+    default = {"--learning_rate": TUNED[method], "--max_train_steps": length(work),
+               "--validation_steps": EVERY, "--num_validation": work.preset["videos"] // 2}
     added = [word for flag, value in default.items() if flag not in run.flags for word in (flag, value)]
-    return (folder_of(work, seed, run), "transformer/config.json", *script, "--seed", seed, "--curated_dir", curated, *reward,
-            *added, *run.flags)
+    return (folder_of(work, seed, run), "transformer/config.json", *script, "--seed", seed, "--curated_dir",
+            curated, *reward, *added, *run.flags)
 
 
 def method_of(run):
@@ -79,8 +83,10 @@ def method_of(run):
 
 
 def train(work, wanted):
-    """Runs [(seed, Run)], their reward models first; of those that share curated clips, one before the others: it renders."""
-    train_reward_models(work, [(seed, reward_flags(method_of(run), run.flags)) for seed, run in wanted if method_of(run) != "sft"])
+    """Runs [(seed, Run)], their reward models first; of those that share curated clips, one before the
+    others: it renders."""
+    train_reward_models(work, [(seed, reward_flags(method_of(run), run.flags)) for seed,
+                         run in wanted if method_of(run) != "sft"])
     first = {(seed, base_of(run.flags)): (seed, run) for seed, run in reversed(wanted)}
     work.run([part_of_run(work, *each) for each in first.values()])
     work.run([part_of_run(work, *each) for each in wanted])
@@ -96,28 +102,33 @@ def train_recipes(work):
 
 
 def metrics_of(work, seed, run):
-    return [json.loads(line) for line in (folder_of(work, seed, run) / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line)
+            for line in (folder_of(work, seed, run) / "metrics.jsonl").read_text().splitlines()]
 
 
 def curve(work, seed, run):
     """{iteration: share of the validation videos that are qualified}"""
-    return {row["step"]: row["validation_qualified"] for row in metrics_of(work, seed, run) if "validation_qualified" in row}
+    return {row["step"]: row["validation_qualified"] for row in metrics_of(work, seed, run)
+            if "validation_qualified" in row}
 
 
 def stopped_at_its_best(folder):
-    """The checkpoint that did best on the validation videos, the earliest of equals: where somebody who watches would stop."""
+    """The checkpoint that did best on the validation videos, the earliest of equals: where somebody who
+    watches would stop."""
     rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    validated = {row["step"]: row["validation_qualified"] for row in rows if row["step"] and "validation_qualified" in row}
+    validated = {row["step"]: row["validation_qualified"] for row in rows if row["step"]
+                 and "validation_qualified" in row}
     return dict(runs.list_checkpoints(folder))[max(validated, key=validated.get)]
 
 
 # ---- steady, why
-SAID = {"per_video": "step per video", "per_batch": "step per batch", 0: "every step", 4: "at most 4 passes", "linear": "linear",
-        "logsigmoid": "-log sigmoid"}
+SAID = {"per_video": "step per video", "per_batch": "step per batch", 0: "every step", 4: "at most 4 passes",
+        "linear": "linear", "logsigmoid": "-log sigmoid"}
 
 
 def run_of(*how, more=()):
-    """The Run of a combination (step, passes, loss); the recipes' own are those of RECIPES, so that none is made twice."""
+    """The Run of a combination (step, passes, loss); the recipes' own are those of RECIPES, so that none is
+    made twice."""
     flags = (*more, *combination(*how))
     if how[0] == "per_video":
         return Run(flags, "why")
@@ -127,98 +138,126 @@ def run_of(*how, more=()):
 def steady_comparisons(work):
     """{title: {row: Run}}: the two recipes, and the steady one at other learning rates."""
     half = ("--max_train_steps", length(work) // 2)
-    return {
-        "The two recipes": {"the paper's recipe": run_of("per_batch", 0, "linear"), "the steady recipe": run_of("per_batch", 4, "logsigmoid")},
-        "Learning rates of the steady recipe": {
-            **{f"{rate:g}": run_of("per_batch", 4, "logsigmoid", more=("--learning_rate", rate, *half)) for rate in (3e-5, 2e-4, 3e-4)},
-            f"{TUNED['prfl']:g}, twice as long": run_of("per_batch", 4, "logsigmoid")}}
+    return {"The two recipes": {"the paper's recipe": run_of("per_batch", 0, "linear"),
+                                "the steady recipe": run_of("per_batch", 4, "logsigmoid")},
+            "Learning rates of the steady recipe": {**{f"{rate:g}": run_of("per_batch", 4, "logsigmoid",
+                                                           more=("--learning_rate", rate, *half))
+                                                       for rate in (3e-5, 2e-4, 3e-4)},
+                                                    f"{TUNED['prfl']:g}, twice as long": run_of("per_batch",
+                                                        4, "logsigmoid")}}
 
 
 def why_comparisons(work):
-    """{title: {row: Run}}: each part of the recipe with and without each other; with one seed, what else might hold it, what it
-    is sensitive to, and what else might mend the paper's recipe."""
+    """{title: {row: Run}}: each part of the recipe with and without each other; with one seed, what else
+    might hold it, what it is sensitive to, and what else might mend the paper's recipe."""
     steady, paper = run_of("per_batch", 4, "logsigmoid"), run_of("per_batch", 0, "linear")
     by_video = run_of("per_video", 4, "logsigmoid")
     variant = lambda name, *how: Run(("--variant", name, *combination(*how)), "why")
-    eight = [(step, passes, loss) for step in ("per_batch", "per_video") for passes in (0, 4) for loss in ("linear", "logsigmoid")]
+    eight = [(step, passes, loss) for step in ("per_batch", "per_video") for passes in (0, 4)
+             for loss in ("linear", "logsigmoid")]
     recipe = {eight[0]: " (the paper's recipe)", eight[3]: " (the steady recipe)"}
     parts = {", ".join(map(SAID.get, how)) + recipe.get(how, ""): run_of(*how) for how in eight}
-    others = {
-        "Why coarse rollouts hold (step per video)": {
-            "linear, every step": run_of("per_video", 0, "linear"),
-            "linear, every step, noise .2 (1 - t) on the state": variant("noise", "per_video", 0, "linear"),
-            "linear, at most 4 passes and an exact last one": variant("exact_last", "per_video", 4, "linear"),
-            "linear, at most 4 passes": run_of("per_video", 4, "linear"),
-            "linear, no rollout: curated clips noised": variant("no_rollout", "per_video", 0, "linear"),
-            "-log sigmoid, no rollout: curated clips noised": variant("no_rollout", "per_video", 0, "logsigmoid"),
-            "-log sigmoid, at most 4 passes": by_video},
-        "Passes and steps of the steady recipe": {
-            **{f"at most {n} pass{'es' * (n > 1)}": run_of("per_batch", n, "logsigmoid") for n in (1, 2, 4, 8)},
-            "every step": run_of("per_batch", 0, "logsigmoid"),
-            "at most 4 passes, N = 40": Run(("--num_inference_steps", 40, *STEADY))},
-        "The steady recipe elsewhere": {
-            "the steady recipe": steady, "an AdamW for each kind of update": variant("moments", "per_batch", 4, "logsigmoid"),
-            "without SFT updates": Run(("--no-sft_updates", *STEADY)),
-            "twice as long": Run(("--max_train_steps", 2 * length(work), *STEADY)),
-            "image-to-video": Run((*I2V, *STEADY)), "image-to-video, the paper's recipe": Run((*I2V, *PAPER))},
-        "The paper's recipe and one thing more": {
-            "the paper's recipe": paper, "an AdamW for each kind of update": variant("moments", "per_batch", 0, "linear"),
-            "a pull to the base, + (v - v_ref)^2": variant("pull", "per_batch", 0, "linear"),
-            "an average of the weights, factor .98": variant("ema", "per_batch", 0, "linear"),
-            "gradients clipped to norm .1": Run(("--max_grad_norm", 0.1, *PAPER)),
-            "the reward clipped at 2": variant("ceiling", "per_batch", 0, "linear")}}
-    return {"Rewarded step, rollout, loss": parts} | {
-        f"{title}, one seed": {row: run._replace(one_seed=True) for row, run in rows.items()} for title, rows in others.items()}
+    others = {"Why coarse rollouts hold (step per video)": {
+                  "linear, every step": run_of("per_video", 0, "linear"),
+                  "linear, every step, noise .2 (1 - t) on the state": variant("noise", "per_video", 0,
+                      "linear"),
+                  "linear, at most 4 passes and an exact last one": variant("exact_last", "per_video", 4,
+                      "linear"), "linear, at most 4 passes": run_of("per_video", 4, "linear"),
+                  "linear, no rollout: curated clips noised": variant("no_rollout", "per_video", 0, "linear"),
+                  "-log sigmoid, no rollout: curated clips noised": variant("no_rollout", "per_video", 0,
+                      "logsigmoid"), "-log sigmoid, at most 4 passes": by_video},
+              "Passes and steps of the steady recipe": {**{
+                                                            f"at most {n} pass{'es' * (n > 1)}": run_of(
+                                                                "per_batch", n, "logsigmoid")
+                                                            for n in (1, 2, 4, 8)},
+                                                        "every step": run_of("per_batch", 0, "logsigmoid"),
+                                                        "at most 4 passes, N = 40": Run(
+                                                            ("--num_inference_steps", 40, *STEADY))},
+              "The steady recipe elsewhere": {"the steady recipe": steady,
+                                              "an AdamW for each kind of update": variant("moments",
+                                                  "per_batch", 4, "logsigmoid"),
+                                              "without SFT updates": Run(("--no-sft_updates", *STEADY)),
+                                              "twice as long": Run(
+                                                  ("--max_train_steps", 2 * length(work), *STEADY)),
+                                              "image-to-video": Run((*I2V, *STEADY)),
+                                              "image-to-video, the paper's recipe": Run((*I2V, *PAPER))},
+              "The paper's recipe and one thing more": {"the paper's recipe": paper,
+                                                        "an AdamW for each kind of update": variant("moments",
+                                                            "per_batch", 0, "linear"),
+                                                        "a pull to the base, + (v - v_ref)^2": variant("pull",
+                                                            "per_batch", 0, "linear"),
+                                                        "an average of the weights, factor .98": variant(
+                                                            "ema", "per_batch", 0, "linear"),
+                                                        "gradients clipped to norm .1": Run(
+                                                            ("--max_grad_norm", 0.1, *PAPER)),
+                                                        "the reward clipped at 2": variant("ceiling",
+                                                            "per_batch", 0, "linear")}}
+    return {"Rewarded step, rollout, loss": parts} | {f"{title}, one "
+                                                      f"seed": {row: run._replace(one_seed=True) for row,
+                                                          run in rows.items()} for title,
+                                                      rows in others.items()}
 
 
 def trained_curves(work, compared):
     """Trains what {title: {row: Run}} lacks -> {title: {row: [a seed's curve]}}"""
-    wanted = dict.fromkeys((seed, run) for rows in compared.values() for run in rows.values() for seed in seeds_of(work, run))
+    wanted = dict.fromkeys((seed, run) for rows in compared.values() for run in rows.values()
+                           for seed in seeds_of(work, run))
     train(work, list(wanted))
-    return {title: {row: [curve(work, seed, run) for seed in seeds_of(work, run)] for row, run in rows.items()}
-            for title, rows in compared.items()}
+    return {title: {row: [curve(work, seed, run) for seed in seeds_of(work, run)] for row,
+                    run in rows.items()} for title, rows in compared.items()}
 
 
 def curve_lines(work, name, curves):
     """Draws them, -> lines of their tables."""
-    plot(work.results / f"{name}.png", {
-        title: ("iteration", {row: (list(seeds[0]), np.mean([list(seed.values()) for seed in seeds], 0).tolist())
-                              for row, seeds in by_row.items()}) for title, by_row in curves.items()})
-    lines = [f"The share of {work.preset['videos'] // 2} validation videos that are qualified, after so many iterations, mean over "
-             f"the seeds ({name}.png has the curves). Best: each seed's own best, which is luck in part.", ""]
+    plot(work.results / f"{name}.png", {title: ("iteration",
+                  {row: (list(seeds[0]), np.mean([list(seed.values()) for seed in seeds], 0).tolist())
+                   for row, seeds in by_row.items()}) for title, by_row in curves.items()})
+    lines = [f"The share of {work.preset['videos'] // 2} validation videos that are qualified, after so many "
+             f"iterations, mean over the seeds ({name}.png has the curves). Best: each seed's own best, "
+             f"which is luck in part.", ""]
     for title, by_row in curves.items():
         lines += [f"## {title}", "", *curve_table(by_row, EVERY)]
     return lines
 
 
 def curve_table(curves, every):
-    """curves: {row: [a seed's {iteration: rate}]} -> lines of a table: means over the seeds at some iterations."""
-    at = [step for step in (1, 2, 3, 6, 12, 24) if any(step * every in seed for found in curves.values() for seed in found)]
-    mean = lambda found, step: f"{np.mean([seed[step] for seed in found]):.3f}" if all(step in seed for seed in found) else ""
+    """curves: {row: [a seed's {iteration: rate}]} -> lines of a table: means over the seeds at some
+    iterations."""
+    at = [step for step in (1, 2, 3, 6, 12, 24)
+          if any(step * every in seed for found in curves.values() for seed in found)]
+    mean = lambda found, step: f"{np.mean([seed[step] for seed in found]):.3f}" if all(
+        step in seed for seed in found) else ""
     return table(["", *(f"{step * every}" for step in at), "best, mean", "last, mean", "last, by seed"],
-                 [[row, *(mean(found, step * every) for step in at), f"{np.mean([max(seed.values()) for seed in found]):.3f}",
-                   f"**{np.mean([seed[max(seed)] for seed in found]):.3f}**", " ".join(f"{seed[max(seed)]:.3f}" for seed in found)]
-                  for row, found in curves.items()])
+                 [[row, *(mean(found, step * every) for step in at),
+                   f"{np.mean([max(seed.values()) for seed in found]):.3f}",
+                   f"**{np.mean([seed[max(seed)] for seed in found]):.3f}**",
+                   " ".join(f"{seed[max(seed)]:.3f}" for seed in found)] for row, found in curves.items()])
 
 
 def test_rows(work):
-    """[{row: {metric: values of the test videos}}], a dict a seed: the base, the paper's recipe at the end and where somebody
-    who watches validation would have stopped, the steady recipe at the end."""
+    """[{row: {metric: values of the test videos}}], a dict a seed: the base, the paper's recipe at the end
+    and where somebody who watches validation would have stopped, the steady recipe at the end."""
     paper, steady = RECIPES
-    ends = evaluations(work, "test", {seed: {"base": SHIPPED["t2v"], f"{paper}, at the end": recipe_folder(work, seed, paper),
-                                             f"{steady}, at the end": recipe_folder(work, seed, steady)} for seed in work.seeds})
+    ends = evaluations(work, "test", {seed: {"base": SHIPPED["t2v"],
+                               f"{paper}, at the end": recipe_folder(work, seed, paper),
+                               f"{steady}, at the end": recipe_folder(work, seed, steady)}
+                        for seed in work.seeds})
     best = f"{paper}, stopped at its best"
-    stopped = evaluations(work, "paper-at-its-best", {seed: {best: stopped_at_its_best(recipe_folder(work, seed, paper))}
-                                                      for seed in work.seeds})
+    stopped = evaluations(work, "paper-at-its-best",
+                          {seed: {best: stopped_at_its_best(recipe_folder(work, seed, paper))}
+                           for seed in work.seeds})
     return [{"base": end["base"], best: stop[best]} | end for end, stop in zip(ends, stopped)]
 
 
 def quality_table(found):
-    """[{row: {metric: values of the test videos}}], a dict a seed -> ({row: {metric: its summary}}, lines of a table)"""
+    """[{row: {metric: values of the test videos}}], a dict a seed -> ({row: {metric: its summary}}, lines of
+    a table)"""
     rows = {row: {metric: summary([f[row][metric] for f in found]) for metric in COLUMNS} for row in found[0]}
     return rows, table(["", *map(METRICS.get, COLUMNS), "qualified, by seed"],
-                       [[row, f"**{show(**cells['qualified'])}**", *(f"{cells[m]['mean']:.3f}" for m in COLUMNS[1:]),
-                         " ".join(f"{v:.3f}" for v in cells["qualified"]["seeds"])] for row, cells in rows.items()])
+                       [[row, f"**{show(**cells['qualified'])}**",
+                         *(f"{cells[m]['mean']:.3f}" for m in COLUMNS[1:]),
+                         " ".join(f"{v:.3f}" for v in cells["qualified"]["seeds"])] for row,
+                        cells in rows.items()])
 
 
 def expectations(work, found, curves, rates, verdicts):
@@ -228,18 +267,21 @@ def expectations(work, found, curves, rates, verdicts):
     mean = lambda row, metric: float(np.mean([f[row][metric] for f in found]))
     falls = [max(seed.values()) - seed[max(seed)] for seed in curves]
     lasts = {rate: np.mean([seed[length(work) // 2] for seed in by_seed]) for rate, by_seed in rates.items()}
-    drift = {metric: mean(end, metric) / mean(clean, metric) - 1 for metric in ("speed", "brightness", "saturation")}
+    drift = {metric: mean(end, metric) / mean(clean, metric) - 1
+             for metric in ("speed", "brightness", "saturation")}
     yes = lambda so: "yes" if so else "no"
-    return [
-        ["at least .95 of the test videos at the end", f"{mean(end, 'qualified'):.3f}", yes(mean(end, "qualified") >= 0.95)],
-        ["on validation videos no seed ends more than .03 below its own best", " ".join(f"{fall:.3f}" for fall in falls),
-         yes(max(falls) <= 0.03)],
-        ["above the paper's recipe stopped at its best", show(verdicts[0]["difference"], verdicts[0]["interval"], "+"),
-         yes(verdicts[0]["verdict"] == "holds")],
-        ["speed, brightness, saturation within 5 % of clean renders", ", ".join(f"{m} {d:+.1%}" for m, d in drift.items()),
-         yes(max(map(abs, drift.values())) <= 0.05)],
-        [f"above .85 after {length(work) // 2} iterations at every rate", ", ".join(f"{r} {v:.3f}" for r, v in lasts.items()),
-         yes(min(lasts.values()) > 0.85)]]
+    return [["at least .95 of the test videos at the end", f"{mean(end, 'qualified'):.3f}",
+             yes(mean(end, "qualified") >= 0.95)],
+            ["on validation videos no seed ends more than .03 below its own best",
+             " ".join(f"{fall:.3f}" for fall in falls), yes(max(falls) <= 0.03)],
+            ["above the paper's recipe stopped at its best",
+             show(verdicts[0]["difference"], verdicts[0]["interval"], "+"),
+             yes(verdicts[0]["verdict"] == "holds")],
+            ["speed, brightness, saturation within 5 % of clean renders",
+             ", ".join(f"{m} {d:+.1%}" for m, d in drift.items()),
+             yes(max(map(abs, drift.values())) <= 0.05)],
+            [f"above .85 after {length(work) // 2} iterations at every rate",
+             ", ".join(f"{r} {v:.3f}" for r, v in lasts.items()), yes(min(lasts.values()) > 0.85)]]
 
 
 def steady(work):
@@ -250,15 +292,17 @@ def steady(work):
     rows, lines = quality_table(found)
     values = {row: [f[row]["qualified"] for f in found] for row in rows}
     end = f"{own}, at the end"
-    claims = claim_verdicts([(end, f"{paper}, stopped at its best", "not in it"), (end, f"{paper}, at the end", "not in it"),
-                           (end, "base", "not in it")], values)
+    claims = claim_verdicts([(end, f"{paper}, stopped at its best", "not in it"),
+                             (end, f"{paper}, at the end", "not in it"), (end, "base", "not in it")], values)
     recipes, rates = curves.values()
     asked = expectations(work, found, recipes["the steady recipe"], rates, claims)
-    work.write("steady", "The steady recipe beside the paper's", [
-        f"{work.preset['videos']} test videos ({work.said_seeds()}); at the end: after {length(work)} iterations. "
-        "Stopped at its best: at the checkpoint that did best on validation videos, which takes somebody to watch.", "",
-        *lines, *claims_table(claims), "What was asked of the steady recipe beforehand:", "", *table(["", "found", "so"], asked),
-        *curve_lines(work, "steady", curves)], {"rows": rows, "claims": claims, "asked": asked, "curves": curves})
+    work.write("steady", "The steady recipe beside the paper's",
+               [f"{work.preset['videos']} test videos ({work.said_seeds()}); at the end: after "
+                f"{length(work)} iterations. Stopped at its best: at the checkpoint that did best on "
+                f"validation videos, which takes somebody to watch.", "", *lines, *claims_table(claims),
+                "What was asked of the steady recipe beforehand:", "", *table(["", "found", "so"], asked),
+                *curve_lines(work, "steady", curves)],
+               {"rows": rows, "claims": claims, "asked": asked, "curves": curves})
 
 
 def why(work):
@@ -268,19 +312,24 @@ def why(work):
 
 # ---- speed
 def racers(work):
-    """{row: Run}: each method, validated more often than elsewhere; RGB ReFL, which has reward models of its own, with one seed."""
+    """{row: Run}: each method, validated more often than elsewhere; RGB ReFL, which has reward models of its
+    own, with one seed."""
     short, often = work.preset["iterations"] * 4 // 3, ("--validation_steps", 10)
-    refl = {f"RGB ReFL, {name}, {said} recipe":
-            Run(("--frames_decoded", frames, "--recipe", recipe, "--max_train_steps", short, *often), "speed-refl", one_seed=True)
-            for name, frames in (("first frame", "first"), ("all frames", "all"))
-            for said, recipe in (("paper's", "paper"), ("steady", "steady"))}
-    return {**{f"PRFL, {said} recipe": Run(("--recipe", recipe, "--max_train_steps", short, *often), "speed-prfl")
-               for said, recipe in (("paper's", "paper"), ("steady", "steady"))}, **refl,
-            "SFT": Run(("--max_train_steps", 4 * work.preset["iterations"], "--validation_steps", 20), "speed-sft")}
+    refl = {f"RGB ReFL, {name}, {said} recipe": Run(("--frames_decoded", frames, "--recipe", recipe,
+                                                     "--max_train_steps", short, *often), "speed-refl",
+                                                    one_seed=True) for name,
+            frames in (("first frame", "first"), ("all frames", "all")) for said,
+            recipe in (("paper's", "paper"), ("steady", "steady"))}
+    return {**{f"PRFL, {said} recipe": Run(("--recipe", recipe, "--max_train_steps", short, *often),
+                                           "speed-prfl") for said,
+               recipe in (("paper's", "paper"), ("steady", "steady"))}, **refl,
+            "SFT": Run(("--max_train_steps", 4 * work.preset["iterations"], "--validation_steps", 20),
+                       "speed-sft")}
 
 
 def quality_over_seconds(rows):
-    """metrics.jsonl's rows -> [(CPU seconds of all updates until then, qualified rate)] at each validation."""
+    """metrics.jsonl's rows -> [(CPU seconds of all updates until then, qualified rate)] at each
+    validation."""
     found, seconds = [], 0.0
     for row in rows:
         seconds += sum(value for key, value in row.items() if key.endswith("_cpu_seconds"))
@@ -296,8 +345,9 @@ def seconds_to(level, found):
 
 def wan_flops(method, recipe="paper", decoded="first"):
     """FLOPs of an iteration at Wan 14B, one clip of 81 frames of 832x480, N = 40, by scale/plan.py."""
-    return plan.costs(plan.Config(WAN, method=method, recipe=recipe, frames=81, size="832*480", num_inference_steps=40,
-                                  batch_size=1, gpus=8, frames_decoded=decoded), MODELS[WAN])["iteration_flops"]
+    return plan.costs(plan.Config(WAN, method=method, recipe=recipe, frames=81, size="832*480",
+                                  num_inference_steps=40, batch_size=1, gpus=8, frames_decoded=decoded),
+                      MODELS[WAN])["iteration_flops"]
 
 
 def speed(work):
@@ -305,7 +355,8 @@ def speed(work):
     train(work, [(seed, run) for run in compared.values() for seed in seeds_of(work, run)])
     found = {row: [quality_over_seconds(metrics_of(work, seed, run)) for seed in seeds_of(work, run)]
              for row, run in compared.items()}
-    times = {row: {level: [seconds_to(level, seed) for seed in by_seed] for level in LEVELS} for row, by_seed in found.items()}
+    times = {row: {level: [seconds_to(level, seed) for seed in by_seed] for level in LEVELS} for row,
+             by_seed in found.items()}
 
     def cell(by_seed):
         reached = [seconds for seconds in by_seed if seconds is not None]
@@ -324,8 +375,10 @@ def speed(work):
         "RGB ReFL, first frame, steady recipe": ("refl", "steady"),
         "RGB ReFL, all frames, paper's recipe": ("refl", "paper", "all"),
         "RGB ReFL, all frames, steady recipe": ("refl", "steady", "all"), "SFT": ("sft",)}.items()}
-    grid = {row: sorted({seconds for seed in by_seed for seconds, _ in seed}) for row, by_seed in found.items()}
-    mean = {row: np.mean([np.interp(grid[row], *zip(*seed)) for seed in by_seed], 0).tolist() for row, by_seed in found.items()}
+    grid = {row: sorted({seconds for seed in by_seed for seconds, _ in seed}) for row,
+            by_seed in found.items()}
+    mean = {row: np.mean([np.interp(grid[row], *zip(*seed)) for seed in by_seed], 0).tolist() for row,
+            by_seed in found.items()}
     plot(work.results / "speed.png", {"qualified of the validation videos": ("CPU seconds of alignment", {
         row: (grid[row], mean[row]) for row in found})})
     work.write("speed", "Quality over CPU seconds of alignment", [

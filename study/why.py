@@ -1,23 +1,28 @@
-"""What keeps PRFL from collapsing? Variants of its reward update that are no flags of train_align.py.
+"""What keeps PRFL from collapsing? Variants of its reward update that are not flags of train_align.py.
 
     python -m study.why --variant noise --reward runs/reward/reward --output_dir runs/why/noise
     python -m study.why --variant ema --resume latest
-    python -m study.reproduce why                               all but words, one seed, beside train_align.py's own
+    python -m study.reproduce why                   all variants but words, on one seed
 
-What could mend the collapse, or explain what coarse rollouts do about it:
-noise        the exact rollout's state plus Gaussian noise, strength (1 - t): is it the mere spread of the states?
-exact_last   a coarse rollout up to the step before, and that step exact: is it the blur where the rewarded step starts?
-no_rollout   curated clips noised to where the rewarded step starts: does it need the generator's own states?
-ema          an average of the weights over iterations, factor strength, is what is validated and written
-pull         plus strength (v - v_ref)^2 in the rewarded step, v_ref the velocity of the generator as it was
-ceiling      -min(r, strength): nothing is learned from a reward above it
-words        each word of a prompt is left out with probability strength, the others stand in any order, in both updates: does it
-             then hold in wordings that nobody trained on (evaluate.py --split reworded)?
-moments      an AdamW for the SFT updates and one for the reward updates: what does it cost that one serves both?
-none         train_align.py --method prfl, number for number: so that what is compared differs in the variant alone
+Each variant could mend the collapse, or explain what coarse rollouts do about it:
+noise        adds Gaussian noise of strength (1 - t) to the exact rollout's state: does their spread matter?
+exact_last   makes a coarse rollout up to the step before, and that step exactly: does the blur where the
+             rewarded step starts matter?
+no_rollout   starts at curated clips, noised to where the rewarded step starts: must the states be its own?
+ema          validates and writes an average of the weights over iterations, with factor strength
+pull         adds strength (v - v_ref)^2 in the rewarded step; v_ref is the untrained generator's velocity
+ceiling      uses the loss -min(r, strength), so nothing is learned from a reward above it
+words        leaves each word of a prompt out with probability strength and shuffles the others, in both
+             updates: does this help with unseen wordings (evaluate.py --split reworded)?
+moments      has an AdamW for the SFT updates and one for the reward updates: what does sharing one cost?
+none         is train_align.py --method prfl, number for number, so that only the variant differs
 
-On the embedded world, in one process. Each iteration an SFT update and a reward update, with train_align.py's draws; writes
-what train_align.py writes: metrics.jsonl, transformer/, checkpoints, samples/.
+--rewarded_step per_video draws a step of its own for each video of a batch, instead of one for the whole
+batch.
+
+On the embedded world, in one process. Each iteration makes an SFT update and a reward update with
+train_align.py's draws. Writes what train_align.py writes: metrics.jsonl, transformer/, checkpoints and
+samples/.
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 """
@@ -43,7 +48,8 @@ from validation import make_validation
 from world import clips
 
 BASE = SHIPPED["t2v"]
-STRENGTH = {"noise": 0.2, "ema": 0.98, "pull": 1.0, "ceiling": 2.0, "words": 0.15}      # where --strength is not given
+# where --strength is not given
+STRENGTH = {"noise": 0.2, "ema": 0.98, "pull": 1.0, "ceiling": 2.0, "words": 0.15}
 VARIANTS = ("none", "noise", "exact_last", "no_rollout", "ema", "pull", "ceiling", "words", "moments")
 
 
@@ -51,17 +57,20 @@ VARIANTS = ("none", "noise", "exact_last", "no_rollout", "ema", "pull", "ceiling
 class Config:
     variant: str = arg("none", "what is changed", choices=VARIANTS)
     strength: float | None = arg(None, "of noise, pull, ceiling or words, or ema's factor; without: "
-                                 + ", ".join(f"{variant} {value:g}" for variant, value in STRENGTH.items()), at_least=0)
-    rewarded_step: str = arg("per_batch", "one random step for the whole batch (Alg. 1), or one for each video, spread evenly "
-                             "over the trajectory", choices=("per_batch", "per_video"))
+                                 + ", ".join(f"{variant} {value:g}" for variant, value in STRENGTH.items()),
+                                 at_least=0)
+    rewarded_step: str = arg("per_batch", "one random step for the whole batch (Alg. 1), or one for each "
+                             "video, spread evenly over the trajectory", choices=("per_batch", "per_video"))
     rollout_passes: int = arg(0, "as in train_align.py", at_least=0)
     reward_loss: str = arg("linear", "as in train_align.py", choices=tuple(prfl.REWARD_LOSSES))
     reward: str = arg(str(BASE / "reward"), "folder of the reward model")
     output_dir: str = arg("runs/why", "run folder")
-    curated_dir: str | None = arg(None, "where curated clips are kept, or found; without, <output_dir>/curated")
+    curated_dir: str | None = arg(None, "where curated clips are kept, or found; without, "
+                                  "<output_dir>/curated")
     num_curated: int = arg(1024, "curated clips to render", above=0)
     num_inference_steps: int = arg(16, "N, Euler steps of a rollout", above=0)
     learning_rate: float = arg(1e-4, "AdamW's", above=0)
+    lr_scheduler: str = arg("constant", "as in train_align.py", choices=("constant", "linear"))
     max_train_steps: int = arg(480, "iterations", above=0)
     batch_size: int = arg(32, "videos, and prompts, per update", above=0)
     max_grad_norm: float = arg(1.0, "each update's gradient is clipped to this norm", above=0)
@@ -80,19 +89,20 @@ def draw_steps(seed, iteration, num_steps, batch):
     """
     stretch = torch.randperm(batch, generator=common.random_generator(seed, "reward steps", iteration))
     within = common.uniform(seed, "reward steps", iteration, range(batch))
-    place = (stretch + within) / batch                                                          # [b] in [0, 1)
+    place = (stretch + within) / batch                                                         # [b] in [0, 1)
     return (1 + (place * num_steps).long()).clamp(max=num_steps)
 
 
 @torch.no_grad()
 def rollout_to_each(policy, x, context, num_steps, stop, passes):
-    """flow.rollout up to a step of its own for each video, stop [b]. A video that has arrived waits: its dt is 0."""
+    """flow.rollout up to a step of its own for each video, stop [b]. A video that has arrived waits: its dt
+    is 0."""
     times = flow.schedule(num_steps, device=x.device)
     stride = math.ceil(num_steps / passes) if passes else 1
     for i in range(0, int(stop.max()), stride):
         t, t_next = times[stop.clamp(max=i)], times[stop.clamp(max=i + stride)]                 # [b]
         x = flow.euler_step(x, policy(x, t, context), t, t_next)
-    torch.clear_autocast_cache()    # torch before 2.13 would use the weights cast here in a pass with gradients
+    torch.clear_autocast_cache()  # torch before 2.13 would use the weights cast here in a pass with gradients
     return x
 
 
@@ -107,7 +117,8 @@ def other_words(prompt, share, generator):
 def start_state(config, policy, x_T, context, first, curated, eps):
     """Where the rewarded step of each video starts, x_{s+dt} [b, c, f, h, w], without gradients.
 
-    x_T [b, c, f, h, w] noise, context [b, l, d_text], first [b] steps already made there, curated: x0 of those prompts,
+    x_T [b, c, f, h, w]: noise. context [b, l, d_text]. first [b]: steps already made there. curated: x0 of
+    those prompts.
     eps: the noise variant's draw, as large.
     """
     N, times = config.num_inference_steps, flow.schedule(config.num_inference_steps, device=x_T.device)
@@ -116,7 +127,7 @@ def start_state(config, policy, x_T, context, first, curated, eps):
     if config.variant == "exact_last":
         before = (first - 1).clamp(min=0)
         x = rollout_to_each(policy, x_T, context, N, before, config.rollout_passes)
-        with torch.no_grad():                                   # a video whose first step is rewarded does not move: dt = 0
+        with torch.no_grad():                     # a video whose first step is rewarded does not move: dt = 0
             return flow.euler_step(x, policy(x, times[before], context), times[before], times[first])
     x = rollout_to_each(policy, x_T, context, N, first, config.rollout_passes)
     if config.variant == "noise":
@@ -125,7 +136,8 @@ def start_state(config, policy, x_T, context, first, curated, eps):
 
 
 def reward_update_loss(config, policy, base, pavrm, x_T, context, step, curated, eps):
-    """prfl.reward_update_loss with the variant in it: -> (loss, reward [b], detached). base: the generator as it was."""
+    """prfl.reward_update_loss with the variant in it: -> (loss, reward [b], detached). base: the generator as
+    it was."""
     times = flow.schedule(config.num_inference_steps, device=x_T.device)
     x = start_state(config, policy, x_T, context, step - 1, curated, eps)
     t, s = times[step - 1], times[step]
@@ -141,15 +153,18 @@ def reward_update_loss(config, policy, base, pavrm, x_T, context, step, curated,
 
 
 def main(config):
-    common.refuse(config, () if config.variant in STRENGTH else ("strength",), f"with --variant {config.variant}")
+    common.refuse(config, () if config.variant in STRENGTH else ("strength",),
+                  f"with --variant {config.variant}")
     if config.variant == "moments" and config.resume_from_checkpoint:
         raise InputError("--resume: a checkpoint keeps one AdamW, so --variant moments starts anew each time")
     config.strength = STRENGTH.get(config.variant) if config.strength is None else config.strength
     if config.variant in ("noise", "pull", "ema", "words") and not (
             0 < config.strength < (1 if config.variant in ("ema", "words") else math.inf)):
-        raise InputError(f"--strength {config.strength}: changes nothing, or lets nothing change, with --variant {config.variant}")
-    config.model, config.world = str(BASE), "tiny"               # what make_validation asks for beside the flags
-    config.data, config.judge, config.parallel, config.shift, config.guidance_scale = None, None, "ddp", 1.0, 1.0
+        raise InputError(f"--strength {config.strength}: changes nothing, or lets nothing change, with "
+                         f"--variant {config.variant}")
+    config.model, config.world = str(BASE), "tiny"            # what make_validation asks for beside the flags
+    config.data, config.judge, config.parallel = None, None, "ddp"
+    config.shift, config.guidance_scale = 1.0, 1.0
     runtime = common.setup(config.mixed_precision, config.seed)
     if runtime.world_size > 1:
         raise InputError("study.why runs in one process: start it without torchrun")
@@ -157,8 +172,8 @@ def main(config):
     policy, base = load_transformer(BASE).to(runtime.device).train(), frozen(BASE)
     pavrm = load_pavrm(config.reward, policy).to(runtime.device)
     resume, state = runs.open_checkpoint(config)
-    shards = clips.clean_clips(config.curated_dir or Path(config.output_dir) / "curated", config.model, config.num_curated,
-                               config.world, config.seed + 500, runtime)
+    shards = clips.clean_clips(config.curated_dir or Path(config.output_dir) / "curated", config.model,
+                               config.num_curated, config.world, config.seed + 500, runtime)
     curated = (shards.labels != 0).nonzero()[:, 0]
     text = load_text_encoder(BASE / "text_encoder").to(runtime.device) if config.variant == "words" else None
     new = lambda: torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0)
@@ -167,8 +182,8 @@ def main(config):
     if resume:
         parallel.load_state(resume, state, policy, optimizer)
     average = frozen(resume / "transformer" if resume else BASE) if config.variant == "ema" else policy
-    log = runs.start_run(config, state["step"] if resume else None, shards)
     validate = make_validation(config, runtime, policy) if config.num_validation else None
+    log = runs.start_run(config, state["step"] if resume else None, shards)
     indices, B, N = range(config.batch_size), config.batch_size, config.num_inference_steps
 
     def curated_batch(seed, iteration):
@@ -177,7 +192,8 @@ def main(config):
         if config.variant == "words":
             g = common.random_generator(seed, "words", iteration)
             with torch.no_grad(), torch.autocast(runtime.device.type, enabled=False):
-                batch["context"] = text.encode([other_words(shards.rows[i]["prompt"], config.strength, g) for i in rows.tolist()])
+                batch["context"] = text.encode([other_words(shards.rows[i]["prompt"], config.strength, g)
+                                                for i in rows.tolist()])
         return batch["latents"].to(runtime.device), batch["context"].to(runtime.device)
 
     def draw(purpose, iteration):
@@ -195,8 +211,8 @@ def main(config):
             step = draw_steps(config.seed, iteration, N, B)
         else:
             step = torch.tensor([prfl.draw_step(config.seed, iteration, N)]).expand(B)
-        loss, reward = reward_update_loss(config, policy, base, pavrm, draw("x_T", iteration), context, step, x0,
-                                          draw("why noise", iteration))
+        loss, reward = reward_update_loss(config, policy, base, pavrm, draw("x_T", iteration), context, step,
+                                          x0, draw("why noise", iteration))
         return loss, {"reward": reward.mean().item(), "rewarded_step": step.float().mean().item()}
 
     def update(name, loss_fn, iteration):
@@ -209,7 +225,8 @@ def main(config):
         loss.backward()
         norm = common.average_and_clip_gradients(policy.parameters(), config.max_grad_norm, iteration + 1)
         optimizers[name].step()
-        return {f"{name}_loss": loss.item(), **extra, f"{name}_grad_norm": norm, f"{name}_seconds": time.perf_counter() - clock,
+        return {f"{name}_loss": loss.item(), **extra, f"{name}_grad_norm": norm,
+                f"{name}_seconds": time.perf_counter() - clock,
                 f"{name}_cpu_seconds": time.process_time() - cpu_clock}
 
     def export(path):
@@ -219,12 +236,18 @@ def main(config):
     if validate and not resume:
         log.log(0, **validate(average, 0))
     for iteration in range(state["step"], config.max_train_steps):
-        metrics = {"learning_rate": config.learning_rate}
+        learning_rate = config.learning_rate
+        if config.lr_scheduler == "linear":
+            learning_rate *= 1 - iteration / config.max_train_steps
+        for group in (*optimizers["sft"].param_groups, *optimizers["reward"].param_groups):
+            group["lr"] = learning_rate
+        metrics = {"learning_rate": learning_rate}
         for name, loss_fn in (("sft", sft_loss), ("reward", reward_loss)):
             metrics |= update(name, loss_fn, iteration)
         if average is not policy:
             with torch.no_grad():
-                torch._foreach_lerp_(list(average.parameters()), list(policy.parameters()), 1 - config.strength)
+                torch._foreach_lerp_(list(average.parameters()), list(policy.parameters()),
+                                     1 - config.strength)
         done = iteration + 1
         if validate and (done % config.validation_steps == 0 or done == config.max_train_steps):
             metrics |= validate(average, done)
@@ -232,7 +255,8 @@ def main(config):
         bar.set_postfix(reward=f"{metrics['reward']:.3f}")
         bar.update()
         if done % config.checkpointing_steps == 0 or done == config.max_train_steps:
-            parallel.save_checkpoint(config.output_dir, done, {"transformer": export}, policy, optimizer, config)
+            parallel.save_checkpoint(config.output_dir, done, {"transformer": export}, policy, optimizer,
+                                     config)
     bar.close()
     export(Path(config.output_dir) / "transformer")
     print(f"wrote {Path(config.output_dir) / 'transformer'}")

@@ -24,29 +24,35 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption("--order-seed", type=int, metavar="SEED",
-                     help="shuffle the files, and the tests within each, with this seed; default: as they are written")
+                     help="shuffle the files, and the tests in each; default: the order they are written in")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Afterwards pytest itself brings together the tests that share a parameter of a module's fixture."""
-    if config.option.order_seed is None:
-        return
-    rng, files = random.Random(config.option.order_seed), {}
+    if config.option.order_seed is not None:
+        items[:] = shuffled(items, config.option.order_seed)
+
+
+def shuffled(items, seed):
+    """Files in a random order, and in each of them its tests, so that a file's fixtures are made once.
+    Afterwards pytest itself brings together the tests that share a parameter of a file's fixture."""
+    rng, files = random.Random(seed), {}
     for item in items:
         files.setdefault(item.path, []).append(item)
-    shuffled = rng.sample(list(files.values()), len(files))
-    items[:] = [item for tests in shuffled for item in rng.sample(tests, len(tests))]
+    order = rng.sample(list(files.values()), len(files))
+    return [item for tests in order for item in rng.sample(tests, len(tests))]
 
 
 def pytest_terminal_summary(terminalreporter, config):
     if config.option.order_seed is not None:
-        terminalreporter.write_line(f"This order again: --order-seed {config.option.order_seed}")
+        terminalreporter.write_line(f"The same order again: --order-seed {config.option.order_seed}")
 
 
 def seed_everything(name):
-    """Random draws without a generator of their own then depend on nothing that ran before, only on `name`."""
+    """Afterwards draws without a generator of their own depend on nothing but `name`."""
     seed = zlib.crc32(name.encode())
-    random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -61,7 +67,7 @@ def pytest_runtest_call(item):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with generator/ (with its VAE and reward models) and data/; the runs of this file go beside them."""
+    """A folder with generator/ (with its VAE and reward models) and data/. A file's runs go beside them."""
     folder = tmp_path_factory.mktemp("training")
     export_transformer(generator(), folder / "generator/transformer")
     save_module(PAVRM.from_generator(generator(), 1), folder / "generator/reward")

@@ -1,5 +1,7 @@
 """common.py against what it promises: draws, checkpoints, resume, and one-line errors."""
+import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
@@ -142,6 +144,45 @@ def test_cli_exit_codes_and_one_line(tmp_path):
     assert done.returncode == 1 and "Traceback" in done.stderr
 
 
+def test_help_says_rules_in_words_and_one_default():
+    @dataclasses.dataclass
+    class Rules:
+        kind: str = arg("a", "KIND", choices=("a", "b", "c"), positional=True)
+        data: str | None = arg(None, "DATA; default: none")
+        names: tuple[str, ...] = arg((), "NAMES")
+        keep: bool = arg(True, "KEEP")
+        rank: int = arg(0, "RANK")
+        one: int = arg(1, "ONE", only="kind a b")
+        two: int = arg(2, "TWO", only="!data")
+        three: int | None = arg(None, "THREE", only="data, !rank 0")
+        four: float = arg(4.5, "FOUR 5 %", only="kind c, keep or data or !kind a")
+
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
+        common.parse(Rules, "doc", ["--help"])
+    words = " ".join(text.getvalue().split())
+    for line in ("DATA; default: none --", "NAMES --", "KEEP (default: True) --", "RANK (default: 0) --",
+                 "ONE (only if kind is a or b; default: 1) --", "TWO (only without --data; default: 2) --",
+                 "THREE (only with --data and if --rank is not 0) --",
+                 "FOUR 5 % (only if kind is c and with --keep, or with --data, or if kind is not a; default: 4.5)"):
+        assert line in words, (line, words)
+    assert "None" not in words and "()" not in words
+
+
+def test_settings_know_where_they_come_from(capsys):
+    config = parse("--learning_rate", "3e-4")
+    config.resume_from_checkpoint = None
+    settled, origin = common.settle(config, {"the recipe": {"resume_from_checkpoint": None, "learning_rate": 9.0},
+                                             "the model": {"resume_from_checkpoint": "x", "not_a_flag": 1, "ema": 0.1}})
+    assert settled == dataclasses.replace(config, resume_from_checkpoint="x") and config.resume_from_checkpoint is None
+    assert origin == {"learning_rate": "given", "resume_from_checkpoint": "the model"}
+    common.print_settings(settled, origin)
+    assert capsys.readouterr().out == ("settings, given: --learning_rate 0.0003\n"
+                                       "settings, the model: --resume_from_checkpoint x\n")
+    common.print_settings(*common.settle(parse(), {}))
+    assert capsys.readouterr().out == ""
+
+
 # ---- random draws
 def test_draws_depend_on_seed_purpose_step_and_index_only():
     alone = common.noise((3, 4), 0, "x1", 5, [7])
@@ -239,8 +280,9 @@ def test_checkpoint_layout_and_resolution(tmp_path):
 
 
 def test_resolve_says_what_is_wrong(tmp_path):
-    with pytest.raises(InputError, match="latest: there is no .*empty"):
-        runs.resolve_checkpoint(tmp_path / "empty", "latest")
+    assert runs.resolve_checkpoint(tmp_path / "empty", "latest") is None            # nothing is there yet: a fresh start
+    with pytest.raises(InputError, match="there is no .*empty/checkpoint-<step>/train_state.pt"):
+        runs.resolve_checkpoint(tmp_path, str(tmp_path / "empty"))
     with pytest.raises(InputError, match="--resume_from_checkpoint nowhere"):
         runs.resolve_checkpoint(tmp_path, "nowhere")
     path = save(tmp_path, 1)
@@ -255,9 +297,9 @@ def test_resolve_says_what_is_wrong(tmp_path):
         runs.resolve_checkpoint(tmp_path, "latest")
 
 
-@pytest.mark.parametrize("name, at", [("rename", 0), ("rename", 1), ("fsync", 0), ("fsync", 2)])
+@pytest.mark.parametrize("name, at", [("rename", 0), ("replace", 0), ("replace", 1), ("fsync", 0), ("fsync", 2)])
 def test_a_kill_while_saving_leaves_the_previous_checkpoint(tmp_path, monkeypatch, name, at):
-    """rename 0 and 1 on a step that exists already: before it is set aside, and between the two renames."""
+    """On a step that exists already. rename 0: before the old folder gets out of the way; replace 1: just after it has."""
     for step in (1, 2):
         save(tmp_path, step, b"old")
     calls, real = [], getattr(os, name)
@@ -328,18 +370,6 @@ def test_resumed_adamw_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
     assert all(torch.equal(whole["model"][k], resumed["model"][k]) for k in whole["model"])
     for i, slot in whole["optimizer"]["state"].items():
         assert all(torch.equal(v, resumed["optimizer"]["state"][i][k]) for k, v in slot.items())
-
-
-def test_a_fresh_run_sets_earlier_checkpoints_aside(tmp_path):
-    config = Config(output_dir=str(tmp_path / "run"))
-    runs.start_run(config)
-    for step in (1, 2, 3):
-        save(config.output_dir, step)
-    runs.start_run(dataclasses.replace(config, resume_from_checkpoint="checkpoint-000002"), resume_step=2)
-    assert [step for step, _ in runs.list_checkpoints(config.output_dir)] == [1, 2]
-    runs.start_run(config)
-    assert runs.list_checkpoints(config.output_dir) == [] and (tmp_path / "run/args.json").exists()
-    assert len(list((tmp_path / "run").glob("earlier-*/train_state.pt"))) == 3  # nothing is deleted
 
 
 # ---- metrics

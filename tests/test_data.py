@@ -241,7 +241,7 @@ def test_a_kill_while_appending_leaves_whole_shards(tmp_path, monkeypatch):
     data.write_shards(tmp_path, x, c, y, p, append=True)
     assert len(data.Shards(tmp_path)) == 16
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):      # and while others take their place
-        patch.setattr(data, "stream_tensors", die)
+        patch.setattr("formats.shards.stream_tensors", die)
         calls[:] = [0, 0]
         data.write_shards(tmp_path, x, c, y, p)
     with pytest.raises(InputError, match="shards.json is missing"):
@@ -257,7 +257,7 @@ def test_what_shards_say_of_themselves_where_nobody_said_it(tmp_path, capsys):
                                       "model_type": "t2v", "dim": 192}})
     for fps, told in ((8.1, False), (8.5, True), (7.5, True)):
         data.write_shards(tmp_path, x, c, y, p, fps=fps, settings={"encoders": {"vae": "x"}})
-        data.Shards(tmp_path).require_fit(dit)
+        data.require_fit(data.Shards(tmp_path), dit)
         assert ("it will learn another speed" in capsys.readouterr().out) == told
 
 
@@ -265,12 +265,12 @@ def test_what_shards_say_of_themselves_where_nobody_said_it(tmp_path, capsys):
 def test_latents_that_patches_do_not_divide_are_refused(tmp_path, shape, patch):
     data.write_shards(tmp_path, torch.zeros(2, 16, *shape), torch.zeros(2, 8, 32), [0, 1], ["a", "b"])
     with pytest.raises(InputError, match="do not divide: encode with another --size"):
-        data.Shards(tmp_path).require_fit(type("Dit", (), {"config": {"patch_size": patch}}))
+        data.require_fit(data.Shards(tmp_path), type("Dit", (), {"config": {"patch_size": patch}}))
 
 
 @pytest.mark.parametrize("good, bad, held", [(5, 5, 2), (2, 2, 2), (30, 30, 12), (700, 300, 200), (1500, 1500, 400)])
-def test_a_fifth_is_held_out_and_400_at_most(tmp_path, good, bad, held):
-    shards = type("Shards", (), {"folder": tmp_path, "labels": torch.tensor([1] * good + [0] * bad + [-1])})
+def test_a_fifth_is_held_out_and_400_at_most(good, bad, held):
+    shards = Labelled([1] * good + [0] * bad + [-1])
     train, chosen = data.labelled_split(shards, None, 0)
     assert len(chosen) == held and (shards.labels[chosen] == 0).sum() == max(1, round(held * bad / (good + bad)))
     assert torch.equal(torch.cat([train, chosen]).sort().values, torch.arange(good + bad))
@@ -322,9 +322,9 @@ def test_require_names_the_field(tmp_path):
     make_shards(tmp_path / "c", labels=(0, 1))
     data.Shards(tmp_path / "c").require(16, (8, 32), labelled=True)
     tiny = {"patch_size": (1, 2, 2), "text_len": 8, "text_dim": 32, "out_dim": 16, "image_dim": None}
-    data.Shards(tmp_path / "c").require_fit(SimpleNamespace(config=tiny))
+    data.require_fit(data.Shards(tmp_path / "c"), SimpleNamespace(config=tiny))
     with pytest.raises(InputError, match=r"latents are .*patches of \[1, 3, 2\] do not divide: encode with another --size"):
-        data.Shards(tmp_path / "c").require_fit(SimpleNamespace(config=tiny | {"patch_size": (1, 3, 2)}))
+        data.require_fit(data.Shards(tmp_path / "c"), SimpleNamespace(config=tiny | {"patch_size": (1, 3, 2)}))
 
 
 # ---- order
@@ -491,7 +491,9 @@ def test_relabelling_needs_no_new_encoding(folder, fakes):
     (folder / "labels.jsonl").write_text(answers)
     shards = data.Shards(folder / "out").relabel()
     assert shards.labels.tolist() == [1, 0, -1, 0, 0, 1, 0, 1, 0, -1]
-    assert shards.label_note == f"labels from {folder}/labels.jsonl: 2, the metadata in {folder}: 6"
+    assert shards.label_note == (
+        f"labels from {folder}/labels.jsonl: 2, the metadata in {folder}: 6; {folder}/labels.jsonl: 7 of 7 answers, from an "
+        "older label.py, do not say for which content they were given: they count")
     assert shards.batch([0, 2])["label"].tolist() == [1, -1]
     assert data.Shards(folder / "out").relabel(bad="any").labels.tolist() == [1, 0, -1, 0, 0, 1, 0, 1, 0, 0]
     (folder / "other.jsonl").write_text(row("5.mp4", 0, 0))
@@ -543,6 +545,8 @@ class Labelled(list):
     def __init__(self, labels):
         super().__init__(labels)
         self.labels = torch.as_tensor(labels, dtype=torch.int8)
+        self.contents, self.copies = [None] * len(labels), torch.arange(len(labels))
+        self.rows = [{"prompt": "x"}] * len(labels)
 
 
 @pytest.mark.parametrize("count, held", [(4, 2), (12, 2), (100, 20), (3000, 400)])

@@ -4,14 +4,12 @@ import importlib
 import json
 import re
 import shlex
-import typing
 from pathlib import Path
 from statistics import fmean
 
 import pytest
 
 import families
-import train_reward
 from model import PRESETS
 from study.search import AIMS
 
@@ -503,15 +501,8 @@ def test_both_models_walk_the_same_way():
 
 
 def test_make_own_walks_this_way():
-    """The same words in the same order, but for sizes; training on two folders of shards comes with train_reward.py's flag."""
-    several = typing.get_origin(typing.get_type_hints(train_reward.Config)["data"]) is tuple
-    expected = [without_sizes(words) for words in walk("1.3B")]
-    two_folders = [words for words in expected if {"samples_encoded", "samples2_encoded"} <= set(words)]
-    assert len(two_folders) == 2
-    if not several:                                             # then `make own` has the second round's alone
-        for words in two_folders:
-            words.remove("samples_encoded")
-    assert [without_sizes(words) for words in make_own()] == expected
+    """The same words in the same order, but for sizes."""
+    assert [without_sizes(words) for words in make_own()] == [without_sizes(words) for words in walk("1.3B")]
 
 
 def test_the_walk_restates_no_default():

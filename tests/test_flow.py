@@ -81,9 +81,11 @@ def test_two_parts_of_a_rollout_are_the_whole(cut):
     assert torch.equal(noisy, x1) == (cut == 0)
 
 
-@pytest.mark.parametrize("passes, N, most", [(0, 10, 10), (4, 10, 4), (3, 10, 3), (1, 10, 1), (8, 3, 3), (4, 6, 3)])
+@pytest.mark.parametrize("passes, N, most",
+                         [(0, 10, 10), (4, 10, 4), (3, 10, 3), (1, 10, 1), (8, 3, 3), (4, 6, 3)])
 def test_passes_are_longer_steps_on_the_same_grid(passes, N, most):
-    """By hand, with a shifted grid: strides of ceil(N / passes) steps, the last one as long as what is left."""
+    """By hand, with a shifted grid: strides of ceil(N / passes) steps, the last one as long as what is
+    left."""
     x1, context, calls = randn(2, *SHAPE), randn(2, 2, 4, seed=1), []
 
     def counted(x, t, context, y=None):
@@ -97,7 +99,8 @@ def test_passes_are_longer_steps_on_the_same_grid(passes, N, most):
         for a, b in zip(stops, stops[1:]):
             x = x - (times[a] - times[b]) * curved(x, times[a].expand(2), context)
         calls.clear()
-        torch.testing.assert_close(flow.rollout(counted, x1, context, N, stop=last, passes=passes, shift=3.0), x)
+        torch.testing.assert_close(flow.rollout(counted, x1, context, N, stop=last, passes=passes, shift=3.0),
+                                   x)
         assert len(calls) == len(stops) - 1 <= most
 
 
@@ -128,12 +131,14 @@ def test_guidance_leads_away_from_the_null_context():
     drawn = flow.sample(curved, SHAPE, context, 7, range(3), 4, shift=3.0, guidance_scale=5.0, null=null)
     x_T = common.noise(SHAPE, 7, "sample", 0, range(3))
     assert torch.equal(drawn, flow.rollout(guided, x_T, context, 4, shift=3.0))
-    assert not torch.allclose(drawn, flow.sample(curved, SHAPE, context, 7, range(3), 4, shift=3.0, guidance_scale=5.0))
+    assert not torch.allclose(drawn, flow.sample(curved, SHAPE, context, 7, range(3), 4, shift=3.0,
+                                          guidance_scale=5.0))
 
 
 def test_sample_depends_on_seed_and_index_only():
     context = randn(6, 2, 4)
-    draw = lambda indices, seed=0, **how: flow.sample(curved, SHAPE, context[list(indices)], seed, indices, 4, **how)
+    draw = lambda indices, seed=0, **how: flow.sample(curved, SHAPE, context[list(indices)], seed, indices, 4,
+                                                      **how)
     whole = draw(range(6))
     torch.testing.assert_close(draw(range(6), batch_size=4), whole)
     torch.testing.assert_close(draw([5, 2]), whole[[5, 2]])
@@ -159,7 +164,9 @@ def test_sample_runs_in_the_given_autocast_and_in_float32_without():
         seen.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
         return torch.zeros_like(x)
 
-    for autocast, wanted in ((None, torch.float32), (lambda: torch.autocast("cpu", torch.bfloat16), torch.bfloat16)):
+    for autocast, wanted in ((None, torch.float32),
+                             (lambda: torch.autocast("cpu", torch.bfloat16), torch.bfloat16)):
         seen.clear()
-        x = flow.sample(dit, (1, 1, 1, 1), torch.zeros(3, 1, 1), 0, range(3), 2, batch_size=2, autocast=autocast)
+        x = flow.sample(dit, (1, 1, 1, 1), torch.zeros(3, 1, 1), 0, range(3), 2, batch_size=2,
+                        autocast=autocast)
         assert seen == [wanted] * 4 and x.dtype == torch.float32 and x.shape == (3, 1, 1, 1, 1)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -75,7 +76,7 @@ def test_each_answer_is_on_the_disk_before_the_next_clip_shows(folder, monkeypat
     assert state["now"] is None and state["tables"][1][2] == [[1, 1, 2]] and sorted(seen) == [f"{i}.mp4" for i in range(4)]
     said = labels.read_answers(folder / "labels.jsonl")
     assert [(x["file_name"], x["physical"], x["deformity"]) for x in said] == list(zip(seen, (2, 0, 1, 2), (2, 0, 2, 0)))
-    assert all(set(x) == {"file_name", "annotator", "physical", "deformity", "time"} for x in said)
+    assert all(set(x) == {"file_name", "annotator", "physical", "deformity", "contents", "time"} for x in said)
     assert seen != sorted(seen)                                         # shuffled, and for everyone alike
     session.journal.file.close()
     assert open_session(folder, "ben").coming(9) == [session.index[name,] for name in seen]
@@ -165,7 +166,7 @@ def test_ranges_so_that_seeking_works(folder, tmp_path):
     assert part.status_code == 206 and part.data == whole[100:200]
     assert part.headers["Content-Range"] == f"bytes 100-199/{len(whole)}"
     again = get(open_client(session, tmp_path), "clip/0/0?as=mp4")      # for what a browser does not play
-    with av.open(str(tmp_path / "0-0.mp4")) as copy:
+    with av.open(str(tmp_path / "1.mp4")) as copy:
         assert again.status_code == 200 and copy.streams.video[0].codec_context.name == "h264"
         assert sum(1 for _ in copy.decode(video=0)) == 9
     session.items[0]["files"][0].write_bytes(whole[:200])
@@ -185,7 +186,7 @@ def test_pairs_are_blind_and_sides_are_drawn(tmp_path):
     state, wanted = get(client, "state").json, []
     for k in range(40):
         item = session.items[state["now"]["id"]]
-        assert set(state["now"]) == {"id", "prompt"} and item["line"]["a"] == f"{int(item['line']['b'][:-4]) - 100}.mp4"
+        assert set(state["now"]) == {"id", "prompt", "fps"} and item["line"]["a"] == f"{int(item['line']['b'][:-4]) - 100}.mp4"
         left, right = (get(client, f"clip/{state['now']['id']}/{side}").data for side in (0, 1))
         assert (left, right)["ab".index(item["line"]["left"])] == (a / item["line"]["a"]).read_bytes()
         choice = ("left", "right", "tie")[k % 3]
@@ -305,29 +306,39 @@ def test_a_second_one_on_the_folder_is_refused_and_ctrl_c_reports(folder):
     assert (code, err) == (0, "") and "0 of 4 clips answered by ada" in out
 
 
-@page
-@pytest.mark.skipif(not (shutil.which("chromium") and shutil.which("chromedriver")), reason="no chromium and chromedriver here")
-def test_ten_clips_by_keys_through_reload_and_kill_9(tmp_path):
+@pytest.fixture
+def browser(tmp_path):
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("no chromium and chromedriver here")
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (requirements-test.txt)")
-    folder, options = clips(tmp_path / "clips", 10), webdriver.ChromeOptions()
-    options.binary_location, profile = shutil.which("chromium"), tempfile.mkdtemp(dir=tmp_path)
-    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
-                 "disable-component-update", "disable-sync", "window-size=1440,900", f"user-data-dir={profile}"):
+    options, profile = webdriver.ChromeOptions(), tempfile.mkdtemp(dir=tmp_path)
+    options.binary_location = shutil.which("chromium")
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
+                 "disable-background-networking", "disable-component-update", "disable-sync", "window-size=1440,900",
+                 f"user-data-dir={profile}"):
         options.add_argument(f"--{flag}")
+    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    yield found
+    found.quit()
+
+
+def wait(what, wanted):
+    end = time.monotonic() + 20
+    while what() != wanted and time.monotonic() < end:
+        time.sleep(0.02)
+    assert what() == wanted
+
+
+@page
+def test_ten_clips_by_keys_through_reload_and_kill_9(tmp_path, browser):
+    folder = clips(tmp_path / "clips", 10)
     server = Server(folder, "--annotator", "ada")
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
     said = lambda: labels.read_answers(folder / "labels.jsonl")
     look = lambda script: browser.execute_script(f"return {script}")
 
     def press(*keys):
         for key in keys:
             browser.find_element("tag name", "body").send_keys(key)
-
-    def wait(what, wanted):
-        end = time.monotonic() + 20
-        while what() != wanted and time.monotonic() < end:
-            time.sleep(0.02)
-        assert what() == wanted
 
     count = lambda: look("document.getElementById('count').textContent")
     playing = lambda: look("[slots[0].front.currentTime > 0, slots[0].front.videoWidth, slots[0].front.paused]")
@@ -377,6 +388,86 @@ def test_ten_clips_by_keys_through_reload_and_kill_9(tmp_path):
         killed = ("ERR_CONNECTION_REFUSED", "ERR_CONTENT_LENGTH_MISMATCH", "ERR_CONNECTION_RESET", "ERR_EMPTY_RESPONSE")
         assert not [line for line in browser.get_log("browser") if not any(how in line["message"] for how in killed)]
     finally:
-        browser.quit()
         code, out, _ = server.end(signal.SIGINT)
     assert code == 0 and "| 1 | 3 | 6 |" in out
+
+
+RED = (200, 40, 30)
+
+
+def two_fields(path):
+    """A red film in which a white bar moves between the two fields of each frame."""
+    mark = av.filter.Graph()
+    mark.link_nodes(mark.add_buffer(width=96, height=64, format="yuv420p", time_base=Fraction(1, 25)),
+                    mark.add("setfield", "tff"), mark.add("buffersink")).configure()
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        stream.options = {"x264-params": "interlaced=1", "crf": "8"}
+        for i in range(10):
+            image = np.full((64, 96, 3), RED, np.uint8)
+            image[::2, 8 * i:8 * i + 4] = image[1::2, 8 * i + 4:8 * i + 8] = 255
+            mark.push(av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p"))
+            container.mux(stream.encode(mark.pull()))
+        container.mux(stream.encode())
+
+
+@page
+def test_the_page_shows_the_colours_that_are_read_and_steps_by_frames(tmp_path, browser):
+    """Large, tall and small ones of ours, an interlaced one, a codec that no browser has, and rates of 8 to 30 a second. The
+    number of a frame is its share of blue."""
+    folder, fps = tmp_path / "clips", {"large": 8, "tall": 30, "small": 24}
+    for name, size in (("large", (720, 1280)), ("tall", (832, 480)), ("small", (64, 96))):
+        film = np.full((12, *size, 3), RED, np.uint8)
+        film[..., 2] += np.arange(0, 120, 10, dtype=np.uint8)[:, None, None]
+        write_video(folder / f"{name}.mp4", film, fps[name])
+    with av.open(str(folder / "lossless.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=12)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "bgr0"
+        for image in film:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="bgr0")))
+        container.mux(stream.encode())
+    two_fields(folder / "fields.mp4")
+    names = [path.name for path in sorted(folder.iterdir())]
+    rows = [{"file_name": name, "prompt": "x"} for name in names]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    server, seen = Server(folder, "--annotator", "ada"), {}
+    look = lambda script: browser.execute_script(f"return {script}")
+    pixels = """(() => { const player = slots[0].front, canvas = document.createElement("canvas")
+        canvas.width = player.videoWidth; canvas.height = player.videoHeight
+        canvas.getContext("2d").drawImage(player, 0, 0)
+        return [...canvas.getContext("2d").getImageData(canvas.width - 4, 0, 1, 40).data] })()"""
+    type_at = lambda code, key: look(f"document.dispatchEvent(new KeyboardEvent('keydown', {{code: '{code}', key: '{key}'}}))")
+
+    def column():
+        return np.array(look(pixels)).reshape(40, 4)[:, :3].astype(int)
+
+    try:
+        browser.get(server.address)
+        for done in range(5):
+            wait(lambda: look("state && state.done"), done)
+            wait(lambda: look("slots[0].front.readyState >= 2"), True)
+            name = look("state.now.name")
+            look("((paused = true), slots[0].front.pause(), slots[0].front.currentTime = 0.001, 0)")
+            wait(lambda: look("slots[0].front.seeking"), False)
+            blues = []
+            for _ in range(9):
+                wait(lambda: look("slots[0].front.seeking"), False)
+                time.sleep(0.1)
+                blues.append(column()[:, 2].mean())
+                type_at("Period", "\u044e")                             # where a Russian keyboard has another letter
+            seen[name] = column(), np.diff(blues)
+            type_at("Digit1", "&")                                      # as French keyboards type
+            assert look("grades") == [2]
+            type_at("Numpad3", "PageDown")
+        wait(lambda: look("document.getElementById('end').innerText.startsWith('All 5 clips')"), True)
+    finally:
+        server.end(signal.SIGINT)
+    assert sorted(seen) == names and {(x["physical"], x["deformity"]) for x in labels.read_answers(folder / "labels.jsonl")} == {(2, 0)}
+    for name, (rgb, steps) in seen.items():
+        assert np.abs(rgb[:, :2].mean(0) - RED[:2]).max() <= 4, (name, rgb.mean(0))
+        if name == "fields.mp4":
+            assert np.abs(rgb[:, 2].mean(0) - RED[2]) <= 4
+        else:
+            assert np.abs(steps - 10).max() < 4, (name, steps)
+            assert np.abs(rgb[:, 2].mean(0) - RED[2] - 90) < 5

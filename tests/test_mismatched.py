@@ -1,4 +1,5 @@
-"""Mismatched prompts: which prompt a video is given, what the reward model makes of it, and what report.json says."""
+"""Mismatched prompts: which prompt a video is given, what the reward model makes of it, and what report.json
+says."""
 import json
 from collections import Counter
 
@@ -13,11 +14,12 @@ from world import scene
 
 
 def test_prompts_are_alike_by_meaning_or_by_words():
-    alike = [("a red circle moving right", "one red circle travelling to the right"), ("A  cat", "a cat"), ("", " ")]
+    alike = [("a red circle moving right", "one red circle travelling to the right"), ("A  cat", "a cat"),
+             ("", " ")]
     for one, other in alike:
         assert scene.meaning(one) == scene.meaning(other), one
-    different = ["a red circle moving right", "a red circle moving left", "a red square moving right", "a blue circle moving right",
-                 "a red circle", "a cat", "a cat sleeps", ""]
+    different = ["a red circle moving right", "a red circle moving left", "a red square moving right",
+                 "a blue circle moving right", "a red circle", "a cat", "a cat sleeps", ""]
     assert data.prompt_groups(different).tolist() == list(range(8))
     assert data.prompt_groups([prompt for pair in alike for prompt in pair]).tolist() == [0, 0, 1, 1, 2, 2]
 
@@ -46,7 +48,8 @@ def test_another_videos_prompt_depends_on_seed_step_and_place_only():
 
 
 class Reader(torch.nn.Module):
-    """A reward whose logit is the video's first value times (how much it reads) the prompt's, less one half."""
+    """A reward whose logit is the video's first value times (how much it reads) the prompt's, less one
+    half."""
 
     def __init__(self, reads):
         super().__init__()
@@ -59,7 +62,8 @@ class Reader(torch.nn.Module):
 
 @pytest.mark.parametrize("reads", [True, False])
 def test_the_report_says_whether_a_reward_reads_its_prompt(reads, monkeypatch):
-    """The second channel holds the number of the prompt, and noise is left out, so that the truth is known."""
+    """The second channel holds the number of the prompt, and noise is left out, so that the truth is
+    known."""
     monkeypatch.setattr(validation, "add_noise", lambda x0, x1, t: x0)
     numbers = torch.arange(12.) % 4
     latents = torch.zeros(12, 2, 1, 1, 1)
@@ -70,17 +74,18 @@ def test_the_report_says_whether_a_reward_reads_its_prompt(reads, monkeypatch):
     runtime = common.Runtime(0, 1, torch.device("cpu"), torch.float32)
     said = []
     monkeypatch.setattr(validation.tqdm, "write", said.append)
-    report, averages = validation.make_reward_report(Reader(reads), batch, {"model_type": "t2v"}, config, runtime)()
+    report, averages = validation.make_reward_report(Reader(reads), batch, {"model_type": "t2v"}, config,
+                                                     runtime)()
     wanted = 1.0 if reads else 0.5
     assert report["prompt_auc"] == [wanted] * 5 and report["prompt_accuracy"] == [wanted] * 5
     assert report["clean"]["prompt_auc"] == wanted and averages["held_out_prompt_auc"] == wanted
-    assert report["accuracy"] == [0.5] * 5 and report["clean"]["accuracy"] == 0.5           # it calls all of them good
+    assert report["accuracy"] == [0.5] * 5 and report["clean"]["accuracy"] == 0.5  # it calls all of them good
     assert ("hardly reads the prompt" in " ".join(said)) == (not reads)
 
 
 def test_a_report_of_one_prompt_has_no_sensitivity():
-    batch = {"latents": torch.zeros(4, 2, 1, 1, 1), "context": torch.zeros(4, 1, 1), "label": torch.tensor([1, 0, 1, 0]),
-             "prompt": ["a cat"] * 4}
+    batch = {"latents": torch.zeros(4, 2, 1, 1, 1), "context": torch.zeros(4, 1, 1),
+             "label": torch.tensor([1, 0, 1, 0]), "prompt": ["a cat"] * 4}
     config = type("Config", (), {"seed": 0, "batch_size": 2})
     runtime = common.Runtime(0, 1, torch.device("cpu"), torch.float32)
     report, _ = validation.make_reward_report(Reader(True), batch, {"model_type": "t2v"}, config, runtime)()

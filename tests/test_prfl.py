@@ -1,4 +1,5 @@
-"""prfl.py and rwr_baseline.py against Algorithm 1 written out by hand, finite differences, and the formulas of its losses."""
+"""prfl.py and rwr_baseline.py against Algorithm 1 written out by hand, finite differences, and the formulas
+of its losses."""
 import math
 from collections import Counter
 
@@ -13,7 +14,8 @@ from common import InputError
 from model import VideoDiT
 from pavrm import PAVRM
 
-TINY = dict(in_dim=4, out_dim=4, dim=24, ffn_dim=32, num_heads=2, num_layers=2, freq_dim=16, text_dim=8, text_len=3)
+TINY = dict(in_dim=4, out_dim=4, dim=24, ffn_dim=32, num_heads=2, num_layers=2, freq_dim=16, text_dim=8,
+            text_len=3)
 N = 6
 
 
@@ -54,7 +56,8 @@ def judged(pavrm, x, context, step):
 
 def close(a, b, rtol=1e-4):
     """t is float32 in the code and float64 by hand: equal to about 1e-6."""
-    return all(torch.allclose(a[name], b[name], rtol=rtol, atol=rtol * a[name].abs().max().item()) for name in a)
+    return all(torch.allclose(a[name], b[name], rtol=rtol, atol=rtol * a[name].abs().max().item())
+               for name in a)
 
 
 # ---- the reward update
@@ -101,7 +104,7 @@ def test_loss_reward_and_gradient_are_algorithm_1_by_hand(models, batch):
 
 
 @pytest.mark.parametrize("N, passes, step, route", [
-    (6, 4, 1, [0]), (6, 4, 4, [0, 2, 3]), (6, 4, 6, [0, 2, 4, 5]),      # strides of ceil(6 / 4) = 2, or what is left
+    (6, 4, 1, [0]), (6, 4, 4, [0, 2, 3]), (6, 4, 6, [0, 2, 4, 5]),  # strides of ceil(6 / 4) = 2, or the rest
     (10, 4, 5, [0, 3, 4]), (10, 4, 10, [0, 3, 6, 9]),
     (10, 1, 2, [0, 1]), (10, 1, 10, [0, 9]),                            # one pass, straight to x_{s+dt}
     (6, 0, 3, [0, 1, 2])])                                              # every step
@@ -117,7 +120,8 @@ def test_steady_by_hand(models, batch, N, passes, step, route):
     x = x - policy(x, at(step - 1), context) / N
     r = pavrm(x, at(step), context)
     wanted = -torch.log(1 / (1 + torch.exp(-r))).mean()
-    loss, reward = prfl.reward_update_loss(policy, pavrm, *batch, step, N, rollout_passes=passes, loss="logsigmoid")
+    loss, reward = prfl.reward_update_loss(policy, pavrm, *batch, step, N, rollout_passes=passes,
+                                           loss="logsigmoid")
     torch.testing.assert_close(reward, r.detach(), rtol=1e-5, atol=1e-6)
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
     assert close(gradients(policy, loss), gradients(policy, wanted))
@@ -160,7 +164,8 @@ def test_reward_losses(models, batch):
     sigmoid = lambda v: 1 / (1 + math.exp(-v))
     formulas = {"linear": (lambda v: -v, lambda v: -1),
                 "logsigmoid": (lambda v: -math.log(sigmoid(v)), lambda v: sigmoid(v) - 1),
-                "sigmoid_hinge": (lambda v: 0.1 * (2 - sigmoid(v)), lambda v: -0.1 * sigmoid(v) * (1 - sigmoid(v)))}
+                "sigmoid_hinge": (lambda v: 0.1 * (2 - sigmoid(v)),
+                                  lambda v: -0.1 * sigmoid(v) * (1 - sigmoid(v)))}
     assert formulas.keys() == prfl.REWARD_LOSSES.keys()
     for name, (value, slope) in formulas.items():
         loss = prfl.REWARD_LOSSES[name](r)
@@ -237,10 +242,12 @@ def test_sft_loss_is_flow_matching(models):
 
 
 def test_rwr_samples_are_made_in_batches_and_shared_by_ranks(monkeypatch):
-    """11 samples in batches of 4, on one rank and on two that gather: each made where it belongs, in the prompts' order."""
+    """11 samples in batches of 4, on one rank and on two that gather: each made where it belongs, in the
+    prompts' order."""
     made, parts = [], []
-    monkeypatch.setattr(rwr_baseline.flow, "sample", lambda policy, shape, context, seed, indices, *a, **k:
-                        made.append(list(indices)) or context[:, :1, :1, None, None].expand(-1, *shape).clone())
+    monkeypatch.setattr(rwr_baseline.flow, "sample", lambda policy, shape, context, seed, indices, *a,
+                        **k: made.append(list(indices))
+                        or context[:, :1, :1, None, None].expand(-1, *shape).clone())
     context = torch.arange(11.).view(11, 1, 1)
     reward = lambda x, t, context: x.flatten(1)[:, 0] / 10
 
@@ -255,7 +262,8 @@ def test_rwr_samples_are_made_in_batches_and_shared_by_ranks(monkeypatch):
     for rank in (0, 1):
         with pytest.raises(KeyError):                           # alone, a rank has its share only
             samples(rank, 2)
-    assert made[3:] == [[0, 1, 2, 3], [8, 9, 10, 0], [4, 5, 6, 7], [1, 2, 3, 4]]      # as many rounds on each rank
+    # as many rounds on each rank
+    assert made[3:] == [[0, 1, 2, 3], [8, 9, 10, 0], [4, 5, 6, 7], [1, 2, 3, 4]]
     monkeypatch.setattr(common, "gather", lambda value: parts)
     assert torch.equal(samples(1, 2)[0], x0)
 
@@ -271,7 +279,9 @@ def test_rwr_judges_as_it_samples_in_the_dtype_of_autocast_and_without_gradients
         return context[:, 0, 0] * weight
 
     runtime = common.Runtime(0, 1, torch.device("cpu"), torch.bfloat16)
-    _, weights = rwr_baseline.weighted_samples(None, reward, (1, 1, 1, 1), torch.arange(3.).view(3, 1, 1), 0, 2, 3, runtime, 5.0)
+    _, weights = rwr_baseline.weighted_samples(None, reward, (1, 1, 1, 1), torch.arange(3.).view(3, 1, 1), 0,
+                                               2, 3, runtime, 5.0)
     assert asked == [(runtime.autocast, 5.0, 3), (True, False, [0, 0, 0])] and not weights.requires_grad
     with pytest.raises(FloatingPointError, match="the reward is nan"):
-        rwr_baseline.weighted_samples(None, reward, (1, 1, 1, 1), torch.full((3, 1, 1), torch.nan), 0, 2, 3, runtime, 5.0)
+        rwr_baseline.weighted_samples(None, reward, (1, 1, 1, 1), torch.full((3, 1, 1), torch.nan), 0, 2, 3,
+                                      runtime, 5.0)

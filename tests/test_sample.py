@@ -1,5 +1,6 @@
 """sample.py with many prompts: split over processes, killed and resumed, its files, its refusals; and files of prompts."""
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,10 @@ import common
 import data
 import sample
 from common import InputError
-from formats import lock
+from formats import encoders, lock, samples
 from formats.prompts import read_prompts
 from formats.video import read_video, write_png
+from formats.weights import SHIPPED
 from model import PRESETS
 from world import annotator
 
@@ -57,15 +59,212 @@ def test_many_prompts_are_mp4s_and_metadata(made, tmp_path):
 
 
 def test_three_processes_make_the_same_files(made, tmp_path):
-    """Whole and in pieces, seven prompts."""
+    """Whole and in pieces, seven prompts in ragged batches; a search, whose ranks make equally many passes; a list that is
+    made again."""
     driver = DRIVER.replace("import json, sys", "import json, sys, sample")
-    runs = [("sample", ["--prompts", str(made / "prompts.txt"), "--output_dir", str(tmp_path / kind), "--parallel", kind, *FAST])
-            for kind in ("ddp", "fsdp")]
+    search = ["--best_of", "4", "--prompts", str(made / "prompts.txt"), *FAST]
+    again = ["--prompts", str(made / "one/metadata.jsonl")]
+    runs = [("sample", ["--prompts", str(made / "prompts.txt"), *FAST]), ("sample", search), ("sample", again)]
+    folders = [("ddp", 0), ("fsdp", 0), ("fsdp", 1), ("fsdp", 2)]
+    runs = [(script, [*flags, "--output_dir", str(tmp_path / f"{kind}-{i}"), "--parallel", kind])
+            for kind, i in folders for script, flags in runs[i:i + 1]]
     (tmp_path / "driver.py").write_text(driver)
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3",
                     tmp_path / "driver.py", json.dumps(runs)], env=ENV, check=True, timeout=300)
-    for kind in ("ddp", "fsdp"):
-        assert files(tmp_path / kind) == files(made / "one")
+    assert files(tmp_path / "ddp-0") == files(tmp_path / "fsdp-0") == files(made / "one")
+    assert films(tmp_path / "fsdp-2") == films(made / "one")
+    run(*search, "--output_dir", tmp_path / "one")
+    assert files(tmp_path / "fsdp-1") == files(tmp_path / "one")
+    assert films(tmp_path / "one") != films(made / "one")
+
+
+# ---- rows that make their videos again
+def films(folder):
+    return {name: content for name, content in files(folder).items() if name.endswith(".mp4")}
+
+
+def latents_of(monkeypatch, *argv):
+    """Runs sample.py -> latents [n, c, f, h, w] of all videos that it decoded, in order: mp4 hides small differences."""
+    found, decode = [], encoders.decode_pixels
+    with monkeypatch.context() as patch:
+        patch.setattr(encoders, "decode_pixels", lambda vae, x: found.append(x.clone()) or decode(vae, x))
+        run(*argv)
+    return torch.cat(found)
+
+
+def pick(folder, name, places):
+    """A list in `folder` of some rows of its metadata.jsonl -> (its path, the names of their files)"""
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    lines = [lines[place] for place in places]
+    (folder / name).write_text("\n".join(lines) + "\n")
+    return folder / name, [json.loads(line)["file_name"] for line in lines]
+
+
+SETTINGS = ["--num_inference_steps", 3, "--guidance_scale", 2, "--shift", 2, "--fps", 5, "--seed", 3]
+
+
+def test_a_row_makes_its_video_again(tmp_path, monkeypatch):
+    """The second video of a prompt, rows picked out and in another order, another batch size: the same latents to the last
+    bit, as alone in its batch a video has others; and the same bytes."""
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS[:3]))
+    first = latents_of(monkeypatch, "--prompts", tmp_path / "p.txt", "--output_dir", tmp_path / "a", "--num_videos", 2,
+                       "--batch_size", 4, *SETTINGS)                        # batches of four and of two
+    alone = latents_of(monkeypatch, "--prompts", tmp_path / "p.txt", "--output_dir", tmp_path / "alone",
+                       "--num_videos", 2, "--batch_size", 1, *SETTINGS)
+    assert not torch.equal(alone, first)
+    again = latents_of(monkeypatch, "--prompts", tmp_path / "a/metadata.jsonl", "--output_dir", tmp_path / "b")
+    assert torch.equal(again, first)
+    assert sorted(films(tmp_path / "b").values()) == sorted(films(tmp_path / "a").values())
+    path, names = pick(tmp_path / "a", "picked.jsonl", [5, 3, 1])
+    some = latents_of(monkeypatch, "--prompts", path, "--output_dir", tmp_path / "c", "--batch_size", 3)
+    assert torch.equal(some[[1, 5, 3]], first[[5, 3, 1]])       # each at its place: first the batch of two, then of four
+    for i, name in enumerate(names):
+        assert (tmp_path / f"c/{i:06d}.mp4").read_bytes() == (tmp_path / "a" / name).read_bytes()
+    rows = [json.loads(line) for line in (tmp_path / "c/metadata.jsonl").read_text().splitlines()]
+    before = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["settings"] for row in rows] == [row["settings"] for row in before]     # and so the next list does, too
+
+
+def test_a_search_is_made_again(tmp_path):
+    """Best of 4 with drops of its own and a reward model, from a prompt that stood in the middle."""
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS[:3]))
+    run("--prompts", tmp_path / "p.txt", "--output_dir", tmp_path / "a", *FAST, "--best_of", 4, "--drops", ".5:2",
+        "--reward", SHIPPED["t2v"] / "reward")
+    path, (name,) = pick(tmp_path / "a", "one.jsonl", [1])
+    run("--prompts", path, "--output_dir", tmp_path / "b")
+    assert (tmp_path / "b/000000.mp4").read_bytes() == (tmp_path / "a" / name).read_bytes()
+
+
+def test_first_frames_are_found_from_the_list(tmp_path, monkeypatch):
+    """Images beside the prompts, an output folder behind a link, another working directory."""
+    (tmp_path / "work/images").mkdir(parents=True)
+    (tmp_path / "disk/deep").mkdir(parents=True)
+    (tmp_path / "work/out").symlink_to(tmp_path / "disk/deep")
+    g = torch.Generator().manual_seed(0)
+    for i in range(2):
+        write_png(tmp_path / f"work/images/{i}.png", torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8, generator=g))
+    rows = [{"prompt": PROMPTS[i], "image": f"images/{i % 2}.png"} for i in range(3)]
+    (tmp_path / "work/p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path / "work")
+    first = latents_of(monkeypatch, "--task", "i2v", "--prompts", "p.jsonl", "--output_dir", "out/a", "--batch_size", 3,
+                       "--num_inference_steps", 2)
+    monkeypatch.chdir(tmp_path)
+    path, names = pick(tmp_path / "work/out/a", "some.jsonl", [1, 0])
+    again = latents_of(monkeypatch, "--prompts", path, "--output_dir", "b")
+    assert torch.equal(again[:2], first[:2])
+    for i, name in enumerate(names):
+        assert (tmp_path / f"b/{i:06d}.mp4").read_bytes() == (tmp_path / "work/out/a" / name).read_bytes()
+    run("--prompts", tmp_path / "b/metadata.jsonl", "--output_dir", tmp_path / "c")         # a list of a list
+    assert films(tmp_path / "c") == films(tmp_path / "b")
+
+
+def recorded(**changes):
+    """The settings of a row, as sample.py writes them for the shipped generator."""
+    flags = dict(model=str(SHIPPED["t2v"]), size="32*32", frames=9, fps=8.0, num_inference_steps=2, guidance_scale=2.0,
+                 shift=1.0, batch_size=4, mixed_precision="no", best_of=1)
+    return samples.describe(flags, "/") | {"index": 5, "batch": 4, "place": 2} | changes
+
+
+def taken(monkeypatch, flags, **changes):
+    """-> (config with the settings of one row beside these flags, its video, whether all settings hold)"""
+    config = sample.Config(prompts="folder/list.jsonl", output_dir="out", **flags)
+    given = [{"prompt": "a", "image": None, "seed": 7, "settings": recorded(**changes)}]
+    monkeypatch.setattr(sample, "read_prompts", lambda path: given)
+    videos, before = sample.list_videos(config)
+    return config, videos[0], before is not None
+
+
+def test_flags_beside_the_list_replace_what_its_rows_say(monkeypatch, capsys):
+    config, video, exact = taken(monkeypatch, {}, lora="l.safetensors", transformer="runs/a")
+    assert (config.guidance_scale, config.fps, config.task, config.model, config.batch_size) == (2, 8, "t2v", None, 4)
+    assert (config.lora, config.transformer) == ("folder/l.safetensors", "folder/runs/a")
+    assert (video.seed, video.index, video.batch, video.place, exact) == (7, 5, 4, 2, True)
+    assert capsys.readouterr().out == ""
+    config, video, exact = taken(monkeypatch, {"guidance_scale": 3.0, "batch_size": 2})
+    assert (config.guidance_scale, config.num_inference_steps, config.batch_size) == (3, 2, 2)
+    assert (video.seed, video.index, video.batch, exact) == (7, 5, None, False)
+    assert "made with other guidance_scale, batch_size: these are new videos" in capsys.readouterr().out
+    config, video, exact = taken(monkeypatch, {"batch_size": 2, "guidance_scale": 2.0})
+    assert (config.batch_size, video.batch, exact) == (4, 4, True)
+    assert "--batch_size is not used" in capsys.readouterr().out
+    config, *_ = taken(monkeypatch, {"transformer": "mine"}, lora="l.safetensors", transformer="runs/a")
+    assert (config.transformer, config.lora, config.task) == ("mine", None, "t2v")
+    config, *_, exact = taken(monkeypatch, {"transformer": "folder/../folder/runs/a"}, transformer="runs/a")
+    assert exact
+    config, *_ = taken(monkeypatch, {"model": "Wan"}, transformer="runs/a", reward="r", best_of=4)
+    assert (config.model, config.transformer, config.reward, config.task, config.best_of) == ("Wan", None, None, None, 4)
+    config, video, exact = taken(monkeypatch, {"num_videos": 2})
+    assert (video.seed, video.index, video.batch, exact) == (7, 0, None, False)
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"steps": 3}, "'steps', which sample.py does not know"), ({"place": 4}, "do not fit together"),
+    ({"index": "5"}, "whole numbers"), ({"batch": 9, "place": 8}, "do not fit"), ({"place": -1}, "do not fit"),
+    ({"guidance_scale": "much"}, "--guidance_scale: invalid float value"), ({"frames": 2}, "--frames must be"),
+    ({"mixed_precision": "fp8"}, "fp8"), ({"drops": ".5:9", "best_of": 4}, "--drops"), ({"index": True}, "whole numbers"),
+    ({"negative_prompt": "\ud83d"}, "negative_prompt that is not text"), ({"lora": "a\0b"}, "lora that is not text")])
+def test_settings_that_cannot_be_used(monkeypatch, settings, words):
+    with pytest.raises(InputError) as error:
+        taken(monkeypatch, {}, **settings)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_lists_whose_rows_contradict_each_other(tmp_path):
+    rows = [{"settings": recorded()}, {}, {"settings": recorded(index=6, place=3)}]
+    assert samples.shared_settings("x.jsonl", rows)["guidance_scale"] == 2
+    with pytest.raises(InputError, match="settings of prompt 4 have another shift than those of prompt 1"):
+        samples.shared_settings("x.jsonl", [*rows, {"settings": recorded(shift=3.0)}])
+    (tmp_path / "x.jsonl").write_text('{"prompt": "a", "settings": "fast"}\n')
+    with pytest.raises(InputError, match="row 1: settings must be an object"):
+        read_prompts(tmp_path / "x.jsonl")
+
+
+def test_places_in_batches():
+    """Rows keep their place, in any order; who has none goes with its neighbours of one seed."""
+    def video(name, seed=0, batch=None, place=None):
+        return sample.Video(Path(name), "a", None, seed, 0, batch, place)
+
+    def names(videos):
+        return [[str(one.path or "-") for one in batch] for batch in sample.batches(videos)]
+
+    videos = [video(name, seed) for name, seed in zip("abcdefg", (0, 0, 0, 1, 0, 0, 2))]
+    sample.place_videos(videos, 2)
+    assert names(videos) == [["a", "b"], ["c"], ["d"], ["e", "f"], ["g"]]
+    assert names([videos[1], videos[3], videos[0]]) == [["a", "b"], ["d"]]
+    assert names([videos[1], videos[5], videos[2]]) == [["-", "b"], ["-", "f"], ["c"]]
+    mixed = [video("x", 0, 3, 1), video("y"), video("z", 0, 3, 1), video("w", 0, 3, 0), video("v", 1, 3, 2)]
+    sample.place_videos(mixed, 2)
+    assert names(mixed) == [["w", "x", "-"], ["y"], ["-", "z", "-"], ["-", "-", "v"]]
+    filled = sample.batches(mixed)[0]
+    assert (filled[2].seed, filled[2].batch) == (0, 3) and sample.is_done(filled) is False
+
+
+def test_weights_are_known_by_content(tmp_path, monkeypatch, capsys):
+    """Another transformer under the same name is told; the same one elsewhere is not."""
+    flags = dict(model=str(SHIPPED["t2v"]), transformer=str(SHIPPED["t2v"] / "transformer"), best_of=1)
+    same = samples.of_weights(flags)
+    assert samples.of_weights(flags | {"transformer": None}) == same
+    others = [flags | {"transformer": str(SHIPPED["i2v"])}, flags | {"best_of": 2}, flags | {"model": "model"},
+              flags | {"lora": str(SHIPPED["t2v"] / "transformer/config.json")}]
+    shutil.copytree(SHIPPED["t2v"] / "text_encoder", tmp_path / "model/text_encoder")       # no VAE
+    monkeypatch.chdir(tmp_path)
+    assert len({same, *map(samples.of_weights, others)}) == 5
+    (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "a", "seed": 0, "settings": recorded(weights="0" * 16)}) + "\n")
+    run("--prompts", tmp_path / "x.jsonl", "--output_dir", tmp_path / "out")
+    assert "the weights named there have changed since" in capsys.readouterr().out
+    run("--prompts", tmp_path / "out/metadata.jsonl", "--output_dir", tmp_path / "again")
+    assert "note: " not in capsys.readouterr().out
+
+
+def test_a_folder_of_before_continues(made, tmp_path):
+    """sample.json without the fingerprint of the weights, and with drops under their old name."""
+    shutil.copytree(made / "one", tmp_path / "one")
+    note = json.loads((tmp_path / "one/sample.json").read_text())
+    del note["weights"], note["drops"]
+    (tmp_path / "one/sample.json").write_text(json.dumps(note | {"cuts": None}))
+    (tmp_path / "one/000006.mp4").unlink()
+    run("--prompts", made / "prompts.txt", "--output_dir", tmp_path / "one", *FAST)
+    assert films(tmp_path / "one") == films(made / "one")
 
 
 def test_killed_and_resumed_makes_the_same_files(made, tmp_path):

@@ -193,11 +193,11 @@ def test_what_is_watched_needs_something_to_watch(folder, capsys):
         with pytest.raises(SystemExit):
             script, argv = command(folder, "sft", "four-run", "--data", str(folder / "four"), *flags.split())
             run(script, [x for i, x in enumerate(argv) if "--num_validation" not in (x, argv[i - 1])])
-        assert f"--{flags.split()[-2].lstrip('-')} means nothing where nothing is watched" in capsys.readouterr().err
+        assert f"--{flags.split()[-2].lstrip('-')} means nothing without validation" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--judge", "{}/generator/reward", "--num_validation", "4"], "is the reward model that is climbed"),
+    (["--judge", "{}/generator/reward", "--num_validation", "4"], "is the reward model that the generator is trained against"),
     (["--num_validation", "16"], "leaves nothing to train on"), (["--patience", "2", "--num_validation", "4"], "--judge"),
     (["--judge", "nowhere", "--num_validation", "4"], "nowhere"), (["--judge", "x"], "--num_validation 0"),
     (["--export", "lora"], "--lora_rank"), (["--lora", "none.safetensors"], "none.safetensors"),

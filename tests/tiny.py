@@ -1,5 +1,5 @@
-"""A tiny random generator with its reward models, labelled shards, and runs of the training scripts on them (the fixture
-`folder` of conftest.py holds them on disk). Everything runs on the CPU."""
+"""A tiny random generator with its reward models, labelled shards, and runs of the training scripts on them.
+The fixture `folder` of conftest.py holds them on disk. Everything runs on the CPU."""
 import json
 import os
 import subprocess
@@ -18,15 +18,17 @@ from formats.weights import WEIGHTS
 from model import VideoDiT
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = dict(in_dim=16, out_dim=16, dim=24, ffn_dim=48, num_heads=2, num_layers=2, freq_dim=16, text_dim=8, text_len=3)
-STEPS = 5
-RUNS = {"reward": ("train_reward", "reward", ["--holdout", "8", "--depth", "2"]),
-        "reward_rgb": ("train_reward", "reward", ["--holdout", "8", "--space", "rgb", "--frames_decoded", "all"]),
-        "prfl": ("train_align", "transformer", ["--method", "prfl", "--recipe", "paper"]),
-        "steady": ("train_align", "transformer", ["--method", "prfl", "--recipe", "steady", "--rollout_passes", "2"]),  # of 4
-        "refl": ("train_align", "transformer", ["--method", "refl", "--recipe", "paper"]),
-        "sft": ("train_align", "transformer", ["--method", "sft"]),
-        "rwr": ("train_align", "transformer", ["--method", "rwr", "--num_samples", "24"])}
+TINY = dict(in_dim=16, out_dim=16, dim=24, ffn_dim=48, num_heads=2, num_layers=2, freq_dim=16, text_dim=8,
+            text_len=3)
+STEPS = 5                                                       # iterations of a run
+RUNS = {name: (script, part, flags.split()) for name, script, part, flags in (  # part: the folder it writes
+    ("reward", "train_reward", "reward", "--holdout 8 --depth 2"),
+    ("reward_rgb", "train_reward", "reward", "--holdout 8 --space rgb --frames_decoded all"),
+    ("prfl", "train_align", "transformer", "--method prfl --recipe paper"),
+    ("steady", "train_align", "transformer", "--method prfl --recipe steady --rollout_passes 2"),
+    ("refl", "train_align", "transformer", "--method refl --recipe paper"),
+    ("sft", "train_align", "transformer", "--method sft"),
+    ("rwr", "train_align", "transformer", "--method rwr --num_samples 24"))}
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 
 
@@ -40,18 +42,26 @@ def generator(**changes):
 def write_data(folder, channels=16, context=(3, 8), labels=None, **extra):
     g = torch.Generator().manual_seed(1)
     labels = [i % 2 for i in range(32)] if labels is None else labels
-    data.write_shards(folder, torch.randn(32, channels, 2, 4, 4, generator=g),
-                      torch.randn(32, *context, generator=g), labels, [f"prompt {i}" for i in range(32)], **extra)
+    latents = torch.randn(32, channels, 2, 4, 4, generator=g)
+    contexts = torch.randn(32, *context, generator=g)
+    data.write_shards(folder, latents, contexts, labels, [f"prompt {i}" for i in range(32)], **extra)
 
 
 def command(folder, name, output, *more, batch_size=8):
-    """(script, flags) of a run of RUNS."""
+    """(script, flags) of a run of RUNS; more: further flags, which may give one of these another value."""
     script, _, flags = RUNS[name]
-    steps = [] if script == "train_reward" else ["--num_validation", "0"]
-    steps += ["--num_inference_steps", "4"] if steps and name != "sft" else []
-    return script, [*flags, *steps, "--model", str(folder / "generator"), "--data", str(folder / "data"),
-                    "--output_dir", str(folder / output), "--mixed_precision", "no", "--batch_size", str(batch_size),
-                    "--max_train_steps", str(STEPS), "--checkpointing_steps", "2", *more]
+    if script == "train_align":
+        flags = [*flags, "--num_validation", "0"]
+        if name != "sft":
+            flags += ["--num_inference_steps", "4"]
+    if "--data=" in more:                                       # the generator's own samples, or the world's clips
+        more, shards = [word for word in more if word != "--data="], []
+    else:
+        shards = ["--data", str(folder / "data")]
+    return script, [*flags, "--model", str(folder / "generator"), *shards,
+                    "--output_dir", str(folder / output), "--mixed_precision", "no",
+                    "--batch_size", str(batch_size), "--max_train_steps", str(STEPS),
+                    "--checkpointing_steps", "2", *more]
 
 
 def run(script, argv):
@@ -70,9 +80,16 @@ def metrics(folder, output):
 
 
 def distance(a, b):
-    """Largest difference of any weight."""
+    """The largest difference of any weight."""
     assert a.keys() == b.keys()
     return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def torchrun(ranks, script, *argv):
+    """Runs a script in so many processes; fails with the end of what they wrote to stderr."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    done = subprocess.run([*start, script, *argv], env=ENV, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 DRIVER = """
@@ -105,9 +122,9 @@ for script, argv in json.loads(sys.argv[1]):
 
 
 def kill(jobs):
-    """Runs each of jobs [(script, flags)] up to the middle of its second checkpoint, where kill -9 ends it."""
-    done = subprocess.run([sys.executable, "-c", KILLER, json.dumps(jobs)], env=ENV, capture_output=True, text=True,
-                          timeout=600)
+    """Runs each of jobs [(script, flags)] until kill -9 ends it in the middle of its second checkpoint."""
+    done = subprocess.run([sys.executable, "-c", KILLER, json.dumps(jobs)], env=ENV, capture_output=True,
+                          text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

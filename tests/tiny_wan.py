@@ -1,11 +1,12 @@
-"""Tiny random instances of Wan2.1's very classes, saved to disk as its pipeline folders are. Needs requirements-wan.txt."""
+"""Tiny random instances of Wan2.1's own classes, saved to disk as its pipeline folders are. Needs
+requirements-wan.txt."""
 import diffusers
 import torch
 import transformers
 
 WORDS = "a red circle moves to the right blue square falls &".split()
-TINY = dict(num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16, text_dim=20, freq_dim=16,
-            ffn_dim=32, num_layers=2)
+TINY = dict(num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16, text_dim=20,
+            freq_dim=16, ffn_dim=32, num_layers=2)
 
 
 def tokenizer():
@@ -19,9 +20,12 @@ def tokenizer():
 
 
 def random_weights(module):
-    """So that no layer starts at zero."""
+    """No layer starts at zero then."""
     for p in module.parameters():
-        torch.nn.init.normal_(p, std=0.2) if p.dim() > 1 else torch.nn.init.uniform_(p, 0.5, 1)
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.2)
+        else:
+            torch.nn.init.uniform_(p, 0.5, 1)
     return module.eval()
 
 
@@ -40,7 +44,8 @@ def write_pipelines(folder):
     diffusers.WanPipeline(transformer=dit, **shared).save_pretrained(folder / "t2v")
     dit = random_weights(diffusers.WanTransformer3DModel(**TINY | dict(
         in_channels=36, image_dim=24, added_kv_proj_dim=24)))
-    processor = transformers.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": 28},
+                                                crop_size={"height": 28, "width": 28})
     diffusers.WanImageToVideoPipeline(transformer=dit, image_encoder=image, image_processor=processor,
                                       **shared).save_pretrained(folder / "i2v")
     return folder

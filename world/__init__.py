@@ -1,1 +1,2 @@
-"""The embedded world: a renderer, its captions and flaws, an annotator, small encoders, and how the shipped weights were made."""
+"""The embedded world: a renderer with captions and flaws, an annotator, small encoders, and the training of
+the shipped weights."""

@@ -1,8 +1,11 @@
-"""Clips of the embedded world, and a generator's own samples, judged.
+"""Training data of the embedded world: rendered clips, and a generator's own samples labelled by the
+annotator.
 
-    python -m world.clips clips --count 1024 --kind mixture      mp4 files and metadata.jsonl with labels, to look at or to encode
+    python -m world.clips clips --count 1024 --kind mixture
 
-train_reward.py without --data learns from `own_samples`, train_align.py without --data from `clean_clips`.
+writes clips as mp4 with a metadata.jsonl that holds prompts and labels, to look at or for `data.py encode`.
+
+Without --data, train_reward.py learns from `own_samples` and train_align.py from `clean_clips`.
 
 Axes: b batch, c latent channels, f latent frames, h w latents, l text tokens, d text width.
 """
@@ -28,34 +31,43 @@ from world.annotator import annotate
 
 
 def require_world(model):
-    """Raises InputError if `model` is no generator of the embedded world, whose VAE is a VideoVAE."""
-    if "_class_name" in read_config(f"{model}/vae"):
-        raise InputError(f"--model {model}: its VAE is not that of the embedded world: give clips of your own with --data")
+    """Raises InputError if `model` is not a generator of the embedded world, whose VAE is a VideoVAE."""
+    if "_class_name" in read_config(f"{model}/vae"):                # diffusers' VAEs have one
+        raise InputError(f"--model {model}: its VAE is not that of the embedded world: "
+                         "give clips of your own with --data")
 
 
 @torch.no_grad()
 def own_samples(folder, generator, model, count, num_steps, size, seed, runtime, shift=1.0):
-    """Shards of `count` samples of a VideoDiT, judged by the embedded world's annotator; made once and kept.
+    """Shards of `count` samples of a VideoDiT, labelled by the annotator. They are made once and kept in
+    `folder`.
 
-    Label 1: qualified on both axes and true to the prompt; 0: unqualified on an axis or against the prompt; none in
-    between. Image-to-video starts from clean renders' first frames, whose latents the shards hold as condition. model:
-    the folder with its vae/ and text_encoder/. Every rank makes its share. Raises InputError if `folder` was made with
-    other settings.
+    A sample's label is 1 if it is qualified, 0 if it is unqualified (see `annotate`), and missing in between.
+    Samples of an image-to-video generator start from the first frames of clean renders, and the shards hold
+    the latents of these frames as condition.
+
+    generator: the VideoDiT. model: the folder with its vae/ and text_encoder/. num_steps, shift: of the
+    sampler. size: one of scene.SIZES. Every rank makes its share of the samples. Raises InputError if
+    `folder` was made with other settings.
     """
     settings = {"model": str(model), "count": count, "num_steps": num_steps, "size": size, "seed": seed}
-    settings |= {} if shift == 1 else {"shift": shift}
+    if shift != 1:
+        settings["shift"] = shift
     require_world(model)
-    settings["encoders"] = {role: fingerprint.of_encoder(f"{model}/{role}", role) for role in ("vae", "text_encoder")}
+    settings["encoders"] = {role: fingerprint.of_encoder(f"{model}/{role}", role)
+                            for role in ("vae", "text_encoder")}
     settings["generator"] = fingerprint.of_encoder(transformer_folder(model)[0], "transformer")
     if (Path(folder) / "shards.json").exists():
         shards = data.Shards(folder)
         made_with = shards.settings or {}
-        if {**made_with, "model": None} != {name: settings.get(name) for name in made_with} | {"model": None}:   # known by content
-            raise InputError(f"{folder}: was made with {made_with}; use another --output_dir, or remove it")
+        for name in {*made_with, "shift"} - {"model"}:      # a model is known by its content, not by its path
+            if made_with.get(name) != settings.get(name):
+                raise InputError(f"{folder}: was made with {made_with}; "
+                                 "use another --output_dir, or remove it")
         return shards
     if runtime.rank == 0:
         lock.require_ours(folder, "shards")
-        guard = lock.hold(folder, "shards")                     # until this function ends
+        folder_lock = lock.hold(folder, "shards")               # until this function ends
     vae = load_vae(f"{model}/vae").to(runtime.device)
     text = load_text_encoder(f"{model}/text_encoder").to(runtime.device)
     prompts = scene.draw_prompts(count, seed + 11)
@@ -65,31 +77,54 @@ def own_samples(folder, generator, model, count, num_steps, size, seed, runtime,
     made = []
     for i in common.progress(range(0, len(mine), 128), "own samples (x128)"):
         indices = list(mine[i:i + 128])
-        wanted = [prompts[j] for j in indices]
-        context = text.encode(wanted)                                                               # [b, l, d]
-        y = first_frame_condition(vae.encode(from_pixels(first_frames[indices]).to(runtime.device))) \
-            if image_to_video else None
-        x0 = flow.sample(generator, scene.LATENT_SHAPES[size], context, seed, indices, num_steps, shift=shift, y=y,
-                         autocast=runtime.autocast)                                                 # [b, c, f, h, w]
-        judged = annotate(to_pixels(vae.decode(x0)).cpu(), wanted)
-        labels = [1 if good else 0 if bad else None for good, bad in
-                  zip(judged["qualified"].tolist(), judged["unqualified"].tolist())]
-        condition = [y[:, 4:].cpu()] if image_to_video else []      # so that the given frame reaches the reward model
-        made += zip(indices, x0.cpu(), context.cpu(), labels, *condition)
+        asked = [prompts[j] for j in indices]
+        context = text.encode(asked)                                                            # [b, l, d]
+        y = None
+        if image_to_video:
+            y = first_frame_condition(vae.encode(from_pixels(first_frames[indices]).to(runtime.device)))
+        x0 = flow.sample(generator, scene.LATENT_SHAPES[size], context, seed, indices, num_steps, shift=shift,
+                         y=y, autocast=runtime.autocast)                                # [b, c, f, h, w]
+        labels = labels_of(annotate(to_pixels(vae.decode(x0)).cpu(), asked))
+        columns = [indices, x0.cpu(), context.cpu(), labels]
+        if image_to_video:
+            columns.append(y[:, 4:].cpu())                      # shows the given frame to the reward model
+        made += zip(*columns)
     made = sorted(itertools.chain(*common.gather(made)), key=lambda row: row[0])
     if runtime.rank == 0:
         _, latents, contexts, labels, *condition = zip(*made)
-        data.write_shards(folder, torch.stack(latents), torch.stack(contexts), labels, prompts, settings=settings,
-                     **({"condition": torch.stack(condition[0])} if condition else {}))
-        guard.close()
-    common.gather(None)                                         # the others wait for the file
+        optional = {}
+        if condition:
+            optional["condition"] = torch.stack(condition[0])
+        data.write_shards(folder, torch.stack(latents), torch.stack(contexts), labels, prompts,
+                          settings=settings, **optional)
+        folder_lock.close()
+    common.gather(None)                                         # the other ranks wait for the shards
     return data.Shards(folder)
 
 
+def labels_of(annotations):
+    """What `annotate` returns -> the label of each clip: 1 good, 0 bad, None in between, as in the paper."""
+    labels = []
+    for good, bad in zip(annotations["qualified"].tolist(), annotations["unqualified"].tolist()):
+        if good:
+            labels.append(1)
+        elif bad:
+            labels.append(0)
+        else:
+            labels.append(None)
+    return labels
+
+
 def clean_clips(folder, model, count, size, seed, runtime):
-    """Shards of clean clips of the embedded world, through the same door as anybody's: mp4 files (of rank 0), then encoded
-    with the vae/ and text_encoder/ in `model` (by all ranks). Made once and kept in `folder`."""
-    clips, latents, mark = Path(folder) / "clips", Path(folder) / "latents", Path(folder) / "world.json"
+    """Shards of `count` clean clips of the embedded world. They are made once and kept in `folder`.
+
+    They go the same way as anybody's clips: rank 0 writes mp4 files, and `data.encode` encodes them, on all
+    ranks, with the vae/ and text_encoder/ in `model`. Raises InputError if `folder` was made with other
+    settings.
+    """
+    clips = Path(folder) / "clips"
+    latents = Path(folder) / "latents"
+    mark = Path(folder) / "world.json"                          # holds the settings
     settings = {"count": count, "size": size, "seed": seed}
     try:
         made_with = from_json(mark.read_text()) if mark.exists() else settings
@@ -98,26 +133,28 @@ def clean_clips(folder, model, count, size, seed, runtime):
     if made_with != settings:
         raise InputError(f"{folder}: was made with {made_with}; use another --output_dir, or remove it")
     require_world(model)
-    common.gather(None)                                         # every rank has looked
+    common.gather(None)                                         # until every rank has read the settings
     if runtime.rank == 0:
         lock.require_ours(folder, "curated", ("world.json",))
-        guard = lock.hold(folder, "curated")                    # noqa: F841   until this function ends
+        folder_lock = lock.hold(folder, "curated")              # noqa: F841   until this function ends
         runs.write_json(mark, settings)
         if not (clips / "metadata.jsonl").exists():
             main(Config(str(clips), count=count, seed=seed, kind="clean", world=size))
-    data.encode(data.Encode(str(clips), out=str(latents), vae=f"{model}/vae", text_encoder=f"{model}/text_encoder"), runtime)
-    common.gather(None)                                         # the others wait for the files
+    encode = data.Encode(str(clips), out=str(latents), vae=f"{model}/vae",
+                         text_encoder=f"{model}/text_encoder")
+    data.encode(encode, runtime)
+    common.gather(None)                                         # the other ranks wait for the shards
     return data.Shards(latents)
 
 
 # ---- the command
 @dataclass
 class Config:
-    folder: str = arg(..., "where clips and metadata.jsonl go", positional=True)
-    count: int = arg(1024, "clips", above=0)
-    seed: int = arg(0, "of clips and prompts", at_least=0)
-    kind: str = arg("mixture", "clean, mixture (of clean and flawed), flawed, or the name of one flaw")
-    world: str = arg("tiny", "size of the world", choices=tuple(scene.SIZES))
+    folder: str = arg(..., "new folder for the clips and metadata.jsonl", positional=True)
+    count: int = arg(1024, "number of clips", above=0)
+    seed: int = arg(0, "seed of clips and prompts", at_least=0)
+    kind: str = arg("mixture", "clean; flawed; mixture of both; or the name of one flaw of world/scene.py")
+    world: str = arg("tiny", "size of the clips, of world/scene.py's SIZES", choices=tuple(scene.SIZES))
 
 
 def main(config):
@@ -129,16 +166,20 @@ def main(config):
 
 
 def render(config):
-    rows, bar = [], common.progress(config.count, "render")
-    for start in range(0, config.count, 64):  # always 64, so that a larger count begins with the same clips
+    """Writes the clips and metadata.jsonl of `config`. Clips that are neither good nor bad have no label."""
+    rows = []
+    bar = common.progress(config.count, "render")
+    for start in range(0, config.count, 64):    # always 64, so that a larger count begins with the same clips
         seed = int(torch.randint(2 ** 31, (), generator=common.random_generator(config.seed, "world", start)))
         videos, prompts, _ = scene.make(64, seed, config.kind, config.world)
-        judged = annotate(videos, prompts)
+        labels = labels_of(annotate(videos, prompts))
         for i in range(min(64, config.count - start)):
-            name, good = f"clips/{start + i:06d}.mp4", int(judged["qualified"][i])
+            name = f"clips/{start + i:06d}.mp4"
             write_video(Path(config.folder) / name, videos[i], fps=8)
-            certain = good or judged["unqualified"][i]  # clips in between stay unlabelled, as in the paper
-            rows.append({"file_name": name, "prompt": prompts[i]} | ({"label": good} if certain else {}))
+            row = {"file_name": name, "prompt": prompts[i]}
+            if labels[i] is not None:
+                row["label"] = labels[i]
+            rows.append(row)
             bar.update()
     bar.close()
     write_rows(Path(config.folder) / "metadata.jsonl", rows)

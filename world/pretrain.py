@@ -1,26 +1,36 @@
-"""Stage 0: the shipped small weights, from nothing but the embedded world.
+"""Stage 0: trains the shipped small weights from random ones, on nothing but the embedded world.
 
-The VAE; then a text encoder, which learns to name the words of captions; then the base generator with the
-flow-matching loss of Eq. 2 on a mixture of clean and flawed clips, so that it makes both kinds, as generators trained
-on web video do.
+There are three stages, in this order:
+1. `vae`: the VAE.
+2. `text`: the text encoder, which learns to name the words of captions.
+3. `dit`: the base generator, with the flow-matching loss of Eq. 2. Its clips are a mixture of clean and
+   flawed ones, so that it makes both kinds, as generators trained on web video do.
 
-    python -m world.pretrain vae --output_dir runs/vae --max_train_steps 4500 --decay_steps 2500 --batch_size 32
-    python -m world.pretrain text --output_dir runs/text --max_train_steps 400 --decay_steps 200 --batch_size 64
-    python -m world.pretrain dit --vae runs/vae/vae --text_encoder runs/text/text_encoder --output_dir runs/base
+    python -m world.pretrain vae --output_dir runs/vae \\
+        --max_train_steps 4500 --decay_steps 2500 --batch_size 32
+    python -m world.pretrain text --output_dir runs/text \\
+        --max_train_steps 400 --decay_steps 200 --batch_size 64
+    python -m world.pretrain dit --output_dir runs/base \\
+        --vae runs/vae/vae --text_encoder runs/text/text_encoder
     python -m world.pretrain dit --preset tiny-i2v --init runs/base/transformer --output_dir runs/base_i2v ...
-    torchrun --nproc_per_node=8 -m world.pretrain dit --preset small-t2v --world small --vae ... --output_dir ...
+    torchrun --nproc_per_node=8 -m world.pretrain dit --preset small-t2v --world small --vae ... ...
 
-Every stage can be stopped at any time and continued with --resume latest. Muon on the matrices of the blocks and AdamW
-on the rest learns several times faster here than AdamW alone. The text encoder is trained first and then frozen: trained
-together with the generator it collapses, because a word cannot lower the generator's loss before the generator can draw
-what the word means (it told colours apart, but after 3,000 steps neither shapes nor directions).
+checkpoints/README.md has the commands of the shipped weights. Every stage can be stopped at any time and
+continued with `--resume latest`.
+
+Muon trains the matrices of the blocks and AdamW trains the rest. That learns several times faster here than
+AdamW alone. The text encoder is trained first and then frozen, because it collapses when it is trained
+together with the generator: a word cannot lower the generator's loss before the generator can draw what the
+word means. (After 3,000 steps such an encoder told colours apart, but neither shapes nor directions.)
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 """
 import copy
 import hashlib
+import itertools
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,7 +42,7 @@ import common
 import flow
 from common import InputError, arg
 from families import load_text_encoder, load_vae
-from formats import runs
+from formats import disk, runs
 from formats.video import from_pixels, to_pixels
 from formats.weights import SHIPPED, WEIGHTS, save_module, stream_tensors
 from model import PRESETS, VideoDiT, first_frame_condition, load_transformer
@@ -43,41 +53,51 @@ from world.vae import VideoVAE
 
 @dataclass
 class Config:
-    stage: str = arg(..., "what to train", choices=("vae", "text", "dit"), positional=True)
-    output_dir: str = arg("runs/pretrain", "run folder: metrics.jsonl, checkpoints, and the final weights")
-    vae: str = arg(str(SHIPPED["t2v"] / "vae"), "VAE folder", only="stage dit")
-    text_encoder: str = arg(str(SHIPPED["t2v"] / "text_encoder"), "text encoder folder", only="stage dit")
-    init: str | None = arg(None, "transformer folder to start from, in place of random weights; a text-to-video one may start "
-                           "tiny-i2v", only="stage dit")
-    preset: str = arg("tiny-t2v", "size and task of the DiT, whose contexts the text encoder makes",
-                      choices=tuple(p for p in PRESETS if "wan" not in p), only="stage text dit")
-    world: str = arg("tiny", "size of the world's clips", choices=tuple(scene.SIZES), only="stage vae dit")
-    clips: int = arg(131072, "clips rendered once and revisited epoch after epoch", above=0, only="stage vae dit")
+    stage: str = arg(..., "what to train: the VAE, the text encoder or the generator",
+                     choices=("vae", "text", "dit"), positional=True)
+    output_dir: str = arg("runs/pretrain", "run folder: metrics.jsonl, checkpoints and the final weights")
+    vae: str = arg(str(SHIPPED["t2v"] / "vae"), "folder of the VAE", only="stage dit")
+    text_encoder: str = arg(str(SHIPPED["t2v"] / "text_encoder"), "folder of the text encoder",
+                            only="stage dit")
+    init: str | None = arg(None, "transformer folder to start from; tiny-i2v can also start from a text-"
+                           "to-video one. Default: random weights", only="stage dit")
+    preset: str = arg("tiny-t2v", "size and task of the generator; the text encoder makes contexts for it",
+                      choices=tuple(name for name in PRESETS if "wan" not in name), only="stage text dit")
+    world: str = arg("tiny", "size of the clips, of world/scene.py's SIZES", choices=tuple(scene.SIZES),
+                     only="stage vae dit")
+    clips: int = arg(131072, "number of clips, rendered once and used in every epoch; vae: at most 16384",
+                     above=0, only="stage vae dit")
     max_train_steps: int = arg(20000, "optimizer steps", above=0)
-    batch_size: int = arg(128, "clips per step and rank", above=0)
-    muon_learning_rate: float = arg(0.02, "Muon's, for the matrices inside blocks", above=0, only="stage vae dit")
-    adam_learning_rate: float = arg(1.5e-3, "AdamW's, for everything else", above=0)
-    warmup_steps: int = arg(200, "steps of linear warm-up", at_least=0)
-    decay_steps: int = arg(6000, "last steps, over which both learning rates fall linearly to zero", at_least=0)
-    ema: float = arg(0.999, "decay of the averaged weights that are sampled and saved", at_least=0, at_most=1)
-    timestep_shift: float = arg(3.0, "t = s u / (1 + (s - 1) u), u ~ U(0,1): above 1, more of the noisy end", above=0,
-                                only="stage dit")
-    text_dropout: float = arg(0.1, "share of examples without text, for guidance", at_least=0, below=1, only="stage dit")
+    batch_size: int = arg(128, "clips (text: captions) per step and process", above=0)
+    muon_learning_rate: float = arg(0.02, "learning rate of Muon, for the matrices inside blocks", above=0,
+                                    only="stage vae dit")
+    adam_learning_rate: float = arg(1.5e-3, "learning rate of AdamW, for everything else", above=0)
+    warmup_steps: int = arg(200, "steps over which the learning rates rise linearly from zero", at_least=0)
+    decay_steps: int = arg(6000, "steps at the end over which the learning rates fall linearly to zero",
+                           at_least=0)
+    ema: float = arg(0.999, "decay of the averaged weights, which are the ones validated and saved",
+                     at_least=0, at_most=1)
+    timestep_shift: float = arg(3.0, "s in t = s u / (1 + (s - 1) u), u uniform in (0, 1); above 1, noisy "
+                                "times are drawn more often", above=0, only="stage dit")
+    text_dropout: float = arg(0.1, "share of examples that are trained without text, for guidance",
+                              at_least=0, below=1, only="stage dit")
     vae_dim: int = arg(128, "width of the VAE", above=0, only="stage vae")
-    kl_weight: float = arg(0.02, "weight of the KL term in the second half; a twentieth of it before", at_least=0,
-                           only="stage vae")
+    kl_weight: float = arg(0.02, "weight of the KL term in the second half of the steps; before, a twentieth "
+                           "of it", at_least=0, only="stage vae")
     mixed_precision: str = runs.precision_flag()
     checkpointing_steps: int = arg(500, "steps between checkpoints", above=0)
-    validation_steps: int = arg(1000, "steps between validations (qualified rate of 256 clips)", above=0)
+    validation_steps: int = arg(1000, "steps between validations; of vae and dit on 256 clips", above=0)
     resume_from_checkpoint: str | None = arg(None, "'latest' or a checkpoint folder", alias="resume")
-    seed: int = arg(0, "seed of weights, clips and draws", at_least=0)
+    seed: int = arg(0, "seed of weights, clips and random draws", at_least=0)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised by Newton-Schulz (Jordan et al., 2024), for weights of >= 2 dims.
+    """Momentum with an update that Newton-Schulz orthogonalises (Jordan et al., 2024), for weights of 2 or
+    more axes.
 
-    torch.optim.Muon takes matrices only and handles them one by one; this one flattens convolutions and batches
-    equal shapes, which on small networks is most of the cost.
+    torch.optim.Muon accepts only matrices and handles them one by one. This one also accepts convolutions,
+    which it flattens, and handles all weights of one shape at once. On small networks that saves most of the
+    time.
     """
 
     def __init__(self, params, lr, momentum=0.95):
@@ -88,9 +108,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             by_shape = {}
             for p in group["params"]:
-                state = self.state[p]
-                state.setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(state["momentum"], group["momentum"]).flatten(1)            # Nesterov
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(momentum, group["momentum"]).flatten(1)                    # Nesterov's
                 by_shape.setdefault(update.shape, []).append((p, update))
             for shape, members in by_shape.items():
                 updates = orthogonalise(torch.stack([update for _, update in members]))
@@ -100,31 +120,48 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(m):
-    """The nearest semi-orthogonal matrix of each [n, rows, columns], roughly: five quintic Newton-Schulz steps."""
+    """About the nearest semi-orthogonal matrix of each matrix of m [n, rows, columns], by five Newton-Schulz
+    steps."""
+    dtype = torch.float32
+    if runs.fast_precision() == "bf16":                         # which is precise enough
+        dtype = torch.bfloat16
     tall = m.shape[1] > m.shape[2]
-    x = (m.mT if tall else m).to(torch.bfloat16 if runs.fast_precision() == "bf16" else torch.float32)     # bf16 is enough
+    if tall:
+        m = m.mT
+    x = m.to(dtype)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.mT if tall else x
+    if tall:
+        x = x.mT
+    return x
 
 
 def make_optimizers(config, matrices, others):
-    """[AdamW for the rest, Muon for the matrices]."""
+    """-> [AdamW for `others`, Muon for `matrices`], two lists of parameters."""
     return [torch.optim.AdamW(others, lr=config.adam_learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
             Muon(matrices, lr=config.muon_learning_rate)]
 
 
 def learning_rate_factor(config, step):
-    """Warm-up, plateau, linear decay: a plateau can be prolonged by resuming with more steps."""
-    warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    return min(warmup, (config.max_train_steps - step) / max(1, config.decay_steps))
+    """Factor of both learning rates at a step: a linear rise, a plateau at 1, and a linear fall.
+
+    To prolong the plateau, resume with a larger --max_train_steps.
+    """
+    rise = (step + 1) / max(1, config.warmup_steps)
+    fall = (config.max_train_steps - step) / max(1, config.decay_steps)
+    return min(1.0, rise, fall)
 
 
 def train(config, modules, optimizers, loss_fn, validate, folders):
-    """The loop of every stage. modules: {name: module} to train; loss_fn(step) -> {"loss": ..., ...};
-    validate(averaged modules) -> metrics; folders: names of the modules that are also saved as weight folders."""
+    """The training loop of every stage. Returns the averaged modules {name: module}.
+
+    modules: {name: module} to train. optimizers: AdamW and, if there is a second one, Muon. loss_fn(step) ->
+    {"loss": the loss, other scalars to log}. validate(averaged modules, step) -> {metric: value}. folders:
+    the names of the modules that checkpoints also hold as folders of weights. Raises InputError if --resume
+    names a checkpoint of another stage.
+    """
     params = [p for module in modules.values() for p in module.parameters()]
     averaged = {name: copy.deepcopy(module).requires_grad_(False) for name, module in modules.items()}
     resume, state = runs.open_checkpoint(config)
@@ -143,10 +180,10 @@ def train(config, modules, optimizers, loss_fn, validate, folders):
     seconds = time.perf_counter()
 
     def save(step):
-        state = {"modules": {n: m.state_dict() for n, m in modules.items()},
-                 "averaged": {n: m.state_dict() for n, m in averaged.items()},
-                 "optimizers": [o.state_dict() for o in optimizers]}
-        writers = {n: (lambda path, m=averaged[n]: save_module(m, path)) for n in folders}
+        state = {"modules": {name: module.state_dict() for name, module in modules.items()},
+                 "averaged": {name: module.state_dict() for name, module in averaged.items()},
+                 "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+        writers = {name: partial(save_module, averaged[name]) for name in folders}
         runs.save_checkpoint(config.output_dir, step, writers, state, config, keep=2)
 
     for step in range(start, config.max_train_steps):
@@ -171,9 +208,13 @@ def train(config, modules, optimizers, loss_fn, validate, folders):
             metrics = validate(averaged, done)
         if done % 50 == 0 or metrics:
             now = time.perf_counter()
-            log.log(done, **losses, **metrics, grad_norm=norm, learning_rate_factor=factor, seconds=now - seconds)
-            bar.set_postfix({k: f"{float(v):.3f}" for k, v in {**losses, **metrics}.items() if k in
-                             ("loss", "qualified", "clean_pass")})
+            log.log(done, **losses, **metrics, grad_norm=norm, learning_rate_factor=factor,
+                    seconds=now - seconds)
+            shown = {}
+            for name, value in {**losses, **metrics}.items():
+                if name in ("loss", "qualified", "clean_pass"):
+                    shown[name] = f"{float(value):.3f}"
+            bar.set_postfix(shown)
         bar.update()
         if done % config.checkpointing_steps == 0 or done == config.max_train_steps:
             save(done)
@@ -182,27 +223,35 @@ def train(config, modules, optimizers, loss_fn, validate, folders):
 
 
 def save_final(config, runtime, averaged, names):
-    """The averaged weights, in half precision: what is shipped."""
-    for name in names if runtime.rank == 0 else ():
-        save_module(averaged[name], Path(config.output_dir) / name, torch.float16)
-        print(f"wrote {Path(config.output_dir) / name}")
+    """Writes the averaged weights of the modules `names` in half precision, as they are shipped."""
+    if runtime.rank > 0:
+        return
+    for name in names:
+        folder = Path(config.output_dir) / name
+        save_module(averaged[name], folder, torch.float16)
+        print(f"wrote {folder}")
 
 
-# ---------------------------------------------------------------------------------------------- VAE
-
+# ---- VAE
 def train_vae(config, runtime):
+    """The loss is the squared error of pixels, in which the subject counts ten times, plus a KL
+    divergence."""
     pool, prompts, _ = scene.make(min(config.clips, 16384), config.seed + 1000, "mixture", config.world)
     clean, clean_prompts, _ = scene.make(256, config.seed + 7, "clean", config.world, split="validation")
     vae = VideoVAE(dim=config.vae_dim).to(runtime.device)
-    inner = [p for n, p in vae.named_parameters() if p.ndim == 5 and p[0, 0].numel() > 1]       # not the 1x1x1 ends
-    rest = [p for p in vae.parameters() if all(p is not q for q in inner)]
+    kernels, others = [], []
+    for p in vae.parameters():
+        if p.ndim == 5 and p[0, 0].numel() > 1:                 # not the 1x1x1 convolutions at both ends
+            kernels.append(p)
+        else:
+            others.append(p)
     background = torch.tensor(scene.BACKGROUND, device=runtime.device).view(1, 3, 1, 1, 1) * 2 - 1
 
     def loss_fn(step):
         indices = runtime.indices(config.batch_size)
-        picked = torch.randint(len(pool), (config.batch_size * runtime.world_size,),
-                               generator=common.random_generator(config.seed, "vae", step))[indices]
-        video = from_pixels(pool[picked].to(runtime.device))                                    # [b, 3, F, H, W]
+        g = common.random_generator(config.seed, "vae", step)
+        picked = torch.randint(len(pool), (config.batch_size * runtime.world_size,), generator=g)[indices]
+        video = from_pixels(pool[picked].to(runtime.device))                                # [b, 3, F, H, W]
         with runtime.autocast():
             mean, logvar = vae.posterior(video)
             eps = common.noise(mean.shape[1:], config.seed, "posterior", step, indices).to(mean)
@@ -211,49 +260,62 @@ def train_vae(config, runtime):
         subject = ((video - background).abs().amax(1, keepdim=True) > 0.1).float()
         mse = ((decoded - video).square() * (1 + 9 * subject)).mean()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        weight = config.kl_weight * (0.05 if step < config.max_train_steps // 2 else 1.0)
+        weight = config.kl_weight
+        if step < config.max_train_steps // 2:
+            weight = config.kl_weight * 0.05
         return {"loss": 10 * mse + weight * kl, "mse": mse.detach(), "kl": kl.detach()}
 
     @torch.no_grad()
     def validate(averaged, step):
-        video = from_pixels(clean.to(runtime.device))
-        decoded = to_pixels(averaged["vae"].decode_raw(averaged["vae"].posterior(video)[0])).cpu()
-        judged = annotator.annotate(decoded, clean_prompts)
-        return {"clean_pass": judged["qualified"].float().mean().item(),
-                **{k: judged[k].quantile(0.99).item() for k in annotator.LIMITS}}
+        mean, _ = averaged["vae"].posterior(from_pixels(clean.to(runtime.device)))
+        annotations = annotator.annotate(to_pixels(averaged["vae"].decode_raw(mean)).cpu(), clean_prompts)
+        metrics = {"clean_pass": annotations["qualified"].float().mean().item()}
+        for name in annotator.LIMITS:
+            metrics[name] = annotations[name].quantile(0.99).item()
+        return metrics
 
-    averaged = train(config, {"vae": vae}, make_optimizers(config, inner, rest), loss_fn, validate, ("vae",))["vae"]
-    with torch.no_grad():                                        # per-channel statistics: latents of unit scale
-        means = torch.cat([averaged.posterior(from_pixels(pool[i:i + 256].to(runtime.device)))[0]
+    optimizers = make_optimizers(config, kernels, others)
+    averaged = train(config, {"vae": vae}, optimizers, loss_fn, validate, ("vae",))
+    vae = averaged["vae"]
+    with torch.no_grad():                               # statistics that give each latent channel unit scale
+        means = torch.cat([vae.posterior(from_pixels(pool[i:i + 256].to(runtime.device)))[0]
                            for i in range(0, min(len(pool), 4096), 256)])
-        averaged.config["latents_mean"] = means.mean((0, 2, 3, 4)).tolist()
-        averaged.config["latents_std"] = means.std((0, 2, 3, 4)).tolist()
-    save_final(config, runtime, {"vae": averaged}, ("vae",))
+        vae.config["latents_mean"] = means.mean((0, 2, 3, 4)).tolist()
+        vae.config["latents_std"] = means.std((0, 2, 3, 4)).tolist()
+    save_final(config, runtime, averaged, ("vae",))
 
 
-# ---------------------------------------------------------------------------------------------- text encoder
+# ---- text encoder
+def words_of(prompt):
+    return prompt.replace(",", "").split()
+
 
 def train_text(config, runtime):
+    """A linear head on the context says which words the caption has. The head is not saved."""
     preset = PRESETS[config.preset]
     text = TextEncoder(text_len=preset["text_len"], text_dim=preset["text_dim"]).to(runtime.device)
-    prompts = [sentence for sentences in scene.all_prompts("train").values() for sentence in sentences]
-    held = [sentence for sentences in scene.all_prompts("validation").values() for sentence in sentences]
-    words_of = lambda prompt: prompt.replace(",", "").split()
+    prompts = [*itertools.chain(*scene.all_prompts("train").values())]
+    held_out = [*itertools.chain(*scene.all_prompts("validation").values())]
     words = sorted({word for prompt in prompts for word in words_of(prompt)})
-    present = lambda batch: torch.tensor([[word in words_of(p) for word in words] for p in batch]).float()
+
+    def present(batch):
+        """Which of `words` each prompt has, 1 or 0: [b, words]"""
+        return torch.tensor([[word in words_of(prompt) for word in words] for prompt in batch]).float()
+
     head = nn.Linear(preset["text_len"] * preset["text_dim"], len(words)).to(runtime.device)
 
     def loss_fn(step):
-        picked = torch.randint(len(prompts), (config.batch_size * runtime.world_size,),
-                               generator=common.random_generator(config.seed, "text", step))[runtime.indices(config.batch_size)]
-        batch = [prompts[i] for i in picked.tolist()]
+        g = common.random_generator(config.seed, "text", step)
+        picked = torch.randint(len(prompts), (config.batch_size * runtime.world_size,), generator=g)
+        batch = [prompts[i] for i in picked[runtime.indices(config.batch_size)].tolist()]
         logits = head(text.encode(batch).flatten(1))                                            # [b, words]
         return {"loss": F.binary_cross_entropy_with_logits(logits, present(batch).to(runtime.device))}
 
     @torch.no_grad()
     def validate(averaged, step):
-        logits = averaged["head"](averaged["text_encoder"].encode(held).flatten(1)).cpu()
-        return {"held_out_sentences_right": ((logits > 0) == (present(held) > 0)).all(1).float().mean().item()}
+        logits = averaged["head"](averaged["text_encoder"].encode(held_out).flatten(1)).cpu()
+        right = ((logits > 0) == (present(held_out) > 0)).all(1)                                # every word
+        return {"held_out_sentences_right": right.float().mean().item()}
 
     optimizer = torch.optim.AdamW([*text.parameters(), *head.parameters()], lr=config.adam_learning_rate,
                                   betas=(0.9, 0.98), weight_decay=0.0)
@@ -262,41 +324,53 @@ def train_text(config, runtime):
     save_final(config, runtime, averaged, ("text_encoder",))
 
 
-# ---------------------------------------------------------------------------------------------- DiT
-
+# ---- generator
 @torch.no_grad()
 def world_latents(config, vae, runtime):
-    """Latents [n, c, f, h, w] (float16) and prompts of config.clips mixture clips; kept in the run folder."""
+    """Latents [n, c, f, h, w] (float16) and prompts of config.clips clips of the mixture, rounded up to whole
+    chunks.
+
+    Rank 0 makes the latents once and keeps them in the run folder.
+    """
     digest = hashlib.blake2b((Path(config.vae) / WEIGHTS).read_bytes(), digest_size=4).hexdigest()
-    path = Path(config.output_dir) / f"latents-{config.world}-{config.seed}-{config.clips}-{digest}.safetensors"
+    name = f"latents-{config.world}-{config.seed}-{config.clips}-{digest}.safetensors"
+    path = Path(config.output_dir) / name
     chunk = min(1024, config.clips)
     starts = range(0, config.clips, chunk)
-    prompts = [p for i in starts for p in scene.draw_prompts(chunk, config.seed + 100_000 + i + 1)]
+    prompts = []
+    for i in starts:
+        prompts += scene.draw_prompts(chunk, config.seed + 100_000 + i + 1)
     if not path.exists() and runtime.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         latents = []
         for i in common.progress(starts, "render and encode"):
             videos, drawn, _ = scene.make(chunk, config.seed + 100_000 + i, "mixture", config.world)
             assert drawn == prompts[i:i + chunk]
-            latents += [vae.encode(from_pixels(v.to(runtime.device))).half().cpu() for v in videos.split(128)]
+            for some in videos.split(128):
+                latents.append(vae.encode(from_pixels(some.to(runtime.device))).half().cpu())
         temporary = path.with_suffix(".tmp")
         stream_tensors({"latents": torch.cat(latents)}, temporary)
-        temporary.rename(path)
+        disk.put(temporary, path)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     return load_file(path)["latents"], prompts
 
 
 def widened(weights, in_dim):
-    """A text-to-video generator as the start of an image-to-video one, as Wan2.1's was: the patch embedding gets the
-    channels of the first frame, with zeros, so that both compute the same at first."""
-    patch = weights["patch_embedding.weight"]                                                   # [d, c, *patch]
-    weights["patch_embedding.weight"] = F.pad(patch, (0, 0) * 3 + (0, in_dim - patch.shape[1])) \
-        if in_dim > patch.shape[1] else patch
+    """Weights of a generator, with a patch embedding for `in_dim` channels.
+
+    An image-to-video generator can so start from a text-to-video one, as Wan2.1's did: the weights of the new
+    channels, those of the first frame, are zero, and at first both compute the same.
+    """
+    patch = weights["patch_embedding.weight"]                                               # [d, c, *patch]
+    missing = in_dim - patch.shape[1]
+    if missing > 0:
+        weights["patch_embedding.weight"] = F.pad(patch, (0, 0) * 3 + (0, missing))
     return weights
 
 
 def train_dit(config, runtime):
+    """Flow matching, Eq. 2, on latents of the mixture."""
     vae = load_vae(config.vae).to(runtime.device)
     latents, prompts = world_latents(config, vae, runtime)
     preset = PRESETS[config.preset]
@@ -307,59 +381,75 @@ def train_dit(config, runtime):
         except RuntimeError:
             raise InputError(f"--init {config.init}: not a {config.preset} transformer") from None
     text = load_text_encoder(config.text_encoder).to(runtime.device)
-    matrices = [p for n, p in dit.named_parameters() if n.startswith("blocks.") and p.ndim == 2]
-    chosen = set(map(id, matrices))
-    others = [p for p in dit.parameters() if id(p) not in chosen]
+    matrices, others = [], []
+    for name, p in dit.named_parameters():
+        if name.startswith("blocks.") and p.ndim == 2:
+            matrices.append(p)
+        else:
+            others.append(p)
     image_to_video = preset["model_type"] == "i2v"
-    world_batch = config.batch_size * runtime.world_size
-    held_prompts = scene.draw_prompts(256, config.seed + 5, split="validation")
-    held_clips = scene.make(256, config.seed + 5 - 1, "clean", config.world, split="validation")
+    global_batch = config.batch_size * runtime.world_size
+    # `make` draws its prompts with its seed + 1, so both lines have the same prompts.
+    held_out_prompts = scene.draw_prompts(256, config.seed + 5, split="validation")
+    held_out_clips, _, _ = scene.make(256, config.seed + 4, "clean", config.world, split="validation")
 
     distinct = sorted(set(prompts))
     number = {prompt: i for i, prompt in enumerate(distinct)}
     of_clip = torch.tensor([number[prompt] for prompt in prompts])                              # [n]
-    contexts = torch.cat([text.encode(distinct[i:i + 64]) for i in range(0, len(distinct), 64)])   # [prompts, l, d]
+    contexts = torch.cat([text.encode(distinct[i:i + 64]) for i in range(0, len(distinct), 64)])   # [p, l, d]
 
     def loss_fn(step):
         indices = runtime.indices(config.batch_size)
         g = common.random_generator(config.seed, "dit", step)
-        picked = torch.randint(len(latents), (world_batch,), generator=g)[indices]
-        # Stratified t: one draw in each of the batch's equal slices of (0, 1), in random order.
-        u = (torch.randperm(world_batch, generator=g) + torch.rand(world_batch, generator=g))[indices] / world_batch
-        keep = (torch.rand(world_batch, generator=g)[indices] >= config.text_dropout).to(runtime.device)
-        x0 = latents[picked].float().to(runtime.device)                                         # [b, c, f, h, w]
-        x1 = torch.randn(world_batch, *x0.shape[1:], generator=g)[indices].to(runtime.device)
+        picked = torch.randint(len(latents), (global_batch,), generator=g)[indices]
+        # Stratified times: (0, 1) is cut into as many equal slices as the batch has clips, and each clip gets
+        # a time from a slice of its own, in random order.
+        slices = torch.randperm(global_batch, generator=g)
+        u = (slices + torch.rand(global_batch, generator=g))[indices] / global_batch
+        keep = (torch.rand(global_batch, generator=g)[indices] >= config.text_dropout).to(runtime.device)
+        x0 = latents[picked].float().to(runtime.device)                                     # [b, c, f, h, w]
+        x1 = torch.randn(global_batch, *x0.shape[1:], generator=g)[indices].to(runtime.device)
         t = flow.shift_time(u, config.timestep_shift).to(runtime.device)
-        context = contexts[of_clip[picked].to(runtime.device)] * keep[:, None, None]             # [b, l, d]
+        context = contexts[of_clip[picked].to(runtime.device)] * keep[:, None, None]            # [b, l, d]
+        y = None
+        if image_to_video:
+            y = first_frame_condition(x0)
         with runtime.autocast():
-            v = dit(flow.add_noise(x0, x1, t), t, context, y=first_frame_condition(x0) if image_to_video else None)
+            v = dit(flow.add_noise(x0, x1, t), t, context, y=y)
         return {"loss": flow.flow_matching_loss(v, x0, x1)}
 
     @torch.no_grad()
     def validate(averaged, step):
+        y = None
         with runtime.autocast():
-            context = text.encode(held_prompts).float()
-            y = first_frame_condition(vae.encode(from_pixels(held_clips[0].to(runtime.device)))) if image_to_video \
-                else None
+            context = text.encode(held_out_prompts).float()
+            if image_to_video:
+                y = first_frame_condition(vae.encode(from_pixels(held_out_clips.to(runtime.device))))
             x1 = common.noise(latents.shape[1:], config.seed, "validation", 0, range(256)).to(runtime.device)
             x0 = flow.rollout(averaged["transformer"], x1, context, 16, y=y)
             videos = to_pixels(vae.decode(x0)).cpu()
-        judged = annotator.annotate(videos, held_prompts)
+        annotations = annotator.annotate(videos, held_out_prompts)
         if runtime.rank == 0:
-            stream_tensors({"videos": videos[:32].contiguous()}, Path(config.output_dir) / "samples.safetensors")
-        return {k: judged[k].float().mean().item() for k in ("qualified", "adherent", "speed")} \
-            | {"physical_ok": (judged["physical"] == 2).float().mean().item(),
-               "deformity_ok": (judged["deformity"] == 2).float().mean().item()} \
-            | {k: judged[k].median().item() for k in annotator.LIMITS}
+            path = Path(config.output_dir) / "samples.safetensors"
+            stream_tensors({"videos": videos[:32].contiguous()}, path)
+        metrics = {}
+        for name in ("qualified", "adherent", "speed"):
+            metrics[name] = annotations[name].float().mean().item()
+        for axis in annotator.AXES:
+            metrics[f"{axis}_ok"] = (annotations[axis] == 2).float().mean().item()
+        for name in annotator.LIMITS:
+            metrics[name] = annotations[name].median().item()
+        return metrics
 
-    averaged = train(config, {"transformer": dit}, make_optimizers(config, matrices, others), loss_fn, validate,
-                     ("transformer",))
+    optimizers = make_optimizers(config, matrices, others)
+    averaged = train(config, {"transformer": dit}, optimizers, loss_fn, validate, ("transformer",))
     save_final(config, runtime, averaged, ("transformer",))
 
 
 def main(config):
     runtime = common.setup(config.mixed_precision, config.seed)
-    {"vae": train_vae, "text": train_text, "dit": train_dit}[config.stage](config, runtime)
+    stages = {"vae": train_vae, "text": train_text, "dit": train_dit}
+    stages[config.stage](config, runtime)
     common.teardown()
 
 

@@ -1,11 +1,18 @@
-"""A disk that is full, or takes no files: one line that names the file, nothing half-written, and there is room again: on it goes.
+"""Disks that fail: full ones, a power loss, disks that cannot flush or lock, nodes without a common one.
 
-No file may grow past a limit, which is to a program what a full disk is."""
+One line names the file, nothing is half-written, and work goes on when there is room again. A full disk is simulated by a
+limit on the size of files."""
 import contextlib
+import dataclasses
+import errno
+import fcntl
 import json
+import os
 import resource
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +23,8 @@ import common
 import data
 import sample
 from common import InputError
-from formats import adapters, labels, lock, metadata, picture, runs, video
+from formats import adapters, disk, labels, lock, metadata, picture, runs, video
+from formats import weights as weights_of
 
 pytestmark = pytest.mark.usefixtures("cpu")
 
@@ -120,3 +128,292 @@ def test_pieces_of_two_ranks_that_do_not_fit(folder):
     run(script, argv)
     run(*command(folder, "sft", "roomy", "--max_train_steps", "4"))
     assert same(weights(folder, "sft", "full"), weights(folder, "sft", "roomy"))
+
+
+# ---- a power loss: only what was flushed is there
+class Recorder:
+    """Watches a folder: which content and which names of it were flushed, and are there after a power loss.
+
+    `os.fsync`, renames and removals are recorded; after each of them `look` is called with copies of the folder as a kill
+    (everything is there), a power loss (only what was flushed is), and two mixtures leave it: all names but only flushed
+    content, as when a disk writes names early; and the watched folder's own names as they were flushed, but what lies in its
+    subfolders removed already.
+    """
+
+    def __init__(self, root, place, look, monkeypatch):
+        self.root, self.place, self.look, self.seen = root, place, look, set()
+        self.content, self.names, self.handles = {}, {}, {}     # of each inode: what was flushed; handles keep inodes from reuse
+        self.points = 0
+        fsync = os.fsync
+
+        def flushed(handle):
+            fsync(handle)
+            self.record(handle)
+
+        monkeypatch.setattr(os, "fsync", self.watched(flushed))
+        for owner, name in ((os, "rename"), (os, "replace"), (os, "mkdir"), (shutil, "rmtree")):
+            monkeypatch.setattr(owner, name, self.watched(getattr(owner, name)))
+        self.paused = False
+
+    def watched(self, real):
+        def call(*args, **more):
+            found = real(*args, **more)
+            if not self.paused:
+                self.paused = True                              # copies are not recorded
+                self.check()
+                self.paused = False
+            return found
+        return call
+
+    def record(self, handle):
+        inode = os.fstat(handle).st_ino
+        self.handles.setdefault(inode, os.dup(handle))
+        if os.path.isdir(f"/proc/self/fd/{handle}"):
+            with os.scandir(handle) as entries:
+                self.names[inode] = {entry.name: entry.inode() for entry in entries}
+        else:
+            with open(f"/proc/self/fd/{handle}", "rb") as file:
+                self.content[inode] = file.read()
+
+    def check(self):
+        live_names, live_content = {}, {}
+        for folder, inner, outer in os.walk(self.root):
+            live_names[os.stat(folder).st_ino] = {name: os.lstat(f"{folder}/{name}").st_ino for name in inner + outer}
+            for name in outer:
+                path = f"{folder}/{name}"
+                live_content[os.stat(path).st_ino] = Path(path).read_bytes()
+            for path in (folder, *(f"{folder}/{name}" for name in outer)):
+                inode = os.stat(path).st_ino
+                if inode not in self.handles:
+                    self.handles[inode] = os.open(path, os.O_RDONLY)
+        top = os.stat(self.root).st_ino
+        states = ((live_names, live_content), (self.names, self.content), (live_names, self.content),
+                  (live_names | {top: self.names.get(top, {})}, live_content))
+        folders = live_names.keys() | self.names.keys()
+        for names, content in states:
+            self.points += 1
+            tree = self.tree(top, names, content, folders)
+            if tree in self.seen:
+                continue
+            self.seen.add(tree)
+            shutil.rmtree(self.place, ignore_errors=True)
+            self.place.mkdir()
+            for name, what in tree:
+                path = self.place / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.mkdir(exist_ok=True) if what is None else path.write_bytes(what)
+            self.look(self.place)
+
+    def tree(self, inode, names, content, folders, prefix=""):
+        """((path, bytes, or None of a folder), ...) below a folder."""
+        found = []
+        for name, inner in sorted(names.get(inode, {}).items()):
+            if inner in folders:
+                found.append((prefix + name, None))
+                found += self.tree(inner, names, content, folders, f"{prefix}{name}/")
+            else:
+                found.append((prefix + name, content.get(inner, b"")))
+        return tuple(found)
+
+
+@dataclasses.dataclass
+class Run:
+    output_dir: str = common.arg("run", "")
+    max_train_steps: int = common.arg(9, "")
+    resume_from_checkpoint: str | None = common.arg(None, "")
+
+
+def test_after_a_power_loss_the_newest_whole_checkpoint_is_found(tmp_path, monkeypatch):
+    """While checkpoints are written, replaced, pruned, set aside and brought back."""
+    (tmp_path / "run").mkdir()
+    promised, versions = [0], {}
+
+    def look(folder):
+        found = []
+        for home in (folder, *folder.glob("earlier-*")):
+            if runs.list_checkpoints(home):
+                path = runs.resolve_checkpoint(home, str(home))
+                state = runs.load_state(path)
+                assert (path / "model/w").read_bytes() in versions[state["step"]] and runs.read_args(path)
+                found.append(state["step"])
+        assert max(found, default=0) >= promised[0], (promised, sorted(str(path) for path in folder.rglob("*")))
+
+    recorder = Recorder(tmp_path / "run", tmp_path / "after", look, monkeypatch)
+    start = lambda **more: runs.start_run(Run(str(tmp_path / "run"), **more), 4 if more else None).folder_lock.close()
+
+    def save(step, content):
+        versions[step] = versions.get(step, []) + [content]
+        runs.save_checkpoint(tmp_path / "run", step, {"model": lambda path: (path / "w").write_bytes(content)}, {},
+                             Run(str(tmp_path / "run")), keep=2)
+        promised[0] = max(step, promised[0])
+
+    start()
+    for step in (1, 2, 3, 4, 4):
+        save(step, f"{step} {len(versions)}".encode())
+    start()
+    save(1, b"another run's")
+    aside, = (tmp_path / "run").glob("earlier-*")
+    start(resume_from_checkpoint=str(aside))
+    assert [step for step, _ in runs.list_checkpoints(tmp_path / "run")] == [3, 4]
+    assert recorder.points > 300 and len(recorder.seen) > 100
+
+
+@pytest.mark.parametrize("name, write", [
+    ("a.jsonl", lambda path, text: metadata.write_rows(path, [{"a": text}])),
+    ("a.json", lambda path, text: runs.write_json(path, text)),
+    ("a.safetensors", lambda path, text: adapters.write_adapters(path, {text: (torch.ones(9, 2), torch.ones(2, 9))})),
+    ("transformer", lambda path, text: weights_of.write_folder(path, {"a": text}, {"w": torch.ones(5)})),
+    ("reward", lambda path, text: weights_of.write_folder(path, {"a": text}, {"w": torch.ones(5)}))])
+def test_after_a_power_loss_a_file_is_the_old_or_the_new_one(tmp_path, monkeypatch, name, write):
+    """Of a folder the old one can be under another name. Once the writer has returned, it is the new one."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "whole").mkdir()
+    wanted, states = [], set()
+    read = lambda path: sorted((file.name, file.read_bytes()) for file in path.rglob("*")) if path.is_dir() else path.read_bytes()
+    for text in ("first", "second"):
+        write(tmp_path / "whole" / name, text)
+        wanted.append(read(tmp_path / "whole" / name))
+
+    def look(folder):
+        found = [path for path in (folder / name, folder / f"{name}{disk.REPLACED}") if path.exists()]
+        assert found or not states
+        if found:
+            states.add(wanted.index(read(found[0])))            # ValueError: neither of the two
+
+    recorder = Recorder(tmp_path / "run", tmp_path / "after", look, monkeypatch)
+    for n, text in enumerate(("first", "second")):
+        write(tmp_path / "run" / name, text)
+        top = os.stat(tmp_path / "run").st_ino
+        kept = dict(recorder.tree(top, recorder.names, recorder.content, recorder.names.keys()))
+        assert [kept[path] for path in sorted(kept) if kept[path]] == (
+            [content for _, content in wanted[n]] if isinstance(wanted[n], list) else [wanted[n]])
+    assert states == {0, 1}
+
+
+def test_an_answer_is_there_after_a_power_loss(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    recorder = Recorder(tmp_path / "run", tmp_path / "after", lambda folder: None, monkeypatch)
+    journal = labels.Journal(tmp_path / "run/labels.jsonl")
+    for n in range(3):
+        journal.append({"n": n})
+        top = os.stat(tmp_path / "run").st_ino
+        kept = dict(recorder.tree(top, recorder.names, recorder.content, recorder.names.keys()))
+        assert kept == {"labels.jsonl": "".join(f'{{"n": {k}}}\n' for k in range(n + 1)).encode()}
+
+
+# ---- disks that cannot flush, or have no locks
+def failing(number, folders_only):
+    fsync = os.fsync
+
+    def fails(handle):
+        if not folders_only or os.path.isdir(f"/proc/self/fd/{handle}"):
+            raise OSError(number, os.strerror(number))
+        fsync(handle)
+
+    return fails
+
+
+@pytest.mark.parametrize("number, folders_only", [
+    (errno.EINVAL, True), (errno.EIO, True), (errno.EACCES, True), (errno.EINVAL, False), (errno.ENOSYS, False),
+    (errno.EOPNOTSUPP, False)])
+def test_a_disk_that_cannot_flush_is_one_warning(tmp_path, monkeypatch, capsys, number, folders_only):
+    monkeypatch.setattr(disk, "_warned", set())
+    monkeypatch.setattr(os, "fsync", failing(number, folders_only))
+    runs.start_run(Run(str(tmp_path / "run")))
+    for step in (1, 2, 2):
+        runs.save_checkpoint(tmp_path / "run", step, {}, {}, Run(str(tmp_path / "run")))
+    labels.Journal(tmp_path / "labels.jsonl").append({"a": 1})
+    assert runs.load_state(runs.resolve_checkpoint(tmp_path / "run", "latest"))["step"] == 2
+    stderr = capsys.readouterr().err
+    assert stderr.count("\n") == 1 and stderr.startswith("warning: ") and "cannot flush (" in stderr, stderr
+
+
+@pytest.mark.parametrize("number, folders_only", [(errno.EIO, False), (errno.ENOSPC, False), (errno.ENOSPC, True)])
+def test_a_disk_that_fails_to_flush_what_was_written_is_an_error(tmp_path, monkeypatch, number, folders_only):
+    runs.start_run(Run(str(tmp_path / "run")))
+    runs.save_checkpoint(tmp_path / "run", 1, {}, {}, Run(str(tmp_path / "run")))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing(number, folders_only))
+        with pytest.raises(OSError, match="checkpoint-000002 could not be written; the last whole one is .*checkpoint-000001: "):
+            runs.save_checkpoint(tmp_path / "run", 2, {}, {}, Run(str(tmp_path / "run")))
+    assert runs.load_state(runs.resolve_checkpoint(tmp_path / "run", "latest"))["step"] == 1
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("number", (errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.EIO))
+def test_a_disk_without_locks_is_one_warning(tmp_path, monkeypatch, capsys, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(disk, "_warned", set())
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with lock.hold(tmp_path / "run"), lock.hold(tmp_path / "run"):
+        labels.Journal(tmp_path / "labels.jsonl").append({"a": 1})
+    stderr = capsys.readouterr().err
+    assert stderr.count("\n") == 1 and stderr.startswith("warning: ") and "has no locks (" in stderr, stderr
+
+
+# ---- nodes without a common disk
+NODES = """
+import json, os, sys
+rank = int(os.environ["RANK"])
+sys.path.insert(0, {root!r})
+sys.path.insert(0, {tests!r})
+import common, data, sample, train_align, train_reward
+from formats import disk
+common.setup()
+found = []
+def told(work):
+    before = sorted(map(str, __import__("pathlib").Path(".").rglob("*")))
+    try:
+        work()
+        said = None
+    except common.InputError as error:
+        said = str(error)
+    found.append([said, before == sorted(map(str, __import__("pathlib").Path(".").rglob("*")))])
+os.chdir(sys.argv[1])
+disk.require_shared("common/run", "--output_dir")
+disk.require_shared(os.path.join(sys.argv[1], "new/deep/run"), "--output_dir")
+os.chdir(f"node-{{rank}}")
+disk.PATIENCE = 0.2
+for name, argv in json.loads(sys.argv[2]):
+    script = sys.modules[name]
+    main, Config = data.COMMANDS["encode"] if name == "data" else (script.main, script.Config)
+    told(lambda: main(common.parse(Config, "", argv)))
+for flag in ("--samples_dir", "--curated_dir"):
+    told(lambda: disk.require_shared("there", flag))
+with open(f"said.json", "w") as file:
+    json.dump(found, file)
+common.teardown()
+"""
+
+
+def test_nodes_without_a_common_disk_are_told_before_they_work(folder, tmp_path):
+    """Two processes with working folders of their own; on a common one nothing is said. Nothing is left behind."""
+    (tmp_path / "driver.py").write_text(NODES.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    for node in ("node-0", "node-1"):
+        (tmp_path / node).mkdir()
+    (tmp_path / "node-0/there").mkdir()
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    jobs = []
+    for name in ("sft", "reward"):
+        script, argv = command(folder, name, "x")
+        argv[argv.index("--output_dir") + 1] = "runs/out"
+        jobs.append([script, argv])
+    jobs += [["sample", ["--prompts", str(tmp_path / "prompts.txt"), "--output_dir", "out"]],
+             ["sample", ["--prompt", "a red circle", "--num_videos", "2"]],
+             ["data", [str(tmp_path / "clips"), "--out", "latents"]], ["data", ["clips", "--out", str(tmp_path / "latents")]]]
+    (tmp_path / "node-0/clips").mkdir()
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           tmp_path / "driver.py", tmp_path, json.dumps(jobs)], env=ENV, capture_output=True, text=True,
+                          timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for node in ("node-0", "node-1"):
+        said = json.loads((tmp_path / node / "said.json").read_text())
+        assert all(unchanged for _, unchanged in said), said
+        flags = ("--output_dir runs/out", "--output_dir runs/out", "--output_dir out", "--output .", "--out latents",
+                 "clips: not every process sees this folder", "--samples_dir there", "--curated_dir there")
+        for (words, _), flag in zip(said, flags, strict=True):
+            assert words and flag in words and "disk that all nodes share" in words, (words, flag)
+    assert not [path for path in tmp_path.rglob("*") if "shared-" in path.name or path.name in ("common", "new")]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -19,7 +20,7 @@ import data
 import evaluate
 import sample
 from common import InputError
-from formats import colour, fingerprint, labels, lock, metadata, runs, video, weights
+from formats import colour, fingerprint, labels, lock, metadata, runs, shards, video, weights
 from study import parts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -178,16 +179,16 @@ def test_nothing_of_the_users_is_written_over(clips, tmp_path, capsys):
     dit = type("Dit", (), {"config": {"model_type": "t2v"}})
     for make in (lambda: world.own_samples(other, dit, weights.SHIPPED["t2v"], 2, 1, "tiny", 0, runtime),
                  lambda: world.clean_clips(other, weights.SHIPPED["t2v"], 2, "tiny", 0, runtime),
-                 lambda: evaluate.own(evaluate.Config(output_dir=str(other)), runtime),
+                 lambda: evaluate.lock_output_dir(evaluate.Config(output_dir=str(other)), runtime),
                  lambda: sample.start_folder(sample.Config("x", output_dir=str(other)), [])):
         with pytest.raises(InputError, match="not ours"):
             make()
     assert before == {path.name: path.read_bytes() for path in other.iterdir()}
-    with evaluate.own(evaluate.Config(output_dir=str(tmp_path / "mine")), runtime):         # and one writer at a time
+    with evaluate.lock_output_dir(evaluate.Config(output_dir=str(tmp_path / "mine")), runtime):         # and one writer at a time
         with pytest.raises(InputError, match=f"process {os.getpid()} on .* is writing there"):
-            evaluate.own(evaluate.Config(output_dir=str(tmp_path / "mine")), runtime)
+            evaluate.lock_output_dir(evaluate.Config(output_dir=str(tmp_path / "mine")), runtime)
     (tmp_path / "mine/table.md").touch()
-    evaluate.own(evaluate.Config(output_dir=str(tmp_path / "mine")), runtime).close()       # its own, once more
+    evaluate.lock_output_dir(evaluate.Config(output_dir=str(tmp_path / "mine")), runtime).close()       # its own, once more
     with pytest.raises(InputError, match="its path is not UTF-8: name another folder"):
         lock.require_ours(os.fsdecode(b"caf\xe9"), "shards")
 
@@ -197,7 +198,7 @@ def test_a_killed_first_run_can_be_continued(clips, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(data, "write_rows", die)                # a shard, and no list of it yet
+        patch.setattr(shards, "write_rows", die)                # a shard, and no list of it yet
         run("encode", clips, "--out", tmp_path / "out")
     run("encode", clips, "--out", tmp_path / "out")
     assert len(data.Shards(tmp_path / "out")) == 6
@@ -258,13 +259,13 @@ def test_encoders_are_known_by_their_content(clips, tmp_path, capsys, folder):
     assert "another vae" in refused(capsys, "encode", clips, "--out", out, "--vae", copy)
     dit = type("Dit", (), {"config": {"patch_size": (1, 2, 2), "text_len": 8, "text_dim": data.Shards(out).context_shape[1],
                                               "out_dim": 16, "image_dim": None, "model_type": "t2v", "dim": 192}})
-    data.Shards(out).require_fit(dit, shipped)
+    data.require_fit(data.Shards(out), dit, shipped)
     with pytest.raises(InputError, match="was encoded with another vae than .*: encode with --model"):
-        data.Shards(out).require_fit(dit, tmp_path / "model")
+        data.require_fit(data.Shards(out), dit, tmp_path / "model")
     capsys.readouterr()
     data.write_shards(tmp_path / "fast", torch.zeros(2, 16, 3, 4, 4), torch.zeros(2, 8, dit.config["text_dim"]), [0, 1],
                       ["a", "b"], fps=30.0, settings=data.Shards(out).settings)
-    data.Shards(tmp_path / "fast").require_fit(dit, shipped)
+    data.require_fit(data.Shards(tmp_path / "fast"), dit, shipped)
     assert "clips run at 30 frames per second, the model's own videos at 8" in capsys.readouterr().out
 
 
@@ -316,7 +317,7 @@ def test_check_finds_what_encode_refuses(clips, tmp_path, capsys):
     command = [sys.executable, ROOT / "data.py", "check", clips]
     done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii:strict"})
     lines = done.stdout.decode("ascii").splitlines()
-    assert done.returncode == 2 and b"Traceback" not in done.stderr and len(lines) == 10
+    assert done.returncode == 2 and b"Traceback" not in done.stderr and len(lines) == 11 and lines.pop().startswith("2 of 7 clips are copies of others, 0 share their prompt")
     for reason in ("File name too long", "0.mp4/a.mp4: there is no", "is not a file", "Too many levels",
                    "endless.mp4: damaged or not a video (it is empty)",
                    "new\\nline.mp4: there is no"):
@@ -508,17 +509,25 @@ def test_check_counts_what_fitting_does_to_the_clips(tmp_path, capsys):
 
 
 # ---- splits
+def stand_in(folder, labels, prompts=None, contents=None, copies=None):
+    """As much of Shards as a split takes; default: clips of one prompt, no two of them copies."""
+    n = len(labels)
+    return SimpleNamespace(folder=folder, labels=torch.as_tensor(labels), contents=contents or [None] * n,
+                           rows=[{"prompt": prompt} for prompt in prompts or ["x"] * n],
+                           copies=torch.arange(n) if copies is None else torch.as_tensor(copies))
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_the_holdout_is_stratified(tmp_path, seed):
     labels = torch.tensor([1] * 37 + [0] * 2)[torch.randperm(39, generator=torch.Generator().manual_seed(seed))]
-    shards = type("Shards", (), {"folder": tmp_path, "labels": torch.cat([labels, torch.tensor([-1, -1])])})
+    shards = stand_in(tmp_path, torch.cat([labels, torch.tensor([-1, -1])]))
     train, held = data.labelled_split(shards, 5, seed)
     assert len(held) == 5 and torch.equal(torch.cat([train, held]).sort().values, torch.arange(39))
     assert sorted(labels[held].tolist()) == [0, 1, 1, 1, 1] and (labels[train] == 0).sum() == 1
     assert torch.equal(data.labelled_split(shards, 5, seed)[1], held)
     shards.labels = torch.where(labels < 0, labels, 1 - labels)     # two good ones
     assert sorted(shards.labels[data.labelled_split(shards, 5, seed)[1]].tolist()) == [0, 0, 0, 0, 1]
-    shards.labels = torch.tensor([0, 1] * 50 + [1] * 100)       # a quarter is bad
+    shards = stand_in(tmp_path, [0, 1] * 50 + [1] * 100)        # a quarter is bad
     assert (shards.labels[data.labelled_split(shards, 40, seed)[1]] == 0).sum() == 10
 
 
@@ -526,7 +535,7 @@ def test_the_holdout_is_stratified(tmp_path, seed):
     ([1] * 9 + [0], 3, "1 clips are labelled 0; .* label more"), ([1, 0] * 5, 10, "leaves nothing .*try --holdout 2"),
     ([1, 0] * 5, 9, "2 to 8 can be held out.*try --holdout 2"), ([1, 0] * 5, 1, "2 to 8 can be held out")])
 def test_a_holdout_that_cannot_be_names_the_remedy(tmp_path, labels, holdout, wanted):
-    shards = type("Shards", (), {"folder": tmp_path, "labels": torch.tensor(labels)})
+    shards = stand_in(tmp_path, labels)
     with pytest.raises(InputError, match=wanted):
         data.labelled_split(shards, holdout, 0)
 
@@ -537,7 +546,7 @@ def test_each_fold_of_a_small_set_has_both_labels(tmp_path, labels, seed):
     labels = torch.tensor(labels)[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
     folds = []
     for fold in ("1/2", "2/2"):
-        shards = type("Shards", (), {"folder": tmp_path, "labels": labels, "__len__": lambda self: len(self.labels)})()
+        shards = stand_in(tmp_path, labels)
         folds.append(data.take_fold(shards, fold).labels)
         counts = [(folds[-1] == label).sum() for label in (0, 1)]
         assert all(count >= min(2, (labels == label).sum() // 2) for label, count in enumerate(counts))
@@ -550,7 +559,7 @@ def test_each_fold_of_a_small_set_has_both_labels(tmp_path, labels, seed):
 
 def test_labels_that_come_later_move_no_clip_to_another_fold(tmp_path):
     labels = torch.arange(200) % 2
-    before, after = (data.take_fold(type("Shards", (), {"labels": x, "__len__": lambda self: 200})(), "1/2").labels >= 0
+    before, after = (data.take_fold(stand_in(tmp_path, x), "1/2").labels >= 0
                      for x in (labels, labels.masked_fill(torch.arange(200) % 7 == 0, -1)))
     assert torch.equal(before & (torch.arange(200) % 7 != 0), after)
     assert before.sum() == 100 and before[:12].nonzero()[:, 0].tolist() == [1, 2, 3, 5, 6, 8, 9]     # for years

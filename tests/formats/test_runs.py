@@ -1,6 +1,9 @@
-"""formats/runs.py with the training scripts: a run that goes on is the same run or is refused; one writer; a disk that fails."""
+"""formats/runs.py: what a run does to its folder, and with the training scripts: a run that goes on is the same run or is
+refused; one writer; a disk that fails."""
+import dataclasses
 import io
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -14,12 +17,235 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import ENV, ROOT, command, metrics, one_line, run, same, weights, write_data
 
-from formats import fingerprint, lock, runs
+from common import InputError, arg
+from formats import disk, fingerprint, lock, runs
 from formats.video import write_video
 from formats.weights import WEIGHTS
 
 pytestmark = pytest.mark.usefixtures("cpu")
 
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    """What is flushed is test_disk.py's; here it would only cost time."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+# ---- what a run does to its folder, with a script of a few lines
+@dataclasses.dataclass
+class Config:
+    output_dir: str = arg("run", "run folder")
+    learning_rate: float = arg(1e-4, "rate")
+    max_train_steps: int = arg(4, "steps")
+    lora: str | None = arg(None, "a file")
+    fsdp_group_size: int = arg(0, "a flag that had another name")
+    resume_from_checkpoint: str | None = arg(None, "where from")
+
+
+def play(folder, **flags):
+    """A run that writes all that our scripts write, each file with the rate and the step."""
+    config = Config(str(folder), **flags)
+    path, state = runs.open_checkpoint(config)
+    log = runs.start_run(config, state["step"] if path else None)
+    write = lambda name, step: (lambda path: (path / name).write_text(f"{config.learning_rate} {step}"))
+    for step in range(state["step"] + 1, config.max_train_steps + 1):
+        log.log(step, rate=config.learning_rate)
+        (folder / "samples").mkdir(exist_ok=True)
+        write(f"step-{step}.png", step)(folder / "samples")
+        if step % 2 == 0:
+            runs.save_checkpoint(folder, step, {"transformer": write("w", step)}, {}, config)
+        best = folder / "best.tmp"
+        best.mkdir()
+        runs.write_json(best / "best.json", {"step": step})
+        disk.put(best, folder / "best")
+    for name in ("transformer", "reward"):
+        (folder / name).mkdir(exist_ok=True)
+        write("w", config.max_train_steps)(folder / name)
+    write("report.json", 0)(folder)
+    write("pytorch_lora_weights.safetensors", 0)(folder)
+    log.file.close()
+    log.folder_lock.close()
+
+
+def files(folder, but=("earlier-", ".lock")):
+    """{path: bytes}, without what begins with one of `but`."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file() and not str(path.relative_to(folder)).startswith(but)}
+
+
+def without_args(found):
+    return {name: content for name, content in found.items() if not name.endswith("args.json")}
+
+
+def test_a_fresh_run_sets_everything_of_the_earlier_one_aside_and_it_comes_back(tmp_path, capsys):
+    folder, alone = tmp_path / "run", tmp_path / "alone"
+    play(folder)
+    first = files(folder)
+    for name in ("curated/world.json", "curated/.lock", "notes.txt", "inner/args.json", "latents-1.safetensors"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("kept")
+    capsys.readouterr()
+    play(folder, learning_rate=2e-4)
+    aside, = folder.glob("earlier-*")
+    assert capsys.readouterr().out == (f"{folder} held an earlier run. It is now {aside}; to go back to it, give its flags and "
+                                       f"--resume {aside}\n")
+    play(alone, learning_rate=2e-4)
+    kept = {"curated/world.json", "notes.txt", "inner/args.json", "latents-1.safetensors", "curated/.lock"}
+    assert files(aside) == first and len(first) == 17
+    assert without_args(files(folder)).keys() - kept == without_args(files(alone)).keys()
+    assert all(files(folder)[name] == content for name, content in without_args(files(alone)).items())
+    # back to the first, as if the second had never been, with two steps more; and back to the second
+    play(folder, resume_from_checkpoint=str(aside), max_train_steps=6)
+    again, = folder.glob("earlier-*")
+    assert again != aside and without_args(files(again)) == without_args(files(alone))
+    shutil.rmtree(alone)
+    play(alone, max_train_steps=6)
+    assert without_args(files(folder).items() - [(name, b"kept") for name in kept] and {
+        name: content for name, content in files(folder).items() if name not in kept}) == without_args(files(alone))
+    play(folder, resume_from_checkpoint=again.name, learning_rate=2e-4)
+    assert "2e-4" not in capsys.readouterr().err and (folder / "transformer/w").read_text() == "0.0002 4"
+
+
+def test_an_earlier_run_is_a_run_folder_of_its_own(tmp_path):
+    play(tmp_path / "run")
+    play(tmp_path / "run", learning_rate=2e-4)
+    aside, = (tmp_path / "run").glob("earlier-*")
+    play(aside, resume_from_checkpoint="latest", max_train_steps=6)
+    play(tmp_path / "alone", max_train_steps=6)
+    assert without_args(files(aside)) == without_args(files(tmp_path / "alone"))
+    play(tmp_path / "other", resume_from_checkpoint=str(aside), max_train_steps=8)      # the folder that it is read from stays
+    assert (aside / "checkpoint-000006").is_dir() and (tmp_path / "other/checkpoint-000008").is_dir()
+
+
+def test_a_checkpoint_of_another_folder_sets_the_run_that_is_there_aside(tmp_path, capsys):
+    play(tmp_path / "a", max_train_steps=2)
+    play(tmp_path / "b")
+    before = files(tmp_path / "b")
+    play(tmp_path / "b", resume_from_checkpoint=str(tmp_path / "a"), max_train_steps=3)
+    aside, = (tmp_path / "b").glob("earlier-*")
+    assert files(aside) == before
+    assert [step for step, _ in runs.read_metrics(tmp_path / "b/metrics.jsonl")] == [3]
+    assert f"It is now {aside}" in capsys.readouterr().out
+
+
+def test_going_back_to_an_older_checkpoint_sets_the_later_ones_aside(tmp_path, capsys):
+    folder = tmp_path / "run"
+    play(folder, max_train_steps=6)
+    capsys.readouterr()
+    play(folder, resume_from_checkpoint="checkpoint-000002", learning_rate=2e-4)
+    aside, = folder.glob("earlier-*")
+    assert f"{folder}: what the run made after step 2 is now {aside}; to go back to step 6, give --resume {aside}" \
+        in capsys.readouterr().out
+    assert [step for step, _ in runs.list_checkpoints(folder)] == [2, 4]
+    assert [step for step, _ in runs.list_checkpoints(aside)] == [4, 6]
+    assert json.loads((aside / "best/best.json").read_text()) == {"step": 6} and (aside / "transformer/w").is_file()
+    assert [step for step, _ in runs.read_metrics(aside / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    play(folder, resume_from_checkpoint=str(aside), max_train_steps=8)
+    assert [json.loads(line)["rate"] for _, line in runs.read_metrics(folder / "metrics.jsonl")] == 8 * [1e-4]
+
+
+@pytest.mark.parametrize("then", ("fresh", "latest", "back"))
+def test_a_kill_while_a_run_is_moved_loses_nothing(tmp_path, monkeypatch, then):
+    """At each rename of setting aside (and of coming back): the next start finishes it, or brings the run back."""
+    play(tmp_path / "whole")
+    if then == "back":
+        play(tmp_path / "whole", learning_rate=2e-4)
+    rename, at = os.rename, 0
+    while True:
+        folder, calls = tmp_path / f"run-{at}", []
+        shutil.copytree(tmp_path / "whole", folder)
+        first = files(next(iter(folder.glob("earlier-*")), folder))
+
+        def die(*paths):
+            calls.append(paths)
+            if len(calls) == at + 1:
+                raise KeyboardInterrupt
+            rename(*paths)
+
+        flags = {"resume_from_checkpoint": "latest", "max_train_steps": 4}
+        if then == "back":
+            flags["resume_from_checkpoint"] = next(iter(folder.glob("earlier-*"))).name
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "rename", die)
+            try:
+                runs.start_run(Config(str(folder), **(flags if then == "back" else {})), 4 if then == "back" else None)
+                break                                           # all renames have been interrupted
+            except KeyboardInterrupt:
+                at += 1
+        if then == "fresh":
+            play(folder)
+            aside, = folder.glob("earlier-*")
+            assert files(aside) == first
+        elif then == "latest":
+            if not list(folder.glob("earlier-*[0-9]")):         # else it was done
+                play(folder, **flags)
+                assert without_args(files(folder)) == without_args(first) and not list(folder.glob("earlier-*"))
+        else:
+            found = [path for path in folder.rglob("checkpoint-*") if (path / "train_state.pt").is_file()]
+            assert len(found) == 4 and len(list(folder.rglob("best.json"))) == 2
+    assert at > 8
+
+
+def test_latest_of_nothing_starts(tmp_path, capsys):
+    """As in a queue's script, that is started again and again."""
+    for n, step in enumerate((2, 4)):
+        play(tmp_path / "deep/run", resume_from_checkpoint="latest", max_train_steps=step)
+        said = f"--resume latest: there is no checkpoint in {tmp_path}/deep/run yet, so the run starts afresh"
+        assert (said in capsys.readouterr().out) == (n == 0)
+    play(tmp_path / "alone")
+    assert without_args(files(tmp_path / "deep/run")) == without_args(files(tmp_path / "alone"))
+    (tmp_path / "early").mkdir()
+    runs.start_run(Config(str(tmp_path / "early")))             # killed before its first step
+    play(tmp_path / "early", resume_from_checkpoint="latest")
+    assert not list((tmp_path / "early").glob("earlier-*"))
+    for spec in (str(tmp_path / "nowhere"), "checkpoint-000009"):
+        with pytest.raises(InputError, match="there is no .*train_state.pt"):
+            play(tmp_path / "early", resume_from_checkpoint=spec)
+
+
+def test_a_run_does_not_move_what_it_reads(tmp_path):
+    play(tmp_path / "run")
+    before = files(tmp_path / "run")
+    for name in ("pytorch_lora_weights.safetensors", "transformer/w", "best"):
+        with pytest.raises(InputError, match=f"--lora .*{name}: belongs to the run in --output_dir"):
+            play(tmp_path / "run", lora=str(tmp_path / "run" / name))
+    assert files(tmp_path / "run") == before
+
+
+def test_old_names_of_flags_are_understood(tmp_path):
+    play(tmp_path / "run", max_train_steps=2)
+    for path in (tmp_path / "run/args.json", tmp_path / "run/checkpoint-000002/args.json"):
+        args = json.loads(path.read_text())
+        path.write_text(json.dumps({"shard_size" if name == "fsdp_group_size" else name: value for name, value in args.items()}))
+    play(tmp_path / "run", resume_from_checkpoint="latest")
+    assert "fsdp_group_size" in runs.read_args(tmp_path / "run") and "shard_size" not in runs.read_args(tmp_path / "run")
+
+
+@pytest.mark.parametrize("where, code", [
+    ("import", "raise TypeError('its metaclass\\nis broken')"), ("import", "raise ImportError('libfoo.so')"),
+    ("import", "import a_module_that_nobody_has"), ("start", "raise TypeError('protobuf')"),
+    ("log", "raise AttributeError('np.bool')")])
+def test_a_broken_tensorboard_is_one_warning(tmp_path, monkeypatch, capsys, where, code):
+    (tmp_path / "site/tensorboard").mkdir(parents=True)
+    (tmp_path / "site/tensorboard/__init__.py").write_text(code if where == "import" else "")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    for name in [name for name in sys.modules if name.split(".")[0] == "tensorboard" or name.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(disk, "_warned", set())
+    if where != "import":
+        def broken(*args, **more):
+            exec(code)
+        board = SimpleNamespace(add_scalar=broken, flush=lambda: None)
+        writer = broken if where == "start" else lambda *args, **more: board
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=writer))
+    for rate in (1e-4, 2e-4):
+        play(tmp_path / "run", learning_rate=rate)
+    stderr = capsys.readouterr().err
+    assert stderr.count("\n") == 1 and stderr.startswith("warning: TensorBoard cannot be used ("), stderr
+    assert len(runs.read_metrics(tmp_path / "run/metrics.jsonl")) == 4
+
+
+# ---- the same run, or another
 
 @pytest.fixture(scope="module")
 def started(folder):

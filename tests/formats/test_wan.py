@@ -186,7 +186,7 @@ def test_a_model_brings_its_encoders_and_refuses_shards_of_others(pipelines, cli
     assert all(torch.equal(a[name], b[name]) for name in shards.shapes) and shards.settings == by_name.settings
 
     dit = load_transformer(pipeline)
-    shards.require_fit(dit, pipeline)
+    data.require_fit(shards, dit, pipeline)
     for role in encoders.find_encoders(pipeline):
         other = shutil.copytree(pipeline, tmp_path / role)
         path = next((other / role).glob("*.safetensors"))
@@ -194,15 +194,18 @@ def test_a_model_brings_its_encoders_and_refuses_shards_of_others(pipelines, cli
         name = sorted(tensors)[-1]
         save_file(tensors | {name: tensors[name] + 1}, path, {"format": "pt"})
         with pytest.raises(InputError, match=f"was encoded with another {role} than .*: encode with --model"):
-            shards.require_fit(dit, other)
+            data.require_fit(shards, dit, other)
         with pytest.raises(SystemExit):
             run(train_reward, "--model", other, "--data", tmp_path / "model", "--output_dir", tmp_path / "run", "--holdout", 4,
                 *SHORT)
     assert not (tmp_path / "run").exists()
     if kind == "t2v":                                           # as of a Wan2.2 model: first frame, and no image tokens
-        i2v = type("Dit", (), {"config": load_transformer(pipelines / "i2v").config | {"image_dim": None}})
+        config = load_transformer(pipelines / "i2v").config
+        with pytest.raises(InputError, match="i2v .* without CLIP tokens is of a family that is not supported"):
+            shards.require_fit(type("Dit", (), {"config": config | {"image_dim": None}}), pipeline)
+        shards.require = lambda *_: None                        # it has tokens, and lacks the first frame alone
         with pytest.raises(InputError, match="lacks the given first frame as Wan2.1's .* takes it: encode with --model"):
-            shards.require_fit(i2v, pipeline)
+            data.require_fit(shards, type("Dit", (), {"config": config}), pipeline)
 
 
 @pytest.mark.parametrize("module", [train_reward, train_align])

@@ -1,4 +1,5 @@
-"""study/why.py: without a variant it is train_align.py bit for bit; each variant by hand; a resumed average is the same."""
+"""study/why.py: without a variant it is train_align.py bit for bit; each variant by hand; a resumed average
+is the same."""
 import json
 import shutil
 
@@ -21,9 +22,10 @@ N = 6
 
 
 def run(script, folder, output, *flags):
-    common.cli(script.main, script.Config, "", [
-        *flags, "--curated_dir", str(folder / "curated"), "--num_curated", "16", "--batch_size", "4", "--max_train_steps", "2",
-        "--num_validation", "0", "--checkpointing_steps", "1", "--output_dir", str(folder / output)])
+    common.cli(script.main, script.Config, "",
+               [*flags, "--curated_dir", str(folder / "curated"), "--num_curated", "16", "--batch_size", "4",
+                "--max_train_steps", "2", "--num_validation", "0", "--checkpointing_steps", "1",
+                "--output_dir", str(folder / output)])
     return load_file(folder / output / "transformer" / WEIGHTS)
 
 
@@ -32,20 +34,23 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("why")
 
 
-@pytest.mark.parametrize("flags", ["--rewarded_step per_video --rollout_passes 4 --reward_loss logsigmoid",
-                                   "--rewarded_step per_batch --rollout_passes 0 --reward_loss linear --max_grad_norm .1"])
+@pytest.mark.parametrize("flags", ["--rollout_passes 4 --reward_loss logsigmoid --lr_scheduler linear",
+                                   "--rollout_passes 0 --reward_loss linear --max_grad_norm .1"])
 def test_without_a_variant_it_is_train_align(folder, cpu, flags):
-    ours, theirs = (run(script, folder, f"same-{script.__name__}", *flags.split()) for script in (why, train_align))
+    ours, theirs = (run(script, folder, f"same-{script.__name__}", *flags.split())
+                    for script in (why, train_align))
     assert same(ours, theirs)
 
 
 def test_a_resumed_average_is_the_uninterrupted_one(folder, cpu):
     whole = run(why, folder, "ema", "--variant", "ema", "--strength", ".5")
     shutil.copytree(folder / "ema/checkpoint-000001", folder / "ema-resumed/checkpoint-000001")
-    assert same(run(why, folder, "ema-resumed", "--variant", "ema", "--strength", ".5", "--resume", "latest"), whole)
+    assert same(run(why, folder, "ema-resumed", "--variant", "ema", "--strength", ".5", "--resume", "latest"),
+                whole)
     first, last = (load_file(folder / f"ema/checkpoint-00000{k}/transformer" / WEIGHTS) for k in (1, 2))
     trained = torch.load(folder / "ema/checkpoint-000002/train_state.pt", weights_only=True)["model"]
-    assert all(torch.allclose(last[name], (first[name] + x.view_as(first[name])) / 2, atol=1e-6) for name, x in trained.items())
+    assert all(torch.allclose(last[name], (first[name] + x.view_as(first[name])) / 2, atol=1e-6) for name,
+               x in trained.items())
 
 
 def test_an_adamw_for_each_kind_of_update(folder, cpu):
@@ -67,17 +72,19 @@ def test_an_adamw_for_each_kind_of_update(folder, cpu):
             for p, g in zip(model.parameters(), update):
                 p.grad = g
             optimizers[i % count].step()
-        assert len(gradients) == 4 and all(torch.allclose(found[name], p, atol=1e-7) for name, p in model.state_dict().items())
+        assert len(gradients) == 4 and all(torch.allclose(found[name], p, atol=1e-7) for name,
+                                           p in model.state_dict().items())
 
 
 def test_bad_flags_are_one_line(folder, cpu, capsys):
     with pytest.raises(SystemExit) as stop:
         run(why, folder, "bad", "--variant", "exact_last", "--strength", "1")
-    assert stop.value.code == 2 and capsys.readouterr().err == (
-        "error: --strength means nothing with --variant exact_last: leave it out\n") and not (folder / "bad").exists()
+    assert stop.value.code == 2 and capsys.readouterr().err == ("error: --strength means nothing with "
+        "--variant exact_last: leave it out\n") and not (folder / "bad").exists()
 
 
-@pytest.mark.parametrize("variant, strength", [("ema", "1"), ("ema", "0"), ("noise", "0"), ("pull", "0"), ("words", "1")])
+@pytest.mark.parametrize("variant, strength",
+                         [("ema", "1"), ("ema", "0"), ("noise", "0"), ("pull", "0"), ("words", "1")])
 def test_a_strength_that_changes_nothing_is_refused(folder, cpu, capsys, variant, strength):
     with pytest.raises(SystemExit):
         run(why, folder, "bad", "--variant", variant, "--strength", strength)
@@ -103,9 +110,11 @@ def test_one_run_in_a_folder_that_is_its_own(folder, cpu, capsys):
 def test_other_words():
     g, prompt = torch.Generator().manual_seed(0), "a red circle moving to the right"
     made = [why.other_words(prompt, 0.15, g).split() for _ in range(2000)]
-    assert all(words and len(set(words)) == len(words) and set(words) <= set(prompt.split()) for words in made)
+    assert all(words and len(set(words)) == len(words) and set(words) <= set(prompt.split())
+               for words in made)
     assert sum(map(len, made)) / 2000 / 7 == pytest.approx(0.85, abs=0.01)
-    assert 0.05 < sum(words[0] == "right" for words in made) / 2000 < 0.25 and why.other_words("red", 0.99, g) == "red"
+    assert 0.05 < sum(words[0] == "right"
+                      for words in made) / 2000 < 0.25 and why.other_words("red", 0.99, g) == "red"
 
 
 def test_words_reach_both_updates(folder, cpu, monkeypatch):
@@ -121,20 +130,23 @@ def test_words_reach_both_updates(folder, cpu, monkeypatch):
     asked = []
     monkeypatch.setattr(why, "other_words", lambda prompt, share, g: asked.append((prompt, share)) or "x")
     assert (np.abs(losses("words-x", "--variant", "words") - none) > 0.01).all()
-    assert len(asked) == 2 * 2 * 4 and {share for _, share in asked} == {0.15}           # iterations, updates, batch
+    assert len(asked) == 2 * 2 * 4 and {share for _, share in asked} == {0.15}    # iterations, updates, batch
 
 
 @pytest.fixture
 def parts():
-    """(policy, the generator as it was, PAVRM), float64; x_T, curated x0 and noise [3, ...]; contexts; steps."""
+    """(policy, the generator as it was, PAVRM), float64; x_T, curated x0 and noise [3, ...]; contexts;
+    steps."""
     torch.manual_seed(0)
-    tiny = dict(in_dim=4, out_dim=4, dim=24, ffn_dim=32, num_heads=2, num_layers=2, freq_dim=16, text_dim=8, text_len=3)
+    tiny = dict(in_dim=4, out_dim=4, dim=24, ffn_dim=32, num_heads=2, num_layers=2, freq_dim=16, text_dim=8,
+                text_len=3)
     models = [VideoDiT(**tiny) for _ in range(2)]
     for dit in models:
         torch.nn.init.normal_(dit.head.head.weight, std=0.2)
     pavrm = PAVRM.from_generator(models[1], 1).freeze()
     x_T, x0, eps = torch.randn(3, 3, 4, 2, 2, 2, dtype=torch.float64)
-    return [m.double() for m in (*models, pavrm)], x_T, x0, eps, torch.randn(3, 3, 8, dtype=torch.float64), torch.tensor([1, 4, 6])
+    return [m.double() for m in (*models, pavrm)], x_T, x0, eps, torch.randn(3, 3, 8,
+        dtype=torch.float64), torch.tensor([1, 4, 6])
 
 
 def start(parts, variant, passes=0, strength=None):
@@ -153,8 +165,8 @@ def euler(policy, x, context, stops):
 def test_where_the_rewarded_step_starts(parts):
     (policy, _, _), x_T, x0, eps, context, _ = parts
     every = {1: [0], 4: [0, 1, 2, 3], 6: [0, 1, 2, 3, 4, 5]}
-    coarse = {1: [0], 4: [0, 2, 3], 6: [0, 2, 4, 5]}                    # strides of two; the last pass is exact anyway
-    exact_last = {1: [0], 4: [0, 2, 3], 6: [0, 3, 4, 5]}                # strides of three up to the step before, then one
+    coarse = {1: [0], 4: [0, 2, 3], 6: [0, 2, 4, 5]}           # strides of two; the last pass is exact anyway
+    exact_last = {1: [0], 4: [0, 2, 3], 6: [0, 3, 4, 5]}    # strides of three up to the step before, then one
     by_hand = lambda routes: torch.cat([euler(policy, x_T[i:i + 1], context[i:i + 1], route)
                                         for i, route in enumerate(routes.values())])
     close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -182,4 +194,22 @@ def test_pull_and_ceiling(parts):
     loss, same_r = update("ceiling", middle)
     assert torch.equal(same_r, r) and loss.item() == pytest.approx(-r.clamp(max=middle).mean().item())
     low = update("ceiling", r.min().item() - 1)[0]
-    assert all(g is None or not g.any() for g in torch.autograd.grad(low, list(policy.parameters()), allow_unused=True))
+    assert all(g is None or not g.any()
+               for g in torch.autograd.grad(low, list(policy.parameters()), allow_unused=True))
+
+
+# ---- a step for each video
+@pytest.mark.parametrize("B", [1, 7, 32, 80])
+def test_steps_per_video_are_spread_evenly(B):
+    for iteration in range(50):
+        steps = sorted(why.draw_steps(0, iteration, 40, B).tolist())
+        for j, step in enumerate(steps):                                # one in each of B equal stretches
+            assert 1 + j * 40 // B <= step <= -(-(j + 1) * 40 // B), (iteration, j)
+
+
+def test_steps_per_video_depend_on_seed_and_iteration_only():
+    drawn = lambda seed, iteration: why.draw_steps(seed, iteration, 16, 32).tolist()
+    torch.manual_seed(3)
+    first = drawn(0, 5)
+    torch.manual_seed(4)
+    assert drawn(0, 5) == first and drawn(1, 5) != first and drawn(0, 6) != first

@@ -1,0 +1,115 @@
+"""What was written stays: after a kill, and after a power loss.
+
+A rename makes a file whole or not there at all, which is enough for a kill. After a power loss a disk may have kept the
+new name and lost the content, or lost the name. So content is flushed first, then renamed, and then the folder that holds
+the name is flushed. Some file systems cannot flush a folder, and some have no locks: that is said once, and work goes on.
+"""
+import errno
+import os
+import secrets
+import shutil
+import socket
+import sys
+import time
+from pathlib import Path
+
+from common import InputError, gather, rank
+
+# A flush that fails with one of these is not supported; one of a folder may fail with any other but the second line's.
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+REPLACED = ".replaced"                                          # end of the name of a folder while another takes its place
+PATIENCE = 3.0                                                  # seconds in which a network disk shows a new file to others
+
+_warned = set()
+
+
+def warn_once(about, message):
+    """Prints a warning on stderr, one for each `about` and process."""
+    if about not in _warned:
+        _warned.add(about)
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def flush(path):
+    """Returns when the file or folder is on the disk. Raises OSError, which names it, if the disk is full or fails; where
+    the file system cannot flush, it warns once."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        if not Path(path).is_dir():
+            raise
+        return _cannot_flush(path, "it cannot be opened")
+    try:
+        flush_handle(handle, path)
+    finally:
+        os.close(handle)
+
+
+def flush_handle(handle, path):
+    """`flush` of an open file, given by its number; path: its name, for the message."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        tolerated = error.errno in UNSUPPORTED or (Path(path).is_dir() and error.errno not in FULL)
+        if not tolerated:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        _cannot_flush(path, error.strerror)
+
+
+def _cannot_flush(path, why):
+    warn_once("flush", f"{path}: its file system cannot flush ({why}): what was written last can be missing after a power loss")
+
+
+def put(temporary, path):
+    """The file or folder `temporary` becomes `path`, and replaces what is there. After a kill or a power loss `path` is the
+    old one or the new one, whole; only a folder that is being replaced can be left as `<path>.replaced`. Raises OSError."""
+    temporary, path = Path(temporary), Path(path)
+    old = path.with_name(f"{path.name}{REPLACED}")
+    is_folder = temporary.is_dir()
+    if is_folder:
+        for inner in temporary.rglob("*"):
+            flush(inner)
+    flush(temporary)
+    if is_folder and path.exists():                             # a folder cannot be replaced in one move
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(path, old)
+    os.replace(temporary, path)
+    flush(path.parent)                                          # the new name is there for good before the old content goes
+    if is_folder:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def require_shared(folder, flag):
+    """Raises InputError, in every process, if not all of them see what the first one writes in `folder`: the nodes have no
+    common disk, or their working folders differ. Every process must call it; it leaves nothing behind. flag: such as
+    "--output_dir", for the message."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    above = 0                                                   # the folder itself, or the nearest one above that is there
+    places = [Path(folder), *Path(folder).absolute().parents]
+    name, problem = None, None
+    if rank() == 0:
+        while not places[above].is_dir():
+            above += 1
+        name = f".shared-{secrets.token_hex(8)}"
+        try:
+            (places[above] / name).touch()
+        except OSError as error:
+            problem = f"{flag} {folder}: cannot be written in ({error.strerror}): name another folder"
+    above, name, problem = gather((above, name, problem))[0]
+    if problem:
+        raise InputError(problem)
+    try:
+        end = time.monotonic() + PATIENCE
+        mark = places[min(above, len(places) - 1)] / name
+        while not mark.exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        found = gather((mark.exists(), socket.gethostname()))
+    finally:
+        if rank() == 0:
+            mark.unlink(missing_ok=True)
+    blind = [number for number, (seen, _) in enumerate(found) if not seen]
+    if blind:
+        raise InputError(f"{flag} {folder}: process {blind[0]} on {found[blind[0]][1]} does not see what process 0 on "
+                         f"{found[0][1]} writes there: give the same folder on a disk that all nodes share")

@@ -1,0 +1,94 @@
+"""study/endurance.py: the commands of its runs, what is kept of them, and the fall from the best quarter by hand."""
+import json
+
+import numpy as np
+import pytest
+
+from common import InputError
+from study import endurance, parts, reproduce
+from study.endurance import Case
+
+
+def work_in(tmp_path, **how):
+    return parts.Work(reproduce.Config("steady", output_dir=str(tmp_path / "parts"),
+                                       results_dir=str(tmp_path / "results"), **how))
+
+
+def test_the_commands_of_runs(tmp_path):
+    work, seed = work_in(tmp_path, preset="full"), f"{tmp_path}/parts/full/seed-1"
+    of = lambda case: " ".join(map(str, endurance.part_of_case(work, 1, case)))
+    assert of(Case("paper", "linear", 0.25, 2e-4, 480)) == (
+        f"{seed}/endurance-paper_linear_0.0002_mismatched-0.25_480_seed-1 transformer/config.json train_align.py "
+        f"--method prfl --recipe paper --seed 1 --curated_dir {seed}/curated --reward {seed}/reward-mismatched-0.25/"
+        "reward --learning_rate 0.0002 --lr_scheduler linear --max_train_steps 480 --validation_steps 40 "
+        "--num_validation 256 --checkpointing_steps 120")
+    by_video = of(Case("by video", mismatched=0))
+    assert "-m study.why --rewarded_step per_video --rollout_passes 4 --reward_loss logsigmoid" in by_video
+    assert f"--reward {seed}/reward/reward " in by_video                # the other tables' reward model
+
+
+def test_every_case_has_a_name_and_a_row_of_its_own():
+    cases = [*endurance.LONG, *endurance.MORE]
+    assert len({case.name(0) for case in cases}) == len({(case.row(), case.length) for case in cases}) == len(cases)
+    assert len(endurance.LONG) == 12 and {case.length for case in endurance.LONG} == {960}
+
+
+def test_a_curve_counts_the_seconds_of_updates_alone():
+    rows = [{"step": 0, "validation_qualified": 0.3, "validation_speed": 0.045678},
+            {"step": 1, "sft_cpu_seconds": 1.0, "reward_cpu_seconds": 2.25, "sft_seconds": 9.0, "reward": 1.0},
+            {"step": 2, "sft_cpu_seconds": 0.5, "reward": 2.0, "validation_qualified": 0.5}]
+    assert endurance.curve_of(rows) == {
+        "0": {"qualified": 0.3, "speed": 0.0457, "cpu_seconds": 0.0},
+        "2": {"qualified": 0.5, "reward": 2.0, "cpu_seconds": 3.8}}
+
+
+def curve(values):
+    return {str(40 * i): {"qualified": value} for i, value in enumerate([0.3, *values])}
+
+
+def test_the_fall_is_from_the_best_quarter_by_hand():
+    falling = [curve([0.8, 0.8, 0.9, 0.9, 0.96, 0.96, 0.7, 0.7]), curve([0.8, 0.8, 0.9, 0.9, 0.94, 0.94, 0.8, 0.8])]
+    difference, (low, high) = endurance.fall(falling)
+    assert difference == pytest.approx(0.75 - 0.95) and low < difference < high < -0.1
+    rising = [curve([0.8, 0.8, 0.85, 0.85, 0.9, 0.9, 0.95, 0.95])]
+    assert endurance.fall(rising) == (0.0, [0.0, 0.0])
+    flat = [curve([0.9, 0.9, 0.95, 0.95, 0.94, 0.94, 0.94, 0.94])]
+    assert endurance.fall(flat)[0] == pytest.approx(-0.01)
+
+
+def kept_run(good, rates):
+    bits = "1" * good + "0" * (endurance.TESTED - good)
+    verdicts = dict.fromkeys(("qualified", "physical", "deformity", "adherent"), bits)
+    test = {f"{split}, {who}": verdicts for split in ("test", "reworded") for who in ("strict", "firm", "loose")}
+    return {"command": "x", "commit": "y", "minutes": 1.0, "curve": curve(rates),
+            "test": test | {"test means": [0.05, 0.2, 0.1], "reworded means": [0.05, 0.2, 0.1]}}
+
+
+def test_what_is_kept_is_not_made_again_and_makes_the_table(tmp_path, monkeypatch):
+    cases = [Case("steady"), Case("paper", "linear")]
+    monkeypatch.setattr(endurance, "LONG", cases)
+    monkeypatch.setattr(endurance, "MORE", [])
+    monkeypatch.setattr(endurance, "HOME", tmp_path)
+    monkeypatch.setattr(parts.Work, "run", lambda self, wanted, jobs=None: pytest.fail(f"ran {wanted}"))
+    kept = {case.name(seed): kept_run(500 - 50 * i - seed, [0.9 - i / 10] * 8)
+            for i, case in enumerate(cases) for seed in range(3)}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/endurance_runs.json").write_text(json.dumps(kept))
+    monkeypatch.setattr(endurance, "train_reward_models", lambda work, wanted: wanted and pytest.fail(f"made {wanted}"))
+    endurance.endurance(work_in(tmp_path, preset="full"))
+    found = json.loads((tmp_path / "results/endurance.json").read_text())["rows"]
+    steady, paper = found.values()
+    assert steady["test"]["test, firm"]["mean"] == pytest.approx(np.mean([500, 499, 498]) / 512)
+    assert paper["test"]["test, firm"]["seeds"] == pytest.approx([450 / 512, 449 / 512, 448 / 512])
+    assert steady["validation"]["40"] == [0.9] * 3 and steady["speed"] == pytest.approx(0.05)
+    text = (tmp_path / "results/endurance.md").read_text()
+    assert "| steady, constant 0.0001, mismatched 0.25 | 960 | 3 | 0.900 |" in text
+
+
+def test_damaged_results_are_not_written_over(tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    path = tmp_path / "results/endurance_runs.json"
+    path.write_text('{"half')
+    with pytest.raises(InputError, match="endurance_runs.json is damaged"):
+        endurance.finished(work_in(tmp_path), [])
+    assert path.read_text() == '{"half'
