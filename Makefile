@@ -2,7 +2,7 @@
 #   make demo   base model -> reward model -> SFT and PRFL -> table, interval and picture in runs/demo
 #   make test   every test
 #   make lint   ruff, with the rules of pyproject.toml
-#   make own    the loop of docs/your_model.md, on a tiny random Wan2.1 and clips of the embedded world: does it all run here?
+#   make own    the walk of docs/your_model.md, on a tiny random Wan2.1 and clips of the embedded world
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
@@ -16,30 +16,54 @@ demo: .venv/core
 	$(BIN)/python evaluate.py base=checkpoints SFT=$(DEMO)/sft PRFL=$(DEMO)/prfl --reward $(DEMO)/reward/reward \
 		--num_videos 256 --output_dir $(DEMO)/evaluation
 
+# The lines of docs/your_model.md: only sizes differ here, and tests/own.py stands in for the people who label.
+# tests/test_docs.py compares them.
 OWN := runs/own
-FIT := --size "32*32" --frames 9 --fps 8
-FAST := --mixed_precision no --num_validation 4 --validation_steps 2 --checkpointing_steps 2
+HERE := ../..
+RUN := cd $(OWN) && PYTHONPATH=$(HERE) $(HERE)/$(BIN)/python
+PEOPLE := $(HERE)/tests/own.py answer
+SIZE := --size "32*32" --frames 9 --fps 8
+STEPS := --num_inference_steps 4
+REWARD := --depth 1 --holdout 2 --max_train_steps 4 --batch_size 4 --mixed_precision no
+ALIGN := --batch_size 2 --max_train_steps 4 --mixed_precision no --num_validation 4 --checkpointing_steps 2 $(STEPS)
 
 own: .venv/test
 	rm -rf $(OWN)
 	$(BIN)/python tests/own.py prepare $(OWN)
-	$(BIN)/python sample.py --model $(OWN)/wan/t2v --prompts $(OWN)/prompts.txt --output_dir $(OWN)/samples $(FIT) \
-		--num_inference_steps 4
-	$(BIN)/python tests/own.py label $(OWN)
-	$(BIN)/python label.py report $(OWN)/samples
-	$(BIN)/python data.py encode $(OWN)/samples --out $(OWN)/samples_encoded $(FIT) --model $(OWN)/wan/t2v
-	$(BIN)/python data.py encode $(OWN)/clips --out $(OWN)/clips_encoded $(FIT) --model $(OWN)/wan/t2v
-	$(BIN)/python train_reward.py --model $(OWN)/wan/t2v --data $(OWN)/samples_encoded --fold 1/2 --holdout 2 --depth 1 \
-		--max_train_steps 4 --batch_size 4 --mixed_precision no --output_dir $(OWN)/reward
-	$(BIN)/python train_reward.py --model $(OWN)/wan/t2v --data $(OWN)/samples_encoded --fold 2/2 --seed 1 --holdout 2 --depth 1 \
-		--max_train_steps 4 --batch_size 4 --mixed_precision no --output_dir $(OWN)/judge
-	$(BIN)/python train_align.py --model $(OWN)/wan/t2v --data $(OWN)/clips_encoded --reward $(OWN)/reward/reward \
-		--judge $(OWN)/judge/reward --patience 3 --lora_rank 4 --num_inference_steps 4 --batch_size 2 --max_train_steps 4 \
-		$(FAST) --output_dir $(OWN)/align
-	$(BIN)/python evaluate.py --model $(OWN)/wan/t2v --prompts $(OWN)/test.txt base=$(OWN)/wan/t2v prfl=$(OWN)/align \
-		--reward $(OWN)/reward/reward --judge $(OWN)/judge/reward $(FIT) --num_inference_steps 4 --output_dir $(OWN)/evaluation
-	$(BIN)/python -m formats.wan $(OWN)/align/transformer --out $(OWN)/aligned
-	$(BIN)/python -m formats.wan $(OWN)/align/pytorch_lora_weights.safetensors --out $(OWN)/comfyui.safetensors --layout wan
+	$(RUN) $(HERE)/data.py check clips $(SIZE) --model Wan2.1
+	$(RUN) $(HERE)/data.py encode clips --out clips_encoded $(SIZE) --model Wan2.1
+	$(RUN) $(HERE)/sample.py --model Wan2.1 --prompts prompts.txt --output_dir samples $(SIZE) $(STEPS)
+	$(RUN) $(PEOPLE) $(HERE)/label.py samples --annotator ada
+	$(RUN) $(HERE)/label.py report samples
+	$(RUN) $(HERE)/data.py encode samples --out samples_encoded $(SIZE) --model Wan2.1
+	$(RUN) $(HERE)/train_reward.py --model Wan2.1 --data samples_encoded --fold 1/2 --output_dir runs/reward \
+		--gradient_checkpointing $(REWARD)
+	$(RUN) $(HERE)/train_reward.py --model Wan2.1 --data samples_encoded --fold 2/2 --seed 1 --output_dir runs/judge \
+		--gradient_checkpointing $(REWARD)
+	$(RUN) $(HERE)/train_align.py --model Wan2.1 --data clips_encoded --reward runs/reward/reward \
+		--judge runs/judge/reward --validation_steps 2 --patience 3 --gradient_checkpointing $(ALIGN)
+	$(BIN)/python tests/own.py best $(OWN)/runs/align
+	$(RUN) $(HERE)/evaluate.py --model Wan2.1 --prompts test.txt base=Wan2.1 prfl=runs/align/best \
+		--reward runs/reward/reward --judge runs/judge/reward $(SIZE) $(STEPS)
+	$(RUN) $(PEOPLE) $(HERE)/label.py --pairs runs/evaluate/base runs/evaluate/prfl --annotator ada
+	$(RUN) $(HERE)/label.py report runs/evaluate/base
+	$(RUN) $(HERE)/sample.py --model Wan2.1 --transformer runs/align/best/transformer --prompts prompts2.txt \
+		--output_dir samples2 $(SIZE) $(STEPS)
+	$(RUN) $(PEOPLE) $(HERE)/label.py samples2 --annotator ada
+	$(RUN) $(HERE)/data.py encode samples2 --out samples2_encoded $(SIZE) --model Wan2.1
+	$(RUN) $(HERE)/train_reward.py --model Wan2.1 --data samples_encoded samples2_encoded --fold 1/2 \
+		--output_dir runs/reward2 --gradient_checkpointing $(REWARD)
+	$(RUN) $(HERE)/train_reward.py --model Wan2.1 --data samples_encoded samples2_encoded --fold 2/2 --seed 1 \
+		--output_dir runs/judge2 --gradient_checkpointing $(REWARD)
+	$(RUN) $(HERE)/train_align.py --model Wan2.1 --data clips_encoded --reward runs/reward2/reward \
+		--judge runs/judge2/reward --validation_steps 2 --patience 3 --gradient_checkpointing \
+		--output_dir runs/align2 $(ALIGN)
+	$(BIN)/python tests/own.py best $(OWN)/runs/align2
+	$(RUN) -m formats.wan runs/align2/best/transformer --out Wan2.1-aligned
+	$(RUN) $(HERE)/train_align.py --model Wan2.1 --data clips_encoded --reward runs/reward2/reward \
+		--judge runs/judge2/reward --validation_steps 2 --patience 3 --gradient_checkpointing \
+		--lora_rank 16 --learning_rate 5e-5 --output_dir runs/adapters $(ALIGN)
+	$(RUN) -m formats.wan runs/adapters/pytorch_lora_weights.safetensors --out comfyui.safetensors --layout wan
 
 test: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(PYTEST_FLAGS) tests

@@ -374,7 +374,8 @@ def network(config, c, one):
 
 
 def way(config, c):
-    """What the five commands of docs/your_model.md take, by name: bytes on disk, seconds, bytes of each GPU and of the host."""
+    """What encode, train_reward.py, train_align.py and the export take, by name: bytes on disk, seconds, bytes of each GPU and
+    of the host (docs/scale.md shows it)."""
     stage1 = costs(dataclasses.replace(config, method="reward", batch_size=config.reward_batch_size, lora_rank=0), c)
     stage2 = costs(config, c)
     i2v, f, h, w = c["model_type"] == "i2v", stage2["f"], stage2["h"], stage2["w"]

@@ -1,38 +1,79 @@
-"""What `make own` needs beside the commands of docs/your_model.md: a model, prompts, clips, and labels.
+"""What `make own` needs beside the commands of docs/your_model.md: a model, prompts, clips, and somebody who labels.
 
-    python tests/own.py prepare runs/own      a tiny random Wan2.1, prompts and clips of the embedded world
-    python tests/own.py label runs/own        a labels.jsonl like label.py's, with grades by a fixed rule
+    python tests/own.py prepare runs/own              a tiny random Wan2.1, prompts, and clips of the embedded world
+    python tests/own.py answer label.py samples       starts that command and answers every question of its page
+    python tests/own.py best runs/align               runs/align/best, where no iteration was better than the first
 """
 import json
+import re
+import shutil
+import signal
+import subprocess
 import sys
-import time
+import urllib.request
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import data  # noqa: E402
-from formats import labels  # noqa: E402
-from world import clips, scene  # noqa: E402
-
 
 def prepare(folder):
     from tiny_wan import write_pipelines
-    write_pipelines(folder / "wan")
-    for name, split, count in (("prompts", "train", 20), ("test", "test", 4)):
-        (folder / f"{name}.txt").write_text("\n".join(scene.draw_prompts(count, 5, split=split)) + "\n")
+
+    from world import clips, scene
+    folder = Path(folder)
+    write_pipelines(folder / "pipelines")
+    (folder / "pipelines/t2v").rename(folder / "Wan2.1")
+    shutil.rmtree(folder / "pipelines")
+    drawn = scene.draw_prompts(40, 5, split="train")
+    lists = {"prompts": drawn[:20], "prompts2": drawn[20:], "test": scene.draw_prompts(4, 5, split="test")}
+    for name, prompts in lists.items():
+        (folder / f"{name}.txt").write_text("\n".join(prompts) + "\n")
     clips.main(clips.Config(str(folder / "clips"), count=16, kind="clean"))
 
 
-def label(folder):
-    """Every other sample qualified on both axes, or on neither; every fifth in between. Noise has no better grades."""
-    rows = data.read_metadata(folder / "samples")
-    grades = [(1, 2) if i % 5 == 4 else (2, 2) if i % 2 else (0, 0) for i in range(len(rows))]
-    lines = [{"file_name": row["file_name"], "annotator": "script", "physical": a, "deformity": b, "time": round(time.time(), 2)}
-             for row, (a, b) in zip(rows, grades)]
-    path = folder / "samples/labels.jsonl"
-    lines = [line | {"contents": labels.contents_beside(path, line)} for line in lines]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+def grades_of(name):
+    """Answers by the number in a clip's name, as noise has no better or worse: qualified on both axes, on neither, and
+    every fifth clip in between."""
+    number = int(Path(name).stem)
+    if number % 5 == 4:
+        return {"physical": 1, "deformity": 2}
+    grade = 2 if number % 2 else 0
+    return {"physical": grade, "deformity": grade}
+
+
+def answer(*words):
+    """Runs label.py with these words, and answers what its page asks until nothing is left."""
+    process = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True)
+    address = None
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        if found := re.match(r"open (http://\S+)", line):
+            address = found[1]
+        if line.startswith("answers go to"):
+            break
+    if address is None:
+        raise SystemExit(process.wait() or "label.py printed no address")
+    state = json.load(urllib.request.urlopen(f"{address}state"))
+    while state["now"]:
+        if state["kind"] == "pair":
+            said = {"winner": ("left", "tie", "right")[state["done"] % 3]}
+        else:
+            said = grades_of(state["now"]["name"])
+        body = json.dumps({"id": state["now"]["id"], **said}).encode()
+        request = urllib.request.Request(f"{address}answer", body, {"Content-Type": "application/json"})
+        state = json.load(urllib.request.urlopen(request))
+    process.send_signal(signal.SIGINT)                          # as Ctrl-C
+    print(process.stdout.read(), end="")
+    if process.wait():
+        raise SystemExit(process.returncode)
+
+
+def best(run):
+    """A random model may learn nothing in a few steps: then the run's last weights stand in for its best ones."""
+    run = Path(run)
+    if not (run / "best").exists():
+        shutil.copytree(run / "transformer", run / "best/transformer")
 
 
 if __name__ == "__main__":
-    {"prepare": prepare, "label": label}[sys.argv[1]](Path(sys.argv[2]))
+    {"prepare": prepare, "answer": answer, "best": best}[sys.argv[1]](*sys.argv[2:])

@@ -387,35 +387,35 @@ def test_what_the_scripts_do_by_default():
     assert inspect.signature(parallel.save_checkpoint).parameters["keep"].default == plan.KEPT
 
 
-def your_model():
-    """docs/your_model.md: [what each of its planner's commands has been given], and its text."""
-    section = (ROOT / "docs" / "your_model.md").read_text()
-    return [words.split() for words in re.findall(r"python -m scale.plan (wan[^`(\n]+)", section)], section
+def scale_page():
+    """docs/scale.md: [what each of its planner's commands with a column or lines below has been given], and its text."""
+    text = (ROOT / "docs" / "scale.md").read_text()
+    found = [words.split() for words in re.findall(r"python -m scale.plan (wan[^`(\n]+)", text)]
+    return [words for words in found if "sample" not in words], text
 
 
 def test_docs_say_what_is_printed_today(capsys):
-    (shown, *columns), section = your_model()
-    lines = section.split("$ python -m scale.plan")[1].split("```")[0].splitlines()[1:]
+    (shown, *columns), text = scale_page()
+    lines = text.split("$ python -m scale.plan")[1].split("```")[0].splitlines()[1:]
     out = printed(capsys, *shown).splitlines()
     assert len(lines) > 8 and [line for line in lines if line not in out] == []
     assert len(columns) == 2
     found = [re.findall(r"^  \S.*? {2,}([\d,.]+ (?:GB|h))  ", printed(capsys, *flags).split("the whole way")[1], re.M)
              for flags in columns]
-    table = re.findall(r"^\| .* \| (.* (?:GB|h)) \| (.* (?:GB|h)) \|$", section, re.M)
+    table = re.findall(r"^\| .* \| (.* (?:GB|h)) \| (.* (?:GB|h)) \|$", text, re.M)
     assert len(table) == 12 and table == list(zip(*found))
 
 
 def test_docs_commands_are_the_ones_planned():
-    """The flags of its five commands that the planner takes for granted."""
-    section = your_model()[1].replace("\\\n", " ")
-    reward, align = (re.search(rf"torchrun.* {name}.py (.*)", section)[1].split() for name in ("train_reward", "train_align"))
-    one = plan.Config("tiny-t2v")
-    for flag, value, argv in (("--depth", one.depth, reward), ("--holdout", one.holdout, reward),
-                              ("--batch_size", one.reward_batch_size, reward), ("--batch_size", one.batch_size, align),
-                              ("--num_inference_steps", one.num_inference_steps, align)):
-        assert argv[argv.index(flag) + 1] == str(value)
-    assert "--gradient_checkpointing" in reward and "--gradient_checkpointing" in align
-    assert f'--size "{one.size}" --frames {one.frames} --fps 16' in section
+    """What the planner takes for granted of the walk's commands is what they do by default, or say."""
+    walk = (ROOT / "docs" / "your_model.md").read_text()
+    one, config = plan.Config("wan2.1-t2v-14b"), PRESETS["wan2.1-t2v-14b"] | {"image_dim": None}
+    reward, align = training_defaults(config, "reward"), training_defaults(config, "align")
+    assert (one.depth, one.reward_batch_size) == (train_reward.Config().depth, reward["batch_size"])
+    assert (one.batch_size, one.num_inference_steps) == (align["batch_size"], align["num_inference_steps"])
+    assert f"--max_train_steps {one.max_train_steps}" in walk and "--gradient_checkpointing" in walk
+    assert f'--size "{one.size}" --frames {one.frames} --fps 16' in walk
+    assert one.holdout == 500 // 5                              # train_reward.py holds out a fifth of its videos
 
 
 # ---- the paper
