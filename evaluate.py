@@ -186,11 +186,10 @@ def compare(a, b):
 def main(config):
     """Each kind of evaluation is a function that checks its flags and returns what differs:
 
-    names: what is compared, in order open_source(name) -> (groups, measure): groups of video numbers 0 .. n -
-    1; measure(group) -> ({metric: values [b]},
-        videos uint8 [b, f, h, w, 3])
-    report(found, films): writes tables and pictures, from {name: {metric: [n]}} and {name: {number: uint8
-    video}}
+    names                what is compared, in order
+    open_source(name)    -> (groups, measure_group): lists of video numbers; measure_group(group) -> ({metric:
+                         values [b]}, videos uint8 [b, f, h, w, 3])
+    report(found, films) writes tables and pictures of {name: {metric: [n]}} and {name: {number: video}}
     """
     runtime = common.setup(config.mixed_precision, config.seed)
     with torch.no_grad():
@@ -555,7 +554,8 @@ def existing_clips(config, runtime):
             plot(folder / "calibration.png", panels)
         cells = [[name, *(f"{x:.3f}" for x in row)] for name, row in cells.items()]
         print("\n".join(table(["t in", *T_NAMES], cells)))
-        print(f"wrote {folder}/scores.jsonl: {len(shards)} clips, worst first; {int(known.sum())} have labels")
+        labelled = int(known.sum())
+        print(f"wrote {folder}/scores.jsonl: {len(shards)} clips, the worst first; {labelled} of them have labels")
 
     kept = {}
     return ["clips"], open_source, report
