@@ -555,7 +555,8 @@ def existing_clips(config, runtime):
         cells = [[name, *(f"{x:.3f}" for x in row)] for name, row in cells.items()]
         print("\n".join(table(["t in", *T_NAMES], cells)))
         labelled = int(known.sum())
-        print(f"wrote {folder}/scores.jsonl: {len(shards)} clips, the worst first; {labelled} of them have labels")
+        print(f"wrote {folder}/scores.jsonl: {len(shards)} clips, the worst first; {labelled} of them have "
+              "labels")
 
     kept = {}
     return ["clips"], open_source, report

@@ -238,6 +238,20 @@ def test_lists_whose_rows_contradict_each_other(tmp_path):
         read_prompts(tmp_path / "x.jsonl")
 
 
+def test_what_is_recorded():
+    """What cannot be given back as a flag is left out; the shipped generator is known by its task, others by
+    path."""
+    flags = dict(model=str(SHIPPED["t2v"]), guidance_scale=1.0, negative_prompt="dull",
+                 transformer=str(SHIPPED["t2v"]))
+    assert samples.describe(flags, "/a").keys() == {"guidance_scale", "weights", "task"}
+    flags |= {"transformer": str(SHIPPED["i2v"] / "transformer"), "guidance_scale": 2.0, "task": "t2v"}
+    found = samples.describe(flags, SHIPPED["t2v"] / "reward")
+    assert found["negative_prompt"] == "dull" and found["transformer"] == "../i2v/transformer"
+    flags["model"] = str(SHIPPED["t2v mid"])
+    found = samples.describe(flags, SHIPPED["t2v"] / "reward")
+    assert found["model"] == "../mid" and "task" not in found
+
+
 def test_places_in_batches():
     """Rows keep their place, in any order; who has none goes with its neighbours of one seed."""
     def video(name, seed=0, batch=None, place=None):
