@@ -49,7 +49,7 @@ from pavrm import load_pavrm
 from scale import lora, parallel, plan, sequence
 
 EXAMPLE = "a red circle moving to the right"
-BATCH_LATENTS = 2 ** 12  # latent positions of a batch if no flag gives its size
+BATCH_LATENTS = 2 ** 12                                 # latent positions of a batch if no flag gives its size
 
 
 @dataclass
@@ -101,7 +101,7 @@ class Video:
     image: str | None
     seed: int
     index: int
-    batch: int | None = None  # how many videos are sampled together; None: as many as fit
+    batch: int | None = None                            # videos sampled together; None: as many as fit
     place: int | None = None                            # which of them this one is
 
 
