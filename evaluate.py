@@ -81,7 +81,7 @@ CLEAN = "clean renders"                                 # the last row of the em
 WORLD_BATCH = 128                                       # its videos that are sampled together
 BATCH_LATENTS = 2 ** 12                                 # latent positions of a batch of other videos
 SEED = 7_000                                            # of the noise and prompts, to which --seed adds
-SHOWN, SIDE = 8, 160                                    # prompts in the pictures, longer side of a video there
+SHOWN, SIDE = 8, 160                                    # prompts in the pictures, longer side of a video
 T_NAMES = [f"({k / 5:.1f}, {(k + 1) / 5:.1f}]" for k in range(validation.T_BINS)]
 
 

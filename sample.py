@@ -49,7 +49,7 @@ from pavrm import load_pavrm
 from scale import lora, parallel, plan, sequence
 
 EXAMPLE = "a red circle moving to the right"
-BATCH_LATENTS = 2 ** 12                                 # latent positions of a batch if no flag gives its size
+BATCH_LATENTS = 2 ** 12                                 # latent positions of a batch without --batch_size
 
 
 @dataclass
