@@ -21,6 +21,7 @@ from formats.prompts import read_prompts
 from formats.video import read_video, write_png
 from formats.weights import SHIPPED
 from model import PRESETS
+from scale import parallel
 from world import annotator
 
 FAST = ["--num_inference_steps", "2", "--batch_size", "2"]
@@ -80,6 +81,17 @@ def test_three_processes_make_the_same_files(made, tmp_path):
     run(*search, "--output_dir", tmp_path / "one")
     assert files(tmp_path / "fsdp-1") == files(tmp_path / "one")
     assert films(tmp_path / "one") != films(made / "one")
+
+
+@pytest.mark.parametrize("kind, shares", [("ddp", [[0, 2], [1]]), ("fsdp", [[0, 2], [1, 0]])])
+def test_the_share_of_a_rank(kind, shares):
+    """Three items for two ranks, and none for both: all was done before."""
+    for rank, share in enumerate(shares):
+        runtime = common.Runtime(rank, 2, torch.device("cpu"), torch.float32)
+        found = parallel.work_of_rank([0, 1, 2], runtime, kind)
+        assert [item for item, _ in found] == share
+        assert [item for item, keep in found if keep] == [0, 1, 2][rank::2]
+        assert parallel.work_of_rank([], runtime, kind) == []
 
 
 # ---- rows that make their videos again
