@@ -151,6 +151,10 @@ def take_settings(config, rows):
         keep -= {"task", "model", "transformer", "lora", "reward"}
     elif "transformer" in changed:
         keep -= {"lora"}
+    if "best_of" in changed:
+        keep -= {"drops"}
+    if config.guidance_scale == 1:
+        keep -= {"negative_prompt"}
     for name in keep:
         setattr(config, name, getattr(then, name))
     check_flags(config)

@@ -220,6 +220,9 @@ def test_flags_beside_the_list_replace_what_its_rows_say(monkeypatch, capsys):
     config, *_ = taken(monkeypatch, {"model": "Wan"}, transformer="runs/a", reward="r", best_of=4)
     assert (config.model, config.transformer, config.reward) == ("Wan", None, None)
     assert (config.task, config.best_of) == (None, 4)
+    config, *_ = taken(monkeypatch, {"best_of": 2, "guidance_scale": 1.0}, best_of=8, drops=".5:4",
+                       negative_prompt="dull")
+    assert (config.drops, config.negative_prompt) == (None, None)
     config, video, exact = taken(monkeypatch, {"num_videos": 2})
     assert (video.seed, video.index, video.batch, exact) == (7, 0, None, False)
 
