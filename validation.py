@@ -43,17 +43,16 @@ GROUP_LATENTS = 2 ** 11                                 # latent positions of a 
 # alone keeps rising while an annotator sees worse videos. But it then likes a sample whatever the prompt was.
 # Chosen on the runs of three seeds: results/stopping.md.
 OTHER_PROMPT = 0.5
-DEAF = 0.9  # with a lower prompt_auc a reward hardly reads its prompt
+DEAF = 0.9                                              # prompt_auc below which a reward hardly reads prompts
 PANEL = ("speed", "flow", "brightness", "saturation", "sharpness")
 
 
 # ---- what pixels tell without an annotator
 def largest_flow(videos, side=64):
-    """How fast the fastest 5 % of a video moves: optical flow in widths per frame, [b]. videos: uint8 [b, F,
-    H, W, 3].
+    """How fast the fastest 5 % of a video moves: optical flow in widths per frame, [b].
 
-    Least squares over windows of 5x5 pixels (Lucas and Kanade) at about `side` pixels of height. Motion of
-    more than two such pixels per frame is found to be fast, but not how fast.
+    videos: uint8 [b, F, H, W, 3]. Least squares over windows of 5x5 pixels (Lucas and Kanade) at about `side`
+    pixels of height. Motion of more than two such pixels per frame is found to be fast, but not how fast.
     """
     b, frames = videos.shape[:2]
     gray = videos.float().mean(-1).div_(255).flatten(0, 1)[:, None]                         # [b F, 1, H, W]
@@ -95,8 +94,7 @@ def panel(videos):
 
 
 def dynamic_degree(fastest, real):
-    """Which videos move: their `largest_flow` is more than half of the real clips' median. Both [m] -> bool
-    [m]"""
+    """Which videos move, bool [m]: their `largest_flow` [m] is above half of the real clips' median."""
     return np.asarray(fastest) > np.median(real) / 2
 
 
