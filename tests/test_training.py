@@ -17,6 +17,7 @@ from tiny import (
     RUNS,
     STEPS,
     TINY,
+    apart,
     command,
     distance,
     generator,
@@ -110,7 +111,8 @@ def test_one_iteration_is_algorithm_1_by_hand(folder, name, N, shift):
 
 @pytest.mark.parametrize("fixed_t", [None, 0.3])
 def test_three_steps_of_the_reward_model_by_hand(folder, fixed_t):
-    """Eq. 4 to 6. t is uniform or the one given, both rates fall linearly, a logit above 0 counts as good."""
+    """Eq. 4 to 6. A quarter of the videos get another one's prompt and are bad then, t is uniform or the one
+    given, both rates fall linearly, a logit above 0 counts as good."""
     flags = [] if fixed_t is None else ["--fixed_t", str(fixed_t)]
     run(*command(folder, "reward", "hand-reward", "--max_train_steps", "3", "--learning_rate", "3e-2",
                  "--trunk_learning_rate", "6e-3", "--weight_decay", "0.01", *flags))
@@ -122,11 +124,16 @@ def test_three_steps_of_the_reward_model_by_hand(folder, fixed_t):
     blocks = [p for name, p in pavrm.named_parameters() if name.startswith("trunk.blocks.")]
     optimizer = torch.optim.AdamW([{"params": heads}, {"params": blocks}], weight_decay=0.01)
     for step in range(3):
-        batch = shards.batch(train[data.order(len(train), 0, step, indices, 8)])
+        rows = data.order(len(train), 0, step, indices, 8)
+        batch, y = shards.batch(train[rows]), shards.labels[train[rows]].float()
+        for i in (common.uniform(0, "mismatched", step, indices) < 0.25).nonzero()[:, 0]:
+            other = int(common.uniform(0, "other prompt", step, [int(i)]).double() * 23)    # of the 23 that are left
+            other += other >= rows[i]
+            batch["context"][i], y[i] = shards.batch(train[[other]])["context"][0], 0
         t = common.uniform(0, "t", step, indices) if fixed_t is None else torch.full((8,), fixed_t)
         t_, x1 = t.view(-1, 1, 1, 1, 1), common.noise((16, 2, 4, 4), 0, "x1", step, indices)
         logits = pavrm((1 - t_) * batch["latents"] + t_ * x1, t, batch["context"])
-        p, y = logits.sigmoid(), batch["label"].float()
+        p = logits.sigmoid()
         loss = -(y * p.log() + (1 - y) * (1 - p).log()).mean()                          # Eq. 6
         optimizer.zero_grad()
         loss.backward()
@@ -223,18 +230,18 @@ def test_updates_and_what_they_move(folder, one_rank):
     for name in ("reward", "reward_rgb"):
         report = json.loads((folder / f"one-{name}/report.json").read_text())
         assert (report["trained_on"], report["held_out"], len(report["accuracy"])) == (24, 8, 5)
-        assert report["clean"].keys() == {"accuracy", "balanced_accuracy", "auc"}
+        assert report["clean"].keys() == {"accuracy", "balanced_accuracy", "auc", "prompt_accuracy", "prompt_auc"}
 
 
 @pytest.mark.parametrize("name", ["prfl", "refl", "rwr"])
 def test_accumulation_and_checkpointing_change_nothing(folder, one_rank, name):
     wanted = weights(folder, name, f"one-{name}")
-    moved = distance(wanted, generator().state_dict())
+    moved = apart(wanted, generator().state_dict())
     flags = ["--gradient_accumulation_steps", "2", "--gradient_checkpointing"]
     if name == "refl":
         flags.append("--decoder_checkpointing")
     run(*command(folder, name, f"micro-{name}", *flags, batch_size=4))
-    assert distance(weights(folder, name, f"micro-{name}"), wanted) < 0.005 * moved
+    assert apart(weights(folder, name, f"micro-{name}"), wanted) < 0.005 * moved
 
 
 @pytest.mark.parametrize("name", ["prfl", "refl"])
@@ -332,10 +339,9 @@ def test_two_ranks_are_one_rank_with_twice_the_batch(folder, one_rank, two_ranks
     torch.manual_seed(0)                                                            # as the scripts seed them
     if name.startswith("reward"):
         start = PAVRM.from_generator(start, 2) if name == "reward" else PixelReward("all", TINY["text_dim"])
-    moved = distance(alone, start.state_dict())
-    assert distance(alone, together) < 0.005 * moved
-    run(*command(folder, name, f"half-{name}", batch_size=4))  # half the data is another run
-    assert distance(weights(folder, name, f"half-{name}"), alone) > 0.2 * moved
+    assert apart(alone, together) < 0.005 * apart(alone, start.state_dict())
+    run(*command(folder, name, f"half-{name}", batch_size=4))   # half the data is another run
+    assert distance(weights(folder, name, f"half-{name}"), alone) > 0.2 * distance(alone, start.state_dict())
     for row, other in zip(metrics(folder, f"one-{name}"), metrics(folder, f"two-{name}"), strict=True):
         assert row == pytest.approx(other, rel=1e-3, abs=1e-5)
 

@@ -332,19 +332,18 @@ def test_check_finds_what_encode_refuses(clips, tmp_path, capsys):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give up its rights and take them back")
-def test_what_may_not_be_read_is_that_clips_reason(clips):
+def test_what_may_not_be_read_is_that_clips_reason(clips, monkeypatch):
     (clips / "locked").mkdir()
     shutil.move(clips / "0.mp4", clips / "locked/0.mp4")
     (clips / "locked").chmod(0)
     (clips / "1.mp4").chmod(0)
+    monkeypatch.chdir(clips)                                    # nobody may be kept out of the folders above it
     try:
-        for path in (Path("/"), *reversed(clips.parents), clips):
-            if path.owner() == "root" and str(path).startswith("/tmp/"):
-                path.chmod(0o755)
         os.seteuid(65534)
+        assert len(video.read_clip(Path("2.mp4"))[0]) == 9
         for name in ("locked/0.mp4", "1.mp4"):
             with pytest.raises(InputError, match="cannot be read .Permission denied"):
-                video.read_clip(clips / name)
+                video.read_clip(Path(name))
     finally:
         os.seteuid(0)
 

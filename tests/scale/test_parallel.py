@@ -18,6 +18,7 @@ from tiny import (
     DRIVER,
     ENV,
     STEPS,
+    apart,
     command,
     distance,
     generator,
@@ -94,7 +95,7 @@ def start_of(name):
 @pytest.mark.parametrize("name", ["prfl", "steady", "reward"])
 def test_two_fsdp_ranks_are_one_process_with_twice_the_batch(folder, runs, name):
     alone, together = (weights(folder, name, f"{ranks}-{name}") for ranks in ("one", "two"))
-    assert distance(alone, together) < 0.005 * distance(alone, start_of(name))
+    assert apart(alone, together) < 0.005 * apart(alone, start_of(name))
     for row, other in zip(metrics(folder, f"one-{name}"), metrics(folder, f"two-{name}"), strict=True):
         assert row == pytest.approx(other, rel=1e-3, abs=1e-5)
 
@@ -134,7 +135,7 @@ def test_resume_on_another_number_of_ranks(folder, runs, name):
     whole = weights(folder, name, f"one-{name}")
     before = load_file(folder / f"one-{name}/checkpoint-000004/{kind}/diffusion_pytorch_model.safetensors")
     for way in ("one-to-two", "two-to-one"):
-        assert distance(weights(folder, name, f"{way}-{name}"), whole) < 0.02 * distance(before, whole), way
+        assert apart(weights(folder, name, f"{way}-{name}"), whole) < 0.02 * apart(before, whole), way
         assert metrics(folder, f"{way}-{name}")[-1] == pytest.approx(metrics(folder, f"one-{name}")[-1],
                                                                      rel=1e-3, abs=1e-5)
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import DRIVER, ENV, ROOT, command, distance, generator, metrics, one_line, run, weights
+from tiny import DRIVER, ENV, ROOT, apart, command, generator, metrics, one_line, run, weights
 
 import common
 from formats.weights import save_module
@@ -95,7 +95,7 @@ def test_four_ranks_in_pairs_are_one_process(folder, runs, name):
     if name == "reward":
         torch.manual_seed(0)
         start = PAVRM.from_generator(start, 2)
-    assert distance(alone, together) < 0.005 * distance(alone, start.state_dict())
+    assert apart(alone, together) < 0.005 * apart(alone, start.state_dict())
     for row, other in zip(metrics(folder, f"one-{name}"), metrics(folder, f"shared-{name}"), strict=True):
         assert row == pytest.approx(other, rel=1e-3, abs=1e-5)
 
