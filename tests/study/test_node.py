@@ -33,7 +33,7 @@ def test_speeds_of_a_gpu():
     config = node.Config(frames=81, lora_rank=0, num_inference_steps=40, rounds=4)
     machine = {"device": "8 X", "torch": "2", "command": "c"}
     lines = node.table(config, [row, row | {"note": "out of memory"}], machine, 8).splitlines()
-    assert lines[-4] == "| prfl | 832*480 | 8 fsdp, 4 a clip | 2.000 | 50.00 | 55.00 | +10.0% | 3 | 500 | 200 | 500 | 40.0% |"
+    assert lines[-4] == "| prfl | 832*480 | 8 fsdp, 4 per clip | 2.000 | 50.00 | 55.00 | +10.0% | 3 | 500 | 200 | 500 | 40.0% |"
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1 and "every weight trains" in lines[2]
 
 
