@@ -17,8 +17,8 @@ N = 6
 
 @pytest.fixture
 def models():
-    """A policy with a random head, a VAE whose frames depend on the past, and a reward for each choice of frames;
-    float64."""
+    """A policy with a random head, a VAE whose frames depend on the past, and a reward for each choice of
+    frames; float64."""
     torch.manual_seed(0)
     policy = VideoDiT(**TINY)
     torch.nn.init.normal_(policy.head.head.weight, std=0.2)
@@ -68,7 +68,7 @@ def test_loss_and_gradient_are_refl_by_hand(models, batch, frames, step):
     assert loss.item() == pytest.approx(-3 * r.mean().item(), rel=1e-5) and not logits.requires_grad
     grads = gradients(policy, loss)
     assert close(grads, gradients(policy, -3 * r.mean()))
-    assert all(g.abs().max() > 0 for g in grads.values())                       # every weight of the policy learns
+    assert all(g.abs().max() > 0 for g in grads.values())               # every weight of the policy learns
 
 
 @pytest.mark.parametrize("frames", R.FRAMES)
@@ -77,7 +77,7 @@ def test_gradient_is_the_finite_difference_of_the_one_step(models, batch, frames
     x_T, context = batch
     step = 5
     grads = gradients(policy, R.refl_update_loss(policy, rewards[frames], vae, x_T, context, step, N)[0])
-    x = flow.rollout(policy, x_T, context, N, last=step - 1)                    # x_t: held while the weights move
+    x = flow.rollout(policy, x_T, context, N, last=step - 1)                # x_t: held while the weights move
     t = flow.schedule(N)[step - 1].expand(3)
 
     @torch.no_grad()
@@ -115,7 +115,7 @@ def test_decoder_checkpointing_changes_the_memory_and_nothing_else(models, batch
     torch.testing.assert_close(logits_again, logits)
     assert close(gradients(policy, loss), gradients(policy, loss_again), rtol=1e-9)
     _, without_decoder = kept(lambda: policy(batch[0], torch.full((3,), 0.5, dtype=torch.float64), batch[1]))
-    pixels = vae.decode(batch[0][:, :, :1] if frames == "first" else batch[0]).numel()          # these are kept
+    pixels = vae.decode(batch[0][:, :, :1] if frames == "first" else batch[0]).numel()      # these are kept
     assert size_again - without_decoder - pixels < 0.1 * (size - without_decoder)
 
 
@@ -128,7 +128,7 @@ def test_chunks_decode_as_the_whole_with_less_memory_at_a_time(models, f, monkey
     vae.decode = lambda z: longest.append(z.shape[2]) or decode(z)
     video = R.decode_chunks(vae, x)
     assert max(longest) == min(f, vae.past + 2) and vae.past == 4
-    assert f > 6 or longest == [f]                              # nothing to spare: not a frame is decoded twice
+    assert f > 6 or longest == [f]                          # nothing to spare: not a frame is decoded twice
     torch.testing.assert_close(video, decode(x), rtol=1e-12, atol=1e-12)
     weight = torch.randn_like(video)
     torch.testing.assert_close(*(torch.autograd.grad((v * weight).sum(), x)[0] for v in (video, decode(x))), rtol=1e-10, atol=1e-10)
@@ -164,7 +164,7 @@ def test_the_first_frame_alone_is_the_first_frame_of_the_whole_clip(models, batc
     record = lambda video, context: seen.append(video.shape) or rewards["first"](video, context)
     record.config = rewards["first"].config
     R.predicted_reward(record, vae, None, x, torch.zeros(3), context)
-    assert seen == [(3, 3, 1, 16, 16)]                                          # the other frames are never decoded
+    assert seen == [(3, 3, 1, 16, 16)]                                  # the other frames are never decoded
     x.requires_grad_()
     R.predicted_reward(rewards["first"], vae, None, x, torch.zeros(3), context).sum().backward()
     assert x.grad[:, :, 0].abs().min() > 0 and torch.equal(x.grad[:, :, 1:], torch.zeros_like(x.grad[:, :, 1:]))
@@ -185,7 +185,8 @@ def test_judge_predicts_the_clean_video_in_one_step(models, batch):
 
 @pytest.mark.parametrize("frames", R.FRAMES)
 def test_pixel_reward_by_hand(frames):
-    """Three stages, each a residual beside what it mixes; 32 channels unless told; the head in float32 under autocast."""
+    """Three stages, each a residual beside what it mixes; 32 channels unless told; the head in float32 under
+    autocast."""
     torch.manual_seed(3)
     reward = R.PixelReward(frames, 8)
     assert reward.config["width"] == 32 and reward.head[0].weight.shape == (128, 128)

@@ -1,4 +1,5 @@
-"""study/cost.py: what it times is what training draws, its memory is that of the update; table 4 says what it measured."""
+"""study/cost.py: what it times is what training draws, its memory is that of the update; table 4 says what it
+measured."""
 import json
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def test_times_of_every_method(tmp_path):
 
 def test_table4_judges_the_paper_s_factor_and_not_only_its_sign(tmp_path, monkeypatch):
     def measured(work, name, command, *flags):
-        if command == "times":                                  # RGB ReFL: 1.2 times PRFL's seconds at N = 16, 1.6 at N = 40
+        if command == "times":                  # RGB ReFL: 1.2 times PRFL's seconds at N = 16, 1.6 at N = 40
             ratio = 1.2 if flags[flags.index("--num_inference_steps") + 1] == 16 else 1.6
             return {"sft": [0.1] * 4, "prfl": [1.0, 1.1, 1.0, 1.1], "prfl_steady": [0.4, 0.44] * 2,
                     "refl_first": [ratio, 1.1 * ratio] * 2, "refl_all": [2.0] * 4}

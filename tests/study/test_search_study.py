@@ -42,13 +42,14 @@ def test_guidance_moves_x_along_the_rewards_gradient():
     moved = sum(1 / 16 * 2.0 * t / (1 - t) for t in (k / 16 for k in range(1, 9)))
     torch.testing.assert_close(x, (moved * w).expand(2, *SHAPE))
     torch.testing.assert_close(rewards[:, -1], (moved * w.square().sum()).expand(2))
-    assert torch.equal(rewards[:, :2], torch.zeros(2, 2))                               # t = .75 and .56: nothing moved yet
+    assert torch.equal(rewards[:, :2], torch.zeros(2, 2))               # t = .75 and .56: nothing moved yet
     assert flow.schedule(16).tolist()[::4] == [1, 0.75, 0.5, 0.25, 0]
 
 
 @pytest.fixture
 def work(tmp_path, monkeypatch):
-    """Candidates of 40 videos, three seeds; the reward at the end knows which are qualified, that of before does not."""
+    """Candidates of 40 videos, three seeds; the reward at the end knows which are qualified, that of before
+    does not."""
     def run(wanted):
         for folder, last, *words in wanted:
             flags = dict(zip(words[::2], words[1::2]))

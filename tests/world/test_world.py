@@ -1,4 +1,5 @@
-"""scene.py, annotator.py: the physics against a step-by-step simulation, and the annotator against clips whose truth is known."""
+"""scene.py, annotator.py: the physics against a step-by-step simulation, and the annotator against clips
+whose truth is known."""
 import pytest
 import torch
 
@@ -107,8 +108,8 @@ def test_prompts_of_training_validation_and_test_are_disjoint():
 
 
 def test_reworded_sentences_share_no_wording_with_the_world():
-    """Every combination, no sentence, verb or phrase of the world's; what is left in common are the words asked for, and
-    articles."""
+    """Every combination, no sentence, verb or phrase of the world's; what is left in common are the words
+    asked for, and articles."""
     reworded = scene.all_prompts("reworded")
     everything = {s for split in ("train", "validation", "test") for of in scene.all_prompts(split).values() for s in of}
     assert set(reworded) == COMBINATIONS
@@ -162,7 +163,8 @@ def test_contradicting_prompts_fail(clean, field, names):
         asked = [scene.parse_prompt(prompt) for prompt in prompts]
         for a in asked:
             a[field] = list(names)[(list(names).index(a[field]) + shift) % len(names)]
-        judged = annotator.annotate(videos, [f"a {a['color']} {a['shape']} moving {a['direction']}" for a in asked])
+        judged = annotator.annotate(videos, [f"a {a['color']} {a['shape']} moving "
+                                             f"{a['direction']}" for a in asked])
         assert rate(judged["adherent"]) <= 0.005 and rate(judged["qualified"]) <= 0.005
         assert rate(judged["unqualified"]) >= 0.995
 
