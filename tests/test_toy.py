@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_toy_shows_what_it_says(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "docs.toy", "--output", str(tmp_path / "toy.png")], cwd=ROOT, text=True,
-                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, "-m", "docs.toy", "--output", str(tmp_path / "toy.png")], cwd=ROOT,
+                          text=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     image = next(av.open(str(tmp_path / "toy.png")).decode()).to_ndarray(format="rgb24")
     assert image.shape == (240, 720, 3)
