@@ -106,7 +106,8 @@ def test_a_clip_on_which_nobody_agrees_loses_its_label_and_one_without_answers_k
     assert export(tmp_path / "c", b"file_name,x\n0.mp4,1\n", **{"0": 1}) == b"file_name,x\n0.mp4,1\n"
 
 
-@pytest.mark.parametrize("content", (b'file_name,prompt\n0.mp4,caf\xe9\n', b'file_name,prompt\n0.mp4,a,b\n', b'file_name\n"0.mp4\n'))
+@pytest.mark.parametrize("content", (b"file_name,prompt\n0.mp4,caf\xe9\n", b"file_name,prompt\n0.mp4,a,b\n",
+                                     b'file_name\n"0.mp4\n'))
 def test_a_failed_export_changes_nothing_and_leaves_nothing_behind(tmp_path, content, monkeypatch):
     folder = tmp_path / "clips"
     with pytest.raises(InputError, match="metadata.csv row 1 .line 2.: "):
@@ -151,7 +152,8 @@ def prompts(folder, text, name="prompts.txt"):
 
 
 def test_comments_are_skipped(tmp_path):
-    assert prompts(tmp_path, "\ufeff# for another trainer\r\na cat\r\n\r\n  # a comment\r\na dog #2\r\n#last") == ["a cat", "a dog #2"]
+    text = "\ufeff# for another trainer\r\na cat\r\n\r\n  # a comment\r\na dog #2\r\n#last"
+    assert prompts(tmp_path, text) == ["a cat", "a dog #2"]
     with pytest.raises(InputError, match="prompts.txt: holds no prompt"):
         prompts(tmp_path, "# a cat\n#\n")
 
