@@ -53,7 +53,7 @@ import validation
 from common import InputError, arg
 from formats import codec, lock, runs
 from formats.codec import load_text_encoder, load_vae
-from formats.metadata import replace_text, write_rows
+from formats.metadata import replace_text, update_rows, write_rows
 from formats.picture import wall, write_gif
 from formats.prompts import read_prompts
 from formats.video import contact_sheet, from_pixels, read_clip, to_pixels, write_video
@@ -254,7 +254,7 @@ def compare_on_prompts(config, named, runtime):
     folder, metrics = Path(config.output_dir), [name for name in WATCHED if name in found[first]]
     for name in named:
         lines = [{"file_name": f"{i:06d}.mp4", "prompt": row["prompt"]} for i, row in enumerate(rows)]
-        write_rows(folder / name / "metadata.jsonl", lines)
+        update_rows(folder / name / "metadata.jsonl", lines)
     means = {name: {metric: summary(values[metric]) for metric in metrics} for name, values in found.items()}
     against = {name: {metric: summary(found[name][metric] - found[first][metric]) for metric in metrics}
                for name in named if name != first}

@@ -34,7 +34,7 @@ import flow
 import search
 from common import InputError, arg
 from formats import codec, lock, runs
-from formats.metadata import from_json, not_text, write_rows
+from formats.metadata import from_json, not_text, update_rows
 from formats.prompts import read_prompts
 from formats.video import contact_sheet, read_clip, write_video
 from formats.weights import TASKS, resolve_model
@@ -192,7 +192,7 @@ def write_metadata(folder, videos):
     """metadata.jsonl of the videos that are there."""
     rows = [{"file_name": video.path.name, "prompt": video.prompt, "seed": video.seed}
             | ({"image": video.image} if video.image else {}) for video in videos if video.path.exists()]
-    write_rows(Path(folder) / "metadata.jsonl", rows)
+    update_rows(Path(folder) / "metadata.jsonl", rows)
 
 
 @torch.no_grad()
