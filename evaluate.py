@@ -60,7 +60,7 @@ import search
 import validation
 from common import InputError, arg
 from formats import encoders, lock, runs, samples
-from formats.metadata import replace_text, write_rows
+from formats.metadata import replace_text, update_rows, write_rows
 from formats.paths import require_writable
 from formats.picture import wall, write_gif
 from formats.prompts import read_prompts
@@ -462,7 +462,7 @@ def own_prompts(config, named, runtime):
                 made = settings | {"index": i, "batch": len(group), "place": place}
                 file_name, image = f"{i:06d}.mp4", rows[i]["image"]
                 lines.append(samples.row(folder / name, file_name, texts[i], seed, image, made))
-        write_rows(folder / name / "metadata.jsonl", lines)
+        update_rows(folder / name / "metadata.jsonl", lines)
 
     def report(found, films):
         first, *others = named

@@ -41,7 +41,7 @@ import families
 import search
 from common import InputError, arg
 from formats import disk, encoders, lock, runs, samples
-from formats.metadata import from_json, not_text, write_rows
+from formats.metadata import from_json, not_text, update_rows
 from formats.paths import require_writable
 from formats.prompts import read_prompts
 from formats.video import contact_sheet, read_clip, write_video
@@ -315,7 +315,7 @@ def write_metadata(folder, videos, settings):
             place = {name: getattr(video, name) for name in samples.OF_A_VIDEO}
             made = settings | place
             rows.append(samples.row(folder, video.path.name, video.prompt, video.seed, video.image, made))
-    write_rows(Path(folder) / "metadata.jsonl", rows)
+    update_rows(Path(folder) / "metadata.jsonl", rows)
 
 
 @torch.no_grad()

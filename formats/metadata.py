@@ -351,12 +351,37 @@ def write_labels(folder, labels):
 
 
 def write_rows(path, rows):
-    """Writes dicts as .jsonl, one per line, whole or not at all. Text stays readable, but for a name that is not text."""
-    lines = []
+    """Writes dicts as .jsonl, one per line, whole or not at all."""
+    replace_text(path, "".join(f"{_as_line(row)}\n" for row in rows))
+
+
+def update_rows(path, rows):
+    """As `write_rows`, for a list in which others may have written meanwhile: a row whose values are there already keeps its
+    line, with a label, other fields and spelling; rows of other files that are there follow behind."""
+    path, lines = Path(path), {}
+    text = _read_text(path)[1] if path.exists() else ""
+    for line in filter(str.strip, text.split("\n")):
+        try:
+            row = from_json(line)
+            name = os.path.normpath(row["file_name"])
+        except (ValueError, TypeError, KeyError):
+            row, name = {}, line                                # not ours to read: kept
+        lines[name] = row, line
+    written = []
     for row in rows:
-        line = json.dumps(row, ensure_ascii=False)
-        lines.append(line if line.isprintable() else json.dumps(row))
-    replace_text(path, "".join(f"{line}\n" for line in lines))
+        old, line = lines.pop(os.path.normpath(row["file_name"]), ({}, ""))
+        is_there = line and all(old.get(key) == value for key, value in row.items() if key != "file_name")
+        written.append(line if is_there else _as_line(row))
+    for name, (row, line) in lines.items():
+        if not row or os.path.exists(path.parent / name):
+            written.append(line)
+    replace_bytes(path, "".join(f"{line}\n" for line in written).encode("utf-8", "surrogateescape"))
+
+
+def _as_line(row):
+    """A dict as one line of JSON: readable, but for text that would not print."""
+    line = json.dumps(row, ensure_ascii=False)
+    return line if line.isprintable() else json.dumps(row)
 
 
 def replace_text(path, text):

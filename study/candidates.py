@@ -1,5 +1,3 @@
-import itertools
-
 """Samples every candidate of every video to its end, with its rewards on the way and the annotator's grades
 of the video. From these study/search.py replays any best-of-n plan without sampling again.
 
@@ -15,6 +13,7 @@ ANNOTATED, [m, n] each, of the annotator.
 
 Axes: m videos, n candidates, b batch of candidates, c channels, f frames, h height, w width, l text tokens.
 """
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 

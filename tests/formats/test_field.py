@@ -20,7 +20,8 @@ import data
 import evaluate
 import sample
 from common import InputError
-from formats import colour, fingerprint, labels, lock, metadata, runs, shards, video, weights
+from formats import colour, fingerprint, labels, lock, metadata, runs, video, weights
+from formats import shards as shards_on_disk
 from study import parts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -198,7 +199,7 @@ def test_a_killed_first_run_can_be_continued(clips, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(shards, "write_rows", die)                # a shard, and no list of it yet
+        patch.setattr(shards_on_disk, "write_rows", die)                # a shard, and no list of it yet
         run("encode", clips, "--out", tmp_path / "out")
     run("encode", clips, "--out", tmp_path / "out")
     assert len(data.Shards(tmp_path / "out")) == 6
@@ -317,7 +318,8 @@ def test_check_finds_what_encode_refuses(clips, tmp_path, capsys):
     command = [sys.executable, ROOT / "data.py", "check", clips]
     done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii:strict"})
     lines = done.stdout.decode("ascii").splitlines()
-    assert done.returncode == 2 and b"Traceback" not in done.stderr and len(lines) == 11 and lines.pop().startswith("2 of 7 clips are copies of others, 0 share their prompt")
+    assert done.returncode == 2 and b"Traceback" not in done.stderr and len(lines) == 11
+    assert lines.pop().startswith("2 of 7 clips are copies of others, 0 share their prompt")
     for reason in ("File name too long", "0.mp4/a.mp4: there is no", "is not a file", "Too many levels",
                    "endless.mp4: damaged or not a video (it is empty)",
                    "new\\nline.mp4: there is no"):
@@ -562,6 +564,155 @@ def test_labels_that_come_later_move_no_clip_to_another_fold(tmp_path):
                      for x in (labels, labels.masked_fill(torch.arange(200) % 7 == 0, -1)))
     assert torch.equal(before & (torch.arange(200) % 7 != 0), after)
     assert before.sum() == 100 and before[:12].nonzero()[:, 0].tolist() == [1, 2, 3, 5, 6, 8, 9]     # for years
+
+
+# ---- copies and prompts in splits
+def groups_on_both_sides(groups, *sides):
+    a, b = ({groups[i] for i in side.tolist()} for side in sides)
+    return a & b
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_copies_stay_on_one_side(tmp_path, seed):
+    copies = torch.arange(60) // 2                              # each clip twice, under two names, with labels by chance
+    labels = torch.randint(0, 2, (60,), generator=torch.Generator().manual_seed(seed))
+    shards = stand_in(tmp_path, labels, copies=copies)
+    train, held = data.labelled_split(shards, 12, seed)
+    assert torch.equal(torch.cat([train, held]).sort().values, torch.arange(60)) and 9 <= len(held) <= 12
+    assert not groups_on_both_sides(copies.tolist(), train, held)
+    assert set(labels[held].tolist()) == set(labels[train].tolist()) == {0, 1}
+    assert torch.equal(data.labelled_split(shards, 12, seed)[1], held)
+    parts = [(data.take_fold(stand_in(tmp_path, labels, copies=copies), f"{i}/3").labels >= 0).nonzero()[:, 0] for i in (1, 2, 3)]
+    assert [len(part) for part in parts] == [20, 20, 20]
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert not groups_on_both_sides(copies.tolist(), parts[a], parts[b])
+
+
+@pytest.mark.parametrize("number, each, apart", [(20, 2, True), (12, 16, True), (9, 4, False), (12, 17, False)])
+def test_prompts_stay_on_one_side_where_there_are_enough(tmp_path, number, each, apart):
+    n = number * each
+    prompts = [f"Prompt {i % number}" if i % 3 else f" prompt {i % number}" for i in range(n)]      # alike, but for case
+    groups, labels = [i % number for i in range(n)], torch.arange(n) // number % 2
+    make = lambda **more: stand_in(tmp_path, labels, prompts, contents=[f"{i}" for i in range(n)], **more)
+    train, held = data.labelled_split(make(), None, 0)
+    folds = [(data.take_fold(make(), f"{i}/2").labels >= 0).nonzero()[:, 0] for i in (1, 2)]
+    assert bool(groups_on_both_sides(groups, train, held)) != apart and bool(groups_on_both_sides(groups, *folds)) != apart
+    assert n // 10 <= len(held) <= max(2, n // 5) and abs(len(folds[0]) - len(folds[1])) <= each
+    assert set(labels[held].tolist()) == set(labels[folds[0]].tolist()) == set(labels[folds[1]].tolist()) == {0, 1}
+    told = data.describe_split(make(), train, held)
+    assert told == (f"0 of {n} clips are copies of others, {n} share their prompt with others ({number} prompts); no copy is on "
+                    f"both sides of the split, and {len(groups_on_both_sides(groups, train, held))} prompts are")
+    own = stand_in(tmp_path, labels, prompts)                   # a generator's own samples: as if each stood for itself
+    assert torch.equal(data.labelled_split(own, None, 0)[1], data.labelled_split(stand_in(tmp_path, labels), None, 0)[1])
+
+
+def test_one_prompt_of_most_clips_does_not_make_a_lopsided_part(tmp_path):
+    prompts = ["x"] * 70 + [f"{i}" for i in range(30)]
+    make = lambda: stand_in(tmp_path, torch.arange(100) % 2, prompts, contents=[f"{i}" for i in range(100)])
+    sizes = [(data.take_fold(make(), f"{i}/4").labels >= 0).sum().item() for i in (1, 2, 3, 4)]
+    assert sizes == [25, 25, 25, 25]
+    assert 10 <= len(data.labelled_split(make(), 20, 0)[1]) <= 20
+
+
+def test_splits_without_copies_and_few_prompts_are_those_of_always(tmp_path):
+    """As they were before anybody looked for copies: written out again."""
+    labels = torch.randint(-1, 2, (300,), generator=torch.Generator().manual_seed(5))
+    shards = stand_in(tmp_path, labels, [f"{i % 9}" for i in range(300)], [f"{i}" for i in range(300)])
+    part = torch.randperm(300, generator=common.random_generator(0, "fold")) % 3
+    for i in (1, 2, 3):
+        fold = stand_in(tmp_path, labels.clone(), [f"{i % 9}" for i in range(300)], [f"{i}" for i in range(300)])
+        assert torch.equal(data.take_fold(fold, f"{i}/3").labels, labels.masked_fill(part != i - 1, -1))
+    held, wanted = [], round(40 * (labels == 0).sum().item() / (labels >= 0).sum().item())
+    for label, count in ((0, wanted), (1, 40 - wanted)):
+        where = (labels == label).nonzero()[:, 0]
+        held.append(where[torch.randperm(len(where), generator=common.random_generator(f"7 {label}", "split"))[:count]])
+    assert torch.equal(data.labelled_split(shards, 40, 7)[1], torch.cat(held).sort().values)
+
+
+def test_a_label_whose_clips_are_all_copies_is_refused_and_a_large_group_can_be_held_out(tmp_path):
+    with pytest.raises(InputError, match="clips of one label are copies of one another.*label more"):
+        data.labelled_split(stand_in(tmp_path, [0, 0, 0, 1, 1, 1], copies=[0, 0, 0, 3, 4, 5]), 2, 0)
+    train, held = data.labelled_split(stand_in(tmp_path, [0] * 6 + [1] * 6, copies=[0, 0, 0, 3, 3, 3, *range(6, 12)]), 2, 0)
+    assert sorted(held.tolist())[:3] in ([0, 1, 2], [3, 4, 5]) and len(held) == 4 and len(train) == 8
+
+
+def test_labels_that_come_later_move_no_group_to_another_fold(tmp_path):
+    copies, prompts = torch.arange(200) // 2, [f"{i // 4}" for i in range(200)]
+    make = lambda labels: stand_in(tmp_path, labels, prompts, [f"{i}" for i in range(200)], copies)
+    labels = torch.randint(0, 2, (200,), generator=torch.Generator().manual_seed(0))
+    few = labels.masked_fill(torch.arange(200) % 5 > 0, -1)
+    after, before = (data.take_fold(make(x.clone()), "1/2").labels >= 0 for x in (labels, few))
+    assert torch.equal(before, after & (few >= 0)) and after.sum() == 100
+
+
+def test_few_labels_move_whole_groups(tmp_path):
+    copies = torch.tensor([0, 0, 2, 2, 4, 4, 6, 6, *range(8, 40)])
+    labels = torch.tensor([0] * 8 + [1] * 32)
+    for i in (1, 2):
+        got = data.take_fold(stand_in(tmp_path, labels.clone(), copies=copies), f"{i}/2").labels
+        assert (got[:8] == 0).sum() >= 2 and torch.equal(got[0:8:2], got[1:8:2])
+    one = torch.zeros(40, dtype=torch.long)                     # all clips of a label in one group: it stays whole
+    one[8:] = torch.arange(8, 40)
+    got = [(data.take_fold(stand_in(tmp_path, labels.clone(), copies=one), f"{i}/2").labels == 0).sum().item() for i in (1, 2)]
+    assert sorted(got) == [0, 8]
+
+
+def test_copies_are_found_by_files_and_by_latents(tmp_path):
+    x = torch.randn(6, 16, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    x[3] = x[1]                                                 # another file, the same picture
+    x[4, 0, 0, 0] = x[1, 0, 0, 0]                               # the same beginning only
+    for k, part in enumerate((slice(0, 3), slice(3, 6))):
+        data.write_shards(tmp_path, x[part], torch.zeros(3, 8, 32), [0, 1, 0], ["a", "b", "c"], append=k > 0,
+                          contents=["p", "q", "r"] if k == 0 else ["s", "t", "p"])
+    shards = data.Shards(tmp_path)
+    assert shards.copies.tolist() == [0, 1, 2, 1, 4, 0]
+    assert data.without_relatives(shards, torch.tensor([1, 2, 4, 5]), torch.tensor([0, 3])).tolist() == [2, 4]
+    with pytest.raises(InputError, match="nothing is left to train on"):
+        data.without_relatives(shards, torch.tensor([1, 5]), torch.tensor([0, 3]))
+
+
+def test_equal_values_join_rows_over_other_rows():
+    assert shards_on_disk.join_equal([1, 2, None, 2, None, 3], [None, "a", "b", "c", "c", "b"]).tolist() == [0, 1, 2, 1, 1, 2]
+    assert shards_on_disk.join_equal([]).tolist() == []
+
+
+def test_check_counts_copies_and_prompts(clips, capsys):
+    rows = metadata.read_metadata(clips)
+    for i in range(3):
+        shutil.copy(clips / f"{i}.mp4", clips / f"again{i}.mp4")
+        rows.append({"file_name": f"again{i}.mp4", "prompt": f"CLIP  {i % 2}", "label": 1})
+    write_list(clips, rows)
+    run("check", clips)
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "6 of 9 clips are copies of others, 5 share their prompt with others (6 prompts)")
+
+
+# ---- an answer knows the content it was given for
+def test_shards_take_answers_for_what_they_hold(clips, tmp_path):
+    path = clips / "labels.jsonl"
+
+    def answer(name, grade, **more):
+        line = {"file_name": name, "annotator": "ada", "physical": grade, "deformity": grade} | more
+        with path.open("a") as file:
+            file.write(json.dumps({"contents": labels.contents_beside(path, line)} | line) + "\n")
+
+    answer("0.mp4", 2), answer("1.mp4", 0), answer("2.mp4", 2, contents=None)
+    run("encode", clips, "--out", tmp_path / "out")
+    assert data.Shards(tmp_path / "out").relabel().labels.tolist() == [1, 0, 1, 1, 0, 1]
+    for name in ("0.mp4", "2.mp4"):                             # another film comes: the shards still hold the old one
+        shutil.copy(clips / "5.mp4", clips / name)
+    answer("0.mp4", 0)
+    shards = data.Shards(tmp_path / "out").relabel()
+    assert shards.labels.tolist() == [1, 0, 1, 1, 0, 1]         # so the answer for the old film counts, not the new one
+    run("encode", clips, "--out", tmp_path / "out")
+    shards = data.Shards(tmp_path / "out").relabel()
+    got = {row["file_name"]: label for row, label in zip(shards.rows, shards.labels.tolist())}
+    assert got == {"0.mp4": 0, "1.mp4": 0, "2.mp4": 1, "3.mp4": 1, "4.mp4": 0, "5.mp4": 1}
+    assert "do not say for which content" in shards.label_note and "other content" not in shards.label_note
+    path.write_text("".join(path.read_text().splitlines(True)[:1]))
+    shards = data.Shards(tmp_path / "out").relabel()            # the answer was for the old film alone: the list's label counts
+    assert shards.labels[[row["file_name"] for row in shards.rows].index("0.mp4")] == 0
+    assert "1 of 1 answers were given for other content" in shards.label_note
 
 
 # ---- the same seed, the same bytes
