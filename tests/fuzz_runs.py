@@ -1,8 +1,9 @@
-"""Run folders in any half-made state, for tests/fuzz.py: what kills, power losses, disks and hands leave behind.
+"""Run folders in any half-made state, for tests/fuzz.py: what kills, power losses, disks and hands leave
+behind.
 
-A case takes a run of two steps apart at random and starts a run in its folder. It must end with exit code 0, or with 1 or 2 and
-one line; a refused run changes nothing; and no checkpoint is lost, whatever the run did to the folder.
-"""
+A case takes a run of two steps apart at random and starts a run in its folder. It must end with exit code 0,
+or with 1 or 2 and one line; a refused run changes nothing; and no checkpoint is lost, whatever the run did to
+the folder."""
 import shutil
 
 LEFT = ("transformer.tmp77", "transformer.replaced", "best.tmp", "best.replaced", "best", "sharded_state.tmp", "samples",

@@ -1,7 +1,7 @@
 """Disks that fail: full ones, a power loss, disks that cannot flush or lock, nodes without a common one.
 
-One line names the file, nothing is half-written, and work goes on when there is room again. A full disk is simulated by a
-limit on the size of files."""
+One line names the file, nothing is half-written, and work goes on when there is room again. A full disk is
+simulated by a limit on the size of files."""
 import contextlib
 import dataclasses
 import errno
@@ -114,7 +114,8 @@ def test_where_no_file_can_be_made_is_one_line(tmp_path):
 
 
 def test_pieces_of_two_ranks_that_do_not_fit(folder):
-    """fsdp's checkpoint, as ddp's in test_runs.py: the last one whole, one line, and nothing of the new one."""
+    """fsdp's checkpoint, as ddp's in test_runs.py: the last one whole, one line, and nothing of the new
+    one."""
     run(*command(folder, "sft", "full", "--max_train_steps", "2"))
     script, argv = command(folder, "sft", "full", "--resume", "latest", "--max_train_steps", "4")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
@@ -134,11 +135,10 @@ def test_pieces_of_two_ranks_that_do_not_fit(folder):
 class Recorder:
     """Watches a folder: which content and which names of it were flushed, and are there after a power loss.
 
-    `os.fsync`, renames and removals are recorded; after each of them `look` is called with copies of the folder as a kill
-    (everything is there), a power loss (only what was flushed is), and two mixtures leave it: all names but only flushed
-    content, as when a disk writes names early; and after a removal, the watched folder's own names as they were flushed, but
-    what lies in its subfolders removed already.
-    """
+    `os.fsync`, renames and removals are recorded; after each of them `look` is called with copies of the
+    folder as a kill (everything is there), a power loss (only what was flushed is), and two mixtures leave
+    it: all names but only flushed content, as when a disk writes names early; and after a removal, the
+    watched folder's own names as they were flushed, but what lies in its subfolders removed already."""
 
     def __init__(self, root, place, look, monkeypatch):
         self.root, self.place, self.look, self.seen = root, place, look, set()
@@ -355,7 +355,7 @@ def test_a_disk_without_locks_is_one_warning(tmp_path, monkeypatch, capsys, numb
 
 
 # ---- nodes without a common disk
-NODES = """
+NODES ="""
 import json, os, sys
 rank = int(os.environ["RANK"])
 sys.path.insert(0, {root!r})
@@ -390,7 +390,8 @@ common.teardown()
 
 
 def test_nodes_without_a_common_disk_are_told_before_they_work(folder, tmp_path):
-    """Two processes with working folders of their own; on a common one nothing is said. Nothing is left behind."""
+    """Two processes with working folders of their own; on a common one nothing is said. Nothing is left
+    behind."""
     (tmp_path / "driver.py").write_text(NODES.format(root=str(ROOT), tests=str(ROOT / "tests")))
     for node in ("node-0", "node-1"):
         (tmp_path / node).mkdir()
