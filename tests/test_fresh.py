@@ -1,5 +1,5 @@
-"""The same seed in a fresh folder, without --data: clips are rendered, samples made and judged anew, and the training is the same;
-on two ranks as on one, and killed and resumed as uninterrupted."""
+"""The same seed in a fresh folder, without --data: clips are rendered, samples made and judged anew, and the
+training is the same; on two ranks as on one, and killed and resumed as uninterrupted."""
 import json
 import shutil
 import subprocess

@@ -1,5 +1,5 @@
-"""formats/runs.py: what a run does to its folder, and with the training scripts: a run that goes on is the same run or is
-refused; one writer; a disk that fails."""
+"""formats/runs.py: what a run does to its folder, and with the training scripts: a run that goes on is the
+same run or is refused; one writer; a disk that fails."""
 import dataclasses
 import io
 import json
@@ -146,7 +146,8 @@ def test_going_back_to_an_older_checkpoint_sets_the_later_ones_aside(tmp_path, c
 
 @pytest.mark.parametrize("then", ("fresh", "latest", "back"))
 def test_a_kill_while_a_run_is_moved_loses_nothing(tmp_path, monkeypatch, then):
-    """At each rename of setting aside (and of coming back): the next start finishes it, or brings the run back."""
+    """At each rename of setting aside (and of coming back): the next start finishes it, or brings the run
+    back."""
     play(tmp_path / "whole")
     if then == "back":
         play(tmp_path / "whole", learning_rate=2e-4)
@@ -249,7 +250,8 @@ def test_a_broken_tensorboard_is_one_warning(tmp_path, monkeypatch, capsys, wher
 
 @pytest.fixture(scope="module")
 def started(folder):
-    """One run of each script that stopped after its second step, in folders of its own; other data, models and rewards."""
+    """One run of each script that stopped after its second step, in folders of its own; other data, models
+    and rewards."""
     for name in ("prfl", "reward"):
         run(*command(folder, name, f"started-{name}", "--max_train_steps", "2"))
     shutil.copytree(folder / "data", folder / "moved/data")
@@ -339,7 +341,8 @@ def test_a_trunk_that_was_frozen_stays_frozen(started, capsys):
 
 
 def test_a_run_never_writes_over_what_is_not_its(started, capsys):
-    """Clips, shards, other programs' runs, this one's model, and what train_reward.py made, for train_align.py."""
+    """Clips, shards, other programs' runs, this one's model, and what train_reward.py made, for
+    train_align.py."""
     def refused(out, words, *flags, name="sft"):
         read = lambda: {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
         before = read()
@@ -418,7 +421,8 @@ def test_fingerprints_know_content_not_paths(started):
 
 
 def test_videos_go_to_tensorboard_as_moving_gifs(tmp_path, monkeypatch):
-    """With stand-ins for TensorBoard's three names: what is said of each video, and that its bytes are the clip's, moving."""
+    """With stand-ins for TensorBoard's three names: what is said of each video, and that its bytes are the
+    clip's, moving."""
     told = []
     summary = lambda value: value[0]
     summary.Image, summary.Value = dict, dict
