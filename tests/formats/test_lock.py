@@ -1,5 +1,7 @@
 """formats/lock.py against a second process: who holds a folder, who is refused, and that a killed holder lets
 go."""
+import multiprocessing
+import os
 import signal
 import time
 
