@@ -1,29 +1,31 @@
-"""The paper's comparisons on the embedded world, one command each. Finished parts are kept: run it again to
-continue.
+"""The paper's comparisons on the embedded world, one command each. Finished parts are kept.
+Run a command again to continue it.
 
     python -m study.reproduce table1                    PRFL against the base, SFT, RWR and RGB ReFL
     python -m study.reproduce table3 --preset quick     one seed, fewer videos
     python -m study.reproduce all --preset quick        everything
 
-table1     PRFL beside the base, RWR, SFT (with as many updates, for as long) and RGB ReFL (first frame, all
-frames) table2     image-to-video: base, SFT, PRFL table3     which part of the trajectory PRFL rewards table4
-seconds and memory of an iteration, beside RGB ReFL's, for growing clips table5     how PAVRM pools its
-tokens, beside reward models of pixels table7     binary cross-entropy or Bradley-Terry table8     how many
-blocks K the trunk has table9     a reward model on videos of generators that it was not trained on fig3
-where a reward can be read: from pixels predicted in one step; from frozen features of any depth; after
-           fine-tuning
-fig5       wins, ties and losses of PRFL, as the annotator sees them labels     how many samples PAVRM learns
-from loss       choices in PRFL: form of the loss, lambda, steps with gradients, SFT updates steady     the
-steady recipe beside the paper's, and its learning rates mid        both recipes, and best of n, at a second
-size of the world: 48x48, 27 tokens why        why the steady recipe does not collapse: its parts in all
-combinations; noise, exact last passes or no
-           rollout; other passes, other N, no SFT updates, image-to-video; other changes of the paper's recipe
-speed      CPU seconds until a quality is reached: PRFL and RGB ReFL with both recipes, and SFT stopping   a
-second reward model as judge: how much worse is the checkpoint that it chooses than the annotator's choice
-hacking    what changes while aligning, with and without SFT updates: reward, quality, speed, brightness,
-saturation annotator  how often the annotator passes clean clips and fails flawed ones, after mp4 and VAE
-search     best of n by the latent reward while sampling: quality against forward passes fooled     the main
-results by a stricter and a looser annotator, and with wordings that the world never uses
+table1     PRFL beside the base, RWR, SFT and RGB ReFL, with as many updates and for as long
+table2     image-to-video: base, SFT, PRFL
+table3     which part of the trajectory PRFL rewards
+table4     seconds and memory of an iteration, beside RGB ReFL's, for growing clips
+table5     how PAVRM pools its tokens, beside reward models of pixels
+table7     binary cross-entropy or Bradley-Terry
+table8     how many blocks K the trunk has
+table9     a reward model on videos of generators that it was not trained on
+fig3       where a reward can be read: pixels predicted in one step, frozen features of any depth, fine-tuning
+fig5       wins, ties and losses of PRFL, as the annotator sees them
+labels     how many samples PAVRM learns from
+loss       choices in PRFL: form of the loss, lambda, steps with gradients, SFT updates
+steady     the steady recipe beside the paper's, and its learning rates
+mid        both recipes, and best of n, at a second size of the world: 48x48, 27 tokens
+why        what keeps the steady recipe from collapsing: its parts in all combinations, and other changes
+speed      CPU seconds until a quality is reached: PRFL and RGB ReFL with both recipes, and SFT
+stopping   a second reward model as judge: what its choice of checkpoint loses beside the annotator's
+hacking    reward, quality, speed, brightness and saturation while aligning, with and without SFT updates
+annotator  how often the annotator passes clean clips and fails flawed ones, after mp4 and VAE
+search     best of n by the latent reward while sampling: quality against forward passes
+fooled     the main results by a stricter and a looser annotator, and with wordings new to the world
 
 Every part is a plain call of one of this repository's scripts. The call is printed when it starts, and
 log.txt in the part's folder has what it printed. Writes <results_dir>/<name>.md and .json and, for curves, a
