@@ -176,27 +176,13 @@ def update_flops(forward, trained=True, checkpointing=True):
     return linear * (passes + (2 if trained else 1)) + attention * (passes + 2.5)
 
 
-def rollout_passes(first, last, stride=1, batch=1, groups=1):
-    """Forward passes, in batches, that a rollout without gradients takes on average before rewarded steps
-    that are drawn from first + 1 .. last, a step for each video, stratified over batch x groups of them, as
-    prfl.draw_steps has it.
+def rollout_passes(skipped, last, stride=1):
+    """Forward passes that a rollout without gradients takes, on average over the rewarded steps skipped + 1 .. last.
 
-    A pass moves the videos that have not arrived, and at least one: all groups make as many passes, for
-    FSDP's sake.
+    stride: Euler steps of the schedule that one pass takes at once.
     """
-    every, total = batch * groups, 0.0
-    for start in range(0, last - 1, stride):  # a pass from step `start`: which videos lie beyond?
-        beyond = every * min(1, (last - max(start + 1, first)) / (last - first))
-        whole, part = int(beyond), beyond - int(beyond)  # stretches that do, and the share of the next one
-        # in one group's batch
-        none = lambda moving: math.comb(every - moving, batch) / math.comb(every, batch)
-        if whole == every:
-            total += batch
-        elif whole:
-            total += batch * beyond / every + (1 - part) * none(whole) + part * none(whole + 1)
-        else:
-            total += part
-    return total / batch
+    steps = range(skipped + 1, last + 1)
+    return sum(math.ceil((step - 1) / stride) for step in steps) / len(steps)
 
 
 # ---- bytes
@@ -371,11 +357,9 @@ def costs(config, c):
     one["update_flops"] = update_flops(judging if stage1 else forward, trained=not lora,
                                        checkpointing=recompute)
     first = 2 * N // 3 if refl else 0           # the rewarded step is uniform on 1 .. N, or on the last third
-    if config.recipe == "steady":
-        one["rollout_steps"] = rollout_passes(first, N, math.ceil(N / STEADY_PASSES), b, one["groups"])
-    else:                                       # one step for all: those before it
-        one["rollout_steps"] = (first + N - 1) / 2
-    one["rollout_steps"] *= prfl or refl
+    stride = math.ceil(N / STEADY_PASSES) if config.recipe == "steady" else 1
+    if prfl or refl:
+        one["rollout_steps"] = rollout_passes(first, N, stride)
     if prfl:
         one["reward_flops"] = update_flops(judging, trained=False, checkpointing=recompute)
     if refl:

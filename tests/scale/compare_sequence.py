@@ -51,14 +51,12 @@ def compare(runtime, kind, image, checkpointing, rank, pooling, **more):
     x, context = torch.randn(B, 16, 3, 6, 4, generator=g), torch.randn(B, 3, 8, generator=g)
     given = dict(y=torch.randn(B, 20, 3, 6, 4, generator=g),
                  clip_tokens=torch.randn(B, 5, 32, generator=g)) if image else {}
-    steps = prfl.draw_steps(3, 0, 4, B)
+    step = prfl.draw_step(3, 0, 4)
     found = []
     for policy, pavrm, j in ((one, judge, range(B)), (*many, runtime.indices(2))):
         params = [p for p in policy.parameters() if p.requires_grad]
         optimizer, mine = torch.optim.AdamW(params, lr=1e-3), {name: z[j] for name, z in given.items()}
-        loss, reward = prfl.reward_update_loss(policy, pavrm, x[j], context[j], steps[j], 4,
-                                               longest=int(steps.max()),
-                                               rollout_passes=2, **mine)
+        loss, reward = prfl.reward_update_loss(policy, pavrm, x[j], context[j], step, 4, rollout_passes=2, **mine)
         sft = prfl.sft_loss(policy, x[j], x[j].flip(2), torch.full((len(j),), 0.3), context[j], **mine)
         (loss + sft).backward()
         sampled = flow.rollout(policy, x[j], context[j], 2, **mine)
