@@ -126,8 +126,8 @@ def test_three_steps_of_the_reward_model_by_hand(folder, fixed_t):
         rows = data.order(len(train), 0, step, indices, 8)
         batch, y = shards.batch(train[rows]), shards.labels[train[rows]].float()
         for i in (common.uniform(0, "mismatched", step, indices) < 0.25).nonzero()[:, 0]:
-            other = int(common.uniform(0, "other prompt", step, [int(i)]).double() * 23)    # of the 23 that are left
-            other += other >= rows[i]
+            other = int(common.uniform(0, "other prompt", step, [int(i)]).double() * 23)    # one of 23 others
+            other += int(other >= int(rows[i]))
             batch["context"][i], y[i] = shards.batch(train[[other]])["context"][0], 0
         t = common.uniform(0, "t", step, indices) if fixed_t is None else torch.full((8,), fixed_t)
         t_, x1 = t.view(-1, 1, 1, 1, 1), common.noise((16, 2, 4, 4), 0, "x1", step, indices)
@@ -229,7 +229,8 @@ def test_updates_and_what_they_move(folder, one_rank):
     for name in ("reward", "reward_rgb"):
         report = json.loads((folder / f"one-{name}/report.json").read_text())
         assert (report["trained_on"], report["held_out"], len(report["accuracy"])) == (24, 8, 5)
-        assert report["clean"].keys() == {"accuracy", "balanced_accuracy", "auc", "prompt_accuracy", "prompt_auc"}
+        assert report["clean"].keys() == {"accuracy", "balanced_accuracy", "auc", "prompt_accuracy",
+                                          "prompt_auc"}
 
 
 @pytest.mark.parametrize("name", ["prfl", "refl", "rwr"])

@@ -86,8 +86,8 @@ def distance(a, b):
 
 
 def apart(a, b):
-    """The Euclidean distance of all weights. Where a gradient is near zero, rounding decides which way AdamW moves a
-    weight: such a weight would decide `distance`, and hardly counts here."""
+    """The Euclidean distance of all weights. Where a gradient is near zero, rounding decides which way AdamW
+    moves a weight: such a weight would decide `distance`, and hardly counts here."""
     assert a.keys() == b.keys()
     return sum((a[name] - b[name]).double().square().sum().item() for name in a) ** 0.5
 
