@@ -5,8 +5,8 @@ model.
 
 A "video" is a point, x [b, 2, 1, 1, 1], and has no prompt. The base generator learns a ring. Points on the
 right half of the ring are good. The reward model learns this from the base's own points at every noise level,
-as PAVRM does. It never sees points off the ring. Then Algorithm 1 trains the base, with SFT updates and
-without.
+as PAVRM does. It hardly sees a finished point off the ring. Then Algorithm 1 trains the base, with SFT
+updates and without.
 
 The picture has three panels, in which good points are green. The base makes the whole ring. PRFL makes its
 right half. Without SFT updates the points have left the ring, and still the reward is high: it has been
