@@ -33,7 +33,7 @@ def same_setting(name, a, b):
 
 
 def relative_path(path, folder):
-    """`path` as a file in `folder` has to name it. Links are followed, as ".." does not lead back over one."""
+    """`path` as a file in `folder` names it. Links are followed, as ".." does not lead back over one."""
     return os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
 
 
