@@ -80,7 +80,8 @@ def write_folder(path, config, tensors, dtype=None):
             if isinstance(x, (DTensor, Later)):
                 full_tensor(x)
         return
-    new, old = path.with_name(f"{path.name}.tmp{os.getpid()}"), path.with_name(f"{path.name}.old{os.getpid()}")
+    new = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    old = path.with_name(f"{path.name}.old{os.getpid()}")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
