@@ -6,7 +6,7 @@ config.json, and formats/weights.py refuses folders of families that are not her
 FAMILIES.
 
     embedded world      the small models in checkpoints/, whose VAE and text encoder are in world/
-    Wan2.1              text-to-video and image-to-video, whose encoders are in formats/wan.py (requirements-wan.txt)
+    Wan2.1              text-to-video and image-to-video, whose encoders formats/wan.py reads
 """
 import os
 from dataclasses import dataclass, field, replace
@@ -109,7 +109,8 @@ def of_config(dit_config):
     if dit_config["text_len"] != UMT5_TOKENS:
         world = "small" if dit_config["dim"] == PRESETS["small-t2v"]["dim"] else "tiny"
         return next(row for row in FAMILIES if (row.world, row.task) == (world, dit_config["model_type"]))
-    task, channels, image_tokens = dit_config["model_type"], dit_config["out_dim"], bool(dit_config["image_dim"])
+    task, channels = dit_config["model_type"], dit_config["out_dim"]
+    image_tokens = bool(dit_config.get("image_dim"))
     for row in FAMILIES:
         if row.world is None and (row.task, row.channels, row.image_tokens) == (task, channels, image_tokens):
             return row
@@ -216,7 +217,7 @@ def image_conditions(dit_config, vae, image_encoder, first, frames):
     batch = {"latents": condition}
     if row.blank_frames:
         batch["condition"] = condition
-    if dit_config["image_dim"]:
+    if dit_config.get("image_dim"):
         batch["clip_fea"] = image_encoder.encode(first)
     return image_inputs(dit_config, batch, first.device)
 

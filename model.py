@@ -15,7 +15,8 @@ Deliberate differences from the released code:
  2. All items of a batch share one grid, so there is no sequence padding and no per-item loop.
  3. RoPE multiplies in complex64 (complex128 in a float64 model), not always in complex128.
  4. The residual stream and the query and key norms are float32 (or wider) throughout, also under autocast.
- 5. Image-to-video: behind frame 0 `y` is zero, or the shards' `condition`: the VAE's code of blank frames, as in Wan.
+ 5. Image-to-video: behind frame 0 `y` is zero, or the shards' `condition`, which is Wan's: the VAE's code of
+    blank frames.
 """
 import math
 from functools import lru_cache, partial

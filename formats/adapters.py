@@ -144,7 +144,9 @@ def write_adapters(path, adapters, layout="diffusers"):
     """Writes {name of our layer: (A [r, d], B [d', r])}, whole or not at all."""
     tensors = {}
     for layer, (A, B) in adapters.items():
-        name = f"transformer.{diffusers_layer(layer)}" if layout == "diffusers" else f"diffusion_model.{layer}"
+        name = f"diffusion_model.{layer}"
+        if layout == "diffusers":
+            name = f"transformer.{diffusers_layer(layer)}"
         tensors |= {f"{name}.lora_A.weight": A.contiguous(), f"{name}.lora_B.weight": B.contiguous()}
     temporary = Path(f"{path}.tmp")
     stream_tensors(tensors, temporary)

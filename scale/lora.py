@@ -79,7 +79,8 @@ def add(dit, rank, alpha=None, seed=0, path=None):
         r = rank or len(start[layer][0])
         adapted = LoRALinear(dit.get_submodule(layer), r, (alpha or r) / r)
         if start:
-            adapted.lora_A.weight.data, adapted.lora_B.weight.data = start[layer][0], start[layer][1] / adapted.scale
+            A, B = start[layer]
+            adapted.lora_A.weight.data, adapted.lora_B.weight.data = A, B / adapted.scale
         else:
             nn.init.kaiming_uniform_(adapted.lora_A.weight, a=5 ** 0.5, generator=draws)
             nn.init.zeros_(adapted.lora_B.weight)

@@ -3,8 +3,8 @@ arithmetic.
 
     python -m scale.plan wan2.1-t2v-14b --frames 81 --size 1280*720 --gpus 8 --method prfl
     python -m scale.plan wan2.1-t2v-1.3b --gpus 1 --lora_rank 32 --no-gradient_checkpointing
-    python -m scale.plan wan2.1-t2v-1.3b --gpus 8 --parallel ddp --clips 500        and the whole way from clips: disk, hours
-    python -m scale.plan wan2.1-t2v-14b --gpus 8 --simulate                         and what PyTorch's tracker says, in minutes
+    python -m scale.plan wan2.1-t2v-1.3b --gpus 8 --parallel ddp --clips 500    and all stages: disk, hours
+    python -m scale.plan wan2.1-t2v-14b --gpus 8 --simulate    and what PyTorch's tracker says
 
 Every line shows its formula with its numbers. What is counted: fp32 weights, gradients and AdamW moments of
 what is trained, bf16 autocast, what the backward pass keeps of each block (term by term in `block_bytes`,
@@ -409,7 +409,8 @@ def way(config, c):
     stage1 = costs(dataclasses.replace(config, method="reward", batch_size=config.reward_batch_size, lora_rank=0), c)
     stage2 = costs(config, c)
     i2v, f, h, w = c["model_type"] == "i2v", stage2["f"], stage2["h"], stage2["w"]
-    P, R, T1, T2 = stage2["parameters"]["total"], stage1["reward_parameters"], stage1["trained"], stage2["trained"]
+    P, R = stage2["parameters"]["total"], stage1["reward_parameters"]
+    T1, T2 = stage1["trained"], stage2["trained"]
     one = {"clip": 4 * (c["out_dim"] * f * h * w * (2 if i2v else 1) + c["text_len"] * c["text_dim"]
                         + IMAGE_TOKENS * (c.get("image_dim") or 0))}
     one["shards"] = config.clips * one["clip"]
@@ -601,8 +602,10 @@ def report(config, c):
          f"(forward {'twice' if passes == 2 else 'once'})")
     total = "as above" if not (prfl or refl) else "SFT update + rollout + step with gradients + reward"
     if prfl or refl:
-        mean = f"at most {STEADY_PASSES}, each of {math.ceil(N / STEADY_PASSES)} steps" if config.recipe == "steady" else \
-            "(N - 1) / 2" if prfl else "a step of the last third"
+        if config.recipe == "steady":
+            mean = f"at most {STEADY_PASSES}, each of {math.ceil(N / STEADY_PASSES)} steps"
+        else:
+            mean = "(N - 1) / 2" if prfl else "a step of the last third"
         work("rollout", one["rollout_flops"], f"{one['rollout_steps']:.4g} forward passes on average: "
                                               f"{mean}, N = {N}")
     if prfl:

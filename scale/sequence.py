@@ -7,7 +7,7 @@ after it ("Ulysses"). The velocity, and the features that a reward model pools, 
 of the group:
 
     x --mine--> tokens [b, n / ranks, d] --blocks--> [b, n / ranks, d] --head--> --gather_tokens--> velocity
-                        q, k, v [b, n / ranks, k, e] --heads--> [b, n, k / ranks, e] --attention, tokens--> [b, n / ranks, d]
+    q, k, v [b, n / ranks, k, e] --heads--> [b, n, k / ranks, e] --attention, tokens--> [b, n / ranks, d]
 
 Where the ranks do not divide n, zeros stand behind the last token; they are cut off before attention, pooling
 and loss. Gradients need no rule of their own: every rank of a group computes the clip's loss, and these

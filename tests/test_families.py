@@ -224,8 +224,8 @@ def test_every_command_refuses_it_in_one_line(tmp_path, capsys, kind, command):
     with pytest.raises(SystemExit) as end:
         common.cli(main, Config, "", argv.format(tmp_path, SHIPPED["t2v"]).split())
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert end.value.code == 2 and len(lines) == 1 and "not supported" in lines[0] and str(tmp_path
-                                                                                           / "model") in lines[0]
+    assert end.value.code == 2 and len(lines) == 1
+    assert "not supported" in lines[0] and str(tmp_path / "model") in lines[0]
     assert not list(tmp_path.glob("out*"))
 
 

@@ -195,7 +195,8 @@ def test_sampling_keeps_what_adapters_add(tmp_path, dtype):
     parallel.cast_matrices(dit, dtype)
     name = "blocks.1.cross_attn.o"
     layer, (A, B) = dit.get_submodule(name), adapters[name]
-    assert layer.weight.dtype == layer.bias.dtype == layer.lora_A.weight.dtype == layer.lora_B.weight.dtype == dtype
+    assert layer.weight.dtype == layer.bias.dtype == dtype
+    assert layer.lora_A.weight.dtype == layer.lora_B.weight.dtype == dtype
     assert dit.blocks[0].norm3.weight.dtype == dit.patch_embedding.weight.dtype == torch.float32
     assert torch.equal(layer.weight.float(), base.get_submodule(name).weight.float())
     x = torch.randn(5, 24)

@@ -48,9 +48,8 @@ def test_each_rank_reads_its_rows(tmp_path):
         assert row["peak"] < size / 4 + 100e6, row              # and what the libraries hold
         assert row["written"] < size / 4 + 100e6 and row["started"] == pytest.approx(3 ** -0.5, rel=0.02), row
     for name, x in load_file(tmp_path / "out" / WEIGHTS).items():
-        assert torch.equal(x, dit.state_dict()[name].to(x.dtype)) and (x.dtype
-                                                                       == torch.bfloat16) == (name
-                                                                                              == "head.modulation")
+        assert torch.equal(x, dit.state_dict()[name].to(x.dtype))
+        assert (x.dtype == torch.bfloat16) == (name == "head.modulation")
 
 
 @pytest.mark.parametrize("layout", ["wan", "diffusers"])

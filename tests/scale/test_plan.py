@@ -131,8 +131,7 @@ def test_parameters_are_those_of_the_modules(preset):
         dit, reward = model.VideoDiT(**config), pavrm.PAVRM(config | dict(num_layers=3))
     size = lambda module: sum(p.numel() for p in module.parameters())
     found = plan.parameters(config)
-    assert found["total"] == size(dit) and found["block"] == size(dit.blocks[
-                                                                             0]) and found["head"] == size(dit.head)
+    assert (found["total"], found["block"], found["head"]) == (size(dit), size(dit.blocks[0]), size(dit.head))
     assert plan.reward_parameters(config, 3) == size(reward)
     adapters = [p for n, p in build(config | dict(num_layers=3), "lora", 5).named_parameters() if ".up." in n
                 or
