@@ -16,7 +16,7 @@ demo: .venv/core
 	$(BIN)/python evaluate.py base=checkpoints SFT=$(DEMO)/sft PRFL=$(DEMO)/prfl --reward $(DEMO)/reward/reward \
 		--num_videos 256 --output_dir $(DEMO)/evaluation
 
-# The lines of docs/your_model.md: only sizes differ here, and tests/own.py stands in for the people who label.
+# The lines of docs/your_model.md. Only sizes differ, and tests/own.py answers in place of people.
 # tests/test_docs.py compares them.
 OWN := runs/own
 HERE := ../..
@@ -25,7 +25,8 @@ PEOPLE := $(HERE)/tests/own.py answer
 SIZE := --size "32*32" --frames 9 --fps 8
 STEPS := --num_inference_steps 4
 REWARD := --depth 1 --holdout 2 --max_train_steps 4 --batch_size 4 --mixed_precision no
-ALIGN := --batch_size 2 --max_train_steps 4 --mixed_precision no --num_validation 4 --checkpointing_steps 2 $(STEPS)
+ALIGN := --batch_size 2 --max_train_steps 4 --mixed_precision no --num_validation 4 --checkpointing_steps 2 \
+	$(STEPS)
 
 own: .venv/test
 	rm -rf $(OWN)
@@ -38,8 +39,8 @@ own: .venv/test
 	$(RUN) $(HERE)/data.py encode samples --out samples_encoded $(SIZE) --model Wan2.1
 	$(RUN) $(HERE)/train_reward.py --model Wan2.1 --data samples_encoded --fold 1/2 --output_dir runs/reward \
 		--gradient_checkpointing $(REWARD)
-	$(RUN) $(HERE)/train_reward.py --model Wan2.1 --data samples_encoded --fold 2/2 --seed 1 --output_dir runs/judge \
-		--gradient_checkpointing $(REWARD)
+	$(RUN) $(HERE)/train_reward.py --model Wan2.1 --data samples_encoded --fold 2/2 --seed 1 \
+		--output_dir runs/judge --gradient_checkpointing $(REWARD)
 	$(RUN) $(HERE)/train_align.py --model Wan2.1 --data clips_encoded --reward runs/reward/reward \
 		--judge runs/judge/reward --validation_steps 2 --patience 3 --gradient_checkpointing $(ALIGN)
 	$(BIN)/python tests/own.py best $(OWN)/runs/align

@@ -1,8 +1,8 @@
-"""What `make own` needs beside the commands of docs/your_model.md: a model, prompts, clips, and somebody who labels.
+"""What `make own` needs beside the commands of docs/your_model.md: a model, prompts, clips, and people.
 
-    python tests/own.py prepare runs/own              a tiny random Wan2.1, prompts, and clips of the embedded world
-    python tests/own.py answer label.py samples       starts that command and answers every question of its page
-    python tests/own.py best runs/align               runs/align/best, where no iteration was better than the first
+    python tests/own.py prepare runs/own            a tiny random Wan2.1, prompts, clips of the embedded world
+    python tests/own.py answer label.py samples     starts that command and answers every question of its page
+    python tests/own.py best runs/align             makes runs/align/best if no validation was the best
 """
 import json
 import re
@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def prepare(folder):
+    """Everything that the walk begins with, in `folder`."""
     from tiny_wan import write_pipelines
 
     from world import clips, scene
@@ -32,8 +33,8 @@ def prepare(folder):
 
 
 def grades_of(name):
-    """Answers by the number in a clip's name, as noise has no better or worse: qualified on both axes, on neither, and
-    every fifth clip in between."""
+    """Grades by the number in a clip's name, as one noise is as good as another: qualified on both axes, or on
+    neither, and every fifth clip in between."""
     number = int(Path(name).stem)
     if number % 5 == 4:
         return {"physical": 1, "deformity": 2}
@@ -69,7 +70,7 @@ def answer(*words):
 
 
 def best(run):
-    """A random model may learn nothing in a few steps: then the run's last weights stand in for its best ones."""
+    """A random model may learn nothing in a few steps. Then the last weights stand in for the best ones."""
     run = Path(run)
     if not (run / "best").exists():
         shutil.copytree(run / "transformer", run / "best/transformer")
