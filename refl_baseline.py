@@ -113,7 +113,6 @@ def load_decoder(model, channels):
 def load_reward_and_decoder(config, policy, runtime):
     """The frozen reward model that train_align.py's flags name, and the decoder that makes the pixels it
     scores."""
-    config.reward = config.reward or f"{config.model}/reward_rgb_{config.frames_decoded}"
     reward = load_pixel_reward(config.reward, config.frames_decoded, policy.config["text_dim"])
     decoder = load_decoder(config.model, policy.config["out_dim"])
     return reward.to(runtime.device), decoder.to(runtime.device)
