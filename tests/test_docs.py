@@ -218,7 +218,7 @@ def claims():
     at = {rate: number(fmean(seed["240"] for seed in rates[rate])) for rate in ("3e-05", "0.0002", "0.0003")}
     q = lambda row: with_interval(rows[row]["qualified"])
     said["## The steady recipe"] = [
-        f"it reaches {q(end)}. Clean renders reach {q('clean renders').split()[0]}",
+        f"the steady recipe reaches {q(end)}. Clean renders reach {q('clean renders').split()[0]}",
         f"more than {number(max(falls))} below",
         f"ends at {q(left)}", f"the paper's recipe reaches {q(best)}",
         f"above that by {gap(differ, f'{end} above {best}')}", look,
