@@ -13,25 +13,11 @@ from study import cost, parts, reproduce, table4
 ROOT = Path(__file__).resolve().parents[2]
 
 
-# Each cell is measured in a process of its own, which has imported torch already.
-CELLS = """
-import json, os, sys, common
-from study import cost
-for argv in json.loads(sys.argv[1]):
-    child = os.fork()
-    if not child:
-        common.cli(cost.main, cost.Config, "", argv)
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
-"""
-
-
-def run(folder, cells):
-    """-> what was measured of each of cells {name: flags}"""
-    commands = [[*map(str, flags), "--output_dir", str(folder / name)] for name, flags in cells.items()]
-    done = subprocess.run([sys.executable, "-c", CELLS, json.dumps(commands)], cwd=ROOT, capture_output=True, text=True)
+def run(folder, *flags):
+    done = subprocess.run([sys.executable, "-m", "study.cost", *map(str, flags), "--output_dir", folder], cwd=ROOT,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return {name: json.loads((folder / name / "measured.json").read_text()) for name in cells}
+    return json.loads((folder / "measured.json").read_text())
 
 
 @pytest.mark.parametrize("method", cost.PART)
@@ -43,16 +29,15 @@ def test_the_timed_step_is_the_mean_of_those_that_training_draws(method, N):
 
 def test_memory_of_a_cell_is_that_of_its_update(tmp_path):
     size = "--frames", 33, "--size", "64*64", "--batch_size", 2, "--rounds", 1, "--num_inference_steps", 8
-    all_frames = "--method", "refl_all"
-    cells = {"one step": ("--grad_steps", 1), "four steps": ("--grad_steps", 4), "whole": all_frames,
-             "chunks": (*all_frames, "--decoder_checkpointing")}
-    found = run(tmp_path, {name: ("cell", *size, *flags) for name, flags in cells.items()})
-    measured = {name: one["bytes"] for name, one in found.items()}
-    assert measured["four steps"] > 1.3 * measured["one step"] and measured["chunks"] < 0.9 * measured["whole"], measured
+    cell = lambda name, *flags: run(tmp_path / name, "cell", *size, *flags)["bytes"]
+    one, four = (cell(f"k{k}", "--grad_steps", k) for k in (1, 4))
+    assert four > 1.3 * one
+    whole, chunks = (cell(f"c{len(flags)}", "--method", "refl_all", *flags) for flags in ((), ("--decoder_checkpointing",)))
+    assert chunks < 0.9 * whole
 
 
 def test_times_of_every_method(tmp_path):
-    found = run(tmp_path, {"times": ("times", "--rounds", 2, "--batch_size", 1, "--num_inference_steps", 3)})["times"]
+    found = run(tmp_path, "times", "--rounds", 2, "--batch_size", 1, "--num_inference_steps", 3)
     assert list(found) == list(cost.METHODS) and all(len(times) == 2 and min(times) > 0 for times in found.values())
 
 
