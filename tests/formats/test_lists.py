@@ -1,4 +1,5 @@
-"""Lists of clips and of prompts: read as the csv and json modules read them, and written back with no other byte changed."""
+"""Lists of clips and of prompts: read as the csv and json modules read them, and written back with no other
+byte changed."""
 import csv
 import io
 import json
@@ -21,7 +22,8 @@ ANSWER = {"annotator": "ada", "physical": 2, "deformity": 2, "time": 0.0}
 
 
 def export(folder, content, name="metadata.csv", **grades):
-    """The list's bytes after `label.py export`; grades: {a clip's name without .mp4: 0, 1 or 2 on both axes}."""
+    """The list's bytes after `label.py export`; grades: {a clip's name without .mp4: 0, 1 or 2 on both
+    axes}."""
     folder.mkdir(exist_ok=True)
     (folder / name).write_bytes(content)
     lines = [ANSWER | {"file_name": f"{clip}.mp4", "physical": grade, "deformity": grade} for clip, grade in grades.items()]
@@ -53,7 +55,8 @@ def test_csv_is_read_as_the_csv_module_reads_it(text):
 def test_a_problem_is_told_with_the_line_that_an_editor_shows(tmp_path, end):
     lines = ["", "file_name,prompt", "", 'a.mp4,"one', 'two"', "b.mp4,x,y"]
     (tmp_path / "metadata.csv").write_text(end.join(lines), newline="")
-    with pytest.raises(InputError, match=r"metadata.csv row 2 \(line 6\): has 3 fields where the first row names 2"):
+    with pytest.raises(InputError, match=r"metadata.csv row 2 \(line 6\): has 3 fields where the first row "
+                                         r"names 2"):
         metadata.read_metadata(tmp_path)
 
 
@@ -88,8 +91,10 @@ def test_export_to_csv_changes_the_label_and_no_other_byte(tmp_path, before, aft
 
 
 @pytest.mark.parametrize("before, after", [
-    (b'{"file_name": "0.mp4", "note": "\\ud83d \xe9"}\n', b'{"file_name": "0.mp4", "note": "\\ud83d \xe9", "label": 1}\n'),
-    (b'\xef\xbb\xbf\n{"label":\tnull ,"file_name":"./0.mp4"} \r\n\n', b'\xef\xbb\xbf\n{"label":\t1 ,"file_name":"./0.mp4"} \r\n\n'),
+    (b'{"file_name": "0.mp4", "note": "\\ud83d \xe9"}\n', b'{"file_name": "0.mp4", "note": "\\ud83d \xe9", '
+                                                          b'"label": 1}\n'),
+    (b'\xef\xbb\xbf\n{"label":\tnull ,"file_name":"./0.mp4"} \r\n\n', b'\xef\xbb\xbf\n{"label":\t1 '
+                                                                      b',"file_name":"./0.mp4"} \r\n\n'),
     (b'{"x": {"label": 0}, "reward": 0.0, "file_name": "0.mp4", "y": 1e400}',
      b'{"x": {"label": 0}, "reward": 1, "file_name": "0.mp4", "y": 1e400}'),
     (b'{"label": 0, "file_name": "0.mp4", "reward": null, "label": 0}',
@@ -152,7 +157,8 @@ def test_a_list_that_is_written_again_keeps_what_others_wrote(tmp_path):
     assert path.read_text() == "".join(json.dumps(row) + "\n" for row in rows[:2])
     (tmp_path / "mine.mp4").touch()
     mine = b'{"file_name": "mine.mp4", "note": "caf\xe9", "prompt": "x"}\r\n'
-    path.write_bytes(b'{"prompt":"p 1", "file_name":"./1.mp4", "seed": 1, "label": 0}\n' + mine + b"nonsense\n"
+    path.write_bytes(b'{"prompt":"p 1", "file_name":"./1.mp4", "seed": 1, "label": '
+                     b'0}\n' + mine + b"nonsense\n"
                      b'{"file_name": "0.mp4", "prompt": "another", "label": 1}\n{"file_name": "gone.mp4"}\n')
     metadata.update_rows(path, rows[:3])
     wanted = [json.dumps(rows[0]).encode(), b'{"prompt":"p 1", "file_name":"./1.mp4", "seed": 1, "label": 0}',
@@ -201,10 +207,12 @@ def test_comments_are_skipped(tmp_path):
 
 
 @pytest.mark.parametrize("prompt, flag", [
-    ("a cat --w 640 --h 480", "--w"), ("a cat --n low quality", "--n"), ("a cat --fs", "--fs"), ("a cat\t--seed=4", "--seed"),
+    ("a cat --w 640 --h 480", "--w"), ("a cat --n low "
+                                       "quality", "--n"), ("a cat --fs", "--fs"), ("a cat\t--seed=4", "--seed"),
     ("--ar 16:9 a cat", "--ar"), ("a cat --no-upsample x", "--no-upsample")])
 def test_flags_of_other_trainers_are_refused_with_their_line(tmp_path, prompt, flag):
-    rows = {"a.txt": f"# x\na dog\n{prompt}\n", "a.jsonl": '{"prompt": "a dog"}\n\n' + json.dumps({"text": prompt}),
+    rows = {"a.txt": f"# x\na dog\n{prompt}\n", "a.jsonl": '{"prompt": "a '
+                                                           'dog"}\n\n' + json.dumps({"text": prompt}),
             "a.csv": f"caption\n\n{prompt}\n"}
     for (name, text), place in zip(rows.items(), ("row 3", "row 3", r"row 1 \(line 3\)")):
         with pytest.raises(InputError, match=f"{name} {place}: {flag} is not read from a prompt") as error:
