@@ -216,7 +216,8 @@ def save_checkpoint(output_dir, step, folders, model, optimizer, config, keep=2)
             shutil.rmtree(pieces, ignore_errors=True)
         common.gather(None)                                     # a killed run's pieces are gone
         try:
-            dcp.save(named_state(model, optimizer), checkpoint_id=pieces)
+            # formats/disk.py flushes the pieces, as it bears with disks that cannot
+            dcp.save(named_state(model, optimizer), storage_writer=dcp.FileSystemWriter(pieces, sync_files=False))
         except dcp.api.CheckpointException as e:                # no Exception: what went wrong, rank by rank
             common.gather(None)                                 # nobody writes any more
             shutil.rmtree(pieces, ignore_errors=True)

@@ -25,6 +25,7 @@ import sample
 from common import InputError
 from formats import adapters, disk, labels, lock, metadata, picture, runs, video
 from formats import weights as weights_of
+from scale import parallel
 
 pytestmark = pytest.mark.usefixtures("cpu")
 
@@ -327,6 +328,21 @@ def test_a_disk_that_cannot_flush_is_one_warning(tmp_path, monkeypatch, capsys, 
     assert runs.load_state(runs.resolve_checkpoint(tmp_path / "run", "latest"))["step"] == 2
     stderr = capsys.readouterr().err
     assert stderr.count("\n") == 1 and stderr.startswith("warning: ") and "cannot flush (" in stderr, stderr
+
+
+def test_pieces_of_fsdp_on_a_disk_that_cannot_flush(tmp_path, monkeypatch, capsys):
+    """In one process, which makes the same calls."""
+    monkeypatch.setattr(disk, "_warned", set())
+    monkeypatch.setattr(os, "fsync", failing(errno.ENOSYS, False))
+    monkeypatch.setattr(parallel, "DTensor", torch.nn.Parameter)                # so that it counts as cut into pieces
+    model = torch.nn.Linear(2, 3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    runs.start_run(Run(str(tmp_path / "run")))
+    parallel.save_checkpoint(tmp_path / "run", 1, {}, model, optimizer, Run(str(tmp_path / "run")))
+    assert (tmp_path / "run/checkpoint-000001/sharded_state/.metadata").stat().st_size
+    assert capsys.readouterr().err.count("warning: ") == 1
 
 
 @pytest.mark.parametrize("number, folders_only", [(errno.EIO, False), (errno.ENOSPC, False), (errno.ENOSPC, True)])
