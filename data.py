@@ -112,7 +112,8 @@ def prompt_groups(prompts):
     Captions of the embedded world are alike if they ask for the same colour, shape and direction. Other
     captions are alike if they have the same words. """
     groups = {}
-    return torch.tensor([groups.setdefault(meaning(prompt), len(groups)) for prompt in prompts], dtype=torch.int64)
+    numbers = [groups.setdefault(meaning(prompt), len(groups)) for prompt in prompts]
+    return torch.tensor(numbers, dtype=torch.int64)
 
 
 def other_rows(groups, rows, seed, step, indices):
@@ -252,7 +253,9 @@ def hold_out_groups(groups, labels, order, wanted):
     members = collections.defaultdict(list)
     for i in order:
         members[groups[i]].append(i)
-    size = {group: [sum(labels[i] == label for i in clips) for label in (0, 1)] for group, clips in members.items()}
+    size = {}                                                   # group -> [number of its clips labelled 0, labelled 1]
+    for group, clips in members.items():
+        size[group] = [sum(labels[i] == label for i in clips) for label in (0, 1)]
     total, taken, held = [sum(counts[label] for counts in size.values()) for label in (0, 1)], [0, 0], []
 
     def take(group):
@@ -370,7 +373,8 @@ def load_clip(clip, config, contents=None):
         return clip
     path, size = Path(config.folder) / clip.name, parse_size(config)
     try:
-        video, fps, facts = read_clip_facts(path, size, config.frames, config.fps, None if size and config.frames else CLIP_BYTES)
+        most = None if size and config.frames else CLIP_BYTES
+        video, fps, facts = read_clip_facts(path, size, config.frames, config.fps, most)
         content = contents and contents.content(path)
     except (InputError, OSError) as e:
         return replace(clip, problem=printable(str(e).removeprefix(f"{path}: ")))
@@ -394,14 +398,20 @@ def load_clips(clips, config, kind=None, contents=None):
     """Yields `load_clip` of each clip, in order, and decodes a few ahead. All clips must be of one kind [W,
     H, F, fps]: the given one, or that of the first usable clip."""
     with ThreadPoolExecutor(AHEAD) as pool:
-        clips = iter(clips)
-        waiting = collections.deque(pool.submit(load_clip, clip, config, contents) for clip in itertools.islice(clips, AHEAD))
+        clips, waiting = iter(clips), collections.deque()
+
+        def start(count):
+            for clip in itertools.islice(clips, count):
+                waiting.append(pool.submit(load_clip, clip, config, contents))
+
+        start(AHEAD)
         while waiting:
             clip = waiting.popleft().result()
-            waiting.extend(pool.submit(load_clip, clip, config, contents) for clip in itertools.islice(clips, 1))
+            start(1)
             kind = kind or (None if clip.problem else clip.kind)
             if clip.problem is None and clip.kind != kind:
-                clip.problem = f"is {show(clip.kind)}, the others are {show(kind)}: pass --size, --frames, --fps"
+                clip.problem = (f"is {show(clip.kind)}, the others are {show(kind)}: pass --size, --frames, "
+                                "--fps")
                 clip.video = None
             yield clip
 
@@ -438,7 +448,8 @@ class Tally:
                    "of it stays at worst, "
                    f"{sum(self.kept) / len(self.kept):.0%} on average")
         if cut:
-            yield f"{cut} of their captions are longer than the {limit} that {config.text_encoder} reads: the rest is cut off"
+            yield (f"{cut} of their captions are longer than the {limit} that {config.text_encoder} reads: the rest "
+                   "is cut off")
         for name, sentence in said.items():
             if found := self.found[name]:
                 yield f"{len(found)} of them {sentence}" + ("" if name == "slow" else f": {some(found)}")
@@ -469,7 +480,8 @@ def check_command(config):
             tally.add(clip)
         bar.update()
     bar.close()
-    labels, prompts = collections.Counter(row["label"] for row, _, _ in usable), [row["prompt"] for row, _, _ in usable]
+    labels = collections.Counter(row["label"] for row, _, _ in usable)
+    prompts = [row["prompt"] for row, _, _ in usable]
     summary = (f"{folder}: {len(usable)} of {len(clips)} clips usable: {labels[1]} good, {labels[0]} bad, "
                f"{labels[None]} "
                "unlabelled")
@@ -513,12 +525,16 @@ def resolve_encoders(config):
         common.refuse(config, ROLES, "with --model, whose own encoders are used")
         dit, found = transformer_folder(config.model)[1], encoders.find_encoders(config.model)
         image_to_video = dit["model_type"] == "i2v"
-        wanted = [role for role in ROLES if hasattr(config, role) and (role != "image_encoder" or dit["image_dim"])]
+        wanted = [role for role in ROLES if hasattr(config, role)]
+        if not dit["image_dim"] and "image_encoder" in wanted:
+            wanted.remove("image_encoder")
         if lacking := [role for role in wanted if role not in found]:
             raise InputError(f"--model {config.model}: there is no {lacking[0]}/ in it")
     else:
         found = {role: getattr(config, role, None) for role in ROLES}
-        found = {role: path or SHIPPED["t2v"] / role for role, path in found.items() if path or role != "image_encoder"}
+        if not found["image_encoder"]:
+            del found["image_encoder"]                  # most models have none
+        found = {role: path or SHIPPED["t2v"] / role for role, path in found.items()}
         wanted = list(found)
     for role in wanted:
         setattr(config, role, str(found[role]))
@@ -527,7 +543,8 @@ def resolve_encoders(config):
 
 def encode_batch(clips, models, image_to_video):
     """Loaded clips -> {name in the shards: tensor [b, ...] on the CPU}. models: {role: encoder}"""
-    videos = torch.stack([clip.video for clip in clips]).to(next(models["vae"].parameters(), torch.empty(0)).device)
+    device = next(models["vae"].parameters(), torch.empty(0)).device
+    videos = torch.stack([clip.video for clip in clips]).to(device)                         # uint8 [b, F, H, W, 3]
     out = {"latents": models["vae"].encode(from_pixels(videos)),                            # [b, c, f, h, w]
            "context": models["text_encoder"].encode([clip.row["prompt"] for clip in clips])}  # [b, l, d]
     if image_to_video:
@@ -547,10 +564,12 @@ def unchanged(before, clips, folder, contents):
     for i, clip in enumerate(clips):
         if clip.name in names and not clip.problem:
             try:
-                place = places.get((clip.name, clip.row["prompt"], contents.content(Path(folder) / clip.name)))
+                content = contents.content(Path(folder) / clip.name)
             except (OSError, ValueError):
-                place = None                        # load_clip will say why
-            found |= {} if place is None else {i: place}
+                continue                            # load_clip will say why
+            place = places.get((clip.name, clip.row["prompt"], content))
+            if place is not None:
+                found[i] = place
     return found
 
 
@@ -566,7 +585,11 @@ def encode(config, runtime):
     parse_size(config)
     out, (folders, image_to_video) = Path(config.out), resolve_encoders(config)
     loaders = dict(zip(ROLES, (load_vae, load_text_encoder, load_image_encoder)))
-    load = functools.cache(lambda: {role: loaders[role](path).to(runtime.device) for role, path in folders.items()})
+
+    @functools.cache
+    def load():
+        return {role: loaders[role](path).to(runtime.device) for role, path in folders.items()}
+
     contents = fingerprint.Contents(out / "contents.json")
     disk.require_shared(out, "--out")
     if not all(common.gather(Path(config.folder).is_dir() or runtime.rank == 0)):
@@ -594,7 +617,8 @@ def encode(config, runtime):
                              f"({differences(before.settings, settings)}): use those "
                              "flags and encoders, or another --out")
         done = unchanged(before, clips, config.folder, contents) if before else {}
-        if before and (gone := sorted(set(range(len(before.all_rows))) - set(done.values()))) != sorted(before.dropped):
+        gone = sorted(set(range(len(before.all_rows))) - set(done.values())) if before else []
+        if before and gone != sorted(before.dropped):
             replace_text(out / "shards.json", json.dumps(before.index | {"dropped": gone}, indent=1))
             if new := set(gone) - before.dropped:
                 print(f"{out}: {len(new)} clips that it holds are no longer listed, or have changed: left "
@@ -607,9 +631,13 @@ def encode(config, runtime):
             clips[i] = first                        # is not read again
         # A clip's last bits depend on its batch: chunks are rows of the list, whatever the ranks and whatever
         # is done already.
-        room = max(1, min(config.batch_size, config.clips_per_shard, BATCH_PIXELS // math.prod(kind[:3]))) if kind else 1
-        chunks = [[clips[i] for i in range(k, min(k + room, len(clips))) if i not in done] for k in range(0, len(clips), room)]
-        chunks = list(filter(None, chunks))
+        room, chunks = 1, []
+        if kind:
+            room = max(1, min(config.batch_size, config.clips_per_shard, BATCH_PIXELS // math.prod(kind[:3])))
+        for k in range(0, len(clips), room):
+            chunk = [clips[i] for i in range(k, min(k + room, len(clips))) if i not in done]
+            if chunk:
+                chunks.append(chunk)
         common.gather((chunks, kind))
         if any(not clip.problem for chunk in chunks for clip in chunk):
             save_null_context(out, load()["text_encoder"])
@@ -658,7 +686,8 @@ def write_chunks(encoded, config, settings, report, done, total):
     bar = common.progress(total, "encode", initial=done)
     for chunk, tensors in itertools.chain(encoded, [(None, {})]):                   # None: this was the last
         good = [clip for clip in chunk or () if not clip.problem]
-        enough = min(config.clips_per_shard, SHARD_BYTES // max(1, sum(4 * x[0].numel() for x in tensors.values())))
+        bytes_of_a_clip = sum(4 * x[0].numel() for x in tensors.values())
+        enough = min(config.clips_per_shard, SHARD_BYTES // max(1, bytes_of_a_clip))
         if ready and (chunk is None or len(ready) + len(good) > enough):
             whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             write_shards(config.out, whole.pop("latents"), whole.pop("context"), *(

@@ -15,7 +15,8 @@ from formats.weights import WeightFiles, read_config, transformer_folder
 # places.
 WHOLE, SAMPLE = 2 ** 26, 2 ** 12
 TOKENIZERS = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json")
-BESIDE = {"text_encoder": ("tokenizer", TOKENIZERS), "image_encoder": ("image_processor", ("preprocessor_config.json",))}
+BESIDE = {"text_encoder": ("tokenizer", TOKENIZERS),
+          "image_encoder": ("image_processor", ("preprocessor_config.json",))}
 
 
 def of_file(path):
@@ -115,7 +116,8 @@ def of_weights(path):
 def of_shards(shards):
     """16 hex digits of Shards, which depend on the prompt, the label and some of the latent of every clip."""
     digest = hashlib.blake2b(digest_size=8)
-    digest.update(repr((shards.shapes, [row["prompt"] for row in shards.rows], shards.labels.tolist())).encode())
+    prompts = [row["prompt"] for row in shards.rows]
+    digest.update(repr((shards.shapes, prompts, shards.labels.tolist())).encode())
     for path in dict.fromkeys(path for path, _ in shards.where):
         mine = [place for shard, place in shards.where if shard == path]
         with safe_open(path, "pt") as file:

@@ -195,9 +195,10 @@ def _wrong_field(line, kind):
         if is_wanted and not rule(line.get(name)):
             return name
     contents = line.get("contents")
-    if contents is not None and not (isinstance(contents, list) and all(x is None or _is_text(x) for x in contents)):
-        return "contents"
-    return None
+    if contents is None:
+        return None
+    is_right = isinstance(contents, list) and all(x is None or _is_text(x) for x in contents)
+    return None if is_right else "contents"
 
 
 def _key(line, kind):
@@ -283,7 +284,10 @@ def agreement(answers, bad="both"):
         category = {}                                                   # (clip, annotator) -> 0, 1 or 2
         for clip, row in by_clip.items():
             for who, answer in row.items():
-                category[clip, who] = answer[column] if column in AXES else {1: 2, None: 1, 0: 0}[verdict(answer, bad)]
+                if column in AXES:
+                    category[clip, who] = answer[column]
+                else:
+                    category[clip, who] = {1: 2, None: 1, 0: 0}[verdict(answer, bad)]
         found[column] = {}
         for x, y in itertools.combinations(people, 2):
             both = [clip for clip, row in by_clip.items() if x in row and y in row]
@@ -301,5 +305,6 @@ def preference(answers):
     """-> win, tie, lose of A: float [n pairs, 3]; each row holds the shares of that pair's annotators."""
     votes = collections.defaultdict(list)
     for answer in answers:
-        votes[answer["against"], answer["a"], answer["b"]].append([answer["winner"] == x for x in ("a", "tie", "b")])
+        pair = answer["against"], answer["a"], answer["b"]
+        votes[pair].append([answer["winner"] == x for x in ("a", "tie", "b")])
     return np.array([np.mean(rows, 0) for rows in votes.values()]).reshape(-1, 3)

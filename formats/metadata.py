@@ -337,7 +337,8 @@ def write_labels(folder, labels):
     start, text = _read_text(path)
     header, rows = _read_rows(path, text, FIELDS, "file_name")
     edits, changed = [], False
-    lacks_column = header is not None and all(_field_of(name, FIELDS) != "label" for name, _, _, _ in header.values)
+    columns = [] if header is None else [_field_of(name, FIELDS) for name, _, _, _ in header.values]
+    lacks_column = header is not None and "label" not in columns
     words = {None: "null", 0: "0", 1: "1"} if header is None else {None: "", 0: "0", 1: "1"}
     for row in rows:
         given, problem, _ = _given(row, FIELDS)

@@ -24,8 +24,8 @@ from formats.metadata import from_json, printable, read_listing, read_metadata, 
 from formats.weights import stream_tensors
 
 
-def write_shards(folder, latents, contexts, labels, prompts, file_names=None, fps=8.0, settings=None, append=False,
-                 clips=None, contents=None, **extra):
+def write_shards(folder, latents, contexts, labels, prompts, file_names=None, fps=8.0, settings=None,
+                 append=False, clips=None, contents=None, **extra):
     """Writes one shard: latents [n, c, f, h, w] and contexts [n, l, d] as float32, labels (0, 1, None or -1),
     prompts.
 
@@ -52,7 +52,8 @@ def write_shards(folder, latents, contexts, labels, prompts, file_names=None, fp
         rows.append({"file_name": file, "prompt": prompt, "label": None if label < 0 else label})
     if not before:
         (folder / "shards.json").unlink(missing_ok=True)
-    tensors = {key: x.float().contiguous() for key, x in {**extra, "latents": latents, "context": contexts}.items()}
+    tensors = {**extra, "latents": latents, "context": contexts}
+    tensors = {key: x.float().contiguous() for key, x in tensors.items()}
     tensors["label"] = values
     stream_tensors(tensors, folder / f"{name}.tmp")
     disk.put(folder / f"{name}.tmp", folder / name)
@@ -82,10 +83,12 @@ class Shards:
             self.index = from_json(path.read_text())
             self.latent_shape = tuple(self.index["latent_shape"])    # (c, f, h, w)
             self.context_shape = tuple(self.index["context_shape"])  # (l, d)
-            self.shapes = {"latents": self.latent_shape, "context": self.context_shape,
-                           **{name: tuple(shape) for name, shape in self.index.get("extra_shapes", {}).items()}}
+            self.shapes = {"latents": self.latent_shape, "context": self.context_shape}
+            for name, shape in self.index.get("extra_shapes", {}).items():
+                self.shapes[name] = tuple(shape)
             self.fps, self.settings = self.index["fps"] + 0.0, self.index["settings"] or {}
-            if not (self.fps > 0 and isinstance(self.settings, dict) and isinstance(self.settings.get("encoders", {}), dict)):
+            is_read = isinstance(self.settings, dict) and isinstance(self.settings.get("encoders", {}), dict)
+            if not (self.fps > 0 and is_read):
                 raise TypeError(f"fps {self.fps}, settings {self.settings}")
             for entry in self.index["shards"]:
                 path, n = folder / entry["file"], entry["count"]
@@ -152,8 +155,8 @@ class Shards:
         if folder and any(folder.glob("metadata.*")):
             # others were not encoded either
             listed = [row for _, row, problem in read_listing(folder)[0] if not problem]
-        sources = {f"{path}": said, "the metadata in "
-                                    f"{folder}": _labels_by_name(listed), "encoding": _labels_by_name(self.rows)}
+        sources = {f"{path}": said, f"the metadata in {folder}": _labels_by_name(listed),
+                   "encoding": _labels_by_name(self.rows)}
         counts = collections.Counter()
         for i, name in enumerate(names):
             source = next(source for source, labels in sources.items() if name in labels)
