@@ -85,7 +85,7 @@ def test_small_videos_have_the_pixels_that_they_had_without_tags(tmp_path):
 
 
 # ---- what is read
-@pytest.mark.parametrize("size, matrix, guessed", (((96, 720), 1, "guessed"), ((32, 832), 1, "guessed"), ((1280, 64), 6, None),
+@pytest.mark.parametrize("size, matrix, guessed", (((960, 720), 1, "guessed"), ((320, 832), 1, "guessed"), ((320, 64), 6, None),
                                                    ((96, 64), 6, None)))
 def test_without_a_tag_the_lines_decide_as_in_players(tmp_path, size, matrix, guessed):
     path = film(tmp_path / "a.mkv", size, matrix=matrix)
