@@ -21,15 +21,16 @@ from model import export_transformer
 
 @dataclass
 class Flags:
-    """What train_align.py takes for adapters."""
+    """Flags of train_align.py for adapters."""
     lora_rank: int = arg(0, "train adapters of this rank (such as 16) beside the frozen q, k, v, o of each "
                             "attention, "
-                         "often at 10 times the learning rate; 0 trains every weight", at_least=0)
-    lora_alpha: float | None = arg(None, "adapters are scaled by lora_alpha / lora_rank; without, by 1",
+                         "often with 10 times the learning rate; 0 trains every weight", at_least=0)
+    lora_alpha: float | None = arg(None, "adapters are scaled by lora_alpha / lora_rank; default: as "
+                                         "--lora_rank, scale 1",
                                    above=0, only="lora_rank")
-    lora: str | None = arg(None, "LoRA file whose adapters the training goes on from")
-    export: str = arg("merged", "of LoRA: whole weights and adapters, or adapters alone (lora)",
-                      choices=("merged", "lora"))
+    lora: str | None = arg(None, "LoRA file with the adapters that training starts from")
+    export: str = arg("merged", "what a run with adapters writes: the merged weights and the adapters, or "
+                                "only the adapters (lora)", choices=("merged", "lora"))
 
 
 class LoRALinear(nn.Module):

@@ -33,8 +33,7 @@ IMAGE_TOKENS = 257      # CLIP ViT-H/14 at 224 pixels: 16 x 16 patches and a cla
 METHODS = ("prfl", "refl", "sft", "rwr", "reward", "sample")
 STEADY_PASSES = 4  # most Euler steps of a rollout without gradients under --recipe steady, as in prfl.RECIPES
 # Wan2.1's VAE decoder by resolution: space, time (frames a later latent frame has become here), convolutions
-# 3x3x3 as
-# (input channels, output channels, how many); each follows a norm and a SiLU.
+# 3x3x3 as (input channels, output channels, how many); each follows a norm and a SiLU.
 DECODER = (
     (1, 1, ((384, 384, 10),)),                          # middle block and first stage
     (2, 2, ((192, 384, 1), (384, 384, 5))),
@@ -45,8 +44,7 @@ DECODER = (
 UPSAMPLERS = ((384, 192, True), (384, 192, True), (192, 96, False))
 DECODER_PARAMETERS = 73_295_603
 # Its encoder, as DECODER: space, time (by how much a frame was divided), convolutions 3x3x3, shortcuts 1x1x1,
-# what follows:
-# 3x3 at half the resolution, and then perhaps 3x1x1 at half the rate.
+# what follows: 3x3 at half the resolution, and then perhaps 3x1x1 at half the rate.
 ENCODER = (
     (1, 1, ((3, 96, 1), (96, 96, 4)), (), "space"),
     (2, 1, ((96, 192, 1), (192, 192, 3)), ((96, 192),), "time"),
@@ -62,43 +60,43 @@ class Config:
     preset: str = arg(..., f"the generator: {', '.join(PRESETS)}", choices=tuple(PRESETS), positional=True)
     method: str = arg("prfl", "what to train with", choices=METHODS)
     frames: int = arg(81, "video frames, 4 k + 1", above=0)
-    size: str = arg("832*480", "width*height in pixels (832x480 will do), each divisible by 16")
-    recipe: str = arg("paper", "prfl, refl: a rollout of every step to one rewarded step a batch, or of at "
-                               "most "
-                      f"{STEADY_PASSES} passes to one for each video", choices=("paper", "steady"))
+    size: str = arg("832*480", "width*height in pixels (832x480 is read too), each divisible by 16")
+    recipe: str = arg("paper", "prfl, refl: a rollout of every step up to one rewarded step for the batch, "
+                               "or of at most "
+                      f"{STEADY_PASSES} passes up to one for each video", choices=("paper", "steady"))
     gpus: int = arg(1, "GPUs of a node", above=0)
-    nodes: int = arg(1, "nodes; with more, also the bytes that an update sends from one to the others",
-                     above=0)
-    parallel: str = arg("fsdp", "ddp: everything whole on every GPU; fsdp: cut over all of them",
+    nodes: int = arg(1, "number of nodes; with several, also count the bytes that an update sends between "
+                        "them", above=0)
+    parallel: str = arg("fsdp", "ddp: a full copy of everything on every GPU; fsdp: split over all GPUs",
                         choices=("ddp", "fsdp"))
     sequence_parallel: int = arg(1, "GPUs that share a clip's tokens", above=0)
-    fsdp_group_size: int = arg(0, "fsdp: cut over groups of so many GPUs; 0 cuts over all", at_least=0)
-    offload_activations: bool = arg(False, "block inputs wait for the backward pass in the host's memory")
-    batch_size: int = arg(1, "videos per update and GPU, or GPUs that share them", above=0)
+    fsdp_group_size: int = arg(0, "fsdp: split over groups of this many GPUs; 0 splits over all", at_least=0)
+    offload_activations: bool = arg(False, "keep the inputs of the blocks in the host's memory until the "
+                                           "backward pass needs them")
+    batch_size: int = arg(1, "videos per batch and GPU, or per group of GPUs that share them", above=0)
     num_inference_steps: int = arg(40, "N, Euler steps of a rollout", above=0)
     depth: int = arg(8, "K, blocks of the reward model (prfl, rwr, reward)", above=0)
     lora_rank: int = arg(0, "train adapters of this rank on q, k, v, o of frozen weights; 0 trains all",
                          at_least=0)
     frames_decoded: str = arg("first", "what refl decodes: the first latent frame, or all",
                               choices=("first", "all"))
-    pixel_reward_parameters: int = arg(986_000_000, "refl's reward model, in bf16; PickScore's CLIP ViT-H "
-                                                    "has "
-                                       "986 M", above=0)
+    pixel_reward_parameters: int = arg(986_000_000, "parameters of refl's reward model, in bf16; PickScore's "
+                                                    "CLIP ViT-H has 986 M", above=0)
     gradient_checkpointing: bool = arg(True, "recompute each block in the backward pass")
     num_samples: int = arg(2048, "own samples that rwr draws and weights once", above=0)
-    mfu: float = arg(0.4, "share of --tflops that the work reaches, recomputed products counted as work",
+    mfu: float = arg(0.4, "share of --tflops that the work reaches; recomputed products count as work",
                      above=0,
                      at_most=1)
     tflops: float = arg(989.0, "the GPU's peak in bf16, TFLOP/s; an H100 or H200 has 989", above=0)
     memory: float = arg(80.0, "memory of one GPU, GB", above=0)
-    simulate: bool = arg(False, "also make one iteration on tensors without data, and count what lives "
-                                "(scale/simulate.py)",
-                         only="method prfl")
-    clips: int = arg(0, "prfl: also disk, memory and hours of the whole way from so many clips; 0 for none",
+    simulate: bool = arg(False, "also run one iteration on tensors without data and count the bytes that "
+                                "live (scale/simulate.py)", only="method prfl")
+    clips: int = arg(0, "prfl: also the disk, memory and hours of all stages, for this many clips; 0: leave "
+                        "that out",
                      at_least=0)
     reward_steps: int = arg(1600, "--clips: steps of train_reward.py", above=0)
-    reward_batch_size: int = arg(2, "--clips: its videos per step and GPU", above=0)
-    holdout: int = arg(100, "--clips: labelled videos that it keeps for reports", above=0)
+    reward_batch_size: int = arg(2, "--clips: videos per step and GPU in train_reward.py", above=0)
+    holdout: int = arg(100, "--clips: labelled videos that train_reward.py keeps for its reports", above=0)
     max_train_steps: int = arg(120, "--clips: iterations of train_align.py", above=0)
     fp32_tflops: float = arg(67.0, "--clips: the GPU's peak in fp32, in which the VAE encodes; an H100 has "
                                    "67", above=0)
@@ -212,8 +210,7 @@ def block_bytes(c, n, trained="all", batch=1):
     full, learns = trained == "all", trained != "none"
     per_token = {
         # x; normed x; its bf16 copies for q, k, v; q and k before and after their norm's division; rotated q,
-        # k
-        # and v, out; out as o's input; o's output, which the gate needs
+        # k and v, out; out as o's input; o's output, which the gate needs
         "self-attention": 4 + 4 * full + 6 * learns + (16 if full else 8) + 8 + 2 * learns + 2 * full,
         # x; q's input; q normed; q and out; o's input; with image tokens q and out once more
         "cross-attention": 4 + 2 * learns + (8 if full else 4) + 4 + 2 * learns + 4 * (m > 0),
@@ -494,8 +491,7 @@ def report(config, c):
 
     world = config.gpus * config.nodes
     print(f"{config.preset}, {config.method}{f' ({config.recipe})' * (prfl or refl)}: {config.frames} frames "
-          f"of {config.size}, "
-          f"{b} per {f'{ranks} GPUs that share it' if ranks > 1 else 'GPU'}, "
+          f"of {config.size}, {b} per {f'{ranks} GPUs that share it' if ranks > 1 else 'GPU'}, "
           f"{f'{config.nodes} nodes of ' * (config.nodes > 1)}{config.gpus} GPU{'s' * (config.gpus > 1)}"
           f"{f' ({config.parallel})' if world > 1 else ''}"
           + ("" if sampling else f", LoRA of rank {config.lora_rank}" if lora else ", reward model trained"
@@ -515,8 +511,7 @@ def report(config, c):
          f"{big(count['total'] - count['blocks'])} (embeddings, head{', image' if image else ''})")
     if prfl or rwr or stage1:
         line("reward model R", big(one["reward_parameters"]),
-             f"K = {K} blocks + embeddings + 4 d^2 + 4 d + 1 "
-             "(query, attention, head)")
+             f"K = {K} blocks + embeddings + 4 d^2 + 4 d + 1 (query, attention, head)")
     if refl:
         line("pixel reward R", big(one["reward_parameters"]), "--pixel_reward_parameters")
         line("decoder D", big(DECODER_PARAMETERS), "of Wan2.1's VAE")
@@ -562,8 +557,7 @@ def report(config, c):
     if refl:
         row("kept by the decoder", one["decoder"]["kept"],
             f"{config.frames_decoded} frame{'s' * (config.frames_decoded == 'all')}: norm 4, SiLU 2, padded "
-            "input 2 "
-            "bytes a channel and pixel of every convolution")
+            "input 2 bytes a channel and pixel of every convolution")
 
     L_ = "K" if stage1 else "L"
     names = {"generator": "reward model's backward" if stage1 else "generator's backward",
@@ -674,8 +668,7 @@ def report_way(config, c):
     tokens = f" + m x {c['image_dim']}" if image else ""
     print(f"\nthe whole way from {config.clips:,} clips, on disk")
     row("shards", one["shards"], f"{config.clips:,} x {one['clip'] / 1e6:.1f} MB: 4 ({c['out_dim']} f h "
-                                 f"w{' x 2' * i2v} + l x "
-        f"{c['text_dim']}{tokens})")
+                                 f"w{' x 2' * i2v} + l x {c['text_dim']}{tokens})")
     row("reward model's runs", one["disk1"],
         f"{one['number1']} checkpoints of 4 R + 12 T = {gb(one['checkpoint1'])}, and 4 R")
     row("alignment's runs", one["disk2"] + one["adapters"], f"{one['number2']} checkpoints of 4 P + 12 T = "
@@ -684,8 +677,7 @@ def report_way(config, c):
     row("DISK", one["disk"], "the third checkpoint is written before the first one goes")
     print("and in memory")
     row("train_reward.py, a GPU", one["peak1"], f"--method reward --batch_size {config.reward_batch_size}, "
-                                                "and "
-        f"{config.holdout} held-out clips = {gb(one['held'])}")
+                                                f"and {config.holdout} held-out clips = {gb(one['held'])}")
     row("train_align.py, a GPU", one["peak2"], "PEAK above")
     row("host", one["host"], f"{config.gpus} x (4 bytes of the largest weight, as they go one at a time, and "
                              "1 GB)")
@@ -695,8 +687,7 @@ def report_way(config, c):
           f"{config.mfu:g} x {config.fp32_tflops:g} TF/s in fp32); no text, no reading")
     hours("train_reward.py", one["seconds1"],
           f"{config.reward_steps:,} x {one['stage1']['seconds']:.2f} s + {one['reports']} reports of 6 x "
-          f"{config.holdout} "
-          "forward passes")
+          f"{config.holdout} forward passes")
     hours("train_align.py", one["seconds2"], f"{config.max_train_steps:,} x {one['stage2']['seconds']:.1f} s")
     hours("HOURS", one["seconds"], "")
 
