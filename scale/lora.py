@@ -56,12 +56,12 @@ def read_for(dit, path):
 
 
 def add(dit, lora_rank, alpha=None, seed=0, path=None):
-    """Freezes a VideoDiT, in place, and gives its attentions adapters that train. With lora_rank 0 and no path
-    it changes nothing.
+    """Freezes a VideoDiT, in place, and gives its attentions adapters that train. With lora_rank 0 and no
+    path it changes nothing.
 
-    alpha None: as lora_rank, so that the scale is 1. path: a LoRA file whose adapters training starts from; it
-    has a rank of its own. Call this before parallel.shard. Raises InputError on an alpha without a rank, a rank
-    that is not the file's, or a file of another model.
+    alpha None: as lora_rank, so that the scale is 1. path: a LoRA file whose adapters training starts from;
+    it has a rank of its own. Call this before parallel.shard. Raises InputError on an alpha without a rank, a
+    rank that is not the file's, or a file of another model.
     """
     start = read_for(dit, path) if path else {}
     if not lora_rank and not start:
@@ -69,7 +69,8 @@ def add(dit, lora_rank, alpha=None, seed=0, path=None):
             raise InputError("--lora_alpha scales adapters: give --lora_rank too, or leave it out")
         return
     if wrong := [len(A) for A, _ in start.values() if lora_rank and len(A) != lora_rank]:
-        raise InputError(f"--lora_rank {lora_rank}: the adapters in {path} have rank {wrong[0]}; leave it out "
+        raise InputError(f"--lora_rank {lora_rank}: the adapters in {path} have rank {wrong[0]}; leave it "
+                         "out "
                          "to go on from them")
     dit.requires_grad_(False)
     draws = random_generator(seed, "lora")

@@ -45,7 +45,8 @@ class Flags:
     """Flags of both training scripts for several GPUs or little memory."""
     gradient_checkpointing: bool = arg(False, "recompute each block in the backward pass")
     parallel: str = arg("ddp", "under torchrun: ddp keeps a full copy of the trained model (16 bytes per "
-                        "weight: weight, gradient, Adam) and of the reward model on every GPU; fsdp splits them",
+                        "weight: weight, gradient, Adam) and of the reward model on every GPU; fsdp splits "
+                        "them",
                         choices=KINDS)
     sequence_parallel: int = arg(1, "number of neighbouring GPUs that share the tokens of each clip, for "
                                     "clips that are too long for one GPU; the paper has 4", above=0)
