@@ -1,21 +1,21 @@
-"""What an update costs before anybody pays for it: parameters, tokens, bytes, FLOPs, seconds, by pencil
-arithmetic.
+"""The planner: what an update will cost, in parameters, tokens, bytes, FLOPs and seconds, by formulas.
 
     python -m scale.plan wan2.1-t2v-14b --frames 81 --size 1280*720 --gpus 8 --method prfl
     python -m scale.plan wan2.1-t2v-1.3b --gpus 1 --lora_rank 32 --no-gradient_checkpointing
     python -m scale.plan wan2.1-t2v-1.3b --gpus 8 --parallel ddp --clips 500    and all stages: disk, hours
     python -m scale.plan wan2.1-t2v-14b --gpus 8 --simulate    and what PyTorch's tracker says
 
-Every line shows its formula with its numbers. What is counted: fp32 weights, gradients and AdamW moments of
-what is trained, bf16 autocast, what the backward pass keeps of each block (term by term in `block_bytes`,
-equal to the bytes that autograd saves), the two passing tensors of the feed-forward layer, the reward model,
-the decoder. What is not: the CUDA context (about 1 GB) and the allocator's unused pieces (up to a tenth). GB
-is 1e9 bytes.
+Every printed line shows its formula with the numbers in it. The planner counts fp32 weights, gradients and
+AdamW moments of the trained model, bf16 autocast, what the backward pass keeps of each block (term by term in
+`block_bytes`, equal to the bytes that autograd saves), the two tensors that pass through the feed-forward
+layer, the reward model and the decoder. It does not count the CUDA context (about 1 GB) and the allocator's
+unused pieces (up to a tenth). GB is 1e9 bytes.
 
-The numbers come from functions of plain integers; `report` alone prints. Under --parallel fsdp weights,
-gradients and moments are cut into --gpus parts, and a block is gathered before its use. Text encoder and VAE
-encoder do their work once, when clips are encoded, and cost an update nothing. `--method reward` is
-train_reward.py, the others train_align.py's.
+The numbers come from functions of plain integers, and only the `report` functions print. Under --parallel
+fsdp weights, gradients and moments are split into --gpus parts, and a block is gathered before its use. The
+text encoder and the VAE's encoder work once, when clips are encoded, so they cost an update nothing.
+`--method reward` plans train_reward.py, and the other methods plan train_align.py or, with `sample`,
+sample.py.
 
 Symbols: b batch of one GPU, f latent frames, h w latent height and width, n video tokens, l text tokens, m
          CLIP image tokens, d model width, F feed-forward width, k heads, L blocks, K blocks of the reward
@@ -344,9 +344,9 @@ def costs(config, c):
                    "gradients": one["gradients"] - not_yet + block + copy + passing + gathered,
                    "optimizer": one["gradients"] + 4 * trained / parts}
         if prfl:  # behind the generator's head (3 edges) and under the reward's pooling (keys and values)
-            judged = min(K, here) * edge if checkpointing else layers(K, frozen, copy)
+            rewarded = min(K, here) * edge if checkpointing else layers(K, frozen, copy)
             if ranks > 1:  # tokens of all ranks, their keys and values, and gradients of two of these
-                moments["pooling"] = waiting + 3 * edge + judged + 5 * pooled
+                moments["pooling"] = waiting + 3 * edge + rewarded + 5 * pooled
             moments["reward"] = waiting + 6 * edge + hidden + layers(K, frozen, copy) + rewarding
         if refl:
             moments["decoder"] = waiting + 3 * edge + one["decoder"]["kept"] + one["decoder"]["passing"]
@@ -361,11 +361,11 @@ def costs(config, c):
                 passing=passing, copy=copy, gathered=gathered, rewarding=rewarding)
 
     # FLOPs
-    forward, judging = forward_flops(c, n, L, b,
+    forward, reward_forward = forward_flops(c, n, L, b,
                                      ranks=ranks), forward_flops(c, n, K, b, ends=False, ranks=ranks)
     N, recompute = config.num_inference_steps, config.gradient_checkpointing
-    one |= dict(forward=forward, judging=judging, rollout_steps=0, reward_flops=0)
-    one["update_flops"] = update_flops(judging if stage1 else forward, trained=not lora,
+    one |= dict(forward=forward, reward_forward=reward_forward, rollout_steps=0, reward_flops=0)
+    one["update_flops"] = update_flops(reward_forward if stage1 else forward, trained=not lora,
                                        checkpointing=recompute)
     first = 2 * N // 3 if refl else 0           # the rewarded step is uniform on 1 .. N, or on the last third
     if config.recipe == "steady":
@@ -374,7 +374,7 @@ def costs(config, c):
         one["rollout_steps"] = (first + N - 1) / 2
     one["rollout_steps"] *= prfl or refl
     if prfl:
-        one["reward_flops"] = update_flops(judging, trained=False, checkpointing=recompute)
+        one["reward_flops"] = update_flops(reward_forward, trained=False, checkpointing=recompute)
     if refl:
         one["reward_flops"] = 2 * one["decoder"]["flops"]       # frozen: backward costs as much as forward
     one["rollout_flops"] = one["rollout_steps"] * sum(forward)
@@ -387,7 +387,8 @@ def costs(config, c):
     one["seconds"] = one["iteration_flops"] / speed
     one["sampling_flops"] = 0
     if config.method == "rwr":
-        one["sampling_flops"] = config.num_samples / one["groups"] * (N * sum(forward) + sum(judging)) / b
+        one["sampling_flops"] = config.num_samples / one["groups"] * (N * sum(forward)
+                                                                      + sum(reward_forward)) / b
     one["sampling_seconds"] = one["sampling_flops"] / speed
     one |= network(config, c, one)
     return one
@@ -403,10 +404,10 @@ def network(config, c, one):
     gathers = 2 * (1 + two) + one["rollout_steps"]
     outside = count["total"] - count["blocks"]
     bytes_policy = 2 * count["blocks"] + 4 * outside
-    bytes_judge = 2 * config.depth * count["block"] + 4 * (one["reward_parameters"] - config.depth
+    bytes_reward = 2 * config.depth * count["block"] + 4 * (one["reward_parameters"] - config.depth
                                                            * count["block"])
     gathered = (gathers * bytes_policy * (config.method != "reward")
-                + 2 * bytes_judge * (config.method in ("prfl", "reward"))) * (one["parts"] > 1)
+                + 2 * bytes_reward * (config.method in ("prfl", "reward"))) * (one["parts"] > 1)
     world = config.gpus * config.nodes
     gathered *= one["parts"] > config.gpus                          # else inside a node
     # twice: every copy of a weight gets them
@@ -417,8 +418,8 @@ def network(config, c, one):
 
 
 def way(config, c):
-    """What the five commands of docs/your_model.md take, by name: bytes on disk, seconds, bytes of each GPU
-    and of the host."""
+    """What all stages of docs/your_model.md take, by name: bytes on disk, seconds, bytes of each GPU and of
+    the host."""
     stage1 = costs(dataclasses.replace(config, method="reward", batch_size=config.reward_batch_size,
                                        lora_rank=0), c)
     stage2 = costs(config, c)
@@ -447,7 +448,7 @@ def way(config, c):
     one["encode_seconds"] = config.clips * one["encoder_flops"] / (config.gpus * config.mfu
                                                                    * config.fp32_tflops * 1e12)
     one["reports"] = math.ceil(config.reward_steps / REWARD_EVERY)
-    one["report_flops"] = 6 * config.holdout * sum(stage1["judging"]) / config.reward_batch_size
+    one["report_flops"] = 6 * config.holdout * sum(stage1["reward_forward"]) / config.reward_batch_size
     one["seconds1"] = config.reward_steps * stage1["seconds"] + one["reports"] * one["report_flops"] / (
         config.mfu * config.tflops * 1e12)
     one["seconds2"] = config.max_train_steps * stage2["seconds"]
@@ -601,7 +602,7 @@ def report(config, c):
                                                    "at each update")
         row("NETWORK", one["network"], f"x ({one['ring']} - 1) / {one['ring']}")
 
-    linear, attention = one["judging" if stage1 else "forward"]
+    linear, attention = one["reward_forward" if stage1 else "forward"]
     print(f"\nFLOPs of one GPU, checkpointing {'on' if config.gradient_checkpointing else 'off'}")
     work("linear layers, forward", linear,
          f"2 b {m} (6 d^2 + 2 d F) {L_} + text{', image' if image else ''}, "
@@ -621,8 +622,8 @@ def report(config, c):
                                               f"{mean}, N = {N}")
     if prfl:
         work("reward model", one["reward_flops"],
-             f"{passes + 1} x {tera(one['judging'][0])} + {passes + 2.5} x "
-             f"{tera(one['judging'][1])} (K blocks, frozen)")
+             f"{passes + 1} x {tera(one['reward_forward'][0])} + {passes + 2.5} x "
+             f"{tera(one['reward_forward'][1])} (K blocks, frozen)")
     if refl:
         work("decoder", one["reward_flops"], "2 x forward; the pixel reward is not counted")
     work("one iteration", one["iteration_flops"], total)
@@ -666,7 +667,7 @@ def report_way(config, c):
     row = lambda name, value, formula: line(name, gb(value) + " GB", formula)
     hours = lambda name, value, formula: line(name, f"{value / 3600:,.1f} h", formula)
     tokens = f" + m x {c['image_dim']}" if image else ""
-    print(f"\nthe whole way from {config.clips:,} clips, on disk")
+    print(f"\nall stages from {config.clips:,} clips, on disk")
     row("shards", one["shards"], f"{config.clips:,} x {one['clip'] / 1e6:.1f} MB: 4 ({c['out_dim']} f h "
                                  f"w{' x 2' * i2v} + l x {c['text_dim']}{tokens})")
     row("reward model's runs", one["disk1"],
@@ -693,7 +694,7 @@ def report_way(config, c):
 
 
 def report_simulated(config, c):
-    """Print the pencil's bytes beside those of scale/simulate.py's tracker."""
+    """Print the planner's bytes beside those of scale/simulate.py's tracker."""
     from scale.simulate import simulate  # it alone needs PyTorch's distributed internals
     one = costs(config, c)
     phases = simulate(config, c, (one["f"], one["h"], one["w"]))
@@ -702,9 +703,9 @@ def report_simulated(config, c):
     most = lambda *names: max(phases[name]["Total"] for name in names)
     backward = ("SFT, backward", "generator's backward")
     print("\na second opinion, by PyTorch's tracker, on tensors without data")
-    print(f"  {'':25} {'tracker':>12} {'pencil':>12}")
+    print(f"  {'':25} {'tracker':>12} {'planner':>12}")
     start = phases["before"]
-    for name, tracker, pencil in (
+    for name, tracker, planner in (
             ("weights, reward model", start["Parameter"], one["weights"] + one["reward_weights"]),
             ("AdamW's two moments", start["Optstate"], one["optimizer"]),
             ("reward, and its backward", most("reward, forward", "reward's backward"),
@@ -712,7 +713,7 @@ def report_simulated(config, c):
             ("generator's backward", most(*backward), behind("generator", "gradients")),
             ("optimizer step", most("optimizer step"), behind("optimizer")),
             ("PEAK", most(*phases), behind(*moments))):
-        print(f"  {name:25} {tracker / 1e9:9.2f} GB {pencil / 1e9:9.2f} GB  {pencil / tracker - 1:+.1%}")
+        print(f"  {name:25} {tracker / 1e9:9.2f} GB {planner / 1e9:9.2f} GB  {planner / tracker - 1:+.1%}")
 
 
 def main(config):
