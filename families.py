@@ -75,12 +75,10 @@ _SMALL = replace(
 
 # Wan2.1's own negative prompt names what the films that it was trained on should not have looked like.
 WAN_NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，"
-                "最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，"
-                "畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，"
+                "最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，"
                 "背景人很多，倒着走")
 # Training: the paper's (A.2.3 to A.2.5). 800 iterations are one epoch over its prompts; how many videos PAVRM
-# sees at once it
-# does not say.
+# sees at once it does not say.
 _WAN21 = Family(
     name="Wan2.1 text-to-video", source="Wan-Video/Wan2.1; the paper for the steps (Sec. 5.1)",
     sizes=((832, 480), (1280, 720)), guidance=5.0, shifts=((0, 3.0), (720, 5.0)),
@@ -180,8 +178,7 @@ def load_vae(path):
         raise InputError(f"{path}: is the VAE of a family that is not supported: {found[0]} channels, "
                          f"{found[1]} x in time, "
                          f"{found[2]} x in space, where Wan2.1's has {CHANNELS}, {TIME} x and {SPACE} x "
-                         "(Wan2.2 TI2V-5B's has "
-                         "48, 4 x and 16 x)")
+                         "(Wan2.2 TI2V-5B's has 48, 4 x and 16 x)")
     from formats.wan import WanVAE
     return WanVAE(path)
 

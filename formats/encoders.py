@@ -82,8 +82,7 @@ def encode_texts(text, folder, prompts, device, width=None):
         context = text.encode([prompt])[0].float().cpu()                                    # [l, d]
         if width not in (None, context.shape[1]):
             raise InputError(f"{folder}: its contexts have width {context.shape[1]}, the generator takes "
-                             f"{width}: give "
-                             "--model, the folder that the generator came from")
+                             f"{width}: give --model, the folder that the generator came from")
         used = context.abs().sum(-1).nonzero()
         length = int(used.max()) + 1 if len(used) else 1
         contexts[prompt] = context[:length].clone()

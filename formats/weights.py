@@ -245,15 +245,13 @@ def require_known(path):
     for folder in (path, parent) if path.resolve().name in EXPERTS else (path,):
         if all((folder / name).is_dir() for name in EXPERTS):
             raise InputError(f"{folder}: holds {EXPERTS[0]}/ and {EXPERTS[1]}/ (Wan2.2 A14B), and one of the "
-                             "two alone is only "
-                             "half a generator: not supported, give a folder of Wan2.1")
+                             "two alone is only half a generator: not supported, give a folder of Wan2.1")
     pipeline = parent if path.resolve().name.startswith("transformer") else path
     if pipeline.joinpath("model_index.json").is_file():
         require_known_index(pipeline / "model_index.json")
     if pipeline.joinpath("transformer_2").is_dir():
         raise InputError(f"{pipeline}: holds transformer_2/ ({WAN22['transformer_2']}), which nothing here "
-                         "reads: "
-                         "not supported, give a folder of Wan2.1")
+                         "reads: not supported, give a folder of Wan2.1")
 
 
 def require_known_index(file):
@@ -295,8 +293,7 @@ def require_known_channels(config):
     taken, c = config.get("in_dim", 16), config.get("out_dim", 16)
     if taken not in (c, 4 + 2 * c):
         raise InputError(f"takes {taken} channels: not supported, t2v takes {c} and i2v {4 + 2 * c} "
-                         "(Wan2.1's Fun models for "
-                         "control signals take more)")
+                         "(Wan2.1's Fun models for control signals take more)")
 
 
 # ---- Wan2.1's official folders and diffusers'
@@ -377,8 +374,7 @@ def resolve_model(config, transformer=None):
     folder = transformer or config.model or SHIPPED.get(task + of_size)
     if not folder:
         raise InputError(f"--world {world}: no {task} generator of that size is shipped: name one with "
-                         "--model (python -m "
-                         "world.pretrain dit makes them)")
+                         "--model (python -m world.pretrain dit makes them)")
     if config.model:
         require_known(config.model)
     task = transformer_folder(folder)[1].get("model_type", "t2v")

@@ -21,25 +21,24 @@ from model import export_transformer
 
 @dataclass
 class Flags:
-    """What train_align.py takes for adapters."""
+    """Flags of train_align.py for adapters."""
     lora_rank: int = arg(0, "train adapters of this rank (such as 16) beside the frozen q, k, v, o of each "
-                            "attention, "
-                         "often at 10 times the learning rate; 0 trains every weight", at_least=0)
-    lora_alpha: float | None = arg(None, "adapters are scaled by lora_alpha / lora_rank; without, by 1",
+                         "attention, often with 10 times the learning rate; 0 trains all weights", at_least=0)
+    lora_alpha: float | None = arg(None, "adapters are scaled by lora_alpha / lora_rank; default: by 1",
                                    above=0, only="lora_rank")
-    lora: str | None = arg(None, "LoRA file whose adapters the training goes on from")
-    export: str = arg("merged", "of LoRA: whole weights and adapters, or adapters alone (lora)",
-                      choices=("merged", "lora"))
+    lora: str | None = arg(None, "LoRA file with the adapters that training starts from")
+    export: str = arg("merged", "what a run with adapters writes: the merged weights and the adapters, or "
+                                "only the adapters (lora)", choices=("merged", "lora"))
 
 
 class LoRALinear(nn.Module):
     """A frozen nn.Linear, under its own names, and beside it A and B."""
 
-    def __init__(self, linear, rank, scale):
+    def __init__(self, linear, r, scale):
         super().__init__()
         self.weight, self.bias, self.scale = linear.weight, linear.bias, scale
-        self.lora_A = nn.Linear(linear.in_features, rank, bias=False)
-        self.lora_B = nn.Linear(rank, linear.out_features, bias=False)
+        self.lora_A = nn.Linear(linear.in_features, r, bias=False)
+        self.lora_B = nn.Linear(r, linear.out_features, bias=False)
 
     def forward(self, x):
         return F.linear(x, self.weight, self.bias) + self.scale * self.lora_B(self.lora_A(x))
@@ -56,27 +55,28 @@ def read_for(dit, path):
     return adapters
 
 
-def add(dit, rank, alpha=None, seed=0, path=None):
-    """Freezes a VideoDiT, in place, and gives its attentions adapters that train. rank 0 and no path: changes
-    nothing.
+def add(dit, lora_rank, alpha=None, seed=0, path=None):
+    """Freezes a VideoDiT, in place, and gives its attentions adapters that train. With lora_rank 0 and no
+    path it changes nothing.
 
-    alpha None: as rank, scale 1. path: a LoRA file to go on from, which has its own rank. Call it before
-    parallel.shard. Raises InputError on an alpha without a rank, a rank that is not the file's, or a file of
-    another model.
+    alpha None: as lora_rank, so that the scale is 1. path: a LoRA file whose adapters training starts from;
+    it has a rank of its own. Call this before parallel.shard. Raises InputError on an alpha without a rank, a
+    rank that is not the file's, or a file of another model.
     """
     start = read_for(dit, path) if path else {}
-    if not rank and not start:
+    if not lora_rank and not start:
         if alpha:
             raise InputError("--lora_alpha scales adapters: give --lora_rank too, or leave it out")
         return
-    if wrong := [len(A) for A, _ in start.values() if rank and len(A) != rank]:
-        raise InputError(f"--lora_rank {rank}: the adapters in {path} have rank {wrong[0]}; leave it out to "
-                         "go on from them")
+    if wrong := [len(A) for A, _ in start.values() if lora_rank and len(A) != lora_rank]:
+        raise InputError(f"--lora_rank {lora_rank}: the adapters in {path} have rank {wrong[0]}; leave it "
+                         "out "
+                         "to go on from them")
     dit.requires_grad_(False)
     draws = random_generator(seed, "lora")
     for layer in start or [f"blocks.{i}.{kind}_attn.{x}" for i in range(len(dit.blocks))
                            for kind in ("self", "cross") for x in "qkvo"]:
-        r = rank or len(start[layer][0])
+        r = lora_rank or len(start[layer][0])
         adapted = LoRALinear(dit.get_submodule(layer), r, (alpha or r) / r)
         if start:
             A, B = start[layer]

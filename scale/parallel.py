@@ -36,30 +36,31 @@ from formats.weights import read_config
 from scale import sequence
 
 KINDS = ("ddp", "fsdp")
-OFFLOADED_FROM = 2 ** 22  # elements; what is smaller is not worth the way
+OFFLOADED_FROM = 2 ** 22  # elements; smaller tensors are not worth moving
 PIECES = "sharded_state"  # of torch.distributed.checkpoint, inside a checkpoint folder of fsdp
 
 
 @dataclass
 class Flags:
-    """What both training scripts take for many GPUs, or little memory."""
+    """Flags of both training scripts for several GPUs or little memory."""
     gradient_checkpointing: bool = arg(False, "recompute each block in the backward pass")
-    parallel: str = arg("ddp", "under torchrun: ddp keeps what trains (16 bytes a weight: itself, gradient, "
-                               "Adam) and the "
-                        "reward model whole on each GPU; fsdp, 1 / GPUs of them", choices=KINDS)
-    sequence_parallel: int = arg(1, "neighbouring GPUs that share each clip's tokens, for clips too long for "
-                                    "one; the "
-                                 "paper has 4", above=0)
-    fsdp_group_size: int = arg(0, "fsdp: cut over groups of so many neighbouring GPUs, such as those of a "
-                                  "node, and keep a copy "
-                          "in each group; 0 cuts over all", at_least=0)
-    offload_activations: bool = arg(False, "block inputs wait for the backward pass in the host's memory")
-    compile: bool = arg(False, "torch.compile each block: minutes at the start, and then faster steps")
+    parallel: str = arg("ddp", "under torchrun: ddp keeps a full copy of the trained model (16 bytes per "
+                        "weight: weight, gradient, Adam) and of the reward model on every GPU; fsdp splits "
+                        "them",
+                        choices=KINDS)
+    sequence_parallel: int = arg(1, "number of neighbouring GPUs that share the tokens of each clip, for "
+                                    "clips that are too long for one GPU; the paper has 4", above=0)
+    fsdp_group_size: int = arg(0, "fsdp: split over groups of this many neighbouring GPUs, such as those of "
+                                  "a node, and keep a copy in each group; 0 splits over all GPUs", at_least=0)
+    offload_activations: bool = arg(False, "keep the inputs of the blocks in the host's memory until the "
+                                           "backward pass needs them")
+    compile: bool = arg(False, "compile each block with torch.compile, which takes minutes at the start and "
+                               "makes the steps faster")
 
 
 def check(flags):
-    """Raises InputError where there are no processes to share the work, or flags that do not go together; for
-    a script to call before it works."""
+    """Raises InputError if there are no processes to share the work, or if the flags contradict each other.
+    Scripts call it before they start to work."""
     sequence.check(flags.sequence_parallel)
     if flags.parallel == "fsdp" and not dist.is_initialized():
         raise InputError("--parallel fsdp shards over processes: start with torchrun --nproc_per_node=<GPUs>")

@@ -1,21 +1,21 @@
-"""What an update costs before anybody pays for it: parameters, tokens, bytes, FLOPs, seconds, by pencil
-arithmetic.
+"""The planner: what an update will cost, in parameters, tokens, bytes, FLOPs and seconds, by formulas.
 
     python -m scale.plan wan2.1-t2v-14b --frames 81 --size 1280*720 --gpus 8 --method prfl
     python -m scale.plan wan2.1-t2v-1.3b --gpus 1 --lora_rank 32 --no-gradient_checkpointing
     python -m scale.plan wan2.1-t2v-1.3b --gpus 8 --parallel ddp --clips 500    and all stages: disk, hours
     python -m scale.plan wan2.1-t2v-14b --gpus 8 --simulate    and what PyTorch's tracker says
 
-Every line shows its formula with its numbers. What is counted: fp32 weights, gradients and AdamW moments of
-what is trained, bf16 autocast, what the backward pass keeps of each block (term by term in `block_bytes`,
-equal to the bytes that autograd saves), the two passing tensors of the feed-forward layer, the reward model,
-the decoder. What is not: the CUDA context (about 1 GB) and the allocator's unused pieces (up to a tenth). GB
-is 1e9 bytes.
+Every printed line shows its formula with the numbers in it. The planner counts fp32 weights, gradients and
+AdamW moments of the trained model, bf16 autocast, what the backward pass keeps of each block (term by term in
+`block_bytes`, equal to the bytes that autograd saves), the two tensors that pass through the feed-forward
+layer, the reward model and the decoder. It does not count the CUDA context (about 1 GB) and the allocator's
+unused pieces (up to a tenth). GB is 1e9 bytes.
 
-The numbers come from functions of plain integers; `report` alone prints. Under --parallel fsdp weights,
-gradients and moments are cut into --gpus parts, and a block is gathered before its use. Text encoder and VAE
-encoder do their work once, when clips are encoded, and cost an update nothing. `--method reward` is
-train_reward.py, the others train_align.py's.
+The numbers come from functions of plain integers, and only the `report` functions print. Under --parallel
+fsdp weights, gradients and moments are split into --gpus parts, and a block is gathered before its use. The
+text encoder and the VAE's encoder work once, when clips are encoded, so they cost an update nothing.
+`--method reward` plans train_reward.py, and the other methods plan train_align.py or, with `sample`,
+sample.py.
 
 Symbols: b batch of one GPU, f latent frames, h w latent height and width, n video tokens, l text tokens, m
          CLIP image tokens, d model width, F feed-forward width, k heads, L blocks, K blocks of the reward
@@ -33,8 +33,7 @@ IMAGE_TOKENS = 257      # CLIP ViT-H/14 at 224 pixels: 16 x 16 patches and a cla
 METHODS = ("prfl", "refl", "sft", "rwr", "reward", "sample")
 STEADY_PASSES = 4  # most Euler steps of a rollout without gradients under --recipe steady, as in prfl.RECIPES
 # Wan2.1's VAE decoder by resolution: space, time (frames a later latent frame has become here), convolutions
-# 3x3x3 as
-# (input channels, output channels, how many); each follows a norm and a SiLU.
+# 3x3x3 as (input channels, output channels, how many); each follows a norm and a SiLU.
 DECODER = (
     (1, 1, ((384, 384, 10),)),                          # middle block and first stage
     (2, 2, ((192, 384, 1), (384, 384, 5))),
@@ -45,8 +44,7 @@ DECODER = (
 UPSAMPLERS = ((384, 192, True), (384, 192, True), (192, 96, False))
 DECODER_PARAMETERS = 73_295_603
 # Its encoder, as DECODER: space, time (by how much a frame was divided), convolutions 3x3x3, shortcuts 1x1x1,
-# what follows:
-# 3x3 at half the resolution, and then perhaps 3x1x1 at half the rate.
+# what follows: 3x3 at half the resolution, and then perhaps 3x1x1 at half the rate.
 ENCODER = (
     (1, 1, ((3, 96, 1), (96, 96, 4)), (), "space"),
     (2, 1, ((96, 192, 1), (192, 192, 3)), ((96, 192),), "time"),
@@ -62,43 +60,43 @@ class Config:
     preset: str = arg(..., f"the generator: {', '.join(PRESETS)}", choices=tuple(PRESETS), positional=True)
     method: str = arg("prfl", "what to train with", choices=METHODS)
     frames: int = arg(81, "video frames, 4 k + 1", above=0)
-    size: str = arg("832*480", "width*height in pixels (832x480 will do), each divisible by 16")
-    recipe: str = arg("paper", "prfl, refl: a rollout of every step to one rewarded step a batch, or of at "
-                               "most "
-                      f"{STEADY_PASSES} passes to one for each video", choices=("paper", "steady"))
+    size: str = arg("832*480", "width*height in pixels (832x480 is read too), each divisible by 16")
+    recipe: str = arg("paper", "prfl, refl: a rollout of every step up to one rewarded step for the batch, "
+                      f"or of at most {STEADY_PASSES} passes up to one per video",
+                      choices=("paper", "steady"))
     gpus: int = arg(1, "GPUs of a node", above=0)
-    nodes: int = arg(1, "nodes; with more, also the bytes that an update sends from one to the others",
-                     above=0)
-    parallel: str = arg("fsdp", "ddp: everything whole on every GPU; fsdp: cut over all of them",
+    nodes: int = arg(1, "number of nodes; with several, also count the bytes that an update sends between "
+                        "them", above=0)
+    parallel: str = arg("fsdp", "ddp: a full copy of everything on every GPU; fsdp: split over all GPUs",
                         choices=("ddp", "fsdp"))
     sequence_parallel: int = arg(1, "GPUs that share a clip's tokens", above=0)
-    fsdp_group_size: int = arg(0, "fsdp: cut over groups of so many GPUs; 0 cuts over all", at_least=0)
-    offload_activations: bool = arg(False, "block inputs wait for the backward pass in the host's memory")
-    batch_size: int = arg(1, "videos per update and GPU, or GPUs that share them", above=0)
+    fsdp_group_size: int = arg(0, "fsdp: split over groups of this many GPUs; 0 splits over all", at_least=0)
+    offload_activations: bool = arg(False, "keep the inputs of the blocks in the host's memory until the "
+                                           "backward pass needs them")
+    batch_size: int = arg(1, "videos per batch and GPU, or per group of GPUs that share them", above=0)
     num_inference_steps: int = arg(40, "N, Euler steps of a rollout", above=0)
     depth: int = arg(8, "K, blocks of the reward model (prfl, rwr, reward)", above=0)
     lora_rank: int = arg(0, "train adapters of this rank on q, k, v, o of frozen weights; 0 trains all",
                          at_least=0)
     frames_decoded: str = arg("first", "what refl decodes: the first latent frame, or all",
                               choices=("first", "all"))
-    pixel_reward_parameters: int = arg(986_000_000, "refl's reward model, in bf16; PickScore's CLIP ViT-H "
-                                                    "has "
-                                       "986 M", above=0)
+    pixel_reward_parameters: int = arg(986_000_000, "parameters of refl's reward model, in bf16; PickScore's "
+                                                    "CLIP ViT-H has 986 M", above=0)
     gradient_checkpointing: bool = arg(True, "recompute each block in the backward pass")
     num_samples: int = arg(2048, "own samples that rwr draws and weights once", above=0)
-    mfu: float = arg(0.4, "share of --tflops that the work reaches, recomputed products counted as work",
+    mfu: float = arg(0.4, "share of --tflops that the work reaches; recomputed products count as work",
                      above=0,
                      at_most=1)
     tflops: float = arg(989.0, "the GPU's peak in bf16, TFLOP/s; an H100 or H200 has 989", above=0)
     memory: float = arg(80.0, "memory of one GPU, GB", above=0)
-    simulate: bool = arg(False, "also make one iteration on tensors without data, and count what lives "
-                                "(scale/simulate.py)",
-                         only="method prfl")
-    clips: int = arg(0, "prfl: also disk, memory and hours of the whole way from so many clips; 0 for none",
+    simulate: bool = arg(False, "also run one iteration on tensors without data and count the bytes that "
+                                "live (scale/simulate.py)", only="method prfl")
+    clips: int = arg(0, "prfl: also the disk, memory and hours of all stages, for this many clips; 0: leave "
+                        "that out",
                      at_least=0)
     reward_steps: int = arg(1600, "--clips: steps of train_reward.py", above=0)
-    reward_batch_size: int = arg(2, "--clips: its videos per step and GPU", above=0)
-    holdout: int = arg(100, "--clips: labelled videos that it keeps for reports", above=0)
+    reward_batch_size: int = arg(2, "--clips: videos per step and GPU in train_reward.py", above=0)
+    holdout: int = arg(100, "--clips: labelled videos that train_reward.py keeps for its reports", above=0)
     max_train_steps: int = arg(120, "--clips: iterations of train_align.py", above=0)
     fp32_tflops: float = arg(67.0, "--clips: the GPU's peak in fp32, in which the VAE encodes; an H100 has "
                                    "67", above=0)
@@ -198,8 +196,7 @@ def block_bytes(c, n, trained="all", batch=1):
     full, learns = trained == "all", trained != "none"
     per_token = {
         # x; normed x; its bf16 copies for q, k, v; q and k before and after their norm's division; rotated q,
-        # k
-        # and v, out; out as o's input; o's output, which the gate needs
+        # k and v, out; out as o's input; o's output, which the gate needs
         "self-attention": 4 + 4 * full + 6 * learns + (16 if full else 8) + 8 + 2 * learns + 2 * full,
         # x; q's input; q normed; q and out; o's input; with image tokens q and out once more
         "cross-attention": 4 + 2 * learns + (8 if full else 4) + 4 + 2 * learns + 4 * (m > 0),
@@ -333,9 +330,9 @@ def costs(config, c):
                    "gradients": one["gradients"] - not_yet + block + copy + passing + gathered,
                    "optimizer": one["gradients"] + 4 * trained / parts}
         if prfl:  # behind the generator's head (3 edges) and under the reward's pooling (keys and values)
-            judged = min(K, here) * edge if checkpointing else layers(K, frozen, copy)
+            rewarded = min(K, here) * edge if checkpointing else layers(K, frozen, copy)
             if ranks > 1:  # tokens of all ranks, their keys and values, and gradients of two of these
-                moments["pooling"] = waiting + 3 * edge + judged + 5 * pooled
+                moments["pooling"] = waiting + 3 * edge + rewarded + 5 * pooled
             moments["reward"] = waiting + 6 * edge + hidden + layers(K, frozen, copy) + rewarding
         if refl:
             moments["decoder"] = waiting + 3 * edge + one["decoder"]["kept"] + one["decoder"]["passing"]
@@ -350,18 +347,18 @@ def costs(config, c):
                 passing=passing, copy=copy, gathered=gathered, rewarding=rewarding)
 
     # FLOPs
-    forward, judging = forward_flops(c, n, L, b,
+    forward, reward_forward = forward_flops(c, n, L, b,
                                      ranks=ranks), forward_flops(c, n, K, b, ends=False, ranks=ranks)
     N, recompute = config.num_inference_steps, config.gradient_checkpointing
-    one |= dict(forward=forward, judging=judging, rollout_steps=0, reward_flops=0)
-    one["update_flops"] = update_flops(judging if stage1 else forward, trained=not lora,
+    one |= dict(forward=forward, reward_forward=reward_forward, rollout_steps=0, reward_flops=0)
+    one["update_flops"] = update_flops(reward_forward if stage1 else forward, trained=not lora,
                                        checkpointing=recompute)
     first = 2 * N // 3 if refl else 0           # the rewarded step is uniform on 1 .. N, or on the last third
     stride = math.ceil(N / STEADY_PASSES) if config.recipe == "steady" else 1
     if prfl or refl:
         one["rollout_steps"] = rollout_passes(first, N, stride)
     if prfl:
-        one["reward_flops"] = update_flops(judging, trained=False, checkpointing=recompute)
+        one["reward_flops"] = update_flops(reward_forward, trained=False, checkpointing=recompute)
     if refl:
         one["reward_flops"] = 2 * one["decoder"]["flops"]       # frozen: backward costs as much as forward
     one["rollout_flops"] = one["rollout_steps"] * sum(forward)
@@ -374,7 +371,8 @@ def costs(config, c):
     one["seconds"] = one["iteration_flops"] / speed
     one["sampling_flops"] = 0
     if config.method == "rwr":
-        one["sampling_flops"] = config.num_samples / one["groups"] * (N * sum(forward) + sum(judging)) / b
+        one["sampling_flops"] = config.num_samples / one["groups"] * (N * sum(forward)
+                                                                      + sum(reward_forward)) / b
     one["sampling_seconds"] = one["sampling_flops"] / speed
     one |= network(config, c, one)
     return one
@@ -390,10 +388,10 @@ def network(config, c, one):
     gathers = 2 * (1 + two) + one["rollout_steps"]
     outside = count["total"] - count["blocks"]
     bytes_policy = 2 * count["blocks"] + 4 * outside
-    bytes_judge = 2 * config.depth * count["block"] + 4 * (one["reward_parameters"] - config.depth
+    bytes_reward = 2 * config.depth * count["block"] + 4 * (one["reward_parameters"] - config.depth
                                                            * count["block"])
     gathered = (gathers * bytes_policy * (config.method != "reward")
-                + 2 * bytes_judge * (config.method in ("prfl", "reward"))) * (one["parts"] > 1)
+                + 2 * bytes_reward * (config.method in ("prfl", "reward"))) * (one["parts"] > 1)
     world = config.gpus * config.nodes
     gathered *= one["parts"] > config.gpus                          # else inside a node
     # twice: every copy of a weight gets them
@@ -404,9 +402,10 @@ def network(config, c, one):
 
 
 def way(config, c):
-    """What encode, train_reward.py, train_align.py and the export take, by name: bytes on disk, seconds, bytes of each GPU and
-    of the host (docs/scale.md shows it)."""
-    stage1 = costs(dataclasses.replace(config, method="reward", batch_size=config.reward_batch_size, lora_rank=0), c)
+    """What all stages of docs/your_model.md take, by name: bytes on disk, seconds, bytes of each GPU and of
+    the host."""
+    stage1 = costs(dataclasses.replace(config, method="reward", batch_size=config.reward_batch_size,
+                                       lora_rank=0), c)
     stage2 = costs(config, c)
     i2v, f, h, w = c["model_type"] == "i2v", stage2["f"], stage2["h"], stage2["w"]
     P, R = stage2["parameters"]["total"], stage1["reward_parameters"]
@@ -433,7 +432,7 @@ def way(config, c):
     one["encode_seconds"] = config.clips * one["encoder_flops"] / (config.gpus * config.mfu
                                                                    * config.fp32_tflops * 1e12)
     one["reports"] = math.ceil(config.reward_steps / REWARD_EVERY)
-    one["report_flops"] = 6 * config.holdout * sum(stage1["judging"]) / config.reward_batch_size
+    one["report_flops"] = 6 * config.holdout * sum(stage1["reward_forward"]) / config.reward_batch_size
     one["seconds1"] = config.reward_steps * stage1["seconds"] + one["reports"] * one["report_flops"] / (
         config.mfu * config.tflops * 1e12)
     one["seconds2"] = config.max_train_steps * stage2["seconds"]
@@ -477,8 +476,7 @@ def report(config, c):
 
     world = config.gpus * config.nodes
     print(f"{config.preset}, {config.method}{f' ({config.recipe})' * (prfl or refl)}: {config.frames} frames "
-          f"of {config.size}, "
-          f"{b} per {f'{ranks} GPUs that share it' if ranks > 1 else 'GPU'}, "
+          f"of {config.size}, {b} per {f'{ranks} GPUs that share it' if ranks > 1 else 'GPU'}, "
           f"{f'{config.nodes} nodes of ' * (config.nodes > 1)}{config.gpus} GPU{'s' * (config.gpus > 1)}"
           f"{f' ({config.parallel})' if world > 1 else ''}"
           + ("" if sampling else f", LoRA of rank {config.lora_rank}" if lora else ", reward model trained"
@@ -498,8 +496,7 @@ def report(config, c):
          f"{big(count['total'] - count['blocks'])} (embeddings, head{', image' if image else ''})")
     if prfl or rwr or stage1:
         line("reward model R", big(one["reward_parameters"]),
-             f"K = {K} blocks + embeddings + 4 d^2 + 4 d + 1 "
-             "(query, attention, head)")
+             f"K = {K} blocks + embeddings + 4 d^2 + 4 d + 1 (query, attention, head)")
     if refl:
         line("pixel reward R", big(one["reward_parameters"]), "--pixel_reward_parameters")
         line("decoder D", big(DECODER_PARAMETERS), "of Wan2.1's VAE")
@@ -545,8 +542,7 @@ def report(config, c):
     if refl:
         row("kept by the decoder", one["decoder"]["kept"],
             f"{config.frames_decoded} frame{'s' * (config.frames_decoded == 'all')}: norm 4, SiLU 2, padded "
-            "input 2 "
-            "bytes a channel and pixel of every convolution")
+            "input 2 bytes a channel and pixel of every convolution")
 
     L_ = "K" if stage1 else "L"
     names = {"generator": "reward model's backward" if stage1 else "generator's backward",
@@ -590,7 +586,7 @@ def report(config, c):
                                                    "at each update")
         row("NETWORK", one["network"], f"x ({one['ring']} - 1) / {one['ring']}")
 
-    linear, attention = one["judging" if stage1 else "forward"]
+    linear, attention = one["reward_forward" if stage1 else "forward"]
     print(f"\nFLOPs of one GPU, checkpointing {'on' if config.gradient_checkpointing else 'off'}")
     work("linear layers, forward", linear,
          f"2 b {m} (6 d^2 + 2 d F) {L_} + text{', image' if image else ''}, "
@@ -610,8 +606,8 @@ def report(config, c):
                                               f"{mean}, N = {N}")
     if prfl:
         work("reward model", one["reward_flops"],
-             f"{passes + 1} x {tera(one['judging'][0])} + {passes + 2.5} x "
-             f"{tera(one['judging'][1])} (K blocks, frozen)")
+             f"{passes + 1} x {tera(one['reward_forward'][0])} + {passes + 2.5} x "
+             f"{tera(one['reward_forward'][1])} (K blocks, frozen)")
     if refl:
         work("decoder", one["reward_flops"], "2 x forward; the pixel reward is not counted")
     work("one iteration", one["iteration_flops"], total)
@@ -655,10 +651,9 @@ def report_way(config, c):
     row = lambda name, value, formula: line(name, gb(value) + " GB", formula)
     hours = lambda name, value, formula: line(name, f"{value / 3600:,.1f} h", formula)
     tokens = f" + m x {c['image_dim']}" if image else ""
-    print(f"\nthe whole way from {config.clips:,} clips, on disk")
+    print(f"\nall stages from {config.clips:,} clips, on disk")
     row("shards", one["shards"], f"{config.clips:,} x {one['clip'] / 1e6:.1f} MB: 4 ({c['out_dim']} f h "
-                                 f"w{' x 2' * i2v} + l x "
-        f"{c['text_dim']}{tokens})")
+                                 f"w{' x 2' * i2v} + l x {c['text_dim']}{tokens})")
     row("reward model's runs", one["disk1"],
         f"{one['number1']} checkpoints of 4 R + 12 T = {gb(one['checkpoint1'])}, and 4 R")
     row("alignment's runs", one["disk2"] + one["adapters"], f"{one['number2']} checkpoints of 4 P + 12 T = "
@@ -667,8 +662,7 @@ def report_way(config, c):
     row("DISK", one["disk"], "the third checkpoint is written before the first one goes")
     print("and in memory")
     row("train_reward.py, a GPU", one["peak1"], f"--method reward --batch_size {config.reward_batch_size}, "
-                                                "and "
-        f"{config.holdout} held-out clips = {gb(one['held'])}")
+                                                f"and {config.holdout} held-out clips = {gb(one['held'])}")
     row("train_align.py, a GPU", one["peak2"], "PEAK above")
     row("host", one["host"], f"{config.gpus} x (4 bytes of the largest weight, as they go one at a time, and "
                              "1 GB)")
@@ -678,14 +672,13 @@ def report_way(config, c):
           f"{config.mfu:g} x {config.fp32_tflops:g} TF/s in fp32); no text, no reading")
     hours("train_reward.py", one["seconds1"],
           f"{config.reward_steps:,} x {one['stage1']['seconds']:.2f} s + {one['reports']} reports of 6 x "
-          f"{config.holdout} "
-          "forward passes")
+          f"{config.holdout} forward passes")
     hours("train_align.py", one["seconds2"], f"{config.max_train_steps:,} x {one['stage2']['seconds']:.1f} s")
     hours("HOURS", one["seconds"], "")
 
 
 def report_simulated(config, c):
-    """Print the pencil's bytes beside those of scale/simulate.py's tracker."""
+    """Print the planner's bytes beside those of scale/simulate.py's tracker."""
     from scale.simulate import simulate  # it alone needs PyTorch's distributed internals
     one = costs(config, c)
     phases = simulate(config, c, (one["f"], one["h"], one["w"]))
@@ -694,9 +687,9 @@ def report_simulated(config, c):
     most = lambda *names: max(phases[name]["Total"] for name in names)
     backward = ("SFT, backward", "generator's backward")
     print("\na second opinion, by PyTorch's tracker, on tensors without data")
-    print(f"  {'':25} {'tracker':>12} {'pencil':>12}")
+    print(f"  {'':25} {'tracker':>12} {'planner':>12}")
     start = phases["before"]
-    for name, tracker, pencil in (
+    for name, tracker, planner in (
             ("weights, reward model", start["Parameter"], one["weights"] + one["reward_weights"]),
             ("AdamW's two moments", start["Optstate"], one["optimizer"]),
             ("reward, and its backward", most("reward, forward", "reward's backward"),
@@ -704,7 +697,7 @@ def report_simulated(config, c):
             ("generator's backward", most(*backward), behind("generator", "gradients")),
             ("optimizer step", most("optimizer step"), behind("optimizer")),
             ("PEAK", most(*phases), behind(*moments))):
-        print(f"  {name:25} {tracker / 1e9:9.2f} GB {pencil / 1e9:9.2f} GB  {pencil / tracker - 1:+.1%}")
+        print(f"  {name:25} {tracker / 1e9:9.2f} GB {planner / 1e9:9.2f} GB  {planner / tracker - 1:+.1%}")
 
 
 def main(config):

@@ -98,8 +98,7 @@ def spread(dit, runtime):
     check(ranks)
     if heads % ranks:
         raise InputError(f"--sequence_parallel {ranks} does not divide the generator's {heads} heads: choose "
-                         "one of "
-                         f"{divisors(heads, runtime.world_size)}")
+                         f"one of {divisors(heads, runtime.world_size)}")
     if ranks > 1:
         group = group_of(dist.group.WORLD, ranks, runtime.device.type)
         dit.sequence = lambda n: Sequence(group, n)

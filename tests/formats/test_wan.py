@@ -338,7 +338,7 @@ def test_samples_are_the_pipelines_own(pipelines, tmp_path, monkeypatch, kind):
         assert video.read_clip(tmp_path / f"x-{k}.mp4")[1] == 16
 
 
-def test_shards_carry_the_null_contexts(pipelines, clips, tmp_path, monkeypatch):
+def test_shards_carry_the_null_contexts(pipelines, clips, tmp_path, capsys):
     """Of the empty and of the negative prompt, as the text encoder has them; without them it is asked again,
     or named."""
     encode(clips, tmp_path / "data", pipelines / "t2v")
@@ -356,7 +356,9 @@ def test_shards_carry_the_null_contexts(pipelines, clips, tmp_path, monkeypatch)
         tmp_path / "run",
         "--method", "sft", "--context_dropout", 0.5, "--num_validation", 2, "--num_inference_steps", 2)
     args = json.loads((tmp_path / "run/args.json").read_text())
-    assert (args["shift"], args["guidance_scale"]) == (3, 5)
+    assert (args["shift"], args["guidance_scale"], args["gradient_accumulation_steps"]) == (3, 5, 15)
+    told = "30 videos per update: 1 x --batch_size 2 x --gradient_accumulation_steps 15"
+    assert told in capsys.readouterr().out
     assert len(list((tmp_path / "run/samples/step-000002").glob("*.mp4"))) == 2
 
 
