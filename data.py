@@ -39,6 +39,7 @@ from formats.metadata import SUFFIXES, printable, read_listing, read_metadata, r
 from formats.shards import Shards, join_equal, write_shards
 from formats.video import Facts, from_pixels, read_clip_facts
 from formats.weights import SHIPPED, transformer_folder
+from model import is_pinned
 from world.scene import meaning
 
 FEWEST = 5  # frames of a clip to train on: two latent frames
@@ -323,6 +324,7 @@ class Check:
     text_encoder: str | None = arg(None, "folder of a text encoder, or of transformers' UMT5 (with the "
                                          "tokenizer in it or "
                                    "beside it); give it or --model; default: the shipped text encoder")
+    multiple = 16       # of which width and height must be; `resolve_encoders` sets it
 
 
 @dataclass
@@ -337,12 +339,13 @@ class Clip:
     content: str | None = None              # fingerprint of the file
 
 
-def parse_size(config):
-    """--size "832*480" or "832x480" -> (832, 480), or None. Checks --frames, too. Raises InputError."""
-    sides = (config.size or "16*16").replace("x", "*").split("*")
+def parse_size(config, multiple=16):
+    """--size "832*480" or "832x480" -> (832, 480), or None. Checks --frames, too. multiple: of which both
+    sides must be (32 for Wan2.2 TI2V-5B). Raises InputError."""
+    sides = (config.size or f"{multiple}*{multiple}").replace("x", "*").split("*")
     sides = [int(side) if side.isdecimal() else 0 for side in sides]
-    if len(sides) != 2 or not all(side and side % 16 == 0 for side in sides):
-        raise InputError(f"--size must be W*H, both multiples of 16, got {config.size}")
+    if len(sides) != 2 or not all(side and side % multiple == 0 for side in sides):
+        raise InputError(f"--size must be W*H, both multiples of {multiple}, got {config.size}")
     if config.frames and config.frames % 4 != 1:
         raise InputError(f"--frames must be 4k + 1, as {config.frames // 4 * 4 + 1} is, got {config.frames}")
     return tuple(sides) if config.size else None
@@ -371,7 +374,7 @@ def load_clip(clip, config, contents=None):
     """
     if clip.problem:
         return clip
-    path, size = Path(config.folder) / clip.name, parse_size(config)
+    path, size = Path(config.folder) / clip.name, parse_size(config, config.multiple)
     try:
         most = None if size and config.frames else CLIP_BYTES
         video, fps, facts = read_clip_facts(path, size, config.frames, config.fps, most)
@@ -385,8 +388,8 @@ def load_clip(clip, config, contents=None):
         clip.problem = f"too short: {have} frames of {wanted} at {fps:.3g} fps"
         if kind[2] >= FEWEST:
             clip.problem += f": --frames {kind[2]} takes it"
-    elif kind[0] % 16 or kind[1] % 16:
-        clip.problem = f"size {kind[0]}x{kind[1]} is not a multiple of 16: pass --size W*H"
+    elif kind[0] % config.multiple or kind[1] % config.multiple:
+        clip.problem = f"size {kind[0]}x{kind[1]} is not a multiple of {config.multiple}: pass --size W*H"
     elif not clip.row["prompt"]:
         clip.problem = "empty prompt"
     else:
@@ -471,6 +474,7 @@ def check_command(config):
     folder, tally, problems, usable = Path(config.folder), Tally(), [], []
     clips, notes = list_clips(folder)
     resolve_encoders(config)
+    parse_size(config, config.multiple)
     bar, contents = common.progress(len(clips), "check"), fingerprint.Contents(folder / ".contents.json")
     for clip in load_clips(clips, config, contents=contents):
         if clip.problem:
@@ -518,13 +522,14 @@ ROLES = "vae", "text_encoder", "image_encoder"
 
 
 def resolve_encoders(config):
-    """Fills in the folders of the encoders -> ({role: folder}, whether they are for image-to-video). Raises
-    InputError."""
+    """Fills in the folders of the encoders, and of what sizes must be a multiple -> ({role: folder}, whether
+    the shards are to hold a given first frame beside the latents). Raises InputError."""
     image_to_video = getattr(config, "image_encoder", None) is not None
     if config.model:
         common.refuse(config, ROLES, "with --model, whose own encoders are used")
         dit, found = transformer_folder(config.model)[1], encoders.find_encoders(config.model)
-        image_to_video = dit["model_type"] == "i2v"
+        image_to_video = dit["model_type"] == "i2v" and not is_pinned(dit)  # else the latents have the frame
+        config.multiple = families.of_config(dit).side
         wanted = [role for role in ROLES if hasattr(config, role)]
         if not dit["image_dim"] and "image_encoder" in wanted:
             wanted.remove("image_encoder")
@@ -538,6 +543,8 @@ def resolve_encoders(config):
         wanted = list(found)
     for role in wanted:
         setattr(config, role, str(found[role]))
+    if "vae" in wanted:
+        config.multiple = families.side_of_vae(config.vae)
     return {role: str(found[role]) for role in wanted}, image_to_video
 
 
@@ -584,6 +591,7 @@ def encode(config, runtime):
     clips."""
     parse_size(config)
     out, (folders, image_to_video) = Path(config.out), resolve_encoders(config)
+    parse_size(config, config.multiple)
     loaders = dict(zip(ROLES, (load_vae, load_text_encoder, load_image_encoder)))
 
     @functools.cache

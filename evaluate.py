@@ -270,18 +270,18 @@ def groups_of(n, size):
     return [list(range(i, min(i + size, n))) for i in range(0, n, size)]
 
 
-def check_models(named, *rewards):
+def check_models(named, task, *rewards):
     """Raises InputError, before any work, if a generator or a reward model for it cannot be loaded."""
     for folder in named.values():
-        dit = load_transformer(folder, load_now=False)
+        dit = load_transformer(folder, load_now=False, task=task)
         for path in filter(None, rewards):
             load_pavrm(path, dit, load_now=False)
 
 
-def open_generator(folder, runtime, **rewards):
+def open_generator(folder, runtime, task, **rewards):
     """-> (the generator in `folder`, {name: its reward model} of rewards {name: path or None}), ready to
     sample."""
-    dit = load_transformer(folder, dtype=None).eval().requires_grad_(False)
+    dit = load_transformer(folder, dtype=None, task=task).eval().requires_grad_(False)
     pavrms = {name: load_pavrm(path, dit) for name, path in rewards.items() if path}
     return parallel.cast_matrices(dit, runtime.dtype), pavrms
 
@@ -328,7 +328,7 @@ def embedded_world(config, named, runtime):
         reward = f"{config.model}/reward"
     if config.best_of > 1 and not reward:
         raise InputError(f"--best_of {config.best_of} needs a reward model: name one with --reward")
-    check_models(named, reward)
+    check_models(named, config.task, reward)
     vae, device = families.load_vae(f"{config.model}/vae").to(runtime.device), runtime.device
     n, seed, image_to_video, spent = config.num_videos, SEED + config.seed, config.task == "i2v", {}
     clean, prompts, _ = scene.make(n, seed, "clean", config.world, split=config.split)
@@ -339,7 +339,7 @@ def embedded_world(config, named, runtime):
 
     def open_source(name):
         if name != CLEAN:
-            dit, pavrms = open_generator(named[name], runtime, pavrm=reward)
+            dit, pavrms = open_generator(named[name], runtime, config.task, pavrm=reward)
             dit = dit.to(device)
             pavrm = pavrms["pavrm"].to(device) if pavrms else None
 
@@ -397,9 +397,10 @@ def embedded_world(config, named, runtime):
 def own_prompts(config, named, runtime):
     """`--prompts`: samples of any generators, kept as mp4, with rewards and the panel."""
     rows = read_prompts(config.prompts)[:config.num_videos]
-    dit_config = transformer_folder(next(iter(named.values())))[1]
+    dit_config = transformer_folder(next(iter(named.values())), config.task)[1]
     defaults = families.sampling_defaults(dit_config)
-    size, negative = data.parse_size(config) or defaults["size"], defaults["negative_prompt"]
+    size = data.parse_size(config, families.of_config(dit_config).side) or defaults["size"]
+    negative = defaults["negative_prompt"]
     families.fill_in(config, families.sampling_defaults(dit_config, size))
     for row in rows:
         if (row["image"] is not None) != (dit_config["model_type"] == "i2v"):
@@ -410,7 +411,7 @@ def own_prompts(config, named, runtime):
     if config.best_of > 1 and not config.reward:
         raise InputError(f"--best_of {config.best_of} needs a reward model: name one with --reward")
     drops = search.parse_drops(config.best_of, config.drops)
-    check_models(named, config.reward, config.judge)
+    check_models(named, config.task, config.reward, config.judge)
     vae, device = families.load_vae(f"{config.model}/vae"), runtime.device
     texts = [row["prompt"] for row in rows]
     all_texts = texts if negative is None else [*texts, negative]
@@ -422,7 +423,8 @@ def own_prompts(config, named, runtime):
     seed, folder = SEED + config.seed, Path(config.output_dir)
 
     def open_source(name):
-        dit, rewards = open_generator(named[name], runtime, pavrm=config.reward, judge=config.judge)
+        dit, rewards = open_generator(named[name], runtime, config.task, pavrm=config.reward,
+                                      judge=config.judge)
         image_encoder = None
         if dit.config["image_dim"]:
             image_encoder = families.load_image_encoder(f"{config.model}/image_encoder")

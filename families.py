@@ -7,6 +7,7 @@ FAMILIES.
 
     embedded world      the small models in checkpoints/, whose VAE and text encoder are in world/
     Wan2.1              text-to-video and image-to-video, whose encoders formats/wan.py reads
+    Wan2.2 TI2V-5B      one generator for both tasks, with a VAE of its own
 """
 import os
 from dataclasses import dataclass, field, replace
@@ -17,9 +18,9 @@ from safetensors.torch import load_file
 
 from common import InputError
 from formats.encoders import condition_latents, encode_texts, load_saved, on
-from formats.video import CHANNELS, SPACE, TIME, read_clip
-from formats.weights import read_config, stream_tensors
-from model import PRESETS, image_inputs
+from formats.video import CHANNELS, SPACE, TIME, from_pixels, read_clip
+from formats.weights import TI2V_CHANNELS, read_config, stream_tensors
+from model import PRESETS, image_inputs, is_pinned
 from world import scene
 from world.text_encoder import TextEncoder
 from world.vae import VideoVAE
@@ -40,6 +41,7 @@ class Family:
     # ---- what it is given
     image_tokens: bool = False              # CLIP tokens of the first frame
     blank_frames: bool = False              # i2v: the VAE encodes the first frame with blank ones behind it
+    pinned: bool = False                    # i2v: latent frame 0 is given clean, in its place in x
     negative_prompt: str | None = None      # what guidance leads away from; None: an all-zero context
     # ---- sampling
     sizes: tuple = ()                       # published ones; the first is the default
@@ -85,6 +87,11 @@ _WAN21 = Family(
     negative_prompt=WAN_NEGATIVE, half=True,
     align={"learning_rate": 5e-6, "batch_size": 1, "max_train_steps": 800, "num_inference_steps": 40},
     reward={"learning_rate": 1e-5, "trunk_learning_rate": 1e-6, "batch_size": 2}, videos_per_update=30)
+# Published use: wan/configs/wan_ti2v_5B.py. Training: as Wan2.1's, since nobody has published other values.
+_TI2V_5B = replace(
+    _WAN21, name="Wan2.2 TI2V-5B text-to-video",
+    source="Wan-Video/Wan2.2; the paper for training, which is of Wan2.1", channels=TI2V_CHANNELS, space=16,
+    side=32, sizes=((1280, 704), (704, 1280)), frames=121, fps=24.0, steps=50, shifts=((0, 5.0),))
 
 FAMILIES = (
     _TINY,
@@ -93,6 +100,8 @@ FAMILIES = (
     replace(_SMALL, task="i2v"),
     _WAN21,
     replace(_WAN21, name="Wan2.1 image-to-video", task="i2v", image_tokens=True, blank_frames=True),
+    _TI2V_5B,
+    replace(_TI2V_5B, name="Wan2.2 TI2V-5B image-to-video", task="i2v", pinned=True),
 )
 UMT5_TOKENS = PRESETS["wan2.1-t2v-1.3b"]["text_len"]  # a context of all of Wan's generators has this length
 
@@ -108,14 +117,15 @@ def of_config(dit_config):
         world = "small" if dit_config["dim"] == PRESETS["small-t2v"]["dim"] else "tiny"
         return next(row for row in FAMILIES if (row.world, row.task) == (world, dit_config["model_type"]))
     task, channels = dit_config["model_type"], dit_config["out_dim"]
-    image_tokens = bool(dit_config.get("image_dim"))
+    image_tokens, pinned = bool(dit_config.get("image_dim")), is_pinned(dit_config)
+    found = task, channels, image_tokens, pinned
     for row in FAMILIES:
-        if row.world is None and (row.task, row.channels, row.image_tokens) == (task, channels, image_tokens):
+        if row.world is None and (row.task, row.channels, row.image_tokens, row.pinned) == found:
             return row
     known = "; ".join(row.name for row in FAMILIES if row.world is None)
     raise InputError(f"a generator for {task} with latents of {channels} channels and "
                      f"{'with' if image_tokens else 'without'} "
-                     f"CLIP tokens is of a family that is not supported, perhaps of Wan2.2; supported are "
+                     f"CLIP tokens is of a family that is not supported, perhaps Wan2.2 A14B; supported are "
                      f"{known}")
 
 
@@ -167,8 +177,8 @@ def video_size(dit_config, latent_shape):
 
 # ---- encoders
 def load_vae(path):
-    """The VAE in folder `path`: a VideoVAE, or Wan2.1's as diffusers stores it. Raises InputError if it is
-    another one."""
+    """The VAE in folder `path`: a VideoVAE, or one of Wan's as diffusers stores it. Raises InputError if it
+    is another one."""
     config = read_config(path)
     if config.get("_class_name") != "AutoencoderKLWan":
         return load_saved(VideoVAE, path)
@@ -177,10 +187,16 @@ def load_vae(path):
     if found not in {(row.channels, row.time, row.space) for row in FAMILIES}:
         raise InputError(f"{path}: is the VAE of a family that is not supported: {found[0]} channels, "
                          f"{found[1]} x in time, "
-                         f"{found[2]} x in space, where Wan2.1's has {CHANNELS}, {TIME} x and {SPACE} x "
-                         "(Wan2.2 TI2V-5B's has 48, 4 x and 16 x)")
+                         f"{found[2]} x in space, where Wan2.1's has {CHANNELS}, {TIME} x and {SPACE} x, "
+                         f"and Wan2.2 TI2V-5B's {TI2V_CHANNELS}, 4 x and 16 x")
     from formats.wan import WanVAE
     return WanVAE(path)
+
+
+def side_of_vae(path):
+    """What width and height of clips must be multiples of for the VAE in folder `path`: two latents."""
+    config = read_config(path)
+    return 2 * config["scale_factor_spatial"] if config.get("scale_factor_spatial") else 2 * SPACE
 
 
 def load_text_encoder(path):
@@ -207,8 +223,11 @@ def takes_blank_frames(text):
 
 def image_conditions(dit_config, vae, image_encoder, first, frames):
     """What an image-to-video generator takes of first frames uint8 [b, H, W, 3] of videos of this many
-    frames, as keywords: y [b, 4 + c, f, h, w], and clip_tokens [b, m, image_dim] if it has image tokens."""
+    frames, as keywords: y [b, 4 + c, f, h, w], and clip_tokens [b, m, image_dim] if it has image tokens; or,
+    where latent frame 0 is pinned, first_frame [b, c, 1, h, w]."""
     row = of_config(dit_config)
+    if row.pinned:
+        return {"first_frame": vae.encode(from_pixels(first[:, None]))}
     videos = first[:, None].expand(-1, frames, -1, -1, -1)  # [b, F, H, W, 3], one is read
     condition = condition_latents(vae, videos, row.blank_frames)                            # [b, c, f, h, w]
     batch = {"latents": condition}

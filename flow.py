@@ -13,6 +13,7 @@ import math
 import torch
 
 import common
+from model import pin
 
 
 def shift_time(u, shift):
@@ -35,11 +36,19 @@ def add_noise(x0, x1, t):
     return (1 - t) * x0 + t * x1
 
 
-def flow_matching_loss(v, x0, x1, weight=None):
+def given_frames(conditions):
+    """How many latent frames, the first ones, are given clean in their place in x."""
+    return int(conditions.get("first_frame") is not None)
+
+
+def flow_matching_loss(v, x0, x1, weight=None, given=0):
     """Eq. 2 and 10: mean squared error between the predicted velocity v and x_1 - x_0.
 
-    weight: [b] per-example factors (RWR), mean 1; None weighs all alike. Returns a scalar.
+    weight: [b] per-example factors (RWR), mean 1; None weighs all alike. given: how many latent frames, the
+    first ones, are left out, as they are not predicted. Returns a scalar.
     """
+    if given:
+        v, x0, x1 = v[:, :, given:], x0[:, :, given:], x1[:, :, given:]
     per_example = (v.float() - (x1 - x0).float()).square().flatten(1).mean(1)       # [b]
     return (per_example if weight is None else weight * per_example).mean()
 
@@ -77,8 +86,10 @@ def rollout(dit, x, context, num_steps, *, start=0, stop=None, passes=0, shift=1
     schedule(num_steps)[stop] (None: num_steps, the finished video). passes: 0 takes every step of the
     schedule; n takes at most n longer ones, each over ceil(num_steps / n) steps of the schedule or what is
     left of them. conditions: what an image-to-video model is given beside the prompt, such as y and
-    clip_tokens. The state stays float32 whatever autocast does.
+    clip_tokens, or first_frame, which is frame 0 of the state from start to stop. The state stays float32
+    whatever autocast does.
     """
+    x = pin(x, conditions.get("first_frame"))           # no step moves it, as the velocity there is 0
     times = schedule(num_steps, shift, x.device)
     stop = num_steps if stop is None else stop
     stride = math.ceil(num_steps / passes) if passes else 1

@@ -17,6 +17,8 @@ Deliberate differences from the released code:
  4. The residual stream and the query and key norms are float32 (or wider) throughout, also under autocast.
  5. Image-to-video: behind frame 0 `y` is zero, or the shards' `condition`, which is Wan's: the VAE's code of
     blank frames.
+ 6. Where latent frame 0 is given clean (Wan2.2 TI2V-5B), its tokens have time 0. The released code makes a
+    modulation for every token; here there are two, and each modulates a slice of the tokens.
 """
 import math
 from functools import lru_cache, partial
@@ -43,6 +45,7 @@ PRESETS = {
     "wan2.1-t2v-1.3b": _wan | dict(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
     "wan2.1-t2v-14b": _wan_14b,
     "wan2.1-i2v-14b": _wan_14b | dict(model_type="i2v", in_dim=36, image_dim=1280),
+    "wan2.2-ti2v-5b": _wan | dict(in_dim=48, out_dim=48, dim=3072, ffn_dim=14336, num_heads=24, num_layers=30),
 }
 
 
@@ -99,6 +102,15 @@ class RMSNorm(nn.Module):
 def modulated_norm(x, shift, scale, eps):
     """LayerNorm without affine, then each example's scale and shift. x [b, n, d], shift, scale [b, 1, d]"""
     return (F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale)).add_(shift)
+
+
+def by_time(function, x, given, *rows):
+    """function(x, *rows) of tokens x [b, n, d] that all have one time, and rows [b, 1, d] made from it. Or
+    with rows [b, 2, 1, d] the tokens have two times, and the first `given` tokens take the first."""
+    if rows[0].dim() == 3:
+        return function(x, *rows)
+    parts = x[:, :given], x[:, given:]
+    return torch.cat([function(part, *(row[:, i] for row in rows)) for i, part in enumerate(parts)], dim=1)
 
 
 def attend(q, k, v, sequence=None):
@@ -165,18 +177,19 @@ class Block(nn.Module):
                                  nn.Linear(ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim ** 0.5)
 
-    def forward(self, x, time, context, image_tokens, rope, sequence=None):
-        """x [b, n, d] float32; time [b, 6, d] float32, the same for all blocks; context [b, l, d] -> [b, n,
-        d]"""
+    def forward(self, x, time, context, image_tokens, rope, sequence=None, given=0):
+        """x [b, n, d] float32; time [b, 6, d] float32, the same for all blocks, or for two times [b, 2, 6, d],
+        of which the first `given` tokens have the first; context [b, l, d] -> [b, n, d]"""
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.modulation.to(x.dtype)
-                                                              + time).split(1, dim=1)
-        y = self.self_attn(modulated_norm(x, shift_a, scale_a, self.eps), rope=rope, sequence=sequence)
-        x = (y * gate_a).add_(x)
+                                                              + time).split(1, dim=-2)
+        norm = partial(modulated_norm, eps=self.eps)
+        y = self.self_attn(by_time(norm, x, given, shift_a, scale_a), rope=rope, sequence=sequence)
+        x = by_time(torch.mul, y, given, gate_a).add_(x)
         weight, bias = self.norm3.weight.to(x.dtype), self.norm3.bias.to(x.dtype)
         y = F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
         x = x + self.cross_attn(y, context, image_tokens)
-        y = self.ffn(modulated_norm(x, shift_f, scale_f, self.eps).to(self.ffn[0].weight.dtype))
-        return (y * gate_f).add_(x)
+        y = self.ffn(by_time(norm, x, given, shift_f, scale_f).to(self.ffn[0].weight.dtype))
+        return by_time(torch.mul, y, given, gate_f).add_(x)
 
 
 class Head(nn.Module):
@@ -186,10 +199,10 @@ class Head(nn.Module):
         self.head = nn.Linear(dim, out_features)
         self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim ** 0.5)
 
-    def forward(self, x, time_embedding):
-        """x [b, n, d], time_embedding [b, 1, d] -> [b, n, c * patch volume]"""
-        shift, scale = (self.modulation.to(x.dtype) + time_embedding).split(1, dim=1)
-        return wide_linear(self.head, modulated_norm(x, shift, scale, self.eps))
+    def forward(self, x, time_embedding, given=0):
+        """x [b, n, d], time_embedding [b, 1, d], or [b, 2, 1, d] as in Block -> [b, n, c * patch volume]"""
+        shift, scale = (self.modulation.to(x.dtype) + time_embedding).split(1, dim=-2)
+        return wide_linear(self.head, by_time(partial(modulated_norm, eps=self.eps), x, given, shift, scale))
 
 
 class ImageEmbedding(nn.Module):
@@ -209,7 +222,7 @@ class VideoDiT(nn.Module):
     Config, in Wan's spelling: model_type "t2v" or "i2v"; patch_size (f, h, w); in_dim channels entering the
     patch embedding (16, or 36 in i2v: 16 noisy + 20 of `y`); out_dim; dim; ffn_dim; freq_dim of the sinusoid;
     text_dim and text_len of the context; num_heads; num_layers; eps of the norms; image_dim of CLIP tokens
-    or None.
+    or None. An i2v model with in_dim = out_dim takes its first frame as `first_frame`, see `is_pinned`.
     Set `dit.gradient_checkpointing = True` to recompute each block in the backward pass. `sequence`: None, or
     how n tokens lie over several GPUs (scale/sequence.py); every one of them is given, and gives, the whole
     video.
@@ -255,31 +268,34 @@ class VideoDiT(nn.Module):
             nn.init.normal_(layer.weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
 
-    def forward(self, x, t, context, y=None, clip_tokens=None):
+    def forward(self, x, t, context, y=None, clip_tokens=None, first_frame=None):
         """Velocity of x at time t.
 
         x [b, c, f, h, w] latent; t [b] in [0, 1], 1 = noise; context [b, l <= text_len, text_dim], padded
         here with zeros to text_len and attended without a mask; y [b, in_dim - c, f, h, w] in i2v (mask and
-        first-frame latent); clip_tokens [b, m, image_dim] when the model has image tokens (Wan2.1: m = 257).
+        first-frame latent); clip_tokens [b, m, image_dim] when the model has image tokens (Wan2.1: m = 257);
+        first_frame [b, c, 1, h, w] if `is_pinned`: it replaces frame 0 of x, and the velocity there is 0.
         Returns [b, out_dim, f, h, w], float32 (float64 in a float64 model). InputError on a wrong shape.
         """
-        tokens, time_embedding, (f, h, w), sequence = self.run_blocks(x, t, context, len(self.blocks), y,
-                                                                      clip_tokens)
+        tokens, time_embedding, (f, h, w), sequence, given = self.run_blocks(
+            x, t, context, len(self.blocks), y, clip_tokens, first_frame)
         with torch.autocast(x.device.type, enabled=False):
-            out = self.head(tokens, time_embedding[:, None])  # [b, n, c * patch volume]
+            out = self.head(tokens, time_embedding.unsqueeze(-2), given)  # [b, n, c * patch volume]
         out = sequence.gather_tokens(out) if sequence else out
         pf, ph, pw = self.config["patch_size"]
-        return rearrange(out, "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)",
-                         f=f, h=h, w=w, pf=pf, ph=ph, pw=pw)                                # [b, c, f, h, w]
+        v = rearrange(out, "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)",
+                      f=f, h=h, w=w, pf=pf, ph=ph, pw=pw)                                   # [b, c, f, h, w]
+        return v if first_frame is None else pin(v, torch.zeros_like(first_frame))
 
-    def features(self, x, t, context, *, depth, y=None, clip_tokens=None):
+    def features(self, x, t, context, *, depth, y=None, clip_tokens=None, first_frame=None):
         """Tokens [b, n, d] after the first `depth` blocks, 0 <= depth <= num_layers; the rest is not run."""
-        tokens, _, _, sequence = self.run_blocks(x, t, context, depth, y, clip_tokens)
+        tokens, _, _, sequence, _ = self.run_blocks(x, t, context, depth, y, clip_tokens, first_frame)
         return sequence.gather_tokens(tokens) if sequence else tokens
 
-    def run_blocks(self, x, t, context, depth, y, clip_tokens):
-        """-> tokens [b, n, d], time embedding [b, d], token grid (f, h, w), None; or this GPU's tokens, and
-        `sequence`
+    def run_blocks(self, x, t, context, depth, y, clip_tokens, first_frame):
+        """-> tokens [b, n, d], time embedding [b, d], token grid (f, h, w), None, 0; or this GPU's tokens, and
+        `sequence`. With a first_frame the time embedding is [b, 2, d], of time 0 and of t, and the last result
+        is how many of these tokens, the first ones, have time 0.
 
         The rule of dtypes: matrices multiply in theirs (or autocast's); the residual stream `tokens`, norms,
         modulation and everything about time stay `wide`.
@@ -287,12 +303,16 @@ class VideoDiT(nn.Module):
         if not 0 <= depth <= len(self.blocks):
             raise InputError(f"depth is {depth}; this model has 0 to {len(self.blocks)} blocks")
         x = x if y is None else torch.cat([x, self.checked_y(x, y)], dim=1)             # [b, in_dim, f, h, w]
-        grid = self.check_inputs(x, t, context, clip_tokens)
+        grid = self.check_inputs(x, t, context, clip_tokens, first_frame)
+        x = pin(x, first_frame)
         dtype = self.patch_embedding.weight.dtype
         sequence = self.sequence and self.sequence(math.prod(grid))
         tokens = self.patchify(x.to(dtype), sequence).to(wide(dtype))                        # [b, n, d]
+        given = 0 if first_frame is None else grid[1] * grid[2]         # frame 0 has the first h w tokens
+        given = sequence.share_of(given) if sequence else given
+        t = t if first_frame is None else torch.stack([torch.zeros_like(t), t], dim=1)      # [b] or [b, 2]
         with torch.autocast(x.device.type, enabled=False):
-            time_embedding, time = self.embed_time(t.to(wide(dtype)))                      # [b, d], [b, 6, d]
+            time_embedding, time = self.embed_time(t.to(wide(dtype)))       # [b, d], [b, 6, d], or [b, 2, ...]
         context = F.pad(context.to(dtype), (0, 0, 0, self.config["text_len"] - context.shape[1]))
         context = self.text_embedding(context)                                               # [b, l, d]
         image_tokens = None
@@ -303,11 +323,11 @@ class VideoDiT(nn.Module):
         for block in self.blocks[:depth]:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 # no dropout inside, so there is no random state to preserve
-                tokens = checkpoint(block, tokens, time, context, image_tokens, rope, sequence,
+                tokens = checkpoint(block, tokens, time, context, image_tokens, rope, sequence, given,
                                     use_reentrant=False, preserve_rng_state=False)
             else:
-                tokens = block(tokens, time, context, image_tokens, rope, sequence)
-        return tokens, time_embedding, grid, sequence
+                tokens = block(tokens, time, context, image_tokens, rope, sequence, given)
+        return tokens, time_embedding, grid, sequence, given
 
     def patchify(self, x, sequence=None):
         """The patch embedding (its stride is its kernel) as one product. [b, c, f, h, w] -> [b, n, d]"""
@@ -317,13 +337,14 @@ class VideoDiT(nn.Module):
         return F.linear(x, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
 
     def embed_time(self, t):
+        """t [b], or [b, 2] -> [b, d] and [b, 6, d], or [b, 2, d] and [b, 2, 6, d]"""
         half = self.config["freq_dim"] // 2
         frequency = 10000.0 ** (-torch.arange(half, device=t.device, dtype=t.dtype) / half)
-        angle = 1000 * t[:, None] * frequency                                              # [b, freq_dim / 2]
-        hidden = wide_linear(self.time_embedding[0], torch.cat([angle.cos(), angle.sin()], dim=1))
+        angle = 1000 * t[..., None] * frequency                                            # [b, freq_dim / 2]
+        hidden = wide_linear(self.time_embedding[0], torch.cat([angle.cos(), angle.sin()], dim=-1))
         embedding = wide_linear(self.time_embedding[2], F.silu(hidden))                      # [b, d]
         modulation = wide_linear(self.time_projection[1], F.silu(embedding))                 # [b, 6 d]
-        return embedding, modulation.unflatten(1, (6, -1))  # [b, d], [b, 6, d]
+        return embedding, modulation.unflatten(-1, (6, -1))  # [b, d], [b, 6, d]
 
     def checked_y(self, x, y):
         if y.shape[0] != x.shape[0] or y.shape[2:] != x.shape[2:]:
@@ -331,7 +352,7 @@ class VideoDiT(nn.Module):
                              "differ")
         return y.to(x.dtype)
 
-    def check_inputs(self, x, t, context, clip_tokens):
+    def check_inputs(self, x, t, context, clip_tokens, first_frame):
         """The token grid (f, h, w) of x (with y already concatenated), or InputError."""
         config, b = self.config, x.shape[0]
         if x.dim() != 5 or x.shape[1] != config["in_dim"]:
@@ -352,7 +373,23 @@ class VideoDiT(nn.Module):
                                         or clip_tokens[:, 0].shape != (b, config["image_dim"])):
             raise InputError(f"clip_tokens has shape {list(clip_tokens.shape)}; this model takes [{b}, m, "
                              f"{config['image_dim']}]")
+        if (first_frame is not None) != is_pinned(config):
+            raise InputError("first_frame must be given exactly when the model is i2v and takes no y")
+        if first_frame is not None and (first_frame.shape != x[:, :, :1].shape or config["patch_size"][0] > 1):
+            raise InputError(f"first_frame has shape {list(first_frame.shape)}; beside x {list(x.shape)} it "
+                             f"must be {list(x[:, :, :1].shape)}, one latent frame, with patches of one frame")
         return tuple(size // p for size, p in zip(x.shape[2:], config["patch_size"]))
+
+
+def is_pinned(config):
+    """Whether an image-to-video model of this config takes the latent of the given first frame in its place
+    in x (Wan2.2 TI2V-5B), not as more channels beside x."""
+    return config["model_type"] == "i2v" and config["in_dim"] == config["out_dim"]
+
+
+def pin(x, first_frame):
+    """x [b, c, f, h, w] with first_frame [b, c, 1, h, w] in place of frame 0; None: x itself."""
+    return x if first_frame is None else torch.cat([first_frame.to(x.dtype), x[:, :, 1:]], dim=2)
 
 
 def first_frame_condition(x0):
@@ -372,10 +409,12 @@ def image_inputs(config, batch, device):
 
     Text-to-video: none. Image-to-video: y [b, 4 + c, f, h, w], the mask and the first frame's latent (behind
     it the condition in the shards, which is Wan's, or zeros), and clip_tokens [b, m, image_dim] if the model
-    has image tokens.
+    has image tokens; or first_frame [b, c, 1, h, w], the latents' own, if the model `is_pinned`.
     """
     if config["model_type"] != "i2v":
         return {}
+    if is_pinned(config):
+        return {"first_frame": batch["latents"][:, :, :1].to(device)}
     y = first_frame_condition(batch["latents"])
     if "condition" in batch:
         y[:, 4:] = batch["condition"]
@@ -386,15 +425,15 @@ def image_inputs(config, batch, device):
 
 
 # ---------------------------------------- folders
-def load_transformer(path, dtype=torch.float32, load_now=True):
+def load_transformer(path, dtype=torch.float32, load_now=True, task=None):
     """VideoDiT from our folder, an official Wan2.1 or diffusers one, or a folder that holds `transformer/`.
 
     dtype of the parameters: float32 master weights, or None for each as stored. `export_transformer` finds
     the stored dtypes again. load_now=False: a model on the meta device, whose weights scale.parallel.shard
-    reads from `dit.weight_files`, each rank its own. Raises InputError (one line, naming the file) for
-    anything missing or unexpected.
+    reads from `dit.weight_files`, each rank its own. task: "t2v" or "i2v" of a model that can do both. Raises
+    InputError (one line, naming the file) for anything missing or unexpected.
     """
-    path, config, rename, ignore = transformer_folder(path)
+    path, config, rename, ignore = transformer_folder(path, task)
     try:
         with torch.device("meta"):
             dit = VideoDiT(**config | {"eps": float(config.get("eps", 1e-6))})

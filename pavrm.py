@@ -105,11 +105,10 @@ class PAVRM(nn.Module):
         model.trunk.load_state_dict({name: dit.get_parameter(name) for name in model.trunk.state_dict()})
         return model.to(next(dit.parameters()).device)
 
-    def forward(self, x, t, context, y=None, clip_tokens=None):
+    def forward(self, x, t, context, **conditions):
         """x [b, c, f, h, w] at times t [b], context [b, l, d_text] -> logits [b], float32. 0 or more means
-        good."""
-        depth = len(self.trunk.blocks)
-        h = self.trunk.features(x, t, context, depth=depth, y=y, clip_tokens=clip_tokens)          # [b, n, d]
+        good. conditions: what the generator is given beside the prompt."""
+        h = self.trunk.features(x, t, context, depth=len(self.trunk.blocks), **conditions)          # [b, n, d]
         with torch.autocast(x.device.type, enabled=False):
             h = h.to(self.mlp[0].weight.dtype)
             z = self.pool(h)                                                                        # [b, d]

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from common import InputError, random_generator
-from flow import add_noise, euler_step, flow_matching_loss, rollout, schedule
+from flow import add_noise, euler_step, flow_matching_loss, given_frames, rollout, schedule
 
 RECIPES = {  # what these flags of train_align.py are when they are not given
     "paper": {"rollout_passes": 0, "reward_loss": "linear"},            # Alg. 1
@@ -72,7 +72,7 @@ def sft_loss(policy, x0, x1, t, context, weight=None, **conditions):
     prompts. weight [b]: a factor for each video; RWR gives exp(reward) here, with own samples as x0.
     """
     v = policy(add_noise(x0, x1, t), t, context, **conditions)
-    return flow_matching_loss(v, x0, x1, weight)
+    return flow_matching_loss(v, x0, x1, weight, given_frames(conditions))
 
 
 def steps_of(part, num_steps):

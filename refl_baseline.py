@@ -36,8 +36,9 @@ from torch.utils.checkpoint import checkpoint
 from common import InputError
 from families import load_vae
 from flow import predict_x0, rollout, schedule
-from formats.video import CHANNELS, TIME
+from formats.video import TIME
 from formats.weights import load_weights, read_config
+from model import is_pinned, pin
 from prfl import REWARD_LOSSES
 
 FRAMES = ("first", "all")
@@ -104,15 +105,19 @@ def load_pixel_reward(path, frames, text_dim):
 def load_decoder(model, channels):
     """The frozen VAE in <model>/vae. Raises InputError if it does not decode latents of this many
     channels."""
-    if channels != CHANNELS:
-        raise InputError(f"{model}/vae decodes latents of {CHANNELS} channels, the generator makes "
+    vae = load_vae(f"{model}/vae")
+    if channels != vae.channels:
+        raise InputError(f"{model}/vae decodes latents of {vae.channels} channels, the generator makes "
                          f"{channels}")
-    return load_vae(f"{model}/vae")
+    return vae
 
 
 def load_reward_and_decoder(config, policy, runtime):
     """The frozen reward model that train_align.py's flags name, and the decoder that makes the pixels it
-    scores."""
+    scores. Raises InputError, also if the generator cannot change these pixels."""
+    if is_pinned(policy.config) and config.frames_decoded == "first":
+        raise InputError("--frames_decoded first: this generator is given the first frame and cannot change "
+                         "it: use --frames_decoded all")
     reward = load_pixel_reward(config.reward, config.frames_decoded, policy.config["text_dim"])
     decoder = load_decoder(config.model, policy.config["out_dim"])
     return reward.to(runtime.device), decoder.to(runtime.device)
@@ -149,6 +154,7 @@ def predicted_reward(reward, vae, dit, x, t, context, checkpointing=False, **con
     backward pass. Then memory holds the pixels of all videos, the decoder's work for one chunk and the reward
     model's for one video.
     """
+    x = pin(x, conditions.get("first_frame"))
     if t.any():
         x = predict_x0(x, dit(x, t, context, **conditions), t)
     x = x[:, :, :1] if reward.config["frames"] == "first" else x                        # [b, c, 1 or f, h, w]

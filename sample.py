@@ -20,8 +20,9 @@ same bytes on the same machine, whichever other rows are given with it (with bf1
 
 Flags that are not given have the model's defaults. Embedded world: 32*32, 9 frames at 8 fps, 32 steps, no
 guidance, shift 1. Wan2.1: 832*480, 81 frames at 16 fps, guidance 5, shift 3 (5 from 720P on) and the negative
-prompt as published, and the paper's 40 steps. Text encoder, generator and VAE are on the GPU one after
-another.
+prompt as published, and the paper's 40 steps. Wan2.2 TI2V-5B: 1280*704, 121 frames at 24 fps, 50 steps,
+guidance 5, shift 5; --task i2v gives it a first frame. Text encoder, generator and VAE are on the GPU one
+after another.
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 """
@@ -45,7 +46,7 @@ from formats.metadata import from_json, not_text, update_rows
 from formats.paths import require_writable
 from formats.prompts import read_prompts
 from formats.video import contact_sheet, read_clip, write_video
-from formats.weights import TASKS, resolve_model
+from formats.weights import TASKS, does_both, resolve_model
 from model import load_transformer
 from pavrm import load_pavrm
 from scale import lora, parallel, plan, sequence
@@ -62,8 +63,8 @@ class Config(search.Flags):
     output: str = arg("sample.mp4", "mp4 file to write; several videos become sample-0.mp4, sample-1.mp4, "
                       "...", only="!prompts")
     output_dir: str | None = arg(None, "folder for the videos and metadata.jsonl", only="prompts")
-    task: str | None = arg(None, "shipped generator to use if --model is not given: t2v, or i2v "
-                           "(image-to-video)", choices=TASKS)
+    task: str | None = arg(None, "t2v, or i2v (image-to-video): which shipped generator to use without "
+                           "--model, or what a --model that can do both is to do; default: t2v", choices=TASKS)
     model: str | None = arg(None, "another folder with transformer/, text_encoder/, vae/ (and "
                             "image_encoder/), such as Wan2.1's")
     transformer: str | None = arg(None, "another generator, such as runs/align/transformer")
@@ -176,7 +177,8 @@ def take_settings(config, rows):
 
 def settle(config, dit_config):
     """What the flags leave open, as the model is used -> size (W, H)."""
-    size, negative = data.parse_size(config) or families.sampling_defaults(dit_config)["size"], config.negative_prompt
+    size = data.parse_size(config, families.of_config(dit_config).side)
+    size, negative = size or families.sampling_defaults(dit_config)["size"], config.negative_prompt
     families.fill_in(config, families.sampling_defaults(dit_config, size))
     if negative is not None and config.guidance_scale == 1:
         raise InputError("--negative_prompt means nothing with --guidance_scale 1: leave it out, or give a "
@@ -258,8 +260,11 @@ def check_images(videos, dit_config, size):
     """Raises InputError for an image that is missing, superfluous, damaged or does not fit."""
     for image in dict.fromkeys(video.image for video in videos):
         if (dit_config["model_type"] == "i2v") != (image is not None):
+            task = dit_config["model_type"]
+            if does_both(dit_config):
+                task += f" because --task is {task}, and can do both"
             raise InputError("--image is needed by image-to-video models (or an image in each row of "
-                             f"--prompts), and only by those; this one is {dit_config['model_type']}")
+                             f"--prompts), and only by those; this one is {task}")
         if image is not None:
             read_clip(image, size=size, frames=1)
 
@@ -325,7 +330,8 @@ def main(config):
     videos, before = list_videos(config)
     model = resolve_model(config, config.transformer)
     pieces = config.parallel == "fsdp" and not config.lora      # each rank reads its own; LoRA needs whole weights
-    dit = load_transformer(config.transformer or model, dtype=None, load_now=not pieces).eval().requires_grad_(False)
+    dit = load_transformer(config.transformer or model, dtype=None, load_now=not pieces, task=config.task)
+    dit.eval().requires_grad_(False)
     half = families.of_config(dit.config).half
     config.mixed_precision = config.mixed_precision or (runs.fast_precision() if half else "no")
     runtime = common.setup(config.mixed_precision, config.seed, config.sequence_parallel)

@@ -49,8 +49,8 @@ from world import clips, scene
 @dataclass
 class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
     method: str = arg("prfl", "how to train", choices=("prfl", "refl", "sft", "rwr"))
-    task: str | None = arg(None, "the shipped generator to train without --model: t2v, or i2v "
-                           "(image-to-video)", choices=TASKS)
+    task: str | None = arg(None, "t2v, or i2v (image-to-video): which shipped generator to train without "
+                           "--model, or what a --model that can do both learns; default: t2v", choices=TASKS)
     model: str | None = arg(None, "another generator: a folder with transformer/, vae/ and text_encoder/")
     reward: str | None = arg(None, "folder of the reward model; default: reward/ in the folder of the "
                              "generator, or with --method refl reward_rgb_first/ or reward_rgb_all/ there",
@@ -115,7 +115,7 @@ def resolve(config, shards):
     """
     named = dataclasses.replace(config)
     model = resolve_model(named)                                # and the task
-    dit_config = transformer_folder(model)[1]
+    dit_config = transformer_folder(model, named.task)[1]
     latent_shape = shards.latent_shape if shards else scene.LATENT_SHAPES[config.world]
     sources = {"the shipped generator": {"model": model, "task": named.task}}
     if config.method in ("prfl", "refl"):
@@ -154,7 +154,7 @@ def main(config):
     runtime = common.setup(config.mixed_precision, config.seed, config.sequence_parallel)
     shards = data.Shards(config.data).relabel() if config.data else None
     config = resolve(config, shards)
-    policy = load_transformer(config.model, load_now=False).train()
+    policy = load_transformer(config.model, load_now=False, task=config.task).train()
     lora.add(policy, config.lora_rank, config.lora_alpha, config.seed, config.lora)
     parallel.shard(policy, runtime, config)
     if config.method == "refl":

@@ -52,8 +52,8 @@ from world import clips, scene
 
 @dataclass
 class Config(runs.Flags, parallel.Flags):
-    task: str | None = arg(None, "the shipped generator to use without --model: t2v, or i2v (image-to-video)",
-                           choices=TASKS)
+    task: str | None = arg(None, "t2v, or i2v (image-to-video): which shipped generator to use without "
+                           "--model, or what a --model that can do both is to do; default: t2v", choices=TASKS)
     model: str | None = arg(None, "another generator: a folder with transformer/, vae/ and text_encoder/")
     space: str = arg("latent", "what the reward judges: noisy latents (PAVRM), or pixels (RGB ReFL)",
                      choices=("latent", "rgb"))
@@ -116,7 +116,7 @@ def resolve(config, shards):
                          "more")
     named = dataclasses.replace(config)
     model = resolve_model(named)                                # and the task
-    dit_config = transformer_folder(model)[1]
+    dit_config = transformer_folder(model, named.task)[1]
     alike = shards is not None and not data.prompt_groups([row["prompt"] for row in shards.rows]).any()
     if alike and config.mismatched:
         raise InputError(f"--mismatched {config.mismatched}: all prompts are alike, so none is wrong: leave "
@@ -142,7 +142,7 @@ def main(config):
     config = resolve(config, shards)
     # To make samples or predictions all of the generator is needed, else only the trunk.
     whole = config.space == "rgb" or not config.data
-    dit = load_transformer(config.model, load_now=whole).eval().requires_grad_(False)
+    dit = load_transformer(config.model, load_now=whole, task=config.task).eval().requires_grad_(False)
     resume, state = runs.open_checkpoint(config)
     if not config.data:
         folder = config.samples_dir or Path(config.output_dir) / "samples"

@@ -263,12 +263,15 @@ def make_validation(config, runtime, policy, shards=None, held_out=None, export=
         for group, keep in parallel.work_of_rank(clips, runtime, config.parallel):
             batch, losses = shards.batch(group), 0
             x0, context = batch["latents"].to(device), batch["context"].to(device)
+            image = image_inputs(dit_config, batch, device)
             for k in range(4):
                 x1 = noise(x0.shape[1:], SEED, "held-out x1", k, group).to(device)
                 t = torch.full((len(x0),), (k + 0.5) / 4, device=device)
                 with runtime.autocast():
-                    v = policy(add_noise(x0, x1, t), t, context, **image_inputs(dit_config, batch, device))
-                losses += (v.float() - (x1 - x0)).square().flatten(1).mean(1).cpu() / 4
+                    v = policy(add_noise(x0, x1, t), t, context, **image)
+                rest = slice(flow.given_frames(image), None)        # latent frames that are predicted
+                error = (v.float() - (x1 - x0))[:, :, rest].square()
+                losses += error.flatten(1).mean(1).cpu() / 4
             if keep:
                 rows += by_video(group, {"sft_loss": losses})
         return gather_values(rows)

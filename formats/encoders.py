@@ -6,6 +6,7 @@ gradients on their weights:
 
     vae.encode(video) -> latents        vae.decode(latents) -> video        text.encode(prompts) -> context
     image.encode(first frames) -> CLIP tokens
+    vae.channels, vae.space: of a latent; how many pixels wide and high it is
 
 Axes: b batch, c latent channels, F video frames, f latent frames, H W pixels, h w latents, l text tokens, d
       text width.
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from common import InputError, rank, uniform
-from formats.video import SPACE, TIME, from_pixels, to_pixels
+from formats.video import TIME, from_pixels, to_pixels
 from formats.weights import load_weights, read_config
 
 ROLES = ("vae", "text_encoder", "image_encoder")
@@ -123,5 +124,5 @@ def decode_pixels(vae, latents, pixels=2 ** 23):
     """latents [b, c, f, h, w] -> uint8 videos [b, F, H, W, 3] on the CPU. As many videos are decoded at once
     as have this many pixels together, and at least one."""
     _, _, f, h, w = latents.shape
-    at_once = max(1, pixels // (TIME * f * h * w * SPACE ** 2))
+    at_once = max(1, pixels // (TIME * f * h * w * vae.space ** 2))
     return torch.cat([to_pixels(vae.decode(x)).cpu() for x in latents.split(at_once)])

@@ -14,7 +14,7 @@ from pathlib import Path
 from common import InputError
 from formats import fingerprint
 from formats.metadata import not_text
-from formats.weights import SHIPPED, TASKS
+from formats.weights import SHIPPED, TASKS, does_both, transformer_folder
 
 FLAGS = ("task", "model", "transformer", "lora", "size", "frames", "fps", "num_inference_steps",
          "guidance_scale", "negative_prompt", "shift", "batch_size", "mixed_precision", "best_of", "drops",
@@ -54,13 +54,15 @@ def of_weights(flags):
 
 def describe(flags, folder):
     """The settings that all videos in `folder` share. flags: {name of FLAGS: value}, with the model's folder
-    also where that is a shipped one, which is recorded by its task."""
+    also where that is a shipped one, which is recorded by its task. The task of another generator is recorded
+    if it can do both."""
     found = {name: flags[name] for name in FLAGS if flags.get(name) is not None}
     found["weights"] = of_weights(flags)
     if "transformer" in found and same_path(found["transformer"], found["model"]):
         del found["transformer"]
     tasks = [task for task in TASKS if same_path(found["model"], SHIPPED[task])]
-    found.pop("task", None)
+    if not does_both(transformer_folder(found.get("transformer", found["model"]))[1]):
+        found.pop("task", None)
     if found.get("guidance_scale") == 1:
         found.pop("negative_prompt", None)
     if tasks:

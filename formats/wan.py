@@ -1,4 +1,4 @@
-"""Wan2.1's own VAE, text encoder and image encoder, read from folders of diffusers and transformers, and the
+"""Wan's own VAEs, text encoder and image encoder, read from folders of diffusers and transformers, and the
 way back: an aligned transformer as diffusers loads it. Nobody needs this file to learn the method.
 
     pip install -r requirements-wan.txt
@@ -23,6 +23,7 @@ from torch import nn
 import common
 from common import InputError, arg
 from formats.adapters import FILE, LAYOUTS, read_adapters, share_kept, write_adapters
+from formats.weights import does_both
 
 TEXT_LEN = 512  # tokens of Wan2.1's context
 
@@ -63,13 +64,15 @@ def beside(path, files, sibling):
 
 
 class WanVAE(nn.Module):
-    """diffusers' AutoencoderKLWan in float32, with Wan's latents: (z - mean) / std per channel."""
+    """diffusers' AutoencoderKLWan, Wan2.1's or Wan2.2 TI2V-5B's, in float32, with Wan's latents: (z - mean) /
+    std per channel."""
 
     def __init__(self, path):
         super().__init__()
         diffusers, _ = extra(path)
         self.vae = load(diffusers.AutoencoderKLWan, path, torch.float32, "torch_dtype")
         self.past = None                                        # its decoder looks back too far to cut a clip
+        self.channels, self.space = self.vae.config["z_dim"], self.vae.config["scale_factor_spatial"]
         for name in ("mean", "std"):
             values = torch.tensor(self.vae.config[f"latents_{name}"], dtype=torch.float32)
             self.register_buffer(name, values.view(-1, 1, 1, 1))                            # [c, 1, 1, 1]
@@ -170,6 +173,8 @@ def export(config, load_transformer, export_transformer):
         write_adapters(config.out, adapters, config.layout)
     else:
         dit = load_transformer(config.transformer)
+        if does_both(dit.config):                               # the authors' own word for it
+            dit.config["model_type"] = "ti2v"
         export_transformer(dit, config.out, config.layout, dtype)
         tell_what_rounding_takes(dit.state_dict(), config.transformer, dtype)
     print(f"wrote {config.out}")

@@ -229,8 +229,8 @@ def load_weights(module, path, load_now=True):
 PIPELINES = ("WanPipeline", "WanVideoToVideoPipeline", "WanImageToVideoPipeline")       # of diffusers
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "image_encoder", "image_processor", "scheduler")
 TRANSFORMERS = ("WanModel", "WanTransformer3DModel")
-WAN22 = {"transformer_2": "Wan2.2 A14B", "boundary_ratio": "Wan2.2 A14B",
-         "expand_timesteps": "Wan2.2 TI2V-5B"}
+A14B = {"transformer_2": "Wan2.2 A14B", "boundary_ratio": "Wan2.2 A14B"}
+TI2V_CHANNELS = 48      # of the latents of Wan2.2 TI2V-5B, whose one generator is for both tasks
 EXPERTS = ("high_noise_model", "low_noise_model")               # of Wan2.2 A14B in its authors' layout
 
 
@@ -250,8 +250,8 @@ def require_known(path):
     if pipeline.joinpath("model_index.json").is_file():
         require_known_index(pipeline / "model_index.json")
     if pipeline.joinpath("transformer_2").is_dir():
-        raise InputError(f"{pipeline}: holds transformer_2/ ({WAN22['transformer_2']}), which nothing here "
-                         "reads: not supported, give a folder of Wan2.1")
+        raise InputError(f"{pipeline}: holds transformer_2/ ({A14B['transformer_2']}), which nothing here "
+                         "reads: not supported, give a folder of Wan2.1 or Wan2.2 TI2V-5B")
 
 
 def require_known_index(file):
@@ -265,14 +265,28 @@ def require_known_index(file):
         raise InputError(f"{file} holds no JSON object")
     kind = index.get("_class_name")
     if kind not in PIPELINES:
-        raise InputError(f"{file}: is of a {kind}: not supported, give a folder of Wan2.1: "
+        raise InputError(f"{file}: is of a {kind}: not supported, give a folder of Wan2.1 or Wan2.2 TI2V-5B: "
                          f"{' or '.join(PIPELINES)}")
     for name, value in index.items():
         empty = value in (None, False) or value == [None, None]
-        if not empty and not name.startswith("_") and name not in PARTS:
-            family = f" ({WAN22[name]})" if name in WAN22 else ""
+        if not empty and not name.startswith("_") and name not in (*PARTS, "expand_timesteps"):
+            family = f" ({A14B[name]})" if name in A14B else ""
             raise InputError(f"{file}: names {name}{family}, which nothing here reads: not supported, give a "
-                             "folder of Wan2.1")
+                             "folder of Wan2.1 or Wan2.2 TI2V-5B")
+    if index.get("expand_timesteps"):
+        require_known_times(file)
+
+
+def require_known_times(index):
+    """Raises InputError if a pipeline gives each token a time of its own and is not Wan2.2 TI2V-5B's."""
+    file = index.parent / "transformer/config.json"
+    if file.is_file():
+        theirs = read_config(file.parent)
+        found = theirs.get("in_channels"), theirs.get("out_channels")
+        if found != (TI2V_CHANNELS, TI2V_CHANNELS):
+            raise InputError(f"{index}: names expand_timesteps (Wan2.2 TI2V-5B), and its transformer takes "
+                             f"{found[0]} channels and makes {found[1]}, where that one has {TI2V_CHANNELS}: "
+                             "not supported")
 
 
 def require_known_transformer(config):
@@ -280,11 +294,19 @@ def require_known_transformer(config):
     does more."""
     kind, task = config.get("_class_name", TRANSFORMERS[0]), config.get("model_type", TASKS[0])
     if kind not in TRANSFORMERS:
-        raise InputError(f"is of a {kind}: not supported, give a transformer of Wan2.1: "
+        raise InputError(f"is of a {kind}: not supported, give a transformer of Wan2.1 or Wan2.2 TI2V-5B: "
                          f"{' or '.join(TRANSFORMERS)}")
+    if task == "ti2v" and does_both(config):
+        return
     if task not in TASKS:
         raise InputError(f"model_type is {task!r}: not supported, give a transformer of Wan2.1's for "
                          f"{' or '.join(TASKS)}")
+
+
+def does_both(config):
+    """Whether the generator with this config, in Wan's words, is for both tasks: text-to-video, and
+    image-to-video from a first latent frame that stands in its place in x. --task chooses."""
+    return config.get("in_dim", 16) == config.get("out_dim", 16) == TI2V_CHANNELS
 
 
 def require_known_channels(config):
@@ -355,6 +377,8 @@ def from_wan_config(theirs, path):
         raise InputError("qk_norm, cross_attn_norm or window_size is not that of Wan2.1's t2v and i2v models")
     config = {key: value for key, value in theirs.items()
               if not key.startswith("_") and key not in ("qk_norm", "cross_attn_norm", "window_size")}
+    if config.get("model_type") == "ti2v":
+        config["model_type"] = "t2v"
     if "image_dim" not in config:
         weights = WeightFiles(path)
         name = "img_emb.proj.0.weight"
@@ -377,7 +401,7 @@ def resolve_model(config, transformer=None):
                          "--model (python -m world.pretrain dit makes them)")
     if config.model:
         require_known(config.model)
-    task = transformer_folder(folder)[1].get("model_type", "t2v")
+    task = transformer_folder(folder, config.task)[1].get("model_type", "t2v")
     if config.task not in (None, task):
         raise InputError(f"--task is {config.task}, but the generator in {folder} is {task}")
     config.task = task
@@ -385,10 +409,13 @@ def resolve_model(config, transformer=None):
     return config.model
 
 
-def transformer_folder(path):
+def transformer_folder(path, task=None):
     """What a transformer's folder (or a folder that holds `transformer/`) is: its path, our config, the
     function from our parameter names to its own, and words of names in it that no model reads. Raises
-    InputError."""
+    InputError.
+
+    task: what a generator for both tasks is to do; default: what it was trained to do here, else t2v.
+    """
     path = Path(path)
     require_known(path)
     if not (path / "config.json").exists() and (path / "transformer").is_dir():
@@ -402,6 +429,8 @@ def transformer_folder(path):
         else:
             config, rename, ignored = from_wan_config(theirs, path), str, ()
         require_known_channels(config)
+        if task and does_both(config):
+            config["model_type"] = task
         return path, config, rename, ignored
     except (InputError, KeyError, TypeError) as error:
         raise InputError(f"{path}/config.json: {error}") from None

@@ -44,6 +44,10 @@ class Sequence:
         missing = self.m - x.shape[dim]
         return F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, missing)) if missing else x
 
+    def share_of(self, count):
+        """How many of the first `count` tokens are this rank's."""
+        return min(max(count - self.rank * self.m, 0), self.m)
+
     def gather_tokens(self, x):
         """All tokens of x [b, m, ...], of which every rank has its own: -> [b, n, ...]."""
         every = all_gather_single_autograd(x.transpose(0, 1).contiguous(), 0, self.group)  # [p m, b, ...]

@@ -1,4 +1,4 @@
-"""Tiny random instances of Wan2.1's own classes, saved to disk as its pipeline folders are. Needs
+"""Tiny random instances of Wan's own classes, saved to disk as its pipeline folders are. Needs
 requirements-wan.txt."""
 import diffusers
 import torch
@@ -29,12 +29,31 @@ def random_weights(module):
     return module.eval()
 
 
+def text_encoder():
+    return random_weights(transformers.UMT5EncoderModel(transformers.UMT5Config(
+        vocab_size=3 + len(WORDS), d_model=20, d_kv=8, d_ff=24, num_layers=2, num_heads=2)))
+
+
+def write_ti2v(folder):
+    """folder/ti2v: a whole pipeline of Wan2.2 TI2V-5B's kind, tiny and random -> folder"""
+    torch.manual_seed(0)
+    vae = random_weights(diffusers.AutoencoderKLWan(
+        base_dim=4, decoder_base_dim=4, z_dim=48, dim_mult=[1, 2, 2, 2], num_res_blocks=1, is_residual=True,
+        in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16,
+        latents_mean=[i / 50 - 0.5 for i in range(48)], latents_std=[1 + i / 50 for i in range(48)]))
+    dit = random_weights(diffusers.WanTransformer3DModel(**TINY | dict(in_channels=48, out_channels=48)))
+    diffusers.WanPipeline(
+        transformer=dit, vae=vae, tokenizer=tokenizer(), text_encoder=text_encoder(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0), expand_timesteps=True,
+    ).save_pretrained(folder / "ti2v")
+    return folder
+
+
 def write_pipelines(folder):
     """folder/t2v and i2v: whole pipelines as diffusers writes them, tiny and random -> folder"""
     torch.manual_seed(0)
     vae = random_weights(diffusers.AutoencoderKLWan(base_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1))
-    text = random_weights(transformers.UMT5EncoderModel(transformers.UMT5Config(
-        vocab_size=3 + len(WORDS), d_model=20, d_kv=8, d_ff=24, num_layers=2, num_heads=2)))
+    text = text_encoder()
     image = random_weights(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(
         hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=28,
         patch_size=14)))

@@ -55,6 +55,7 @@ class VideoVAE(nn.Module):
         self.config = {"dim": dim, "num_blocks": num_blocks, "latents_mean": latents_mean or [0.0] * CHANNELS,
                        "latents_std": latents_std or [1.0] * CHANNELS}
         self.statistics(torch.zeros(()))                    # raises if one of them does not have 16 numbers
+        self.channels, self.space = CHANNELS, SPACE
         pixels = 3 * TIME * SPACE * SPACE
         self.past = max(1, 2 * num_blocks)          # earlier latent frames on which a decoded frame depends
         blocks = lambda: [ResidualBlock(dim) for _ in range(num_blocks)]

@@ -14,13 +14,14 @@ import prfl
 from pavrm import PAVRM
 from scale import lora, parallel
 
-I2V = dict(model_type="i2v", in_dim=36, image_dim=32)
+KINDS = {False: {}, True: dict(model_type="i2v", in_dim=36, image_dim=32), "pinned": dict(model_type="i2v")}
 ORDINARY = dict(kind="fsdp", image=False, checkpointing=True, rank=0, pooling="query_attention")
 # every layout; then adapters, and a pooling that a zero behind the last token would show in
 CASES = [ORDINARY | dict(zip(("kind", "image", "checkpointing"), case))
          for case in itertools.product(("ddp", "fsdp"), (False, True), (False, True))]
 CASES += [ORDINARY | dict(rank=2), ORDINARY | dict(rank=2, kind="ddp", image=True)]
 CASES += [ORDINARY | dict(pooling=name) for name in ("mean", "max", "multihead")]
+CASES += [ORDINARY | dict(image="pinned")]              # 6 of the 18 tokens: ranks have 5 and 1 of them, or none
 OTHERS = [ORDINARY | dict(offload_activations=True), ORDINARY | dict(fsdp_group_size=2),
           ORDINARY | dict(fsdp_group_size=2, rank=2)]
 
@@ -35,7 +36,7 @@ def far(a, b):
 def compare(runtime, kind, image, checkpointing, rank, pooling, **more):
     """Rank 0 alone against all: {what: largest relative difference}. 18 tokens, which 4 ranks do not divide;
     4 heads."""
-    one = generator(num_heads=4, **I2V if image else {})
+    one = generator(num_heads=4, **KINDS[image])
     judge = PAVRM.from_generator(one, 1, pooling).freeze()
     torch.nn.init.normal_(judge.mlp[-1].weight, generator=torch.Generator().manual_seed(4))
     lora.add(one, rank, seed=1)
@@ -50,7 +51,9 @@ def compare(runtime, kind, image, checkpointing, rank, pooling, **more):
     B = 2 * runtime.world_size // runtime.sequence_parallel
     x, context = torch.randn(B, 16, 3, 6, 4, generator=g), torch.randn(B, 3, 8, generator=g)
     given = dict(y=torch.randn(B, 20, 3, 6, 4, generator=g),
-                 clip_tokens=torch.randn(B, 5, 32, generator=g)) if image else {}
+                 clip_tokens=torch.randn(B, 5, 32, generator=g)) if image is True else {}
+    if image == "pinned":
+        given = dict(first_frame=torch.randn(B, 16, 1, 6, 4, generator=g))
     step = prfl.draw_step(3, 0, 4)
     found = []
     for policy, pavrm, j in ((one, judge, range(B)), (*many, runtime.indices(2))):
