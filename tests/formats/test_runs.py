@@ -334,6 +334,40 @@ def test_damaged_lines_and_args(started, capsys):
         assert "train_state.pt is truncated or damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ("prfl", "reward"))
+def test_a_second_run_in_a_folder_leaves_what_it_leaves_in_a_new_one(started, name):
+    """Not a file of the first run is left beside the second one's; the first goes on as if there had been no second."""
+    out, alone = started / f"twice-{name}", started / f"alone-{name}"
+    steps = ["--max_train_steps", "2"]
+    run(*command(started, name, out.name, *steps))
+    run(*command(started, name, out.name, *steps, "--learning_rate", "3e-4"))
+    run(*command(started, name, alone.name, *steps, "--learning_rate", "3e-4"))
+    assert files(out).keys() == files(alone).keys()
+    assert same(weights(started, name, out.name), weights(started, name, alone.name))
+    aside, = out.glob("earlier-*")
+    run(*command(started, name, out.name, "--resume", str(aside)))
+    undisturbed = resumed(started, name).name
+    assert same(weights(started, name, out.name), weights(started, name, undisturbed))
+    assert metrics(started, out.name) == metrics(started, undisturbed)
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--num_validation 2 --judge {folder}/generator/reward", "is the reward model that is climbed"),
+    ("--num_validation 2 --validation_prompts {folder}/nowhere.txt", "nowhere.txt"),
+    ("--data {folder}/cut", "shard-00000.safetensors: truncated or damaged"), ("--resume nowhere", "there is no ")])
+def test_what_is_refused_late_touches_nothing_of_the_earlier_run(started, capsys, flags, words):
+    if not (started / "cut").exists():
+        shutil.copytree(started / "data", started / "cut")
+        (started / "cut/shard-00000.safetensors").write_bytes((started / "cut/shard-00000.safetensors").read_bytes()[:-40])
+    before = files(started / "started-prfl")
+    _, argv = command(started, "prfl", "started-prfl")
+    place = argv.index("--num_validation")
+    with pytest.raises(SystemExit) as stop:
+        run("train_align", argv[:place] + argv[place + 2:] + flags.format(folder=started).split())
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+    assert files(started / "started-prfl") == before and not list((started / "started-prfl").glob("earlier-*"))
+
+
 def test_a_trunk_that_was_frozen_stays_frozen(started, capsys):
     with pytest.raises(SystemExit):
         run(*command(started, "reward", "started-reward", "--resume", "latest", "--trunk_learning_rate", "0"))
