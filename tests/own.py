@@ -44,6 +44,7 @@ def grades_of(name):
 
 def answer(*words):
     """Runs label.py with these words, and answers what its page asks until nothing is left."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background jobs would ignore it
     process = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True)
     address = None
     for line in process.stdout:
