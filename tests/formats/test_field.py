@@ -93,6 +93,7 @@ def test_a_csv_row_that_means_two_things_is_its_own_problem(tmp_path, text, want
 
 @pytest.mark.parametrize("text, wanted", [
     ('file_name,prompt\na.mp4,"a red circle\nb.mp4,a blue square\n', "row 1 (line 2): "),
+    ('\nfile_name,prompt\n\n,\na.mp4,"a red circle\n', "row 1 (line 5): its quotes do not fit (one is not closed)"),
     ('file_name,prompt\na.mp4,"a red circle\nb.mp4,a "blue" square\n', "row 1 (line 2): its quotes do not "
                                                                        "fit"),
     ('file_name,prompt,label\nz.mp4,x,0\na.mp4,"red,1\nb.mp4,blue",1\n', "row 2 (line 3): a quote that is "
@@ -637,6 +638,9 @@ def test_one_prompt_of_most_clips_does_not_make_a_lopsided_part(tmp_path):
     sizes = [(data.take_fold(make(), f"{i}/4").labels >= 0).sum().item() for i in (1, 2, 3, 4)]
     assert sizes == [25, 25, 25, 25]
     assert 10 <= len(data.labelled_split(make(), 20, 0)[1]) <= 20
+    prompts = [f"{i // 11}" for i in range(99)] + ["good", "bad"]       # only two of 11 prompts fit into a holdout of 18
+    shards = stand_in(tmp_path, [i // 11 % 2 for i in range(99)] + [1, 0], prompts, [f"{i}" for i in range(101)])
+    assert len(data.labelled_split(shards, 18, 0)[1]) == 18
 
 
 def test_splits_without_copies_and_few_prompts_are_those_of_always(tmp_path):
@@ -682,10 +686,27 @@ def test_few_labels_move_whole_groups(tmp_path):
     assert sorted(got) == [0, 8]
 
 
+def test_two_pairs_of_copies_are_one_for_each_fold(tmp_path):
+    copies = torch.arange(40) // 2 * 2
+    for first, second in ((0, 2), (4, 10), (6, 30), (8, 38), (12, 20), (14, 26), (16, 18), (22, 34)):
+        labels = torch.ones(40, dtype=torch.long)
+        labels[[first, first + 1, second, second + 1]] = 0
+        for i in (1, 2):
+            got = data.take_fold(stand_in(tmp_path, labels.clone(), copies=copies), f"{i}/2").labels
+            assert (got == 0).sum() == 2 and torch.equal(got[::2], got[1::2])
+
+
+def test_a_prompt_of_most_clips_does_not_empty_the_training_set(tmp_path):
+    prompts = ["x"] * 60 + [f"{i}" for i in range(12)]
+    shards = stand_in(tmp_path, [1] * 72, prompts, [f"{i}" for i in range(72)])
+    assert len(data.without_relatives(shards, torch.arange(1, 72), torch.tensor([0]))) == 71
+    assert len(data.without_relatives(shards, torch.arange(71), torch.tensor([71]))) == 71
+
+
 def test_copies_are_found_by_files_and_by_latents(tmp_path):
     x = torch.randn(6, 16, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     x[3] = x[1]                                                 # another file, the same picture
-    x[4, 0, 0, 0] = x[1, 0, 0, 0]                               # the same beginning only
+    x[4, 0, 0, 0] = x[2, 0, 0, 0]                               # the same beginning only
     for k, part in enumerate((slice(0, 3), slice(3, 6))):
         data.write_shards(tmp_path, x[part], torch.zeros(3, 8, 32), [0, 1, 0], ["a", "b", "c"], append=k > 0,
                           contents=["p", "q", "r"] if k == 0 else ["s", "t", "p"])

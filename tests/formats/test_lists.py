@@ -220,7 +220,8 @@ def test_flags_of_other_trainers_are_refused_with_their_line(tmp_path, prompt, f
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("prompt", ("a cat -- a dog", "a well--lit room", "a cat - black", "a --, b", "-5 degrees", "a cat --"))
+@pytest.mark.parametrize("prompt", ("a cat -- a dog", "a well--lit room", "a cat - black", "a --, b", "-5 degrees", "a cat --",
+                                    "a cat --leaping, then"))
 def test_a_dash_is_not_a_flag(tmp_path, prompt):
     assert prompts(tmp_path, prompt) == [prompt]
 
