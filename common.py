@@ -1,8 +1,7 @@
 """The plumbing that every script shares, as plain functions. This file imports none of ours.
 
-Every random number for example i of step k comes from random_generator(seed, purpose, k, i). So a resumed run, and a run on
-another number of ranks, draw the same numbers, and no generator state is ever stored.
-"""
+Every random number for example i of step k comes from random_generator(seed, purpose, k, i). So a resumed
+run, and a run on another number of ranks, draw the same numbers, and no generator state is ever stored."""
 import argparse
 import dataclasses
 import datetime
@@ -28,19 +27,21 @@ def rank():
 
 
 # ---- command line
-def arg(default, help, *, choices=None, above=None, at_least=None, at_most=None, below=None, alias=None, positional=False,
-        only=""):
-    """A dataclass field that is also a flag. Its type is int, float, str or bool, or Optional[X] or tuple[X, ...] of these.
+def arg(default, help, *, choices=None, above=None, at_least=None, at_most=None, below=None, alias=None,
+        positional=False, only=""):
+    """A dataclass field that is also a flag. Its type is int, float, str or bool, or Optional[X] or tuple[X,
+    ...] of these.
 
-    default: ... (Ellipsis) makes the flag required. above, at_least, at_most, below: bounds of every value. only: where the
-    flag has an effect; elsewhere it is refused. It is a list of conditions, joined by ", " (and) or " or ":
+    default: ... (Ellipsis) makes the flag required. above, at_least, at_most, below: bounds of every value.
+    only: where the flag has an effect; elsewhere it is refused. It is a list of conditions, joined by ", "
+    (and) or " or ":
         "method prfl refl"      --method is one of the two
         "!method sft"           --method is not sft
         "data"                  --data is given (of a switch: it is on; of a number: it is not 0)
         "!data"                 --data is not given
     """
-    rule = {"help": help, "choices": choices, "above": above, "at_least": at_least, "at_most": at_most, "below": below,
-            "alias": alias, "positional": positional, "only": only}
+    rule = {"help": help, "choices": choices, "above": above, "at_least": at_least, "at_most": at_most,
+            "below": below, "alias": alias, "positional": positional, "only": only}
     return dataclasses.field(default=dataclasses.MISSING if default is ... else default, metadata=rule)
 
 
@@ -51,7 +52,8 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(Config, doc, argv=None, prog=None):
     """-> Config from the command line. Raises InputError naming the flag; --help prints doc and flags."""
-    parser = _Parser(prog, description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(prog, description=doc, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
     hints, fields = typing.get_type_hints(Config), dataclasses.fields(Config)
     positionals = {field.name for field in fields if field.metadata["positional"]}
     own = [field for field in fields if field.name in Config.__annotations__]
@@ -73,8 +75,8 @@ def parse(Config, doc, argv=None, prog=None):
 
 
 def _add_flag(parser, field, hint, positionals):
-    """Gives argparse one field of a Config. A flag that is not given is left out of the result, so that Config's default
-    holds. positionals: names of the Config's fields that have no dashes."""
+    """Gives argparse one field of a Config. A flag that is not given is left out of the result, so that
+    Config's default holds. positionals: names of the Config's fields that have no dashes."""
     rule, required = field.metadata, field.default is dataclasses.MISSING
     inner = typing.get_args(hint)                               # of X | None and tuple[X, ...]: X comes first
     kind = inner[0] if inner else hint
@@ -104,7 +106,8 @@ def _add_flag(parser, field, hint, positionals):
 
 
 def _check_bounds(field, value):
-    """Raises InputError naming the flag if a value is out of its bounds, not finite, or more than torch can count."""
+    """Raises InputError naming the flag if a value is out of its bounds, not finite, or more than torch can
+    count."""
     rule = field.metadata
     values = value if isinstance(value, tuple) else (value,)
     for v in values:
@@ -126,8 +129,8 @@ def _check_bounds(field, value):
 
 
 def _conditions(only):
-    """"method a b, !data or keep" -> [[("method", ["a", "b"], True), ("data", [], False)], [("keep", [], True)]]: a list of
-    alternatives, each a list of (flag, values, whether it must be so)."""
+    """"method a b, !data or keep" -> [[("method", ["a", "b"], True), ("data", [], False)], [("keep", [],
+    True)]]: a list of alternatives, each a list of (flag, values, whether it must be so)."""
     alternatives = []
     for alternative in only.split(" or ") if only else ():
         conditions = []
@@ -154,7 +157,8 @@ def _in_words(only, positionals=()):
 
 
 def _unmet(config, only):
-    """Why a flag with this rule has no effect here: the first unmet condition of each alternative; "" if it has one."""
+    """Why a flag with this rule has no effect here: the first unmet condition of each alternative; "" if it
+    has one."""
     reasons = []
     for conditions in _conditions(only):
         reason = ""
@@ -171,18 +175,20 @@ def _unmet(config, only):
 
 
 def refuse(config, names, why):
-    """Raises InputError for a flag of `names` that was given (is not its default) where it would be ignored."""
+    """Raises InputError for a flag of `names` that was given (is not its default) where it would be
+    ignored."""
     for field in dataclasses.fields(config):
         if field.name in names and getattr(config, field.name) != field.default:
             raise InputError(f"--{field.name} means nothing {why}: leave it out")
 
 
 def settle(config, sources):
-    """Flags in, settings out: -> (a copy of config with its open flags filled in, {flag: where its value comes from}).
+    """Flags in, settings out: -> (a copy of config with its open flags filled in, {flag: where its value
+    comes from}).
 
-    A flag that was given keeps its value. One that is open (None) takes that of the first of `sources` that has one;
-    sources: {where they come from, such as "the steady recipe": {flag: value}}. All others keep their defaults.
-    """
+    A flag that was given keeps its value. One that is open (None) takes that of the first of `sources` that
+    has one; sources: {where they come from, such as "the steady recipe": {flag: value}}. All others keep
+    their defaults."""
     values, origin = {}, {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -198,8 +204,8 @@ def settle(config, sources):
 
 
 def print_settings(config, origin):
-    """Prints the settings that are not defaults, on rank 0: a line for each place where they come from, first what was given.
-    config, origin: from `settle`."""
+    """Prints the settings that are not defaults, on rank 0: a line for each place where they come from, first
+    what was given. config, origin: from `settle`."""
     if rank() > 0:
         return
     for source in ["given", *sorted(set(origin.values()) - {"given"})]:
@@ -209,8 +215,9 @@ def print_settings(config, origin):
 
 
 def cli(main, Config, doc, argv=None, prog=None):
-    """Calls main(Config from the command line); an expected failure is one line on stderr. Exit code 2: unusable input, 1: the
-    disk, non-finite numbers or out of memory, 130: interrupted. Any other exception is a bug and keeps its traceback."""
+    """Calls main(Config from the command line); an expected failure is one line on stderr. Exit code 2:
+    unusable input, 1: the disk, non-finite numbers or out of memory, 130: interrupted. Any other exception is
+    a bug and keeps its traceback."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")       # file names of others, on any terminal
     try:
@@ -223,10 +230,12 @@ def cli(main, Config, doc, argv=None, prog=None):
         code, message = 130, "interrupted"
     except Exception:
         if "RANK" in os.environ:
-            time.sleep(3)           # often the echo of another rank's end: meanwhile torchrun ends this one too
+            # often the echo of another rank's end: meanwhile torchrun ends this one too
+            time.sleep(3)
         raise
     if rank() > 0:
-        time.sleep(3)               # what fails on every rank is printed once: meanwhile torchrun ends the others
+        # what fails on every rank is printed once: meanwhile torchrun ends the others
+        time.sleep(3)
     shown = ""
     for character in " ".join(message.split()):
         shown += character if character.isprintable() else ascii(character)[1:-1]
@@ -273,8 +282,8 @@ def teardown():
 
 
 def leave(code):
-    """sys.exit, or under torchrun os._exit, which skips the interpreter's shutdown: a process-group thread that frees a tensor
-    during the shutdown can abort the process (exit code -6, seen on a loaded machine)."""
+    """sys.exit, or under torchrun os._exit, which skips the interpreter's shutdown: a process-group thread
+    that frees a tensor during the shutdown can abort the process (exit code -6, seen on a loaded machine)."""
     if not dist.is_initialized():
         sys.exit(code)
     sys.stdout.flush()
@@ -290,12 +299,14 @@ def random_generator(seed, *keys):
 
 def noise(shape, seed, purpose, step, indices):
     """Standard normal [len(indices), *shape]; row j depends only on (seed, purpose, step, indices[j])."""
-    return torch.stack([torch.randn(shape, generator=random_generator(seed, purpose, step, int(i))) for i in indices])
+    return torch.stack([torch.randn(shape, generator=random_generator(seed, purpose, step, int(i)))
+                        for i in indices])
 
 
 def uniform(seed, purpose, step, indices):
     """U(0, 1) [len(indices)]; element j depends only on (seed, purpose, step, indices[j])."""
-    return torch.cat([torch.rand(1, generator=random_generator(seed, purpose, step, int(i))) for i in indices])
+    return torch.cat([torch.rand(1, generator=random_generator(seed, purpose, step, int(i)))
+                      for i in indices])
 
 
 def all_reduce_mean_(tensors):
@@ -307,8 +318,8 @@ def all_reduce_mean_(tensors):
 
 
 def gather(value, to=None):
-    """-> [the value of rank 0, of rank 1, ...] on every rank, or only on rank `to` (then [] elsewhere). Values must be picklable
-    or CPU tensors."""
+    """-> [the value of rank 0, of rank 1, ...] on every rank, or only on rank `to` (then [] elsewhere).
+    Values must be picklable or CPU tensors."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     parts = [None] * dist.get_world_size() if to in (None, rank()) else None
@@ -342,14 +353,16 @@ def equal_batches(rows, batch_size, max_rows=None):
 def check_finite(value, name, step):
     """Raises FloatingPointError naming the step and the value if a scalar tensor is not finite."""
     if not torch.isfinite(value):
-        raise FloatingPointError(f"step {step}: {name} is {value.item()}; lower --learning_rate, or look at the data")
+        raise FloatingPointError(f"step {step}: {name} is {value.item()}; lower --learning_rate, or look at "
+                                 "the data")
 
 
 def average_and_clip_gradients(params, max_norm, step=None):
-    """Averages gradients over ranks and clips them in place -> their norm before clipping, a float. max_norm None: no clipping.
-    Raises FloatingPointError naming the step if the norm is not finite."""
+    """Averages gradients over ranks and clips them in place -> their norm before clipping, a float. max_norm
+    None: no clipping. Raises FloatingPointError naming the step if the norm is not finite."""
     params = [p for p in params if p.grad is not None]
-    all_reduce_mean_([p.grad for p in params if not isinstance(p, DTensor)])     # FSDP averages in the backward pass
+    # FSDP averages in the backward pass
+    all_reduce_mean_([p.grad for p in params if not isinstance(p, DTensor)])
     norm = torch.nn.utils.get_total_norm([p.grad for p in params])
     value = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     if not math.isfinite(value):
@@ -359,7 +372,8 @@ def average_and_clip_gradients(params, max_norm, step=None):
 
 
 def progress(work, desc, initial=0):
-    """A progress bar over an iterable or a number of steps, on rank 0. If stderr is a file, it prints every 10 s."""
+    """A progress bar over an iterable or a number of steps, on rank 0. If stderr is a file, it prints every
+    10 s."""
     steps, total = (None, work) if isinstance(work, int) else (work, None)
     pause = 0.2 if sys.stderr.isatty() else 10
     return tqdm(steps, total=total, desc=desc, initial=initial, disable=rank() > 0, mininterval=pause)

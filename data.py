@@ -1,19 +1,21 @@
-"""Clips in: metadata files, the latent shards that training reads, and the loader (formats/video.py reads the files).
+"""Clips become latent shards, and training reads batches from these: check, encode, and the loader.
 
-    python data.py check clips --model Wan2.1                    what is wrong, clip by clip
-    python data.py encode clips --out latents                    with the shipped VAE and text encoder
+    python data.py check clips --model Wan2.1                    says what is wrong, clip by clip
+    python data.py encode clips --out latents                    encodes with the shipped VAE and text encoder
     python data.py encode clips --out latents --size "832*480" --frames 81 --fps 16 --model Wan2.1
-                                                                 with all encoders of that folder (requirements-wan.txt)
-    torchrun --nproc_per_node=8 data.py encode ...               on eight GPUs: the same folder, byte for byte
+                                                                 uses all encoders of that folder (requirements-wan.txt)
+    torchrun --nproc_per_node=8 data.py encode ...               makes the same folder on eight GPUs, byte for byte
 
-Run encode again when clips, captions or the list have changed: what is new or changed is encoded, what is no longer
-listed is left out. formats/metadata.py says how the list is read.
+Run encode again when clips, captions or the list have changed: it encodes new and changed clips, and leaves
+out those that are no longer listed.
 
-A data folder holds clips and metadata.jsonl (or .csv), one row a clip: file_name (or video, file), prompt (or
-text, caption), and perhaps label (or reward): 1 good, 0 bad, missing = unlabelled, which is never read as 0.
+A data folder holds clips and metadata.jsonl (or .csv) with one row per clip: file_name (or video, file),
+prompt (or text, caption) and perhaps label (or reward). A label is 1 good or 0 bad; a missing one means
+unlabelled and is never read as 0. formats/metadata.py reads lists, formats/video.py clips, and
+formats/shards.py shards.
 
 Axes: b batch, c latent channels, F video frames (4k + 1), f latent frames (k + 1), H W pixels, h w latents,
-l text tokens, d text width, n clips of a shard, m CLIP image tokens.
+l text tokens, d text width, n clips, m CLIP image tokens.
 """
 import collections
 import functools
@@ -40,23 +42,25 @@ from formats.weights import SHIPPED, transformer_folder
 from world.scene import meaning
 
 FEWEST = 5  # frames of a clip to train on: two latent frames
-# What encode holds in memory: clips decoded ahead, pixels of a batch, bytes of a shard, bytes of a clip whose size
-# and length no flag says. 81 frames of 832x480 are 97 MB, as float32 388 MB, and 17 MB in a shard of Wan2.1.
+# What encode holds in memory: clips decoded ahead, pixels of a batch, bytes of a shard, and bytes of a clip
+# if no flag gives its size and length. 81 frames of 832x480 are 97 MB, as float32 388 MB, and 17 MB in a
+# shard of Wan2.1.
 AHEAD, BATCH_PIXELS, SHARD_BYTES, CLIP_BYTES = 2, 2 ** 24, 2 ** 27, 2 ** 27
 
 
 # ---- shards and the model that reads them
 def require_fit(shards, dit, model=None, labelled=False):
-    """Raises InputError, with the remedy, unless a VideoDiT can be trained on the Shards; prints what may surprise.
+    """Raises InputError, with the remedy, unless a VideoDiT can be trained on the Shards; prints what may
+    surprise.
 
-    Contexts may be shorter than the model's text_len, as it pads them. model: its folder, whose encoders must be those that
-    made the shards. labelled: both labels must occur.
-    """
+    Contexts may be shorter than the model's text_len, as it pads them. model: its folder, whose encoders must
+    be those that made the shards. labelled: both labels must occur. """
     folder = shards.folder
     if not len(shards):
         raise InputError(f"{folder}: none of its clips is listed any more: encode again")
     if any(side % patch for side, patch in zip(shards.latent_shape[1:], dit.config["patch_size"])):
-        raise InputError(f"{folder}: latents are {list(shards.latent_shape[1:])}, which the model's patches of "
+        raise InputError(f"{folder}: latents are {list(shards.latent_shape[1:])}, which the model's patches "
+                         "of "
                          f"{list(dit.config['patch_size'])} do not divide: encode with another --size")
     length = min(shards.context_shape[0], dit.config["text_len"])
     shards.require(dit.config["out_dim"], (length, dit.config["text_dim"]), labelled, dit.config["image_dim"])
@@ -77,7 +81,8 @@ def require_fit(shards, dit, model=None, labelled=False):
             notes.append(f"its encoders cannot be compared with the model's: {why}")
         fps = families.sampling_defaults(dit.config)["fps"]
         if abs(shards.fps / fps - 1) > .02:
-            notes.append(f"clips run at {shards.fps:g} frames per second, the model's own videos at {fps:g}: it will learn "
+            notes.append(f"clips run at {shards.fps:g} frames per second, the model's own videos at "
+                         f"{fps:g}: it will learn "
                          "another speed; encode with --fps")
         if "condition" in shards.shapes and not is_image_to_video:
             notes.append("was encoded for image-to-video; this model takes no first frame")
@@ -93,21 +98,27 @@ def _permutation(n, seed, epoch):
 
 
 def order(n, seed, step, indices, global_batch):
-    """Which of n examples stand at `indices` of the global batch of step 0, 1, ... -> int64 [len(indices)].
-    Every epoch is its own permutation; nothing depends on the number of ranks; there is no state to save."""
+    """-> int64 [len(indices)]: which of n examples stand at `indices` of the global batch of step 0, 1, ...
+
+    Every epoch is its own permutation. Nothing depends on the number of ranks, and there is no state to save.
+    """
     places = [step * global_batch + int(i) for i in indices]
     return torch.stack([_permutation(n, seed, place // n)[place % n] for place in places])
 
 
 def prompt_groups(prompts):
-    """int64 [n]: equal numbers where two prompts are alike, so that neither is wrong for the other's video. Captions of the
-    embedded world are alike if they ask for the same colour, shape and direction, others if they have the same words."""
+    """int64 [n]: equal numbers where two prompts are alike, so that neither is wrong for the other's video.
+
+    Captions of the embedded world are alike if they ask for the same colour, shape and direction. Other
+    captions are alike if they have the same words. """
     groups = {}
-    return torch.tensor([groups.setdefault(meaning(prompt), len(groups)) for prompt in prompts])
+    numbers = [groups.setdefault(meaning(prompt), len(groups)) for prompt in prompts]
+    return torch.tensor(numbers, dtype=torch.int64)
 
 
 def other_rows(groups, rows, seed, step, indices):
-    """For each of `rows` [b], a random row whose prompt is not alike -> int64 [b]. groups [n]: `prompt_groups` of all rows.
+    """For each of `rows` [b], a random row whose prompt is not alike -> int64 [b]. groups [n]:
+    `prompt_groups` of all rows.
 
     Row j's draw depends only on (seed, step, indices[j]). Raises InputError if all prompts are alike.
     """
@@ -122,7 +133,7 @@ def other_rows(groups, rows, seed, step, indices):
 
 
 def split(n, holdout, seed):
-    """-> (train, held-out) sorted int64 indices; holdout: a share below 1, or a number of examples."""
+    """-> (train, held-out), sorted int64 indices; holdout: a share below 1, or a number of examples."""
     count = round(n * holdout) if holdout < 1 else int(holdout)
     if not 0 <= count < n:
         raise InputError(f"a holdout of {holdout} leaves nothing to train on: there are {n} examples")
@@ -130,16 +141,18 @@ def split(n, holdout, seed):
     return shuffled[count:].sort().values, shuffled[:count].sort().values
 
 
-# Prompts are kept on one side of a split if there are at least this many, with at most this many clips of each on average.
+# Prompts are kept on one side of a split if there are at least this many, with at most this many clips of
+# each on average.
 FEWEST_PROMPTS, MOST_CLIPS = 10, 16
 
 
 def groups_to_keep(shards):
-    """-> [int64 [n], ...]: numbers of the groups of clips that a split should not part, the groups to try first coming first.
+    """-> [int64 [n], ...]: numbers of the groups of clips that a split should not part, the groups to try
+    first coming first.
 
-    Copies of a clip always belong together, and so do clips of one prompt where there are enough prompts. A generator's own
-    samples come from no files, and their prompts are drawn again and again: of them, only copies belong together.
-    """
+    Copies of a clip always belong together, and so do clips of one prompt where there are enough prompts. A
+    generator's own samples come from no files, and their prompts are drawn again and again: of them, only
+    copies belong together. """
     prompts = prompt_groups([row["prompt"] for row in shards.rows])
     number = len(prompts.unique())
     if any(shards.contents) and number >= FEWEST_PROMPTS and len(prompts) <= MOST_CLIPS * number:
@@ -150,20 +163,21 @@ def groups_to_keep(shards):
 def take_fold(shards, fold):
     """Shards of which all clips outside `fold` count as unlabelled; None: all clips.
 
-    "i/n" is the i-th of n random parts, which have no clip in common, no copy of one and, where there are enough, no prompt.
-    Parts do not depend on labels, so that labels which come later move no clip to another part. There is one exception: a
-    part with fewer than two clips of a label gets some of another part's. With labels that few, train on all parts before
-    more labels are given. Raises InputError.
-    """
+    "i/n" is the i-th of n random parts, which have no clip in common, no copy of one and, where there are
+    enough, no prompt. Parts do not depend on labels, so that labels which come later move no clip to another
+    part. There is one exception: a part with fewer than two clips of a label gets some of another part's.
+    With labels that few, train on all parts before more labels are given. Raises InputError. """
     if fold is None:
         return shards
     i, n = (int(part) if part.isdecimal() else 0 for part in f"{fold}/x".split("/")[:2])
     if fold.count("/") != 1 or not 1 <= i <= n or n < 2:
-        raise InputError(f"--fold {fold}: must be i/n, as 1/2 and 2/2 are, with i from 1 to n and n of at least 2")
+        raise InputError(f"--fold {fold}: must be i/n, as 1/2 and 2/2 are, with i from 1 to n and n of at "
+                         "least 2")
     order = torch.randperm(len(shards.labels), generator=common.random_generator(0, "fold"))
     for groups in groups_to_keep(shards):
         part = deal(groups, order, n)
-        if 2 * n * torch.bincount(part, minlength=n).min() >= len(order):       # else a few large groups make lopsided parts
+        # else a few large groups make lopsided parts
+        if 2 * n * torch.bincount(part, minlength=n).min() >= len(order):
             break
     for label in (0, 1):
         mine = shards.labels == label
@@ -181,8 +195,8 @@ def take_fold(shards, fold):
 
 
 def deal(groups, order, n):
-    """-> int64 [len(groups)]: the part, 0 to n - 1, of each clip. Whole groups are dealt out, in the order of their first
-    clip's place in `order`, each to the part that has the fewest clips."""
+    """-> int64 [len(groups)]: the part, 0 to n - 1, of each clip. Whole groups are dealt out, in the order of
+    their first clip's place in `order`, each to the part that has the fewest clips."""
     part, sizes, members = torch.empty_like(groups), [0] * n, collections.defaultdict(list)
     for i in order.argsort().tolist():
         members[groups[i].item()].append(i)                     # a dict keeps the order of its first entries
@@ -196,20 +210,22 @@ def deal(groups, order, n):
 def labelled_split(shards, holdout, seed):
     """Splits the labelled clips -> (train, held-out), sorted int64 indices.
 
-    holdout: how many are held out; None: a fifth, 400 at most. Each label has its share in both parts and occurs at least
-    once. Copies of a clip are never on both sides, nor are prompts where there are enough of them: then fewer clips may be
-    held out than were asked for. Raises InputError, with the remedy, if that cannot be.
-    """
+    holdout: how many are held out; None: a fifth, 400 at most. Each label has its share in both parts and
+    occurs at least once. Copies of a clip are never on both sides, nor are prompts where there are enough of
+    them: then fewer clips may be held out than were asked for. Raises InputError, with the remedy, if that
+    cannot be. """
     where = [(shards.labels == label).nonzero()[:, 0] for label in (0, 1)]
     counts = [len(part) for part in where]
     for label, count in enumerate(counts):
         if count < 2:
-            raise InputError(f"{shards.folder}: {count} clips are labelled {label}; training and held-out videos need one each: "
+            raise InputError(f"{shards.folder}: {count} clips are labelled {label}; training and held-out "
+                             "videos need one each: "
                              f"label more (label.py, or `label` in the clips' metadata)")
     holdout = min(400, max(2, sum(counts) // 5)) if holdout is None else holdout
     if not 2 <= holdout <= sum(counts) - 2:
         why = "leaves nothing to train on" if holdout >= sum(counts) else "is too few or too many"
-        raise InputError(f"--holdout {holdout} {why}: of {sum(counts)} labelled videos 2 to {sum(counts) - 2} can be held out, "
+        raise InputError(f"--holdout {holdout} {why}: of {sum(counts)} labelled videos 2 to "
+                         f"{sum(counts) - 2} can be held out, "
                          f"as both parts need each label: try --holdout {max(2, sum(counts) // 5)}")
     bad = round(holdout * counts[0] / sum(counts))
     bad = min(max(bad, 1, holdout - counts[1] + 1), counts[0] - 1, holdout - 1)
@@ -222,7 +238,8 @@ def labelled_split(shards, holdout, seed):
         if 2 * len(held) >= holdout:
             break
     if not held:
-        raise InputError(f"{shards.folder}: clips of one label are copies of one another, and training and held-out videos need "
+        raise InputError(f"{shards.folder}: clips of one label are copies of one another, and training and "
+                         "held-out videos need "
                          "different ones: label more (label.py, or `label` in the clips' metadata)")
     labelled = torch.cat(where).sort().values
     is_held = torch.isin(labelled, torch.tensor(held))
@@ -230,12 +247,15 @@ def labelled_split(shards, holdout, seed):
 
 
 def hold_out_groups(groups, labels, order, wanted):
-    """-> [clips to hold out]: whole groups, taken in `order` as long as no more than wanted[label] clips of each label are held
-    out; [] if both labels cannot occur on both sides. groups, labels: of each clip; order: of the labelled clips."""
+    """-> [clips to hold out]: whole groups, taken in `order` as long as no more than wanted[label] clips of
+    each label are held out; [] if both labels cannot occur on both sides. groups, labels: of each clip;
+    order: of the labelled clips."""
     members = collections.defaultdict(list)
     for i in order:
         members[groups[i]].append(i)
-    size = {group: [sum(labels[i] == label for i in clips) for label in (0, 1)] for group, clips in members.items()}
+    size = {}                                                   # group -> [number of its clips labelled 0, labelled 1]
+    for group, clips in members.items():
+        size[group] = [sum(labels[i] == label for i in clips) for label in (0, 1)]
     total, taken, held = [sum(counts[label] for counts in size.values()) for label in (0, 1)], [0, 0], []
 
     def take(group):
@@ -247,7 +267,7 @@ def hold_out_groups(groups, labels, order, wanted):
         if all(taken[label] + size[group][label] <= wanted[label] for label in (0, 1)):
             take(group)
     for label in (0, 1):
-        if not taken[label]:                                    # no group was small enough: the smallest that can be spared
+        if not taken[label]:  # no group was small enough: the smallest that can be spared
             spare = [group for group in members if group not in held and size[group][label]
                      and all(taken[k] + size[group][k] < total[k] for k in (0, 1))]
             if not spare:
@@ -257,19 +277,21 @@ def hold_out_groups(groups, labels, order, wanted):
 
 
 def without_relatives(shards, train, held):
-    """-> `train` (int64 indices) without copies of the clips in `held`, nor clips that share a prompt with these where there
-    are enough prompts. Raises InputError if nothing is left."""
+    """-> `train` (int64 indices) without copies of the clips in `held`, nor clips that share a prompt with
+    these where there are enough prompts. Raises InputError if nothing is left."""
     for groups in groups_to_keep(shards):
         left = train[~torch.isin(groups[train], groups[held])]
         if 2 * len(left) >= len(train):
             break
     if not len(left):
-        raise InputError(f"{shards.folder}: all clips are copies of those held out, so nothing is left to train on")
+        raise InputError(f"{shards.folder}: all clips are copies of those held out, so nothing is left to "
+                         "train on")
     return left
 
 
 def count_relatives(copies, prompts):
-    """A phrase that counts copies among clips, and clips of one prompt. copies, prompts: the group of each clip, int64 [n]."""
+    """A phrase that counts copies among clips, and clips of one prompt. copies, prompts: the group of each
+    clip, int64 [n]."""
     copied, shared = (int((torch.bincount(groups)[groups] > 1).sum()) for groups in (copies, prompts))
     return (f"{copied} of {len(copies)} clips are copies of others, {shared} share their prompt with others "
             f"({len(prompts.unique())} prompts)")
@@ -279,7 +301,8 @@ def describe_split(shards, train, held):
     """A sentence that counts copies and prompts in the two parts of `labelled_split`."""
     both, prompts = torch.cat([train, held]), prompt_groups([row["prompt"] for row in shards.rows])
     on_both_sides = set(prompts[train].tolist()) & set(prompts[held].tolist())
-    return (f"{count_relatives(shards.copies[both], prompts[both])}; no copy is on both sides of the split, and "
+    return (f"{count_relatives(shards.copies[both], prompts[both])}; no copy is on both sides of the split, "
+            "and "
             f"{len(on_both_sides)} prompts are")
 
 
@@ -287,30 +310,35 @@ def describe_split(shards, train, held):
 @dataclass
 class Check:
     folder: str = arg(..., "folder with clips and metadata", positional=True)
-    size: str | None = arg(None, "W*H: clips are scaled to cover it and centre-cropped")
-    frames: int | None = arg(None, "frames of each clip, 4k + 1, or all it has", at_least=FEWEST)
-    fps: float | None = arg(None, "frames per second (16 for Wan2.1), or the clip's own; faster clips drop frames, "
-                            "slower ones repeat them", above=0)
-    model: str | None = arg(None, "folder of the generator that they are for, with its vae/, text_encoder/ and, if it has one, "
-                            "image_encoder/; without, the shipped one")
-    text_encoder: str | None = arg(None, "without --model: folder of the text encoder, or of transformers' UMT5 (tokenizer in "
-                                   "it or beside it)")
+    size: str | None = arg(None, "W*H: clips are scaled to cover it and centre-cropped; default: the clips' "
+                                 "own size")
+    frames: int | None = arg(None, "frames of each clip, 4k + 1; default: all that the clip "
+                                   "has", at_least=FEWEST)
+    fps: float | None = arg(None, "frames per second (16 for Wan2.1); faster clips drop frames, slower ones "
+                                  "repeat them; "
+                            "default: the clip's own", above=0)
+    model: str | None = arg(None, "folder of the generator that the clips are for, with its vae/, "
+                                  "text_encoder/ and, if it "
+                            "has one, image_encoder/; default: the shipped generator")
+    text_encoder: str | None = arg(None, "folder of a text encoder, or of transformers' UMT5 (with the "
+                                         "tokenizer in it or "
+                                   "beside it); give it or --model; default: the shipped text encoder")
 
 
 @dataclass
 class Clip:
-    """A clip: as it is listed, then as it was read; or the reason why it cannot be."""
-    name: str                               # its file's; of a row that names none, where that stands
+    """A clip as it is listed, and later as it was read."""
+    name: str                               # of its file; if the row gives no name, the place of the row
     row: dict | None
-    problem: str | None
+    problem: str | None                     # why it cannot be read
     kind: list | None = None                # [W, H, F, fps]
     video: torch.Tensor | None = None       # uint8 [F, H, W, 3]
     facts: Facts | None = None
-    content: str | None = None              # formats/fingerprint.py's, of the file
+    content: str | None = None              # fingerprint of the file
 
 
 def parse_size(config):
-    """--size '832*480' or '832x480' -> (832, 480) or None; --frames is checked too. Raises InputError."""
+    """--size "832*480" or "832x480" -> (832, 480), or None. Checks --frames, too. Raises InputError."""
     sides = (config.size or "16*16").replace("x", "*").split("*")
     sides = [int(side) if side.isdecimal() else 0 for side in sides]
     if len(sides) != 2 or not all(side and side % 16 == 0 for side in sides):
@@ -321,23 +349,32 @@ def parse_size(config):
 
 
 def list_clips(folder):
-    """-> ([Clip of each row of the folder's list], what else to know). Of rows that name one file, the upper one counts."""
-    (listed, notes), clips, seen = read_listing(folder), [], set()
+    """-> ([Clip of each row of the folder's list], [notes to print]). Of rows that name one file, the upper
+    one counts."""
+    listed, notes = read_listing(folder)
+    clips, seen = [], set()
     for place, row, problem in listed:
-        path = row and os.path.normpath(row["file_name"])       # a/../b.mp4 is b.mp4
-        clips.append(Clip(row["file_name"], row, "listed twice" if path in seen else None) if row else Clip(place, None, problem))
+        if row is None:
+            clips.append(Clip(place, None, problem))
+            continue
+        path = os.path.normpath(row["file_name"])               # a/../b.mp4 is b.mp4
+        clips.append(Clip(row["file_name"], row, "listed twice" if path in seen else None))
         seen.add(path)
     return clips, notes
 
 
 def load_clip(clip, config, contents=None):
-    """The listed Clip -> with its video, cut to 4k + 1 frames, or with the problem that it has on its own. contents:
-    fingerprint.Contents, or None where nobody asks for them."""
+    """A listed Clip -> the same with its video, cut to 4k + 1 frames, or with the problem that the clip has
+    by itself.
+
+    contents: a fingerprint.Contents, or None if the file's content is not wanted.
+    """
     if clip.problem:
         return clip
     path, size = Path(config.folder) / clip.name, parse_size(config)
     try:
-        video, fps, facts = read_clip_facts(path, size, config.frames, config.fps, None if size and config.frames else CLIP_BYTES)
+        most = None if size and config.frames else CLIP_BYTES
+        video, fps, facts = read_clip_facts(path, size, config.frames, config.fps, most)
         content = contents and contents.content(path)
     except (InputError, OSError) as e:
         return replace(clip, problem=printable(str(e).removeprefix(f"{path}: ")))
@@ -345,8 +382,9 @@ def load_clip(clip, config, contents=None):
     kind = [video.shape[2], video.shape[1], (have - 1) // 4 * 4 + 1, round(fps, 1)]
     clip = replace(clip, kind=kind, facts=facts, content=content)
     if kind[2] < wanted:
-        clip.problem = f"too short: {have} frames of {wanted} at {fps:.3g} fps" \
-            + f": --frames {kind[2]} takes it" * (kind[2] >= FEWEST)
+        clip.problem = f"too short: {have} frames of {wanted} at {fps:.3g} fps"
+        if kind[2] >= FEWEST:
+            clip.problem += f": --frames {kind[2]} takes it"
     elif kind[0] % 16 or kind[1] % 16:
         clip.problem = f"size {kind[0]}x{kind[1]} is not a multiple of 16: pass --size W*H"
     elif not clip.row["prompt"]:
@@ -357,29 +395,38 @@ def load_clip(clip, config, contents=None):
 
 
 def load_clips(clips, config, kind=None, contents=None):
-    """Yields `load_clip` of each, in order, decoding a few ahead. All must be of one kind [W, H, F, fps]: the given one, or
-    that of the first usable clip."""
+    """Yields `load_clip` of each clip, in order, and decodes a few ahead. All clips must be of one kind [W,
+    H, F, fps]: the given one, or that of the first usable clip."""
     with ThreadPoolExecutor(AHEAD) as pool:
-        clips = iter(clips)
-        waiting = collections.deque(pool.submit(load_clip, clip, config, contents) for clip in itertools.islice(clips, AHEAD))
+        clips, waiting = iter(clips), collections.deque()
+
+        def start(count):
+            for clip in itertools.islice(clips, count):
+                waiting.append(pool.submit(load_clip, clip, config, contents))
+
+        start(AHEAD)
         while waiting:
             clip = waiting.popleft().result()
-            waiting.extend(pool.submit(load_clip, clip, config, contents) for clip in itertools.islice(clips, 1))
+            start(1)
             kind = kind or (None if clip.problem else clip.kind)
             if clip.problem is None and clip.kind != kind:
-                clip.problem, clip.video = f"is {show(clip.kind)}, the others are {show(kind)}: pass --size, --frames, --fps", None
+                clip.problem = (f"is {show(clip.kind)}, the others are {show(kind)}: pass --size, --frames, "
+                                "--fps")
+                clip.video = None
             yield clip
 
 
 class Tally:
-    """Counts what happened to the usable clips' frames, for those who would rather not train on that."""
+    """Counts what reading did to the frames of usable clips, for users who would rather not train on such
+    clips."""
 
     def __init__(self):
         self.found, self.kept = collections.defaultdict(list), []
 
     def add(self, clip):
         frames, facts = clip.kind[2], clip.facts
-        self.kept += [facts.kept] * (facts.kept < 0.95)
+        if facts.kept < 0.95:
+            self.kept.append(facts.kept)
         for name, true in (("slow", 10 * facts.repeated > frames), ("still", 4 * facts.still > frames),
                            (facts.colours, facts.colours), ("interlaced", facts.interlaced)):
             if true:
@@ -389,24 +436,28 @@ class Tally:
         """The sentences to print. prompts: of all usable clips."""
         cut, limit = encoders.count_long_captions(config.text_encoder, prompts)
         said = {"still": "stand still for a quarter of their frames or longer",
-                "converted": "are HDR or of a wide gamut: converted to BT.709, what is brighter than its white is clipped",
+                "converted": "are HDR or of a wide gamut: converted to BT.709, what is brighter than its "
+                             "white is clipped",
                 "approximate": "have colours that only approximate what a player shows",
                 "guessed": "do not say how their colours are coded: read by BT.709, as players do from 720 lines on, which is "
                            "only approximate if they were written by BT.601",
                 "interlaced": "are interlaced: each pair of fields became one picture, by FFmpeg's bwdif",
                 "slow": f"are slower than {config.fps or 0:g} fps: their frames will repeat"}
         if self.kept:
-            yield (f"{len(self.kept)} of them lose part of their picture to the crop: {min(self.kept):.0%} of it stays at worst, "
+            yield (f"{len(self.kept)} of them lose part of their picture to the crop: {min(self.kept):.0%} "
+                   "of it stays at worst, "
                    f"{sum(self.kept) / len(self.kept):.0%} on average")
         if cut:
-            yield f"{cut} of their captions are longer than the {limit} that {config.text_encoder} reads: the rest is cut off"
+            yield (f"{cut} of their captions are longer than the {limit} that {config.text_encoder} reads: the rest "
+                   "is cut off")
         for name, sentence in said.items():
             if found := self.found[name]:
-                yield f"{len(found)} of them {sentence}" + (name != "slow") * f": {some(found)}"
+                yield f"{len(found)} of them {sentence}" + ("" if name == "slow" else f": {some(found)}")
 
 
 def some(names):
-    return ", ".join(map(printable, names[:3])) + ", ..." * (len(names) > 3)
+    listed = ", ".join(map(printable, names[:3]))
+    return f"{listed}, ..." if len(names) > 3 else listed
 
 
 def show(kind):
@@ -429,8 +480,10 @@ def check_command(config):
             tally.add(clip)
         bar.update()
     bar.close()
-    labels, prompts = collections.Counter(row["label"] for row, _, _ in usable), [row["prompt"] for row, _, _ in usable]
-    summary = (f"{folder}: {len(usable)} of {len(clips)} clips usable: {labels[1]} good, {labels[0]} bad, {labels[None]} "
+    labels = collections.Counter(row["label"] for row, _, _ in usable)
+    prompts = [row["prompt"] for row, _, _ in usable]
+    summary = (f"{folder}: {len(usable)} of {len(clips)} clips usable: {labels[1]} good, {labels[0]} bad, "
+               f"{labels[None]} "
                "unlabelled")
     if usable:
         summary += f"; {usable[0][1]}"
@@ -448,30 +501,40 @@ def check_command(config):
 
 @dataclass
 class Encode(Check):
-    out: str = arg("latents", "folder of the shards; a second run does only what is new or has changed")
-    vae: str | None = arg(None, "without --model: folder of the VAE, or of diffusers' AutoencoderKLWan")
-    image_encoder: str | None = arg(None, "without --model: folder of transformers' CLIPVisionModel, for Wan2.1's "
-                                    "image-to-video: shards get its tokens, and the first frame as that model takes it")
+    out: str = arg("latents", "folder of the shards; a second run encodes only clips that are new or have "
+                              "changed")
+    vae: str | None = arg(None, "folder of a VAE, or of diffusers' AutoencoderKLWan; give it or --model; "
+                                "default: the shipped "
+                          "VAE")
+    image_encoder: str | None = arg(None, "folder of transformers' CLIPVisionModel, for Wan2.1's "
+                                          "image-to-video models; give it "
+                                    "or --model: shards get its tokens, and the first frame as those models "
+                                    "take it")
     batch_size: int = arg(8, "clips encoded at once; fewer if they hold more than 16 million pixels", above=0)
-    clips_per_shard: int = arg(256, "clips a shard; fewer if they hold more than 128 MiB", above=0)
+    clips_per_shard: int = arg(256, "clips per shard; fewer if they hold more than 128 MiB", above=0)
 
 
 ROLES = "vae", "text_encoder", "image_encoder"
 
 
 def resolve_encoders(config):
-    """Fills in the folders of the encoders -> ({role: folder}, whether they are for image-to-video). Raises InputError."""
+    """Fills in the folders of the encoders -> ({role: folder}, whether they are for image-to-video). Raises
+    InputError."""
     image_to_video = getattr(config, "image_encoder", None) is not None
     if config.model:
-        common.refuse(config, ROLES, "with --model, whose own is taken")
+        common.refuse(config, ROLES, "with --model, whose own encoders are used")
         dit, found = transformer_folder(config.model)[1], encoders.find_encoders(config.model)
         image_to_video = dit["model_type"] == "i2v"
-        wanted = [role for role in ROLES if hasattr(config, role) and (role != "image_encoder" or dit["image_dim"])]
+        wanted = [role for role in ROLES if hasattr(config, role)]
+        if not dit["image_dim"] and "image_encoder" in wanted:
+            wanted.remove("image_encoder")
         if lacking := [role for role in wanted if role not in found]:
             raise InputError(f"--model {config.model}: there is no {lacking[0]}/ in it")
     else:
         found = {role: getattr(config, role, None) for role in ROLES}
-        found = {role: path or SHIPPED["t2v"] / role for role, path in found.items() if path or role != "image_encoder"}
+        if not found["image_encoder"]:
+            del found["image_encoder"]                  # most models have none
+        found = {role: path or SHIPPED["t2v"] / role for role, path in found.items()}
         wanted = list(found)
     for role in wanted:
         setattr(config, role, str(found[role]))
@@ -480,9 +543,10 @@ def resolve_encoders(config):
 
 def encode_batch(clips, models, image_to_video):
     """Loaded clips -> {name in the shards: tensor [b, ...] on the CPU}. models: {role: encoder}"""
-    videos = torch.stack([clip.video for clip in clips]).to(next(models["vae"].parameters(), torch.empty(0)).device)
+    device = next(models["vae"].parameters(), torch.empty(0)).device
+    videos = torch.stack([clip.video for clip in clips]).to(device)                         # uint8 [b, F, H, W, 3]
     out = {"latents": models["vae"].encode(from_pixels(videos)),                            # [b, c, f, h, w]
-           "context": models["text_encoder"].encode([clip.row["prompt"] for clip in clips])}        # [b, l, d]
+           "context": models["text_encoder"].encode([clip.row["prompt"] for clip in clips])}  # [b, l, d]
     if image_to_video:
         out["condition"] = encoders.condition_latents(
             models["vae"], videos, families.takes_blank_frames(models["text_encoder"]))                 # [b, c, f, h, w]
@@ -492,7 +556,7 @@ def encode_batch(clips, models, image_to_video):
 
 
 def unchanged(before, clips, folder, contents):
-    """{index of a clip: its place in the shards `before`} of those whose caption, and whose file's content, are as they were
+    """{index of a clip: its place in the shards `before`} for clips whose caption and file are as they were
     encoded."""
     places = {(row["file_name"], row["prompt"], content): i
               for i, (row, content) in enumerate(zip(before.all_rows, before.all_contents)) if content}
@@ -500,10 +564,12 @@ def unchanged(before, clips, folder, contents):
     for i, clip in enumerate(clips):
         if clip.name in names and not clip.problem:
             try:
-                place = places.get((clip.name, clip.row["prompt"], contents.content(Path(folder) / clip.name)))
+                content = contents.content(Path(folder) / clip.name)
             except (OSError, ValueError):
-                place = None                        # load_clip will say why
-            found |= {} if place is None else {i: place}
+                continue                            # load_clip will say why
+            place = places.get((clip.name, clip.row["prompt"], content))
+            if place is not None:
+                found[i] = place
     return found
 
 
@@ -514,18 +580,23 @@ def encode_command(config):
 
 @torch.inference_mode()
 def encode(config, runtime):
-    """Rank 0 finds out what is to be done, writes and reports; all ranks read and encode clips."""
+    """Rank 0 finds out which clips are new, writes the shards and reports; all ranks read and encode
+    clips."""
     parse_size(config)
     out, (folders, image_to_video) = Path(config.out), resolve_encoders(config)
     loaders = dict(zip(ROLES, (load_vae, load_text_encoder, load_image_encoder)))
-    load = functools.cache(lambda: {role: loaders[role](path).to(runtime.device) for role, path in folders.items()})
+
+    @functools.cache
+    def load():
+        return {role: loaders[role](path).to(runtime.device) for role, path in folders.items()}
+
     contents = fingerprint.Contents(out / "contents.json")
     disk.require_shared(out, "--out")
     if not all(common.gather(Path(config.folder).is_dir() or runtime.rank == 0)):
         raise InputError(f"{config.folder}: not every process sees this folder: put the clips on a disk that all nodes share")
     if runtime.rank > 0:
         for _ in encode_chunks(*common.gather(None)[0], config, load, image_to_video, contents, runtime):
-            pass                                    # rank 0 gets them
+            pass                                    # what this rank encodes goes to rank 0
         return common.gather(contents.fresh, to=0)
     clips, notes = list_clips(config.folder)
     if not clips:
@@ -542,23 +613,31 @@ def encode(config, runtime):
         before = Shards(out) if (out / "shards.json").exists() else None
         kind = ((before and before.settings) or {}).get("kind")
         if before and before.settings != settings | {"kind": kind}:
-            raise InputError(f"{out}: was encoded with other settings ({differences(before.settings, settings)}): use those "
+            raise InputError(f"{out}: was encoded with other settings "
+                             f"({differences(before.settings, settings)}): use those "
                              "flags and encoders, or another --out")
         done = unchanged(before, clips, config.folder, contents) if before else {}
-        if before and (gone := sorted(set(range(len(before.all_rows))) - set(done.values()))) != sorted(before.dropped):
+        gone = sorted(set(range(len(before.all_rows))) - set(done.values())) if before else []
+        if before and gone != sorted(before.dropped):
             replace_text(out / "shards.json", json.dumps(before.index | {"dropped": gone}, indent=1))
             if new := set(gone) - before.dropped:
-                print(f"{out}: {len(new)} clips that it holds are no longer listed, or have changed: left out")
+                print(f"{out}: {len(new)} clips that it holds are no longer listed, or have changed: left "
+                      "out")
         for i in range(len(clips) if kind is None else 0):
             first = load_clip(clips[i], config, contents)
             if not first.problem:
                 kind = first.kind
                 break
             clips[i] = first                        # is not read again
-        # A clip's last bits depend on its batch: chunks are rows of the list, whatever the ranks and whatever is done already.
-        room = max(1, min(config.batch_size, config.clips_per_shard, BATCH_PIXELS // math.prod(kind[:3]))) if kind else 1
-        chunks = [[clips[i] for i in range(k, min(k + room, len(clips))) if i not in done] for k in range(0, len(clips), room)]
-        chunks = list(filter(None, chunks))
+        # A clip's last bits depend on its batch: chunks are rows of the list, whatever the ranks and whatever
+        # is done already.
+        room, chunks = 1, []
+        if kind:
+            room = max(1, min(config.batch_size, config.clips_per_shard, BATCH_PIXELS // math.prod(kind[:3])))
+        for k in range(0, len(clips), room):
+            chunk = [clips[i] for i in range(k, min(k + room, len(clips))) if i not in done]
+            if chunk:
+                chunks.append(chunk)
         common.gather((chunks, kind))
         if any(not clip.problem for chunk in chunks for clip in chunk):
             save_null_context(out, load()["text_encoder"])
@@ -575,19 +654,21 @@ def encode(config, runtime):
 
 
 def differences(before, now):
-    """What of the settings differs, in words."""
+    """The settings that differ, in words."""
     before = before or {}
     if "encoders" not in before:
-        return "by what, it does not say"
-    changed = [f"{key} {before.get(key)}, not {now[key]}" for key in now if key != "encoders" and before.get(key) != now[key]]
+        return "it does not say which"
+    changed = [f"{key} {before.get(key)}, not "
+               f"{now[key]}" for key in now if key != "encoders" and before.get(key) != now[key]]
     then, now = before["encoders"], now["encoders"]
     return "; ".join(changed + [f"another {role}" for role in ROLES if then.get(role) != now.get(role)])
 
 
 def encode_chunks(chunks, kind, config, load, image_to_video, contents, runtime):
-    """The ranks take the chunks of clips in turn. Yields each, in order and on rank 0 alone: (its clips, {name in the shards:
-    tensor [b, ...] of those without a problem})."""
-    chunks = chunks + [[]] * (-len(chunks) % runtime.world_size)                # the last round: some have nothing to do
+    """The ranks take the chunks of clips in turn. Yields for each chunk, in order and on rank 0 only: (its
+    clips, {name in the shards: tensor [b, ...] of those clips that have no problem})."""
+    # in the last round some ranks have nothing to do
+    chunks = chunks + [[]] * (-len(chunks) % runtime.world_size)
     mine = chunks[runtime.rank::runtime.world_size]
     clips = load_clips(itertools.chain(*mine), config, kind, contents)
     for chunk in mine:
@@ -600,12 +681,13 @@ def encode_chunks(chunks, kind, config, load, image_to_video, contents, runtime)
 
 
 def write_chunks(encoded, config, settings, report, done, total):
-    """Writes and reports what `encode_chunks` yields -> how many clips could not be encoded."""
+    """Writes what `encode_chunks` yields, and reports it -> how many clips could not be encoded."""
     ready, parts, skipped, tally, prompts = [], [], 0, Tally(), []
     bar = common.progress(total, "encode", initial=done)
-    for chunk, tensors in itertools.chain(encoded, [(None, {})]):                           # None: nothing comes after
+    for chunk, tensors in itertools.chain(encoded, [(None, {})]):                   # None: this was the last
         good = [clip for clip in chunk or () if not clip.problem]
-        enough = min(config.clips_per_shard, SHARD_BYTES // max(1, sum(4 * x[0].numel() for x in tensors.values())))
+        bytes_of_a_clip = sum(4 * x[0].numel() for x in tensors.values())
+        enough = min(config.clips_per_shard, SHARD_BYTES // max(1, bytes_of_a_clip))
         if ready and (chunk is None or len(ready) + len(good) > enough):
             whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             write_shards(config.out, whole.pop("latents"), whole.pop("context"), *(

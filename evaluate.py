@@ -60,7 +60,7 @@ import search
 import validation
 from common import InputError, arg
 from formats import encoders, lock, runs, samples
-from formats.metadata import replace_text, write_rows
+from formats.metadata import replace_text, update_rows, write_rows
 from formats.paths import require_writable
 from formats.picture import wall, write_gif
 from formats.prompts import read_prompts
@@ -81,9 +81,9 @@ WATCHED = {"pavrm": "PAVRM score", "judge": "judge", **{name: name for name in v
            "dynamic": "dynamic degree"}
 CLEAN = "clean renders"                                 # the last row of the embedded world's table
 WORLD_BATCH = 128                                       # its videos that are sampled together
-BATCH_LATENTS = 2 ** 12  # latent positions of a batch of samples or clips elsewhere
+BATCH_LATENTS = 2 ** 12                                 # latent positions of a batch of other videos
 SEED = 7_000                                            # of the noise and prompts, to which --seed adds
-SHOWN, HEIGHT = 8, 160  # prompts in the pictures, largest side of a video there
+SHOWN, SIDE = 8, 160                                    # prompts in the pictures, longer side of a video
 T_NAMES = [f"({k / 5:.1f}, {(k + 1) / 5:.1f}]" for k in range(validation.T_BINS)]
 
 
@@ -188,11 +188,10 @@ def compare(a, b):
 def main(config):
     """Each kind of evaluation is a function that checks its flags and returns what differs:
 
-    names: what is compared, in order open_source(name) -> (groups, measure): groups of video numbers 0 .. n -
-    1; measure(group) -> ({metric: values [b]},
-        videos uint8 [b, f, h, w, 3])
-    report(found, films): writes tables and pictures, from {name: {metric: [n]}} and {name: {number: uint8
-    video}}
+    names                what is compared, in order
+    open_source(name)    -> (groups, measure_group): lists of video numbers; measure_group(group) -> ({metric:
+                         values [b]}, videos uint8 [b, f, h, w, 3])
+    report(found, films) writes tables and pictures of {name: {metric: [n]}} and {name: {number: video}}
     """
     require_writable(Path(config.output_dir) / "table.md")
     runtime = common.setup(config.mixed_precision, config.seed)
@@ -261,7 +260,7 @@ def measure_all(names, open_source, runtime):
         for group, _ in common.progress(mine, f"{name} (x{len(groups[0]) * runtime.world_size})"):
             values, videos = measure_group(group)
             rows += validation.by_video(group, values)
-            shown += [(i, validation.shrunk(video, HEIGHT)) for i, video in zip(group, videos) if i < SHOWN]
+            shown += [(i, validation.shrunk(video, SIDE)) for i, video in zip(group, videos) if i < SHOWN]
         found[name] = {key: np.array(values) for key, values in validation.gather_values(rows).items()}
         films[name] = dict(sum(common.gather(shown), []))
     return found, films
@@ -318,6 +317,7 @@ def metrics_table(columns, rows):
 
 # ---- the embedded world: held-out prompts, graded by the annotator
 def embedded_world(config, named, runtime):
+    """Held-out prompts of the embedded world, with its annotator's grades; the last row has clean renders."""
     if any(families.of_config(transformer_folder(folder)[1]).world is None for folder in named.values()):
         raise InputError("the embedded world's prompts and annotator mean nothing to Wan2.1's generators: "
                          "give --prompts FILE")
@@ -395,6 +395,7 @@ def embedded_world(config, named, runtime):
 
 # ---- any generators, on your own prompts
 def own_prompts(config, named, runtime):
+    """`--prompts`: samples of any generators, kept as mp4, with rewards and the panel."""
     rows = read_prompts(config.prompts)[:config.num_videos]
     dit_config = transformer_folder(next(iter(named.values())))[1]
     defaults = families.sampling_defaults(dit_config)
@@ -461,7 +462,7 @@ def own_prompts(config, named, runtime):
                 made = settings | {"index": i, "batch": len(group), "place": place}
                 file_name, image = f"{i:06d}.mp4", rows[i]["image"]
                 lines.append(samples.row(folder / name, file_name, texts[i], seed, image, made))
-        write_rows(folder / name / "metadata.jsonl", lines)
+        update_rows(folder / name / "metadata.jsonl", lines)
 
     def report(found, films):
         first, *others = named
@@ -569,7 +570,9 @@ def existing_clips(config, runtime):
             plot(folder / "calibration.png", panels)
         cells = [[name, *(f"{x:.3f}" for x in row)] for name, row in cells.items()]
         print("\n".join(table(["t in", *T_NAMES], cells)))
-        print(f"wrote {folder}/scores.jsonl: {len(shards)} clips, worst first; {int(known.sum())} have labels")
+        labelled = int(known.sum())
+        print(f"wrote {folder}/scores.jsonl: {len(shards)} clips, the worst first; {labelled} of them have "
+              "labels")
 
     kept = {}
     return ["clips"], open_source, report

@@ -1,10 +1,12 @@
-"""Families of generators: one table of how each is used and trained unless flags say otherwise, and the loaders of their encoders.
+"""Families of generators: one table of how each is used and trained unless flags say otherwise, and the
+loaders of their encoders.
 
-Nothing else in this repository asks which family a generator is of. `of_config` tells it by the generator's config.json,
-and formats/weights.py refuses folders of families that are not here. To add one, add a row to FAMILIES.
+Nothing else in this repository asks which family a generator is of. `of_config` tells it by the generator's
+config.json, and formats/weights.py refuses folders of families that are not here. To add one, add a row to
+FAMILIES.
 
     embedded world      the small models in checkpoints/, whose VAE and text encoder are in world/
-    Wan2.1              text-to-video and image-to-video, whose encoders are in formats/wan.py (requirements-wan.txt)
+    Wan2.1              text-to-video and image-to-video, whose encoders formats/wan.py reads
 """
 import os
 from dataclasses import dataclass, field, replace
@@ -29,7 +31,7 @@ class Family:
     name: str
     source: str                             # of the values for sampling
     task: str = "t2v"                       # t2v (text-to-video) or i2v (image-to-video)
-    world: str | None = None                # which size of the embedded world it was trained on; None: it makes films
+    world: str | None = None  # which size of the embedded world it was trained on; None: it makes films
     # ---- its VAE
     channels: int = CHANNELS                # of a latent
     time: int = TIME                        # frames of a latent frame, but for the first, which is one frame
@@ -50,10 +52,11 @@ class Family:
     # ---- training: flags of train_align.py and train_reward.py
     align: dict = field(default_factory=dict)
     reward: dict = field(default_factory=dict)
-    videos_per_update: int | None = None    # of all GPUs, which gradient accumulation makes up; None: one batch
+    videos_per_update: int | None = None  # of all GPUs, which gradient accumulation makes up; None: one batch
 
     def shift(self, size):
-        """The shift of times for a video of this size. The shorter side decides, so that portrait is as landscape."""
+        """The shift of times for a video of this size. The shorter side decides, so that portrait is as
+        landscape."""
         return [shift for side, shift in self.shifts if min(size) >= side][-1]
 
 
@@ -61,7 +64,8 @@ class Family:
 # Training: the settings that are best in results/table1.md.
 _TINY = Family(
     name="embedded world, tiny", world="tiny", source="as world.pretrain trained it", steps=32,
-    sizes=((scene.SIZES["tiny"]["resolution"],) * 2,), frames=scene.SIZES["tiny"]["frames"], fps=float(scene.FPS),
+    sizes=((scene.SIZES["tiny"]["resolution"],) * 2,), frames=scene.SIZES["tiny"]["frames"],
+    fps=float(scene.FPS),
     align={"learning_rate": 1e-4, "batch_size": 32, "gradient_accumulation_steps": 1, "max_train_steps": 120,
            "num_inference_steps": 16},
     reward={"learning_rate": 2e-3, "trunk_learning_rate": 1e-3, "batch_size": 64})
@@ -71,14 +75,14 @@ _SMALL = replace(
 
 # Wan2.1's own negative prompt names what the films that it was trained on should not have looked like.
 WAN_NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，"
-                "最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，"
-                "畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，"
+                "最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，"
                 "背景人很多，倒着走")
-# Training: the paper's (A.2.3 to A.2.5). 800 iterations are one epoch over its prompts; how many videos PAVRM sees at once it
-# does not say.
+# Training: the paper's (A.2.3 to A.2.5). 800 iterations are one epoch over its prompts; how many videos PAVRM
+# sees at once it does not say.
 _WAN21 = Family(
     name="Wan2.1 text-to-video", source="Wan-Video/Wan2.1; the paper for the steps (Sec. 5.1)",
-    sizes=((832, 480), (1280, 720)), guidance=5.0, shifts=((0, 3.0), (720, 5.0)), negative_prompt=WAN_NEGATIVE, half=True,
+    sizes=((832, 480), (1280, 720)), guidance=5.0, shifts=((0, 3.0), (720, 5.0)),
+    negative_prompt=WAN_NEGATIVE, half=True,
     align={"learning_rate": 5e-6, "batch_size": 1, "max_train_steps": 800, "num_inference_steps": 40},
     reward={"learning_rate": 1e-5, "trunk_learning_rate": 1e-6, "batch_size": 2}, videos_per_update=30)
 
@@ -90,24 +94,29 @@ FAMILIES = (
     _WAN21,
     replace(_WAN21, name="Wan2.1 image-to-video", task="i2v", image_tokens=True, blank_frames=True),
 )
-UMT5_TOKENS = PRESETS["wan2.1-t2v-1.3b"]["text_len"]            # a context of all of Wan's generators has this length
+UMT5_TOKENS = PRESETS["wan2.1-t2v-1.3b"]["text_len"]  # a context of all of Wan's generators has this length
 
 
 def of_config(dit_config):
-    """The Family of the generator with this config, which is a VideoDiT's. Raises InputError if it is none of the table's.
+    """The Family of the generator with this config, which is a VideoDiT's. Raises InputError if it is none of
+    the table's.
 
-    A context as long as UMT5's makes it one of Wan's. What is not Wan's is the embedded world's, tiny or small by its width.
+    A context as long as UMT5's makes it one of Wan's. What is not Wan's is the embedded world's, tiny or
+    small by its width.
     """
     if dit_config["text_len"] != UMT5_TOKENS:
         world = "small" if dit_config["dim"] == PRESETS["small-t2v"]["dim"] else "tiny"
         return next(row for row in FAMILIES if (row.world, row.task) == (world, dit_config["model_type"]))
-    task, channels, image_tokens = dit_config["model_type"], dit_config["out_dim"], bool(dit_config["image_dim"])
+    task, channels = dit_config["model_type"], dit_config["out_dim"]
+    image_tokens = bool(dit_config.get("image_dim"))
     for row in FAMILIES:
         if row.world is None and (row.task, row.channels, row.image_tokens) == (task, channels, image_tokens):
             return row
     known = "; ".join(row.name for row in FAMILIES if row.world is None)
-    raise InputError(f"a generator for {task} with latents of {channels} channels and {'with' if image_tokens else 'without'} "
-                     f"CLIP tokens is of a family that is not supported, perhaps of Wan2.2; supported are {known}")
+    raise InputError(f"a generator for {task} with latents of {channels} channels and "
+                     f"{'with' if image_tokens else 'without'} "
+                     f"CLIP tokens is of a family that is not supported, perhaps of Wan2.2; supported are "
+                     f"{known}")
 
 
 # ---- flags that are left open
@@ -120,7 +129,8 @@ def fill_in(config, values):
 
 def sampling_defaults(dit_config, size=None):
     """How a generator of this config is used where nobody says otherwise: {"size" (W, H), "frames", "fps",
-    "num_inference_steps", "guidance_scale", "shift", "negative_prompt"}. size: of the video, if not the default."""
+    "num_inference_steps", "guidance_scale", "shift", "negative_prompt"}. size: of the video, if not the
+    default."""
     row = of_config(dit_config)
     return {"size": row.sizes[0], "frames": row.frames, "fps": row.fps, "num_inference_steps": row.steps,
             "guidance_scale": row.guidance, "shift": row.shift(size or row.sizes[0]),
@@ -130,8 +140,9 @@ def sampling_defaults(dit_config, size=None):
 def training_defaults(dit_config, stage, batch_size=None, sequence_parallel=1):
     """What train_align.py ("align") or train_reward.py ("reward") do where no flag says: {flag: value}.
 
-    dit_config: of the generator. batch_size, sequence_parallel: those flags' values. Where a family has a number of videos per
-    update, align's gradient_accumulation_steps comes as near to it as these and the number of processes allow.
+    dit_config: of the generator. batch_size, sequence_parallel: those flags' values. Where a family has a
+    number of videos per update, align's gradient_accumulation_steps comes as near to it as these and the
+    number of processes allow.
     """
     row = of_config(dit_config)
     values = dict(getattr(row, stage))
@@ -156,22 +167,25 @@ def video_size(dit_config, latent_shape):
 
 # ---- encoders
 def load_vae(path):
-    """The VAE in folder `path`: a VideoVAE, or Wan2.1's as diffusers stores it. Raises InputError if it is another one."""
+    """The VAE in folder `path`: a VideoVAE, or Wan2.1's as diffusers stores it. Raises InputError if it is
+    another one."""
     config = read_config(path)
     if config.get("_class_name") != "AutoencoderKLWan":
         return load_saved(VideoVAE, path)
     found = tuple(config.get(name, default) for name, default in
                   (("z_dim", CHANNELS), ("scale_factor_temporal", TIME), ("scale_factor_spatial", SPACE)))
     if found not in {(row.channels, row.time, row.space) for row in FAMILIES}:
-        raise InputError(f"{path}: is the VAE of a family that is not supported: {found[0]} channels, {found[1]} x in time, "
-                         f"{found[2]} x in space, where Wan2.1's has {CHANNELS}, {TIME} x and {SPACE} x (Wan2.2 TI2V-5B's has "
-                         "48, 4 x and 16 x)")
+        raise InputError(f"{path}: is the VAE of a family that is not supported: {found[0]} channels, "
+                         f"{found[1]} x in time, "
+                         f"{found[2]} x in space, where Wan2.1's has {CHANNELS}, {TIME} x and {SPACE} x "
+                         "(Wan2.2 TI2V-5B's has 48, 4 x and 16 x)")
     from formats.wan import WanVAE
     return WanVAE(path)
 
 
 def load_text_encoder(path):
-    """The text encoder in folder `path`: a TextEncoder, or Wan2.1's UMT5 as transformers stores it. Raises InputError."""
+    """The text encoder in folder `path`: a TextEncoder, or Wan2.1's UMT5 as transformers stores it. Raises
+    InputError."""
     if read_config(path).get("model_type") == "umt5":
         from formats.wan import WanTextEncoder
         return WanTextEncoder(path)
@@ -179,27 +193,28 @@ def load_text_encoder(path):
 
 
 def load_image_encoder(path):
-    """The image encoder in folder `path`: Wan2.1's CLIP vision model as transformers stores it. Raises InputError."""
+    """The image encoder in folder `path`: Wan2.1's CLIP vision model as transformers stores it. Raises
+    InputError."""
     from formats.wan import WanImageEncoder
     return WanImageEncoder(path)
 
 
 def takes_blank_frames(text):
-    """Whether image-to-video generators that read this text encoder take the first frame as Wan's do, with blank frames
-    behind it."""
+    """Whether image-to-video generators that read this text encoder take the first frame as Wan's do, with
+    blank frames behind it."""
     return not isinstance(text, TextEncoder)
 
 
 def image_conditions(dit_config, vae, image_encoder, first, frames):
-    """What an image-to-video generator takes of first frames uint8 [b, H, W, 3] of videos of this many frames, as keywords:
-    y [b, 4 + c, f, h, w], and clip_tokens [b, m, image_dim] if it has image tokens."""
+    """What an image-to-video generator takes of first frames uint8 [b, H, W, 3] of videos of this many
+    frames, as keywords: y [b, 4 + c, f, h, w], and clip_tokens [b, m, image_dim] if it has image tokens."""
     row = of_config(dit_config)
-    videos = first[:, None].expand(-1, frames, -1, -1, -1)                                  # [b, F, H, W, 3], one is read
+    videos = first[:, None].expand(-1, frames, -1, -1, -1)  # [b, F, H, W, 3], one is read
     condition = condition_latents(vae, videos, row.blank_frames)                            # [b, c, f, h, w]
     batch = {"latents": condition}
     if row.blank_frames:
         batch["condition"] = condition
-    if dit_config["image_dim"]:
+    if dit_config.get("image_dim"):
         batch["clip_fea"] = image_encoder.encode(first)
     return image_inputs(dit_config, batch, first.device)
 
@@ -227,15 +242,17 @@ NULL_CONTEXT = "null_context.safetensors"                       # beside shards
 
 
 def save_null_context(folder, text):
-    """Beside shards of Wan's contexts: those of the empty and of the negative prompt. The embedded world's are all zeros."""
+    """Beside shards of Wan's contexts: those of the empty and of the negative prompt. The embedded world's
+    are all zeros."""
     if not isinstance(text, TextEncoder):
         empty, negative = text.encode(["", WAN_NEGATIVE]).float().cpu().contiguous()
         stream_tensors({"empty": empty.clone(), "negative": negative.clone()}, Path(folder) / NULL_CONTEXT)
 
 
 def null_context(dit_config, kind, shards, model, device):
-    """[l, d_text] of the "empty" or the "negative" prompt of a Wan generator, from the folder of shards, or by the text
-    encoder in `model`; None in the embedded world, whose null context is all zeros. Raises InputError if neither has it."""
+    """[l, d_text] of the "empty" or the "negative" prompt of a Wan generator, from the folder of shards, or
+    by the text encoder in `model`; None in the embedded world, whose null context is all zeros. Raises
+    InputError if neither has it."""
     negative = of_config(dit_config).negative_prompt
     if negative is None:
         return None
@@ -243,6 +260,7 @@ def null_context(dit_config, kind, shards, model, device):
         return load_file(path)[kind].to(device)
     folder = Path(f"{model}/text_encoder")
     if not folder.is_dir():
-        raise InputError(f"{shards}: holds no {NULL_CONTEXT}, and {model} no text_encoder/ to make it with: encode again")
+        raise InputError(f"{shards}: holds no {NULL_CONTEXT}, and {model} no text_encoder/ to make it with: "
+                         "encode again")
     prompt = {"empty": "", "negative": negative}[kind]
     return encode_texts(load_text_encoder(folder), folder, [prompt], device)[prompt].to(device)

@@ -65,7 +65,7 @@ BAD_HELP = "a clip is bad if it is unqualified on both axes (A.2.3), or on any o
 class Serve:
     annotator: str | None = arg(None, "name of the person whose answers these are; default: the login name")
     port: int = arg(8765, "port of the page on 127.0.0.1; 0: any free one", at_least=0, at_most=65535)
-    seed: int = arg(0, "seed of the order of clips, the same for every annotator, and of which clip of a pair is left",
+    seed: int = arg(0, "seed of the order of clips, which all annotators share, and of which clip of a pair is left",
                     at_least=0)
 
 
@@ -418,7 +418,7 @@ def make_app(session, token, scratch):
     def undo():
         with session.lock:
             try:
-                # if the reply was lost, the page sends the request again: it takes back one answer all the same
+                # the page sends the request again if the reply was lost: it still takes back one answer only
                 given = flask.request.get_json(silent=True) or {}
                 if session.answers and given.get("done") == len(session.answers):
                     session.undo()

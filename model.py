@@ -15,7 +15,8 @@ Deliberate differences from the released code:
  2. All items of a batch share one grid, so there is no sequence padding and no per-item loop.
  3. RoPE multiplies in complex64 (complex128 in a float64 model), not always in complex128.
  4. The residual stream and the query and key norms are float32 (or wider) throughout, also under autocast.
- 5. Image-to-video: behind frame 0 `y` is zero, or the shards' `condition`: the VAE's code of blank frames, as in Wan.
+ 5. Image-to-video: behind frame 0 `y` is zero, or the shards' `condition`, which is Wan's: the VAE's code of
+    blank frames.
 """
 import math
 from functools import lru_cache, partial
@@ -31,7 +32,8 @@ from formats.weights import WeightFiles, diffusers_config, diffusers_name, trans
 
 _tiny = dict(model_type="t2v", patch_size=(1, 2, 2), in_dim=16, out_dim=16, dim=192, ffn_dim=768, num_heads=6,
              num_layers=8, freq_dim=64, text_dim=128, text_len=8)
-_wan = dict(model_type="t2v", patch_size=(1, 2, 2), in_dim=16, out_dim=16, freq_dim=256, text_dim=4096, text_len=512)
+_wan = dict(model_type="t2v", patch_size=(1, 2, 2), in_dim=16, out_dim=16, freq_dim=256, text_dim=4096,
+            text_len=512)
 _wan_14b = _wan | dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 
 PRESETS = {
@@ -64,7 +66,8 @@ def rope_table(grid, head_dim, device, dtype):
     per_space = 2 * (head_dim // 6)
     channels = (head_dim - 2 * per_space, per_space, per_space)
     with torch.inference_mode(False):  # a table first built while sampling is used in training later
-        position = torch.cartesian_prod(*(torch.arange(s, dtype=torch.float64) for s in grid)).view(-1, 3)  # [n, 3]
+        # [n, 3]
+        position = torch.cartesian_prod(*(torch.arange(s, dtype=torch.float64) for s in grid)).view(-1, 3)
         angle = torch.cat([
             position[:, axis, None] * 10000.0 ** (-torch.arange(0, c, 2, dtype=torch.float64) / c)
             for axis, c in enumerate(channels)], dim=1)                                      # [n, e / 2]
@@ -101,10 +104,10 @@ def modulated_norm(x, shift, scale, eps):
 def attend(q, k, v, sequence=None):
     """q [b, n, k, e] against keys and values [b, m, k, e], every key seen -> [b, n, d]
 
-    sequence: each of several GPUs has its own n tokens, and attends over all tokens with its own heads in between.
-    One result, three ways to it: PyTorch's fused kernel on a GPU, the same in float32 on a CPU, and plain products on
-    a CPU for few keys. For 12 of them the fused CPU kernel takes 1.4 times as long in float32 and ten times in
-    bfloat16; for 80, bfloat16 takes it twice as long as float32.
+    sequence: each of several GPUs has its own n tokens, and attends over all tokens with its own heads in
+    between. One result, three ways to it: PyTorch's fused kernel on a GPU, the same in float32 on a CPU, and
+    plain products on a CPU for few keys. For 12 of them the fused CPU kernel takes 1.4 times as long in
+    float32 and ten times in bfloat16; for 80, bfloat16 takes it twice as long as float32.
     """
     if sequence is not None:
         return sequence.tokens(attend(*sequence.heads(q, k, v)))
@@ -122,7 +125,8 @@ def attend(q, k, v, sequence=None):
 
 
 class Attention(nn.Module):
-    """Self-attention over video tokens, or cross-attention to text and, with has_image_tokens, to CLIP tokens too."""
+    """Self-attention over video tokens, or cross-attention to text and, with has_image_tokens, to CLIP tokens
+    too."""
 
     def __init__(self, dim, num_heads, eps, has_image_tokens=False):
         super().__init__()
@@ -134,8 +138,8 @@ class Attention(nn.Module):
             self.norm_k_img = RMSNorm(dim, eps)
 
     def forward(self, x, attended=None, image_tokens=None, rope=None, sequence=None):
-        """x [b, n, d]; attended: text [b, l, d], or None for x itself; image_tokens [b, m, d]; rope, sequence as in
-        `run_blocks`."""
+        """x [b, n, d]; attended: text [b, l, d], or None for x itself; image_tokens [b, m, d]; rope, sequence
+        as in `run_blocks`."""
         x = x.to(self.q.weight.dtype)
         if attended is None:
             attended = x
@@ -157,12 +161,15 @@ class Block(nn.Module):
         self.self_attn = Attention(dim, num_heads, eps)
         self.norm3 = nn.LayerNorm(dim, eps)  # before cross-attention; the other two norms have no parameters
         self.cross_attn = Attention(dim, num_heads, eps, has_image_tokens)
-        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"),
+                                 nn.Linear(ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim ** 0.5)
 
     def forward(self, x, time, context, image_tokens, rope, sequence=None):
-        """x [b, n, d] float32; time [b, 6, d] float32, the same for all blocks; context [b, l, d] -> [b, n, d]"""
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.modulation.to(x.dtype) + time).split(1, dim=1)
+        """x [b, n, d] float32; time [b, 6, d] float32, the same for all blocks; context [b, l, d] -> [b, n,
+        d]"""
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.modulation.to(x.dtype)
+                                                              + time).split(1, dim=1)
         y = self.self_attn(modulated_norm(x, shift_a, scale_a, self.eps), rope=rope, sequence=sequence)
         x = (y * gate_a).add_(x)
         weight, bias = self.norm3.weight.to(x.dtype), self.norm3.bias.to(x.dtype)
@@ -203,8 +210,9 @@ class VideoDiT(nn.Module):
     patch embedding (16, or 36 in i2v: 16 noisy + 20 of `y`); out_dim; dim; ffn_dim; freq_dim of the sinusoid;
     text_dim and text_len of the context; num_heads; num_layers; eps of the norms; image_dim of CLIP tokens
     or None.
-    Set `dit.gradient_checkpointing = True` to recompute each block in the backward pass. `sequence`: None, or how n tokens
-    lie over several GPUs (scale/sequence.py); every one of them is given, and gives, the whole video.
+    Set `dit.gradient_checkpointing = True` to recompute each block in the backward pass. `sequence`: None, or
+    how n tokens lie over several GPUs (scale/sequence.py); every one of them is given, and gives, the whole
+    video.
     """
 
     def __init__(self, *, model_type="t2v", patch_size=(1, 2, 2), in_dim=16, out_dim=16, dim=1536,
@@ -214,7 +222,8 @@ class VideoDiT(nn.Module):
         if model_type not in ("t2v", "i2v"):
             raise InputError(f"model_type is {model_type!r}; this model knows t2v and i2v")
         if num_heads < 1 or dim % num_heads or dim // num_heads % 2 or dim // num_heads < 6:
-            raise InputError(f"dim {dim} must give each of {num_heads} heads an even number of channels, at least 6")
+            raise InputError(f"dim {dim} must give each of {num_heads} heads an even number of channels, at "
+                             "least 6")
         if freq_dim % 2:
             raise InputError(f"freq_dim is {freq_dim}; it must be even (cosines and sines)")
         self.config = dict(model_type=model_type, patch_size=tuple(patch_size), in_dim=in_dim,
@@ -224,7 +233,8 @@ class VideoDiT(nn.Module):
         self.gradient_checkpointing, self.sequence, self.weight_files = False, None, None
         patch = self.config["patch_size"]
         self.patch_embedding = nn.Conv3d(in_dim, dim, kernel_size=patch, stride=patch)
-        self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
+        self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"),
+                                            nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(
@@ -253,9 +263,10 @@ class VideoDiT(nn.Module):
         first-frame latent); clip_tokens [b, m, image_dim] when the model has image tokens (Wan2.1: m = 257).
         Returns [b, out_dim, f, h, w], float32 (float64 in a float64 model). InputError on a wrong shape.
         """
-        tokens, time_embedding, (f, h, w), sequence = self.run_blocks(x, t, context, len(self.blocks), y, clip_tokens)
+        tokens, time_embedding, (f, h, w), sequence = self.run_blocks(x, t, context, len(self.blocks), y,
+                                                                      clip_tokens)
         with torch.autocast(x.device.type, enabled=False):
-            out = self.head(tokens, time_embedding[:, None])                                    # [b, n, c * patch volume]
+            out = self.head(tokens, time_embedding[:, None])  # [b, n, c * patch volume]
         out = sequence.gather_tokens(out) if sequence else out
         pf, ph, pw = self.config["patch_size"]
         return rearrange(out, "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)",
@@ -267,10 +278,11 @@ class VideoDiT(nn.Module):
         return sequence.gather_tokens(tokens) if sequence else tokens
 
     def run_blocks(self, x, t, context, depth, y, clip_tokens):
-        """-> tokens [b, n, d], time embedding [b, d], token grid (f, h, w), None; or this GPU's tokens, and `sequence`
+        """-> tokens [b, n, d], time embedding [b, d], token grid (f, h, w), None; or this GPU's tokens, and
+        `sequence`
 
-        The rule of dtypes: matrices multiply in theirs (or autocast's); the residual stream `tokens`, norms, modulation
-        and everything about time stay `wide`.
+        The rule of dtypes: matrices multiply in theirs (or autocast's); the residual stream `tokens`, norms,
+        modulation and everything about time stay `wide`.
         """
         if not 0 <= depth <= len(self.blocks):
             raise InputError(f"depth is {depth}; this model has 0 to {len(self.blocks)} blocks")
@@ -311,20 +323,23 @@ class VideoDiT(nn.Module):
         hidden = wide_linear(self.time_embedding[0], torch.cat([angle.cos(), angle.sin()], dim=1))
         embedding = wide_linear(self.time_embedding[2], F.silu(hidden))                      # [b, d]
         modulation = wide_linear(self.time_projection[1], F.silu(embedding))                 # [b, 6 d]
-        return embedding, modulation.unflatten(1, (6, -1))                                   # [b, d], [b, 6, d]
+        return embedding, modulation.unflatten(1, (6, -1))  # [b, d], [b, 6, d]
 
     def checked_y(self, x, y):
         if y.shape[0] != x.shape[0] or y.shape[2:] != x.shape[2:]:
-            raise InputError(f"y has shape {list(y.shape)}; beside x {list(x.shape)} only its channels may differ")
+            raise InputError(f"y has shape {list(y.shape)}; beside x {list(x.shape)} only its channels may "
+                             "differ")
         return y.to(x.dtype)
 
     def check_inputs(self, x, t, context, clip_tokens):
         """The token grid (f, h, w) of x (with y already concatenated), or InputError."""
         config, b = self.config, x.shape[0]
         if x.dim() != 5 or x.shape[1] != config["in_dim"]:
-            raise InputError(f"x with y has shape {list(x.shape)}; this model takes [b, {config['in_dim']}, f, h, w]")
+            raise InputError(f"x with y has shape {list(x.shape)}; this model takes [b, {config['in_dim']}, "
+                             "f, h, w]")
         if any(size % p for size, p in zip(x.shape[2:], config["patch_size"])):
-            raise InputError(f"latent size {list(x.shape[2:])} must divide by the patch size {config['patch_size']}")
+            raise InputError(f"latent size {list(x.shape[2:])} must divide by the patch size "
+                             f"{config['patch_size']}")
         if t.shape != (b,):
             raise InputError(f"t has shape {list(t.shape)}; it must be [{b}], one time for each example")
         if context.dim() != 3 or context.shape[0] != b or context.shape[2] != config["text_dim"] \
@@ -333,8 +348,10 @@ class VideoDiT(nn.Module):
                              f"[{b}, at most {config['text_len']}, {config['text_dim']}]")
         if (clip_tokens is None) != (config["image_dim"] is None):
             raise InputError("clip_tokens must be given exactly when the model has image_dim")
-        if clip_tokens is not None and (clip_tokens.dim() != 3 or clip_tokens[:, 0].shape != (b, config["image_dim"])):
-            raise InputError(f"clip_tokens has shape {list(clip_tokens.shape)}; this model takes [{b}, m, {config['image_dim']}]")
+        if clip_tokens is not None and (clip_tokens.dim() != 3
+                                        or clip_tokens[:, 0].shape != (b, config["image_dim"])):
+            raise InputError(f"clip_tokens has shape {list(clip_tokens.shape)}; this model takes [{b}, m, "
+                             f"{config['image_dim']}]")
         return tuple(size // p for size, p in zip(x.shape[2:], config["patch_size"]))
 
 
@@ -350,10 +367,12 @@ def first_frame_condition(x0):
 
 
 def image_inputs(config, batch, device):
-    """What a VideoDiT of this config takes beside x, t and context, from a batch of `data.Shards`, as keywords.
+    """What a VideoDiT of this config takes beside x, t and context, from a batch of `data.Shards`, as
+    keywords.
 
-    Text-to-video: none. Image-to-video: y [b, 4 + c, f, h, w], the mask and the first frame's latent (behind it the
-    condition in the shards, which is Wan's, or zeros), and clip_tokens [b, m, image_dim] if the model has image tokens.
+    Text-to-video: none. Image-to-video: y [b, 4 + c, f, h, w], the mask and the first frame's latent (behind
+    it the condition in the shards, which is Wan's, or zeros), and clip_tokens [b, m, image_dim] if the model
+    has image tokens.
     """
     if config["model_type"] != "i2v":
         return {}
@@ -371,17 +390,21 @@ def load_transformer(path, dtype=torch.float32, load_now=True):
     """VideoDiT from our folder, an official Wan2.1 or diffusers one, or a folder that holds `transformer/`.
 
     dtype of the parameters: float32 master weights, or None for each as stored. `export_transformer` finds
-    the stored dtypes again. load_now=False: a model on the meta device, whose weights scale.parallel.shard reads from
-    `dit.weight_files`, each rank its own. Raises InputError (one line, naming the file) for anything missing or unexpected.
+    the stored dtypes again. load_now=False: a model on the meta device, whose weights scale.parallel.shard
+    reads from `dit.weight_files`, each rank its own. Raises InputError (one line, naming the file) for
+    anything missing or unexpected.
     """
     path, config, rename, ignore = transformer_folder(path)
     try:
         with torch.device("meta"):
             dit = VideoDiT(**config | {"eps": float(config.get("eps", 1e-6))})
-    except (InputError, TypeError, KeyError, ValueError, RuntimeError, ArithmeticError, AttributeError) as error:
+    except (InputError, TypeError, KeyError, ValueError, RuntimeError, ArithmeticError,
+            AttributeError) as error:
         reason = f"{path}/config.json does not describe a Wan2.1 transformer: {error}"
         raise InputError(reason.replace("\n", " ")) from None
-    dit.weight_files = WeightFiles(path, rename).require({name: p.shape for name, p in dit.state_dict().items()}, ignore)
+    dit.weight_files = WeightFiles(path,
+                                   rename).require({name: p.shape for name, p in dit.state_dict().items()},
+                                                   ignore)
     if not load_now:
         return dit
     state = {name: dit.weight_files.tensor(name) for name in dit.state_dict()}
@@ -394,11 +417,13 @@ def load_transformer(path, dtype=torch.float32, load_now=True):
 def export_transformer(dit, path, layout="wan", dtype=None, state=None):
     """Write dit as an official Wan2.1 folder ("wan") or a diffusers WanTransformer3DModel one ("diffusers").
 
-    Each weight goes back in the dtype it was loaded from, or in `dtype`. state: written in place of dit's. Every rank calls it.
+    Each weight goes back in the dtype it was loaded from, or in `dtype`. state: written in place of dit's.
+    Every rank calls it.
     """
     if layout not in ("wan", "diffusers"):
         raise InputError(f"layout is {layout!r}; choose wan or diffusers")
     named, config = (diffusers_name, diffusers_config(dit.config)) if layout == "diffusers" else \
         (str, {"_class_name": "WanModel"} | dit.config)
     stored = {named(name): x for name, x in getattr(dit, "stored_dtypes", {}).items()}
-    write_folder(path, config, {named(name): p for name, p in (state or dit.state_dict()).items()}, dtype or stored)
+    write_folder(path, config, {named(name): p for name, p in (state or dit.state_dict()).items()},
+                 dtype or stored)

@@ -41,7 +41,7 @@ import families
 import search
 from common import InputError, arg
 from formats import disk, encoders, lock, runs, samples
-from formats.metadata import from_json, not_text, write_rows
+from formats.metadata import from_json, not_text, update_rows
 from formats.paths import require_writable
 from formats.prompts import read_prompts
 from formats.video import contact_sheet, read_clip, write_video
@@ -51,7 +51,7 @@ from pavrm import load_pavrm
 from scale import lora, parallel, plan, sequence
 
 EXAMPLE = "a red circle moving to the right"
-BATCH_LATENTS = 2 ** 12  # latent positions of a batch if no flag gives its size
+BATCH_LATENTS = 2 ** 12                                 # latent positions of a batch without --batch_size
 
 
 @dataclass
@@ -103,7 +103,7 @@ class Video:
     image: str | None
     seed: int
     index: int
-    batch: int | None = None  # how many videos are sampled together; None: as many as fit
+    batch: int | None = None                            # videos sampled together; None: as many as fit
     place: int | None = None                            # which of them this one is
 
 
@@ -156,6 +156,10 @@ def take_settings(config, rows):
         keep -= {"task", "model", "transformer", "lora", "reward"}
     elif "transformer" in changed:
         keep -= {"lora"}
+    if "best_of" in changed:
+        keep -= {"drops"}
+    if config.guidance_scale == 1:
+        keep -= {"negative_prompt"}
     for name in keep:
         setattr(config, name, getattr(then, name))
     check_flags(config)
@@ -311,7 +315,7 @@ def write_metadata(folder, videos, settings):
             place = {name: getattr(video, name) for name in samples.OF_A_VIDEO}
             made = settings | place
             rows.append(samples.row(folder, video.path.name, video.prompt, video.seed, video.image, made))
-    write_rows(Path(folder) / "metadata.jsonl", rows)
+    update_rows(Path(folder) / "metadata.jsonl", rows)
 
 
 @torch.no_grad()

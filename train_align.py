@@ -20,6 +20,7 @@ best/, the weights whose samples the annotator or --judge liked best.
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 """
+import dataclasses
 import math
 import time
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ import refl_baseline
 import rwr_baseline
 import validation
 from common import InputError, arg
-from families import fill_in, null_context, sampling_defaults, training_defaults, video_size
+from families import null_context, of_config, sampling_defaults, training_defaults, video_size
 from formats import runs
 from formats.encoders import drop_contexts
 from formats.weights import TASKS, resolve_model, transformer_folder
@@ -107,50 +108,66 @@ class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
     seed: int = arg(0, "seed of order, times, noise and rewarded steps", at_least=0)
 
 
-def check_flags(config):
-    """Fills in what recipe and model say. Raises InputError for flags that cannot work together."""
-    config.recipe = config.recipe or ("paper" if config.method == "refl" else "steady")
-    dit_config = transformer_folder(resolve_model(config))[1]
-    fill_in(config, prfl.RECIPES[config.recipe] | training_defaults(dit_config, "align", config.batch_size,
-                                                                    config.sequence_parallel))
-    config.trajectory_part = config.trajectory_part or ("late" if config.method == "refl" else "full")
-    prfl.steps_of(config.trajectory_part, config.num_inference_steps)
-    validation.check_flags(config)
+def resolve(config, shards):
+    """Flags in, settings out: a config without open flags, printed with the source of each value.
 
-
-def load_curated(config, policy, runtime):
-    """-> (shards, indices of the clips to train on, indices of the clips held out to watch).
-
-    No clip that is labelled 0 is among either.
+    shards: those of --data, or None. Raises InputError for flags that cannot work together.
     """
-    if config.data:
-        shards = data.Shards(config.data).relabel()
-    else:
-        folder = config.curated_dir or Path(config.output_dir) / "curated"
-        shards = clips.clean_clips(folder, config.model, config.num_curated, config.world, config.seed + 500,
-                                   runtime)
-    data.require_fit(shards, policy, config.model)
+    named = dataclasses.replace(config)
+    model = resolve_model(named)                                # and the task
+    dit_config = transformer_folder(model)[1]
+    latent_shape = shards.latent_shape if shards else scene.LATENT_SHAPES[config.world]
+    sources = {"the shipped generator": {"model": model, "task": named.task}}
+    if config.method in ("prfl", "refl"):
+        is_refl = config.method == "refl"
+        recipe = config.recipe or ("paper" if is_refl else "steady")
+        sources[f"--method {config.method}"] = {"recipe": recipe,
+                                                "trajectory_part": "late" if is_refl else "full"}
+        sources[f"the {recipe} recipe"] = prfl.RECIPES[recipe]
+    if config.method != "sft":
+        name = f"reward_rgb_{config.frames_decoded}" if config.method == "refl" else "reward"
+        sources["the generator's folder"] = {"reward": f"{model}/{name}"}
+    sources["the number of clips"] = {"num_validation": validation.default_number(shards)}
+    sources[of_config(dit_config).name] = (
+        sampling_defaults(dit_config, video_size(dit_config, latent_shape))
+        | training_defaults(dit_config, "align", config.batch_size, config.sequence_parallel))
+    settings, origin = common.settle(config, sources)
+    validation.check_flags(config, settings.num_validation)
+    if settings.trajectory_part:
+        prfl.steps_of(settings.trajectory_part, settings.num_inference_steps)
+    common.print_settings(settings, origin)
+    return settings
+
+
+def split_curated(config, shards):
+    """-> (indices of the clips to train on, indices of the clips held out to watch), none of them labelled 0."""
     curated = (shards.labels != 0).nonzero()[:, 0]
     if not len(curated):
         raise InputError(f"{shards.folder}: every clip is labelled 0; alignment needs good ones")
-    return shards, *validation.hold_out(config, shards, curated)
+    if not config.data:
+        return curated, curated[:0]                             # validation has sentences of its own
+    return validation.hold_out(config, shards, curated)
 
 
 def main(config):
-    # ---- the generator that is trained, its reward, and the videos it learns from
-    check_flags(config)
+    # ---- the settings, the generator that is trained, its reward, and the videos it learns from
     runtime = common.setup(config.mixed_precision, config.seed, config.sequence_parallel)
+    shards = data.Shards(config.data).relabel() if config.data else None
+    config = resolve(config, shards)
     policy = load_transformer(config.model, load_now=False).train()
     lora.add(policy, config.lora_rank, config.lora_alpha, config.seed, config.lora)
     parallel.shard(policy, runtime, config)
     if config.method == "refl":
         pixel_reward, vae = refl_baseline.load_reward_and_decoder(config, policy, runtime)
     elif config.method in ("prfl", "rwr"):
-        config.reward = config.reward or f"{config.model}/reward"
         pavrm = parallel.shard(load_pavrm(config.reward, policy, load_now=False), runtime, config)
     resume, state = runs.open_checkpoint(config)
-    shards, curated, held_out = load_curated(config, policy, runtime)
-    fill_in(config, sampling_defaults(policy.config, video_size(policy.config, shards.latent_shape)))
+    if not config.data:
+        folder = config.curated_dir or Path(config.output_dir) / "curated"
+        shards = clips.clean_clips(folder, config.model, config.num_curated, config.world, config.seed + 500,
+                                   runtime)
+    data.require_fit(shards, policy, config.model)
+    curated, held_out = split_curated(config, shards)
     accumulation = config.gradient_accumulation_steps
     global_batch = config.batch_size * runtime.world_size // config.sequence_parallel * accumulation
     if runtime.rank == 0:
@@ -251,7 +268,8 @@ def main(config):
     validate = None
     if config.num_validation:
         validate = validation.make_validation(config, runtime, policy, shards, held_out, export)
-    log = runs.start_run(config, state["step"] if resume else None, shards)     # last: now the run folder changes
+    # last: now the run folder changes
+    log = runs.start_run(config, state["step"] if resume else None, shards)
     bar = common.progress(config.max_train_steps, config.method, initial=state["step"])
     if validate and not resume:
         log.log(0, **validate(policy, 0, log))

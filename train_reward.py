@@ -25,6 +25,7 @@ reward of pixels, the video at t is the clean one that is predicted from x_t.
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 """
+import dataclasses
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -37,11 +38,11 @@ import data
 import flow
 import refl_baseline
 from common import InputError, arg
-from families import fill_in, training_defaults
+from families import of_config, training_defaults
 from formats import runs
 from formats.labels import BAD
 from formats.shards import join
-from formats.weights import TASKS, resolve_model, save_module
+from formats.weights import TASKS, resolve_model, save_module, transformer_folder
 from model import image_inputs, load_transformer
 from pavrm import CRITERIA, PAVRM, POOLINGS
 from scale import parallel
@@ -58,8 +59,8 @@ class Config(runs.Flags, parallel.Flags):
                      choices=("latent", "rgb"))
     frames_decoded: str = arg("first", "frames that are decoded and judged", choices=refl_baseline.FRAMES,
                               only="space rgb")
-    data: tuple[str, ...] = arg((), "labelled shards from `data.py encode`; several folders, such as rounds of labels, "
-                                "count as one; default: the generator's own samples")
+    data: tuple[str, ...] = arg((), "labelled shards from `data.py encode`; several folders, such as rounds "
+                                "of labels, count as one; default: the generator's own samples")
     labels: str | None = arg(None, "a labels.jsonl in place of the one beside the clips", only="data")
     bad: str = arg("both", "a video is bad if it is unqualified on both axes (A.2.3), or on any", choices=BAD,
                    only="data")
@@ -101,48 +102,62 @@ class Config(runs.Flags, parallel.Flags):
     seed: int = arg(0, "seed of weights, samples, order, t and noise", at_least=0)
 
 
-def main(config):
-    shared = tuple(parallel.Flags.__annotations__)
-    common.refuse(config, shared if config.space == "rgb" else (), "with --space rgb")
-    common.refuse(config, shared[:1] if config.trunk_learning_rate == 0 else (),
-                  "with --trunk_learning_rate 0")
+def resolve(config, shards):
+    """Flags in, settings out: a config without open flags, printed with the source of each value.
+
+    shards: those of --data, or None. Raises InputError for flags that cannot work together.
+    """
+    common.refuse(config, tuple(parallel.Flags.__annotations__) if config.space == "rgb" else (),
+                  "with --space rgb")
+    if config.trunk_learning_rate == 0:
+        common.refuse(config, ("gradient_checkpointing",), "with --trunk_learning_rate 0")
     if config.loss == "bt" and config.batch_size == 1:
         raise InputError("--loss bt compares the good and the bad of a batch: it needs --batch_size 2 or "
                          "more")
-    if config.labels and len(config.data) > 1:
-        raise InputError("--labels replaces the labels.jsonl of one folder: with several folders of --data leave it out")
+    named = dataclasses.replace(config)
+    model = resolve_model(named)                                # and the task
+    dit_config = transformer_folder(model)[1]
+    alike = shards is not None and not data.prompt_groups([row["prompt"] for row in shards.rows]).any()
+    if alike and config.mismatched:
+        raise InputError(f"--mismatched {config.mismatched}: all prompts are alike, so none is wrong: leave "
+                         f"it out")
+    settings, origin = common.settle(config, {
+        "the shipped generator": {"model": model, "task": named.task},
+        "the prompts, which are all alike" if alike else "ours": {"mismatched": 0.0 if alike else 0.25},
+        of_config(dit_config).name: training_defaults(dit_config, "reward")})
+    common.print_settings(settings, origin)
+    return settings
+
+
+def main(config):
     runtime = common.setup(config.mixed_precision, config.seed, config.sequence_parallel)
     parallel.check(config)
-    # to make samples or predictions; else the trunk is enough
-    whole = config.space == "rgb" or not config.data
-    dit = load_transformer(resolve_model(config), load_now=whole).eval().requires_grad_(False)
-    fill_in(config, training_defaults(dit.config, "reward"))
-    resume, state = runs.open_checkpoint(config)
+    shards = None
     if config.data:
-        parts = [data.Shards(folder).relabel(config.labels, config.bad) for folder in config.data]
-        for part in parts:
-            data.require_fit(part, dit, config.model)
-        shards = join(parts)
+        if config.labels and len(config.data) > 1:
+            raise InputError("--labels replaces the labels.jsonl of one folder: with several folders of "
+                             "--data leave it out")
+        shards = join([data.Shards(folder).relabel(config.labels, config.bad) for folder in config.data])
         shards.require(labelled=True)
-    else:
+    config = resolve(config, shards)
+    # To make samples or predictions all of the generator is needed, else only the trunk.
+    whole = config.space == "rgb" or not config.data
+    dit = load_transformer(config.model, load_now=whole).eval().requires_grad_(False)
+    resume, state = runs.open_checkpoint(config)
+    if not config.data:
         folder = config.samples_dir or Path(config.output_dir) / "samples"
         shards = clips.own_samples(folder, dit.to(runtime.device), config.model, config.num_samples,
                                    config.num_inference_steps, config.world, config.seed, runtime,
                                    config.shift)
-        data.require_fit(shards, dit, config.model)
+    data.require_fit(shards, dit, config.model, labelled=bool(config.data))
     train, held_out = data.labelled_split(data.take_fold(shards, config.fold), config.holdout, config.seed)
     prompts = data.prompt_groups([shards.rows[i]["prompt"] for i in train.tolist()])    # alike: equal numbers
-    if config.mismatched is None:
-        config.mismatched = 0.25 if prompts.any() else 0.0
-    elif config.mismatched and not prompts.any():
-        raise InputError(f"--mismatched {config.mismatched}: all prompts are alike, so none is wrong: leave "
-                         f"it out")
     share = (shards.labels[train] == 1).float().mean().item()
     if runtime.rank == 0:
         left_out = len(shards) - len(train) - len(held_out)
         print(shards.label_note)
-        print(f"{len(train)} videos to train on ({share:.0%} good), {len(held_out)} held out, {left_out} in between or "
-              "unlabelled left out")
+        print(f"{len(train)} videos to train on ({share:.0%} good), {len(held_out)} held out, {left_out} in "
+              f"between or unlabelled left out")
         print(data.describe_split(shards, train, held_out))
 
     torch.manual_seed(config.seed)
@@ -165,7 +180,8 @@ def main(config):
         parallel.load_state(resume, state, reward, optimizer)
     global_batch = config.batch_size * runtime.world_size // config.sequence_parallel
     measure = make_reward_report(reward_fn, shards.batch(held_out), dit.config, config, runtime)
-    log = runs.start_run(config, state["step"] if resume else None, shards)     # last: now the run folder changes
+    # last: now the run folder changes
+    log = runs.start_run(config, state["step"] if resume else None, shards)
     bar = common.progress(config.max_train_steps, "reward model", initial=state["step"])
     report = None
 

@@ -43,17 +43,16 @@ GROUP_LATENTS = 2 ** 11                                 # latent positions of a 
 # alone keeps rising while an annotator sees worse videos. But it then likes a sample whatever the prompt was.
 # Chosen on the runs of three seeds: results/stopping.md.
 OTHER_PROMPT = 0.5
-DEAF = 0.9  # with a lower prompt_auc a reward hardly reads its prompt
+DEAF = 0.9                                              # prompt_auc below which a reward hardly reads prompts
 PANEL = ("speed", "flow", "brightness", "saturation", "sharpness")
 
 
 # ---- what pixels tell without an annotator
 def largest_flow(videos, side=64):
-    """How fast the fastest 5 % of a video moves: optical flow in widths per frame, [b]. videos: uint8 [b, F,
-    H, W, 3].
+    """How fast the fastest 5 % of a video moves: optical flow in widths per frame, [b].
 
-    Least squares over windows of 5x5 pixels (Lucas and Kanade) at about `side` pixels of height. Motion of
-    more than two such pixels per frame is found to be fast, but not how fast.
+    videos: uint8 [b, F, H, W, 3]. Least squares over windows of 5x5 pixels (Lucas and Kanade) at about `side`
+    pixels of height. Motion of more than two such pixels per frame is found to be fast, but not how fast.
     """
     b, frames = videos.shape[:2]
     gray = videos.float().mean(-1).div_(255).flatten(0, 1)[:, None]                         # [b F, 1, H, W]
@@ -95,8 +94,7 @@ def panel(videos):
 
 
 def dynamic_degree(fastest, real):
-    """Which videos move: their `largest_flow` is more than half of the real clips' median. Both [m] -> bool
-    [m]"""
+    """Which videos move, bool [m]: their `largest_flow` [m] is above half of the real clips' median."""
     return np.asarray(fastest) > np.median(real) / 2
 
 
@@ -119,8 +117,22 @@ class Flags:
                                "annotator's score", above=0, only="!num_validation 0")
 
 
-def check_flags(config):
-    """Raises InputError for flags of train_align.py about validation and export that cannot work."""
+def default_number(shards):
+    """num_validation where no flag says it. shards: the user's data, or None for the embedded world."""
+    if shards is None:
+        return 128
+    return min(8, int((shards.labels != 0).sum()) // 5)
+
+
+def check_flags(config, num_validation):
+    """Raises InputError for flags of train_align.py about validation and export that cannot work.
+
+    config: as the flags were given. num_validation: what that setting came to.
+    """
+    if not num_validation:
+        names = ("validation_steps", "validation_prompts", "guidance_scale", "judge", "patience")
+        why = "without validation, as no fifth of the clips can be held out (--num_validation)"
+        common.refuse(config, names, why)
     if config.patience and config.data and not config.judge:
         raise InputError("--patience needs scores of the samples: name a second reward model with --judge")
     if config.export == "lora" and not (config.lora or config.lora_rank):
@@ -128,24 +140,18 @@ def check_flags(config):
 
 
 def hold_out(config, shards, curated):
-    """Splits the clips of the user's data -> (those to train on, num_validation held-out ones).
+    """Splits the curated clips of the user's data -> (those to train on, num_validation held-out ones).
 
-    Fills in num_validation. Clips to train on are not copies of held-out ones and, where there are enough
-    prompts, share none with them.
+    Clips to train on are not copies of held-out ones and, where there are enough prompts, share none with
+    them. Raises InputError if nothing would be left to train on.
     """
-    if config.num_validation is None:
-        config.num_validation = min(8, len(curated) // 5) if config.data else 128
-    if not config.num_validation:
-        names = ("validation_steps", "validation_prompts", "guidance_scale", "judge", "patience")
-        why = f"without validation: no fifth of {len(curated)} clips can be held out (--num_validation)"
-        common.refuse(config, names, why)
-    if config.data and config.num_validation >= len(curated):
+    if config.num_validation >= len(curated):
         raise InputError(f"--num_validation {config.num_validation} leaves nothing to train on: there are "
                          f"{len(curated)} clips")
-    train, held_out = data.split(len(curated), config.num_validation if config.data else 0, config.seed)
-    if len(held_out):
-        return data.without_relatives(shards, curated[train], curated[held_out]), curated[held_out]
-    return curated[train], curated[held_out]
+    train, held_out = data.split(len(curated), config.num_validation, config.seed)
+    if not len(held_out):
+        return curated, curated[held_out]
+    return data.without_relatives(shards, curated[train], curated[held_out]), curated[held_out]
 
 
 def held_out_prompts(config, dit_config, shards, held_out, vae, device):
@@ -171,13 +177,15 @@ def held_out_prompts(config, dit_config, shards, held_out, vae, device):
         if (row["image"] is not None) != i2v:
             raise InputError(f"--validation_prompts {config.validation_prompts}: {row['prompt']!r} has "
                              f"{'no' if i2v else 'an'} image, the model is {dit_config['model_type']}")
-    size, frames = families.video_size(dit_config, shards.latent_shape), TIME * (shards.latent_shape[1] - 1) + 1
+    size, frames = families.video_size(dit_config,
+                                       shards.latent_shape), TIME * (shards.latent_shape[1] - 1) + 1
     image_encoder = None
     if dit_config["image_dim"]:
         image_encoder = families.load_image_encoder(f"{config.model}/image_encoder")
     image = families.conditions_of_images(dit_config, vae, image_encoder, [row["image"] for row in rows],
                                           size, frames, device)
-    contexts = families.encode_prompts(f"{config.model}/text_encoder", prompts, device, dit_config["text_dim"])
+    contexts = families.encode_prompts(f"{config.model}/text_encoder", prompts, device,
+                                       dit_config["text_dim"])
     image = {name: x.cpu() for name, x in image.items()}
     return prompts, [contexts[prompt] for prompt in prompts], image, shards.latent_shape
 

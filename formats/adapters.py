@@ -5,13 +5,15 @@ We write diffusers' names, or those that ComfyUI and the official repository's t
     diffusers   transformer.blocks.0.attn1.to_q.lora_A.weight
     wan         diffusion_model.blocks.0.self_attn.q.lora_A.weight
 
-We also read files with lora_down, lora_up and alpha, names joined by underscores (lora_unet_blocks_0_self_attn_q, and
-VideoX-Fun's lora_unet__blocks_0_self_attn_q), and peft's own (base_model.model.blocks.0...).
+We also read files with lora_down, lora_up and alpha, names joined by underscores
+(lora_unet_blocks_0_self_attn_q, and VideoX-Fun's lora_unet__blocks_0_self_attn_q), and peft's own
+(base_model.model.blocks.0...).
 
-A layer changes by scale * B A. What others write leaves the scale to one of three places, and is read from the first that is
-there: a tensor `alpha` beside A and B; the settings of peft's LoraConfig, which diffusers puts into the file's header and peft
-into adapter_config.json beside it; or nowhere, and then the scale is 1. What we write has scale 1, because alpha / r is
-multiplied into B, so that every reader finds the same weights.
+A layer changes by scale * B A. What others write leaves the scale to one of three places, and is read from
+the first that is there: a tensor `alpha` beside A and B; the settings of peft's LoraConfig, which diffusers
+puts into the file's header and peft into adapter_config.json beside it; or nowhere, and then the scale is 1.
+What we write has scale 1, because alpha / r is multiplied into B, so that every reader finds the same
+weights.
 
 Axes: d d' widths of a layer, r rank.
 """
@@ -28,7 +30,8 @@ from formats.weights import diffusers_name, stream_tensors
 FILE = "pytorch_lora_weights.safetensors"
 LAYOUTS = ("diffusers", "wan")
 LAYERS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o",
-          "cross_attn.q", "cross_attn.k", "cross_attn.v", "cross_attn.o", "cross_attn.k_img", "cross_attn.v_img",
+          "cross_attn.q", "cross_attn.k", "cross_attn.v", "cross_attn.o", "cross_attn.k_img",
+          "cross_attn.v_img",
           "ffn.0", "ffn.2")                                     # of a block
 PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.", "lora_unet__", "lora_unet_")
 ENDS = {"lora_A.weight": "A", "lora_down.weight": "A", "lora_A.default.weight": "A",
@@ -54,7 +57,8 @@ SPELLED = spellings()
 
 
 def parse_name(name):
-    """A weight's name in a LoRA file -> (our layer, such as blocks.0.self_attn.q, and "A", "B" or "alpha"), or None."""
+    """A weight's name in a LoRA file -> (our layer, such as blocks.0.self_attn.q, and "A", "B" or "alpha"),
+    or None."""
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
     for end, part in ENDS.items():
@@ -66,8 +70,8 @@ def parse_name(name):
 
 
 def read_adapters(path):
-    """{name of our layer: (A [r, d], B [d', r])} in float32, with the scale multiplied into B. Raises InputError naming the
-    file and the weight."""
+    """{name of our layer: (A [r, d], B [d', r])} in float32, with the scale multiplied into B. Raises
+    InputError naming the file and the weight."""
     parts = {}
     try:
         with safe_open(path, "pt") as file:
@@ -99,8 +103,8 @@ def read_adapters(path):
 
 # ---- the scale, as peft has it
 def read_settings(path, header):
-    """The settings of peft's LoraConfig in a file's header, or in adapter_config.json beside it; {} if there are none.
-    Raises InputError if they cannot be read, as a guessed scale would be another adapter."""
+    """The settings of peft's LoraConfig in a file's header, or in adapter_config.json beside it; {} if there
+    are none. Raises InputError if they cannot be read, as a guessed scale would be another adapter."""
     place, text = f"{path}: {HEADER} in its header", header.get(HEADER)
     beside = Path(path).parent / BESIDE
     if text is None and Path(path).name.startswith("adapter_model") and beside.is_file():
@@ -128,7 +132,7 @@ def scale_of(settings, layer, r):
     """alpha / r, or alpha / sqrt(r) with use_rslora, of a layer by peft's settings; 1 if there are none."""
     if not settings:
         return 1.0
-    alpha, name = settings.get("lora_alpha", 8), diffusers_layer(layer)                     # 8 is peft's default
+    alpha, name = settings.get("lora_alpha", 8), diffusers_layer(layer)  # 8 is peft's default
     for pattern, value in settings["alpha_pattern"].items():
         if re.match(rf"(.*\.)?({pattern})$", name):            # peft's rule: the first that matches
             alpha = value
@@ -140,7 +144,9 @@ def write_adapters(path, adapters, layout="diffusers"):
     """Writes {name of our layer: (A [r, d], B [d', r])}, whole or not at all."""
     tensors = {}
     for layer, (A, B) in adapters.items():
-        name = f"transformer.{diffusers_layer(layer)}" if layout == "diffusers" else f"diffusion_model.{layer}"
+        name = f"diffusion_model.{layer}"
+        if layout == "diffusers":
+            name = f"transformer.{diffusers_layer(layer)}"
         tensors |= {f"{name}.lora_A.weight": A.contiguous(), f"{name}.lora_B.weight": B.contiguous()}
     temporary = Path(f"{path}.tmp")
     stream_tensors(tensors, temporary)
@@ -150,8 +156,9 @@ def write_adapters(path, adapters, layout="diffusers"):
 def share_kept(merged, adapters, dtype):
     """The share of what adapters add that stays where the weights merged with them are stored in dtype.
 
-    merged: {name: weight} with the adapters in it. adapters: as from `read_adapters`. The share is that of the change in the
-    direction of B A: the sum of (stored - base) * (B A) over that of (B A)^2, where base is what dtype has without them.
+    merged: {name: weight} with the adapters in it. adapters: as from `read_adapters`. The share is that of
+    the change in the direction of B A: the sum of (stored - base) * (B A) over that of (B A)^2, where base is
+    what dtype has without them.
     """
     along = total = 0.0
     for layer, (A, B) in adapters.items():

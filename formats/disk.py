@@ -1,9 +1,9 @@
 """What was written stays: after a kill, and after a power loss.
 
-A rename makes a file whole or not there at all, which is enough for a kill. After a power loss a disk may have kept the
-new name and lost the content, or lost the name. So content is flushed first, then renamed, and then the folder that holds
-the name is flushed. Some file systems cannot flush a folder, and some have no locks: that is said once, and work goes on.
-"""
+A rename makes a file whole or not there at all, which is enough for a kill. After a power loss a disk may
+have kept the new name and lost the content, or lost the name. So content is flushed first, then renamed, and
+then the folder that holds the name is flushed. Some file systems cannot flush a folder, and some have no
+locks: that is said once, and work goes on."""
 import errno
 import os
 import secrets
@@ -15,11 +15,13 @@ from pathlib import Path
 
 from common import InputError, gather, rank
 
-# A flush that fails with one of these is not supported; one of a folder may fail with any other but the second line's.
+# A flush that fails with one of UNSUPPORTED is tolerated; that of a folder with any error but FULL.
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
 FULL = (errno.ENOSPC, errno.EDQUOT)
-REPLACED = ".replaced"                                          # end of the name of a folder while another takes its place
-PATIENCE = 3.0                                                  # seconds in which a network disk shows a new file to others
+# end of the name of a folder while another takes its place
+REPLACED = ".replaced"
+# seconds in which a network disk shows a new file to others
+PATIENCE = 3.0
 
 _warned = set()
 
@@ -32,8 +34,8 @@ def warn_once(about, message):
 
 
 def flush(path):
-    """Returns when the file or folder is on the disk. Raises OSError, which names it, if the disk is full or fails; where
-    the file system cannot flush, it warns once."""
+    """Returns when the file or folder is on the disk. Raises OSError, which names it, if the disk is full or
+    fails; where the file system cannot flush, it warns once."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:
@@ -58,12 +60,14 @@ def flush_handle(handle, path):
 
 
 def _cannot_flush(path, why):
-    warn_once("flush", f"{path}: its file system cannot flush ({why}): what was written last can be missing after a power loss")
+    warn_once("flush", f"{path}: its file system cannot flush ({why}): what was written last can be missing "
+                       "after a power loss")
 
 
 def put(temporary, path):
-    """The file or folder `temporary` becomes `path`, and replaces what is there. After a kill or a power loss `path` is the
-    old one or the new one, whole; only a folder that is being replaced can be left as `<path>.replaced`. Raises OSError."""
+    """The file or folder `temporary` becomes `path`, and replaces what is there. After a kill or a power loss
+    `path` is the old one or the new one, whole; only a folder that is being replaced can be left as
+    `<path>.replaced`. Raises OSError."""
     temporary, path = Path(temporary), Path(path)
     old = path.with_name(f"{path.name}{REPLACED}")
     is_folder = temporary.is_dir()
@@ -75,18 +79,20 @@ def put(temporary, path):
         shutil.rmtree(old, ignore_errors=True)
         os.rename(path, old)
     os.replace(temporary, path)
-    flush(path.parent)                                          # the new name is there for good before the old content goes
+    # the new name is there for good before the old content goes
+    flush(path.parent)
     if is_folder:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def require_shared(folder, flag):
-    """Raises InputError, in every process, if not all of them see what the first one writes in `folder`: the nodes have no
-    common disk, or their working folders differ. Every process must call it; it leaves nothing behind. flag: such as
-    "--output_dir", for the message."""
+    """Raises InputError, in every process, if not all of them see what the first one writes in `folder`: the
+    nodes have no common disk, or their working folders differ. Every process must call it; it leaves nothing
+    behind. flag: such as "--output_dir", for the message."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
-    above = 0                                                   # the folder itself, or the nearest one above that is there
+    # the folder itself, or the nearest one above that is there
+    above = 0
     places = [Path(folder), *Path(folder).absolute().parents]
     name, problem = None, None
     if rank() == 0:
@@ -111,5 +117,6 @@ def require_shared(folder, flag):
             mark.unlink(missing_ok=True)
     blind = [number for number, (seen, _) in enumerate(found) if not seen]
     if blind:
-        raise InputError(f"{flag} {folder}: process {blind[0]} on {found[blind[0]][1]} does not see what process 0 on "
+        raise InputError(f"{flag} {folder}: process {blind[0]} on {found[blind[0]][1]} does not see what "
+                         "process 0 on "
                          f"{found[0][1]} writes there: give the same folder on a disk that all nodes share")

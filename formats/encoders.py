@@ -1,12 +1,14 @@
-"""The VAE, text encoder and image encoder beside a generator: where they stand in its folder, and work that all kinds share.
+"""The VAE, text encoder and image encoder beside a generator: where they stand in its folder, and work that
+all kinds share.
 
-families.py loads them. Whatever the family, they have the same methods, come in eval mode and have no gradients on their
-weights:
+families.py loads them. Whatever the family, they have the same methods, come in eval mode and have no
+gradients on their weights:
 
     vae.encode(video) -> latents        vae.decode(latents) -> video        text.encode(prompts) -> context
     image.encode(first frames) -> CLIP tokens
 
-Axes: b batch, c latent channels, F video frames, f latent frames, H W pixels, h w latents, l text tokens, d text width.
+Axes: b batch, c latent channels, F video frames, f latent frames, H W pixels, h w latents, l text tokens, d
+      text width.
 """
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +24,8 @@ ROLES = ("vae", "text_encoder", "image_encoder")
 
 
 def find_encoders(model):
-    """{role: folder} of the encoders in a generator's folder, or beside it if `model` is the folder of a transformer alone."""
+    """{role: folder} of the encoders in a generator's folder, or beside it if `model` is the folder of a
+    transformer alone."""
     folder = Path(model)
     if not (folder / "vae").is_dir() and not (folder / "text_encoder").is_dir():
         folder = folder.resolve().parent
@@ -30,7 +33,8 @@ def find_encoders(model):
 
 
 def load_saved(cls, path):
-    """The module of class `cls` that `save_module` wrote to folder `path`. Raises InputError if that holds another one."""
+    """The module of class `cls` that `save_module` wrote to folder `path`. Raises InputError if that holds
+    another one."""
     try:
         module = cls(**read_config(path))
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
@@ -39,8 +43,8 @@ def load_saved(cls, path):
 
 
 def count_long_captions(path, prompts):
-    """-> (how many of the prompts are longer than what the text encoder in folder `path` reads, that limit in words).
-    Loads no weights."""
+    """-> (how many of the prompts are longer than what the text encoder in folder `path` reads, that limit in
+    words). Loads no weights."""
     config = read_config(path)
     if config.get("model_type") == "umt5":
         from formats.wan import TEXT_LEN, count_tokens
@@ -60,23 +64,25 @@ def on(module, device):
 
 # ---- text
 def encode_texts(text, folder, prompts, device, width=None):
-    """{prompt: context [l, d] on the CPU}, without the zeros behind a prompt's tokens, which every generator adds again.
+    """{prompt: context [l, d] on the CPU}, without the zeros behind a prompt's tokens, which every generator
+    adds again.
 
-    text: the encoder that was loaded from `folder`. It reads one prompt at a time: in a batch a prompt's rounding, and with
-    it the bytes of a video, would depend on its neighbours. width: the d that the generator takes. Raises InputError if the
-    encoder has another one.
+    text: the encoder that was loaded from `folder`. It reads one prompt at a time: in a batch a prompt's
+    rounding, and with it the bytes of a video, would depend on its neighbours. width: the d that the
+    generator takes. Raises InputError if the encoder has another one.
     """
     text = text.to(device)
     prompts = list(dict.fromkeys(prompts))
     too_long, limit = count_long_captions(folder, prompts)
     if too_long and rank() == 0:
-        print(f"note: {too_long} of the prompts are longer than the {limit} that {folder} reads: the rest is cut off")
+        print(f"note: {too_long} of the prompts are longer than the {limit} that {folder} reads: the rest is "
+              "cut off")
     contexts = {}
     for prompt in prompts:
         context = text.encode([prompt])[0].float().cpu()                                    # [l, d]
         if width not in (None, context.shape[1]):
-            raise InputError(f"{folder}: its contexts have width {context.shape[1]}, the generator takes {width}: give "
-                             "--model, the folder that the generator came from")
+            raise InputError(f"{folder}: its contexts have width {context.shape[1]}, the generator takes "
+                             f"{width}: give --model, the folder that the generator came from")
         used = context.abs().sum(-1).nonzero()
         length = int(used.max()) + 1 if len(used) else 1
         contexts[prompt] = context[:length].clone()
@@ -89,8 +95,8 @@ def stack_contexts(contexts):
 
 
 def drop_contexts(context, config, iteration, indices, null):
-    """context [b, l, d_text] of the examples `indices`, of which a share config.context_dropout is replaced by the null
-    context [l, d_text], or by zeros if null is None."""
+    """context [b, l, d_text] of the examples `indices`, of which a share config.context_dropout is replaced
+    by the null context [l, d_text], or by zeros if null is None."""
     dropped = uniform(config.seed, "context dropout", iteration, indices) < config.context_dropout
     if not dropped.any():
         return context
@@ -103,8 +109,8 @@ def condition_latents(vae, videos, blank_frames):
     """The given first frame as an image-to-video generator takes it: latents [b, c, f, h, w] of videos uint8
     [b, F, H, W, 3], of which only the first frame is read.
 
-    blank_frames: the VAE encodes the first frame with blank frames behind it, as Wan does. Otherwise it encodes that frame
-    alone, and zeros stand behind its code.
+    blank_frames: the VAE encodes the first frame with blank frames behind it, as Wan does. Otherwise it
+    encodes that frame alone, and zeros stand behind its code.
     """
     first = from_pixels(videos[:, :1])                                                      # [b, 3, 1, H, W]
     frames = videos.shape[1]
@@ -114,8 +120,8 @@ def condition_latents(vae, videos, blank_frames):
 
 
 def decode_pixels(vae, latents, pixels=2 ** 23):
-    """latents [b, c, f, h, w] -> uint8 videos [b, F, H, W, 3] on the CPU. As many videos are decoded at once as have this
-    many pixels together, and at least one."""
+    """latents [b, c, f, h, w] -> uint8 videos [b, F, H, W, 3] on the CPU. As many videos are decoded at once
+    as have this many pixels together, and at least one."""
     _, _, f, h, w = latents.shape
     at_once = max(1, pixels // (TIME * f * h * w * SPACE ** 2))
     return torch.cat([to_pixels(vae.decode(x)).cpu() for x in latents.split(at_once)])

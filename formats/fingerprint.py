@@ -11,10 +11,12 @@ from common import InputError
 from formats.metadata import from_json, replace_text
 from formats.weights import WeightFiles, read_config, transformer_folder
 
-# Bytes: weight files up to WHOLE are read whole; in larger ones, SAMPLE of each tensor is read at three places.
+# Bytes: weight files up to WHOLE are read whole; in larger ones, SAMPLE of each tensor is read at three
+# places.
 WHOLE, SAMPLE = 2 ** 26, 2 ** 12
 TOKENIZERS = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json")
-BESIDE = {"text_encoder": ("tokenizer", TOKENIZERS), "image_encoder": ("image_processor", ("preprocessor_config.json",))}
+BESIDE = {"text_encoder": ("tokenizer", TOKENIZERS),
+          "image_encoder": ("image_processor", ("preprocessor_config.json",))}
 
 
 def of_file(path):
@@ -24,8 +26,8 @@ def of_file(path):
 
 
 class Contents:
-    """`of_file`, which does not read a file again whose inode, size and times are those of the last look. `file` remembers
-    these; losing that file costs time and nothing else."""
+    """`of_file`, which does not read a file again whose inode, size and times are those of the last look.
+    `file` remembers these; losing that file costs time and nothing else."""
 
     def __init__(self, file):
         self.file, self.fresh = Path(file), {}
@@ -50,11 +52,12 @@ class Contents:
 
 
 def of_encoder(path, role):
-    """12 hex digits of the VAE, text_encoder or image_encoder (role) in folder `path`, wherever that folder lies.
+    """12 hex digits of the VAE, text_encoder or image_encoder (role) in folder `path`, wherever that folder
+    lies.
 
-    They depend on its config, its weights' headers and a sample of their bytes, and on the tokenizer's or image
-    processor's files, which lie in the folder or beside it. Raises InputError if the folder is none, or damaged.
-    """
+    They depend on its config, its weights' headers and a sample of their bytes, and on the tokenizer's or
+    image processor's files, which lie in the folder or beside it. Raises InputError if the folder is none, or
+    damaged. """
     path, digest = Path(path), hashlib.blake2b(digest_size=6)
     try:
         config = {}
@@ -94,7 +97,8 @@ def _add_weights(digest, path):
 
 
 def of_weights(path):
-    """16 hex digits of the generator or reward model in folder `path`, wherever it lies and into however many files it is cut.
+    """16 hex digits of the generator or reward model in folder `path`, wherever it lies and into however many
+    files it is cut.
 
     They depend on its config, and on the name, the shape and some of the values of every weight.
     """
@@ -112,7 +116,8 @@ def of_weights(path):
 def of_shards(shards):
     """16 hex digits of Shards, which depend on the prompt, the label and some of the latent of every clip."""
     digest = hashlib.blake2b(digest_size=8)
-    digest.update(repr((shards.shapes, [row["prompt"] for row in shards.rows], shards.labels.tolist())).encode())
+    prompts = [row["prompt"] for row in shards.rows]
+    digest.update(repr((shards.shapes, prompts, shards.labels.tolist())).encode())
     for path in dict.fromkeys(path for path, _ in shards.where):
         mine = [place for shard, place in shards.where if shard == path]
         with safe_open(path, "pt") as file:

@@ -1,16 +1,19 @@
-"""What people said about clips: files of JSON lines that lie beside the clips and only ever grow (label.py writes them).
+"""What people said about clips: files of JSON lines that lie beside the clips and only ever grow (label.py
+writes them).
 
     clips/labels.jsonl   {"file_name": "a.mp4", "annotator": "ada", "physical": 2, "deformity": 1, "contents": ["0f3c..."],
                           "time": 1764070000.25}
     clips/pairs.jsonl    {"against": "../sft", "prompt": "...", "a": "a.mp4", "b": "c.mp4", "left": "b", "winner": "a",
                           "annotator": "ada", "contents": ["0f3c...", "9ab0..."], "time": ...}
 
-physical (plausibility) and deformity (of the subject) are graded 0 unqualified, 1 partially qualified, 2 qualified (A.2.3,
-Table 6). Of one annotator's lines about a clip, or a pair, the last one stands. Undo adds a line with "retracted": true in
-place of the answer, so nothing that was said is ever lost. time: seconds since 1970.
+physical (plausibility) and deformity (of the subject) are graded 0 unqualified, 1 partially qualified, 2
+qualified (A.2.3, Table 6). Of one annotator's lines about a clip, or a pair, the last one stands. Undo adds a
+line with "retracted": true in place of the answer, so nothing that was said is ever lost. time: seconds since
+1970.
 
-contents: what the clip's file held, or those of a and b, when the answer was given (formats/fingerprint.py). When another
-film comes under the same name, the answers about the old one no longer count. Lines without contents always count.
+contents: what the clip's file held, or those of a and b, when the answer was given (formats/fingerprint.py).
+When another film comes under the same name, the answers about the old one no longer count. Lines without
+contents always count.
 
 Axes: n clips, k categories, m annotators.
 """
@@ -71,7 +74,7 @@ class Journal:
         tail = content[content.rfind(b"\n") + 1:]
         if tail and _is_json(tail):
             self.file.write(b"\n")
-        elif tail:                              # a kill or a full disk cut it short: nobody was told that it is saved
+        elif tail:  # a kill or a full disk cut it short: nobody was told that it is saved
             self.file.truncate(len(content) - len(tail))
 
     def append(self, line):
@@ -95,18 +98,18 @@ def _is_json(line):
 
 
 def read_answers(path, kind="clip"):
-    """-> the answers that stand in a labels.jsonl (kind "clip") or pairs.jsonl ("pair"), oldest first, whatever their clips
-    hold now; [] if there is no such file. Raises InputError naming the first line that is not an answer; a last line that
-    a kill cut short does not count."""
+    """-> the answers that stand in a labels.jsonl (kind "clip") or pairs.jsonl ("pair"), oldest first,
+    whatever their clips hold now; [] if there is no such file. Raises InputError naming the first line that
+    is not an answer; a last line that a kill cut short does not count."""
     return _standing(_read_lines(path, kind), kind)
 
 
 def current_answers(path, kind="clip", contents_of=None):
-    """-> (the answers that stand and were given for what their clips hold now, oldest first; [notes to print]).
+    """-> (the answers that stand and were given for what their clips hold now, oldest first; [notes to
+    print]).
 
-    contents_of(answer): what the answer's files hold now, a list with None for what is not known (such an answer counts);
-    default: the files beside `path`. Raises InputError as `read_answers` does.
-    """
+    contents_of(answer): what the answer's files hold now, a list with None for what is not known (such an
+    answer counts); default: the files beside `path`. Raises InputError as `read_answers` does. """
     path, lines = Path(path), _read_lines(path, kind)
     sure = [line for line in lines if line.get("contents") is not None]
     found = all_contents(path, sure) if contents_of is None else [contents_of(line) for line in sure]
@@ -117,16 +120,19 @@ def current_answers(path, kind="clip", contents_of=None):
     silent = sum(line.get("contents") is None for line in answers)
     notes = []
     if stale:
-        notes.append(f"{path}: {stale} of {len(every)} answers were given for other content under the same name: not used, "
+        notes.append(f"{path}: {stale} of {len(every)} answers were given for other content under the same "
+                     "name: not used, "
                      "and label.py asks again")
     if silent:
-        notes.append(f"{path}: {silent} of {len(every)} answers, from an older label.py, do not say for which content they "
+        notes.append(f"{path}: {silent} of {len(every)} answers, from an older label.py, do not say for "
+                     "which content they "
                      "were given: they count")
     return answers, notes
 
 
 def contents_beside(path, answer, content=fingerprint.of_file):
-    """-> [content(file) of each file that an answer in the file `path` is about, or None where it cannot be read]."""
+    """-> [content(file) of each file that an answer in the file `path` is about, or None where it cannot be
+    read]."""
     if "file_name" in answer:
         names = [answer["file_name"]]
     else:
@@ -141,12 +147,13 @@ def contents_beside(path, answer, content=fingerprint.of_file):
 
 
 def all_contents(path, answers):
-    """-> [`contents_beside` of each of the answers in the file `path`]. Files that a former look has read and that have not
-    changed are not read again: .contents.json beside them remembers."""
+    """-> [`contents_beside` of each of the answers in the file `path`]. Files that a former look has read and
+    that have not changed are not read again: .contents.json beside them remembers."""
     known = fingerprint.Contents(Path(path).parent / ".contents.json")
     found = [contents_beside(path, answer, known.content) for answer in answers]
     if known.fresh:
-        with contextlib.suppress(OSError):      # a folder that cannot be written in: the files are read again next time
+        # a folder that cannot be written in: the files are read again next time
+        with contextlib.suppress(OSError):
             known.save()
     return found
 
@@ -157,7 +164,8 @@ def _is_current(given, now):
 
 
 def _read_lines(path, kind):
-    """-> the lines of a file of answers, in order. Raises InputError naming the first one that is not an answer."""
+    """-> the lines of a file of answers, in order. Raises InputError naming the first one that is not an
+    answer."""
     try:
         texts = Path(path).read_bytes().split(b"\n")
     except FileNotFoundError:
@@ -173,7 +181,8 @@ def _read_lines(path, kind):
         except (ValueError, AttributeError):
             raise InputError(f"{path} line {number}: not a JSON object: mend or remove that line") from None
         if wrong:
-            raise InputError(f"{path} line {number}: {wrong} is {line.get(wrong)!r}: mend or remove that line")
+            raise InputError(f"{path} line {number}: {wrong} is {line.get(wrong)!r}: mend or remove that "
+                             "line")
         lines.append(line)
     return lines
 
@@ -186,9 +195,10 @@ def _wrong_field(line, kind):
         if is_wanted and not rule(line.get(name)):
             return name
     contents = line.get("contents")
-    if contents is not None and not (isinstance(contents, list) and all(x is None or _is_text(x) for x in contents)):
-        return "contents"
-    return None
+    if contents is None:
+        return None
+    is_right = isinstance(contents, list) and all(x is None or _is_text(x) for x in contents)
+    return None if is_right else "contents"
 
 
 def _key(line, kind):
@@ -196,10 +206,11 @@ def _key(line, kind):
 
 
 def _standing(lines, kind):
-    """The last line of each annotator on each clip or pair, oldest first, but for those that were retracted."""
+    """The last line of each annotator on each clip or pair, oldest first, but for those that were
+    retracted."""
     standing = {}
     for line in lines:
-        standing.pop(_key(line, kind), None)                            # a new answer is the annotator's latest
+        standing.pop(_key(line, kind), None)  # a new answer is the annotator's latest
         if not line.get("retracted"):
             standing[_key(line, kind)] = line
     return list(standing.values())
@@ -207,7 +218,8 @@ def _standing(lines, kind):
 
 # ---- from answers to labels
 def verdict(answer, bad="both"):
-    """-> 1 good: qualified on both axes; 0 bad: unqualified on both (bad "any": on one); None: in between, dropped."""
+    """-> 1 good: qualified on both axes; 0 bad: unqualified on both (bad "any": on one); None: in between,
+    dropped."""
     grades = [answer[axis] for axis in AXES]
     if min(grades) == 2:
         return 1
@@ -216,7 +228,8 @@ def verdict(answer, bad="both"):
 
 
 def majority(answers, bad="both"):
-    """-> {file_name: 1, 0 or None}: the verdict of more than half of a clip's annotators; None (dropped) if there is none."""
+    """-> {file_name: 1, 0 or None}: the verdict of more than half of a clip's annotators; None (dropped) if
+    there is none."""
     verdicts = collections.defaultdict(list)
     for answer in answers:
         verdicts[os.path.normpath(answer["file_name"])].append(verdict(answer, bad))
@@ -232,7 +245,8 @@ def _majority_of(votes):
 
 # ---- agreement
 def cohen_kappa(a, b):
-    """Cohen's kappa of two annotators' categories of the same n clips; None where chance alone would agree always."""
+    """Cohen's kappa of two annotators' categories of the same n clips; None where chance alone would agree
+    always."""
     a, b = np.asarray(a), np.asarray(b)
     chance = sum((a == x).mean() * (b == x).mean() for x in set(a.tolist()) | set(b.tolist()))
     if len(a) == 0 or chance == 1:
@@ -243,10 +257,9 @@ def cohen_kappa(a, b):
 def fleiss_kappa(counts):
     """Fleiss' kappa of counts [n, k]: how many of a clip's annotators chose each category.
 
-    Clips of fewer than two annotators are left out; clips may differ in their number of annotators. Agreement is the mean
-    over clips of the share of agreeing pairs, chance the mean over clips of the share of each category. None where chance
-    alone would agree always.
-    """
+    Clips of fewer than two annotators are left out; clips may differ in their number of annotators. Agreement
+    is the mean over clips of the share of agreeing pairs, chance the mean over clips of the share of each
+    category. None where chance alone would agree always. """
     counts = np.asarray(counts, float).reshape(len(counts), -1)
     counts = counts[counts.sum(1) >= 2]
     if len(counts) == 0:
@@ -258,7 +271,8 @@ def fleiss_kappa(counts):
 
 
 def agreement(answers, bad="both"):
-    """-> {"physical" | "deformity" | "label": {(ada, ben): (Cohen's kappa, n), ..., "all": (Fleiss' kappa, n)}}.
+    """-> {"physical" | "deformity" | "label": {(ada, ben): (Cohen's kappa, n), ..., "all": (Fleiss' kappa,
+    n)}}.
 
     n: the clips that both annotators, or at least two of all, have graded.
     """
@@ -270,7 +284,10 @@ def agreement(answers, bad="both"):
         category = {}                                                   # (clip, annotator) -> 0, 1 or 2
         for clip, row in by_clip.items():
             for who, answer in row.items():
-                category[clip, who] = answer[column] if column in AXES else {1: 2, None: 1, 0: 0}[verdict(answer, bad)]
+                if column in AXES:
+                    category[clip, who] = answer[column]
+                else:
+                    category[clip, who] = {1: 2, None: 1, 0: 0}[verdict(answer, bad)]
         found[column] = {}
         for x, y in itertools.combinations(people, 2):
             both = [clip for clip, row in by_clip.items() if x in row and y in row]
@@ -288,5 +305,6 @@ def preference(answers):
     """-> win, tie, lose of A: float [n pairs, 3]; each row holds the shares of that pair's annotators."""
     votes = collections.defaultdict(list)
     for answer in answers:
-        votes[answer["against"], answer["a"], answer["b"]].append([answer["winner"] == x for x in ("a", "tie", "b")])
+        pair = answer["against"], answer["a"], answer["b"]
+        votes[pair].append([answer["winner"] == x for x in ("a", "tie", "b")])
     return np.array([np.mean(rows, 0) for rows in votes.values()]).reshape(-1, 3)

@@ -1,8 +1,7 @@
 """One writer at a time in a folder. Readers take no lock and never wait.
 
-The lock is the system's (flock on FOLDER/.lock), so it goes when its process ends, however that ends: a file that was
-left behind locks nothing. The file holds the writer's process id, which a second writer is told.
-"""
+The lock is the system's (flock on FOLDER/.lock), so it goes when its process ends, however that ends: a file
+that was left behind locks nothing. The file holds the writer's process id, which a second writer is told."""
 import fcntl
 import os
 import socket
@@ -15,8 +14,9 @@ NAME = ".lock"
 
 
 def require_ours(folder, what, signs=()):
-    """Raises InputError if `folder` is not ours to write in. It is ours if it is new or empty, holds a file named as one of
-    `signs`, or was held for `what` before. A path that is not UTF-8 is refused: safetensors cannot open it."""
+    """Raises InputError if `folder` is not ours to write in. It is ours if it is new or empty, holds a file
+    named as one of `signs`, or was held for `what` before. A path that is not UTF-8 is refused: safetensors
+    cannot open it."""
     folder = Path(folder)
     try:
         str(folder).encode()
@@ -27,41 +27,48 @@ def require_ours(folder, what, signs=()):
             return
         if not [path for path in folder.iterdir() if not path.name.startswith(".")]:
             return
-        if (folder / NAME).is_file() and (folder / NAME).read_text(errors="replace").splitlines()[1:2] == [what]:
-            return
+        if (folder / NAME).is_file():
+            held_for = (folder / NAME).read_text(errors="replace").splitlines()[1:2]
+            if held_for == [what]:
+                return
     except OSError as error:
         raise InputError(f"{folder}: cannot be written in ({error.strerror}): name another folder") from None
-    raise InputError(f"{folder}: holds files that are not ours, and nothing is written over them: name a new or empty folder")
+    raise InputError(f"{folder}: holds files that are not ours, and nothing is written over them: name a "
+                     "new or empty folder")
 
 
 def take(file, folder):
-    """Locks an open file until it is closed or the process ends -> whether nobody else holds it. Where the file system has no
-    locks it warns once and returns True."""
+    """Locks an open file until it is closed or the process ends -> whether nobody else holds it. Where the
+    file system has no locks it warns once and returns True."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
     except OSError as error:
-        disk.warn_once("lock", f"{folder}: its file system has no locks ({error.strerror}): make sure that nothing else writes "
+        disk.warn_once("lock", f"{folder}: its file system has no locks ({error.strerror}): make sure that "
+                               "nothing else writes "
                        "there")
     return True
 
 
 def hold(folder, what="run"):
-    """Creates `folder` and becomes its one writer -> the open lock file. The lock lasts until that file is closed or the
-    process ends: keep it in a variable, or use `with hold(folder):`. what: is written into the file, for `require_ours`.
-    Raises InputError, which names the process that writes there."""
+    """Creates `folder` and becomes its one writer -> the open lock file. The lock lasts until that file is
+    closed or the process ends: keep it in a variable, or use `with hold(folder):`. what: is written into the
+    file, for `require_ours`. Raises InputError, which names the process that writes there."""
     path = Path(folder) / NAME
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")                                  # not "w": a second writer must find the first one's number
+        # not "w": a second writer must find the first one's number
+        file = path.open("a+")
     except OSError as error:
-        raise InputError(f"{error.filename or path}: cannot be written ({error.strerror}): name another folder") from None
+        raise InputError(f"{error.filename or path}: cannot be written ({error.strerror}): name another "
+                         "folder") from None
     if not take(file, folder):
         file.seek(0)
         holder = (file.read(200).splitlines() or ["another one"])[0]
         file.close()
-        raise InputError(f"{folder}: process {holder} is writing there: wait until it ends, or name another folder")
+        raise InputError(f"{folder}: process {holder} is writing there: wait until it ends, or name another "
+                         "folder")
     try:
         file.truncate(0)
         file.write(f"{os.getpid()} on {socket.gethostname()}\n{what}\n")

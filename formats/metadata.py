@@ -1,13 +1,12 @@
 """Lists of clips and of prompts (.jsonl or .csv): one reader and one writer for the whole project.
 
-A folder of clips holds metadata.jsonl or metadata.csv with one row per clip: file_name (or video, file), prompt (or text,
-caption) and perhaps label (or reward). A label is 1 good or 0 bad; a missing one means unlabelled and is never read as 0.
-Case and blanks around these words do not matter.
+A folder of clips holds metadata.jsonl or metadata.csv with one row per clip: file_name (or video, file),
+prompt (or text, caption) and perhaps label (or reward). A label is 1 good or 0 bad; a missing one means
+unlabelled and is never read as 0. Case and blanks around these words do not matter.
 
-Reading is strict. A row that could mean two things is refused, and the other rows are still read. A file in which rows
-cannot be told apart is refused as a whole. Writing changes the labels and no other byte: columns that nobody reads, their
-order, quotes, blanks, line ends, and bytes that are not UTF-8 stay as they are.
-"""
+Reading is strict. A row that could mean two things is refused, and the other rows are still read. A file in
+which rows cannot be told apart is refused as a whole. Writing changes the labels and no other byte: columns
+that nobody reads, their order, quotes, blanks, line ends, and bytes that are not UTF-8 stay as they are. """
 import contextlib
 import json
 import os
@@ -26,7 +25,8 @@ SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v")
 NAMES = ("metadata.jsonl", "metadata.csv")
 BOM = b"\xef\xbb\xbf"
 LINE_END = re.compile("\r\n|\r|\n")
-# One field of a CSV file, after blanks: between quotes, or up to the next comma. Quotes within quotes are doubled.
+# One field of a CSV file, after blanks: between quotes, or up to the next comma. Quotes within quotes are
+# doubled.
 CSV_FIELD = re.compile(r' *+(?:"([^"]*+(?:""[^"]*+)*+)"|([^",\r\n][^,\r\n]*+)?)')
 BLANKS = re.compile(r"[ \t\r\n]*")
 DECODER = json.JSONDecoder()
@@ -36,14 +36,15 @@ DECODER = json.JSONDecoder()
 class Row:
     """One row of a list, and where its values stand in the file's text."""
     place: str                      # file, row and line, for messages
-    values: list                    # (name, value, start, end): the value is written at text[start:end], inside its quotes
+    values: list  # (name, value, start, end): the value is written at text[start:end], inside its quotes
     end: int                        # where the row's last value ends: one more can be inserted there
     problem: str | None = None      # why the row cannot be used
 
 
 # ---- reading
 def find_metadata(folder):
-    """-> the path of the folder's metadata file. Raises InputError if the folder has none, or more than one."""
+    """-> the path of the folder's metadata file. Raises InputError if the folder has none, or more than
+    one."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
@@ -53,12 +54,14 @@ def find_metadata(folder):
         only = f", only {near}" if near else ""
         raise InputError(f"{folder}: no metadata.jsonl or metadata.csv in it{only}")
     if len(found) > 1:
-        raise InputError(f"{folder}: has {' and '.join(path.name for path in found)}: keep the one that counts")
+        raise InputError(f"{folder}: has {' and '.join(path.name for path in found)}: keep the one that "
+                         "counts")
     return found[0]
 
 
 def read_listing(folder):
-    """-> ([(place, {file_name, prompt, label: 0, 1 or None} or None, problem or None) of each row], [notes to print]).
+    """-> ([(place, {file_name, prompt, label: 0, 1 or None} or None, problem or None) of each row], [notes to
+    print]).
 
     Raises InputError if there is no list in the folder, or if its rows cannot be told apart.
     """
@@ -79,7 +82,8 @@ def read_listing(folder):
 
 
 def read_metadata(folder):
-    """-> [{file_name, prompt, label: 0, 1 or None}]. Raises InputError naming the first row that cannot be used."""
+    """-> [{file_name, prompt, label: 0, 1 or None}]. Raises InputError naming the first row that cannot be
+    used."""
     rows, _ = read_listing(folder)
     for place, _, problem in rows:
         if problem:
@@ -90,11 +94,11 @@ def read_metadata(folder):
 
 
 def read_table(path, fields, needed):
-    """Yields (place, {field: value}, problem or None, [columns that are not read]) of each row of a .jsonl or .csv file.
+    """Yields (place, {field: value}, problem or None, [columns that are not read]) of each row of a .jsonl or
+    .csv file.
 
-    fields: {field: the names that it may have}; needed: the field without which a CSV file's first row is not a header.
-    Raises InputError if rows cannot be told apart.
-    """
+    fields: {field: the names that it may have}; needed: the field without which a CSV file's first row is not
+    a header. Raises InputError if rows cannot be told apart. """
     _, text = _read_text(path)
     _, rows = _read_rows(Path(path), text, fields, needed)
     for row in rows:
@@ -102,7 +106,8 @@ def read_table(path, fields, needed):
 
 
 def _read_text(path):
-    """-> (BOM or b"", the text after it). A byte that is not UTF-8 becomes a lone surrogate, and is its row's problem."""
+    """-> (BOM or b"", the text after it). A byte that is not UTF-8 becomes a lone surrogate, and is its row's
+    problem."""
     content = Path(path).read_bytes()
     start = BOM if content.startswith(BOM) else b""
     content = content[len(start):]
@@ -174,7 +179,8 @@ def _is_path(name):
 
 
 def printable(text):
-    """Text that others wrote, on one line of any terminal: control characters and lone surrogates are escaped."""
+    """Text that others wrote, on one line of any terminal: control characters and lone surrogates are
+    escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
@@ -185,7 +191,8 @@ def _short(value):
 
 # ---- .jsonl
 def from_json(text, **how):
-    """json.loads, which calls a text that is nested too deeply no JSON either: json.JSONDecodeError, a ValueError."""
+    """json.loads, which calls a text that is nested too deeply no JSON either: json.JSONDecodeError, a
+    ValueError."""
     try:
         return json.loads(text, **how)
     except RecursionError:
@@ -193,7 +200,8 @@ def from_json(text, **how):
 
 
 def _jsonl_rows(path, text):
-    """Yields the Rows of a .jsonl file. Raises InputError if the file is one JSON document over several lines."""
+    """Yields the Rows of a .jsonl file. Raises InputError if the file is one JSON document over several
+    lines."""
     start, first = 0, None
     for number, line in enumerate(text.split("\n"), 1):
         place = f"{path} row {number}"
@@ -204,7 +212,8 @@ def _jsonl_rows(path, text):
             except ValueError:
                 value = None
             if number == first and (isinstance(value, list) or line.strip() in ("[", "{")):
-                raise InputError(f"{place}: the file is one JSON document; write one object per line, without brackets or "
+                raise InputError(f"{place}: the file is one JSON document; write one object per line, "
+                                 "without brackets or "
                                  "commas around it")
             if isinstance(value, dict):
                 values = _members(line, start)
@@ -215,7 +224,8 @@ def _jsonl_rows(path, text):
 
 
 def _members(line, offset):
-    """(name, value, start, end) of each member of the JSON object in `line`; a name may come twice. offset: of the line."""
+    """(name, value, start, end) of each member of the JSON object in `line`; a name may come twice. offset:
+    of the line."""
     found, at = [], line.index("{") + 1
     while True:
         at = BLANKS.match(line, at).end()
@@ -231,23 +241,28 @@ def _members(line, offset):
 
 # ---- .csv
 def _csv_records(path, text):
-    """Yields (line number, [(value, start, end) of each field], where the record ends), for blank lines as well.
+    """Yields (line number, [(value, start, end) of each field], where the record ends), for blank lines as
+    well.
 
     Raises InputError at a quote that is not closed, or that has text after it.
     """
     at, line, fields, begin, number = 0, 1, [], 0, 0
     while at <= len(text):
         match = CSV_FIELD.match(text, at)
-        quoted = match[1] is not None
-        start, end = match.span(1) if quoted else (match.start(2), match.end(2)) if match[2] else (match.end(), match.end())
-        at = match.end()
+        quoted, at = match[1] is not None, match.end()
+        if quoted:
+            start, end = match.span(1)
+        else:
+            start, end = at - len(match[2] or ""), at
         if at < len(text) and text[at] not in ",\r\n":
             why = "there is text after a closing quote" if quoted else "one is not closed"
-            raise InputError(f"{path} row {number} (line {line}): its quotes do not fit ({why}): close each, and double "
+            raise InputError(f"{path} row {number} (line {line}): its quotes do not fit ({why}): close "
+                             "each, and double "
                              "those within text")
         inner = text[start:end]
         start += len(inner) - len(inner.lstrip())
-        fields.append(((inner.replace('""', '"') if quoted else inner).strip(), start, start + len(inner.strip())))
+        inner = inner.strip()
+        fields.append((inner.replace('""', '"') if quoted else inner, start, start + len(inner)))
         if at < len(text) and text[at] == ",":
             at += 1
             continue
@@ -268,7 +283,8 @@ def _csv_header(path, text, records, fields, needed):
         words = {";": "semicolons", "\t": "tabs", "|": "bars"}
         for mark in words:
             if mark in text[:end].split("\n")[-1]:
-                raise InputError(f"{path}: its columns are separated by {words[mark]}, not by commas: save it with commas")
+                raise InputError(f"{path}: its columns are separated by {words[mark]}, not by commas: save "
+                                 "it with commas")
     if needed not in [_field_of(name, fields) for name in names]:
         first, *others = fields[needed]
         raise InputError(f"{path}: its first row names no column {first} (or {', '.join(others)}), but "
@@ -283,7 +299,8 @@ def _csv_header(path, text, records, fields, needed):
 
 
 def _csv_rows(path, records, header):
-    """Yields the Rows of the records after the header. Raises InputError where a quote takes in the rows below."""
+    """Yields the Rows of the records after the header. Raises InputError where a quote takes in the rows
+    below."""
     number, names = 0, [name for name, _, _, _ in header.values]
     for line, cells, end in records:
         if not any(value for value, _, _ in cells):
@@ -296,7 +313,8 @@ def _csv_rows(path, records, header):
         if len(cells) == len(names):
             yield Row(place, [(name, *cell) for name, cell in zip(names, cells)], end)
         else:
-            yield Row(place, [], end, f"has {len(cells)} fields where the first row names {len(names)}: put text with "
+            yield Row(place, [], end, f"has {len(cells)} fields where the first row names {len(names)}: put "
+                                      "text with "
                       "commas in quotes")
 
 
@@ -312,15 +330,15 @@ def _refuse_swallowed_rows(path, place, value):
 def write_labels(folder, labels):
     """Writes labels into the folder's list and changes no other byte of it -> the list's path.
 
-    labels: {normal path of a clip's file: 1, 0, or None for no label}; other clips keep theirs. Where the list has no field
-    for labels, one is added behind the others. Raises InputError naming the first row that cannot be used; then, and if
-    the disk fails (OSError), the list stays as it was.
-    """
+    labels: {normal path of a clip's file: 1, 0, or None for no label}; other clips keep theirs. Where the
+    list has no field for labels, one is added behind the others. Raises InputError naming the first row that
+    cannot be used; then, and if the disk fails (OSError), the list stays as it was. """
     path = find_metadata(folder)
     start, text = _read_text(path)
     header, rows = _read_rows(path, text, FIELDS, "file_name")
     edits, changed = [], False
-    lacks_column = header is not None and all(_field_of(name, FIELDS) != "label" for name, _, _, _ in header.values)
+    columns = [] if header is None else [_field_of(name, FIELDS) for name, _, _, _ in header.values]
+    lacks_column = header is not None and "label" not in columns
     words = {None: "null", 0: "0", 1: "1"} if header is None else {None: "", 0: "0", 1: "1"}
     for row in rows:
         given, problem, _ = _given(row, FIELDS)
@@ -351,12 +369,38 @@ def write_labels(folder, labels):
 
 
 def write_rows(path, rows):
-    """Writes dicts as .jsonl, one per line, whole or not at all. Text stays readable, but for a name that is not text."""
-    lines = []
+    """Writes dicts as .jsonl, one per line, whole or not at all."""
+    replace_text(path, "".join(f"{_as_line(row)}\n" for row in rows))
+
+
+def update_rows(path, rows):
+    """As `write_rows`, for a list in which others may have written meanwhile: a row whose values are there
+    already keeps its line, with a label, other fields and spelling; rows of other files that are there follow
+    behind."""
+    path, lines = Path(path), {}
+    text = _read_text(path)[1] if path.exists() else ""
+    for line in filter(str.strip, text.split("\n")):
+        try:
+            row = from_json(line)
+            name = os.path.normpath(row["file_name"])
+        except (ValueError, TypeError, KeyError):
+            row, name = {}, line                                # not ours to read: kept
+        lines[name] = row, line
+    written = []
     for row in rows:
-        line = json.dumps(row, ensure_ascii=False)
-        lines.append(line if line.isprintable() else json.dumps(row))
-    replace_text(path, "".join(f"{line}\n" for line in lines))
+        old, line = lines.pop(os.path.normpath(row["file_name"]), ({}, ""))
+        is_there = line and all(old.get(key) == value for key, value in row.items() if key != "file_name")
+        written.append(line if is_there else _as_line(row))
+    for name, (row, line) in lines.items():
+        if not row or os.path.exists(path.parent / name):
+            written.append(line)
+    replace_bytes(path, "".join(f"{line}\n" for line in written).encode("utf-8", "surrogateescape"))
+
+
+def _as_line(row):
+    """A dict as one line of JSON: readable, but for text that would not print."""
+    line = json.dumps(row, ensure_ascii=False)
+    return line if line.isprintable() else json.dumps(row)
 
 
 def replace_text(path, text):

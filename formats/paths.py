@@ -53,7 +53,7 @@ def same_letters(path):
     path = Path(path)
     found = Path(path.anchor)
     for name in path.parts[1 if path.anchor else 0:]:
-        if not (found / name).exists():
+        if not os.path.exists(found / name):
             try:
                 there = os.listdir(found)
             except OSError:
@@ -71,7 +71,7 @@ def require_writable(path):
     file is made in the nearest folder that does, and removed: permissions alone do not tell what a network
     disk allows."""
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise InputError(f"{path}: is a folder: name a file to write")
     folder = path.parent
     while not os.path.lexists(folder) and folder != folder.parent:

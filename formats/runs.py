@@ -1,24 +1,24 @@
-"""A run folder on disk, and the one place that decides what a run does to it. A kill at any moment leaves it usable.
+"""A run folder on disk, and the one place that decides what a run does to it. A kill at any moment leaves it
+usable.
 
     runs/align/
         args.json                        the flags, as they were resolved
         metrics.jsonl                    one line per step
-        checkpoint-000040/               transformer/ (or reward/), train_state.pt (or sharded_state/), args.json
+        checkpoint-000040/               transformer/ (or reward/), train_state.pt, args.json
         samples/  best/  transformer/    what the script makes
-        earlier-20261129-204500/         a run that was here before: all of the above, so that it can be resumed
+        earlier-20261129-204500/         a run that was here before: all of the above, to be resumed
 
-A script calls open_checkpoint, which reads and refuses; then it loads everything that could still be wrong; then it calls
-start_run. Only that changes the folder, and it prints what it changes:
+A script calls open_checkpoint, which reads and refuses; then it loads everything that could still be wrong;
+then it calls start_run. Only that changes the folder, and it prints what it changes:
 
     a fresh run                               sets aside the run that is there, as earlier-<time>/
     --resume, a checkpoint of this folder     goes on from it; sets aside what the run made after it
     --resume, one in an earlier-<time>/       sets aside the run that is there, and moves the earlier one back
-    --resume, a checkpoint of another folder  sets aside the run that is there; the other folder stays as it is
+    --resume, a checkpoint of another folder  sets aside the run that is there; the other folder is only read
     a run that is refused                     changes nothing
 
-Clips and samples that a script rendered for itself (curated/, samples/shards.json) stay where they are in all cases: the
-next run uses them again, or refuses them if it would have made others.
-"""
+Clips and samples that a script rendered for itself (curated/, samples/shards.json) stay where they are in all
+cases: the next run uses them again, or refuses them if it would have made others."""
 import dataclasses
 import errno
 import fnmatch
@@ -43,24 +43,28 @@ from formats.video import read_clip
 # What a resumed run may do differently; it is printed. Every other flag makes it another run.
 MAY_CHANGE = {"max_train_steps", "learning_rate", "trunk_learning_rate", "weight_decay", "batch_size",
               "gradient_accumulation_steps", "max_grad_norm", "mixed_precision", "gradient_checkpointing",
-              "decoder_checkpointing", "parallel", "sequence_parallel", "fsdp_group_size", "offload_activations", "compile",
-              "checkpointing_steps", "keep", "export",
+              "decoder_checkpointing", "parallel", "sequence_parallel", "fsdp_group_size",
+              "offload_activations", "compile", "checkpointing_steps", "keep", "export",
               "validation_steps", "validation_prompts", "guidance_scale", "judge", "patience"}
-BY_CONTENT = {"model", "reward", "data", "labels", "samples_dir", "curated_dir"}    # may move: compared by their content
+# What these hold is compared, as their folders may move.
+BY_CONTENT = {"model", "reward", "data", "labels", "samples_dir", "curated_dir"}
 NOT_COMPARED = {"output_dir", "resume_from_checkpoint"}
-RENAMED = {"shard_size": "fsdp_group_size"}                     # flags in the args.json of older runs: old name -> new name
+# Flags in the args.json of older runs: old name -> new name.
+RENAMED = {"shard_size": "fsdp_group_size"}
 
-# What the scripts make in a run folder; set aside together. A folder among them that has a writer of its own stays.
+# What the scripts make in a run folder: it is set aside together. A folder with a writer of its own stays.
 WEIGHTS = ("best", "transformer", "reward", "vae", "text_encoder", "pytorch_lora_weights.safetensors")
-MADE = ("args.json", "metrics.jsonl", "report.json", "events.out.tfevents.*", "checkpoint-*", "sharded_state.tmp", "samples",
-        *WEIGHTS, *(f"{name}.tmp*" for name in WEIGHTS), *(name + disk.REPLACED for name in WEIGHTS), "earlier-*-checkpoint-*")
+MADE = ("args.json", "metrics.jsonl", "report.json", "events.out.tfevents.*", "checkpoint-*",
+        "sharded_state.tmp", "samples", "earlier-*-checkpoint-*", *WEIGHTS, *(f"{name}.tmp*" for name in WEIGHTS),
+        *(f"{name}{disk.REPLACED}" for name in WEIGHTS))
 CHECKPOINT = re.compile(rf"checkpoint-(\d+)(\.old|\{disk.REPLACED})?")         # .old: as older runs called it
-MOVING = ".moving"                                              # end of the name of a folder that a kill left half moved
+# The end of the name of a folder that a kill left half moved.
+MOVING = ".moving"
 
 
 def fast_precision():
-    """"bf16", or "no" (float32) where it is several times faster: most laptops' CPUs only emulate bf16 (AVX-512 does not
-    include it), and so do GPUs older than Ampere."""
+    """"bf16", or "no" (float32) where it is several times faster: most laptops' CPUs only emulate bf16
+    (AVX-512 does not include it), and so do GPUs older than Ampere."""
     if torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -69,16 +73,17 @@ def fast_precision():
 
 
 def precision_flag(more=""):
-    return arg(fast_precision(), f"autocast dtype{more}; bf16 unless this machine only emulates it", choices=("no", "bf16"))
+    return arg(fast_precision(), f"autocast dtype{more}; bf16 unless this machine only emulates it",
+               choices=("no", "bf16"))
 
 
 @dataclasses.dataclass
 class Flags:
     """The flags of every training run."""
     mixed_precision: str = precision_flag(" (weights, optimizer and rollout state are fp32)")
-    resume_from_checkpoint: str | None = arg(None, "go on from a checkpoint: its folder, a run folder (its last checkpoint), or "
-                                             "'latest', the last one in --output_dir, or a fresh start if there is none",
-                                             alias="resume")
+    resume_from_checkpoint: str | None = arg(
+        None, "go on from a checkpoint: its folder, a run folder (its last checkpoint), or 'latest' (the last "
+        "one in --output_dir; if there is none, the run starts afresh)", alias="resume")
 
 
 def write_json(path, value):
@@ -87,9 +92,11 @@ def write_json(path, value):
 
 
 def list_checkpoints(output_dir):
-    """[(step, path)] of whole checkpoints, oldest first. One that a kill left half replaced is `checkpoint-<step>.replaced`."""
+    """[(step, path)] of whole checkpoints, oldest first. One that a kill left half replaced is
+    `checkpoint-<step>.replaced`."""
     found = {}
-    for path in sorted(Path(output_dir).glob("checkpoint-*"), reverse=True):        # the plain name comes last and wins
+    # the plain name comes last and wins
+    for path in sorted(Path(output_dir).glob("checkpoint-*"), reverse=True):
         if name := CHECKPOINT.fullmatch(path.name):
             found[int(name[1])] = path
     return sorted(found.items())
@@ -108,11 +115,13 @@ def contents(config, shards):
 
 
 def changes(path, config, made_from=None):
-    """Compares config with the run that wrote checkpoint `path` -> (differences that make it another run, differences that
-    are allowed), each [(flag, saved value, new value)]. made_from: this run's `contents`. Without it, flags that are still
-    None (they may be filled in later) and those of BY_CONTENT are not compared. Raises InputError."""
+    """Compares config with the run that wrote checkpoint `path` -> (differences that make it another run,
+    differences that are allowed), each [(flag, saved value, new value)]. made_from: this run's `contents`.
+    Without it, flags that are still None (they may be filled in later) and those of BY_CONTENT are not
+    compared. Raises InputError."""
     saved, now = read_args(path), json.loads(json.dumps(dataclasses.asdict(config)))
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}        # of flags younger than the run
+    # a flag that is younger than the run has its default there
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
     if foreign := sorted(saved.keys() - now.keys() - {"made_from"}):
         raise InputError(f"{path}: not a checkpoint of this script: its args.json has --{foreign[0]}")
     known = saved.get("made_from")                              # the oldest runs only know their paths
@@ -125,7 +134,8 @@ def changes(path, config, made_from=None):
             continue
         if made_from is not None and known and name in BY_CONTENT:
             continue
-        freezes = name == "trunk_learning_rate" and 0 in (there, here)              # then other weights are trained
+        # with a rate of 0, other weights are trained
+        freezes = name == "trunk_learning_rate" and 0 in (there, here)
         if name in MAY_CHANGE and not freezes:
             allowed.append((name, there, here))
         else:
@@ -154,52 +164,57 @@ def read_args(path):
 def refuse_another_run(path, differ):
     if differ:
         said = ", ".join(f"--{name} {there} (now {now})" for name, there, now in differ)
-        raise InputError(f"--resume_from_checkpoint {path}: that run has {said}: give it the same, or start afresh in another "
-                         "--output_dir")
+        raise InputError(f"--resume_from_checkpoint {path}: that run has {said}: give it the same, or start "
+                         "afresh in another --output_dir")
 
 
 def require_ours(config):
-    """Raises InputError unless --output_dir is new, empty, or the folder of an earlier run of this script, and --model is
-    elsewhere."""
+    """Raises InputError unless --output_dir is new, empty, or the folder of an earlier run of this script,
+    and --model is elsewhere."""
     folder, model = Path(config.output_dir), Path(config.model).resolve()
     if folder.resolve() in (model, *model.parents) and folder.exists():
-        raise InputError(f"--output_dir {folder}: holds --model {config.model}, which would be written over: name another folder")
+        raise InputError(f"--output_dir {folder}: holds --model {config.model}, which would be written "
+                         "over: name another folder")
     if not (folder / "args.json").is_file():
         # signs of a run that ended while it made its data, and of a note by study/parts.py
-        ours = ["samples/.lock", "curated/.lock", "part.json"] + [path.name for _, path in list_checkpoints(folder)]
-        lock.require_ours(folder, "run", ours)
+        ours = ["samples/.lock", "curated/.lock", "part.json"]
+        lock.require_ours(folder, "run", ours + [path.name for _, path in list_checkpoints(folder)])
         return
     known = {field.name for field in dataclasses.fields(config)} | {"made_from"}
     saved = read_args(folder)
     if foreign := sorted(saved.keys() - known):
-        raise InputError(f"--output_dir {folder}: its args.json is of no run of this script, as it has --{foreign[0]}: "
-                         "name another folder")
+        raise InputError(f"--output_dir {folder}: its args.json is of no run of this script, as it has "
+                         f"--{foreign[0]}: name another folder")
     if not saved:
-        raise InputError(f"--output_dir {folder}: its args.json is of no run of this script, as it is empty: name another folder")
+        raise InputError(f"--output_dir {folder}: its args.json is of no run of this script, as it is "
+                         "empty: name another folder")
 
 
 def refuse_inputs_that_would_move(config):
-    """Raises InputError if a flag names a file or folder of the earlier run that a new run in --output_dir sets aside."""
+    """Raises InputError if a flag names a file or folder of the earlier run that a new run in --output_dir
+    sets aside."""
     moved = [path.resolve() for path in made_in(config.output_dir)]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if isinstance(value, str) and field.name not in NOT_COMPARED:
             path = Path(value).resolve()
             if any(place in (path, *path.parents) for place in moved):
-                raise InputError(f"--{field.name} {value}: belongs to the run in --output_dir {config.output_dir}, which a new run "
-                                 "there would set aside: name another --output_dir")
+                raise InputError(f"--{field.name} {value}: belongs to the run in --output_dir "
+                                 f"{config.output_dir}, which a new run there would set aside: name another "
+                                 "--output_dir")
 
 
 # ---- a run starts
 def open_checkpoint(config):
-    """-> (path, state) of the checkpoint that --resume_from_checkpoint names; (None, {"step": 0}) of a fresh run, as also
-    `latest` is where there is none. Changes nothing; every process must call it.
+    """-> (path, state) of the checkpoint that --resume_from_checkpoint names; (None, {"step": 0}) of a fresh
+    run, as also `latest` is where there is none. Changes nothing; every process must call it.
 
     Raises InputError if the checkpoint is of another run, as far as the flags that were given tell, or past
-    --max_train_steps; if the run folder is not ours to write in; or if the processes have no common disk there.
-    """
+    --max_train_steps; if the run folder is not ours to write in; or if the processes have no common disk
+    there."""
     spec, folder = config.resume_from_checkpoint, Path(config.output_dir)
-    if rank() == 0 and hasattr(config, "model"):                # world/pretrain.py keeps latents there before it comes here
+    # world/pretrain.py, which has no --model, keeps latents there before it comes here
+    if rank() == 0 and hasattr(config, "model"):
         require_ours(config)
     for name in ("output_dir", "samples_dir", "curated_dir"):
         if getattr(config, name, None):
@@ -214,17 +229,19 @@ def open_checkpoint(config):
     refuse_another_run(path, changes(path, config)[0])
     state = load_state(path)
     if state["step"] > config.max_train_steps:
-        raise InputError(f"--max_train_steps {config.max_train_steps}: {path} has made {state['step']} steps already")
+        raise InputError(f"--max_train_steps {config.max_train_steps}: {path} has made {state['step']} "
+                         "steps already")
     return path, state
 
 
 def start_run(config, resume_step=None, shards=None):
-    """Rank 0 becomes the one writer of config.output_dir, does to the run that is there what the head of this file says, and
-    prints it, and writes args.json -> MetricsLog, which keeps the lock. Every process must call it, after everything else
-    that could fail. resume_step: of the checkpoint from open_checkpoint; default: a fresh run. shards: what it learns from.
+    """Rank 0 becomes the one writer of config.output_dir, does to the run that is there what the head of this
+    file says, and prints it, and writes args.json -> MetricsLog, which keeps the lock. Every process must
+    call it, after everything else that could fail. resume_step: of the checkpoint from open_checkpoint;
+    default: a fresh run. shards: what it learns from.
 
-    Raises InputError if the run to resume is another by what it holds, or if another process writes in the folder.
-    """
+    Raises InputError if the run to resume is another by what it holds, or if another process writes in the
+    folder."""
     folder, folder_lock, writer = Path(config.output_dir), None, None
     gather(None)                                                # all have read what may be moved now
     if rank() == 0:
@@ -234,7 +251,8 @@ def start_run(config, resume_step=None, shards=None):
             path = resolve_checkpoint(folder, config.resume_from_checkpoint)
             other, allowed = changes(path, config, made_from)
             refuse_another_run(path, other)
-            print(f"goes on from {path}" + "".join(f"; --{name} {now} (was {there})" for name, there, now in allowed))
+            said = "".join(f"; --{name} {now} (was {there})" for name, there, now in allowed)
+            print(f"goes on from {path}{said}")
         folder_lock = lock.hold(folder)
         if path is not None and in_run(path, folder):
             if half := half_moved(folder):
@@ -251,8 +269,10 @@ def start_run(config, resume_step=None, shards=None):
 
 def in_run(path, folder):
     """Whether checkpoint `path` is of the run in `folder`, in its place or half moved."""
-    home = path.resolve().parent
-    return CHECKPOINT.fullmatch(path.name) is not None and home in (Path(folder).resolve(), half_moved(Path(folder).resolve()))
+    folder = Path(folder).resolve()
+    if CHECKPOINT.fullmatch(path.name) is None:
+        return False
+    return path.resolve().parent in (folder, half_moved(folder))
 
 
 def is_earlier(home, folder):
@@ -262,8 +282,8 @@ def is_earlier(home, folder):
 
 # ---- a run is set aside, and comes back
 def made_in(folder):
-    """[path] of all that the run in `folder` made. Folders that have another writer stay out: rendered clips and samples,
-    which the next run uses again, and other runs."""
+    """[path] of all that the run in `folder` made. Folders that have another writer stay out: rendered clips
+    and samples, which the next run uses again, and other runs."""
     found = []
     for path in sorted(Path(folder).glob("*")):
         signs = [lock.NAME, "shards.json"]                      # of another writer
@@ -282,8 +302,8 @@ def half_moved(folder):
 
 
 def set_aside(folder, moved, copied=()):
-    """Moves the paths in `moved` and copies the files in `copied` to one folder earlier-<time>/ -> its path. What an
-    interrupted move has taken along already goes to the same folder."""
+    """Moves the paths in `moved` and copies the files in `copied` to one folder earlier-<time>/ -> its path.
+    What an interrupted move has taken along already goes to the same folder."""
     half = half_moved(folder)
     if half is None:
         name = time.strftime("earlier-%Y%m%d-%H%M%S")
@@ -320,8 +340,8 @@ def set_aside_run(folder):
 
 
 def set_aside_after(folder, step):
-    """Where the run in `folder` has checkpoints past `step`: sets aside all that it made after that step, with copies of
-    args.json and metrics.jsonl, and prints it."""
+    """Where the run in `folder` has checkpoints past `step`: sets aside all that it made after that step,
+    with copies of args.json and metrics.jsonl, and prints it."""
     newer = [number for number, _ in list_checkpoints(folder) if number > step]
     if not newer:
         return
@@ -339,7 +359,8 @@ def set_aside_after(folder, step):
         elif not path.name.startswith(stays):
             moved.append(path)
     aside = set_aside(folder, moved, copied)
-    print(f"{folder}: what the run made after step {step} is now {aside}; to go back to step {newer[-1]}, give --resume {aside}",
+    print(f"{folder}: what the run made after step {step} is now {aside}; to go back to step {newer[-1]}, "
+          f"give --resume {aside}",
           flush=True)
 
 
@@ -352,10 +373,12 @@ def step_of_best(path):
 
 
 def bring_back(folder, aside):
-    """Moves the run in folder `aside`, a subfolder of `folder`, back to its place. Raises InputError if a process writes in it."""
+    """Moves the run in folder `aside`, a subfolder of `folder`, back to its place. Raises InputError if a
+    process writes in it."""
     half = aside
     if not aside.name.endswith(MOVING):
-        lock.hold(aside).close()                                # a run that goes on in there is not moved away
+        # a run that goes on in there is not moved away
+        lock.hold(aside).close()
         (aside / lock.NAME).unlink(missing_ok=True)
         half = aside.with_name(aside.name + MOVING)
         os.rename(aside, half)
@@ -365,16 +388,18 @@ def bring_back(folder, aside):
     disk.flush(folder)
     if next(half.iterdir(), None) is None:
         half.rmdir()
-    else:                                                       # what has no place, such as clips that were rendered twice
+    else:
+        # what has no place, such as clips that were rendered twice
         os.rename(half, half.with_name(half.name.removesuffix(MOVING)))
 
 
 # ---- checkpoints
 def save_checkpoint(output_dir, step, folders, state, config, keep=None):
-    """Writes checkpoint-<step> (folders {name: function(path)}, train_state.pt, args.json) under a temporary name, flushes it
-    and renames it: after a kill or a power loss at any moment, the previous one can be used. keep: how many stay; default:
-    all. Every rank calls the functions, as a model's pieces are gathered while it is written; rank 0 writes.
-    Raises OSError, which names the last whole checkpoint, if the disk is full, read-only or gone."""
+    """Writes checkpoint-<step> (folders {name: function(path)}, train_state.pt, args.json) under a temporary
+    name, flushes it and renames it: after a kill or a power loss at any moment, the previous one can be used.
+    keep: how many stay; default: all. Every rank calls the functions, as a model's pieces are gathered while
+    it is written; rank 0 writes. Raises OSError, which names the last whole checkpoint, if the disk is full,
+    read-only or gone."""
     final = Path(output_dir) / f"checkpoint-{step:06d}"
     temporary = Path(f"{final}.tmp")
     if rank() > 0:
@@ -389,11 +414,13 @@ def save_checkpoint(output_dir, step, folders, state, config, keep=None):
             (temporary / name).mkdir()
             write(temporary / name)
         save_state({"step": step, **state}, temporary / "train_state.pt")
-        run = read_args(output_dir) if (Path(output_dir) / "args.json").exists() else {}           # has `made_from`
+        # the run's args.json has `made_from` too
+        run = read_args(output_dir) if (Path(output_dir) / "args.json").exists() else {}
         write_json(temporary / "args.json", run | dataclasses.asdict(config))
         disk.put(temporary, final)
     except OSError as e:
-        shutil.rmtree(temporary, ignore_errors=True)            # nobody needs what it holds, and a full disk needs the room
+        # nobody needs what it holds, and a full disk needs the room
+        shutil.rmtree(temporary, ignore_errors=True)
         raise unwritten(output_dir, step, e) from None
     whole = [path for _, path in list_checkpoints(output_dir)]
     for path in whole[:-keep] if keep else []:
@@ -402,15 +429,20 @@ def save_checkpoint(output_dir, step, folders, state, config, keep=None):
 
 
 def unwritten(output_dir, step, error):
-    """An OSError for `error`, which kept checkpoint-<step> from being written: it names the last whole one."""
+    """An OSError for `error`, which kept checkpoint-<step> from being written: it names the last whole
+    one."""
     whole = list_checkpoints(output_dir)
-    there = f"the last whole one is {whole[-1][1]}: --resume latest goes on from it" if whole else "there is none before it"
+    there = "there is none before it"
+    if whole:
+        there = f"the last whole one is {whole[-1][1]}: --resume latest goes on from it"
     number, why = getattr(error, "errno", None) or errno.EIO, getattr(error, "strerror", None) or str(error)
-    return OSError(number, f"{why}: checkpoint-{step:06d} could not be written; {there}", getattr(error, "filename", None))
+    said = f"{why}: checkpoint-{step:06d} could not be written; {there}"
+    return OSError(number, said, getattr(error, "filename", None))
 
 
 def save_state(state, path):
-    """torch.save, whose RuntimeError on a full disk names neither the file nor the cause, as an OSError that does."""
+    """torch.save, whose RuntimeError on a full disk names neither the file nor the cause, as an OSError that
+    does."""
     try:
         with open(path, "wb") as file:
             torch.save(state, file)
@@ -419,8 +451,9 @@ def save_state(state, path):
 
 
 def resolve_checkpoint(output_dir, spec):
-    """-> the path of the checkpoint that `spec` names: a checkpoint folder; a run folder, whose last one it is; the name of
-    either inside output_dir; or "latest", the last one in output_dir, None if there is none. Raises InputError."""
+    """-> the path of the checkpoint that `spec` names: a checkpoint folder; a run folder, whose last one it
+    is; the name of either inside output_dir; or "latest", the last one in output_dir, None if there is none.
+    Raises InputError."""
     path = Path(spec)
     if spec == "latest":
         path = Path(output_dir)
@@ -461,7 +494,8 @@ def read_metrics(path):
 
 
 def summary_writer():
-    """TensorBoard's SummaryWriter, or None if it is not installed; with a warning if it is, and cannot be imported."""
+    """TensorBoard's SummaryWriter, or None if it is not installed; with a warning if it is, and cannot be
+    imported."""
     if importlib.util.find_spec("tensorboard") is None:
         return None
     try:
@@ -473,16 +507,19 @@ def summary_writer():
 
 
 def no_tensorboard(error):
-    disk.warn_once("tensorboard", f"TensorBoard cannot be used ({type(error).__name__}: {' '.join(str(error).split())[:200]}): "
+    disk.warn_once("tensorboard", f"TensorBoard cannot be used ({type(error).__name__}: "
+                                  f"{' '.join(str(error).split())[:200]}): "
                    "metrics go to metrics.jsonl only")
 
 
 class MetricsLog:
-    """metrics.jsonl, one flushed line per step (rank 0), and TensorBoard events if `writer`, its SummaryWriter, is given. On
-    resume, lines past resume_step and damaged ones are dropped; None: all lines are. folder_lock: a lock to keep."""
+    """metrics.jsonl, one flushed line per step (rank 0), and TensorBoard events if `writer`, its
+    SummaryWriter, is given. On resume, lines past resume_step and damaged ones are dropped; None: all lines
+    are. folder_lock: a lock to keep."""
 
     def __init__(self, output_dir, resume_step=None, folder_lock=None, writer=None):
-        path, self.file, self.board, self.folder_lock = Path(output_dir) / "metrics.jsonl", None, None, folder_lock
+        path, self.folder_lock = Path(output_dir) / "metrics.jsonl", folder_lock
+        self.file, self.board = None, None
         if rank() > 0:
             return
         kept = [line for step, line in read_metrics(path) if resume_step is not None and step <= resume_step]
@@ -495,7 +532,8 @@ class MetricsLog:
                 no_tensorboard(error)
 
     def on_board(self, write):
-        """Calls write(board) if there is one. The board is an extra: if it fails, it is given up with a warning."""
+        """Calls write(board) if there is one. The board is an extra: if it fails, it is given up with a
+        warning."""
         if self.board is None:
             return
         try:
@@ -505,7 +543,8 @@ class MetricsLog:
             self.board = None
 
     def log(self, step, **values):
-        """Numbers, scalar tensors or strings. Raises FloatingPointError if one is not finite, OSError if the file is gone."""
+        """Numbers, scalar tensors or strings. Raises FloatingPointError if one is not finite, OSError if the
+        file is gone."""
         values = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
         for name, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
@@ -520,7 +559,8 @@ class MetricsLog:
         self.on_board(add_scalars)
         if self.file:
             if not os.fstat(self.file.fileno()).st_nlink:       # the file, or the whole folder, was removed
-                raise FileNotFoundError(errno.ENOENT, f"was removed while step {step} was made", self.file.name)
+                said = f"was removed while step {step} was made"
+                raise FileNotFoundError(errno.ENOENT, said, self.file.name)
             self.file.write(json.dumps({"step": step, **values}) + "\n")
 
     def videos(self, step, folder):
@@ -528,12 +568,14 @@ class MetricsLog:
         def add_video(board, path):
             # SummaryWriter.add_video makes the same GIF, but needs moviepy 1
             from tensorboard.compat.proto.summary_pb2 import Summary
-            video, fps = read_clip(path)                                                    # uint8 [f, h, w, 3]
+            # uint8 [f, h, w, 3]
+            video, fps = read_clip(path)
             with tempfile.TemporaryDirectory() as place:
                 write_gif(Path(place) / "video.gif", video.numpy(), fps)
                 image = Summary.Image(height=video.shape[1], width=video.shape[2], colorspace=3,
                                       encoded_image_string=(Path(place) / "video.gif").read_bytes())
-            board.file_writer.add_summary(Summary(value=[Summary.Value(tag=f"samples/{path.stem}", image=image)]), step)
+            shown = Summary.Value(tag=f"samples/{path.stem}", image=image)
+            board.file_writer.add_summary(Summary(value=[shown]), step)
 
         for path in sorted(Path(folder).glob("*.mp4")):
             self.on_board(lambda board, path=path: add_video(board, path))

@@ -1,11 +1,10 @@
-"""How a sampled video was made: what its row of metadata.jsonl says so that sample.py can make the same bytes
-again.
+"""How a sampled video was made: what its row of metadata.jsonl says so that sample.py can make it again.
 
 Beside file_name, prompt, seed and image (a path relative to the file's folder), a row has `settings`:
   flags of sample.py (FLAGS), except those that are None; paths are relative to the file's folder
   index           the video's number under its seed, from which its noise is drawn
   batch, place    how many videos were sampled together, and which of them this one was: floating-point sums
-                  depend on the size of a batch, and so do the bytes of a file
+                  depend on the size of a batch, and so do a file's bytes
   weights         a fingerprint of generator, encoders, adapter and reward model
 """
 import hashlib
@@ -34,14 +33,12 @@ def same_setting(name, a, b):
 
 
 def relative_path(path, folder):
-    """`path` as a file in `folder` has to name it. Links are followed first, as ".." is not the way back over
-    one."""
+    """`path` as a file in `folder` names it. Links are followed, as ".." does not lead back over one."""
     return os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
 
 
 def of_weights(flags):
-    """16 hex digits of all weights that the flags ({name of FLAGS: value}, with the model's folder) sample
-    with."""
+    """16 hex digits of all weights that these flags use: {name of FLAGS: value}, with the model's folder."""
     model, digest = Path(flags["model"]), hashlib.blake2b(digest_size=8)
     digest.update(fingerprint.of_weights(flags.get("transformer") or model).encode())
     for role in ("vae", "text_encoder", "image_encoder"):

@@ -5,9 +5,8 @@
         metadata.jsonl                  file_name, prompt and label of each clip
         shard-00000.safetensors         latents, context, label; of image-to-video also clip_fea and condition
 
-Axes: n clips of a shard, b batch, c latent channels, f h w latent frames, height, width, l text tokens, d text width,
-m CLIP image tokens, d' their width.
-"""
+Axes: n clips of a shard, b batch, c latent channels, f h w latent frames, height, width, l text tokens, d
+text width, m CLIP image tokens, d' their width. """
 import collections
 import functools
 import json
@@ -25,15 +24,15 @@ from formats.metadata import from_json, printable, read_listing, read_metadata, 
 from formats.weights import stream_tensors
 
 
-def write_shards(folder, latents, contexts, labels, prompts, file_names=None, fps=8.0, settings=None, append=False,
-                 clips=None, contents=None, **extra):
-    """Writes one shard: latents [n, c, f, h, w] and contexts [n, l, d] as float32, labels (0, 1, None or -1), prompts.
+def write_shards(folder, latents, contexts, labels, prompts, file_names=None, fps=8.0, settings=None,
+                 append=False, clips=None, contents=None, **extra):
+    """Writes one shard: latents [n, c, f, h, w] and contexts [n, l, d] as float32, labels (0, 1, None or -1),
+    prompts.
 
-    extra: for image-to-video, clip_fea [n, m, d'] and condition [n, c, f, h, w]. append: after the shards that are there;
-    default: in their place. clips: the folder of the clips, for `Shards.relabel`. contents: of each clip's file
-    (formats/fingerprint.py). A kill at any moment leaves complete shards. Raises InputError if the folder is not ours or
-    holds shards of another shape.
-    """
+    extra: for image-to-video, clip_fea [n, m, d'] and condition [n, c, f, h, w]. append: after the shards
+    that are there; default: in their place. clips: the folder of the clips, for `Shards.relabel`. contents:
+    of each clip's file (formats/fingerprint.py). A kill at any moment leaves complete shards. Raises
+    InputError if the folder is not ours or holds shards of another shape. """
     folder = Path(folder)
     lock.require_ours(folder, "shards", ("shards.json",))
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +52,8 @@ def write_shards(folder, latents, contexts, labels, prompts, file_names=None, fp
         rows.append({"file_name": file, "prompt": prompt, "label": None if label < 0 else label})
     if not before:
         (folder / "shards.json").unlink(missing_ok=True)
-    tensors = {key: x.float().contiguous() for key, x in {**extra, "latents": latents, "context": contexts}.items()}
+    tensors = {**extra, "latents": latents, "context": contexts}
+    tensors = {key: x.float().contiguous() for key, x in tensors.items()}
     tensors["label"] = values
     stream_tensors(tensors, folder / f"{name}.tmp")
     disk.put(folder / f"{name}.tmp", folder / name)
@@ -67,11 +67,12 @@ def write_shards(folder, latents, contexts, labels, prompts, file_names=None, fp
 
 
 class Shards:
-    """Read-only view of a folder of shards. Each batch is read through a memory map that is closed again, so that resident
-    memory does not grow with the data. Raises InputError, one line, if the folder is missing, truncated or inconsistent.
+    """Read-only view of a folder of shards. Each batch is read through a memory map that is closed again, so
+    that resident memory does not grow with the data. Raises InputError, one line, if the folder is missing,
+    truncated or inconsistent.
 
-    rows, labels (int8, -1: none), contents (of each clip's file, or None) and where ((file, place in it)) have one entry
-    for each clip that is still listed; all_rows and all_contents also have the dropped ones.
+    rows, labels (int8, -1: none), contents (of each clip's file, or None) and where ((file, place in it))
+    have one entry for each clip that is still listed; all_rows and all_contents also have the dropped ones.
     """
 
     def __init__(self, folder):
@@ -82,10 +83,12 @@ class Shards:
             self.index = from_json(path.read_text())
             self.latent_shape = tuple(self.index["latent_shape"])    # (c, f, h, w)
             self.context_shape = tuple(self.index["context_shape"])  # (l, d)
-            self.shapes = {"latents": self.latent_shape, "context": self.context_shape,
-                           **{name: tuple(shape) for name, shape in self.index.get("extra_shapes", {}).items()}}
+            self.shapes = {"latents": self.latent_shape, "context": self.context_shape}
+            for name, shape in self.index.get("extra_shapes", {}).items():
+                self.shapes[name] = tuple(shape)
             self.fps, self.settings = self.index["fps"] + 0.0, self.index["settings"] or {}
-            if not (self.fps > 0 and isinstance(self.settings, dict) and isinstance(self.settings.get("encoders", {}), dict)):
+            is_read = isinstance(self.settings, dict) and isinstance(self.settings.get("encoders", {}), dict)
+            if not (self.fps > 0 and is_read):
                 raise TypeError(f"fps {self.fps}, settings {self.settings}")
             for entry in self.index["shards"]:
                 path, n = folder / entry["file"], entry["count"]
@@ -103,12 +106,13 @@ class Shards:
             raise InputError(f"{path}: truncated or damaged ({e}): encode again") from None
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
             raise InputError(f"{folder}/shards.json: damaged ({e!r}): encode again") from None
-        self.all_rows = read_metadata(folder)[:len(where)]          # later rows are of a shard that a kill cut off
+        self.all_rows = read_metadata(folder)[:len(where)]  # later rows are of a shard that a kill cut off
         if not 0 < len(where) == self.index.get("count") == len(self.all_rows):
             raise InputError(f"{folder}: shards.json counts {self.index.get('count')} clips, the shards hold "
                              f"{len(where)}, metadata.jsonl {len(self.all_rows)}: encode again")
         if [-1 if row["label"] is None else row["label"] for row in self.all_rows] != labels:
-            raise InputError(f"{folder}: metadata.jsonl and shards differ in labels: leave these as they were encoded, "
+            raise InputError(f"{folder}: metadata.jsonl and shards differ in labels: leave these as they "
+                             "were encoded, "
                              "and change labels beside the clips")
         self.label_note, self.all_contents = "labels as they were encoded", contents
         # A clip that is no longer listed, or has changed since, stays in its shard, and nothing reads it.
@@ -122,16 +126,16 @@ class Shards:
 
     @functools.cached_property
     def copies(self):
-        """int64 [n]: equal numbers where two clips are copies of each other: their files or their latents are equal."""
+        """int64 [n]: equal numbers where two clips are copies of each other: their files or their latents are
+        equal."""
         return join_equal(self.contents, fingerprint.of_latents(self))
 
     def relabel(self, answers=None, bad="both"):
         """-> self, with today's labels, the same on every rank.
 
-        A clip's label is the people's in the labels.jsonl beside the clips (or in the file `answers`), given for the very
-        content that was encoded; without any, that of the clips' metadata; and without that, as it was encoded.
-        bad: see formats/labels.py. Raises InputError.
-        """
+        A clip's label is the people's in the labels.jsonl beside the clips (or in the file `answers`), given
+        for the very content that was encoded; without any, that of the clips' metadata; and without that, as
+        it was encoded. bad: see formats/labels.py. Raises InputError. """
         folder = self.index.get("clips") and Path(os.path.normpath(self.folder / self.index["clips"]))
         if answers and not Path(answers).is_file():
             raise InputError(f"--labels {answers}: there is no such file")
@@ -144,12 +148,15 @@ class Shards:
                 path, contents_of=lambda answer: [encoded.get(os.path.normpath(answer["file_name"]))])
             said = people.majority(given, bad)
         if bad != "both" and not said:
-            raise InputError(f"--bad {bad} means nothing without answers, and there are none in {path or self.folder}: leave "
+            raise InputError(f"--bad {bad} means nothing without answers, and there are none in "
+                             f"{path or self.folder}: leave "
                              "it out")
         listed = []
         if folder and any(folder.glob("metadata.*")):
-            listed = [row for _, row, problem in read_listing(folder)[0] if not problem]     # others were not encoded either
-        sources = {f"{path}": said, f"the metadata in {folder}": _labels_by_name(listed), "encoding": _labels_by_name(self.rows)}
+            # others were not encoded either
+            listed = [row for _, row, problem in read_listing(folder)[0] if not problem]
+        sources = {f"{path}": said, f"the metadata in {folder}": _labels_by_name(listed),
+                   "encoding": _labels_by_name(self.rows)}
         counts = collections.Counter()
         for i, name in enumerate(names):
             source = next(source for source, labels in sources.items() if name in labels)
@@ -158,12 +165,13 @@ class Shards:
             counts[source] += label is not None
         counted = ", ".join(f"{source}: {counts[source]}" for source in sources if counts[source])
         note = printable("; ".join([f"labels from {counted or 'nowhere'}", *notes]))
-        self.labels, self.label_note = common.gather((self.labels, note))[0]            # a person may be answering meanwhile
+        # a person may be answering meanwhile
+        self.labels, self.label_note = common.gather((self.labels, note))[0]
         return self
 
     def batch(self, indices):
-        """-> {latents [b, c, f, h, w], context [b, l, d], label int8 [b] (-1: none), prompt: list of b}, and in shards of
-        image-to-video clip_fea [b, m, d'] and condition [b, c, f, h, w]."""
+        """-> {latents [b, c, f, h, w], context [b, l, d], label int8 [b] (-1: none), prompt: list of b}, and
+        in shards of image-to-video clip_fea [b, m, d'] and condition [b, c, f, h, w]."""
         indices = [int(i) for i in indices]
         batch = {name: torch.empty(len(indices), *shape) for name, shape in self.shapes.items()}
         for path in {self.where[i][0] for i in indices}:
@@ -177,8 +185,8 @@ class Shards:
         return batch | {"label": self.labels[indices], "prompt": [self.rows[i]["prompt"] for i in indices]}
 
     def require(self, channels=None, context_shape=None, labelled=False, image_dim=None):
-        """Raises InputError naming the field that does not fit a model of these latent channels, contexts (l, d) and CLIP
-        tokens of width image_dim; labelled: both labels must occur."""
+        """Raises InputError naming the field that does not fit a model of these latent channels, contexts (l,
+        d) and CLIP tokens of width image_dim; labelled: both labels must occur."""
         if channels not in (None, self.latent_shape[0]):
             raise InputError(f"{self.folder}: latents have {self.latent_shape[0]} channels, the model "
                              f"has {channels}: encode with its own VAE")
@@ -186,12 +194,14 @@ class Shards:
             raise InputError(f"{self.folder}: context is {list(self.context_shape)} (tokens, width), not "
                              f"{list(context_shape)} as the model's: encode with its own text encoder")
         if image_dim not in (None, self.shapes.get("clip_fea", (0,))[-1]):
-            raise InputError(f"{self.folder}: holds no CLIP image tokens of width {image_dim}, which the model takes: "
+            raise InputError(f"{self.folder}: holds no CLIP image tokens of width {image_dim}, which the "
+                             "model takes: "
                              "encode with --image_encoder, or better --model")
         found = sorted(set(self.labels.tolist()) - {-1})
         if labelled and len(found) < 2:
             what = f"every label is {found[0]}" if found else "no clip has a label"
-            raise InputError(f"{self.folder}: {what}: a reward model needs 0 and 1 (label.py, or `label` in the clips' metadata)")
+            raise InputError(f"{self.folder}: {what}: a reward model needs 0 and 1 (label.py, or `label` in "
+                             "the clips' metadata)")
 
 
 def join(parts):
@@ -221,8 +231,8 @@ def _labels_by_name(rows):
 
 
 def join_equal(*columns):
-    """int64 [n]: equal numbers where rows have an equal value in one of the columns (lists of n), directly or over other rows;
-    the number is the index of the first such row. None equals nothing."""
+    """int64 [n]: equal numbers where rows have an equal value in one of the columns (lists of n), directly or
+    over other rows; the number is the index of the first such row. None equals nothing."""
     parent = list(range(len(columns[0])))
 
     def root(i):

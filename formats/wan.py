@@ -1,5 +1,5 @@
-"""Wan2.1's own VAE, text encoder and image encoder, read from folders of diffusers and transformers, and the way back:
-an aligned transformer as diffusers loads it. Nobody needs this file to learn the method.
+"""Wan2.1's own VAE, text encoder and image encoder, read from folders of diffusers and transformers, and the
+way back: an aligned transformer as diffusers loads it. Nobody needs this file to learn the method.
 
     pip install -r requirements-wan.txt
     python data.py encode clips --vae Wan2.1/vae --text_encoder Wan2.1/text_encoder ...
@@ -38,15 +38,17 @@ def extra(path):
 
 
 def load(cls, path, dtype, word="dtype"):
-    """cls.from_pretrained(path) in eval mode, without gradients on its weights. Raises InputError if anything is
-    missing, damaged or of another shape, where the libraries fill in random weights and go on."""
+    """cls.from_pretrained(path) in eval mode, without gradients on its weights. Raises InputError if anything
+    is missing, damaged or of another shape, where the libraries fill in random weights and go on."""
     try:
         model, info = cls.from_pretrained(str(path), output_loading_info=True, local_files_only=True,
                                           **{word: dtype})
-    except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError, ... by library and version
+    # OSError, ValueError, RuntimeError, SafetensorError, ... by library and version
+    except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{path}: not a whole folder of {cls.__name__}: {reason}") from None
-    wrong = [str(name) for kind in ("missing", "unexpected", "mismatched") for name in info.get(f"{kind}_keys") or ()]
+    wrong = [str(name) for kind in ("missing", "unexpected", "mismatched")
+             for name in info.get(f"{kind}_keys") or ()]
     if wrong:
         raise InputError(f"{path}: missing, unexpected or misshapen weights of {cls.__name__}: "
                          f"{', '.join(sorted(wrong)[:4])}{', ...' * (len(wrong) > 4)}")
@@ -54,7 +56,8 @@ def load(cls, path, dtype, word="dtype"):
 
 
 def beside(path, files, sibling):
-    """The folder that holds one of `files`: `path` itself or, as in a pipeline, `sibling` next to it; or None."""
+    """The folder that holds one of `files`: `path` itself or, as in a pipeline, `sibling` next to it; or
+    None."""
     folders = (Path(path), Path(path).resolve().parent / sibling)
     return next((folder for folder in folders if any((folder / name).is_file() for name in files)), None)
 
@@ -81,7 +84,8 @@ class WanVAE(nn.Module):
 
 
 def load_tokenizer(path):
-    """The tokenizer of the text encoder in folder `path`, which lies in it or in tokenizer/ beside it. Raises InputError."""
+    """The tokenizer of the text encoder in folder `path`, which lies in it or in tokenizer/ beside it. Raises
+    InputError."""
     _, transformers = extra(path)
     folder = beside(path, ("tokenizer.json", "spiece.model", "tokenizer_config.json"), "tokenizer")
     if folder is None:
@@ -93,15 +97,16 @@ def load_tokenizer(path):
 
 
 def count_tokens(path, prompts):
-    """How many tokens each prompt has, without those that the encoder in folder `path` would cut off being left out."""
+    """How many tokens each prompt has, without those that the encoder in folder `path` would cut off being
+    left out."""
     tokenizer = load_tokenizer(path)
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
     return [len(tokenizer(prompt_clean(prompt)).input_ids) for prompt in prompts]
 
 
 class WanTextEncoder(nn.Module):
-    """transformers' UMT5EncoderModel and its tokenizer, which lies in the same folder or in tokenizer/ beside it.
-    In bfloat16 on CUDA, as Wan runs it (5.7 billion parameters), else float32."""
+    """transformers' UMT5EncoderModel and its tokenizer, which lies in the same folder or in tokenizer/ beside
+    it. In bfloat16 on CUDA, as Wan runs it (5.7 billion parameters), else float32."""
 
     def __init__(self, path):
         super().__init__()
@@ -111,12 +116,14 @@ class WanTextEncoder(nn.Module):
         self.encoder = load(transformers.UMT5EncoderModel, path, dtype)
 
     def encode(self, prompts):
-        """list of b strings -> context [b, 512, d] float32, zero behind each prompt's tokens, as Wan pads it."""
+        """list of b strings -> context [b, 512, d] float32, zero behind each prompt's tokens, as Wan pads
+        it."""
         from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-        tokens = self.tokenizer([prompt_clean(prompt) for prompt in prompts], padding="max_length", truncation=True,
+        tokens = self.tokenizer([prompt_clean(prompt) for prompt in prompts], padding="max_length",
+                                truncation=True,
                                 max_length=TEXT_LEN, return_attention_mask=True, return_tensors="pt")
         tokens = tokens.to(self.encoder.device)
-        context = self.encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state.float()       # [b, l, d]
+        context = self.encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state.float()  # [b, l, d]
         return context * tokens.attention_mask[..., None]
 
 
@@ -129,21 +136,25 @@ class WanImageEncoder(nn.Module):
         _, transformers = extra(path)
         folder = beside(path, ("preprocessor_config.json",), "image_processor")
         if folder is None:
-            raise InputError(f"{path}: there is no preprocessor_config.json in it, nor in image_processor/ beside it")
+            raise InputError(f"{path}: there is no preprocessor_config.json in it, nor in image_processor/ "
+                             "beside it")
         self.processor = transformers.CLIPImageProcessor.from_pretrained(str(folder), local_files_only=True)
         self.encoder = load(transformers.CLIPVisionModel, path, torch.float32)
 
     def encode(self, images):
-        """uint8 [b, H, W, 3] -> all tokens of the layer before the last, float32 [b, m, d] (Wan2.1: 257 x 1280)."""
+        """uint8 [b, H, W, 3] -> all tokens of the layer before the last, float32 [b, m, d] (Wan2.1: 257 x
+        1280)."""
         pixels = self.processor(images=list(images.cpu().numpy()), return_tensors="pt").pixel_values
         return self.encoder(pixels.to(self.encoder.device), output_hidden_states=True).hidden_states[-2]
 
 
 @dataclass
 class Export:
-    transformer: str = arg(..., "folder of an aligned transformer, or a LoRA file (.safetensors)", positional=True)
+    transformer: str = arg(..., "folder of an aligned transformer, or a LoRA file (.safetensors)",
+                           positional=True)
     out: str = arg(..., "folder, or LoRA file, to write")
-    layout: str = arg("diffusers", "whose names: diffusers', or the official Wan2.1's, which ComfyUI reads", choices=LAYOUTS)
+    layout: str = arg("diffusers", "whose names: diffusers', or the official Wan2.1's, which ComfyUI reads",
+                      choices=LAYOUTS)
     dtype: str = arg("bf16", "of the weights", choices=("bf16", "fp32"))
 
 
@@ -153,7 +164,8 @@ def export(config, load_transformer, export_transformer):
         raise InputError(f"--out {config.out}: is there already; name a new one")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
     if Path(config.transformer).suffix == ".safetensors":
-        adapters = {layer: (A.to(dtype), B.to(dtype)) for layer, (A, B) in read_adapters(config.transformer).items()}
+        adapters = {layer: (A.to(dtype), B.to(dtype))
+                    for layer, (A, B) in read_adapters(config.transformer).items()}
         Path(config.out).parent.mkdir(parents=True, exist_ok=True)
         write_adapters(config.out, adapters, config.layout)
     else:
@@ -164,7 +176,8 @@ def export(config, load_transformer, export_transformer):
 
 
 def tell_what_rounding_takes(state, folder, dtype):
-    """Prints a note if a transformer was merged with adapters, which then lie beside it, and dtype loses much of them."""
+    """Prints a note if a transformer was merged with adapters, which then lie beside it, and dtype loses much
+    of them."""
     folder = Path(folder)
     if (folder / "transformer").is_dir():
         folder = folder / "transformer"
@@ -177,10 +190,13 @@ def tell_what_rounding_takes(state, folder, dtype):
             return                                              # of another model
     share = share_kept(state, adapters, dtype)
     if share < 0.9:
-        print(f"note: only {share:.0%} of what the adapters add to the weights is left after rounding: write --dtype fp32, or "
+        print(f"note: only {share:.0%} of what the adapters add to the weights is left after rounding: write "
+              "--dtype fp32, or "
               f"load the adapters themselves, {file} (train_align.py --export lora writes nothing else)")
 
 
 if __name__ == "__main__":
-    from model import export_transformer, load_transformer  # passed in: what is here imports only what is below
-    common.cli(partial(export, load_transformer=load_transformer, export_transformer=export_transformer), Export, __doc__)
+    # passed in: what is here imports only what is below
+    from model import export_transformer, load_transformer
+    common.cli(partial(export, load_transformer=load_transformer, export_transformer=export_transformer),
+               Export, __doc__)

@@ -1,8 +1,8 @@
 """Weight folders on disk: config.json beside safetensors, ours, Wan2.1's official ones and diffusers' alike.
 
-Nothing here is needed to understand the method; `model.load_transformer` and `model.export_transformer` use it. Reading
-is strict: what is missing, unexpected or of another shape is an InputError that lists it. Writing is whole or not at
-all: a temporary name, then a rename. Weights are read from safetensors only.
+Nothing here is needed to understand the method; `model.load_transformer` and `model.export_transformer` use
+it. Reading is strict: what is missing, unexpected or of another shape is an InputError that lists it. Writing
+is whole or not at all: a temporary name, then a rename. Weights are read from safetensors only.
 """
 import copy
 import json
@@ -27,7 +27,8 @@ from formats.metadata import from_json
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TASKS = ("t2v", "i2v")
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
-SHIPPED = {"t2v": CHECKPOINTS, "i2v": CHECKPOINTS / "i2v", "t2v mid": CHECKPOINTS / "mid"}     # task, and --world but tiny
+# task, and --world but tiny
+SHIPPED = {"t2v": CHECKPOINTS, "i2v": CHECKPOINTS / "i2v", "t2v mid": CHECKPOINTS / "mid"}
 
 
 class Later(NamedTuple):
@@ -38,16 +39,19 @@ class Later(NamedTuple):
 
 
 def full_tensor(x):
-    """The whole of a tensor of which each rank may hold a piece; a Later is made now. Every rank must call it."""
+    """The whole of a tensor of which each rank may hold a piece; a Later is made now. Every rank must call
+    it."""
     x = x.make() if isinstance(x, Later) else x
     return x.detach().full_tensor() if isinstance(x, DTensor) else x.detach()
 
 
 def stream_tensors(tensors, path, dtype=None):
-    """A safetensors file, with one whole tensor in memory at a time. tensors: {name: tensor or Later}. dtype: what they are
-    cast to, or {name: dtype}, or None. Raises OSError that names the file; nothing of it stays."""
+    """A safetensors file, with one whole tensor in memory at a time. tensors: {name: tensor or Later}. dtype:
+    what they are cast to, or {name: dtype}, or None. Raises OSError that names the file; nothing of it
+    stays."""
     dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys(tensors, dtype) if dtype else {}
-    words = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8",
+    words = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+             torch.int8: "I8",
              torch.uint8: "U8"}
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, x in tensors.items():
@@ -69,8 +73,8 @@ def stream_tensors(tensors, path, dtype=None):
 
 
 def write_folder(path, config, tensors, dtype=None):
-    """config.json and one safetensors file, complete under a temporary name first, then renamed to `path`. tensors, dtype:
-    as in stream_tensors. Of pieces every rank must call it; rank 0 writes."""
+    """config.json and one safetensors file, complete under a temporary name first, then renamed to `path`.
+    tensors, dtype: as in stream_tensors. Of pieces every rank must call it; rank 0 writes."""
     path = Path(path)
     if rank() > 0:
         for x in tensors.values():
@@ -117,7 +121,8 @@ class WeightFiles:
             files = [path / WEIGHTS]
         elif index.is_file():
             try:
-                files = [path / name for name in sorted(set(from_json(index.read_text())["weight_map"].values()))]
+                files = [path / name
+                         for name in sorted(set(from_json(index.read_text())["weight_map"].values()))]
             except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise InputError(f"{index} is not a shard index: {error!r}") from None
         else:
@@ -129,13 +134,14 @@ class WeightFiles:
             except FileNotFoundError:
                 raise InputError(f"{file} is missing; {index.name} names it") from None
             except (SafetensorError, OSError) as error:
-                raise InputError(f"{file} is not a whole safetensors file: {error}".replace("\n", " ")) from None
+                raise InputError(f"{file} is not a whole safetensors file: "
+                                 f"{error}".replace("\n", " ")) from None
             self.handle |= dict.fromkeys(handle.keys(), handle)
             self.file |= dict.fromkeys(handle.keys(), file)
 
     def require(self, shapes, ignore=()):
-        """Raises InputError unless the files hold all of `shapes` (name -> shape), and nothing else but names that
-        contain a word of `ignore` -> self."""
+        """Raises InputError unless the files hold all of `shapes` (name -> shape), and nothing else but names
+        that contain a word of `ignore` -> self."""
         want = {self.rename(name): tuple(shape) for name, shape in shapes.items()}
         have = {name for name in self.handle if not any(word in name for word in ignore)}
         found = {name: tuple(self.handle[name].get_slice(name).get_shape()) for name in want.keys() & have}
@@ -146,7 +152,8 @@ class WeightFiles:
                                  for name in sorted(found) if found[name] != want[name]],
         }
         if any(problems.values()):
-            listed = "; ".join(f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+            listed = "; ".join(f"{len(names)} {kind}: "
+                               f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
                                for kind, names in problems.items() if names)
             raise InputError(f"the weights in {self.path} do not fit: {listed}")
         return self
@@ -164,7 +171,7 @@ class WeightFiles:
     def rows(self, name, start, stop):
         """Rows start .. stop - 1 of a tensor; of the file, no more than these is read."""
         name = self.rename(name)
-        with safe_open(self.file[name], "pt") as file:          # anew: what was read of an open map stays resident
+        with safe_open(self.file[name], "pt") as file:  # anew: what was read of an open map stays resident
             return file.get_slice(name)[start:stop]
 
 
@@ -190,13 +197,15 @@ def unkept(really=True):
 
 
 def save_module(module, path, dtype=None):
-    """Write module.config and its weights (cast to dtype if given) as a folder, atomically. Every rank must call it."""
+    """Write module.config and its weights (cast to dtype if given) as a folder, atomically. Every rank must
+    call it."""
     write_folder(path, module.config, module.state_dict(), dtype)
 
 
 def load_weights(module, path, load_now=True):
-    """Fill `module`, keeping its dtype and device, from a folder that `save_module` wrote; returns the module. One on the
-    meta device gets float32 weights, or with load_now=False only `weight_files`, as in model.load_transformer.
+    """Fill `module`, keeping its dtype and device, from a folder that `save_module` wrote; returns the
+    module. One on the meta device gets float32 weights, or with load_now=False only `weight_files`, as in
+    model.load_transformer.
 
     InputError when the folder was written for another config or its weights are not exactly the module's.
     """
@@ -220,12 +229,14 @@ def load_weights(module, path, load_now=True):
 PIPELINES = ("WanPipeline", "WanVideoToVideoPipeline", "WanImageToVideoPipeline")       # of diffusers
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "image_encoder", "image_processor", "scheduler")
 TRANSFORMERS = ("WanModel", "WanTransformer3DModel")
-WAN22 = {"transformer_2": "Wan2.2 A14B", "boundary_ratio": "Wan2.2 A14B", "expand_timesteps": "Wan2.2 TI2V-5B"}
+WAN22 = {"transformer_2": "Wan2.2 A14B", "boundary_ratio": "Wan2.2 A14B",
+         "expand_timesteps": "Wan2.2 TI2V-5B"}
 EXPERTS = ("high_noise_model", "low_noise_model")               # of Wan2.2 A14B in its authors' layout
 
 
 def require_known(path):
-    """Raises InputError if a generator's folder, or the pipeline that it is a part of, holds a part that nothing here reads.
+    """Raises InputError if a generator's folder, or the pipeline that it is a part of, holds a part that
+    nothing here reads.
 
     Without that part the generator would do something else than its authors meant, and no error would say so.
     """
@@ -233,18 +244,19 @@ def require_known(path):
     parent = path.resolve().parent
     for folder in (path, parent) if path.resolve().name in EXPERTS else (path,):
         if all((folder / name).is_dir() for name in EXPERTS):
-            raise InputError(f"{folder}: holds {EXPERTS[0]}/ and {EXPERTS[1]}/ (Wan2.2 A14B), and one of the two alone is only "
-                             "half a generator: not supported, give a folder of Wan2.1")
+            raise InputError(f"{folder}: holds {EXPERTS[0]}/ and {EXPERTS[1]}/ (Wan2.2 A14B), and one of the "
+                             "two alone is only half a generator: not supported, give a folder of Wan2.1")
     pipeline = parent if path.resolve().name.startswith("transformer") else path
     if pipeline.joinpath("model_index.json").is_file():
         require_known_index(pipeline / "model_index.json")
     if pipeline.joinpath("transformer_2").is_dir():
-        raise InputError(f"{pipeline}: holds transformer_2/ ({WAN22['transformer_2']}), which nothing here reads: "
-                         "not supported, give a folder of Wan2.1")
+        raise InputError(f"{pipeline}: holds transformer_2/ ({WAN22['transformer_2']}), which nothing here "
+                         "reads: not supported, give a folder of Wan2.1")
 
 
 def require_known_index(file):
-    """Raises InputError if a diffusers pipeline's model_index.json names a pipeline or a part that nothing here reads."""
+    """Raises InputError if a diffusers pipeline's model_index.json names a pipeline or a part that nothing
+    here reads."""
     try:
         index = from_json(file.read_text())
     except ValueError as error:
@@ -253,29 +265,35 @@ def require_known_index(file):
         raise InputError(f"{file} holds no JSON object")
     kind = index.get("_class_name")
     if kind not in PIPELINES:
-        raise InputError(f"{file}: is of a {kind}: not supported, give a folder of Wan2.1: {' or '.join(PIPELINES)}")
+        raise InputError(f"{file}: is of a {kind}: not supported, give a folder of Wan2.1: "
+                         f"{' or '.join(PIPELINES)}")
     for name, value in index.items():
         empty = value in (None, False) or value == [None, None]
         if not empty and not name.startswith("_") and name not in PARTS:
             family = f" ({WAN22[name]})" if name in WAN22 else ""
-            raise InputError(f"{file}: names {name}{family}, which nothing here reads: not supported, give a folder of Wan2.1")
+            raise InputError(f"{file}: names {name}{family}, which nothing here reads: not supported, give a "
+                             "folder of Wan2.1")
 
 
 def require_known_transformer(config):
-    """Raises InputError if a transformer's config.json is of a kind that is like Wan2.1's, but is given or does more."""
+    """Raises InputError if a transformer's config.json is of a kind that is like Wan2.1's, but is given or
+    does more."""
     kind, task = config.get("_class_name", TRANSFORMERS[0]), config.get("model_type", TASKS[0])
     if kind not in TRANSFORMERS:
-        raise InputError(f"is of a {kind}: not supported, give a transformer of Wan2.1: {' or '.join(TRANSFORMERS)}")
+        raise InputError(f"is of a {kind}: not supported, give a transformer of Wan2.1: "
+                         f"{' or '.join(TRANSFORMERS)}")
     if task not in TASKS:
-        raise InputError(f"model_type is {task!r}: not supported, give a transformer of Wan2.1's for {' or '.join(TASKS)}")
+        raise InputError(f"model_type is {task!r}: not supported, give a transformer of Wan2.1's for "
+                         f"{' or '.join(TASKS)}")
 
 
 def require_known_channels(config):
-    """Raises InputError if a transformer takes more channels than noise and, in image-to-video, mask and first frame."""
+    """Raises InputError if a transformer takes more channels than noise and, in image-to-video, mask and
+    first frame."""
     taken, c = config.get("in_dim", 16), config.get("out_dim", 16)
     if taken not in (c, 4 + 2 * c):
-        raise InputError(f"takes {taken} channels: not supported, t2v takes {c} and i2v {4 + 2 * c} (Wan2.1's Fun models for "
-                         "control signals take more)")
+        raise InputError(f"takes {taken} channels: not supported, t2v takes {c} and i2v {4 + 2 * c} "
+                         "(Wan2.1's Fun models for control signals take more)")
 
 
 # ---- Wan2.1's official folders and diffusers'
@@ -293,7 +311,8 @@ DIFFUSERS_WORDS = (
     ("head.modulation", "scale_shift_table"), ("head.head", "proj_out"), ("modulation", "scale_shift_table"),
     ("self_attn", "attn1"), ("cross_attn", "attn2"), ("norm3", "norm2"), ("norm_k_img", "norm_added_k"),
     (".q.", ".to_q."), (".k.", ".to_k."), (".v.", ".to_v."), (".o.", ".to_out.0."),
-    (".k_img.", ".add_k_proj."), (".v_img.", ".add_v_proj."), ("ffn.0", "ffn.net.0.proj"), ("ffn.2", "ffn.net.2"),
+    (".k_img.", ".add_k_proj."), (".v_img.", ".add_v_proj."), ("ffn.0", "ffn.net.0.proj"),
+    ("ffn.2", "ffn.net.2"),
 )
 
 
@@ -306,7 +325,8 @@ def diffusers_name(name):
 def diffusers_config(config):
     """Our config in the words of `WanTransformer3DModel`, which knows no text_len (512 is Wan's)."""
     image_dim, dim, heads = config["image_dim"], config["dim"], config["num_heads"]
-    return dict(_class_name="WanTransformer3DModel", _text_len=config["text_len"], patch_size=config["patch_size"],
+    return dict(_class_name="WanTransformer3DModel", _text_len=config["text_len"],
+                patch_size=config["patch_size"],
                 num_attention_heads=heads, attention_head_dim=dim // heads, in_channels=config["in_dim"],
                 out_channels=config["out_dim"], text_dim=config["text_dim"], freq_dim=config["freq_dim"],
                 ffn_dim=config["ffn_dim"], num_layers=config["num_layers"], cross_attn_norm=True,
@@ -318,8 +338,10 @@ def from_diffusers_config(theirs):
     """The inverse of `diffusers_config`; KeyError or InputError where that model is not Wan2.1's."""
     if theirs.get("qk_norm", "rms_norm_across_heads") != "rms_norm_across_heads" \
             or not theirs.get("cross_attn_norm", True) or theirs.get("pos_embed_seq_len") is not None:
-        raise InputError("qk_norm, cross_attn_norm or pos_embed_seq_len is not that of Wan2.1's t2v and i2v models")
-    config = {key: theirs[key] for key in ("patch_size", "text_dim", "freq_dim", "ffn_dim", "num_layers", "eps")}
+        raise InputError("qk_norm, cross_attn_norm or pos_embed_seq_len is not that of Wan2.1's t2v and i2v "
+                         "models")
+    config = {key: theirs[key] for key in ("patch_size", "text_dim", "freq_dim", "ffn_dim", "num_layers",
+                                           "eps")}
     in_dim, out_dim, heads = theirs["in_channels"], theirs["out_channels"], theirs["num_attention_heads"]
     return config | dict(model_type="i2v" if in_dim > out_dim else "t2v", in_dim=in_dim, out_dim=out_dim,
                          dim=heads * theirs["attention_head_dim"], num_heads=heads,
@@ -341,17 +363,18 @@ def from_wan_config(theirs, path):
 
 
 def resolve_model(config, transformer=None):
-    """config.model, or the shipped generator of config.task and --world; model and task are filled in, the former returned.
+    """config.model, or the shipped generator of config.task and --world; model and task are filled in, the
+    former returned.
 
-    transformer: the generator's folder where it is not config.model. Raises InputError if it is of another task, or if no
-    generator of --world's size is shipped.
+    transformer: the generator's folder where it is not config.model. Raises InputError if it is of another
+    task, or if no generator of --world's size is shipped.
     """
     world, task = getattr(config, "world", "tiny"), config.task or "t2v"
     of_size = "" if world == "tiny" else f" {world}"
     folder = transformer or config.model or SHIPPED.get(task + of_size)
     if not folder:
-        raise InputError(f"--world {world}: no {task} generator of that size is shipped: name one with --model (python -m "
-                         "world.pretrain dit makes them)")
+        raise InputError(f"--world {world}: no {task} generator of that size is shipped: name one with "
+                         "--model (python -m world.pretrain dit makes them)")
     if config.model:
         require_known(config.model)
     task = transformer_folder(folder)[1].get("model_type", "t2v")
@@ -363,8 +386,9 @@ def resolve_model(config, transformer=None):
 
 
 def transformer_folder(path):
-    """What a transformer's folder (or a folder that holds `transformer/`) is: its path, our config, the function from
-    our parameter names to its own, and words of names in it that no model reads. Raises InputError."""
+    """What a transformer's folder (or a folder that holds `transformer/`) is: its path, our config, the
+    function from our parameter names to its own, and words of names in it that no model reads. Raises
+    InputError."""
     path = Path(path)
     require_known(path)
     if not (path / "config.json").exists() and (path / "transformer").is_dir():

@@ -1,8 +1,8 @@
 """LoRA: y = W x + b + alpha / r * B A x, with W and b frozen, on q, k, v, o of every attention of the policy.
 
-A [r, d] starts random and B [d, r] at zero, so training starts at the base model; or both start from a file, on the layers
-that it names. Only A and B have gradients and optimizer state. formats/adapters.py has the files. `merge` gives plain
-weights again.
+A [r, d] starts random and B [d, r] at zero, so training starts at the base model; or both start from a file,
+on the layers that it names. Only A and B have gradients and optimizer state. formats/adapters.py has the
+files. `merge` gives plain weights again.
 
 Axes: d model width, r rank.
 """
@@ -21,22 +21,24 @@ from model import export_transformer
 
 @dataclass
 class Flags:
-    """What train_align.py takes for adapters."""
-    lora_rank: int = arg(0, "train adapters of this rank (such as 16) beside the frozen q, k, v, o of each attention, "
-                         "often at 10 times the learning rate; 0 trains every weight", at_least=0)
-    lora_alpha: float | None = arg(None, "adapters are scaled by lora_alpha / lora_rank; without, by 1", above=0, only="lora_rank")
-    lora: str | None = arg(None, "LoRA file whose adapters the training goes on from")
-    export: str = arg("merged", "of LoRA: whole weights and adapters, or adapters alone (lora)", choices=("merged", "lora"))
+    """Flags of train_align.py for adapters."""
+    lora_rank: int = arg(0, "train adapters of this rank (such as 16) beside the frozen q, k, v, o of each "
+                         "attention, often with 10 times the learning rate; 0 trains all weights", at_least=0)
+    lora_alpha: float | None = arg(None, "adapters are scaled by lora_alpha / lora_rank; default: by 1",
+                                   above=0, only="lora_rank")
+    lora: str | None = arg(None, "LoRA file with the adapters that training starts from")
+    export: str = arg("merged", "what a run with adapters writes: the merged weights and the adapters, or "
+                                "only the adapters (lora)", choices=("merged", "lora"))
 
 
 class LoRALinear(nn.Module):
     """A frozen nn.Linear, under its own names, and beside it A and B."""
 
-    def __init__(self, linear, rank, scale):
+    def __init__(self, linear, r, scale):
         super().__init__()
         self.weight, self.bias, self.scale = linear.weight, linear.bias, scale
-        self.lora_A = nn.Linear(linear.in_features, rank, bias=False)
-        self.lora_B = nn.Linear(rank, linear.out_features, bias=False)
+        self.lora_A = nn.Linear(linear.in_features, r, bias=False)
+        self.lora_B = nn.Linear(r, linear.out_features, bias=False)
 
     def forward(self, x):
         return F.linear(x, self.weight, self.bias) + self.scale * self.lora_B(self.lora_A(x))
@@ -47,32 +49,38 @@ def read_for(dit, path):
     adapters, shapes = read_adapters(path), {name: tuple(p.shape) for name, p in dit.named_parameters()}
     for layer, (A, B) in adapters.items():
         if shapes.get(f"{layer}.weight") != (len(B), A.shape[1]):
-            raise InputError(f"--lora {path}: is of another model: {layer} changes a weight of {[len(B), A.shape[1]]}, "
+            raise InputError(f"--lora {path}: is of another model: {layer} changes a weight of "
+                             f"{[len(B), A.shape[1]]}, "
                              f"this one has {list(shapes.get(f'{layer}.weight', []))}")
     return adapters
 
 
-def add(dit, rank, alpha=None, seed=0, path=None):
-    """Freezes a VideoDiT, in place, and gives its attentions adapters that train. rank 0 and no path: changes nothing.
+def add(dit, lora_rank, alpha=None, seed=0, path=None):
+    """Freezes a VideoDiT, in place, and gives its attentions adapters that train. With lora_rank 0 and no
+    path it changes nothing.
 
-    alpha None: as rank, scale 1. path: a LoRA file to go on from, which has its own rank. Call it before parallel.shard.
-    Raises InputError on an alpha without a rank, a rank that is not the file's, or a file of another model.
+    alpha None: as lora_rank, so that the scale is 1. path: a LoRA file whose adapters training starts from;
+    it has a rank of its own. Call this before parallel.shard. Raises InputError on an alpha without a rank, a
+    rank that is not the file's, or a file of another model.
     """
     start = read_for(dit, path) if path else {}
-    if not rank and not start:
+    if not lora_rank and not start:
         if alpha:
             raise InputError("--lora_alpha scales adapters: give --lora_rank too, or leave it out")
         return
-    if wrong := [len(A) for A, _ in start.values() if rank and len(A) != rank]:
-        raise InputError(f"--lora_rank {rank}: the adapters in {path} have rank {wrong[0]}; leave it out to go on from them")
+    if wrong := [len(A) for A, _ in start.values() if lora_rank and len(A) != lora_rank]:
+        raise InputError(f"--lora_rank {lora_rank}: the adapters in {path} have rank {wrong[0]}; leave it "
+                         "out "
+                         "to go on from them")
     dit.requires_grad_(False)
     draws = random_generator(seed, "lora")
     for layer in start or [f"blocks.{i}.{kind}_attn.{x}" for i in range(len(dit.blocks))
                            for kind in ("self", "cross") for x in "qkvo"]:
-        r = rank or len(start[layer][0])
+        r = lora_rank or len(start[layer][0])
         adapted = LoRALinear(dit.get_submodule(layer), r, (alpha or r) / r)
         if start:
-            adapted.lora_A.weight.data, adapted.lora_B.weight.data = start[layer][0], start[layer][1] / adapted.scale
+            A, B = start[layer]
+            adapted.lora_A.weight.data, adapted.lora_B.weight.data = A, B / adapted.scale
         else:
             nn.init.kaiming_uniform_(adapted.lora_A.weight, a=5 ** 0.5, generator=draws)
             nn.init.zeros_(adapted.lora_B.weight)
@@ -91,7 +99,8 @@ def scaled(state, alpha):
 
 
 def merge(state, adapters):
-    """The state_dict of a plain VideoDiT, W + alpha / r * B A, each made as it is written. adapters: as from `scaled`."""
+    """The state_dict of a plain VideoDiT, W + alpha / r * B A, each made as it is written. adapters: as from
+    `scaled`."""
     merged = {name: x for name, x in state.items() if ".lora_" not in name}
     for layer, (A, B) in adapters.items():
         W = merged[f"{layer}.weight"]
@@ -101,7 +110,8 @@ def merge(state, adapters):
 
 
 def attach(dit, path):
-    """Gives a VideoDiT the adapters in a LoRA file, in place, to sample with. Raises InputError if they do not fit.
+    """Gives a VideoDiT the adapters in a LoRA file, in place, to sample with. Raises InputError if they do
+    not fit.
 
     They stay beside the weights: what adapters add is often less than bfloat16 can add to a weight.
     """
@@ -112,13 +122,15 @@ def attach(dit, path):
 def save(adapters, folder, layout="diffusers"):
     """Writes adapters, as from `scaled`, if there are any, as folder/pytorch_lora_weights.safetensors."""
     if adapters and rank() == 0:
-        write_adapters(Path(folder) / FILE, {layer: (A.cpu(), B.cpu()) for layer, (A, B) in adapters.items()}, layout)
+        write_adapters(Path(folder) / FILE, {layer: (A.cpu(), B.cpu()) for layer, (A, B) in adapters.items()},
+                       layout)
 
 
 @torch.no_grad()
 def export(dit, path, alpha=None, kind="merged"):
-    """Writes the weights of `dit`, with adapters merged in, to folder `path`, and the adapters, if it has any, beside it;
-    kind "lora": the adapters alone -> what a reader looks for. Every rank must call it; rank 0 writes."""
+    """Writes the weights of `dit`, with adapters merged in, to folder `path`, and the adapters, if it has
+    any, beside it; kind "lora": the adapters alone -> what a reader looks for. Every rank must call it; rank
+    0 writes."""
     state = dit.state_dict()
     adapters = scaled(state, alpha)
     save(adapters, path.parent)

@@ -36,45 +36,52 @@ from formats.weights import read_config
 from scale import sequence
 
 KINDS = ("ddp", "fsdp")
-OFFLOADED_FROM = 2 ** 22  # elements; what is smaller is not worth the way
+OFFLOADED_FROM = 2 ** 22  # elements; smaller tensors are not worth moving
 PIECES = "sharded_state"  # of torch.distributed.checkpoint, inside a checkpoint folder of fsdp
 
 
 @dataclass
 class Flags:
-    """What both training scripts take for many GPUs, or little memory."""
+    """Flags of both training scripts for several GPUs or little memory."""
     gradient_checkpointing: bool = arg(False, "recompute each block in the backward pass")
-    parallel: str = arg("ddp", "under torchrun: ddp keeps what trains (16 bytes a weight: itself, gradient, Adam) and the "
-                        "reward model whole on each GPU; fsdp, 1 / GPUs of them", choices=KINDS)
-    sequence_parallel: int = arg(1, "neighbouring GPUs that share each clip's tokens, for clips too long for one; the "
-                                 "paper has 4", above=0)
-    fsdp_group_size: int = arg(0, "fsdp: cut over groups of so many neighbouring GPUs, such as those of a node, and keep a copy "
-                          "in each group; 0 cuts over all", at_least=0)
-    offload_activations: bool = arg(False, "block inputs wait for the backward pass in the host's memory")
-    compile: bool = arg(False, "torch.compile each block: minutes at the start, and then faster steps")
+    parallel: str = arg("ddp", "under torchrun: ddp keeps a full copy of the trained model (16 bytes per "
+                        "weight: weight, gradient, Adam) and of the reward model on every GPU; fsdp splits "
+                        "them",
+                        choices=KINDS)
+    sequence_parallel: int = arg(1, "number of neighbouring GPUs that share the tokens of each clip, for "
+                                    "clips that are too long for one GPU; the paper has 4", above=0)
+    fsdp_group_size: int = arg(0, "fsdp: split over groups of this many neighbouring GPUs, such as those of "
+                                  "a node, and keep a copy in each group; 0 splits over all GPUs", at_least=0)
+    offload_activations: bool = arg(False, "keep the inputs of the blocks in the host's memory until the "
+                                           "backward pass needs them")
+    compile: bool = arg(False, "compile each block with torch.compile, which takes minutes at the start and "
+                               "makes the steps faster")
 
 
 def check(flags):
-    """Raises InputError where there are no processes to share the work, or flags that do not go together; for a script to
-    call before it works."""
+    """Raises InputError if there are no processes to share the work, or if the flags contradict each other.
+    Scripts call it before they start to work."""
     sequence.check(flags.sequence_parallel)
     if flags.parallel == "fsdp" and not dist.is_initialized():
         raise InputError("--parallel fsdp shards over processes: start with torchrun --nproc_per_node=<GPUs>")
     if flags.fsdp_group_size and flags.parallel != "fsdp":
         raise InputError("--fsdp_group_size means nothing with --parallel ddp: leave it out")
     if flags.fsdp_group_size and dist.get_world_size() % flags.fsdp_group_size:
-        raise InputError(f"--fsdp_group_size {flags.fsdp_group_size} does not divide the {dist.get_world_size()} "
+        raise InputError(f"--fsdp_group_size {flags.fsdp_group_size} does not divide the "
+                         f"{dist.get_world_size()} "
                          f"processes: choose one of {sequence.divisors(dist.get_world_size())}")
     if flags.offload_activations and not flags.gradient_checkpointing:
-        raise InputError("--offload_activations moves the block inputs that --gradient_checkpointing keeps: give both")
+        raise InputError("--offload_activations moves the block inputs that --gradient_checkpointing keeps: "
+                         "give both")
 
 
 def shard(model, runtime, flags):
-    """Puts a VideoDiT or a PAVRM, in place, on this rank's device: whole (ddp) or its piece (fsdp) -> model, which runs as
-    `flags` say. One on the meta device, from load_transformer(load_now=False), gets its weights here.
+    """Puts a VideoDiT or a PAVRM, in place, on this rank's device: whole (ddp) or its piece (fsdp) -> model,
+    which runs as `flags` say. One on the meta device, from load_transformer(load_now=False), gets its weights
+    here.
 
-    Call it before the optimizer is made. For fsdp give the model on meta or on the CPU, so that one block at a time is
-    whole on the device; every rank must hold the same weights. Raises InputError without processes.
+    Call it before the optimizer is made. For fsdp give the model on meta or on the CPU, so that one block at
+    a time is whole on the device; every rank must hold the same weights. Raises InputError without processes.
     """
     lay_out(model, runtime, flags)
     fill(model, runtime.device)
@@ -97,7 +104,8 @@ def lay_out(model, runtime, flags):
 
 
 def apply_fsdp(model, dit, runtime, fsdp_group_size):
-    """Fully shards a model over all ranks, or over groups of fsdp_group_size neighbours, each of which has it whole."""
+    """Fully shards a model over all ranks, or over groups of fsdp_group_size neighbours, each of which has it
+    whole."""
     # PAVRM's logits are a view; no caller writes into them
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
@@ -116,8 +124,8 @@ def apply_fsdp(model, dit, runtime, fsdp_group_size):
 
 @torch.no_grad()
 def fill(model, device):
-    """Gives what is on meta memory on `device` and, one weight at a time, what the model's files hold of it: all, or the
-    rows of this rank. The rest of the model moves there."""
+    """Gives what is on meta memory on `device` and, one weight at a time, what the model's files hold of it:
+    all, or the rows of this rank. The rest of the model moves there."""
     waiting = {name for name, p in model.named_parameters() if p.is_meta}
     model._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x.to(device))
     for name, p in model.named_parameters():
@@ -150,7 +158,8 @@ def work_of_rank(work, runtime, kind):
 def offload(dit):
     """Block inputs that wait for the backward pass of a VideoDiT do so in pinned host memory.
 
-    Under checkpointing they are all that the blocks keep; smaller tensors, such as the prompt's, stay where they are.
+    Under checkpointing they are all that the blocks keep; smaller tensors, such as the prompt's, stay where
+    they are.
     """
     run_blocks = dit.run_blocks
 
@@ -171,14 +180,15 @@ def offload(dit):
 
 
 def cast_matrices(dit, dtype):
-    """Stores the matrices of a VideoDiT's blocks in the dtype of autocast and the rest in float32, in place, to sample
-    with -> dit. Autocast would cast the same matrices at each call: results are the same, in half the memory."""
+    """Stores the matrices of a VideoDiT's blocks in the dtype of autocast and the rest in float32, in place,
+    to sample with -> dit. Autocast would cast the same matrices at each call: results are the same, in half
+    the memory."""
     matrices = set()
     for layer in dit.blocks.modules():
         weight = getattr(layer, "weight", None)
-        if weight is not None and weight.dim() == 2:            # of a linear layer, perhaps with adapters beside it
+        if weight is not None and weight.dim() == 2:  # of a linear layer, perhaps with adapters beside it
             matrices |= {weight, layer.bias}
-    for p in dit.parameters():                                  # one at a time: never all of a half-precision model in float32
+    for p in dit.parameters():  # one at a time: never all of a half-precision model in float32
         p.data = p.data.to(dtype if p in matrices else torch.float32)
     return dit
 
@@ -196,7 +206,8 @@ def named_state(model, optimizer):
 
 
 def save_checkpoint(output_dir, step, folders, model, optimizer, config, keep=2):
-    """runs.save_checkpoint of a model in training. Every rank must call it; under fsdp each writes its pieces."""
+    """runs.save_checkpoint of a model in training. Every rank must call it; under fsdp each writes its
+    pieces."""
     state, folders = {}, dict(folders)
     if not any(isinstance(p, DTensor) for p in model.parameters()):
         state = {"model": trained(model), "optimizer": optimizer.state_dict()}
@@ -206,14 +217,15 @@ def save_checkpoint(output_dir, step, folders, model, optimizer, config, keep=2)
             shutil.rmtree(pieces, ignore_errors=True)
         common.gather(None)                                     # a killed run's pieces are gone
         try:
-            dcp.save(named_state(model, optimizer), checkpoint_id=pieces)
+            # formats/disk.py flushes the pieces, as it bears with disks that cannot
+            dcp.save(named_state(model, optimizer), storage_writer=dcp.FileSystemWriter(pieces, sync_files=False))
         except dcp.api.CheckpointException as e:                # no Exception: what went wrong, rank by rank
             common.gather(None)                                 # nobody writes any more
             shutil.rmtree(pieces, ignore_errors=True)
             raise runs.unwritten(output_dir, step, next(iter(e.failures.values()))[0]) from None
         folders[PIECES] = lambda path: common.rank() or pieces.replace(path)
     runs.save_checkpoint(output_dir, step, folders, state, config, keep)
-    common.gather(None)                                         # nobody goes on before the checkpoint is there
+    common.gather(None)  # nobody goes on before the checkpoint is there
 
 
 def is_of(model, config):
@@ -248,11 +260,12 @@ def load_state(path, state, model, optimizer):
     # a weight that never had a gradient has no optimizer state: it starts at zero
     mine = {name: x for name, x in mine.items() if name in sizes or "/" not in name}
     # frozen weights are not among them, so a model of another task could have the same
-    others = [config for config in Path(path).glob("*/config.json") if not is_of(model, read_config(config.parent))]
+    others = [config for config in Path(path).glob("*/config.json")
+              if not is_of(model, read_config(config.parent))]
     if others or sizes != {name: x.shape for name, x in mine.items()}:
         raise InputError(f"--resume_from_checkpoint {path}: not a checkpoint of this script with the same "
                          "--task, --model, --depth, --pooling, --lora_rank")
-    if not any("/" in name for name in sizes):                  # it would go on, with fresh moments and without a word
+    if not any("/" in name for name in sizes):  # it would go on, with fresh moments and without a word
         raise InputError(f"--resume_from_checkpoint {path}: holds no optimizer state, so it is damaged")
     if saved:
         for name, x in mine.items():

@@ -1,21 +1,25 @@
-"""What an update costs before anybody pays for it: parameters, tokens, bytes, FLOPs, seconds, by pencil arithmetic.
+"""The planner: what an update will cost, in parameters, tokens, bytes, FLOPs and seconds, by formulas.
 
     python -m scale.plan wan2.1-t2v-14b --frames 81 --size 1280*720 --gpus 8 --method prfl
     python -m scale.plan wan2.1-t2v-1.3b --gpus 1 --lora_rank 32 --no-gradient_checkpointing
-    python -m scale.plan wan2.1-t2v-1.3b --gpus 8 --parallel ddp --clips 500        and the whole way from clips: disk, hours
-    python -m scale.plan wan2.1-t2v-14b --gpus 8 --simulate                         and what PyTorch's tracker says, in minutes
+    python -m scale.plan wan2.1-t2v-1.3b --gpus 8 --parallel ddp --clips 500    and all stages: disk, hours
+    python -m scale.plan wan2.1-t2v-14b --gpus 8 --simulate    and what PyTorch's tracker says
 
-Every line shows its formula with its numbers. What is counted: fp32 weights, gradients and AdamW moments of what is
-trained, bf16 autocast, what the backward pass keeps of each block (term by term in `block_bytes`, equal to the bytes
-that autograd saves), the two passing tensors of the feed-forward layer, the reward model, the decoder. What is not:
-the CUDA context (about 1 GB) and the allocator's unused pieces (up to a tenth). GB is 1e9 bytes.
+Every printed line shows its formula with the numbers in it. The planner counts fp32 weights, gradients and
+AdamW moments of the trained model, bf16 autocast, what the backward pass keeps of each block (term by term in
+`block_bytes`, equal to the bytes that autograd saves), the two tensors that pass through the feed-forward
+layer, the reward model and the decoder. It does not count the CUDA context (about 1 GB) and the allocator's
+unused pieces (up to a tenth). GB is 1e9 bytes.
 
-The numbers come from functions of plain integers; `report` alone prints. Under --parallel fsdp weights, gradients and
-moments are cut into --gpus parts, and a block is gathered before its use. Text encoder and VAE encoder do their work
-once, when clips are encoded, and cost an update nothing. `--method reward` is train_reward.py, the others train_align.py's.
+The numbers come from functions of plain integers, and only the `report` functions print. Under --parallel
+fsdp weights, gradients and moments are split into --gpus parts, and a block is gathered before its use. The
+text encoder and the VAE's encoder work once, when clips are encoded, so they cost an update nothing.
+`--method reward` plans train_reward.py, and the other methods plan train_align.py or, with `sample`,
+sample.py.
 
-Symbols: b batch of one GPU, f latent frames, h w latent height and width, n video tokens, l text tokens, m CLIP image
-tokens, d model width, F feed-forward width, k heads, L blocks, K blocks of the reward model, N steps of a rollout.
+Symbols: b batch of one GPU, f latent frames, h w latent height and width, n video tokens, l text tokens, m
+         CLIP image tokens, d model width, F feed-forward width, k heads, L blocks, K blocks of the reward
+         model, N steps of a rollout.
 """
 import dataclasses
 import math
@@ -27,19 +31,20 @@ from model import PRESETS
 
 IMAGE_TOKENS = 257      # CLIP ViT-H/14 at 224 pixels: 16 x 16 patches and a class token
 METHODS = ("prfl", "refl", "sft", "rwr", "reward", "sample")
-STEADY_PASSES = 4       # most Euler steps of a rollout without gradients under --recipe steady, as in prfl.RECIPES
-# Wan2.1's VAE decoder by resolution: space, time (frames a later latent frame has become here), convolutions 3x3x3 as
-# (input channels, output channels, how many); each follows a norm and a SiLU.
+STEADY_PASSES = 4  # most Euler steps of a rollout without gradients under --recipe steady, as in prfl.RECIPES
+# Wan2.1's VAE decoder by resolution: space, time (frames a later latent frame has become here), convolutions
+# 3x3x3 as (input channels, output channels, how many); each follows a norm and a SiLU.
 DECODER = (
     (1, 1, ((384, 384, 10),)),                          # middle block and first stage
     (2, 2, ((192, 384, 1), (384, 384, 5))),
     (4, 4, ((192, 192, 6),)),
     (8, 4, ((96, 96, 6), (96, 3, 1))),                  # and the last convolution, to pixels
 )
-UPSAMPLERS = ((384, 192, True), (384, 192, True), (192, 96, False))     # in, out, doubles time; one after each stage
+# in, out, doubles time; one after each stage
+UPSAMPLERS = ((384, 192, True), (384, 192, True), (192, 96, False))
 DECODER_PARAMETERS = 73_295_603
-# Its encoder, as DECODER: space, time (by how much a frame was divided), convolutions 3x3x3, shortcuts 1x1x1, what follows:
-# 3x3 at half the resolution, and then perhaps 3x1x1 at half the rate.
+# Its encoder, as DECODER: space, time (by how much a frame was divided), convolutions 3x3x3, shortcuts 1x1x1,
+# what follows: 3x3 at half the resolution, and then perhaps 3x1x1 at half the rate.
 ENCODER = (
     (1, 1, ((3, 96, 1), (96, 96, 4)), (), "space"),
     (2, 1, ((96, 192, 1), (192, 192, 3)), ((96, 192),), "time"),
@@ -55,37 +60,46 @@ class Config:
     preset: str = arg(..., f"the generator: {', '.join(PRESETS)}", choices=tuple(PRESETS), positional=True)
     method: str = arg("prfl", "what to train with", choices=METHODS)
     frames: int = arg(81, "video frames, 4 k + 1", above=0)
-    size: str = arg("832*480", "width*height in pixels (832x480 will do), each divisible by 16")
-    recipe: str = arg("paper", "prfl, refl: a rollout of every step to one rewarded step a batch, or of at most "
-                      f"{STEADY_PASSES} passes to one for each video", choices=("paper", "steady"))
+    size: str = arg("832*480", "width*height in pixels (832x480 is read too), each divisible by 16")
+    recipe: str = arg("paper", "prfl, refl: a rollout of every step up to one rewarded step for the batch, "
+                      f"or of at most {STEADY_PASSES} passes up to one per video",
+                      choices=("paper", "steady"))
     gpus: int = arg(1, "GPUs of a node", above=0)
-    nodes: int = arg(1, "nodes; with more, also the bytes that an update sends from one to the others", above=0)
-    parallel: str = arg("fsdp", "ddp: everything whole on every GPU; fsdp: cut over all of them",
+    nodes: int = arg(1, "number of nodes; with several, also count the bytes that an update sends between "
+                        "them", above=0)
+    parallel: str = arg("fsdp", "ddp: a full copy of everything on every GPU; fsdp: split over all GPUs",
                         choices=("ddp", "fsdp"))
     sequence_parallel: int = arg(1, "GPUs that share a clip's tokens", above=0)
-    fsdp_group_size: int = arg(0, "fsdp: cut over groups of so many GPUs; 0 cuts over all", at_least=0)
-    offload_activations: bool = arg(False, "block inputs wait for the backward pass in the host's memory")
-    batch_size: int = arg(1, "videos per update and GPU, or GPUs that share them", above=0)
+    fsdp_group_size: int = arg(0, "fsdp: split over groups of this many GPUs; 0 splits over all", at_least=0)
+    offload_activations: bool = arg(False, "keep the inputs of the blocks in the host's memory until the "
+                                           "backward pass needs them")
+    batch_size: int = arg(1, "videos per batch and GPU, or per group of GPUs that share them", above=0)
     num_inference_steps: int = arg(40, "N, Euler steps of a rollout", above=0)
     depth: int = arg(8, "K, blocks of the reward model (prfl, rwr, reward)", above=0)
-    lora_rank: int = arg(0, "train adapters of this rank on q, k, v, o of frozen weights; 0 trains all", at_least=0)
-    frames_decoded: str = arg("first", "what refl decodes: the first latent frame, or all", choices=("first", "all"))
-    pixel_reward_parameters: int = arg(986_000_000, "refl's reward model, in bf16; PickScore's CLIP ViT-H has "
-                                       "986 M", above=0)
+    lora_rank: int = arg(0, "train adapters of this rank on q, k, v, o of frozen weights; 0 trains all",
+                         at_least=0)
+    frames_decoded: str = arg("first", "what refl decodes: the first latent frame, or all",
+                              choices=("first", "all"))
+    pixel_reward_parameters: int = arg(986_000_000, "parameters of refl's reward model, in bf16; PickScore's "
+                                                    "CLIP ViT-H has 986 M", above=0)
     gradient_checkpointing: bool = arg(True, "recompute each block in the backward pass")
     num_samples: int = arg(2048, "own samples that rwr draws and weights once", above=0)
-    mfu: float = arg(0.4, "share of --tflops that the work reaches, recomputed products counted as work", above=0,
+    mfu: float = arg(0.4, "share of --tflops that the work reaches; recomputed products count as work",
+                     above=0,
                      at_most=1)
     tflops: float = arg(989.0, "the GPU's peak in bf16, TFLOP/s; an H100 or H200 has 989", above=0)
     memory: float = arg(80.0, "memory of one GPU, GB", above=0)
-    simulate: bool = arg(False, "also make one iteration on tensors without data, and count what lives (scale/simulate.py)",
-                         only="method prfl")
-    clips: int = arg(0, "prfl: also disk, memory and hours of the whole way from so many clips; 0 for none", at_least=0)
+    simulate: bool = arg(False, "also run one iteration on tensors without data and count the bytes that "
+                                "live (scale/simulate.py)", only="method prfl")
+    clips: int = arg(0, "prfl: also the disk, memory and hours of all stages, for this many clips; 0: leave "
+                        "that out",
+                     at_least=0)
     reward_steps: int = arg(1600, "--clips: steps of train_reward.py", above=0)
-    reward_batch_size: int = arg(2, "--clips: its videos per step and GPU", above=0)
-    holdout: int = arg(100, "--clips: labelled videos that it keeps for reports", above=0)
+    reward_batch_size: int = arg(2, "--clips: videos per step and GPU in train_reward.py", above=0)
+    holdout: int = arg(100, "--clips: labelled videos that train_reward.py keeps for its reports", above=0)
     max_train_steps: int = arg(120, "--clips: iterations of train_align.py", above=0)
-    fp32_tflops: float = arg(67.0, "--clips: the GPU's peak in fp32, in which the VAE encodes; an H100 has 67", above=0)
+    fp32_tflops: float = arg(67.0, "--clips: the GPU's peak in fp32, in which the VAE encodes; an H100 has "
+                                   "67", above=0)
 
 
 # ---- counts
@@ -103,7 +117,8 @@ def latent_grid(frames, size):
 
 
 def parameters(c):
-    """Parameters of a VideoDiT config `c`: {part: count}; `block` is one block, `blocks` all, `total` everything."""
+    """Parameters of a VideoDiT config `c`: {part: count}; `block` is one block, `blocks` all, `total`
+    everything."""
     d, F, patch = c["dim"], c["ffn_dim"], math.prod(c["patch_size"])
     image = c.get("image_dim") or 0
     count = {
@@ -117,11 +132,13 @@ def parameters(c):
 
 
 def reward_parameters(c, depth):
-    """Parameters of a PAVRM with query attention: embeddings, K blocks, query, two projections, a three-layer head."""
+    """Parameters of a PAVRM with query attention: embeddings, K blocks, query, two projections, a three-layer
+    head."""
     count, d = parameters(c), c["dim"]
     if depth > c["num_layers"]:
         raise InputError(f"--depth must be 1 to {c['num_layers']}, the generator's blocks; got {depth}")
-    return count["embeddings"] + count["image"] + depth * count["block"] + (d + 2 * d * d) + 2 * (d * d + d) + d + 1
+    return count["embeddings"] + count["image"] + depth * count["block"] + (d + 2 * d * d) + 2 * (d * d
+                                                                                                  + d) + d + 1
 
 
 def lora_parameters(c, rank):
@@ -134,13 +151,14 @@ def forward_flops(c, n, layers, batch=1, ends=True, ranks=1):
     """(linear layers, attention) of one forward pass of `layers` blocks on n tokens; a multiply-add is two.
 
     ranks: how many share the tokens; each still works on the whole prompt.
-    ends: also patch and text embeddings and head (a reward model has no head; its own is not counted, being small).
+    ends: also patch and text embeddings and head (a reward model has no head; its own is not counted, being
+    small).
     """
     d, l, patch = c["dim"], c["text_len"], math.prod(c["patch_size"])
     m = IMAGE_TOKENS if c.get("image_dim") else 0
     mine = math.ceil(n / ranks)
     block = 2 * mine * (6 * d * d + 2 * d * c["ffn_dim"]) + 4 * (l + m) * d * d     # video; text, image
-    attention = 4 * mine * (n + l + m) * d                                      # scores and their weighted sum
+    attention = 4 * mine * (n + l + m) * d  # scores and their weighted sum
     outside = 2 * mine * d * c["in_dim"] * patch + 2 * l * (c["text_dim"] * d + d * d)
     outside += 2 * m * (c["image_dim"] ** 2 + c["image_dim"] * d) if m else 0
     outside += ends * 2 * mine * d * c["out_dim"] * patch
@@ -148,46 +166,37 @@ def forward_flops(c, n, layers, batch=1, ends=True, ranks=1):
 
 
 def update_flops(forward, trained=True, checkpointing=True):
-    """One forward and backward pass. Backward: two products for each linear one, or one where weights are frozen; five
-    for the two of attention, as flash attention computes its scores again. Checkpointing: forward once more."""
+    """One forward and backward pass. Backward: two products for each linear one, or one where weights are
+    frozen; five for the two of attention, as flash attention computes its scores again. Checkpointing:
+    forward once more."""
     linear, attention = forward
     passes = 2 if checkpointing else 1
     return linear * (passes + (2 if trained else 1)) + attention * (passes + 2.5)
 
 
-def rollout_passes(first, last, stride=1, batch=1, groups=1):
-    """Forward passes, in batches, that a rollout without gradients takes on average before rewarded steps that are drawn
-    from first + 1 .. last, a step for each video, stratified over batch x groups of them, as prfl.draw_steps has it.
+def rollout_passes(skipped, last, stride=1):
+    """Forward passes that a rollout without gradients takes, on average over the rewarded steps skipped + 1 .. last.
 
-    A pass moves the videos that have not arrived, and at least one: all groups make as many passes, for FSDP's sake.
+    stride: Euler steps of the schedule that one pass takes at once.
     """
-    every, total = batch * groups, 0.0
-    for start in range(0, last - 1, stride):                    # a pass from step `start`: which videos lie beyond?
-        beyond = every * min(1, (last - max(start + 1, first)) / (last - first))
-        whole, part = int(beyond), beyond - int(beyond)         # stretches that do, and the share of the next one
-        none = lambda moving: math.comb(every - moving, batch) / math.comb(every, batch)    # in one group's batch
-        if whole == every:
-            total += batch
-        elif whole:
-            total += batch * beyond / every + (1 - part) * none(whole) + part * none(whole + 1)
-        else:
-            total += part
-    return total / batch
+    steps = range(skipped + 1, last + 1)
+    return sum(math.ceil((step - 1) / stride) for step in steps) / len(steps)
 
 
 # ---- bytes
 def block_bytes(c, n, trained="all", batch=1):
     """Bytes that the backward pass keeps of one block on n tokens, without its weights; {part: bytes}.
 
-    trained: "all", "lora" (adapters on q, k, v, o of frozen weights), "none" (frozen; the gradient passes through).
-    fp32 takes 4 bytes and bf16 2, so these are sums of 4s and 2s; a frozen weight needs no input kept.
+    trained: "all", "lora" (adapters on q, k, v, o of frozen weights), "none" (frozen; the gradient passes
+    through). fp32 takes 4 bytes and bf16 2, so these are sums of 4s and 2s; a frozen weight needs no input
+    kept.
     """
     d, l, k = c["dim"], c["text_len"], c["num_heads"]
     m = IMAGE_TOKENS if c.get("image_dim") else 0
     full, learns = trained == "all", trained != "none"
     per_token = {
-        # x; normed x; its bf16 copies for q, k, v; q and k before and after their norm's division; rotated q, k
-        # and v, out; out as o's input; o's output, which the gate needs
+        # x; normed x; its bf16 copies for q, k, v; q and k before and after their norm's division; rotated q,
+        # k and v, out; out as o's input; o's output, which the gate needs
         "self-attention": 4 + 4 * full + 6 * learns + (16 if full else 8) + 8 + 2 * learns + 2 * full,
         # x; q's input; q normed; q and out; o's input; with image tokens q and out once more
         "cross-attention": 4 + 2 * learns + (8 if full else 4) + 4 + 2 * learns + 4 * (m > 0),
@@ -196,17 +205,19 @@ def block_bytes(c, n, trained="all", batch=1):
     kept = {part: batch * n * d * size for part, size in per_token.items()}
     kept["hidden"] = batch * n * c["ffn_dim"] * (4 if full else 2)              # before GELU, and after it
     # softmax sums; norms; k and v of text and image in bf16, and of k what its norm needs
-    kept["small"] = batch * (n * (8 * k + 4 * k * bool(m) + 48) + (l + m) * d * (4 + (8 if full else 4 * learns)))
+    kept["small"] = batch * (n * (8 * k + 4 * k * bool(m) + 48)
+                             + (l + m) * d * (4 + (8 if full else 4 * learns)))
     return kept
 
 
 def decoder_costs(f, h, w, first=False):
-    """Wan2.1's VAE decoder on a latent [16, f, h, w] with gradients to its input, frozen in bf16, one latent frame at a
-    time as it works: {"kept", "passing": bytes, "flops": forward}. first: only the first latent frame is decoded."""
+    """Wan2.1's VAE decoder on a latent [16, f, h, w] with gradients to its input, frozen in bf16, one latent
+    frame at a time as it works: {"kept", "passing": bytes, "flops": forward}. first: only the first latent
+    frame is decoded."""
     kept = flops = 0
     for frame in range(1 if first else f):
         for i, (space, time, convolutions) in enumerate(DECODER):
-            t = time if frame else 1                                            # the first latent frame is one frame
+            t = time if frame else 1  # the first latent frame is one frame
             pixels, padded = t * h * w * space ** 2, (t + 2) * (h * space + 2) * (w * space + 2)
             for c_in, c_out, count in convolutions:
                 # the norm's fp32 input, SiLU's input, the convolution's padded input
@@ -214,21 +225,22 @@ def decoder_costs(f, h, w, first=False):
                 flops += count * 2 * 27 * c_in * c_out * pixels
             if i < len(UPSAMPLERS):
                 c_in, c_out, doubles = UPSAMPLERS[i]
-                if doubles and frame:                                           # 3 x 1 x 1 to twice the channels
+                if doubles and frame:  # 3 x 1 x 1 to twice the channels
                     kept += 2 * c_in * (t + 2) * h * w * space ** 2
                     flops += 2 * 3 * c_in * 2 * c_in * pixels
                     pixels *= 2
-                kept += 2 * c_in * 4 * pixels                                   # 3 x 3 at the doubled resolution
+                kept += 2 * c_in * 4 * pixels  # 3 x 3 at the doubled resolution
                 flops += 2 * 9 * c_in * c_out * 4 * pixels
     last = (1 if first else 4) * h * w * 64
     return {"kept": kept, "passing": 6 * 4 * 96 * last, "flops": flops}
 
 
 def decoding(f, h, w):
-    """Bytes that pass through Wan2.1's VAE decoder in fp32 without gradients: the video twice, a stage of four frames, and
-    the last two frames of what enters each convolution, kept for the next latent frame."""
+    """Bytes that pass through Wan2.1's VAE decoder in fp32 without gradients: the video twice, a stage of
+    four frames, and the last two frames of what enters each convolution, kept for the next latent frame."""
     video = 3 * (4 * f - 3) * 64 * h * w
-    cache = sum(count * c_in * 2 * h * w * space ** 2 for space, _, convolutions in DECODER for c_in, _, count in convolutions)
+    cache = sum(count * c_in * 2 * h * w * space ** 2 for space, _, convolutions in DECODER
+                for c_in, _, count in convolutions)
     return 4 * (2 * video + cache) + decoder_costs(f, h, w)["passing"]
 
 
@@ -243,19 +255,21 @@ def encoder_flops(f, h, w):
         if after:
             width = convolutions[-1][1]
             flops += 2 * 9 * width ** 2 * pixels // 4
-            flops += (after == "time") * 2 * 3 * width ** 2 * (frames - 1) // 2 * (h * w * 64 // space ** 2) // 4
+            flops += (after
+                      == "time") * 2 * 3 * width ** 2 * (frames - 1) // 2 * (h * w * 64 // space ** 2) // 4
     return flops
 
 
 def costs(config, c):
-    """Everything that `report` prints, as numbers, for a VideoDiT config `c` and flags: bytes and FLOPs on one GPU,
-    seconds. "with" and "without" are checkpointing. Raises InputError."""
+    """Everything that `report` prints, as numbers, for a VideoDiT config `c` and flags: bytes and FLOPs on
+    one GPU, seconds. "with" and "without" are checkpointing. Raises InputError."""
     b, ranks, world = config.batch_size, config.sequence_parallel, config.gpus * config.nodes
     f, h, w = latent_grid(config.frames, config.size)
     n, d, L, K = f * h * w // 4, c["dim"], c["num_layers"], config.depth
     if world % ranks or c["num_heads"] % ranks:
         works = [str(i) for i in range(1, world + 1) if world % i == c["num_heads"] % i == 0]
-        raise InputError(f"--sequence_parallel {ranks} must divide {world} GPUs and {c['num_heads']} heads: choose one of "
+        raise InputError(f"--sequence_parallel {ranks} must divide {world} GPUs and {c['num_heads']} heads: "
+                         "choose one of "
                          + ", ".join(works))
     m = math.ceil(n / ranks)                    # tokens of one GPU
     count, prfl, refl = parameters(c), config.method == "prfl", config.method == "refl"
@@ -270,10 +284,13 @@ def costs(config, c):
     fsdp = config.parallel == "fsdp" and world > 1
     parts = (config.fsdp_group_size or world) if fsdp else 1
     if config.fsdp_group_size and (world % config.fsdp_group_size or not fsdp):
-        raise InputError(f"--fsdp_group_size {config.fsdp_group_size} must divide {world} GPUs, and --parallel be fsdp")
+        raise InputError(f"--fsdp_group_size {config.fsdp_group_size} must divide {world} GPUs, and "
+                         "--parallel be fsdp")
     if config.offload_activations and not config.gradient_checkpointing:
-        raise InputError("--offload_activations moves what gradient checkpointing keeps: leave --no-gradient_checkpointing out")
-    one = dict(n=n, m=m, f=f, h=h, w=w, parameters=count, reward_parameters=reward, trained=trained, parts=parts,
+        raise InputError("--offload_activations moves what gradient checkpointing keeps: leave "
+                         "--no-gradient_checkpointing out")
+    one = dict(n=n, m=m, f=f, h=h, w=w, parameters=count, reward_parameters=reward, trained=trained,
+               parts=parts,
                groups=world // ranks)
 
     # bytes that stay
@@ -290,14 +307,19 @@ def costs(config, c):
     block, frozen = (sum(block_bytes(c, m, kind, b).values()) for kind in (how, "none"))
     hidden = 2 * b * m * c["ffn_dim"]                                           # bf16
     passing = edge + (2 if lora else 1) * hidden
-    copy = 2 * ((10 if c.get("image_dim") else 8) * d * d + 2 * d * c["ffn_dim"])   # a block's matrices in bf16
-    ends = 4 * (reward - K * count["block"] if stage1 else count["total"] - count["blocks"])    # embeddings and head, in fp32
-    gathered = copy + 4 * count["block"] * (not lora) + ends if fsdp else 0     # next block; whole gradients of this one
-    rewarding = 4 * (reward - K * count["block"]) + copy if fsdp and prfl else 0    # the same of the reward model, frozen
-    not_yet = 0 if lora else 4 * (count["block"] + count["embeddings"] * (not stage1)) / parts  # gradients that come last
+    # a block's matrices in bf16
+    copy = 2 * ((10 if c.get("image_dim") else 8) * d * d + 2 * d * c["ffn_dim"])
+    # embeddings and head, in fp32
+    ends = 4 * (reward - K * count["block"] if stage1 else count["total"] - count["blocks"])
+    # next block; whole gradients of this one
+    gathered = copy + 4 * count["block"] * (not lora) + ends if fsdp else 0
+    # the same of the reward model, frozen
+    rewarding = 4 * (reward - K * count["block"]) + copy if fsdp and prfl else 0
+    # gradients that come last
+    not_yet = 0 if lora else 4 * (count["block"] + count["embeddings"] * (not stage1)) / parts
     one["decoder"] = {key: b * value for key, value in
                       decoder_costs(f, h, w, config.frames_decoded == "first").items()} if refl else None
-    here = 2 if config.offload_activations else L + K                           # inputs: one that leaves, one that returns
+    here = 2 if config.offload_activations else L + K  # inputs: one that leaves, one that returns
     one["offloaded"] = 4 * b * m * d * (L + prfl * K) * config.offload_activations
     for checkpointing in (True, False):
         layers = lambda count, each, copy: (                                    # what `count` blocks keep
@@ -307,34 +329,36 @@ def costs(config, c):
         moments = {"generator": layers(L, block, copy) + passing + gathered,
                    "gradients": one["gradients"] - not_yet + block + copy + passing + gathered,
                    "optimizer": one["gradients"] + 4 * trained / parts}
-        if prfl:        # behind the generator's head (3 edges) and under the reward's pooling (keys and values)
-            judged = min(K, here) * edge if checkpointing else layers(K, frozen, copy)
-            if ranks > 1:                       # tokens of all ranks, their keys and values, and gradients of two of these
-                moments["pooling"] = waiting + 3 * edge + judged + 5 * pooled
+        if prfl:  # behind the generator's head (3 edges) and under the reward's pooling (keys and values)
+            rewarded = min(K, here) * edge if checkpointing else layers(K, frozen, copy)
+            if ranks > 1:  # tokens of all ranks, their keys and values, and gradients of two of these
+                moments["pooling"] = waiting + 3 * edge + rewarded + 5 * pooled
             moments["reward"] = waiting + 6 * edge + hidden + layers(K, frozen, copy) + rewarding
         if refl:
             moments["decoder"] = waiting + 3 * edge + one["decoder"]["kept"] + one["decoder"]["passing"]
-        if sampling:    # attention's tensors in a forward pass, its bf16 copies; then pixels, twice, and a last stage
+        # attention's tensors in a forward pass, its bf16 copies; then pixels, twice, and a last stage
+        if sampling:
             moments = {"generator": 25 * b * m * d + copy, "decoder": decoding(f, h, w) * b}
         worst = max(moments, key=moments.get)
         one["with" if checkpointing else "without"] = dict(
             waiting=waiting, moments=moments, worst=worst, peak=one["static"] + moments[worst])
-    one |= dict(edge=edge, block=block, block_parts=block_bytes(c, m, how, b), frozen=frozen, hidden=hidden, pooled=pooled,
+    one |= dict(edge=edge, block=block, block_parts=block_bytes(c, m, how, b), frozen=frozen, hidden=hidden,
+                pooled=pooled,
                 passing=passing, copy=copy, gathered=gathered, rewarding=rewarding)
 
     # FLOPs
-    forward, judging = forward_flops(c, n, L, b, ranks=ranks), forward_flops(c, n, K, b, ends=False, ranks=ranks)
+    forward, reward_forward = forward_flops(c, n, L, b,
+                                     ranks=ranks), forward_flops(c, n, K, b, ends=False, ranks=ranks)
     N, recompute = config.num_inference_steps, config.gradient_checkpointing
-    one |= dict(forward=forward, judging=judging, rollout_steps=0, reward_flops=0)
-    one["update_flops"] = update_flops(judging if stage1 else forward, trained=not lora, checkpointing=recompute)
+    one |= dict(forward=forward, reward_forward=reward_forward, rollout_steps=0, reward_flops=0)
+    one["update_flops"] = update_flops(reward_forward if stage1 else forward, trained=not lora,
+                                       checkpointing=recompute)
     first = 2 * N // 3 if refl else 0           # the rewarded step is uniform on 1 .. N, or on the last third
-    if config.recipe == "steady":
-        one["rollout_steps"] = rollout_passes(first, N, math.ceil(N / STEADY_PASSES), b, one["groups"])
-    else:                                       # one step for all: those before it
-        one["rollout_steps"] = (first + N - 1) / 2
-    one["rollout_steps"] *= prfl or refl
+    stride = math.ceil(N / STEADY_PASSES) if config.recipe == "steady" else 1
+    if prfl or refl:
+        one["rollout_steps"] = rollout_passes(first, N, stride)
     if prfl:
-        one["reward_flops"] = update_flops(judging, trained=False, checkpointing=recompute)
+        one["reward_flops"] = update_flops(reward_forward, trained=False, checkpointing=recompute)
     if refl:
         one["reward_flops"] = 2 * one["decoder"]["flops"]       # frozen: backward costs as much as forward
     one["rollout_flops"] = one["rollout_steps"] * sum(forward)
@@ -347,39 +371,45 @@ def costs(config, c):
     one["seconds"] = one["iteration_flops"] / speed
     one["sampling_flops"] = 0
     if config.method == "rwr":
-        one["sampling_flops"] = config.num_samples / one["groups"] * (N * sum(forward) + sum(judging)) / b
+        one["sampling_flops"] = config.num_samples / one["groups"] * (N * sum(forward)
+                                                                      + sum(reward_forward)) / b
     one["sampling_seconds"] = one["sampling_flops"] / speed
     one |= network(config, c, one)
     return one
 
 
 def network(config, c, one):
-    """Bytes that an iteration sends out of each node. fsdp over all GPUs: each forward and each backward pass gathers
-    every block in bf16 and the rest in fp32, and each update sums gradients in fp32, as ddp does. In a ring of G GPUs
-    what is gathered, or summed in pieces, passes every edge (G - 1) / G times, and what is summed everywhere twice that. With
-    a node's --fsdp_group_size, G is the nodes: each sums its pieces with the others' of the same place."""
+    """Bytes that an iteration sends out of each node. fsdp over all GPUs: each forward and each backward pass
+    gathers every block in bf16 and the rest in fp32, and each update sums gradients in fp32, as ddp does. In
+    a ring of G GPUs what is gathered, or summed in pieces, passes every edge (G - 1) / G times, and what is
+    summed everywhere twice that. With a node's --fsdp_group_size, G is the nodes: each sums its pieces with
+    the others' of the same place."""
     count, two = one["parameters"], config.method in ("prfl", "refl")
     gathers = 2 * (1 + two) + one["rollout_steps"]
     outside = count["total"] - count["blocks"]
     bytes_policy = 2 * count["blocks"] + 4 * outside
-    bytes_judge = 2 * config.depth * count["block"] + 4 * (one["reward_parameters"] - config.depth * count["block"])
+    bytes_reward = 2 * config.depth * count["block"] + 4 * (one["reward_parameters"] - config.depth
+                                                           * count["block"])
     gathered = (gathers * bytes_policy * (config.method != "reward")
-                + 2 * bytes_judge * (config.method in ("prfl", "reward"))) * (one["parts"] > 1)
+                + 2 * bytes_reward * (config.method in ("prfl", "reward"))) * (one["parts"] > 1)
     world = config.gpus * config.nodes
     gathered *= one["parts"] > config.gpus                          # else inside a node
-    summed = 4 * one["trained"] * (1 + two) * (2 if one["parts"] < world else 1)    # twice: every copy of a weight gets them
+    # twice: every copy of a weight gets them
+    summed = 4 * one["trained"] * (1 + two) * (2 if one["parts"] < world else 1)
     ring = world // one["parts"] if 1 < one["parts"] < world else world
     return {"gathers": gathers, "network_weights": gathered, "network_gradients": summed, "ring": ring,
             "network": (config.nodes > 1) * (ring - 1) / ring * (gathered + summed)}
 
 
 def way(config, c):
-    """What encode, train_reward.py, train_align.py and the export take, by name: bytes on disk, seconds, bytes of each GPU and
-    of the host (docs/scale.md shows it)."""
-    stage1 = costs(dataclasses.replace(config, method="reward", batch_size=config.reward_batch_size, lora_rank=0), c)
+    """What all stages of docs/your_model.md take, by name: bytes on disk, seconds, bytes of each GPU and of
+    the host."""
+    stage1 = costs(dataclasses.replace(config, method="reward", batch_size=config.reward_batch_size,
+                                       lora_rank=0), c)
     stage2 = costs(config, c)
     i2v, f, h, w = c["model_type"] == "i2v", stage2["f"], stage2["h"], stage2["w"]
-    P, R, T1, T2 = stage2["parameters"]["total"], stage1["reward_parameters"], stage1["trained"], stage2["trained"]
+    P, R = stage2["parameters"]["total"], stage1["reward_parameters"]
+    T1, T2 = stage1["trained"], stage2["trained"]
     one = {"clip": 4 * (c["out_dim"] * f * h * w * (2 if i2v else 1) + c["text_len"] * c["text_dim"]
                         + IMAGE_TOKENS * (c.get("image_dim") or 0))}
     one["shards"] = config.clips * one["clip"]
@@ -387,20 +417,22 @@ def way(config, c):
     stages = [("1", stage1, 4 * R, T1, config.reward_steps, REWARD_EVERY),
               ("2", stage2, 4 * P, T2, config.max_train_steps, ALIGN_EVERY)]
     for name, stage, weights, trained, steps, every in stages:
-        one["checkpoint" + name] = weights + 12 * trained       # weights as others read them; weights and moments
+        one["checkpoint" + name] = weights + 12 * trained  # weights as others read them; weights and moments
         one["number" + name] = min(KEPT + 1, math.ceil(steps / every))
-        one["disk" + name] = one["number" + name] * one["checkpoint" + name] + weights          # and what is written last
+        # and what is written last
+        one["disk" + name] = one["number" + name] * one["checkpoint" + name] + weights
         one["peak" + name] = stage["with" if config.gradient_checkpointing else "without"]["peak"]
     one["peak1"] += one["held"]
     one["adapters"] = one["number2"] * 4 * T2 + 4 * T2 if config.lora_rank else 0
     one["export"] = 2 * P
     one["disk"] = sum(one[k] for k in ("shards", "disk1", "disk2", "adapters", "export"))
     d = c["dim"]
-    one["host"] = config.gpus * (4 * max(6 * d * d, d * c["ffn_dim"], d * c["text_dim"]) + 1e9)      # of a node
+    one["host"] = config.gpus * (4 * max(6 * d * d, d * c["ffn_dim"], d * c["text_dim"]) + 1e9)  # of a node
     one["encoder_flops"] = encoder_flops(f, h, w) * (2 if i2v else 1)
-    one["encode_seconds"] = config.clips * one["encoder_flops"] / (config.gpus * config.mfu * config.fp32_tflops * 1e12)
+    one["encode_seconds"] = config.clips * one["encoder_flops"] / (config.gpus * config.mfu
+                                                                   * config.fp32_tflops * 1e12)
     one["reports"] = math.ceil(config.reward_steps / REWARD_EVERY)
-    one["report_flops"] = 6 * config.holdout * sum(stage1["judging"]) / config.reward_batch_size
+    one["report_flops"] = 6 * config.holdout * sum(stage1["reward_forward"]) / config.reward_batch_size
     one["seconds1"] = config.reward_steps * stage1["seconds"] + one["reports"] * one["report_flops"] / (
         config.mfu * config.tflops * 1e12)
     one["seconds2"] = config.max_train_steps * stage2["seconds"]
@@ -413,9 +445,11 @@ ELSEWHERE = {       # flags that mean nothing with a method
     "sample": ("depth", "recipe", "lora_rank", "frames_decoded", "pixel_reward_parameters", "num_samples",
                "gradient_checkpointing"),
     "prfl": ("frames_decoded", "pixel_reward_parameters", "num_samples"), "refl": ("depth", "num_samples"),
-    "sft": ("depth", "recipe", "num_inference_steps", "frames_decoded", "pixel_reward_parameters", "num_samples"),
+    "sft": ("depth", "recipe", "num_inference_steps", "frames_decoded", "pixel_reward_parameters",
+            "num_samples"),
     "rwr": ("recipe", "frames_decoded", "pixel_reward_parameters"),
-    "reward": ("recipe", "num_inference_steps", "lora_rank", "frames_decoded", "pixel_reward_parameters", "num_samples")}
+    "reward": ("recipe", "num_inference_steps", "lora_rank", "frames_decoded", "pixel_reward_parameters",
+               "num_samples")}
 OF_CLIPS = ("reward_steps", "reward_batch_size", "holdout", "max_train_steps", "fp32_tflops")
 
 
@@ -426,7 +460,8 @@ def report(config, c):
     common.refuse(config, () if config.clips else OF_CLIPS, "without --clips")
     one, b, lora = costs(config, c), config.batch_size, bool(config.lora_rank)
     stage1, sampling, ranks = config.method == "reward", config.method == "sample", config.sequence_parallel
-    n, d, F, L, l, N, K = (one["n"], c["dim"], c["ffn_dim"], c["num_layers"], c["text_len"], config.num_inference_steps,
+    n, d, F, L, l, N, K = (one["n"], c["dim"], c["ffn_dim"], c["num_layers"], c["text_len"],
+                           config.num_inference_steps,
                            config.depth)
     count, parts, image = one["parameters"], one["parts"], bool(c.get("image_dim"))
     M = IMAGE_TOKENS if image else 0
@@ -440,11 +475,12 @@ def report(config, c):
     work = lambda name, value, formula: line(name, tera(value) + " TF", formula)
 
     world = config.gpus * config.nodes
-    print(f"{config.preset}, {config.method}{f' ({config.recipe})' * (prfl or refl)}: {config.frames} frames of {config.size}, "
-          f"{b} per {f'{ranks} GPUs that share it' if ranks > 1 else 'GPU'}, "
+    print(f"{config.preset}, {config.method}{f' ({config.recipe})' * (prfl or refl)}: {config.frames} frames "
+          f"of {config.size}, {b} per {f'{ranks} GPUs that share it' if ranks > 1 else 'GPU'}, "
           f"{f'{config.nodes} nodes of ' * (config.nodes > 1)}{config.gpus} GPU{'s' * (config.gpus > 1)}"
           f"{f' ({config.parallel})' if world > 1 else ''}"
-          + ("" if sampling else f", LoRA of rank {config.lora_rank}" if lora else ", reward model trained" if stage1 else
+          + ("" if sampling else f", LoRA of rank {config.lora_rank}" if lora else ", reward model trained"
+             if stage1 else
              ", all weights trained") + ", bf16")
     print(f"b = {b}, d = {d}, F = {F}, k = {c['num_heads']} heads, L = {L} blocks, l = {l} text tokens"
           f"{f', {M} image tokens' if M else ''}; GB = 1e9 bytes, TF = 1e12 FLOPs\n")
@@ -459,14 +495,15 @@ def report(config, c):
     line("generator P", big(count["total"]), f"L x {big(count['block'])} + "
          f"{big(count['total'] - count['blocks'])} (embeddings, head{', image' if image else ''})")
     if prfl or rwr or stage1:
-        line("reward model R", big(one["reward_parameters"]), f"K = {K} blocks + embeddings + 4 d^2 + 4 d + 1 "
-             "(query, attention, head)")
+        line("reward model R", big(one["reward_parameters"]),
+             f"K = {K} blocks + embeddings + 4 d^2 + 4 d + 1 (query, attention, head)")
     if refl:
         line("pixel reward R", big(one["reward_parameters"]), "--pixel_reward_parameters")
         line("decoder D", big(DECODER_PARAMETERS), "of Wan2.1's VAE")
     if sampling:
         return report_sampling(config, one, line, row, work)
-    line("trained T", big(one["trained"]), f"L x 8 x 2 x {config.lora_rank} d (adapters on q, k, v, o, twice a block)"
+    line("trained T", big(one["trained"]), f"L x 8 x 2 x {config.lora_rank} d (adapters on q, k, v, o, twice "
+                                           "a block)"
          if lora else "all of R but the embeddings" if stage1 else "all of P")
 
     print("\nbytes on each GPU that stay")
@@ -485,26 +522,31 @@ def report(config, c):
     per = {part: round(size / (b * mine * d)) for part, size in one["block_parts"].items()}
     row("kept by a block", one["block"],
         f"({per['self-attention']} + {per['cross-attention']} + {per['feed-forward']}) b {m} d + "
-        f"{2 if lora else 4} b {m} F + {gb(one['block_parts']['small'])} GB (attention, cross-attention, ffn; norms, text)")
+        f"{2 if lora else 4} b {m} F + {gb(one['block_parts']['small'])} GB (attention, cross-attention, "
+        "ffn; norms, text)")
     if prfl:
-        row("kept by a frozen block", one["frozen"], f"{40 if image else 36} b {m} d + 2 b {m} F + ..., in the reward model")
+        row("kept by a frozen block", one["frozen"], f"{40 if image else 36} b {m} d + 2 b {m} F + ..., in "
+                                                     "the reward model")
     if prfl and ranks > 1:
         row("tokens to pool", one["pooled"], "4 b n d, whole on each GPU, as are their keys and values")
-    row("passing through", one["passing"], f"4 b {m} d + {4 if lora else 2} b {m} F, gradients inside a block")
+    row("passing through", one["passing"], f"4 b {m} d + {4 if lora else 2} b {m} F, gradients inside a "
+                                           "block")
     row("a block's bf16 copy", one["copy"], f"2 x ({10 if image else 8} d^2 + 2 d F)")
     if parts > 1:
-        row("gathered by fsdp", one["gathered"], "the next block's bf16 copy, " + "whole fp32 gradients of this one, " * (not lora)
+        row("gathered by fsdp", one["gathered"],
+            "the next block's bf16 copy, " + "whole fp32 gradients of this one, " * (not lora)
             + "embeddings and head")
     if config.offload_activations:
         behind = "(L + K)" if prfl else "K" if stage1 else "L"
         row("inputs on the host", one["offloaded"], f"{gb(one['edge'])} x {behind}, of each GPU")
     if refl:
         row("kept by the decoder", one["decoder"]["kept"],
-            f"{config.frames_decoded} frame{'s' * (config.frames_decoded == 'all')}: norm 4, SiLU 2, padded input 2 "
-            "bytes a channel and pixel of every convolution")
+            f"{config.frames_decoded} frame{'s' * (config.frames_decoded == 'all')}: norm 4, SiLU 2, padded "
+            "input 2 bytes a channel and pixel of every convolution")
 
     L_ = "K" if stage1 else "L"
-    names = {"generator": "reward model's backward" if stage1 else "generator's backward", "gradients": "its end",
+    names = {"generator": "reward model's backward" if stage1 else "generator's backward",
+             "gradients": "its end",
              "optimizer": "optimizer step", "reward": "reward's backward", "decoder": "decoder's backward",
              "pooling": "reward's pooling"}
     fsdp_own, fsdp_reward = (" + gathered", f" + {gb(one['rewarding'])} gathered") if parts > 1 else ("", "")
@@ -518,13 +560,16 @@ def report(config, c):
         rewarding = f"K x {gb(one['frozen'])}" + (" + copy" if parts > 1 else " + K copies") if kept else \
             f"{before(K_in)} x {gb(one['edge'])} + {gb(one['frozen'])} + copy"
         formulas = {
-            "pooling": f"{waiting} + 3 x {gb(one['edge'])} + {'K' if kept else K_in} x {gb(one['frozen' if kept else 'edge'])}"
+            "pooling": f"{waiting} + 3 x {gb(one['edge'])} + {'K' if kept else K_in} x "
+                       f"{gb(one['frozen' if kept else 'edge'])}"
             f"{' + copy' * kept} + 5 x {gb(one['pooled'])} (tokens, keys, values, two gradients)",
             "reward": f"{waiting} + 6 x {gb(one['edge'])} + {gb(one['hidden'])} + {rewarding}{fsdp_reward}",
             "decoder": f"{waiting} + 3 x {gb(one['edge'])} + decoder" if refl else "",
-            "generator": (waiting if kept else f"{before(L_in)} x {gb(one['edge'])} + {gb(one['block'])} + copy")
+            "generator": (waiting if kept else f"{before(L_in)} x {gb(one['edge'])} + {gb(one['block'])} + "
+                                               "copy")
             + f" + passing{fsdp_own}",
-            "gradients": f"gradients, but the first block's and the embeddings' + {gb(one['block'])} + copy + passing"
+            "gradients": f"gradients, but the first block's and the embeddings' + {gb(one['block'])} + copy "
+                         "+ passing"
             + fsdp_own,
             "optimizer": f"gradients + 4 T{cut} (square roots)"}
         for name in ("pooling", "reward", "decoder", "generator", "gradients", "optimizer"):
@@ -537,12 +582,14 @@ def report(config, c):
         if parts > config.gpus:
             row("weights", one["network_weights"], f"{one['gathers']:g} x (2 of blocks + 4 of the rest)"
                 + ", 2 x the reward model's" * prfl + ": gathered at every pass")
-        row("gradients", one["network_gradients"], f"{1 + (prfl or refl)} x 4 T{' x 2' * (parts < world)}, at each update")
+        row("gradients", one["network_gradients"], f"{1 + (prfl or refl)} x 4 T{' x 2' * (parts < world)}, "
+                                                   "at each update")
         row("NETWORK", one["network"], f"x ({one['ring']} - 1) / {one['ring']}")
 
-    linear, attention = one["judging" if stage1 else "forward"]
+    linear, attention = one["reward_forward" if stage1 else "forward"]
     print(f"\nFLOPs of one GPU, checkpointing {'on' if config.gradient_checkpointing else 'off'}")
-    work("linear layers, forward", linear, f"2 b {m} (6 d^2 + 2 d F) {L_} + text{', image' if image else ''}, "
+    work("linear layers, forward", linear,
+         f"2 b {m} (6 d^2 + 2 d F) {L_} + text{', image' if image else ''}, "
          f"embeddings{', head' * (not stage1)}")
     work("attention, forward", attention, f"4 b {m} (n + l{f' + {M}' if image else ''}) d {L_}")
     passes = 2 if config.gradient_checkpointing else 1
@@ -551,12 +598,16 @@ def report(config, c):
          f"(forward {'twice' if passes == 2 else 'once'})")
     total = "as above" if not (prfl or refl) else "SFT update + rollout + step with gradients + reward"
     if prfl or refl:
-        mean = f"at most {STEADY_PASSES}, each of {math.ceil(N / STEADY_PASSES)} steps" if config.recipe == "steady" else \
-            "(N - 1) / 2" if prfl else "a step of the last third"
-        work("rollout", one["rollout_flops"], f"{one['rollout_steps']:.4g} forward passes on average: {mean}, N = {N}")
+        if config.recipe == "steady":
+            mean = f"at most {STEADY_PASSES}, each of {math.ceil(N / STEADY_PASSES)} steps"
+        else:
+            mean = "(N - 1) / 2" if prfl else "a step of the last third"
+        work("rollout", one["rollout_flops"], f"{one['rollout_steps']:.4g} forward passes on average: "
+                                              f"{mean}, N = {N}")
     if prfl:
-        work("reward model", one["reward_flops"], f"{passes + 1} x {tera(one['judging'][0])} + {passes + 2.5} x "
-             f"{tera(one['judging'][1])} (K blocks, frozen)")
+        work("reward model", one["reward_flops"],
+             f"{passes + 1} x {tera(one['reward_forward'][0])} + {passes + 2.5} x "
+             f"{tera(one['reward_forward'][1])} (K blocks, frozen)")
     if refl:
         work("decoder", one["reward_flops"], "2 x forward; the pixel reward is not counted")
     work("one iteration", one["iteration_flops"], total)
@@ -576,15 +627,19 @@ def verdict(config, one, found):
 
 
 def report_sampling(config, one, line, row, work):
-    """What sample.py takes: memory of generator and decoder, not of the text encoder, which can be gone by then."""
+    """What sample.py takes: memory of generator and decoder, not of the text encoder, which can be gone by
+    then."""
     print("\nbytes on each GPU")
     row("together", one["static"], "4 P + 4 D: weights of generator and decoder (73 M)")
     row("generator's forward", one["with"]["moments"]["generator"], "25 b n d + a block's bf16 copy")
-    row("decoder's forward", one["with"]["moments"]["decoder"], "pixels twice, two frames a convolution, a stage of four")
+    row("decoder's forward", one["with"]["moments"]["decoder"],
+        "pixels twice, two frames a convolution, a stage of four")
     row("PEAK", one["with"]["peak"], verdict(config, one, one["with"]))
     print("\nFLOPs of one GPU")
-    work("all steps", one["iteration_flops"], f"N = {config.num_inference_steps} forward passes without guidance")
-    line("SECONDS", f"{one['seconds']:,.1f} s", f"/ ({config.mfu:g} x {config.tflops:g} TF/s), and the decoder")
+    work("all steps", one["iteration_flops"], f"N = {config.num_inference_steps} forward passes without "
+                                              "guidance")
+    line("SECONDS", f"{one['seconds']:,.1f} s", f"/ ({config.mfu:g} x {config.tflops:g} TF/s), and the "
+                                                "decoder")
 
 
 def report_way(config, c):
@@ -596,32 +651,34 @@ def report_way(config, c):
     row = lambda name, value, formula: line(name, gb(value) + " GB", formula)
     hours = lambda name, value, formula: line(name, f"{value / 3600:,.1f} h", formula)
     tokens = f" + m x {c['image_dim']}" if image else ""
-    print(f"\nthe whole way from {config.clips:,} clips, on disk")
-    row("shards", one["shards"], f"{config.clips:,} x {one['clip'] / 1e6:.1f} MB: 4 ({c['out_dim']} f h w{' x 2' * i2v} + l x "
-        f"{c['text_dim']}{tokens})")
-    row("reward model's runs", one["disk1"], f"{one['number1']} checkpoints of 4 R + 12 T = {gb(one['checkpoint1'])}, and 4 R")
+    print(f"\nall stages from {config.clips:,} clips, on disk")
+    row("shards", one["shards"], f"{config.clips:,} x {one['clip'] / 1e6:.1f} MB: 4 ({c['out_dim']} f h "
+                                 f"w{' x 2' * i2v} + l x {c['text_dim']}{tokens})")
+    row("reward model's runs", one["disk1"],
+        f"{one['number1']} checkpoints of 4 R + 12 T = {gb(one['checkpoint1'])}, and 4 R")
     row("alignment's runs", one["disk2"] + one["adapters"], f"{one['number2']} checkpoints of 4 P + 12 T = "
         f"{gb(one['checkpoint2'])}, and 4 P{'; adapters' * bool(config.lora_rank)}")
     row("export", one["export"], "2 P, bf16")
     row("DISK", one["disk"], "the third checkpoint is written before the first one goes")
     print("and in memory")
-    row("train_reward.py, a GPU", one["peak1"], f"--method reward --batch_size {config.reward_batch_size}, and "
-        f"{config.holdout} held-out clips = {gb(one['held'])}")
+    row("train_reward.py, a GPU", one["peak1"], f"--method reward --batch_size {config.reward_batch_size}, "
+                                                f"and {config.holdout} held-out clips = {gb(one['held'])}")
     row("train_align.py, a GPU", one["peak2"], "PEAK above")
-    row("host", one["host"], f"{config.gpus} x (4 bytes of the largest weight, as they go one at a time, and 1 GB)")
+    row("host", one["host"], f"{config.gpus} x (4 bytes of the largest weight, as they go one at a time, and "
+                             "1 GB)")
     print("and in time")
     hours("data.py encode", one["encode_seconds"],
           f"{config.clips:,} x {one['encoder_flops'] / 1e12:.1f} TF (VAE{' twice' * i2v}) / ({config.gpus} x "
           f"{config.mfu:g} x {config.fp32_tflops:g} TF/s in fp32); no text, no reading")
     hours("train_reward.py", one["seconds1"],
-          f"{config.reward_steps:,} x {one['stage1']['seconds']:.2f} s + {one['reports']} reports of 6 x {config.holdout} "
-          "forward passes")
+          f"{config.reward_steps:,} x {one['stage1']['seconds']:.2f} s + {one['reports']} reports of 6 x "
+          f"{config.holdout} forward passes")
     hours("train_align.py", one["seconds2"], f"{config.max_train_steps:,} x {one['stage2']['seconds']:.1f} s")
     hours("HOURS", one["seconds"], "")
 
 
 def report_simulated(config, c):
-    """Print the pencil's bytes beside those of scale/simulate.py's tracker."""
+    """Print the planner's bytes beside those of scale/simulate.py's tracker."""
     from scale.simulate import simulate  # it alone needs PyTorch's distributed internals
     one = costs(config, c)
     phases = simulate(config, c, (one["f"], one["h"], one["w"]))
@@ -630,16 +687,17 @@ def report_simulated(config, c):
     most = lambda *names: max(phases[name]["Total"] for name in names)
     backward = ("SFT, backward", "generator's backward")
     print("\na second opinion, by PyTorch's tracker, on tensors without data")
-    print(f"  {'':25} {'tracker':>12} {'pencil':>12}")
+    print(f"  {'':25} {'tracker':>12} {'planner':>12}")
     start = phases["before"]
-    for name, tracker, pencil in (
+    for name, tracker, planner in (
             ("weights, reward model", start["Parameter"], one["weights"] + one["reward_weights"]),
             ("AdamW's two moments", start["Optstate"], one["optimizer"]),
-            ("reward, and its backward", most("reward, forward", "reward's backward"), behind("pooling", "reward")),
+            ("reward, and its backward", most("reward, forward", "reward's backward"),
+             behind("pooling", "reward")),
             ("generator's backward", most(*backward), behind("generator", "gradients")),
             ("optimizer step", most("optimizer step"), behind("optimizer")),
             ("PEAK", most(*phases), behind(*moments))):
-        print(f"  {name:25} {tracker / 1e9:9.2f} GB {pencil / 1e9:9.2f} GB  {pencil / tracker - 1:+.1%}")
+        print(f"  {name:25} {tracker / 1e9:9.2f} GB {planner / 1e9:9.2f} GB  {planner / tracker - 1:+.1%}")
 
 
 def main(config):

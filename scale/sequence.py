@@ -1,19 +1,21 @@
 """One clip over several GPUs: `--sequence_parallel n`, for clips whose tokens are too many for one.
 
-The ranks of a group hold the same noise, prompt and weights, and each works on its own n-th of the video tokens: patch
-embedding, linear layers, norms, cross-attention to the whole prompt, head. Self-attention alone needs all tokens; it
-needs them head by head, so an all-to-all trades tokens for heads before it, and one back after it ("Ulysses"). The
-velocity, and the features that a reward model pools, are whole again on every rank of the group:
+The ranks of a group hold the same noise, prompt and weights, and each works on its own n-th of the video
+tokens: patch embedding, linear layers, norms, cross-attention to the whole prompt, head. Self-attention alone
+needs all tokens; it needs them head by head, so an all-to-all trades tokens for heads before it, and one back
+after it ("Ulysses"). The velocity, and the features that a reward model pools, are whole again on every rank
+of the group:
 
     x --mine--> tokens [b, n / ranks, d] --blocks--> [b, n / ranks, d] --head--> --gather_tokens--> velocity
-                        q, k, v [b, n / ranks, k, e] --heads--> [b, n, k / ranks, e] --attention, tokens--> [b, n / ranks, d]
+    q, k, v [b, n / ranks, k, e] --heads--> [b, n, k / ranks, e] --attention, tokens--> [b, n / ranks, d]
 
-Where the ranks do not divide n, zeros stand behind the last token; they are cut off before attention, pooling and loss.
-Gradients need no rule of their own: every rank of a group computes the clip's loss, and these collectives are their own
-adjoints, so a backward pass gives each rank its part of the gradient of `ranks` equal losses, and the average over all
-ranks, which ddp and fsdp take anyway, is the gradient of the one.
+Where the ranks do not divide n, zeros stand behind the last token; they are cut off before attention, pooling
+and loss. Gradients need no rule of their own: every rank of a group computes the clip's loss, and these
+collectives are their own adjoints, so a backward pass gives each rank its part of the gradient of `ranks`
+equal losses, and the average over all ranks, which ddp and fsdp take anyway, is the gradient of the one.
 
-Axes: b batch, n video tokens, m = ceil(n / ranks), d model width, k heads, e channels of one head, p ranks of a group.
+Axes: b batch, n video tokens, m = ceil(n / ranks), d model width, k heads, e channels of one head, p ranks of
+      a group.
 """
 from functools import lru_cache
 
@@ -28,7 +30,8 @@ from common import InputError
 
 
 class Sequence:
-    """n tokens over the ranks of a process group; what `model.VideoDiT` asks where one rank does not hold them all."""
+    """n tokens over the ranks of a process group; what `model.VideoDiT` asks where one rank does not hold
+    them all."""
 
     def __init__(self, group, n):
         self.group, self.n, self.ranks = group, n, dist.get_world_size(group)
@@ -43,12 +46,13 @@ class Sequence:
 
     def gather_tokens(self, x):
         """All tokens of x [b, m, ...], of which every rank has its own: -> [b, n, ...]."""
-        every = all_gather_single_autograd(x.transpose(0, 1).contiguous(), 0, self.group)         # [p m, b, ...]
+        every = all_gather_single_autograd(x.transpose(0, 1).contiguous(), 0, self.group)  # [p m, b, ...]
         return every[:self.n].transpose(0, 1)
 
     def heads(self, q, k, v):
-        """q, k, v [b, m, k, e], this rank's tokens and all heads -> [b, n, k / p, e], all tokens and its heads."""
-        x = torch.stack([y.to(v.dtype) for y in (q, k, v)])                             # a GPU attends in v's dtype
+        """q, k, v [b, m, k, e], this rank's tokens and all heads -> [b, n, k / p, e], all tokens and its
+        heads."""
+        x = torch.stack([y.to(v.dtype) for y in (q, k, v)])  # a GPU attends in v's dtype
         x = rearrange(x, "q b m (p k) e -> p q b m k e", p=self.ranks).contiguous()
         x = all_to_all_single_autograd(x, None, None, self.group)                       # p: whose tokens
         return rearrange(x, "p q b m k e -> q b (p m) k e")[:, :, :self.n].unbind()
@@ -68,7 +72,8 @@ def check(ranks):
                          "--nproc_per_node=<GPUs>")
     if dist.is_initialized() and dist.get_world_size() % ranks:
         world = dist.get_world_size()
-        raise InputError(f"--sequence_parallel {ranks} does not divide the {world} processes: choose one of {divisors(world)}")
+        raise InputError(f"--sequence_parallel {ranks} does not divide the {world} processes: choose one of "
+                         f"{divisors(world)}")
 
 
 def divisors(*numbers):
@@ -79,19 +84,21 @@ def divisors(*numbers):
 @lru_cache(maxsize=1)
 def group_of(world, ranks, device):
     """The process group of the `ranks` neighbours that this rank shares its clips with."""
-    return init_device_mesh(device, (world.size() // ranks, ranks), mesh_dim_names=("data", "sequence"))["sequence"].get_group()
+    return init_device_mesh(device, (world.size() // ranks, ranks),
+                            mesh_dim_names=("data", "sequence"))["sequence"].get_group()
 
 
 def spread(dit, runtime):
-    """A VideoDiT whose forward calls share their tokens among runtime.sequence_parallel ranks; every rank must call it.
+    """A VideoDiT whose forward calls share their tokens among runtime.sequence_parallel ranks; every rank
+    must call it.
 
     Raises InputError if they do not divide its heads.
     """
     ranks, heads = runtime.sequence_parallel, dit.config["num_heads"]
     check(ranks)
     if heads % ranks:
-        raise InputError(f"--sequence_parallel {ranks} does not divide the generator's {heads} heads: choose one of "
-                         f"{divisors(heads, runtime.world_size)}")
+        raise InputError(f"--sequence_parallel {ranks} does not divide the generator's {heads} heads: choose "
+                         f"one of {divisors(heads, runtime.world_size)}")
     if ranks > 1:
         group = group_of(dist.group.WORLD, ranks, runtime.device.type)
         dit.sequence = lambda n: Sequence(group, n)

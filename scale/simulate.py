@@ -1,13 +1,15 @@
-"""A second opinion on the planner's bytes: one whole PRFL iteration at its true size, on tensors that hold nothing.
+"""A second opinion on the planner's bytes: one whole PRFL iteration at its true size, on tensors that hold
+nothing.
 
-The training code itself runs, VideoDiT, PAVRM, fully_shard, shared clips, AdamW, in a process group of --gpus ranks that
-does not exist, on tensors of FakeTensorMode, which have shapes, dtypes and storage sizes but no data; PyTorch's own
-MemTracker counts the storages that live. So 14B at 81 frames takes minutes of one core and no memory. What it cannot see:
-the CUDA context, the allocator's unused pieces, what kernels take inside themselves, and clipping (a few numbers).
+The training code itself runs, VideoDiT, PAVRM, fully_shard, shared clips, AdamW, in a process group of --gpus
+ranks that does not exist, on tensors of FakeTensorMode, which have shapes, dtypes and storage sizes but no
+data; PyTorch's own MemTracker counts the storages that live. So 14B at 81 frames takes minutes of one core
+and no memory. What it cannot see: the CUDA context, the allocator's unused pieces, what kernels take inside
+themselves, and clipping (a few numbers).
 
-Under fsdp the mesh must be there before FakeTensorMode is, and the models are cut while they are on meta. The tracker's
-module hooks expect one forward call of a module, where a rollout makes many, and hold gradients that the program lets
-go: it counts without them, by phases instead.
+Under fsdp the mesh must be there before FakeTensorMode is, and the models are cut while they are on meta. The
+tracker's module hooks expect one forward call of a module, where a rollout makes many, and hold gradients
+that the program lets go: it counts without them, by phases instead.
 """
 from contextlib import contextmanager
 from unittest.mock import MagicMock, patch
@@ -36,20 +38,24 @@ def gpu_attend(q, k, v, sequence=None):
 
 
 class Phases(MemTracker):
-    """`peaks`: {phase: {kind: bytes}} of the moment at which most bytes lived, of the phases that `begin` names."""
+    """`peaks`: {phase: {kind: bytes}} of the moment at which most bytes lived, of the phases that `begin`
+    names."""
 
     def __init__(self):
         super().__init__()
-        # modules are not followed: that takes hooks which hold the gradients of every block until the backward pass ends
+        # modules are not followed: that takes hooks which hold the gradients of every block until the
+        # backward pass ends
         self._mod_tracker = MagicMock(is_bw=False)
         self.phase, self.peaks, self.counts = "before", {}, True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return super().__torch_dispatch__(func, types, args, kwargs) if self.counts else func(*args, **kwargs or {})
+        return super().__torch_dispatch__(func, types, args,
+                                          kwargs) if self.counts else func(*args, **kwargs or {})
 
     @contextmanager
     def but_for_shapes(self):
-        """DTensor finds the shapes of its results on whole tensors without data; these are none of the program's."""
+        """DTensor finds the shapes of its results on whole tensors without data; these are none of the
+        program's."""
         find = ShardingPropagator._propagate_tensor_meta_non_cached
 
         def uncounted(*args):
@@ -69,21 +75,24 @@ class Phases(MemTracker):
     def _update_peak_stats(self, state):
         for now in self._curr_mem_snap.values():                # of the one device
             if now["Total"] > self.peaks.get(self.phase, {"Total": 0})["Total"]:
-                self.peaks[self.phase] = {str(getattr(kind, "value", kind)): size for kind, size in now.items()}
+                self.peaks[self.phase] = {str(getattr(kind, "value", kind)): size
+                                          for kind, size in now.items()}
 
 
 def simulate(config, c, grid):
-    """{phase: {"Parameter", "Optstate", ..., "Total": bytes}} of one GPU, of an SFT and a reward update of PRFL.
+    """{phase: {"Parameter", "Optstate", ..., "Total": bytes}} of one GPU, of an SFT and a reward update of
+    PRFL.
 
     config: the planner's flags. c: a VideoDiT's config. grid: its latent (f, h, w). Raises InputError."""
     world = config.gpus * config.nodes
     runtime = Runtime(0, world, torch.device("cpu"), torch.bfloat16, config.sequence_parallel)
-    flags = parallel.Flags(config.gradient_checkpointing, config.parallel if world > 1 else "ddp", config.sequence_parallel,
+    flags = parallel.Flags(config.gradient_checkpointing, config.parallel if world > 1 else "ddp",
+                           config.sequence_parallel,
                            config.fsdp_group_size, config.offload_activations)
     if world > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     attend, model.attend = model.attend, gpu_attend
-    model.rope_table.cache_clear()                              # a table of data is none of a fake mode, and the reverse
+    model.rope_table.cache_clear()  # a table of data is none of a fake mode, and the reverse
     try:
         with torch.device("meta"):
             policy = model.VideoDiT(**c)
@@ -108,11 +117,14 @@ def iterate(config, c, grid, policy, pavrm, runtime):
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, foreach=True)        # as on a GPU
     for p in trained:
-        optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p),
+                              "exp_avg_sq": torch.zeros_like(p)}
     x1 = torch.randn(config.batch_size, c["out_dim"], *grid)
     context, t = torch.randn(config.batch_size, c["text_len"], c["text_dim"]), torch.rand(config.batch_size)
-    image = {"y": torch.randn(config.batch_size, c["in_dim"] - c["out_dim"], *grid)} if c["model_type"] == "i2v" else {}
-    image |= {"clip_tokens": torch.randn(config.batch_size, 257, c["image_dim"])} if c.get("image_dim") else {}
+    image = {"y": torch.randn(config.batch_size, c["in_dim"] - c["out_dim"],
+                              *grid)} if c["model_type"] == "i2v" else {}
+    image |= {"clip_tokens": torch.randn(config.batch_size, 257,
+                                         c["image_dim"])} if c.get("image_dim") else {}
     tracker, recipe, N = Phases(), prfl.RECIPES[config.recipe], config.num_inference_steps
     tracker.track_external(policy, pavrm, optimizer, x1, context, t, *image.values())
 
@@ -134,7 +146,8 @@ def iterate(config, c, grid, policy, pavrm, runtime):
     with tracker.but_for_shapes():
         update("SFT", lambda: prfl.sft_loss(policy, x1, torch.randn_like(x1), t, context, **image))
         update("reward", lambda: prfl.reward_update_loss(policy, pavrm, x1, context, (N + 1) // 2, N,
-                                                         rollout_passes=recipe["rollout_passes"], loss=recipe["reward_loss"],
+                                                         rollout_passes=recipe["rollout_passes"],
+                                                         loss=recipe["reward_loss"],
                                                          **image)[0])
     hook.remove()
     return tracker.peaks

@@ -1,16 +1,22 @@
-"""What an update costs: SFT, PRFL by both recipes, RGB ReFL with the first frame or all frames decoded, on the shipped tiny
-generator.
+"""What an iteration costs, in seconds and memory, on the shipped tiny generator: with SFT, with PRFL by both
+recipes, and with RGB ReFL, where the first frame or all frames are decoded.
 
-    python -m study.cost times                               all methods in turn, A B C A B C, at the world's size
-    python -m study.cost cell --method prfl --frames 33      one method at one size, in a process of its own
-    python -m study.reproduce table4                                    every cell, and the table
+    python -m study.cost times                           all methods in turn, A B C A B C, at the world's size
+    python -m study.cost cell --method prfl --frames 33  one method at one size, in a process of its own
+    python -m study.reproduce table4                     all of these, and the table
 
-An iteration is what train_align.py makes of it: an SFT update, then the reward update. By the paper's recipe (prfl, refl_first,
-refl_all) training draws one rewarded step, from all N for PRFL, from the late third for ReFL, and an iteration's seconds are
-linear in it (with one step with gradients): here it is the mean of those steps (the two next to it in turn). By the steady
-recipe (prfl_steady) it draws a step for each video, here too. Memory: on CPU the peak resident set of this process less
-what it held before the first update, when weights and optimizer were there; on a GPU torch's peak less the same. The generator
-is trained at 9 frames of 32x32 only, and the reward models here not at all: what they cost is right, what they say means nothing.
+An iteration is that of train_align.py: an SFT update, then a reward update.
+
+The rewarded step. With the paper's recipe (prfl, refl_first, refl_all) training draws one step per batch,
+from all N steps for PRFL and from the last third for RGB ReFL. The seconds of an iteration grow linearly with
+it, so the mean step stands for all here (or the two steps next to the mean, in turn). With the steady recipe
+(prfl_steady) each video has its own step, here as in training.
+
+Memory is the peak minus what the process held before the first update, when weights and optimizer were there:
+on a CPU of its resident set, on a GPU of what torch allocated.
+
+The generator was only trained on 9 frames of 32x32, and the reward models here were not trained. So the costs
+are right, but the rewards mean nothing.
 """
 import contextlib
 import ctypes
@@ -38,46 +44,53 @@ from pavrm import PAVRM
 from scale import plan
 
 BASE = SHIPPED["t2v"]
-PART = {"prfl": "full", "refl_first": "late", "refl_all": "late"}            # of the trajectory, where steps are drawn
+PART = {"prfl": "full", "refl_first": "late", "refl_all": "late"}       # the part that steps are drawn from
 METHODS = ("sft", "prfl", "prfl_steady", "refl_first", "refl_all")
 
 
 @dataclass
 class Config:
-    command: str = arg(..., "what to do", choices=("times", "cell"), positional=True)
-    method: str = arg("prfl", "of the cell", choices=METHODS, only="command cell")
+    command: str = arg(..., "times: the seconds of all methods; cell: seconds and memory of one method",
+                       choices=("times", "cell"), positional=True)
+    method: str = arg("prfl", "method to measure", choices=METHODS, only="command cell")
     frames: int = arg(9, "video frames, 4 k + 1", above=0)
-    size: str = arg("32*32", "width*height")
+    size: str = arg("32*32", "width*height in pixels")
     batch_size: int = arg(32, "videos per update", above=0)
     num_inference_steps: int = arg(16, "N, Euler steps of a rollout", above=2)
     depth: int = arg(8, "K, blocks of the generator in PRFL's reward model", above=0,
                      only="command times or method prfl prfl_steady")
-    rounds: int = arg(8, "timed iterations of each method, behind one that warms up", above=0)
-    decoder_checkpointing: bool = arg(False, "refl: decode video by video, long ones in chunks, twice",
+    rounds: int = arg(8, "timed iterations of each method, after one that warms up", above=0)
+    decoder_checkpointing: bool = arg(False, "refl: save memory: decode in chunks, and again in the backward "
+                                             "pass",
                                       only="command times or method refl_first refl_all")
-    sft_updates: bool = arg(True, "the SFT update of an iteration", only="command times or !method sft")
-    grad_steps: int = arg(1, "prfl: steps with gradients before the reward", above=0,
-                          only="command times or method prfl prfl_steady")
-    gradient_checkpointing: bool = arg(False, "keep only the inputs of blocks, of generator and PAVRM")
+    sft_updates: bool = arg(True, "make the SFT update of each iteration",
+                            only="command times or !method sft")
+    gradient_checkpointing: bool = arg(False, "recompute each block of generator and PAVRM in the backward "
+                                              "pass")
     mixed_precision: str = runs.precision_flag()
     seed: int = arg(0, "seed of noise and steps", at_least=0)
-    output_dir: str = arg("runs/cost", "where measured.json goes")
+    output_dir: str = arg("runs/cost", "folder for measured.json")
 
 
 def make_iteration(method, config, runtime):
-    """-> iteration(i): one training iteration on noise in place of data; its generator and optimizer are its own."""
+    """-> a function iteration(i) that makes one training iteration of `method`, on noise instead of data.
+
+    It has a generator and an optimizer of its own.
+    """
     f, h, w = plan.latent_grid(config.frames, config.size)
     policy = load_transformer(BASE).to(runtime.device).train()
     policy.gradient_checkpointing = config.gradient_checkpointing
     text_len, text_dim = policy.config["text_len"], policy.config["text_dim"]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0)
-    for p in policy.parameters():                               # its moments, which a first step would make
-        optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    for p in policy.parameters():                           # the moments that the first step would allocate
+        optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p),
+                              "exp_avg_sq": torch.zeros_like(p)}
     if method.startswith("prfl"):
         reward = PAVRM.from_generator(policy, config.depth).freeze()
         reward.trunk.gradient_checkpointing = config.gradient_checkpointing
     elif method.startswith("refl"):
-        reward = refl_baseline.PixelReward(method[5:], text_dim).to(runtime.device).eval().requires_grad_(False)
+        frames = method.removeprefix("refl_")
+        reward = refl_baseline.PixelReward(frames, text_dim).to(runtime.device).eval().requires_grad_(False)
         vae = load_vae(BASE / "vae").to(runtime.device)
     indices, N = range(config.batch_size), config.num_inference_steps
 
@@ -90,19 +103,24 @@ def make_iteration(method, config, runtime):
         optimizer.step()
 
     def iteration(i):
-        draw = lambda purpose: common.noise((16, f, h, w), config.seed, purpose, i, indices).to(runtime.device)
-        x0, x1, x_T = draw("x0"), draw("x1"), draw("x_T")
+        shape = (16, f, h, w)
+        draw = lambda purpose: common.noise(shape, config.seed, purpose, i, indices).to(runtime.device)
+        x0 = draw("x0")
+        x1 = draw("x1")
+        x_T = draw("x_T")
         context = torch.randn(config.batch_size, text_len, text_dim, device=runtime.device)
         t = common.uniform(config.seed, "t", i, indices).to(runtime.device)
         if config.sft_updates or method == "sft":
             update(lambda: prfl.sft_loss(policy, x0, x1, t, context))
-        step, how = mean_step(method, i, N) if method in PART else None, {}
-        if method == "prfl_steady":
-            step, steady = prfl.draw_steps(config.seed, i, N, config.batch_size), prfl.RECIPES["steady"]
-            how = dict(rollout_passes=steady["rollout_passes"], loss=steady["reward_loss"])
-        if method.startswith("prfl"):
-            update(lambda: prfl.reward_update_loss(policy, reward, x_T, context, step, N, grad_steps=config.grad_steps, **how)[0])
-        elif method != "sft":
+        if method == "sft":
+            return
+        step = mean_step(method, i, N)
+        if method in ("prfl", "prfl_steady"):
+            recipe = prfl.RECIPES["steady" if method == "prfl_steady" else "paper"]
+            update(lambda: prfl.reward_update_loss(policy, reward, x_T, context, step, N,
+                                                   rollout_passes=recipe["rollout_passes"],
+                                                   loss=recipe["reward_loss"])[0])
+        else:
             update(lambda: refl_baseline.refl_update_loss(policy, reward, vae, x_T, context, step, N,
                                                           checkpointing=config.decoder_checkpointing)[0])
 
@@ -110,12 +128,13 @@ def make_iteration(method, config, runtime):
 
 
 def mean_step(method, i, N):
-    """The mean of the steps that training draws from, or the two next to it in turn."""
+    """The mean of the steps that training draws from or, if it lies between two steps, these two in turn."""
     first, last = (N * third // 3 for third in prfl.THIRDS[PART[method]])
     return (first + 1 + last + i % 2) // 2
 
 
 def timed(iteration, i, device):
+    """Seconds of iteration(i)."""
     start = time.perf_counter()
     iteration(i)
     if device.type == "cuda":
@@ -123,9 +142,12 @@ def timed(iteration, i, device):
     return time.perf_counter() - start
 
 
-def held(device):
-    """Bytes held now, from where the peak is counted: on CPU the resident set, after freed memory went back to the system
-    (other systems than Linux: the peak so far)."""
+def bytes_now(device):
+    """Bytes that the process holds now; `peak` counts from here on.
+
+    On a CPU these are of the resident set, after freed memory was given back to the system. On other systems
+    than Linux it is the peak so far.
+    """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -133,17 +155,21 @@ def held(device):
     if sys.platform != "linux":
         return peak(device)
     ctypes.CDLL(None).malloc_trim(0)
-    with contextlib.suppress(OSError):                          # not every system lets the peak be set back
+    with contextlib.suppress(OSError):                      # resets the peak, which not every system allows
         Path("/proc/self/clear_refs").write_text("5")
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def peak(device):
+    """The most bytes that the process held at one time since `bytes_now`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    if sys.platform == "linux":                                 # ru_maxrss would begin at that of the process that started this
+    if sys.platform == "linux":                             # ru_maxrss would also count the parent process
         return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "darwin":                                # bytes there, elsewhere kilobytes
+        return largest
+    return largest * 1024
 
 
 def main(config):
@@ -152,12 +178,12 @@ def main(config):
         iterations = {method: make_iteration(method, config, runtime) for method in METHODS}
         seconds = {method: [] for method in METHODS}
         for i in common.progress(range(config.rounds + 1), "rounds"):
-            for method, iteration in iterations.items():        # in turn, so that all see the same machine
+            for method, iteration in iterations.items():        # in turn, so that other load slows all alike
                 seconds[method].append(timed(iteration, i, runtime.device))
         found = {method: times[1:] for method, times in seconds.items()}
     else:
         iteration = make_iteration(config.method, config, runtime)
-        before = held(runtime.device)
+        before = bytes_now(runtime.device)
         seconds = [timed(iteration, i, runtime.device) for i in range(config.rounds + 1)][1:]
         found = {**dataclasses.asdict(config), "seconds": seconds, "bytes": peak(runtime.device) - before}
     path = Path(config.output_dir) / "measured.json"

@@ -1,13 +1,14 @@
-"""Forward and backward of our VideoDiT beside diffusers' WanTransformer3DModel: same weights, same inputs.
+"""The speed of our VideoDiT's forward and backward pass beside diffusers' WanTransformer3DModel, with the
+same weights and inputs.
 
     python -m study.dit                                  # every shape and precision, about 3 minutes
     python -m study.dit --shapes tiny --rounds 40 --output dit.json
-    python -m study.dit --threads 1 --clock cpu          # on a machine shared with other work
+    python -m study.dit --threads 1 --clock cpu          # on a machine that is shared with other work
 
-The two models alternate A B A B; a round's ratio is ours / theirs, and the table shows the median of those
-ratios, which load on a shared machine disturbs less than the two medians. The outputs and the gradients of
-the input are asserted equal (in bf16 as far as its 8 bits go) before anything is timed. The loss is a mean
-square.
+The two models run in turn, A B A B. Each round has a ratio, ours / theirs, and the table shows the median of
+the ratios: load on a shared machine disturbs it less than the medians of the two times. Before anything is
+timed, the outputs and the gradients of the input are compared and must be equal (in bf16 as far as its 8 bits
+go). The loss is a mean square.
 """
 import argparse
 import itertools
@@ -53,7 +54,7 @@ def seconds(step, device, clock):
 
 
 def compare(name, rounds, device, dtype, clock):
-    """One row of the table: medians in milliseconds, and the median over rounds of ours / theirs."""
+    """A row of the table: the median times in milliseconds, and the median over rounds of ours / theirs."""
     config, b, size = SHAPES[name]
     ours, theirs = build(config, device)
     x = torch.randn(b, config["in_dim"], *size, device=device)
@@ -97,15 +98,16 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="NAME",
                         help=f"which shapes to time, of {', '.join(SHAPES)} (default: all)")
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds a row (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds per row (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--mixed_precision", nargs="+", choices=("no", "bf16"),
                         default=["no", "bf16"], metavar="P", help="no: float32; bf16: autocast over float32 "
                         "weights (default: both)")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall",
-                        help="cpu: time this process spent computing, for a machine shared with other work; "
-                             "use it with --threads 1, as waiting threads count too (default: %(default)s)")
+                        help="cpu: count the time that this process computes, for a machine shared with "
+                             "other work; use it with --threads 1, because waiting threads count too "
+                             "(default: %(default)s)")
     parser.add_argument("--output", help="write the rows and the machine as JSON to this file")
     args = parser.parse_args()
     if args.rounds < 1:

@@ -1,25 +1,35 @@
 """Seconds and peak memory of one update at the true Wan2.1 size, on this machine, with random weights.
 
-    python -m study.node                                    wan2.1-t2v-1.3b. On a CPU: latents of 3x8x8, adapters alone, one process
-                                                            and two under fsdp (a quarter of an hour, 12 GB): writes node.md
-    python -m study.node --output_dir results               on GPUs: 81 frames of 832*480 and 1280*720, every weight, ddp beside
-                                                            fsdp and shared clips: writes gpu.md
+    python -m study.node
+        On a CPU: wan2.1-t2v-1.3b, latents of 3x8x8, only adapters train, in one process and in two with fsdp.
+        This takes a quarter of an hour and 12 GB, and writes node.md.
+    python -m study.node --output_dir results
+        On GPUs: 81 frames of 832*480 and of 1280*720, every weight trains, with ddp, with fsdp, and with
+        clips that several GPUs share. Writes gpu.md.
     python -m study.node --model wan2.1-t2v-14b --layouts fsdp:8 fsdp:8:4
-    torchrun --nproc_per_node=2 -m study.node --update prfl --parallel fsdp         one row alone, as JSON
+    torchrun --nproc_per_node=2 -m study.node --update prfl --parallel fsdp
+        A single row, printed as JSON.
 
-Updates, each a backward pass, clipping and an AdamW step: `sft` (flow matching), `prfl` and `prfl_steady` (rollout without
-gradients, one step with, PAVRM; the paper's recipe, and ours), `refl_first` and `refl_all` (rollout, one step, x_0, VAE
-decoder and a pixel reward with gradients). bf16 autocast, float32 weights, activation checkpointing. The weights are drawn
-once, and every process reads its own. The decoder is Wan2.1's own, from diffusers and with random weights in bf16; without
-diffusers those rows are skipped and say so. Rewarded steps are the mean ones: the middle of the rollout for prfl, the middle
-of its last third for refl, so a row's seconds stand for an average update.
+An update is a loss, its backward pass, clipping and an AdamW step. The losses:
+- sft: flow matching.
+- prfl, prfl_steady: a rollout without gradients, one step with gradients, and PAVRM, with the paper's recipe
+  or ours.
+- refl_first, refl_all: a rollout without gradients, then with gradients a step to x_0, the VAE decoder (of
+  the first frame or of all) and a reward model of pixels.
 
-peak: the most bytes that PyTorch had handed out at one time, on the process that had most; on a CPU by the profiler's record
-of every allocation. planned: scale/plan.py's. MFU is FLOPs done, by the planner's formulas and recomputation counted, over
-seconds over the speed of a bf16 matrix product, measured by the same processes. Out of memory is a result: its row says so.
+Weights are float32, drawn once; every process reads what it needs of them. Autocast is bf16, and activation
+checkpointing is on. The decoder is Wan2.1's, from diffusers, with random weights in bf16. Without diffusers
+the rows that need it only say so. The rewarded step is the middle one of those that training draws from, all
+for prfl and the last third for refl, so a row's seconds are those of an average update.
+
+peak: the most bytes that PyTorch had allocated at one time, in the process that had the most. On a CPU they
+come from the profiler's record of every allocation. planned: what scale/plan.py predicts. MFU: FLOPs per
+second (by the planner's formulas, with recomputation) / FLOPs per second of a bf16 matrix product, which the
+same processes measure. If an update runs out of memory, its row says so.
 """
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -30,6 +40,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,76 +58,104 @@ from pavrm import PAVRM, load_pavrm
 from scale import lora, parallel, plan
 
 UPDATES = ("sft", "prfl", "prfl_steady", "refl_first", "refl_all")
-RESIDENT = "resident: the most that a process held, with libraries and pages of files. Seconds say that it runs, not how fast."
-TOKENS = "tokens/s: the tokens of all clips by the seconds of the whole update, rollout included."
+RESIDENT = ("resident: the most memory that a process held, including libraries and cached files. The "
+            "seconds only show that it runs: they say nothing about a GPU.")
+TOKENS = "tokens/s: the tokens of all clips / the seconds of the whole update, including the rollout."
 
 
 @dataclass
 class Config(parallel.Flags):
-    model: str = arg("wan2.1-t2v-1.3b", "the generator", choices=tuple(PRESETS), alias="preset")
-    frames: int | None = arg(None, "video frames, 4 k + 1; without, 81 on a GPU, 9 on a CPU", above=0)
-    size: tuple[str, ...] = arg((), "width*height, one or several; without, 832*480 and 1280*720 on a GPU, 64*64 on a CPU")
-    updates: tuple[str, ...] = arg((), "which; without, all on a GPU, all but refl_all on a CPU", choices=UPDATES)
-    layouts: tuple[str, ...] = arg((), "parallel:processes:of each clip, such as ddp:1 fsdp:8 fsdp:8:4; without, one, and "
-                                          "on GPUs all of them by ddp, fsdp and with shared clips, on a CPU two by fsdp")
-    lora_rank: int | None = arg(None, "adapters of this rank alone train; 0: every weight. Without, 0 on a GPU, 16 on a CPU",
-                                at_least=0)
-    batch_size: int = arg(1, "videos per update and process, or group of processes", above=0)
-    num_inference_steps: int | None = arg(None, "N, Euler steps of a rollout; without, 40 on a GPU, 8 on a CPU", above=2)
+    model: str = arg("wan2.1-t2v-1.3b", "size of the generator", choices=tuple(PRESETS), alias="preset")
+    frames: int | None = arg(None, "video frames, 4 k + 1; default: 81 on a GPU, 9 on a CPU", above=0)
+    size: tuple[str, ...] = arg((), "one or several width*height; default: 832*480 and 1280*720 on a GPU, "
+                                    "64*64 on a CPU")
+    updates: tuple[str, ...] = arg((), "which updates to measure; default: all on a GPU, all but refl_all on "
+                                       "a CPU",
+                                   choices=UPDATES)
+    layouts: tuple[str, ...] = arg((), "each parallel:processes or parallel:processes:processes that share a "
+                                       "clip, such as ddp:1 fsdp:8 fsdp:8:4; default: ddp:1 and, on GPUs, "
+                                       "all of them with ddp, with fsdp and with shared clips, on a CPU "
+                                       "fsdp:2")
+    lora_rank: int | None = arg(None, "train only adapters of this rank; 0: train every weight. Default: 0 "
+                                      "on a GPU, 16 on a CPU", at_least=0)
+    batch_size: int = arg(1, "videos per update and process, or per group of processes that share a "
+                             "clip", above=0)
+    num_inference_steps: int | None = arg(None, "N, Euler steps of a rollout; default: 40 on a GPU, 8 on a "
+                                                "CPU",
+                                          above=2)
     depth: int = arg(8, "K, blocks of the reward model", above=0)
-    rounds: int | None = arg(None, "updates a row; of several the first warms up, and the median of the rest counts; without, 4 "
-                             "on a GPU, 1 on a CPU", above=0)
+    rounds: int | None = arg(None, "updates per row; if there are several, the first warms up and the row "
+                                   "has the median of the others. Default: 4 on a GPU, 1 on a CPU", above=0)
     gradient_checkpointing: bool = arg(True, "recompute each block in the backward pass")
-    matmul: int | None = arg(None, "side of the measured matrix product; without, 8192 on a GPU, 1024 on a CPU", above=0)
-    weights_dir: str = arg("runs/node/weights", "where the random weights are kept, or found: 4 bytes each")
-    output_dir: str = arg("runs/node", "where the table and the JSON go")
-    update: str | None = arg(None, "measure this one alone, in the processes that torchrun started", choices=UPDATES)
+    matmul: int | None = arg(None, "side of the square matrices whose product is timed; default: 8192 on a "
+                                   "GPU, 1024 on a CPU", above=0)
+    weights_dir: str = arg("runs/node/weights", "folder in which the random weights are kept; 4 bytes per "
+                                                "weight")
+    output_dir: str = arg("runs/node", "folder for the table and the JSON")
+    update: str | None = arg(None, "measure only this update, in the processes that torchrun "
+                                   "started", choices=UPDATES)
     seed: int = arg(0, "seed of weights and noise", at_least=0)
+
+
+ON_GPUS = dict(frames=81, size=("832*480", "1280*720"), updates=UPDATES, lora_rank=0, num_inference_steps=40,
+               rounds=4, matmul=8192)                           # what flags are if they are not given
+ON_A_CPU = dict(frames=9, size=("64*64",), updates=UPDATES[:-1], lora_rank=16, num_inference_steps=8,
+                rounds=1, matmul=1024)
 
 
 # ---- what an update needs
 def random_weights(folder, c, depth, seed):
-    """The folders of a generator and of a reward model of `depth` blocks, drawn one weight at a time where they are not there
-    yet: matrices of variance 1 / columns, norms of 1, biases of 0. -> their paths"""
-    paths = Path(folder) / "transformer", Path(folder) / f"reward-{depth}"
+    """Folders with the random weights of a generator (config c) and of a reward model of `depth` blocks ->
+    two paths.
+
+    A folder that is missing is written, one weight at a time. Matrices have variance 1 / columns, norms are
+    1, biases 0.
+    """
+    generator, reward = Path(folder) / "transformer", Path(folder) / f"reward-{depth}"
     with torch.device("meta"):
         dit = VideoDiT(**c)
-        judge = PAVRM(dit.config | {"num_layers": depth})
+        pavrm = PAVRM(dit.config | {"num_layers": depth})
+
+    def draw(name, p):
+        if p.dim() == 1:
+            return torch.full(p.shape, float(name.endswith("weight")))
+        return torch.randn(p.shape, generator=common.random_generator(seed, name)) / p[0].numel() ** 0.5
 
     def drawn(model):
-        def draw(name, p):
-            if p.dim() == 1:
-                return torch.full(p.shape, float(name.endswith("weight")))
-            return torch.randn(p.shape, generator=common.random_generator(seed, name)) / p[0].numel() ** 0.5
-        return {name: Later(p.shape, torch.float32, lambda name=name, p=p: draw(name, p))
-                for name, p in model.state_dict().items()}
+        weights = model.state_dict().items()
+        return {name: Later(p.shape, torch.float32, partial(draw, name, p)) for name, p in weights}
 
-    if not paths[0].exists():
-        export_transformer(dit, paths[0], state=drawn(dit))
-    if not paths[1].exists():
-        write_folder(paths[1], judge.config, drawn(judge))
-    return paths
+    if not generator.exists():
+        export_transformer(dit, generator, state=drawn(dit))
+    if not reward.exists():
+        write_folder(reward, pavrm.config, drawn(pavrm))
+    return generator, reward
 
 
 class WanDecoder:
-    """`decode` of Wan2.1's VAE with random weights: latents [b, 16, f, h, w] -> video [b, 3, F, H, W]."""
+    """Wan2.1's VAE decoder with random weights, for refl_baseline."""
 
     def __init__(self, device):
         from diffusers import AutoencoderKLWan
         self.vae = AutoencoderKLWan().to(device, torch.bfloat16).requires_grad_(False).eval()
-        del self.vae.encoder, self.vae.quant_conv                                   # never used here
+        del self.vae.encoder, self.vae.quant_conv                                   # not used here
         statistic = lambda name: torch.tensor(self.vae.config[name], device=device).view(1, -1, 1, 1, 1)
-        self.mean, self.std = statistic("latents_mean"), statistic("latents_std")
+        self.mean = statistic("latents_mean")
+        self.std = statistic("latents_std")
 
     def decode(self, latents):
+        """latents [b, 16, f, h, w] -> video [b, 3, F, H, W]"""
         return self.vae.decode((latents * self.std + self.mean).bfloat16(), return_dict=False)[0].float()
 
 
-def image_of(c, b, f, h, w, device):
-    """{y, clip_tokens}, at random, where the model takes them."""
-    found = {"y": torch.randn(b, c["in_dim"] - c["out_dim"], f, h, w)} if c["model_type"] == "i2v" else {}
-    found |= {"clip_tokens": torch.randn(b, plan.IMAGE_TOKENS, c["image_dim"])} if c.get("image_dim") else {}
-    return {name: x.to(device) for name, x in found.items()}
+def random_conditions(c, b, f, h, w, device):
+    """Random values for the image conditions, y and clip_tokens, that a model of config c accepts."""
+    conditions = {}
+    if c["model_type"] == "i2v":
+        conditions["y"] = torch.randn(b, c["in_dim"] - c["out_dim"], f, h, w)
+    if c.get("image_dim"):
+        conditions["clip_tokens"] = torch.randn(b, plan.IMAGE_TOKENS, c["image_dim"])
+    return {name: x.to(device) for name, x in conditions.items()}
 
 
 # ---- how it is measured
@@ -126,8 +165,9 @@ def synchronize(device):
 
 
 def matmul_speed(device, side):
-    """FLOP/s of a bf16 product of two square matrices: the best of ten, after two."""
-    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    """FLOP/s of a bf16 product of two square matrices: the best of ten runs, after two that warm up."""
+    a = torch.randn(side, side, device=device, dtype=torch.bfloat16)
+    b = torch.randn(side, side, device=device, dtype=torch.bfloat16)
     times = []
     for _ in range(12):
         synchronize(device)
@@ -144,8 +184,11 @@ def local(p):
 
 @contextlib.contextmanager
 def peak_of(device, models):
-    """A list that holds, after the block, the most bytes that PyTorch had handed out within it at one time; on a CPU those of
-    the weights of `models`, which are there, and what came on top."""
+    """Yields a list that holds, after the block, the most bytes that PyTorch had allocated at one time within
+    it.
+
+    On a CPU that is the weights of `models`, which are there before, plus what the block allocates.
+    """
     peak = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -163,44 +206,62 @@ def peak_of(device, models):
 
 
 def measure(config, c, runtime, paths, speed):
-    """One row: {"update", "seconds", "peak_gb", ...}. config.size has one size."""
+    """Measures config.update -> a row of the table, {"update", "seconds", "peak_gb", ...}.
+
+    config.size has one size. c: the generator's config. paths: of `random_weights`. speed: of `matmul_speed`.
+    """
     device, b, N = runtime.device, config.batch_size, config.num_inference_steps
     method, _, variant = config.update.partition("_")
     f, h, w = plan.latent_grid(config.frames, config.size[0])
-    recipe = prfl.RECIPES["steady" if variant == "steady" else "paper"]
+    recipe_name = "steady" if variant == "steady" else "paper"
+    recipe = prfl.RECIPES[recipe_name]
     torch.manual_seed(config.seed)
     if method == "refl":
         decoder = WanDecoder(device)
-        pixel_reward = refl_baseline.PixelReward(variant, c["text_dim"]).to(device).requires_grad_(False).eval()
+        pixel_reward = refl_baseline.PixelReward(variant, c["text_dim"]).to(device)
+        pixel_reward.requires_grad_(False).eval()
     policy = load_transformer(paths[0], load_now=False).train()
     lora.add(policy, config.lora_rank, seed=config.seed)
     parallel.shard(policy, runtime, config)
-    pavrm = parallel.shard(load_pavrm(paths[1], policy, load_now=False), runtime, config) if method == "prfl" else None
+    models = [policy]
+    if method == "prfl":
+        pavrm = parallel.shard(load_pavrm(paths[1], policy, load_now=False), runtime, config)
+        models.append(pavrm)
+    elif method == "refl":
+        models += [pixel_reward, decoder.vae]
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6, foreach=True)
-    planned = plan.costs(plan.Config(
-        config.model, method, config.frames, config.size[0], variant if variant == "steady" else "paper",
-        gpus=runtime.world_size, batch_size=b, num_inference_steps=N, depth=config.depth,
-        frames_decoded=variant if method == "refl" else "first", **{flag: getattr(config, flag) for flag in (
-            "parallel", "sequence_parallel", "fsdp_group_size", "offload_activations", "lora_rank", "gradient_checkpointing")},
-        pixel_reward_parameters=sum(p.numel() for p in pixel_reward.parameters()) if method == "refl" else 1), c)
-    draw = lambda purpose: common.noise((c["out_dim"], f, h, w), config.seed, purpose, 0, runtime.indices(b)).to(device)
-    x0, x1, context = draw("x0"), draw("x1"), torch.randn(b, c["text_len"], c["text_dim"]).to(device)
-    image = image_of(c, b, f, h, w, device)
-    first = 2 * N // 3 if method == "refl" else 0           # of the steps first + 1 .. N the middle one is rewarded
-    step = (first + N - 1) // 2 + 1
-    how = dict(rollout_passes=recipe["rollout_passes"], loss=recipe["reward_loss"], **image)
+    expected = plan.Config(
+        config.model, method, config.frames, config.size[0], recipe_name,
+        parallel=config.parallel, sequence_parallel=config.sequence_parallel,
+        fsdp_group_size=config.fsdp_group_size, offload_activations=config.offload_activations,
+        lora_rank=config.lora_rank,
+        gradient_checkpointing=config.gradient_checkpointing,
+        gpus=runtime.world_size, batch_size=b, num_inference_steps=N, depth=config.depth)
+    if method == "refl":
+        expected.frames_decoded = variant
+        expected.pixel_reward_parameters = sum(p.numel() for p in pixel_reward.parameters())
+    planned = plan.costs(expected, c)
+    shape, indices = (c["out_dim"], f, h, w), runtime.indices(b)
+    x0 = common.noise(shape, config.seed, "x0", 0, indices).to(device)
+    x1 = common.noise(shape, config.seed, "x1", 0, indices).to(device)
+    context = torch.randn(b, c["text_len"], c["text_dim"]).to(device)
+    conditions = random_conditions(c, b, f, h, w, device)
+    skipped = 2 * N // 3 if method == "refl" else 0     # the middle one of steps skipped + 1 .. N is rewarded
+    step = (skipped + N - 1) // 2 + 1
+    how = dict(rollout_passes=recipe["rollout_passes"], loss=recipe["reward_loss"], **conditions)
 
     def loss():
         with runtime.autocast():
             if method == "sft":
-                return prfl.sft_loss(policy, x0, x1, torch.full((b,), 0.5, device=device), context, **image)
+                t = torch.full((b,), 0.5, device=device)
+                return prfl.sft_loss(policy, x0, x1, t, context, **conditions)
             if method == "prfl":
                 return prfl.reward_update_loss(policy, pavrm, x1, context, step, N, **how)[0]
-            return refl_baseline.refl_update_loss(policy, pixel_reward, decoder, x1, context, step, N, **how)[0]
+            update_loss = refl_baseline.refl_update_loss
+            return update_loss(policy, pixel_reward, decoder, x1, context, step, N, **how)[0]
 
     seconds = []
-    models = [policy] + ([pavrm] if method == "prfl" else [pixel_reward, decoder.vae] if method == "refl" else [])
     with peak_of(device, models) as peak:
         for i in range(config.rounds):
             synchronize(device)
@@ -213,126 +274,209 @@ def measure(config, c, runtime, paths, speed):
             synchronize(device)
             seconds.append(time.perf_counter() - start)
             common.check_finite(value.detach(), f"the {config.update} loss", i)
-    timed = seconds[len(seconds) > 1:]
-    passes = (method != "sft") * math.ceil((step - 1) / (math.ceil(N / how["rollout_passes"]) if how["rollout_passes"] else 1))
+    timed = seconds[1:] or seconds                          # the first of several warms up
+    passes = 0
+    if method != "sft":
+        steps_of_a_pass = 1
+        if recipe["rollout_passes"]:
+            steps_of_a_pass = math.ceil(N / recipe["rollout_passes"])
+        passes = math.ceil((step - 1) / steps_of_a_pass)
     flops = planned["update_flops"] + passes * sum(planned["forward"]) + planned["reward_flops"]
-    found = planned["with" if config.gradient_checkpointing else "without"]
-    return {"update": config.update, "size": config.size[0], "parallel": config.parallel, "processes": runtime.world_size,
-            "sequence_parallel": config.sequence_parallel, "seconds": statistics.median(timed), "seconds_all": seconds,
-            "peak_gb": max(common.gather(peak[0])) / 1e9, "planned_gb": found["peak"] / 1e9,
-            "resident_gb": max(common.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)) * 1024 / 1e9,
+    memory = planned["with" if config.gradient_checkpointing else "without"]
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"update": config.update, "size": config.size[0], "parallel": config.parallel,
+            "processes": runtime.world_size, "sequence_parallel": config.sequence_parallel,
+            "seconds": statistics.median(timed), "seconds_all": seconds,
+            "peak_gb": max(common.gather(peak[0])) / 1e9, "planned_gb": memory["peak"] / 1e9,
+            "resident_gb": max(common.gather(resident)) / 1e9,
             "rewarded_step": step, "forward_passes": passes, "tokens": planned["n"] * b * planned["groups"],
             "flops": flops, "matmul_tflops": speed / 1e12}
 
 
 # ---- one process for each row
 def layouts_of(config, gpus, heads):
-    """[(parallel, processes, of each clip)]. Raises InputError."""
-    if not config.layouts:
-        shared = max(n for n in (1, 2, 4, 8) if not max(gpus, 1) % n and not heads % n)
-        every = [("ddp", 1, 1), ("ddp", gpus, 1), ("fsdp", gpus, 1), ("fsdp", gpus, shared)]
-        return list(dict.fromkeys(every[:1] if gpus == 1 else every)) if gpus else [("ddp", 1, 1), ("fsdp", 2, 1)]
-    found = []
+    """[(parallel, processes, processes that share a clip)]. heads: of the generator's attention. Raises
+    InputError."""
+    layouts = []
     for layout in config.layouts:
         kind, *numbers = layout.split(":")
-        if kind not in parallel.KINDS or not 1 <= len(numbers) <= 2 or not all(n.isdecimal() and int(n) for n in numbers):
-            raise InputError(f"--layouts {layout}: wants parallel:processes, or parallel:processes:of each clip, as in fsdp:8:4")
-        found.append((kind, int(numbers[0]), int(numbers[1]) if len(numbers) > 1 else 1))
-    return found
+        positive = all(number.isdecimal() and int(number) for number in numbers)
+        if kind not in parallel.KINDS or len(numbers) not in (1, 2) or not positive:
+            raise InputError(f"--layouts {layout}: wants parallel:processes, or parallel:processes:processes "
+                             "that share a clip, as in fsdp:8:4")
+        if len(numbers) == 1:
+            numbers.append(1)
+        layouts.append((kind, int(numbers[0]), int(numbers[1])))
+    if layouts:
+        return layouts
+    if gpus == 0:
+        return [("ddp", 1, 1), ("fsdp", 2, 1)]
+    if gpus == 1:
+        return [("ddp", 1, 1)]
+    shared = max(n for n in (1, 2, 4, 8) if gpus % n == 0 and heads % n == 0)
+    layouts = [("ddp", 1, 1), ("ddp", gpus, 1), ("fsdp", gpus, 1)]
+    if shared > 1:
+        layouts.append(("fsdp", gpus, shared))
+    return layouts
 
 
-def measured_apart(config, kind, processes, shared):
-    """The row of config.update, measured by processes of its own; what stopped them is its note."""
-    config = dataclasses.replace(config, parallel=kind, sequence_parallel=shared, layouts=(), updates=())
+def flags_of(config):
+    """The flags that make this config."""
     flags = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if value != field.default:
-            flags += [f"--{'no-' * (value is False)}{field.name}"]
-            flags += [] if isinstance(value, bool) else map(str, value if isinstance(value, tuple) else [value])
-    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 or kind == "fsdp" \
-        else []
-    done = subprocess.run([sys.executable, *start, "-m", "study.node", *flags], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")} if start else None)
+        if value == field.default:
+            continue
+        if value is True:
+            flags.append(f"--{field.name}")
+        elif value is False:
+            flags.append(f"--no-{field.name}")
+        elif isinstance(value, tuple):
+            flags += [f"--{field.name}", *map(str, value)]
+        else:
+            flags += [f"--{field.name}", str(value)]
+    return flags
+
+
+def measured_apart(config, kind, processes, shared):
+    """The row of config.update, measured by processes of its own. If they fail, the row has a note that says
+    why."""
+    config = dataclasses.replace(config, parallel=kind, sequence_parallel=shared, layouts=(), updates=())
+    command, environment = [sys.executable], None
+    if processes > 1 or kind == "fsdp":
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        environment = {"OMP_NUM_THREADS": "1"} | os.environ
+    command += ["-m", "study.node", *flags_of(config)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     rows = [line for line in done.stdout.splitlines() if line.startswith('{"update"')]
     if rows:
         return json.loads(rows[-1])
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")] or done.stderr.splitlines()[-1:]
-    note = "out of memory" if "out of memory" in done.stderr or done.returncode == -9 or "SIGKILL" in done.stderr else \
-        " ".join(errors) or f"exit code {done.returncode}"
+    said = done.stderr.splitlines()
+    errors = [line for line in said if line.startswith("error:")] or said[-1:]
+    if "out of memory" in done.stderr or "SIGKILL" in done.stderr or done.returncode == -9:
+        note = "out of memory"
+    elif errors:
+        note = " ".join(errors)
+    else:
+        note = f"exit code {done.returncode}"
     return {"update": config.update, "size": config.size[0], "parallel": kind, "processes": processes,
             "sequence_parallel": shared, "note": note}
 
 
 def table(config, rows, machine, gpus):
-    """The Markdown page. Speeds are a GPU's alone: a CPU's say nothing of it, and it emulates bf16."""
-    how = f"adapters of rank {config.lora_rank} train" if config.lora_rank else "every weight trains"
-    lines = [f"# One update of {config.model} on this machine", "",
-             f"{config.frames} frames, {config.batch_size} video{'s' * (config.batch_size > 1)} a process or group, {how}; N = "
-             f"{config.num_inference_steps}, K = {config.depth}; random weights, bf16 autocast, float32 weights, checkpointing "
-             f"{'on' if config.gradient_checkpointing else 'off'}"
-             + ", inputs offloaded" * config.offload_activations + ", blocks compiled" * config.compile + "; "
-             + (f"median of {config.rounds - 1}, after one." if config.rounds > 1 else "one update a row, the first."), "",
+    """The Markdown page. Only GPUs get columns of speed: a CPU emulates bf16, so its speed says nothing about
+    them."""
+    columns = ["update", "size", "processes", "seconds", "peak GB", "planned GB", "apart", "rollout passes"]
+    if gpus:
+        columns += ["tokens/s", "TFLOP/s of one", "matrix product", "MFU"]
+    else:
+        columns.append("resident GB")
+    lines = [f"# One update of {config.model} on this machine", "", settings_of(config), "",
              f"{machine['device']}, torch {machine['torch']}.", "", f"`{machine['command']}`", "",
-             "| update | size | processes | seconds | peak GB | planned GB | apart | rollout passes | "
-             + ("tokens/s | TFLOP/s of one | matrix product | MFU |" if gpus else "resident GB |"),
-             "|" + "---|" * (12 if gpus else 9)]
+             "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:
-        shared = f", {row['sequence_parallel']} a clip" * (row["sequence_parallel"] > 1)
-        start = f"| {row['update']} | {row['size']} | {row['processes']} {row['parallel']}{shared} |"
+        processes = f"{row['processes']} {row['parallel']}"
+        if row["sequence_parallel"] > 1:
+            processes += f", {row['sequence_parallel']} per clip"
+        cells = [row["update"], row["size"], processes]
         if "note" in row:
-            lines.append(f"{start} {row['note']} |" + " |" * (8 if gpus else 5))
-            continue
-        speed = row["flops"] / row["seconds"] / 1e12
-        lines.append(f"{start} {row['seconds']:.3f} | {row['peak_gb']:.2f} | {row['planned_gb']:.2f} | "
-                     f"{row['planned_gb'] / row['peak_gb'] - 1:+.1%} | {row['forward_passes']} | "
-                     + (f"{row['tokens'] / row['seconds']:,.0f} | {speed:.3g} | {row['matmul_tflops']:.3g} | "
-                        f"{speed / row['matmul_tflops']:.1%} |" if gpus else f"{row['resident_gb']:.2f} |"))
+            cells.append(row["note"])
+        else:
+            cells += [f"{row['seconds']:.3f}", f"{row['peak_gb']:.2f}", f"{row['planned_gb']:.2f}",
+                      f"{row['planned_gb'] / row['peak_gb'] - 1:+.1%}", f"{row['forward_passes']}"]
+            if gpus:
+                speed = row["flops"] / row["seconds"] / 1e12
+                cells += [f"{row['tokens'] / row['seconds']:,.0f}", f"{speed:.3g}",
+                          f"{row['matmul_tflops']:.3g}", f"{speed / row['matmul_tflops']:.1%}"]
+            else:
+                cells.append(f"{row['resident_gb']:.2f}")
+        cells += [""] * (len(columns) - len(cells))
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", TOKENS if gpus else RESIDENT, ""])
+
+
+def settings_of(config):
+    """What all rows have in common, in a sentence."""
+    said = [f"{config.frames} frames", f"{config.batch_size} videos per process or group"]
+    if config.batch_size == 1:
+        said[1] = "1 video per process or group"
+    if config.lora_rank:
+        said.append(f"only adapters of rank {config.lora_rank} train")
+    else:
+        said.append("every weight trains")
+    said += [f"N = {config.num_inference_steps}", f"K = {config.depth}",
+             "random float32 weights", "bf16 autocast"]
+    if config.gradient_checkpointing:
+        said.append("checkpointing on")
+    else:
+        said.append("checkpointing off")
+    if config.offload_activations:
+        said.append("inputs of blocks offloaded")
+    if config.compile:
+        said.append("blocks compiled")
+    if config.rounds > 1:
+        said.append(f"seconds are the median of {config.rounds - 1} updates after one that warms up")
+    else:
+        said.append("seconds are those of one update, the first")
+    return ", ".join(said) + "."
 
 
 def described(gpus):
     """The machine, in words."""
     if gpus:
         return f"{gpus} {torch.cuda.get_device_name()}"
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    load = f"{os.getloadavg()[0]:.0f} processes waiting" if hasattr(os, "getloadavg") else "load unknown"
-    return (f"CPU: {os.cpu_count()} cores of {names[0] if names else platform.machine()}, {torch.get_num_threads()} "
-            f"thread{'s' * (torch.get_num_threads() > 1)} a process; {load} for them at the start")
+    name, cpuinfo = platform.machine(), Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":")[1].strip()
+                break
+    load = "unknown"
+    if hasattr(os, "getloadavg"):
+        load = f"{os.getloadavg()[0]:.0f}"
+    return (f"CPU: {os.cpu_count()} cores of {name}, threads per process: {torch.get_num_threads()}, load "
+            f"average at the start: {load}")
 
 
 def main(config):
-    common.refuse(config, () if config.update else ("parallel", "sequence_parallel"), "without --update: give --layouts")
-    gpus, c = torch.cuda.device_count() if torch.cuda.is_available() else 0, PRESETS[config.model]
-    usual = dict(frames=81, size=("832*480", "1280*720"), updates=UPDATES, lora_rank=0, num_inference_steps=40, rounds=4,
-                 matmul=8192) if gpus else dict(frames=9, size=("64*64",), updates=UPDATES[:-1], lora_rank=16,
-                                                num_inference_steps=8, rounds=1, matmul=1024)
-    config = dataclasses.replace(config, **{name: value for name, value in usual.items() if getattr(config, name) in (None, ())})
+    if not config.update:
+        common.refuse(config, ("parallel", "sequence_parallel"), "without --update: give --layouts")
+    c = PRESETS[config.model]
+    gpus, defaults = 0, ON_A_CPU
+    if torch.cuda.is_available():
+        gpus, defaults = torch.cuda.device_count(), ON_GPUS
+    missing = {name: value for name, value in defaults.items() if getattr(config, name) in (None, ())}
+    config = dataclasses.replace(config, **missing)
     for size in config.size:
         plan.latent_grid(config.frames, size)
     if config.depth > c["num_layers"]:
-        raise InputError(f"--depth must be 1 to {c['num_layers']}, the generator's blocks; got {config.depth}")
+        raise InputError(f"--depth must be 1 to {c['num_layers']}, the generator's blocks; got "
+                         f"{config.depth}")
     folder = Path(config.weights_dir) / config.model
     if config.update:
         runtime = common.setup("bf16", config.seed, config.sequence_parallel)
         speed = matmul_speed(runtime.device, config.matmul)
-        row = measure(config, c, runtime, random_weights(folder, c, config.depth, config.seed), speed)
+        paths = random_weights(folder, c, config.depth, config.seed)
+        row = measure(config, c, runtime, paths, speed)
         if runtime.rank == 0:
             print(json.dumps(row), flush=True)
         return common.teardown()
     layouts = layouts_of(config, gpus, c["num_heads"])
-    machine = {"command": " ".join(["python -m study.node", *sys.argv[1:]]), "torch": torch.__version__, "device": described(gpus)}
+    machine = {"command": " ".join(["python -m study.node", *sys.argv[1:]]), "torch": torch.__version__,
+               "device": described(gpus)}
     random_weights(folder, c, config.depth, config.seed)
-    cases = [(update, size, layout) for size in config.size for layout in layouts for update in config.updates]
-    rows, name, out = [], "gpu" if gpus else "node", Path(config.output_dir)
+    name = "gpu" if gpus else "node"
+    out = Path(config.output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    for update, size, layout in common.progress(cases, "updates"):
+    rows, page = [], ""
+    cases = list(itertools.product(config.size, layouts, config.updates))
+    for size, layout, update in common.progress(cases, "updates"):
         rows.append(measured_apart(dataclasses.replace(config, update=update, size=(size,)), *layout))
         print(json.dumps(rows[-1]), flush=True)
         runs.write_json(out / f"{name}.json", {**machine, "config": dataclasses.asdict(config), "rows": rows})
-        (out / f"{name}.md").write_text(table(config, rows, machine, gpus))
-    print(f"{(out / f'{name}.md').read_text()}\nwrote {out / f'{name}.md'} and {name}.json")
+        page = table(config, rows, machine, gpus)
+        (out / f"{name}.md").write_text(page)
+    print(f"{page}\nwrote {out / name}.md and {name}.json")
 
 
 if __name__ == "__main__":

@@ -1,38 +1,42 @@
-"""The paper's comparisons on the embedded world, one command each. Finished parts are kept; run again to go on.
+"""The paper's comparisons on the embedded world, one command each. Finished parts are kept.
+Run a command again to continue it.
 
     python -m study.reproduce table1                    PRFL against the base, SFT, RWR and RGB ReFL
     python -m study.reproduce table3 --preset quick     one seed, fewer videos
     python -m study.reproduce all --preset quick        everything
 
-table1     base, RWR, SFT (at equal updates, at equal time), RGB ReFL (first frame, all frames), PRFL
+table1     PRFL beside the base, RWR, SFT and RGB ReFL, with as many updates and for as long
 table2     image-to-video: base, SFT, PRFL
 table3     which part of the trajectory PRFL rewards
 table4     seconds and memory of an iteration, beside RGB ReFL's, for growing clips
-table5     how PAVRM pools its tokens, beside the pixel rewards
+table5     how PAVRM pools its tokens, beside reward models of pixels
 table7     binary cross-entropy or Bradley-Terry
 table8     how many blocks K the trunk has
-table9     a reward model on videos of generators it was not trained on
-fig3       a reward model of pixels on one-step-denoised states; frozen probes by depth; probes against fine-tuning
-fig5       wins, ties and losses of PRFL, the annotator in the place of people
+table9     a reward model on videos of generators that it was not trained on
+fig3       where a reward can be read: pixels predicted in one step, frozen features of any depth, fine-tuning
+fig5       wins, ties and losses of PRFL, as the annotator sees them
 labels     how many samples PAVRM learns from
-loss       PRFL's loss form, lambda, steps with gradients, with and without SFT updates
-steady     the steady recipe beside the paper's, 512 test videos and its learning rates
+loss       choices in PRFL: form of the loss, lambda, steps with gradients, SFT updates
+steady     the steady recipe beside the paper's, and its learning rates
 mid        both recipes, and best of n, at a second size of the world: 48x48, 27 tokens
-why        why it holds: each part with and without each other; noise, exact last passes, no rollout; passes, N, no SFT
-           updates, image-to-video; what else was tried on the paper's
-speed      CPU seconds of alignment to a quality: PRFL, RGB ReFL, both by both recipes, and SFT
-stopping   a second reward model as judge: does its choice of checkpoint lose what an annotator would have kept
-hacking    proxy reward, quality, speed, brightness, saturation while aligning, with and without SFT updates
-annotator  the judge itself, after mp4 and VAE: clean clips that pass, flaws that fail
-search     best of n by the latent reward while sampling: quality against forward passes, candidates dropped on the way
-fooled     the headline rows by a strict and a loose annotator, and in wordings that the world never uses
+why        what keeps the steady recipe from collapsing: its parts in all combinations, and other changes
+speed      CPU seconds until a quality is reached: PRFL and RGB ReFL with both recipes, and SFT
+stopping   a second reward model as judge: what its choice of checkpoint loses beside the annotator's
+hacking    reward, quality, speed, brightness and saturation while aligning, with and without SFT updates
+annotator  how often the annotator passes clean clips and fails flawed ones, after mp4 and VAE
+search     best of n by the latent reward while sampling: quality against forward passes
+fooled     the main results by a stricter and a looser annotator, and with wordings new to the world
 
-Every part is a plain call of this repository's own scripts, printed as it starts; what it said is in log.txt in its
-folder. Writes <results_dir>/<name>.md and .json, and a .png where a curve says more (if matplotlib is there). Intervals are
-95 %, from resampling seeds and videos together; a claim of the paper holds if the interval of the paired difference is
-above zero, does not hold if it is below, and cannot be told otherwise. (table9's videos differ: unpaired there.)
-table5, table7, table8, labels and fig3 compare reward models: theirs train half as long as table1's (--preset quick: a
-third).
+Every part is a plain call of one of this repository's scripts. The call is printed when it starts, and
+log.txt in the part's folder has what it printed. Writes <results_dir>/<name>.md and .json and, for curves, a
+.png (if matplotlib is installed).
+
+Intervals are 95 %, from resampling seeds and videos together. A claim of the paper "holds" if the interval of
+the paired difference is above zero, "does not hold" if it is below, and "cannot be told" otherwise. (In
+table9 the rows have different videos, so differences are not paired there.)
+
+The reward models of table5, table7, table8, labels and fig3 are only compared with each other. They train
+half as long as those of table1, or a third with --preset quick.
 """
 import json
 import signal
@@ -89,293 +93,441 @@ from world import clips, scene
 from world.annotator import annotate
 
 BASE = SHIPPED["t2v"]
-RATES = {method: (3e-5, 1e-4, 3e-4) for method in ("prfl", "rwr", "refl")} | {"sft": (3e-5, 1e-4, 3e-4, 1e-3)}  # table1's sweep
-PIXELS = {f"pixels, {name}": ("--space", "rgb", "--frames_decoded", frames)
-          for name, frames in (("first frame", "first"), ("all frames", "all"))}     # rows: train_reward flags
+RATES = {"prfl": (3e-5, 1e-4, 3e-4), "rwr": (3e-5, 1e-4, 3e-4), "refl": (3e-5, 1e-4, 3e-4),
+         "sft": (3e-5, 1e-4, 3e-4, 1e-3)}                       # the learning rates that table1 tries
+PIXELS = {"pixels, first frame": ("--space", "rgb", "--frames_decoded", "first"),
+          "pixels, all frames": ("--space", "rgb", "--frames_decoded", "all")}  # {row: train_reward flags}
 TRUNK = json.loads((BASE / "transformer" / "config.json").read_text())["num_layers"]
-INTERVALS = "[0, .2]", "(.2, .4]", "(.4, .6]", "(.6, .8]", "(.8, 1]"                            # of t
+T_INTERVALS = "[0, .2]", "(.2, .4]", "(.4, .6]", "(.6, .8]", "(.8, 1]"
+NOT_IN_PAPER = "not in it"                                      # of a claim that is ours
 
 
 # ---- studies of alignment
 def alignment_study(work, name, title, variants, claims, paper, notes=()):
-    """variants: {row: (method, train_align flags)}, all of one task; claims: [(better, worse)] rows, by the qualified rate,
-    or "<row>'s <metric>"; paper: {row: published value}."""
-    task = base_of(next(iter(variants.values()))[1])
-    base = SHIPPED["i2v" if task else "t2v"]
-    train_aligned(work, [(seed, method, flags) for seed in work.seeds for method, flags in variants.values()])
-    rows = {seed: {"base": base} | {row: align_folder(work, seed, *run) for row, run in variants.items()} for seed in work.seeds}
-    found = evaluations(work, named("test", task), rows, task)
+    """Trains variants of alignment, evaluates them on the test videos and writes the table `name`.
+
+    variants: {row: (method, train_align flags)}, all of one task. claims: [(better, worse)] or [(better,
+    worse, NOT_IN_PAPER)], where each of the two is a row, compared by the qualified rate, or "<row>'s
+    <metric>". paper: {row: published value}. notes: more lines below the table.
+    """
+    flags_of_first = next(iter(variants.values()))[1]
+    task = base_of(flags_of_first)
+    base = SHIPPED["i2v"] if task else SHIPPED["t2v"]
+    train_aligned(work, every_seed(work, variants))
+    found = evaluations(work, named("test", task), aligned_folders(work, variants, {"base": base}), task)
     metrics = [metric for metric in METRICS if metric in found[0]["base"]]
-    rows = {row: {metric: summary([f[row][metric] for f in found]) for metric in metrics} for row in found[0]}
-    claims = claim_verdicts(claims, {row: [f[row]["qualified"] for f in found] for row in rows} | {
-        f"{row}'s {METRICS[metric]}": [f[row][metric] for f in found] for row in rows for metric in metrics})
-    lines = [f"{work.preset['videos']} held-out videos, same prompts and noise in every row ({work.said_seeds()}). The paper's "
-             "column is its average metric (another scale: compare orderings).", ""]
-    lines += table(["", "paper", *(METRICS[m] for m in metrics), "qualified, by seed"],
-                   [[row, paper.get(row, ""), f"**{show(**cells['qualified'])}**",
-                     *(f"{cells[m]['mean']:.3f}" for m in metrics[1:]),
-                     " ".join(f"{v:.3f}" for v in cells["qualified"]["seeds"])] for row, cells in rows.items()])
-    work.write(name, title, [*lines, *claims_table(claims), *notes], {"rows": rows, "claims": claims, "paper": paper})
+    rows, values = {}, {}
+    for row in found[0]:
+        values[row] = [f[row]["qualified"] for f in found]
+        rows[row] = {}
+        for metric in metrics:
+            values[f"{row}'s {METRICS[metric]}"] = [f[row][metric] for f in found]
+            rows[row][metric] = summary([f[row][metric] for f in found])
+    claims = claim_verdicts(claims, values)
+    lines = [f"{work.preset['videos']} held-out videos, with the same prompts and noise in every row "
+             f"({work.said_seeds()}). The column \"paper\" has the paper's average metric. Its scale is "
+             "another one: compare the orderings.", ""]
+    cells = []
+    for row, by_metric in rows.items():
+        cells.append([row, paper.get(row, ""), f"**{show(**by_metric['qualified'])}**",
+                      *(f"{by_metric[metric]['mean']:.3f}" for metric in metrics[1:]),
+                      decimals(by_metric["qualified"]["seeds"])])
+    lines += table(["", "paper", *(METRICS[metric] for metric in metrics), "qualified, by seed"], cells)
+    values = {"rows": rows, "claims": claims, "paper": paper}
+    work.write(name, title, [*lines, *claims_table(claims), *notes], values)
+
+
+def decimals(values):
+    return " ".join(f"{value:.3f}" for value in values)
+
+
+def every_seed(work, variants):
+    """{row: (method, train_align flags)} -> the runs of all seeds, as `train_aligned` takes them."""
+    return [(seed, *run) for seed in work.seeds for run in variants.values()]
+
+
+def aligned_folders(work, variants, others=None):
+    """{row: (method, train_align flags)} -> {seed: {row: checkpoint folder}}, as `evaluations` takes them.
+    others: rows {row: folder} that come first and are the same for every seed."""
+    folders = {}
+    for seed in work.seeds:
+        folders[seed] = dict(others or {})
+        for row, run in variants.items():
+            folders[seed][row] = align_folder(work, seed, *run)
+    return folders
 
 
 def iteration_in_sft_updates(work, method, flags=(), seed=0):
-    """How many SFT updates take as long as one iteration of a finished prfl or refl run, by the seconds of both kinds of
-    update in it, which whatever else the machine did slowed alike."""
-    rows = map(json.loads, (align_folder(work, seed, method, flags) / "metrics.jsonl").read_text().splitlines())
-    sft, reward = np.array([(row["sft_seconds"], row["reward_seconds"]) for row in rows if "reward" in row]).T
+    """How many SFT updates take as long as one iteration of a finished prfl or refl run.
+
+    An iteration is an SFT update and a reward update. The seconds of both come from the same run, so whatever
+    else the machine did slowed both alike.
+    """
+    lines = (align_folder(work, seed, method, flags) / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "reward" in row]
+    sft = np.array([row["sft_seconds"] for row in rows])
+    reward = np.array([row["reward_seconds"] for row in rows])
     return 1 + reward.sum() / sft.sum()
 
 
 def steps_of_equal_time(work):
-    """{"sft" updates, "first" and "all" iterations of RGB ReFL} that take as long as PRFL's iterations (reward models' own
-    training not counted)."""
+    """How long other methods train in the time of PRFL's iterations: {"sft": updates, "first" and "all":
+    iterations of RGB ReFL with these frames}. The training of the reward models is not counted."""
     refl = {frames: ("refl", ("--frames_decoded", frames)) for frames in ("first", "all")}
     train_aligned(work, [(0, "prfl", ()), *((0, *run) for run in refl.values())])
     updates = work.preset["iterations"] * iteration_in_sft_updates(work, "prfl")
-    return {"sft": round(updates)} | {frames: round(updates / iteration_in_sft_updates(work, *run)) for frames, run in refl.items()}
+    steps = {"sft": round(updates)}
+    for frames, run in refl.items():
+        steps[frames] = round(updates / iteration_in_sft_updates(work, *run))
+    return steps
 
 
-HALF = "SFT, half as many updates"                         # as many SFT updates as PRFL and RGB ReFL make, at its own rate
+HALF = "SFT, half as many updates"          # as many SFT updates as PRFL and RGB ReFL make, at SFT's own rate
 
 
 def table1_variants(work):
     """{row: (method, train_align flags)}"""
     steps = steps_of_equal_time(work)
-    refl = {f"RGB ReFL, {name}{time}": ("refl", ("--frames_decoded", frames, *more))
-            for name, frames in (("first frame", "first"), ("all frames", "all"))
-            for time, more in (("", ()), (", equal time", ("--max_train_steps", steps[frames])))}
-    return {"RWR": ("rwr", ()), "SFT": ("sft", ()), "SFT, equal time": ("sft", ("--max_train_steps", steps["sft"])),
-            HALF: ("sft", ("--max_train_steps", work.preset["iterations"])), **refl, "PRFL": ("prfl", ())}
+    variants = {"RWR": ("rwr", ()),
+                "SFT": ("sft", ()),
+                "SFT, equal time": ("sft", ("--max_train_steps", steps["sft"])),
+                HALF: ("sft", ("--max_train_steps", work.preset["iterations"]))}
+    for name, frames in (("first frame", "first"), ("all frames", "all")):
+        flags = ("--frames_decoded", frames)
+        variants[f"RGB ReFL, {name}"] = ("refl", flags)
+        variants[f"RGB ReFL, {name}, equal time"] = ("refl", (*flags, "--max_train_steps", steps[frames]))
+    variants["PRFL"] = ("prfl", ())
+    return variants
 
 
 def reports_table(work, variants):
-    """What the reward models of variants {row: train_reward flags} said of their held-out samples, mean over seeds."""
+    """A table of how right the reward models of variants {row: train_reward flags} are about their held-out
+    samples, mean over the seeds."""
     train_rewards(work, variants.values())
-    reports = {row: [json.loads((reward_folder(work, seed, flags) / "report.json").read_text()) for seed in work.seeds]
-               for row, flags in variants.items()}
-    return table(["", *INTERVALS, "t = 0"],
-                 [[f"{row}, {metric.replace('_', ' ')}", *(f"{v:.3f}" for v in np.mean(
-                     [[*report[metric], report["clean"][metric]] for report in found], 0))]
-                  for row, found in reports.items() for metric in ("accuracy", "balanced_accuracy", "auc")])
+    rows = []
+    for row, flags in variants.items():
+        files = [reward_folder(work, seed, flags) / "report.json" for seed in work.seeds]
+        reports = [json.loads(file.read_text()) for file in files]
+        for metric in ("accuracy", "balanced_accuracy", "auc"):
+            mean = np.mean([[*report[metric], report["clean"][metric]] for report in reports], 0)
+            rows.append([f"{row}, {metric.replace('_', ' ')}", *(f"{value:.3f}" for value in mean)])
+    return table(["", *T_INTERVALS, "t = 0"], rows)
 
 
 def table1(work):
     variants = table1_variants(work)
     steps, iterations = steps_of_equal_time(work), work.preset["iterations"]
-    notes = [f"PRFL and RGB ReFL: {iterations} iterations, {2 * iterations} updates. SFT and RWR: {2 * iterations} updates. "
-             f"Equal time: {steps['sft']} updates of SFT, {steps['first']} and {steps['all']} iterations of RGB ReFL with the "
-             "first frame and with all, by the seconds of every kind of update in the methods' own runs on seed 0. What the "
-             "reward models and their samples took is not counted.", ""]
+    notes = [f"PRFL and RGB ReFL make {iterations} iterations, which are {2 * iterations} updates. SFT and "
+             f"RWR make {2 * iterations} updates. Equal time, by the seconds of each kind of update in the "
+             f"methods' runs of seed 0: {steps['sft']} updates of SFT, {steps['first']} iterations of RGB "
+             f"ReFL with the first frame, {steps['all']} with all frames. The time for the reward models and "
+             "their samples is not counted.", ""]
     paper = {"base": 81.03, "RWR": 84.17, "SFT": 84.79, "RGB ReFL, first frame": 83.97, "PRFL": 89.58}
     if work.preset["sweep"]:
-        runs = {(row, rate): (method, (*flags, "--learning_rate", rate)) for row, (method, flags) in variants.items()
-                for rate in RATES[method]}
-        train_aligned(work, [(seed, *run) for seed in work.seeds for run in runs.values()])
-        judged = evaluations(work, "sweep", {seed: {key: align_folder(work, seed, *run) for key, run in runs.items()}
-                                             for seed in work.seeds}, ("--split", "validation", "--seed", 50))
-        sweep = {row: {rate: float(np.mean([found[row, rate]["qualified"] for found in judged])) for rate in RATES[method]}
-                 for row, (method, _) in variants.items()}
-        tried = sorted({rate for rates in sweep.values() for rate in rates})
-        best = {row: max(rates, key=rates.get) for row, rates in sweep.items()}
-        variants = {row: runs[row, best[row]] for row in variants}
-        notes += ["Learning rates tried: qualified rate on validation sentences, which training and the table above never "
-                 "see, mean over the seeds. The best of each row is the one above. Other tables take "
-                  + ", ".join(f"{rate:g} ({method})" for method, rate in parts.TUNED.items()) + ".", "",
-                  *table(["", *(f"{rate:g}" for rate in tried)],
-                         [[row, *(f"**{rates[rate]:.3f}**" if rate == best[row] else f"{rates[rate]:.3f}" if rate in rates else ""
-                                  for rate in tried)] for row, rates in sweep.items()])]
-    train_aligned(work, [(seed, *run) for seed in work.seeds for run in variants.values()])
+        variants, more = with_the_best_rates(work, variants)
+        notes += more
+    train_aligned(work, every_seed(work, variants))
     few = {row: variants[row] for row in ("SFT, equal time", "RGB ReFL, all frames", "PRFL")}
-    finer = evaluations(work, "40-steps", {seed: {"base": BASE} | {row: align_folder(work, seed, *run) for row, run in few.items()}
-                                           for seed in work.seeds}, ("--num_inference_steps", 40))
-    notes += ["The same checkpoints and noise sampled in 40 Euler steps, the paper's N, in place of 16:", "",
-              *table(["", "qualified"], [[row, show(**summary([f[row]["qualified"] for f in finer]))] for row in finer[0]])]
-    notes += ["Reward models on 400 held-out own samples, mean over seeds; t = 0 is the finished video, and at t > 0 pixels are "
-              "decoded from the x_0 predicted in one step.", "", *reports_table(work, {"PAVRM": ()} | PIXELS)]
-    alignment_study(work, "table1", "Table 1: PRFL and what it is compared with", variants,
-                    [*(("PRFL", other, *(() if other in paper else ("not in it",))) for other in ("base", *list(variants)[:-1])),
-                     ("SFT", "RWR"), ("RWR", "RGB ReFL, first frame"), ("RGB ReFL, first frame", "base"),
-                     *((f"RGB ReFL, {frames}", HALF, "not in it") for frames in ("first frame", "all frames"))], paper, notes)
+    folders = aligned_folders(work, few, {"base": BASE})
+    finer = evaluations(work, "40-steps", folders, ("--num_inference_steps", 40))
+    cells = [[row, show(**summary([f[row]["qualified"] for f in finer]))] for row in finer[0]]
+    notes += ["The same checkpoints and noise, sampled in 40 Euler steps (the paper's N) instead of 16:", "",
+              *table(["", "qualified"], cells)]
+    notes += ["Reward models on 400 held-out own samples, mean over the seeds. t = 0 is the finished video. "
+              "At t > 0 the pixels are decoded from the x_0 that is predicted in one step.", "",
+              *reports_table(work, {"PAVRM": ()} | PIXELS)]
+    claims = []
+    for other in ("base", *variants):
+        if other in paper and other != "PRFL":
+            claims.append(("PRFL", other))
+        elif other != "PRFL":
+            claims.append(("PRFL", other, NOT_IN_PAPER))
+    claims += [("SFT", "RWR"), ("RWR", "RGB ReFL, first frame"), ("RGB ReFL, first frame", "base"),
+               ("RGB ReFL, first frame", HALF, NOT_IN_PAPER), ("RGB ReFL, all frames", HALF, NOT_IN_PAPER)]
+    title = "Table 1: PRFL and what it is compared with"
+    alignment_study(work, "table1", title, variants, claims, paper, notes)
+
+
+def with_the_best_rates(work, variants):
+    """Tries RATES for each of variants {row: (method, flags)}, on validation videos -> (variants with the
+    best rate of each in its flags, lines about the rates)."""
+    runs = {}
+    for row, (method, flags) in variants.items():
+        for rate in RATES[method]:
+            runs[row, rate] = method, (*flags, "--learning_rate", rate)
+    train_aligned(work, every_seed(work, runs))
+    found = evaluations(work, "sweep", aligned_folders(work, runs), ("--split", "validation", "--seed", 50))
+    tried = sorted({rate for _, rate in runs})
+    best, rows = {}, []
+    for row in variants:
+        rates = {}
+        for rate in tried:
+            if (row, rate) in runs:
+                rates[rate] = float(np.mean([f[row, rate]["qualified"] for f in found]))
+        best[row] = max(rates, key=rates.get)
+        shown = {rate: f"{qualified:.3f}" for rate, qualified in rates.items()}
+        shown[best[row]] = f"**{shown[best[row]]}**"
+        rows.append([row, *(shown.get(rate, "") for rate in tried)])
+    tuned = ", ".join(f"{rate:g} ({method})" for method, rate in parts.TUNED.items())
+    lines = ["Learning rates that were tried: the qualified rate on validation sentences, which are in "
+             "neither training nor the table above, mean over the seeds. The table above has the best rate "
+             "of each row. Other tables use "
+             f"{tuned}.", "", *table(["", *(f"{rate:g}" for rate in tried)], rows)]
+    return {row: runs[row, best[row]] for row in variants}, lines
 
 
 def table2(work):
     alignment_study(work, "table2", "Table 2: image-to-video", {"SFT": ("sft", I2V), "PRFL": ("prfl", I2V)},
-                    [("PRFL", "base"), ("PRFL", "SFT", "not in it"), ("PRFL's dynamic", "base's dynamic"),
-                     ("PRFL's I2V subject", "base's I2V subject", "not in it")],
+                    [("PRFL", "base"), ("PRFL", "SFT", NOT_IN_PAPER), ("PRFL's dynamic", "base's dynamic"),
+                     ("PRFL's I2V subject", "base's I2V subject", NOT_IN_PAPER)],
                     {"base": 85.31, "PRFL": 93.38}, [
-        "The given first frames are of clean renders. I2V subject: the subject's likeness to the given frame, all frames. The "
-        "paper, at 480P: dynamic degree 57 for the base, 87 for PRFL. Learning rates are those that table 1 chose.", "",
-        "The reward model on 400 held-out own samples, mean over seeds; t = 0 is the finished video.", "",
+        "The given first frames come from clean renders. I2V subject: how much the subject looks like that "
+        "of the given frame, over all frames. The paper, at 480P, has a dynamic degree of 57 for the base "
+        "and 87 for PRFL. The learning rates are those that table 1 chose.", "",
+        "The reward model on 400 held-out own samples, mean over the seeds. t = 0 is the finished video.", "",
         *reports_table(work, {"PAVRM": I2V})])
 
 
 def table3(work):
     alignment_study(work, "table3", "Table 3: the rewarded part of the trajectory",
-                    {part: ("prfl", ("--trajectory_part", part)) for part in ("early", "middle", "late")}
-                    | {"full": ("prfl", ())},
-                    [("full", "early"), ("full", "middle"), ("full", "late"), ("middle", "late"), ("middle", "early"),
-                     ("late", "early")],
+                    {"early": ("prfl", ("--trajectory_part", "early")),
+                     "middle": ("prfl", ("--trajectory_part", "middle")),
+                     "late": ("prfl", ("--trajectory_part", "late")),
+                     "full": ("prfl", ())},
+                    [("full", "early"), ("full", "middle"), ("full", "late"),
+                     ("middle", "late"), ("middle", "early"), ("late", "early")],
                     {"early": 82.25, "middle": 87.02, "late": 85.01, "full": 89.58})
 
 
 def loss(work):
-    variants = {"PRFL: linear, lambda 1, 1 step": ("prfl", ()),
+    variants = {"PRFL: linear, lambda 1": ("prfl", ()),
                 "-log sigmoid": ("prfl", ("--reward_loss", "logsigmoid")),
                 "sigmoid hinge (released code)": ("prfl", ("--reward_loss", "sigmoid_hinge")),
-                "sigmoid hinge, lambda 30": ("prfl", ("--reward_loss", "sigmoid_hinge", "--reward_weight", 30.0)),
-                "lambda 0.1": ("prfl", ("--reward_weight", 0.1)), "lambda 5": ("prfl", ("--reward_weight", 5.0)),
-                "2 steps with gradients": ("prfl", ("--grad_steps", 2)),
-                "4 steps with gradients": ("prfl", ("--grad_steps", 4)),
+                "sigmoid hinge, lambda 30":
+                    ("prfl", ("--reward_loss", "sigmoid_hinge", "--reward_weight", 30.0)),
+                "lambda 0.1": ("prfl", ("--reward_weight", 0.1)),
+                "lambda 5": ("prfl", ("--reward_weight", 5.0)),
                 "without SFT updates": ("prfl", ("--no-sft_updates",))}
+    without_sft = "without SFT updates"
+    argued = "sigmoid hinge (released code)", without_sft
+    train_aligned(work, every_seed(work, variants))
     first, *others = variants
-    argued = "sigmoid hinge (released code)", "without SFT updates"
-    train_aligned(work, [(seed, *run) for seed in work.seeds for run in variants.values()])
-    cost = {row: np.mean([iteration_in_sft_updates(work, *run, seed=seed) for seed in work.seeds])
-            for row, run in variants.items() if row != others[-1]}
-    alignment_study(work, "loss", "PRFL's own choices: loss form, lambda, steps with gradients, SFT updates", variants,
-                    [(first, other, *(() if other in argued else ("not in it",))) for other in others], {},
-                    ["The paper has no table of these; what it argues for is marked. An iteration takes as long as so many SFT "
-                     "updates: " + ", ".join(f"{row} {value:.2f}" for row, value in cost.items())
-                     + ". Memory of more steps with gradients: table 4.", ""])
+    claims, costs = [], []
+    for other in others:
+        if other in argued:
+            claims.append((first, other))
+        else:
+            claims.append((first, other, NOT_IN_PAPER))
+    for row, run in variants.items():
+        if row != without_sft:
+            cost = np.mean([iteration_in_sft_updates(work, *run, seed=seed) for seed in work.seeds])
+            costs.append(f"{row} {cost:.2f}")
+    notes = ["The paper has no table of these; what it argues for is marked. How many SFT updates take as "
+             f"long as one iteration: {', '.join(costs)}.", ""]
+    alignment_study(work, "loss", "PRFL's own choices: loss form, lambda, SFT updates",
+                    variants, claims, {}, notes)
 
 
 def fig5(work):
-    variants = {row: run for row, run in table1_variants(work).items() if "equal time" not in row and row != HALF}
-    train_aligned(work, [(seed, *run) for seed in work.seeds for run in variants.values()])
-    found = evaluations(work, "test", {seed: {row: align_folder(work, seed, *run) for row, run in variants.items()}
-                                       for seed in work.seeds})
-    paper = {"SFT": (59.33, 18.53, 22.13), "RWR": (63.20, 16.27, 20.53), "RGB ReFL, first frame": (67.47, 13.73, 18.80)}
+    variants = {}
+    for row, run in table1_variants(work).items():
+        if row != HALF and "equal time" not in row:
+            variants[row] = run
+    train_aligned(work, every_seed(work, variants))
+    found = evaluations(work, "test", aligned_folders(work, variants))
+    paper = {"SFT": (59.33, 18.53, 22.13), "RWR": (63.20, 16.27, 20.53),
+             "RGB ReFL, first frame": (67.47, 13.73, 18.80)}            # % win, tie, lose
     rows, values = [], {}
-    for row in list(variants)[:-1]:
+    for row in list(variants)[:-1]:                             # all but PRFL
         gap = np.array([f["PRFL"]["grade"] - f[row]["grade"] for f in found])
-        share = [summary(gap > 0), summary(gap == 0), summary(gap < 0)]
+        win, tie, lose = summary(gap > 0), summary(gap == 0), summary(gap < 0)
         low, high = confidence_interval(np.sign(gap))
-        values[row] = {"win": share[0], "tie": share[1], "lose": share[2], "verdict": verdict(low, high),
+        values[row] = {"win": win, "tie": tie, "lose": lose, "verdict": verdict(low, high),
                        "paper": paper.get(row)}
-        rows.append([row, " / ".join(f"{v:.1f}" for v in paper.get(row, ())), *(show(**cell) for cell in share),
-                     values[row]["verdict"]])
+        shares = " / ".join(f"{share:.1f}" for share in paper.get(row, ()))
+        rows.append([row, shares, show(**win), show(**tie), show(**lose), values[row]["verdict"]])
+    head = ["PRFL against", "paper, % win / tie / lose", "win", "tie", "lose", "more wins than losses"]
     work.write("fig5", "Figure 5: PRFL against each, video by video", [
-        "Same prompt, same noise; the better grade wins: the sum of both axes' (0, 1, 2), and 2 if it is true to the prompt. The "
-        "annotator judges, not people. Equal updates.", "",
-        *table(["PRFL against", "paper, % win / tie / lose", "win", "tie", "lose", "more wins than losses"], rows)], values)
+        "Both videos have the same prompt and noise, and the one with the better grade wins. A grade is the "
+        "sum of both axes (0, 1 or 2 each), plus 2 if the video is true to the prompt. The grades are the "
+        "annotator's, not people's. All methods made as many updates.", "",
+        *table(head, rows)], values)
 
 
 def hacking(work):
-    """The panel over alignment by the paper's recipe, with and without SFT updates, twice as long as table1's: checkpoints
-    are validated as they train, which needs the world's own clips and not shards."""
+    """The panel during alignment with the paper's recipe, with and without SFT updates, twice as long as in
+    table1.
+
+    The runs are validated while they train. That needs the world's own clips, so there is no --data.
+    """
     variants = {"PRFL": (), "without SFT updates": ("--no-sft_updates",)}
     length, every = 2 * work.preset["iterations"], 20
     train_rewards(work, [()])
     folder = lambda seed, flags: work.folder / f"seed-{seed}" / named("hacking", flags)
-    work.run([(folder(seed, flags), "transformer/config.json", "train_align.py", "--recipe", "paper", "--seed", seed,  # no --data
-               "--reward", reward_folder(work, seed) / "reward", "--learning_rate", parts.TUNED["prfl"],
-               "--max_train_steps", length, "--validation_steps", every, "--num_validation", work.preset["videos"] // 2, *flags)
-              for seed in work.seeds for flags in variants.values()])
+    wanted = []
+    for seed in work.seeds:
+        for flags in variants.values():
+            wanted.append((folder(seed, flags), "transformer/config.json", "train_align.py",
+                           "--recipe", "paper", "--seed", seed,
+                           "--reward", reward_folder(work, seed) / "reward",
+                           "--learning_rate", parts.TUNED["prfl"], "--max_train_steps", length,
+                           "--validation_steps", every, "--num_validation", work.preset["videos"] // 2,
+                           *flags))
+    work.run(wanted)
 
     panel = ("qualified", "speed", "brightness", "saturation")
     curves, ends = {}, {}
     for label, flags in variants.items():
-        runs = [[json.loads(line) for line in (folder(seed, flags) / "metrics.jsonl").read_text().splitlines()]
-                for seed in work.seeds]
+        runs = []
+        for seed in work.seeds:
+            lines = (folder(seed, flags) / "metrics.jsonl").read_text().splitlines()
+            runs.append([json.loads(line) for line in lines])
         validated = [[row for row in rows if "validation_qualified" in row] for rows in runs]
         at = [row["step"] for row in validated[0]]
-        curves[label] = {key: (at, np.mean([[row[f"validation_{key}"] for row in rows] for rows in validated], 0).tolist())
-                         for key in panel}
-        reward = [np.mean([r["reward"] for rows in runs for r in rows if "reward" in r and s - every < r["step"] <= s])
-                  for s in at[1:]]
-        curves[label]["proxy reward"] = (at[1:], reward)
+        curves[label] = {}
+        for key in panel:
+            by_seed = [[row[f"validation_{key}"] for row in rows] for rows in validated]
+            curves[label][key] = (at, np.mean(by_seed, 0).tolist())
+        updates = [row for rows in runs for row in rows if "reward" in row]
+        rewards = []
+        for step in at[1:]:
+            rewards.append(np.mean([row["reward"] for row in updates if step - every < row["step"] <= step]))
+        curves[label]["proxy reward"] = (at[1:], rewards)
         ends[label] = [rows[-1]["validation_qualified"] for rows in validated]
     keys = ("proxy reward", *panel)
     plot(work.results / "hacking.png",
          {key: ("iteration", {label: found[key] for label, found in curves.items()}) for key in keys})
-    shown = lambda at, values, step: f"{values[at.index(step)]:.3f}" if step in at else ""
-    rows = [[f"{label}, iteration {step}", *(shown(*found[key], step) for key in keys)]
-            for label, found in curves.items() for step in found["qualified"][0]]
+
+    def shown(at, values, step):
+        return f"{values[at.index(step)]:.3f}" if step in at else ""
+
+    rows = []
+    for label, found in curves.items():
+        for step in found["qualified"][0]:
+            rows.append([f"{label}, iteration {step}", *(shown(*found[key], step) for key in keys)])
+    said_ends = "; ".join(f"{label} {decimals(values)}" for label, values in ends.items())
     work.write("hacking", "What the reward does to the videos, while aligning", [
-        f"Proxy reward: mean logit of the {every} reward updates before. The others: {work.preset['videos'] // 2} validation "
-        f"videos. Means of {len(work.seeds)} seeds; qualified at the end, by seed: " + "; ".join(
-            f"{label} {' '.join(f'{v:.3f}' for v in values)}" for label, values in ends.items()) + ".", "",
-        *table(["", *keys], rows)], {"curves": curves, "ends": ends})
+        f"Proxy reward: the mean logit of the {every} reward updates before. The other columns are measured "
+        f"on {work.preset['videos'] // 2} validation videos. All are means of {len(work.seeds)} seeds. "
+        "Qualified at the end, by seed: "
+        f"{said_ends}.", "", *table(["", *keys], rows)], {"curves": curves, "ends": ends})
 
 
 # ---- studies of the reward model
 @torch.no_grad()
 def test_set(work, folder=None, generator=BASE):
-    """Samples that no reward model of any seed saw, of the base or another generator, kept in folder: latents, contexts,
-    labels, without the in-between."""
+    """Samples of a generator that no reward model of any seed saw -> (latents, contexts, labels).
+
+    Samples without a label are left out. The shards are kept in `folder`. Default: the base's samples, in the
+    folder "test_samples".
+    """
     runtime = common.setup("no")
-    shards = clips.own_samples(folder or work.folder / "test_samples", load_transformer(generator).to(runtime.device).eval(),
-                              str(BASE), work.preset["tested"], 16, "tiny", 9_999, runtime)
+    dit = load_transformer(generator).to(runtime.device).eval()
+    shards = clips.own_samples(folder or work.folder / "test_samples", dit, str(BASE), work.preset["tested"],
+                               16, "tiny", 9_999, runtime)
     kept = shards.batch((shards.labels >= 0).nonzero()[:, 0])
     return kept["latents"], kept["context"], kept["label"]
 
 
 def reward_fn_of(work, seed, flags):
-    """What a reward run trained, as reward_fn(x_t, t, context, y=) -> logits; pixels judge the x_0 predicted from x_t."""
+    """The reward model that a run trained, as reward_fn(x_t, t, context, y=) -> logits.
+
+    A reward model of pixels scores the x_0 that the base predicts from x_t.
+    """
     folder = reward_folder(work, seed, flags) / "reward"
     if "--space" not in flags:
         return load_pavrm(folder)
     base = load_transformer(BASE).eval().requires_grad_(False)
     reward = refl_baseline.load_pixel_reward(folder, parts.frames_of(flags), base.config["text_dim"])
-    return partial(refl_baseline.predicted_reward, reward, refl_baseline.load_decoder(str(BASE), base.config["out_dim"]), base)
+    decoder = refl_baseline.load_decoder(str(BASE), base.config["out_dim"])
+    return partial(refl_baseline.predicted_reward, reward, decoder, base)
 
 
 def accuracy_row(logits, labels):
-    """logits [seeds, 5, m], labels [seeds, m] -> (right [seeds, 5, m], {accuracy as a summary; it, balanced accuracy,
-    AUC and the share judged good by interval of t})."""
+    """How right a reward model is in each of the five intervals of t.
+
+    logits [seeds, 5, m], labels [seeds, m] -> (right [seeds, 5, m], a dict: "average" is the accuracy over
+    all t, as a summary; "intervals" (accuracy), "balanced", "auc" and "judged_good" (the share called good)
+    have a mean over the seeds for each interval).
+    """
     right = ((logits >= 0) == (labels == 1)[:, None]).double().numpy()
-    found = [metrics_by_t(*seed) for seed in zip(logits, labels)]
-    return right, {"average": summary(right.mean(1)), **{key: np.mean([f[name] for f in found], 0).tolist() for key, name in (
-        ("intervals", "accuracy"), ("balanced", "balanced_accuracy"), ("auc", "auc"))},
-        "judged_good": (logits >= 0).double().mean((0, 2)).tolist()}
+    metrics = [metrics_by_t(*seed) for seed in zip(logits, labels)]
+    mean = lambda name: np.mean([by_t[name] for by_t in metrics], 0).tolist()
+    return right, {"average": summary(right.mean(1)), "intervals": mean("accuracy"),
+                   "balanced": mean("balanced_accuracy"), "auc": mean("auc"),
+                   "judged_good": (logits >= 0).double().mean((0, 2)).tolist()}
 
 
 def accuracy_table(rows, paper):
-    return table(["", "paper", "average", *INTERVALS, "balanced, average", "AUC, average"],
-                 [[row, paper.get(row, ""), f"**{show(**cells['average'])}**", *(f"{v:.3f}" for v in cells["intervals"]),
-                   *(f"{np.mean(cells[key]):.3f}" for key in ("balanced", "auc"))] for row, cells in rows.items()])
+    """rows: {row: the dict of `accuracy_row`}; paper: {row: published value}."""
+    lines = []
+    for row, cells in rows.items():
+        lines.append([row, paper.get(row, ""), f"**{show(**cells['average'])}**",
+                      *(f"{value:.3f}" for value in cells["intervals"]),
+                      f"{np.mean(cells['balanced']):.3f}", f"{np.mean(cells['auc']):.3f}"])
+    return table(["", "paper", "average", *T_INTERVALS, "balanced, average", "AUC, average"], lines)
 
 
 def logits_at(reward_fn, latents, context, t):
-    """Logits [m] of m videos noised to one t; latents [m, c, f, h, w], context [m, l, d_text]."""
-    t, x1 = torch.full((len(latents),), t), common.noise(latents.shape[1:], 0, "one t", 0, range(len(latents)))
-    return torch.cat([reward_fn(*some) for some in zip(*(x.split(256) for x in (add_noise(latents, x1, t), t, context)))])
+    """Logits [m] of m videos with the noise of one time t. latents [m, c, f, h, w], context [m, l,
+    d_text]."""
+    t = torch.full((len(latents),), t)
+    x1 = common.noise(latents.shape[1:], 0, "one t", 0, range(len(latents)))
+    x_t = add_noise(latents, x1, t)
+    batches = zip(x_t.split(256), t.split(256), context.split(256))
+    return torch.cat([reward_fn(*batch) for batch in batches])
 
 
 @torch.no_grad()
 def reward_study(work, name, title, variants, claims, paper, notes=(), by="accuracy", at=None):
-    """variants: {row: train_reward flags}; like alignment_study. Accuracy on one test set, t in each fifth of (0, 1]. Trained
-    less than the reward models of alignment: there are many, and they are compared with each other only. by: what
-    claims are judged by, accuracy or AUC. at: a t of a column of its own. claims: rows, "<row> in <interval of t>",
-    "<row> at <at>", or "swing of <row>"."""
+    """Trains variants of the reward model, tests them on one test set and writes the table `name`.
+
+    Each test video gets a random t in each fifth of (0, 1]. The reward models train less than those of
+    alignment: there are many, and they are only compared with each other.
+
+    variants: {row: train_reward flags}. claims: as in `alignment_study`, but each of the two is a row, "<row>
+    in <interval of t>", "<row> at <at>" or "swing of <row>". paper: {row: published value}. by: "accuracy" or
+    "AUC", what claims compare. at: a single t that gets a column of its own. Returns {row: the dict of
+    `accuracy_row`}.
+    """
     steps = work.preset["study_steps"]
     variants = {row: (*flags, "--max_train_steps", steps) for row, flags in variants.items()}
     train_rewards(work, variants.values())
     latents, context, labels = test_set(work)
-    judged, rows = {}, {}
-    for row, flags in common.progress(variants.items(), "reward models judge"):
+    values, rows = {}, {}
+    for row, flags in common.progress(variants.items(), "testing reward models"):
         reward_fns = [reward_fn_of(work, seed, flags) for seed in work.seeds]
         logits = torch.stack([logits_by_t(reward_fn, latents, context) for reward_fn in reward_fns])
-        every = labels.expand(len(logits), -1)
-        right, rows[row] = accuracy_row(logits, every)                                              # [seeds, 5, m]
-        values = auc_values(logits, every) if by == "AUC" else right
-        judged |= {row: values.mean(1)} | {f"{row} in {part}": values[:, i] for i, part in enumerate(INTERVALS)}
-        judged[f"swing of {row}"] = (right[:, 1:] != right[:, :1]).mean(1)          # of verdicts, from that in [0, .2]
+        every = labels.expand(len(logits), -1)                                                  # [seeds, m]
+        right, rows[row] = accuracy_row(logits, every)                                      # [seeds, 5, m]
+        compared = right
+        if by == "AUC":
+            compared = auc_values(logits, every)
+        values[row] = compared.mean(1)
+        for i, part in enumerate(T_INTERVALS):
+            values[f"{row} in {part}"] = compared[:, i]
+        values[f"swing of {row}"] = (right[:, 1:] != right[:, :1]).mean(1)  # verdicts unlike that in [0, .2]
         if at is not None:
-            found = torch.stack([logits_at(reward_fn, latents, context, at) for reward_fn in reward_fns])       # [seeds, m]
-            judged[f"{row} at {at}"] = ((found >= 0) == (every == 1)).double().numpy()
-            rows[row]["at"] = summary(judged[f"{row} at {at}"])
-    claims = claim_verdicts(claims, judged)
-    lines = [f"Accuracy on {len(labels)} own samples that no reward model was trained on ({(labels == 1).double().mean():.0%} "
-             f"good), one random t in each fifth of (0, 1] ({work.said_seeds()}). Each trained for {steps} steps.", ""]
+            at_one_t = torch.stack([logits_at(reward_fn, latents, context, at) for reward_fn in reward_fns])
+            values[f"{row} at {at}"] = ((at_one_t >= 0) == (every == 1)).double().numpy()       # [seeds, m]
+            rows[row]["at"] = summary(values[f"{row} at {at}"])
+    claims = claim_verdicts(claims, values)
+    good = (labels == 1).double().mean()
+    lines = [f"Accuracy on {len(labels)} own samples that no reward model was trained on ({good:.0%} of them "
+             f"good), with one random t in each fifth of (0, 1] ({work.said_seeds()}). Each reward model "
+             f"trained for {steps} steps.", ""]
     lines += accuracy_table(rows, paper)
     if at is not None:
-        lines += [f"Accuracy at t = {at}, and in how many of the other four intervals a video's verdict is not that in "
-                  f"{INTERVALS[0]}:", "", *table(["", f"t = {at}", "swing"], [
-                      [row, show(**cells["at"]), show(**summary(judged[f"swing of {row}"]))] for row, cells in rows.items()])]
+        cells = [[row, show(**rows[row]["at"]), show(**summary(values[f"swing of {row}"]))] for row in rows]
+        lines += [f"The accuracy at t = {at}, and the swing: in what share of the other four intervals a "
+                  "video's verdict differs from that in "
+                  f"{T_INTERVALS[0]}.", "", *table(["", f"t = {at}", "swing"], cells)]
     if by == "AUC":
-        lines += ["AUC:", "", *table(["", *INTERVALS], [[row, *(f"{v:.4f}" for v in rows[row]["auc"])] for row in rows])]
-    lines += [f"Judged by {by}, averaged over t unless it says otherwise:", "", *claims_table(claims), *notes]
+        cells = [[row, *(f"{value:.4f}" for value in rows[row]["auc"])] for row in rows]
+        lines += ["AUC:", "", *table(["", *T_INTERVALS], cells)]
+    lines += [f"The claims compare {by}, averaged over t if they do not name an "
+              "interval:", "", *claims_table(claims),
+              *notes]
     work.write(name, title, lines, {"rows": rows, "claims": claims, "judged_by": by, "paper": paper})
     return rows
 
@@ -386,36 +538,59 @@ def table5(work):
                  {"mean": ("--pooling", "mean"), "max": ("--pooling", "max"),
                   "attention without query": ("--pooling", "attention"), eq5: (),
                   "8 heads (released code)": ("--pooling", "multihead")} | PIXELS,
-                 [(eq5, "mean"), (eq5, "max"), (eq5, "attention without query"), ("mean", "max"), (eq5, "pixels, all frames")],
-                 {"pixels, all frames": "78.83 (VLM)", "mean": 83.37, "max": 78.47, "attention without query": 83.42, eq5: 84.18})
+                 [(eq5, "mean"), (eq5, "max"), (eq5, "attention without query"), ("mean", "max"),
+                  (eq5, "pixels, all frames")],
+                 {"pixels, all frames": "78.83 (VLM)", "mean": 83.37, "max": 78.47,
+                  "attention without query": 83.42, eq5: 84.18})
 
 
 def table7(work):
-    reward_study(work, "table7", "Table 7: binary cross-entropy or Bradley-Terry", {"BCE": (), "BT": ("--loss", "bt")},
-                 [("BCE", "BT"), *((f"BCE in {part}", f"BT in {part}") for part in INTERVALS[:3]),
-                  *((f"BT in {part}", f"BCE in {part}") for part in INTERVALS[3:])], {"BCE": 80.05, "BT": 79.85},
-                 ["Bradley-Terry learns differences only: its logit has no zero, accuracy is unfair to it, and AUC decides.", ""],
-                 by="AUC")
+    claims = [("BCE", "BT")]
+    claims += [(f"BCE in {part}", f"BT in {part}") for part in T_INTERVALS[:3]]
+    claims += [(f"BT in {part}", f"BCE in {part}") for part in T_INTERVALS[3:]]
+    reward_study(work, "table7", "Table 7: binary cross-entropy or Bradley-Terry",
+                 {"BCE": (), "BT": ("--loss", "bt")}, claims, {"BCE": 80.05, "BT": 79.85},
+                 ["Bradley-Terry only learns differences, so its logit has no natural zero and accuracy is "
+                  "unfair to it. The claims therefore compare AUC.", ""], by="AUC")
+
+
+DEPTHS = [k for k in (1, 2, 4, 6, 8) if k <= TRUNK]
+
+
+def depth_flags(k):
+    """train_reward flags of a trunk of k blocks. All blocks are the default, and a run is known by its
+    flags."""
+    return () if k == TRUNK else ("--depth", k)
 
 
 def table8(work):
-    depths = {f"K = {k}": () if k == TRUNK else ("--depth", k) for k in (1, 2, 4, 6, 8) if k <= TRUNK}
-    reward_study(work, "table8", "Table 8: blocks in the trunk", depths, [("K = 4", "K = 1"), ("K = 4", f"K = {TRUNK}")],
-                 {}, [f"The paper, of 40 blocks: K = 8 84.18, 16 85.51, 24 85.25, 32 84.03, 40 83.27. The generator here has "
-                      f"{TRUNK}; its counterpart of the paper's peak: a middle depth above the least and above all blocks.", ""])
+    variants = {f"K = {k}": depth_flags(k) for k in DEPTHS}
+    reward_study(work, "table8", "Table 8: blocks in the trunk", variants,
+                 [("K = 4", "K = 1"), ("K = 4", f"K = {TRUNK}")], {},
+                 ["The paper, whose generator has 40 blocks: K = 8 84.18, 16 85.51, 24 85.25, 32 84.03, 40 "
+                  f"83.27. So its peak is in the middle. The generator here has {TRUNK} blocks, and the "
+                  "claims ask whether a middle depth is above the least depth and above all blocks.", ""])
 
 
 @torch.no_grad()
 def table9(work):
-    """Every seed's reward model on videos of its own base, of what that became, and of the image-to-video base."""
+    """Every seed's reward model on videos of the base, of this base after alignment, and of the
+    image-to-video base."""
     train_aligned(work, [(seed, method, ()) for seed in work.seeds for method in ("sft", "prfl")])
-    aligned = lambda seed, method: (align_folder(work, seed, method) / "test_samples", align_folder(work, seed, method))
+
+    def aligned(seed, method):
+        generator = align_folder(work, seed, method)
+        return test_set(work, generator / "test_samples", generator)
+
+    def image_to_video():
+        return test_set(work, work.folder / "test_samples-i2v", SHIPPED["i2v"])
+
     own, mean = "own base", "the other three, mean"
     sets = {own: [test_set(work) for seed in work.seeds],
-            "SFT-aligned": [test_set(work, *aligned(seed, "sft")) for seed in work.seeds],
-            "PRFL-aligned": [test_set(work, *aligned(seed, "prfl")) for seed in work.seeds],
-            "image-to-video base": [test_set(work, work.folder / "test_samples-i2v", SHIPPED["i2v"]) for seed in work.seeds]}
-    m = min(len(labels) for found in sets.values() for *_, labels in found)       # of each, so that all weigh the same
+            "SFT-aligned": [aligned(seed, "sft") for seed in work.seeds],
+            "PRFL-aligned": [aligned(seed, "prfl") for seed in work.seeds],
+            "image-to-video base": [image_to_video() for seed in work.seeds]}
+    m = min(len(labels) for found in sets.values() for *_, labels in found)     # as many videos of each
     rows, right, balanced = {}, {}, {}
     for row, found in sets.items():
         labels = torch.stack([labels[:m] for *_, labels in found])                              # [seeds, m]
@@ -423,61 +598,67 @@ def table9(work):
         if not 0 < good.min() <= good.max() < 1:
             raise InputError(f"table9: all {m} test videos of {row} have one label; take another preset")
         logits = torch.stack([logits_by_t(reward_fn_of(work, seed, ()), latents[:m], context[:m])
-                              for seed, (latents, context, _) in zip(work.seeds, found)])       # [seeds, 5, m]
+                              for seed, (latents, context, _) in zip(work.seeds, found)])   # [seeds, 5, m]
         right[row], rows[row] = accuracy_row(logits, labels)
         rows[row]["good"] = good.mean().item()
         balanced[row] = balanced_values(right[row], labels)
     others = [row for row in sets if row != own]
-    balanced[mean] = np.concatenate([balanced[row] for row in others], 2)                       # [seeds, 5, 3 m]
+    balanced[mean] = np.concatenate([balanced[row] for row in others], 2)                   # [seeds, 5, 3 m]
     rows[mean] = {"average": summary(np.concatenate([right[row].mean(1) for row in others], 1)),
                   **{key: np.mean([rows[row][key] for row in others], 0).tolist()
                      for key in ("intervals", "balanced", "auc", "good")}}
-    claims = claim_verdicts([(own, row) for row in (*others, mean)], {row: x.mean(1) for row, x in balanced.items()}, paired=False)
+    over_t = {row: values.mean(1) for row, values in balanced.items()}
+    claims = claim_verdicts([(own, row) for row in (*others, mean)], over_t, paired=False)
     high, low = f"{mean}, in (.8, 1]", "in [0, .2]"
     claims += claim_verdicts([(high, low)], {high: balanced[mean][:, 4], low: balanced[mean][:, 0]})
+    good = ", ".join(f"{row} {cells['good']:.0%}" for row, cells in rows.items())
     work.write("table9", "Table 9: the reward model on other generators' videos", [
-        f"{m} videos of each generator, new to the reward model (good: "
-        + ", ".join(f"{row} {cells['good']:.0%}" for row, cells in rows.items()) + f"), one random t in each fifth of (0, 1] "
-        f"({work.said_seeds()}). As these shares differ, claims are judged by balanced accuracy, and unpaired, as the videos "
-        "differ (the last one: paired). SFT and PRFL began at the own base; PRFL learned from this very reward model.", "",
+        f"{m} videos of each generator that the reward model has not seen, with one random t in each fifth "
+        f"of (0, 1] ({work.said_seeds()}). Good videos: {good}. As these shares differ, the claims compare "
+        "balanced accuracy. As the videos differ, the differences are not paired, except in the last claim. "
+        "SFT and PRFL started from the own base, and PRFL learned from this same reward model.", "",
         *accuracy_table(rows, {own: 84.13, mean: 74.40}), *claims_table(claims),
-        "The paper, on other generators: best in (.8, 1], 81.00, and worst in [0, .2], 70.00.", ""],
+        "The paper, on other generators: best in (.8, 1] with 81.00, worst in [0, .2] with 70.00.", ""],
         {"rows": rows, "claims": claims, "paper": {own: 84.13, mean: 74.40}})
 
 
 def labels(work):
-    counts = [n for n in (1024, 4096) if n < work.preset["samples"]]
     most = f"{work.preset['samples']} samples"
-    reward_study(work, "labels", "How many labelled samples PAVRM learns from",
-                 {f"{n} samples": ("--num_samples", n, "--holdout", n // 8) for n in counts} | {most: ()},
-                 [(most, f"{n} samples", "not in it") for n in counts], {},
-                 ["Not in the paper. Held-out and in-between ones are subtracted from these numbers before training.", ""])
+    variants, claims = {}, []
+    for n in (1024, 4096):
+        if n < work.preset["samples"]:
+            variants[f"{n} samples"] = ("--num_samples", n, "--holdout", n // 8)
+            claims.append((most, f"{n} samples", NOT_IN_PAPER))
+    variants[most] = ()
+    reward_study(work, "labels", "How many labelled samples PAVRM learns from", variants, claims, {},
+                 ["Not in the paper. Of these samples, the held-out ones and those without a label are not "
+                  "trained on.", ""])
 
 
 def fig3(work):
     frozen, at = ("--trunk_learning_rate", 0), ("--fixed_t", 0.2)
-    depths = [k for k in (1, 2, 4, 6, 8) if k <= TRUNK]
-    probes = {f"probe, t = 0.2, K = {k}": (*frozen, *at, *(() if k == TRUNK else ("--depth", k))) for k in depths}
-    least, most, ours = f"probe, t = 0.2, K = {depths[0]}", f"probe, t = 0.2, K = {TRUNK}", "fine-tuned, random t"
-    pixels = list(PIXELS)[-1]
-    tuned = {"probe, random t": frozen, "fine-tuned, t = 0.2": at, ours: ()}
+    probes = {f"probe, t = 0.2, K = {k}": (*frozen, *at, *depth_flags(k)) for k in DEPTHS}
+    least, most = f"probe, t = 0.2, K = {DEPTHS[0]}", f"probe, t = 0.2, K = {TRUNK}"
+    probe, tuned_at, ours = "probe, random t", "fine-tuned, t = 0.2", "fine-tuned, random t"
+    variants = PIXELS | probes | {probe: frozen, tuned_at: at, ours: ()}
+    claims = [(f"swing of {row}", f"swing of {ours}") for row in PIXELS]
+    claims += [(f"{most} at 0.2", f"{least} at 0.2", "alike: 78.1 to 78.8 at every depth"),
+               ("pixels, all frames", most), ("pixels, all frames", probe)]
+    claims += [(ours, other) for other in (probe, tuned_at, *PIXELS)]
     rows = reward_study(
-        work, "fig3", "Figure 3: where a reward can be read", PIXELS | probes | tuned,
-        [*((f"swing of {row}", f"swing of {ours}") for row in PIXELS),
-         (f"{most} at 0.2", f"{least} at 0.2", "alike: 78.1 to 78.8 at every depth"),
-         *((pixels, probe) for probe in (most, "probe, random t")), *((ours, other) for other in (*list(tuned)[:-1], *PIXELS))],
-        {ours: 85.46},
-        ["Pixels are judged on the x_0 predicted in one step from x_t. The paper's 3a: their score swings with t. Probes: frozen "
-         "trunk, only query and head learn. 3b: at t = 0.2 they do as well at every depth. 3c: they do not beat pixels, whatever "
-         "t they learned from, and fine-tuning with random t does.", ""], at=0.2)
+        work, "fig3", "Figure 3: where a reward can be read", variants, claims, {ours: 85.46},
+        ["Reward models of pixels see the x_0 that is predicted in one step from x_t. In a probe the trunk "
+         "is frozen, and only query and head learn. The paper's figure 3a: with pixels the score swings with "
+         "t. 3b: at t = 0.2 probes are equally good at every depth. 3c: probes do not beat pixels, whatever "
+         "t they learned from, but fine-tuning with random t does.", ""], at=0.2)
     middles = [0.1, 0.3, 0.5, 0.7, 0.9]
     by_t = lambda key, names: ("t", {row: (middles, rows[row][key]) for row in names})
     plot(work.results / "fig3.png", {
-        "a: judged good": by_t("judged_good", [*PIXELS, ours]),
+        "a: called good": by_t("judged_good", [*PIXELS, ours]),
         "b: accuracy of probes by depth": ("K", {
-            "at t = 0.2, which they learned from": (depths, [rows[row]["at"]["mean"] for row in probes]),
-            "average over t": (depths, [rows[row]["average"]["mean"] for row in probes])}),
-        "c: AUC": by_t("auc", [*PIXELS, most, *tuned])})
+            "at t = 0.2, which they learned from": (DEPTHS, [rows[row]["at"]["mean"] for row in probes]),
+            "average over t": (DEPTHS, [rows[row]["average"]["mean"] for row in probes])}),
+        "c: AUC": by_t("auc", [*PIXELS, most, probe, tuned_at, ours])})
 
 
 # ---- the annotator
@@ -486,7 +667,8 @@ def annotator(work):
 
     @torch.no_grad()
     def arrived(kind, n, seed):
-        """Clips as anybody's arrive: written as mp4, read back, and through the VAE -> (videos, prompts)."""
+        """n clips after the way that anybody's clips go: written as mp4, read, encoded and decoded by the
+        VAE. -> (videos, prompts)"""
         videos, prompts, _ = scene.make(n, seed, kind)
         with tempfile.TemporaryDirectory() as folder:
             read = []
@@ -496,24 +678,27 @@ def annotator(work):
         decoded = [to_pixels(vae.decode(vae.encode(from_pixels(x)))) for x in torch.stack(read).split(128)]
         return torch.cat(decoded), prompts
 
-    rate = lambda judged: judged["qualified"].float().mean().item()
+    rate = lambda annotations: annotations["qualified"].float().mean().item()
     clean, prompts = arrived("clean", count, 1)
     passed = rate(annotate(clean, prompts))
     failed = {}
     for i, flaw in enumerate(common.progress(scene.PHYSICAL + scene.DEFORMITY, "flaws")):
-        videos, asked = arrived(flaw, count // 10, 100 + i)        # severity .6 to 1, drawn
+        videos, asked = arrived(flaw, count // 10, 100 + i)     # with severities from .6 to 1
         failed[flaw] = 1 - rate(annotate(videos, asked))
-    for key, names in (("direction", list(scene.DIRECTIONS)), ("color", list(scene.COLORS)), ("shape", scene.SHAPES)):
+    for key, names in (("direction", scene.DIRECTIONS), ("color", scene.COLORS), ("shape", scene.SHAPES)):
+        names = list(names)
         wrong = []
         for prompt in prompts:
             asked = scene.parse_prompt(prompt)
-            asked[key] = names[(list(names).index(asked[key]) + 1) % len(names)]
+            asked[key] = names[(names.index(asked[key]) + 1) % len(names)]
             wrong.append(f"a {asked['color']} {asked['shape']} moving {scene.PHRASES[asked['direction']][0]}")
         failed[f"wrong {key} in the prompt"] = 1 - rate(annotate(clean, wrong))
     overall = float(np.mean([failed[name] for name in scene.PHYSICAL + scene.DEFORMITY]))
-    work.write("annotator", f"The annotator: {count} clean and {count} clearly flawed clips, after mp4 and VAE",
-               [f"Clean clips that pass: **{passed:.4f}**. Flawed clips (severity .6 to 1) that fail: **{overall:.4f}**.",
-                "", *table(["flaw", "fails"], [[name.replace("_", " "), f"{v:.4f}"] for name, v in failed.items()])],
+    title = f"The annotator: {count} clean and {count} clearly flawed clips, after mp4 and VAE"
+    cells = [[name.replace("_", " "), f"{share:.4f}"] for name, share in failed.items()]
+    work.write("annotator", title,
+               [f"Share of clean clips that pass: **{passed:.4f}**. Share of flawed clips (severity .6 to 1) "
+                f"that fail: **{overall:.4f}**.", "", *table(["flaw", "fails"], cells)],
                {"clean_pass": passed, "flawed_fail": overall, "fails": failed})
 
 
@@ -524,18 +709,23 @@ STUDIES = {study.__name__: study for study in (
 
 @dataclass
 class Config:
-    name: str = arg(..., "what to reproduce", choices=(*STUDIES, "all"), positional=True)
-    preset: str = arg("full", "full is what results/ holds", choices=tuple(parts.PRESETS))
-    seeds: int | None = arg(None, "seeds; without, the preset's", above=0)
-    output_dir: str = arg("runs/reproduce", "where the parts are kept")
-    results_dir: str = arg("runs/results", "where the tables go, over those of before, whatever their preset")
+    name: str = arg(..., "which comparison, see above", choices=(*STUDIES, "all"), positional=True)
+    preset: str = arg("full", "full: as in results/; quick: one seed, fewer videos and steps",
+                      choices=tuple(parts.PRESETS))
+    seeds: int | None = arg(None, "number of seeds; default: quick 1, full 3", above=0)
+    output_dir: str = arg("runs/reproduce", "folder in which finished parts are kept")
+    results_dir: str = arg("runs/results", "folder for the tables; an earlier table of the same name is "
+                                           "overwritten")
 
 
 def main(config):
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))         # an exception, so that Work.run ends its parts
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))    # an exception, so that Work.run ends its parts
     if config.name == "all":
-        train_rewards(parts.Work(config), [(), I2V])                # both take long: side by side
-    for name in STUDIES if config.name == "all" else (config.name,):
+        train_rewards(parts.Work(config), [(), I2V])                # both take long, so they run side by side
+        names = list(STUDIES)
+    else:
+        names = [config.name]
+    for name in names:
         STUDIES[name](parts.Work(config))
 
 

@@ -1,7 +1,9 @@
-"""`python -m study.reproduce stopping`: does a second reward model stop the paper's recipe in time, where there is no annotator?
+"""`python -m study.reproduce stopping`: can a second reward model stop the paper's recipe in time, without an
+annotator?
 
-train_align.py --judge chooses best/ by a reward model that was trained on other samples and from another seed: here that of
-the next seed. The embedded world's annotator watches the same validation videos and has no say.
+`train_align.py --judge` chooses best/ by a second reward model, the judge, which was trained on other samples
+and from another seed: here it is the reward model of the next seed. The annotator grades the same validation
+videos, but its grades choose nothing.
 """
 import json
 
@@ -12,7 +14,7 @@ from study.parts import TUNED, Work, reward_folder, train_rewards
 from study.steady import EVERY, PAPER
 from validation import OTHER_PROMPT, judges_score
 
-WITHIN = 0.03                                                   # of the annotator's best: what was asked for beforehand
+WITHIN = 0.03       # the choice should lose at most this much of the annotator's best rate; asked beforehand
 
 
 def run_folder(work, seed):
@@ -20,48 +22,68 @@ def run_folder(work, seed):
 
 
 def train(work):
-    """Twice as long as the paper's recipe is best for, a judge beside each run."""
+    """Aligns with the paper's recipe and a judge, for twice the iterations of table 1."""
     both = Work(work.config)
-    both.seeds = range(max(2, len(work.seeds)))                 # one seed alone has the next one's judge all the same
+    both.seeds = range(max(2, len(work.seeds)))     # a single seed, too, needs the next one's reward model
     train_rewards(both, [()])
     work.used |= both.used
-    judge = lambda seed: reward_folder(work, (seed + 1) % len(both.seeds)) / "reward"
-    work.run([(run_folder(work, seed), "transformer/config.json", "train_align.py", "--seed", seed,
-               "--curated_dir", work.folder / f"seed-{seed}" / "curated", "--reward", reward_folder(work, seed) / "reward",
-               "--judge", judge(seed), *PAPER, "--learning_rate", TUNED["prfl"],
-               "--max_train_steps", 2 * work.preset["iterations"], "--validation_steps", EVERY,
-               "--num_validation", work.preset["videos"] // 2) for seed in work.seeds])
+    wanted = []
+    for seed in work.seeds:
+        judge = reward_folder(work, (seed + 1) % len(both.seeds)) / "reward"
+        wanted.append((
+            run_folder(work, seed), "transformer/config.json", "train_align.py", "--seed", seed,
+            "--curated_dir", work.folder / f"seed-{seed}" / "curated",
+            "--reward", reward_folder(work, seed) / "reward", "--judge", judge, *PAPER,
+            "--learning_rate", TUNED["prfl"], "--max_train_steps", 2 * work.preset["iterations"],
+            "--validation_steps", EVERY, "--num_validation", work.preset["videos"] // 2))
+    work.run(wanted)
 
 
 def choice(rows):
-    """metrics.jsonl's rows -> what the judge's choice costs: its iteration and rate, the annotator's, and the curves."""
+    """What the judge's choice costs. rows: of metrics.jsonl.
+
+    Returns the iterations "steps" of the validations and their "curves"; the iterations that are "best" for
+    the annotator and "chosen" by the judge's score; and how much of the annotator's best rate is "lost"
+    there, "lost_by_opinion" (if the judge's probability alone chose) and "lost_at_end".
+    """
     rows = [row for row in rows if "validation_judge" in row]
-    curves = {"annotator": [row["validation_qualified"] for row in rows], "judge": [row["validation_judge"] for row in rows],
-              "judge, another prompt": [row["validation_judge_other_prompt"] for row in rows], "score": [*map(judges_score, rows)]}
-    rate, steps = curves["annotator"], [row["step"] for row in rows]
-    at = {who: int(np.argmax(curves[who])) for who in ("annotator", "judge", "score")}
-    return {"steps": steps, "curves": curves, "best": steps[at["annotator"]], "chosen": steps[at["score"]],
-            "lost": max(rate) - rate[at["score"]], "lost_by_opinion": max(rate) - rate[at["judge"]],
+    steps = [row["step"] for row in rows]
+    curves = {"annotator": [row["validation_qualified"] for row in rows],
+              "judge": [row["validation_judge"] for row in rows],
+              "judge, another prompt": [row["validation_judge_other_prompt"] for row in rows],
+              "score": [judges_score(row) for row in rows]}
+    rate = curves["annotator"]
+    best, by_opinion, chosen = (int(np.argmax(curves[who])) for who in ("annotator", "judge", "score"))
+    return {"steps": steps, "curves": curves, "best": steps[best], "chosen": steps[chosen],
+            "lost": max(rate) - rate[chosen], "lost_by_opinion": max(rate) - rate[by_opinion],
             "lost_at_end": max(rate) - rate[-1]}
 
 
 def stopping(work):
     train(work)
-    read = lambda seed: (run_folder(work, seed) / "metrics.jsonl").read_text().splitlines()
-    found = {f"seed {seed}": choice(map(json.loads, read(seed))) for seed in work.seeds}
-    lost, videos = [one["lost"] for one in found.values()], work.preset["videos"] // 2
-    plot(work.results / "stopping.png", {name: ("iteration", {who: (one["steps"], one["curves"][who]) for who in one["curves"]})
-                                         for name, one in found.items()})
-    lines = [f"PRFL by the paper's recipe, {2 * work.preset['iterations']} iterations, {videos} validation videos every {EVERY}. "
-             "The judge is the reward model of the next seed. `best/` is the checkpoint of its highest score: the probability it "
-             f"gives samples to be good, less {OTHER_PROMPT:g} of the one it gives them for another prompt. Lost: the annotator's "
-             "best rate less its rate there.", "",
-             *table(["", "annotator's best at", "judge's choice at", "lost", "lost by its opinion alone", "lost without stopping"],
-                    [[name, f"{one['best']}", f"{one['chosen']}", f"{one['lost']:.3f}", f"{one['lost_by_opinion']:.3f}",
-                      f"{one['lost_at_end']:.3f}"] for name, one in found.items()]),
-             f"Lost at most {max(lost):.3f}; asked for beforehand: at most {WITHIN:g}, which "
-             + ("holds." if max(lost) <= WITHIN else "does not hold."), ""]
+    found, panels, rows = {}, {}, []
+    for seed in work.seeds:
+        lines = (run_folder(work, seed) / "metrics.jsonl").read_text().splitlines()
+        one = found[f"seed {seed}"] = choice(map(json.loads, lines))
+        curves = {who: (one["steps"], values) for who, values in one["curves"].items()}
+        panels[f"seed {seed}"] = ("iteration", curves)
+        rows.append([f"seed {seed}", f"{one['best']}", f"{one['chosen']}", f"{one['lost']:.3f}",
+                     f"{one['lost_by_opinion']:.3f}", f"{one['lost_at_end']:.3f}"])
+    plot(work.results / "stopping.png", panels)
+    lost = max(one["lost"] for one in found.values())
+    holds = lost <= WITHIN
+    verdict = "holds" if holds else "does not hold"
+    lines = [f"PRFL with the paper's recipe for {2 * work.preset['iterations']} iterations, validated on "
+             f"{work.preset['videos'] // 2} videos every {EVERY} iterations. The judge is the reward model "
+             "of the next seed. `best/` is the checkpoint with the highest score: the probability that the "
+             f"judge gives to the samples being good, minus {OTHER_PROMPT:g} times the one that it gives "
+             "with another prompt. Lost: the annotator's best rate minus its rate at the choice.", "",
+             *table(["", "annotator's best at", "judge's choice at", "lost", "lost by its opinion alone",
+                     "lost without stopping"], rows),
+             f"The most that was lost is {lost:.3f}. Asked for beforehand: at most {WITHIN:g}, which "
+             f"{verdict}.", ""]
     for name, one in found.items():
-        lines += [f"## {name}", "", *table(["iteration", *map(str, one["steps"])], [
-            [who, *(f"{value:.3f}" for value in values)] for who, values in one["curves"].items()])]
-    work.write("stopping", "A second reward model chooses when to stop", lines, {"found": found, "holds": max(lost) <= WITHIN})
+        curves = [[who, *(f"{value:.3f}" for value in values)] for who, values in one["curves"].items()]
+        lines += [f"## {name}", "", *table(["iteration", *map(str, one["steps"])], curves)]
+    work.write("stopping", "A second reward model chooses when to stop", lines,
+               {"found": found, "holds": holds})

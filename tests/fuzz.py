@@ -2,10 +2,10 @@
 
     python tests/fuzz.py --minutes 2                    another beginning every time; --seed n repeats one
 
-Each case damages one file of a small folder (metadata in both formats, clips in mp4, mkv and webm, weights and configs, shards and
-shards.json, checkpoints, args.json, metrics.jsonl) and runs a command on it. It must end with exit code 0, or with 1 or 2 and one
-line; within a minute; and nothing of the user's may change. Cases run in a process of their own, so that one that dies is told.
-"""
+Each case damages one file of a small folder (metadata in both formats, clips in mp4, mkv and webm, weights
+and configs, shards and shards.json, checkpoints, args.json, metrics.jsonl) and runs a command on it. It must
+end with exit code 0, or with 1 or 2 and one line; within a minute; and nothing of the user's may change.
+Cases run in a process of their own, so that one that dies is told. """
 import contextlib
 import io
 import json
@@ -53,7 +53,8 @@ class Config:
 
 # ---- the damage
 def damaged(content, rng):
-    """content, bytes, with a cut, flipped bits, a doubled or dropped piece, or a number out of range in its head."""
+    """content, bytes, with a cut, flipped bits, a doubled or dropped piece, or a number out of range in its
+    head."""
     content = bytearray(content)
     place = lambda: rng.choice((rng.randrange(len(content)), rng.randrange(min(len(content), 300))))
     for _ in range(rng.choice((1, 1, 2, 8))):
@@ -109,7 +110,8 @@ def contents(folder, but=()):
 
 
 def judge(case, folder, script, argv, ours=("out",)):
-    """Runs one case. Raises AssertionError saying what broke its promise. ours: folders in which the command may write."""
+    """Runs one case. Raises AssertionError saying what broke its promise. ours: folders in which the command
+    may write."""
     before, start = contents(folder, ours), time.monotonic()
     print(json.dumps({"case": case, "argv": [script, *argv]}), flush=True)
     signal.alarm(LIMIT)
@@ -205,7 +207,8 @@ def checkpoint(folder, rng, first):
 
 # ---- lists: what a writer may change is known, so every other byte can be compared
 SPELLINGS = {None: ("", " "), 0: ("0", "0.0", "False", " 0 "), 1: ("1", "1.0", "true", "TRUE ")}
-PIECES = (b"a red circle", b"x, y", b'say ""yes""', b"caf\xe9", b"\xed\xa0\x80", "\u2028 \u00e4 \ufeff".encode(), b"one\ntwo",
+PIECES = (b"a red circle", b"x, y", b'say ""yes""', b"caf\xe9", b"\xed\xa0\x80", "\u2028 \u00e4 "
+                                                                                 "\ufeff".encode(), b"one\ntwo",
           b"a\r\nb", b";", b"#", b"'", b"\t", b"-", 7000 * b"long ")
 
 
@@ -217,7 +220,8 @@ def csv_cell(rng, content, plain=False):
 
 
 def csv_list(rng, rows, new):
-    """-> (a metadata.csv of rows [(name, label or None)], the same with the labels that `new` {name: label} changes)."""
+    """-> (a metadata.csv of rows [(name, label or None)], the same with the labels that `new` {name: label}
+    changes)."""
     columns = [rng.choice((b"file_name", b"Video", b"FILE")), rng.choice((b"prompt", b"Text")), b"note", b"caf\xe9"]
     labelled = rng.random() < 0.7
     if labelled:
@@ -262,7 +266,8 @@ def csv_list(rng, rows, new):
 def jsonl_list(rng, rows, new):
     """As `csv_list`, a metadata.jsonl."""
     before = after = rng.choice((b"", b"\xef\xbb\xbf"))
-    strange = (b'"caf\xe9"', b'"\\ud83d"', b'{"label": [1, {"x": "}"}]}', b"NaN", b'"\\"label\\": 1, }"', b"[]", b"1e400",
+    strange = (b'"caf\xe9"', b'"\\ud83d"', b'{"label": [1, {"x": "}"}]}', b"NaN", b'"\\"label\\": 1, '
+                                                                                  b'}"', b"[]", b"1e400",
                '"\u2028"'.encode(), b'"' + 7000 * b"long " + b'"')
     for i, (name, label) in enumerate(rows):
         target, blanks = new.get(name, label), lambda: rng.choice((b"", b" ", b"\t "))
@@ -397,12 +402,14 @@ def main(config):
                 if "failed" in said:
                     failures.append((number, kind, said["failed"]))
                     print(f"seed {number}, {kind}: {said['failed']}\n{said['notes']}", flush=True)
-            if process.wait():                                  # it died of a case: told, and on with the next
+            if process.wait():  # it died of a case: told, and on with the next
                 failures.append((number, kind, last))
-                print(f"seed {number}, {kind}: the process ended with code {process.returncode} at {last[:1500]}\n"
+                print(f"seed {number}, {kind}: the process ended with code {process.returncode} at "
+                      f"{last[:1500]}\n"
                       + process.stderr.read()[-1500:], flush=True)
                 number += 1
-    print(f"{sum(cases.values())} cases from seed {first} on ({', '.join(f'{n} {kind}' for kind, n in cases.items())}): "
+    print(f"{sum(cases.values())} cases from seed {first} on "
+          f"({', '.join(f'{n} {kind}' for kind, n in cases.items())}): "
           f"{len(failures)} failures")
     if failures:
         raise InputError("one or more cases broke a promise; --seed <its seed> repeats it")

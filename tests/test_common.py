@@ -299,7 +299,8 @@ def test_resolve_says_what_is_wrong(tmp_path):
 
 @pytest.mark.parametrize("name, at", [("rename", 0), ("replace", 0), ("replace", 1), ("fsync", 0), ("fsync", 2)])
 def test_a_kill_while_saving_leaves_the_previous_checkpoint(tmp_path, monkeypatch, name, at):
-    """On a step that exists already. rename 0: before the old folder gets out of the way; replace 1: just after it has."""
+    """On a step that exists already. rename 0: before the old folder gets out of the way; replace 1: just
+    after it has."""
     for step in (1, 2):
         save(tmp_path, step, b"old")
     calls, real = [], getattr(os, name)

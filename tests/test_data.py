@@ -240,7 +240,8 @@ def test_a_kill_while_appending_leaves_whole_shards(tmp_path, monkeypatch):
         assert len(shards) == 8 and torch.equal(shards.batch(range(8))["latents"], x)
     data.write_shards(tmp_path, x, c, y, p, append=True)
     assert len(data.Shards(tmp_path)) == 16
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):      # and while others take their place
+    # and while others take their place
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("formats.shards.stream_tensors", die)
         calls[:] = [0, 0]
         data.write_shards(tmp_path, x, c, y, p)
@@ -323,7 +324,8 @@ def test_require_names_the_field(tmp_path):
     data.Shards(tmp_path / "c").require(16, (8, 32), labelled=True)
     tiny = {"patch_size": (1, 2, 2), "text_len": 8, "text_dim": 32, "out_dim": 16, "image_dim": None}
     data.require_fit(data.Shards(tmp_path / "c"), SimpleNamespace(config=tiny))
-    with pytest.raises(InputError, match=r"latents are .*patches of \[1, 3, 2\] do not divide: encode with another --size"):
+    with pytest.raises(InputError, match=r"latents are .*patches of \[1, 3, 2\] do not divide: encode with "
+                                         r"another --size"):
         data.require_fit(data.Shards(tmp_path / "c"), SimpleNamespace(config=tiny | {"patch_size": (1, 3, 2)}))
 
 
@@ -483,7 +485,7 @@ def test_relabelling_needs_no_new_encoding(folder, fakes):
     assert data.Shards(folder / "out").labels.tolist() == encoded
     assert data.Shards(folder / "out").relabel().labels.tolist() == [0, 1, 0, 0, 0, 1, 0, 1, 0, 1]
     fakes.calls.clear()
-    encode(folder)                                                      # the change is no reason to refuse or to encode
+    encode(folder)  # the change is no reason to refuse or to encode
     assert fakes.calls == []
     row = lambda name, p, d, who="ada": json.dumps({"file_name": name, "annotator": who, "physical": p, "deformity": d}) + "\n"
     answers = (row("0.mp4", 2, 2) + row("x/../1.mp4", 0, 0) + row("2.mp4", 2, 1) + row("9.mp4", 2, 0) + row("9.mp4", 2, 0, "ben")
@@ -492,7 +494,8 @@ def test_relabelling_needs_no_new_encoding(folder, fakes):
     shards = data.Shards(folder / "out").relabel()
     assert shards.labels.tolist() == [1, 0, -1, 0, 0, 1, 0, 1, 0, -1]
     assert shards.label_note == (
-        f"labels from {folder}/labels.jsonl: 2, the metadata in {folder}: 6; {folder}/labels.jsonl: 7 of 7 answers, from an "
+        f"labels from {folder}/labels.jsonl: 2, the metadata in {folder}: 6; {folder}/labels.jsonl: 7 of 7 "
+        "answers, from an "
         "older label.py, do not say for which content they were given: they count")
     assert shards.batch([0, 2])["label"].tolist() == [1, -1]
     assert data.Shards(folder / "out").relabel(bad="any").labels.tolist() == [1, 0, -1, 0, 0, 1, 0, 1, 0, 0]

@@ -80,7 +80,7 @@ ALIGN = ["--num_validation", "2", "--validation_steps", "2"]
 
 
 @pytest.mark.parametrize("name, more", [
-    ("sft", ALIGN), ("prfl", ["--grad_steps", "2", "--gradient_checkpointing"]), ("steady", ALIGN),
+    ("sft", ALIGN), ("prfl", ["--gradient_checkpointing"]), ("steady", ALIGN),
     ("refl", []),
     ("refl", ["--frames_decoded", "all", "--decoder_checkpointing", "--recipe", "steady"]), ("rwr", []),
     ("steady", ["--lora_rank", "2", "--context_dropout", "0.5", "--reward_loss", "sigmoid_hinge"]),

@@ -1,4 +1,5 @@
-"""data.py encode under torchrun: the same folder, byte for byte, as of one process, for any number of ranks, killed or not."""
+"""data.py encode under torchrun: the same folder, byte for byte, as of one process, for any number of ranks,
+killed or not."""
 import json
 import os
 import shutil
@@ -73,7 +74,8 @@ def files(folder):
 def test_one_process_encodes_what_can_be_and_names_the_rest(folder):
     shards = data.Shards(folder / "one")
     assert [row["file_name"] for row in shards.rows] == [f"{i}.mp4" for i in range(16)]
-    assert [entry["count"] for entry in shards.index["shards"]] == [6, 6, 4]       # of chunks of 3, 3, 3, 3, 3 and 1
+    # of chunks of 3, 3, 3, 3, 3 and 1
+    assert [entry["count"] for entry in shards.index["shards"]] == [6, 6, 4]
     report = [json.loads(line) for line in (folder / "one/report.jsonl").read_text().splitlines()]
     assert [row["file_name"].split("jsonl ")[-1] for row in report] == list(BAD)
     assert all(reason in row["reason"] for row, reason in zip(report, BAD.values()))
@@ -112,12 +114,14 @@ def test_killed_and_resumed_by_another_number_of_ranks(folder):
     ("fails.py", ("memory", "clips"), 1, "out of memory")])
 def test_what_ends_one_rank_ends_all_with_one_line(folder, script, how, code, wanted):
     (folder / "theirs").mkdir(exist_ok=True), (folder / "bad").mkdir(exist_ok=True)
-    (folder / "theirs/notes.txt").touch(), (folder / "bad/metadata.jsonl").write_text('{"file_name": "a.mp4", "prompt": "x"}\n')
+    (folder / "theirs/notes.txt").touch(), (folder / "bad/metadata.jsonl").write_text('{"file_name": '
+                                                                                      '"a.mp4", "prompt": '
+                                                                                      '"x"}\n')
     out, clips = how
     done = encode(folder, 2, out, (ROOT if script == "data.py" else folder) / script, clips)
     ours, summary = done.stderr.split("torch/distributed/elastic", 1)
     assert ours.count("error: ") == 1 and f"error: {wanted}" in ours and "Traceback" not in ours, done.stderr
-    assert f"exitcode  : {code} " in summary                                        # torchrun's own is always 1
+    assert f"exitcode  : {code} " in summary  # torchrun's own is always 1
 
 
 def test_check_is_one_process(folder, monkeypatch):

@@ -1,14 +1,18 @@
 """evaluate.py on prompts of one's own and on clips that exist."""
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tiny import DRIVER, ENV
 
 import common
 import data
 import evaluate
+import sample
 import validation
 from formats.video import read_video
 from formats.weights import SHIPPED
@@ -31,30 +35,45 @@ def refused(capsys, *argv):
 
 
 def test_prompts_of_ones_own(tmp_path, capsys):
-    """No word of the annotator; the same checkpoint twice differs by nothing; folders as label.py --pairs takes them."""
+    """No word of the annotator; the same checkpoint twice differs by nothing; folders as label.py --pairs
+    takes them."""
     (tmp_path / "p.txt").write_text("a red circle moving up\na blue square moving down\na big cat\n")
-    run("--prompts", tmp_path / "p.txt", f"a={BASE}", f"b={BASE}", "--num_inference_steps", 4, "--reward", f"{BASE}/reward",
+    run("--prompts", tmp_path / "p.txt", f"a={BASE}", f"b={BASE}", "--num_inference_steps", 4, "--reward",
+        f"{BASE}/reward",
         "--judge", f"{BASE}/reward", "--output_dir", tmp_path / "out", "--mixed_precision", "no")
     table = json.loads((tmp_path / "out/table.json").read_text())
     assert set(table["rows"]["a"]) == {"pavrm", "judge", "dynamic", *validation.PANEL}
-    assert all(cell["mean"] == 0 and cell["interval"] == [0, 0] for cell in table["against_first"]["b"].values())
+    assert all(cell["mean"] == 0 and cell["interval"] == [0, 0]
+               for cell in table["against_first"]["b"].values())
     assert "qualified" not in (tmp_path / "out/table.md").read_text()
     values = json.loads((tmp_path / "out/per_video.json").read_text())
     for name in "ab":
         rows = data.read_metadata(tmp_path / "out" / name)
-        assert [row["prompt"] for row in rows] == ["a red circle moving up", "a blue square moving down", "a big cat"]
+        assert [row["prompt"] for row in rows] == ["a red circle moving up", "a blue square moving down",
+                                                   "a big cat"]
         films = torch.stack([read_video(tmp_path / "out" / name / row["file_name"]) for row in rows])
         found = validation.panel(films)["brightness"]           # after a codec
         assert values[name]["brightness"] == pytest.approx(found.tolist(), abs=0.01)
-    assert table["rows"]["a"]["brightness"]["mean"] == pytest.approx(np.mean(values["a"]["brightness"]), abs=1e-4)
+    assert table["rows"]["a"]["brightness"]["mean"] == pytest.approx(np.mean(values["a"]["brightness"]),
+                                                                     abs=1e-4)
     assert read_video(tmp_path / "out/side_by_side.mp4").shape[0] == 9
     assert "label.py --pairs" in capsys.readouterr().out
+    made, again = tmp_path / "out/b", tmp_path / "again"        # sample.py makes its videos again
+    lines = (made / "metadata.jsonl").read_text().splitlines()
+    (made / "some.jsonl").write_text(f"{lines[2]}\n{lines[0]}\n")
+    flags = ["--prompts", str(made / "some.jsonl"), "--output_dir", str(again)]
+    common.cli(sample.main, sample.Config, "", flags)
+    assert (again / "000000.mp4").read_bytes() == (made / "000002.mp4").read_bytes()
+    assert (again / "000001.mp4").read_bytes() == (made / "000000.mp4").read_bytes()
+    assert "note: " not in capsys.readouterr().out
 
 
 def test_clips_are_scored_worst_first(tmp_path, capsys):
-    """Of the embedded world, whose labels are known: the shipped reward model is better than chance, and says so itself."""
+    """Of the embedded world, whose labels are known: the shipped reward model is better than chance, and says
+    so itself."""
     clips.main(clips.Config(str(tmp_path / "clips"), count=96, seed=40, kind="mixture"))
-    run("--clips", tmp_path / "clips", "--reward", f"{BASE}/reward", "--output_dir", tmp_path / "out", "--mixed_precision", "no")
+    run("--clips", tmp_path / "clips", "--reward", f"{BASE}/reward", "--output_dir", tmp_path / "out",
+        "--mixed_precision", "no")
     rows = [json.loads(line) for line in (tmp_path / "out/scores.jsonl").read_text().splitlines()]
     assert len(rows) == 96 and [row["good"] for row in rows] == sorted(row["good"] for row in rows)
     labels = {row["file_name"]: row["label"] for row in data.read_metadata(tmp_path / "clips")}
@@ -72,9 +91,46 @@ def test_clips_are_scored_worst_first(tmp_path, capsys):
     with torch.no_grad():
         wanted = torch.sigmoid(pavrm((1 - t) * batch["latents"] + t * x1, t, batch["context"])).item()
     assert rows[0]["good_by_t"][4] == pytest.approx(wanted, abs=2e-4)
-    run("--clips", tmp_path / "out/latents", "--reward", f"{BASE}/reward", "--output_dir", tmp_path / "again", "--mixed_precision",
+    run("--clips", tmp_path / "out/latents", "--reward", f"{BASE}/reward", "--output_dir", tmp_path / "again",
+        "--mixed_precision",
         "no")
     assert (tmp_path / "again/scores.jsonl").read_text() == (tmp_path / "out/scores.jsonl").read_text()
+
+
+def results(folder):
+    """{path: content} of what an evaluation wrote, except for what names its own folder."""
+    found = {}
+    for path in sorted(Path(folder).rglob("*")):
+        wanted = path.suffix in (".md", ".json", ".jsonl", ".png", ".mp4", ".gif")
+        if path.is_file() and wanted and "latents" not in path.parts:
+            content = path.read_bytes()
+            if path.name == "table.json":
+                content = json.dumps(json.loads(content)["rows"])
+            found[str(path.relative_to(folder))] = content
+    return found
+
+
+def test_two_ranks_write_what_one_writes(tmp_path, monkeypatch):
+    """All three kinds, with ragged groups: the world's, own prompts, clips that are encoded first."""
+    driver = DRIVER.replace("import json, sys", "import json, sys, evaluate")
+    driver = driver.replace("leave, ", "evaluate.WORLD_BATCH, evaluate.BATCH_LATENTS = 2, 100\nleave, ")
+    monkeypatch.setattr(evaluate, "WORLD_BATCH", 2)
+    monkeypatch.setattr(evaluate, "BATCH_LATENTS", 100)
+    (tmp_path / "p.txt").write_text("a red circle moving up\na blue square moving down\na big cat\n")
+    clips.main(clips.Config(str(tmp_path / "clips"), count=5, seed=40, kind="mixture"))
+    reward, steps = ["--reward", f"{BASE}/reward", "--mixed_precision", "no"], ["--num_inference_steps", "2"]
+    kinds = {"world": [f"base={BASE}", "--num_videos", "5", "--best_of", "2", *steps, *reward],
+             "prompts": [f"a={BASE}", "--prompts", str(tmp_path / "p.txt"), *steps, *reward],
+             "clips": ["--clips", str(tmp_path / "clips"), *reward]}
+    jobs = [("evaluate", [*flags, "--output_dir", str(tmp_path / "two" / kind)]) for kind,
+            flags in kinds.items()]
+    (tmp_path / "driver.py").write_text(driver)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                    tmp_path / "driver.py", json.dumps(jobs)], env=ENV, check=True, timeout=300)
+    for kind, flags in kinds.items():
+        run(*flags, "--output_dir", tmp_path / "one" / kind)
+        one, two = results(tmp_path / "one" / kind), results(tmp_path / "two" / kind)
+        assert one == two and len(one) >= 1, kind
 
 
 def test_calibration_by_hand():
@@ -88,7 +144,8 @@ def test_calibration_by_hand():
 @pytest.mark.parametrize("flags, words", [
     (("--prompts", "p.txt"), "give checkpoints"), (("--clips", "x"), "--reward"),
     (("--clips", "x", "--reward", "y", "base=z"), "no checkpoints"),
-    (("--clips", "nowhere", "--reward", f"{BASE}/reward"), "nowhere"), ((BASE, "--judge", f"{BASE}/reward"), "--judge"),
+    (("--clips", "nowhere", "--reward", f"{BASE}/reward"), "nowhere"),
+    ((BASE, "--judge", f"{BASE}/reward"), "--judge"),
     ((BASE, "--size", "64*64"), "--size means nothing"), ((BASE, "--prompts", "none.txt"), "none.txt"),
     ((BASE, "--prompts", "p.txt", "--reward", "nowhere"), "nowhere"),
     ((BASE, "--prompts", "p.txt", "--split", "test"), "--split means nothing")])

@@ -1,4 +1,5 @@
-"""The table of families: which one a config is of, its published values, and which folders are refused, by whom."""
+"""The table of families: which one a config is of, its published values, and which folders are refused, by
+whom."""
 import itertools
 import json
 
@@ -18,12 +19,16 @@ from model import PRESETS, load_transformer
 
 pytestmark = pytest.mark.usefixtures("cpu")
 WAN = PRESETS["wan2.1-t2v-14b"] | {"image_dim": None}
-INDEX = {"_class_name": "WanPipeline", "_diffusers_version": "0.35.0", "scheduler": ["diffusers", "UniPCMultistepScheduler"],
-         "text_encoder": ["transformers", "UMT5EncoderModel"], "tokenizer": ["transformers", "T5TokenizerFast"],
+INDEX = {"_class_name": "WanPipeline", "_diffusers_version": "0.35.0",
+         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+         "text_encoder": ["transformers", "UMT5EncoderModel"],
+         "tokenizer": ["transformers", "T5TokenizerFast"],
          "transformer": ["diffusers", "WanTransformer3DModel"], "vae": ["diffusers", "AutoencoderKLWan"],
          "boundary_ratio": None, "expand_timesteps": False, "transformer_2": [None, None]}
-CONFIG = {"_class_name": "WanTransformer3DModel", "patch_size": [1, 2, 2], "num_attention_heads": 2, "attention_head_dim": 12,
-          "in_channels": 16, "out_channels": 16, "text_dim": 20, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2, "eps": 1e-6,
+CONFIG = {"_class_name": "WanTransformer3DModel", "patch_size": [1, 2, 2], "num_attention_heads": 2,
+          "attention_head_dim": 12,
+          "in_channels": 16, "out_channels": 16, "text_dim": 20, "freq_dim": 16, "ffn_dim": 32,
+          "num_layers": 2, "eps": 1e-6,
           "image_dim": None}
 
 
@@ -41,12 +46,14 @@ def test_each_preset_has_its_family(preset, name, task):
 def test_what_is_shipped_is_used_as_ever(kind):
     config = transformer_folder(SHIPPED[kind])[1]
     assert families.sampling_defaults(config) == {
-        "size": (32, 32), "frames": 9, "fps": 8.0, "num_inference_steps": 32, "guidance_scale": 1.0, "shift": 1.0,
+        "size": (32, 32), "frames": 9, "fps": 8.0, "num_inference_steps": 32, "guidance_scale": 1.0,
+        "shift": 1.0,
         "negative_prompt": None}
     assert families.training_defaults(config, "align", 3, 2) == {
         "learning_rate": 1e-4, "batch_size": 32, "gradient_accumulation_steps": 1, "max_train_steps": 120,
         "num_inference_steps": 16}
-    assert families.training_defaults(config, "reward") == {"learning_rate": 2e-3, "trunk_learning_rate": 1e-3,
+    assert families.training_defaults(config, "reward") == {"learning_rate": 2e-3,
+                                                            "trunk_learning_rate": 1e-3,
                                                             "batch_size": 64}
 
 
@@ -80,7 +87,8 @@ def test_a_config_of_no_family(more, words):
 
 # ---- what it takes where nobody says otherwise
 @pytest.mark.parametrize("sides, shift", [
-    ((832, 480), 3.0), ((1280, 720), 5.0), ((624, 624), 3.0), ((720, 720), 5.0), ((1920, 1088), 5.0), ((1280, 704), 3.0),
+    ((832, 480), 3.0), ((1280, 720), 5.0), ((624, 624), 3.0), ((720, 720), 5.0), ((1920, 1088), 5.0),
+    ((1280, 704), 3.0),
     ((848, 480), 3.0), ((736, 720), 5.0), ((960, 544), 3.0)])
 def test_portrait_is_shifted_as_landscape(sides, shift):
     for size in (sides, sides[::-1]):
@@ -88,7 +96,8 @@ def test_portrait_is_shifted_as_landscape(sides, shift):
     assert families.sampling_defaults(PRESETS["tiny-t2v"], sides)["shift"] == 1.0
 
 
-@pytest.mark.parametrize("flag, shift", [("480*832", 3.0), ("720*1280", 5.0), ("832*480", 3.0), ("1088*1920", 5.0)])
+@pytest.mark.parametrize("flag, shift", [("480*832", 3.0), ("720*1280", 5.0), ("832*480", 3.0),
+                                         ("1088*1920", 5.0)])
 def test_sampling_and_evaluation_ask_for_the_shift_of_both_sides(flag, shift):
     config = sample.Config("a red circle", size=flag)
     width, height = map(int, flag.split("*"))
@@ -103,7 +112,8 @@ def test_an_update_is_as_near_to_thirty_videos_as_ranks_and_batch_allow(monkeypa
         monkeypatch.setenv("WORLD_SIZE", str(world))
         found = families.training_defaults(WAN, "align", batch, shared)["gradient_accumulation_steps"]
         videos = world // shared * (batch or 1)
-        assert abs(videos * found - 30) == min(abs(videos * k - 30) for k in range(1, 40)), (world, shared, batch)
+        assert abs(videos * found - 30) == min(abs(videos * k - 30)
+                                               for k in range(1, 40)), (world, shared, batch)
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert families.training_defaults(WAN, "align", None, 4)["gradient_accumulation_steps"] == 15
     assert families.training_defaults(WAN, "align", 2)["gradient_accumulation_steps"] == 2
@@ -123,28 +133,38 @@ def pipeline(**more):
 
 EXPERT = ["diffusers", "WanTransformer3DModel"]
 REFUSED = {
-    "a14b": (pipeline(transformer_2=EXPERT, boundary_ratio=0.875), "transformer_2|boundary_ratio .Wan2.2 A14B"),
-    "a14b, one half not downloaded": (pipeline(transformer_2=EXPERT), "names transformer_2 .Wan2.2 A14B.*nothing here reads"),
+    "a14b": (pipeline(transformer_2=EXPERT, boundary_ratio=0.875),
+             "transformer_2|boundary_ratio .Wan2.2 A14B"),
+    "a14b, one half not downloaded": (pipeline(transformer_2=EXPERT),
+                                      "names transformer_2 .Wan2.2 A14B.*nothing here reads"),
     "a14b, nothing but the boundary": (pipeline(boundary_ratio=0.9), "names boundary_ratio .Wan2.2 A14B"),
-    "a14b without an index": ({"transformer/config.json": CONFIG, "transformer_2/config.json": CONFIG}, "holds transformer_2/"),
-    "a14b of its authors": ({"high_noise_model/config.json": CONFIG, "low_noise_model/config.json": CONFIG}, "half a generator"),
+    "a14b without an index": ({"transformer/config.json": CONFIG, "transformer_2/config.json": CONFIG},
+                              "holds transformer_2/"),
+    "a14b of its authors": ({"high_noise_model/config.json": CONFIG, "low_noise_model/config.json": CONFIG},
+                            "half a generator"),
     "ti2v-5b": (pipeline(expand_timesteps=True), "names expand_timesteps .Wan2.2 TI2V-5B"),
     "vace": (pipeline(_class_name="WanVACEPipeline"), "WanVACEPipeline: not supported"),
     "animate": (pipeline(_class_name="WanAnimatePipeline"), "WanAnimatePipeline: not supported"),
     "nameless": (pipeline(_class_name=None), "None: not supported"),
     "custom": (pipeline(_class_name=["pipeline", "Mine"]), "Mine.*: not supported"),
-    "unknown part": (pipeline(audio_encoder=["transformers", "Wav2Vec2Model"]), "names audio_encoder, which nothing here reads"),
+    "unknown part": (pipeline(audio_encoder=["transformers", "Wav2Vec2Model"]),
+                     "names audio_encoder, which nothing here reads"),
     "unknown switch": (pipeline(is_distilled=True), "names is_distilled"),
     "not json": (pipeline() | {"model_index.json": "{"}, "is not JSON"),
     "no object": (pipeline() | {"model_index.json": []}, "holds no JSON object"),
     "vace's transformer": ({"transformer/config.json": CONFIG | {"_class_name": "WanVACETransformer3DModel"}},
                            "WanVACETransformer3DModel: not supported"),
-    "vace of its authors": ({"config.json": {"_class_name": "VaceWanModel", "model_type": "vace"}}, "VaceWanModel: not supp"),
-    "s2v of its authors": ({"config.json": {"_class_name": "WanModel_S2V", "model_type": "s2v"}}, "WanModel_S2V: not supported"),
-    "ti2v-5b of its authors": ({"config.json": {"_class_name": "WanModel", "model_type": "ti2v"}}, "model_type is 'ti2v'"),
-    "fun control": ({"config.json": {"_class_name": "WanModel", "model_type": "i2v", "in_dim": 48, "out_dim": 16, "dim": 24,
+    "vace of its authors": ({"config.json": {"_class_name": "VaceWanModel", "model_type": "vace"}},
+                            "VaceWanModel: not supp"),
+    "s2v of its authors": ({"config.json": {"_class_name": "WanModel_S2V", "model_type": "s2v"}},
+                           "WanModel_S2V: not supported"),
+    "ti2v-5b of its authors": ({"config.json": {"_class_name": "WanModel", "model_type": "ti2v"}},
+                               "model_type is 'ti2v'"),
+    "fun control": ({"config.json": {"_class_name": "WanModel", "model_type": "i2v", "in_dim": 48,
+                                     "out_dim": 16, "dim": 24,
                                      "image_dim": 8}}, "takes 48 channels: not supported"),
-    "fun control in diffusers": ({"transformer/config.json": CONFIG | {"in_channels": 52}}, "takes 52 channels"),
+    "fun control in diffusers": ({"transformer/config.json": CONFIG | {"in_channels": 52}},
+                                 "takes 52 channels"),
 }
 
 
@@ -152,7 +172,8 @@ REFUSED = {
 def test_a_folder_with_a_part_that_nothing_reads(tmp_path, kind):
     files, words = REFUSED[kind]
     folder = write(tmp_path / "model", files)
-    for use in (load_transformer, transformer_folder, lambda path: resolve_model(train_align.Config(model=str(path)))):
+    for use in (load_transformer, transformer_folder,
+                lambda path: resolve_model(train_align.Config(model=str(path)))):
         with pytest.raises(InputError, match=words) as error:
             use(folder)
         assert "\n" not in str(error.value) and "model" in str(error.value)
@@ -169,8 +190,11 @@ def test_one_expert_alone_is_refused_too(tmp_path, part):
         require_known(tmp_path / "elsewhere")
 
 
-@pytest.mark.parametrize("more", [{}, {"_class_name": "WanImageToVideoPipeline", "image_encoder": ["transformers", "CLIPVision"],
-                                       "image_processor": [None, None]}, {"_class_name": "WanVideoToVideoPipeline"}])
+@pytest.mark.parametrize("more",
+                         [{}, {"_class_name": "WanImageToVideoPipeline",
+                               "image_encoder": ["transformers", "CLIPVision"],
+                                       "image_processor": [None, None]},
+                                       {"_class_name": "WanVideoToVideoPipeline"}])
 def test_wan21s_own_index_is_known(tmp_path, more):
     write(tmp_path, pipeline(**more))
     assert transformer_folder(tmp_path)[1]["dim"] == 24
@@ -200,7 +224,8 @@ def test_every_command_refuses_it_in_one_line(tmp_path, capsys, kind, command):
     with pytest.raises(SystemExit) as end:
         common.cli(main, Config, "", argv.format(tmp_path, SHIPPED["t2v"]).split())
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert end.value.code == 2 and len(lines) == 1 and "not supported" in lines[0] and str(tmp_path / "model") in lines[0]
+    assert end.value.code == 2 and len(lines) == 1
+    assert "not supported" in lines[0] and str(tmp_path / "model") in lines[0]
     assert not list(tmp_path.glob("out*"))
 
 
@@ -214,7 +239,8 @@ def test_the_vae_of_another_family(tmp_path):
 
 
 def test_the_first_frames_condition_by_hand():
-    """The embedded world: zeros behind the frame's code. Wan: the code of the frame with blank frames behind it."""
+    """The embedded world: zeros behind the frame's code. Wan: the code of the frame with blank frames behind
+    it."""
     class Mean(torch.nn.Module):
         def encode(self, video):                                # [b, 3, F, H, W] -> [b, 2, (F + 3) / 4, 2, 2]
             frames = video.mean((1, 3, 4)) + 2                  # so that blank frames are seen
@@ -226,7 +252,8 @@ def test_the_first_frames_condition_by_hand():
         def encode(self, images):
             return images.float().mean((1, 2))[:, None]         # [b, 1, 3]
 
-    first = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    first = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8,
+                          generator=torch.Generator().manual_seed(0))
     given = families.image_conditions(PRESETS["tiny-i2v"] | {"image_dim": None}, Mean(), None, first, 9)
     code = (first.float() / 127.5 - 1).mean((1, 2, 3)) + 2
     assert given.keys() == {"y"} and given["y"].shape == (2, 6, 3, 2, 2)

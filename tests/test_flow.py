@@ -170,3 +170,21 @@ def test_sample_runs_in_the_given_autocast_and_in_float32_without():
         x = flow.sample(dit, (1, 1, 1, 1), torch.zeros(3, 1, 1), 0, range(3), 2, batch_size=2,
                         autocast=autocast)
         assert seen == [wanted] * 4 and x.dtype == torch.float32 and x.shape == (3, 1, 1, 1, 1)
+
+
+def test_ranks_with_fewer_videos_sample_in_as_many_passes():
+    """Batches of two: five videos need three, two videos make three as well, and get what they get alone."""
+    calls = []
+
+    def field(x, t, context):
+        calls.append(len(x))
+        return x * t.view(-1, 1, 1, 1, 1) + context.mean()
+
+    found = {}
+    for n in (5, 2):
+        for most in (5, None):
+            calls.clear()
+            found[n, most] = flow.sample(field, SHAPE, torch.zeros(n, 2, 4), 0, range(n), 4, batch_size=2, max_rows=most)
+            found[n, most, "calls"] = len(calls)
+    assert found[5, 5, "calls"] == found[2, 5, "calls"] == 12 and found[2, None, "calls"] == 4
+    assert torch.equal(found[2, 5], found[2, None]) and torch.equal(found[5, 5], found[5, None])

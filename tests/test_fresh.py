@@ -1,5 +1,5 @@
-"""The same seed in a fresh folder, without --data: clips are rendered, samples made and judged anew, and the training is the same;
-on two ranks as on one, and killed and resumed as uninterrupted."""
+"""The same seed in a fresh folder, without --data: clips are rendered, samples made and judged anew, and the
+training is the same; on two ranks as on one, and killed and resumed as uninterrupted."""
 import json
 import shutil
 import subprocess
@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import DRIVER, ENV, RUNS, distance, kill, run, same
+from tiny import DRIVER, ENV, RUNS, apart, kill, run, same
 
 from formats.weights import SHIPPED, WEIGHTS
 from model import load_transformer
@@ -50,7 +50,7 @@ def test_two_ranks_in_fresh_folders_are_one(whole, tmp_path):
     start = {"prfl": base.state_dict(), "reward": PAVRM.from_generator(base, 2).state_dict()}
     for name in FRESH:
         (one, rows), (two, others) = result(name, whole[name]), result(name, tmp_path / name)
-        assert distance(one, two) < 5e-3 * distance(one, start[name])
+        assert apart(one, two) < 5e-3 * apart(one, start[name])
         for row, other in zip(rows, others, strict=True):
             assert row == pytest.approx(other, rel=1e-3, abs=1e-5)
             for loss in row.keys() & {"loss", "sft_loss", "reward_loss"}:

@@ -158,7 +158,8 @@ def test_unread_weights_of_published_i2v_folders_are_ignored(tmp_path):
     assert "1 unexpected: blocks.0.attn2.norm_other.weight" in error_of(load_transformer, tmp_path / "out")
 
 
-@pytest.mark.parametrize("preset, count", [("wan2.1-t2v-1.3b", 1_418_996_800), ("wan2.1-t2v-14b", 14_288_491_584),
+@pytest.mark.parametrize("preset, count", [("wan2.1-t2v-1.3b", 1_418_996_800),
+                                           ("wan2.1-t2v-14b", 14_288_491_584),
                                            ("wan2.1-i2v-14b", 16_394_878_784)])
 def test_presets_have_the_published_number_of_parameters(Wan, preset, count):
     with torch.device("meta"):
@@ -216,7 +217,8 @@ def test_sharded_image_to_video_folder_round_trip_is_bit_for_bit(tmp_path, layou
     export_transformer(load_transformer(tmp_path / "a"), tmp_path / "b", layout)
     again = load_file(tmp_path / "b" / WEIGHTS)
     assert again.keys() == state.keys() and any("img" in name or "image" in name for name in again)
-    assert all(again[name].dtype == torch.bfloat16 and torch.equal(again[name], p) for name, p in state.items())
+    assert all(again[name].dtype == torch.bfloat16 and torch.equal(again[name], p)
+               for name, p in state.items())
 
 
 @pytest.mark.parametrize("config", [T2V, I2V, CLIP])

@@ -11,14 +11,15 @@ from formats.weights import save_module
 from model import VideoDiT
 from world.vae import VideoVAE
 
-TINY = dict(in_dim=16, out_dim=16, dim=24, ffn_dim=32, num_heads=2, num_layers=2, freq_dim=16, text_dim=8, text_len=3)
+TINY = dict(in_dim=16, out_dim=16, dim=24, ffn_dim=32, num_heads=2, num_layers=2, freq_dim=16, text_dim=8,
+            text_len=3)
 N = 6
 
 
 @pytest.fixture
 def models():
-    """A policy with a random head, a VAE whose frames depend on the past, and a reward for each choice of frames;
-    float64."""
+    """A policy with a random head, a VAE whose frames depend on the past, and a reward for each choice of
+    frames; float64."""
     torch.manual_seed(0)
     policy = VideoDiT(**TINY)
     torch.nn.init.normal_(policy.head.head.weight, std=0.2)
@@ -27,7 +28,9 @@ def models():
     for name, p in vae.named_parameters():
         if "temporal" in name:                                                  # zero at the start
             torch.nn.init.normal_(p, std=0.1)
-    rewards = {frames: R.PixelReward(frames, 8, width=4).double().eval().requires_grad_(False) for frames in R.FRAMES}
+    rewards = {}
+    for frames in R.FRAMES:
+        rewards[frames] = R.PixelReward(frames, 8, width=4).double().eval().requires_grad_(False)
     return policy.double(), vae.double().eval().requires_grad_(False), rewards
 
 
@@ -47,7 +50,8 @@ def gradients(policy, loss):
 
 def close(a, b, rtol=1e-4):
     """t is float32 in the code and float64 by hand: equal to about 1e-6."""
-    return all(torch.allclose(a[name], b[name], rtol=rtol, atol=rtol * a[name].abs().max().item()) for name in a)
+    return all(torch.allclose(a[name], b[name], rtol=rtol, atol=rtol * a[name].abs().max().item())
+               for name in a)
 
 
 # ---- the update
@@ -68,7 +72,7 @@ def test_loss_and_gradient_are_refl_by_hand(models, batch, frames, step):
     assert loss.item() == pytest.approx(-3 * r.mean().item(), rel=1e-5) and not logits.requires_grad
     grads = gradients(policy, loss)
     assert close(grads, gradients(policy, -3 * r.mean()))
-    assert all(g.abs().max() > 0 for g in grads.values())                       # every weight of the policy learns
+    assert all(g.abs().max() > 0 for g in grads.values())               # every weight of the policy learns
 
 
 @pytest.mark.parametrize("frames", R.FRAMES)
@@ -115,7 +119,7 @@ def test_decoder_checkpointing_changes_the_memory_and_nothing_else(models, batch
     torch.testing.assert_close(logits_again, logits)
     assert close(gradients(policy, loss), gradients(policy, loss_again), rtol=1e-9)
     _, without_decoder = kept(lambda: policy(batch[0], torch.full((3,), 0.5, dtype=torch.float64), batch[1]))
-    pixels = vae.decode(batch[0][:, :, :1] if frames == "first" else batch[0]).numel()          # these are kept
+    pixels = vae.decode(batch[0][:, :, :1] if frames == "first" else batch[0]).numel()      # these are kept
     assert size_again - without_decoder - pixels < 0.1 * (size - without_decoder)
 
 
@@ -128,10 +132,11 @@ def test_chunks_decode_as_the_whole_with_less_memory_at_a_time(models, f, monkey
     vae.decode = lambda z: longest.append(z.shape[2]) or decode(z)
     video = R.decode_chunks(vae, x)
     assert max(longest) == min(f, vae.past + 2) and vae.past == 4
-    assert f > 6 or longest == [f]                              # nothing to spare: not a frame is decoded twice
+    assert f > 6 or longest == [f]                          # nothing to spare: not a frame is decoded twice
     torch.testing.assert_close(video, decode(x), rtol=1e-12, atol=1e-12)
     weight = torch.randn_like(video)
-    torch.testing.assert_close(*(torch.autograd.grad((v * weight).sum(), x)[0] for v in (video, decode(x))), rtol=1e-10, atol=1e-10)
+    grad, by_hand = (torch.autograd.grad((v * weight).sum(), x)[0] for v in (video, decode(x)))
+    torch.testing.assert_close(grad, by_hand, rtol=1e-10, atol=1e-10)
     vae.past = 1                                                # too short a look back must not go unseen
     assert f < 5 or not torch.allclose(R.decode_chunks(vae, x), decode(x))
 
@@ -153,7 +158,7 @@ def test_vae_and_reward_stay_bit_for_bit_without_gradients_and_the_reward_rises(
         assert all(torch.equal(value, before[name][n]) for n, value in module.state_dict().items())
 
 
-# ---- what is judged
+# ---- what is scored
 def test_the_first_frame_alone_is_the_first_frame_of_the_whole_clip(models, batch):
     _, vae, rewards = models
     x, context = batch
@@ -164,14 +169,14 @@ def test_the_first_frame_alone_is_the_first_frame_of_the_whole_clip(models, batc
     record = lambda video, context: seen.append(video.shape) or rewards["first"](video, context)
     record.config = rewards["first"].config
     R.predicted_reward(record, vae, None, x, torch.zeros(3), context)
-    assert seen == [(3, 3, 1, 16, 16)]                                          # the other frames are never decoded
+    assert seen == [(3, 3, 1, 16, 16)]                                  # the other frames are never decoded
     x.requires_grad_()
     R.predicted_reward(rewards["first"], vae, None, x, torch.zeros(3), context).sum().backward()
-    assert x.grad[:, :, 0].abs().min() > 0 and torch.equal(x.grad[:, :, 1:], torch.zeros_like(x.grad[:, :, 1:]))
+    assert x.grad[:, :, 0].abs().min() > 0 and not x.grad[:, :, 1:].any()
 
 
-def test_judge_predicts_the_clean_video_in_one_step(models, batch):
-    """A generator that knows x_0 makes the judgement independent of t; at t = 0 it is not asked."""
+def test_the_clean_video_is_predicted_in_one_step(models, batch):
+    """With a generator that knows x_0 the logits do not depend on t. At t = 0 it is not called."""
     _, vae, rewards = models
     x0, context = batch
     x1 = torch.randn(x0.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -179,13 +184,16 @@ def test_judge_predicts_the_clean_video_in_one_step(models, batch):
     for t in (0.1, 0.7, 1.0):
         t = torch.full((3,), t, dtype=torch.float64)
         knows = lambda x, t, context, y=None: x1 - x0
-        torch.testing.assert_close(R.predicted_reward(rewards["all"], vae, knows, flow.add_noise(x0, x1, t), t, context), wanted)
-    torch.testing.assert_close(R.predicted_reward(rewards["all"], vae, None, x0, torch.zeros(3), context), wanted)
+        found = R.predicted_reward(rewards["all"], vae, knows, flow.add_noise(x0, x1, t), t, context)
+        torch.testing.assert_close(found, wanted)
+    finished = R.predicted_reward(rewards["all"], vae, None, x0, torch.zeros(3), context)
+    torch.testing.assert_close(finished, wanted)
 
 
 @pytest.mark.parametrize("frames", R.FRAMES)
 def test_pixel_reward_by_hand(frames):
-    """Three stages, each a residual beside what it mixes; 32 channels unless told; the head in float32 under autocast."""
+    """Three stages, each a residual beside what it mixes; 32 channels unless told; the head in float32 under
+    autocast."""
     torch.manual_seed(3)
     reward = R.PixelReward(frames, 8)
     assert reward.config["width"] == 32 and reward.head[0].weight.shape == (128, 128)
@@ -201,7 +209,8 @@ def test_pixel_reward_by_hand(frames):
         scale, shift = (part.view(2, -1, 1, 1, 1) for part in (wide[:, :x.shape[1]], wide[:, x.shape[1]:]))
         mixed = (1 + scale) * temporal(x) + shift
         x = x + mixed * mixed.sigmoid()
-    torch.testing.assert_close(reward(video, context), reward.head(x.mean((2, 3, 4)))[:, 0], rtol=1e-4, atol=1e-5)
+    logits = reward.head(x.mean((2, 3, 4)))[:, 0]
+    torch.testing.assert_close(reward(video, context), logits, rtol=1e-4, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         assert reward(video, context).dtype == torch.float32
 
@@ -212,14 +221,15 @@ def test_pixel_reward_sees_motion_only_with_all_frames(models, batch):
     g = torch.Generator().manual_seed(4)
     video, context = torch.randn(3, 3, 5, 16, 16, generator=g, dtype=torch.float64), batch[1]
     backwards = video.flip(2)
-    assert torch.allclose(rewards["first"](video, context), rewards["first"](backwards, context))   # no frame mixing
+    # The reward of single frames mixes none, so their order cannot matter.
+    assert torch.allclose(rewards["first"](video, context), rewards["first"](backwards, context))
     assert not torch.allclose(rewards["all"](video, context), rewards["all"](backwards, context), rtol=1e-3)
     for reward in rewards.values():
         r = reward(video, context)
         one_by_one = torch.cat([reward(video[i:i + 1], context[i:i + 1]) for i in range(3)])
         assert r.shape == (3,)
         torch.testing.assert_close(r, one_by_one)                               # examples do not mix
-        assert not torch.allclose(r, reward(video, context.flip(0)), rtol=1e-3)     # the prompt is judged too
+        assert not torch.allclose(r, reward(video, context.flip(0)), rtol=1e-3)     # the prompt counts too
 
 
 # ---- folders
@@ -251,7 +261,8 @@ def test_folders_that_are_no_pixel_reward(models, tmp_path):
     with pytest.raises(InputError, match="not a pixel reward's"):
         R.load_pixel_reward(tmp_path / "reward", "first", 8)
     for width in ('"4"', "-1", "null"):
-        (tmp_path / "reward/config.json").write_text(f'{{"frames": "first", "text_dim": 8, "width": {width}}}')
+        config = f'{{"frames": "first", "text_dim": 8, "width": {width}}}'
+        (tmp_path / "reward/config.json").write_text(config)
         with pytest.raises(InputError, match="not a pixel reward's"):
             R.load_pixel_reward(tmp_path / "reward", "first", 8)
     with pytest.raises(InputError, match="frames must be first or all"):

@@ -1,4 +1,5 @@
-"""sample.py with many prompts: split over processes, killed and resumed, its files, its refusals; and files of prompts."""
+"""sample.py with many prompts: split over processes, killed and resumed, its files, its refusals; and files
+of prompts."""
 import json
 import shutil
 import signal
@@ -20,11 +21,13 @@ from formats.prompts import read_prompts
 from formats.video import read_video, write_png
 from formats.weights import SHIPPED
 from model import PRESETS
+from scale import parallel
 from world import annotator
 
 FAST = ["--num_inference_steps", "2", "--batch_size", "2"]
 PROMPTS = [f"a {color} {shape} moving {way}" for color, shape, way in
-           (("red", "circle", "up"), ("blue", "square", "down"), ("green", "circle", "left"), ("yellow", "triangle", "right"),
+           (("red", "circle", "up"), ("blue", "square", "down"), ("green", "circle", "left"),
+            ("yellow", "triangle", "right"),
             ("red", "square", "left"), ("blue", "circle", "up"), ("green", "square", "down"))]
 
 
@@ -51,7 +54,8 @@ def test_many_prompts_are_mp4s_and_metadata(made, tmp_path):
     films = torch.stack([read_video(made / "one" / row["file_name"]) for row in rows])
     assert films.shape == (7, 9, 32, 32, 3)
     (tmp_path / "more.txt").write_text("\n".join(PROMPTS[:2]))
-    run("--prompts", tmp_path / "more.txt", "--output_dir", tmp_path / "more", "--num_videos", 12, "--num_inference_steps", 16)
+    run("--prompts", tmp_path / "more.txt", "--output_dir", tmp_path / "more", "--num_videos", 12,
+        "--num_inference_steps", 16)
     rows = [json.loads(line) for line in (tmp_path / "more/metadata.jsonl").read_text().splitlines()]
     assert [row["file_name"] for row in rows[11:13]] == ["000000-11.mp4", "000001-0.mp4"]
     films = torch.stack([read_video(tmp_path / "more" / row["file_name"]) for row in rows])
@@ -59,12 +63,13 @@ def test_many_prompts_are_mp4s_and_metadata(made, tmp_path):
 
 
 def test_three_processes_make_the_same_files(made, tmp_path):
-    """Whole and in pieces, seven prompts in ragged batches; a search, whose ranks make equally many passes; a list that is
-    made again."""
+    """Whole and in pieces, seven prompts in ragged batches; a search, whose ranks make equally many passes; a
+    list that is made again."""
     driver = DRIVER.replace("import json, sys", "import json, sys, sample")
     search = ["--best_of", "4", "--prompts", str(made / "prompts.txt"), *FAST]
     again = ["--prompts", str(made / "one/metadata.jsonl")]
-    runs = [("sample", ["--prompts", str(made / "prompts.txt"), *FAST]), ("sample", search), ("sample", again)]
+    runs = [("sample", ["--prompts", str(made / "prompts.txt"), *FAST]), ("sample", search),
+            ("sample", again)]
     folders = [("ddp", 0), ("fsdp", 0), ("fsdp", 1), ("fsdp", 2)]
     runs = [(script, [*flags, "--output_dir", str(tmp_path / f"{kind}-{i}"), "--parallel", kind])
             for kind, i in folders for script, flags in runs[i:i + 1]]
@@ -78,13 +83,25 @@ def test_three_processes_make_the_same_files(made, tmp_path):
     assert films(tmp_path / "one") != films(made / "one")
 
 
+@pytest.mark.parametrize("kind, shares", [("ddp", [[0, 2], [1]]), ("fsdp", [[0, 2], [1, 0]])])
+def test_the_share_of_a_rank(kind, shares):
+    """Three items for two ranks, and none for both: all was done before."""
+    for rank, share in enumerate(shares):
+        runtime = common.Runtime(rank, 2, torch.device("cpu"), torch.float32)
+        found = parallel.work_of_rank([0, 1, 2], runtime, kind)
+        assert [item for item, _ in found] == share
+        assert [item for item, keep in found if keep] == [0, 1, 2][rank::2]
+        assert parallel.work_of_rank([], runtime, kind) == []
+
+
 # ---- rows that make their videos again
 def films(folder):
     return {name: content for name, content in files(folder).items() if name.endswith(".mp4")}
 
 
 def latents_of(monkeypatch, *argv):
-    """Runs sample.py -> latents [n, c, f, h, w] of all videos that it decoded, in order: mp4 hides small differences."""
+    """Runs sample.py -> latents [n, c, f, h, w] of all videos that it decoded, in order: mp4 hides small
+    differences."""
     found, decode = [], encoders.decode_pixels
     with monkeypatch.context() as patch:
         patch.setattr(encoders, "decode_pixels", lambda vae, x: found.append(x.clone()) or decode(vae, x))
@@ -104,31 +121,36 @@ SETTINGS = ["--num_inference_steps", 3, "--guidance_scale", 2, "--shift", 2, "--
 
 
 def test_a_row_makes_its_video_again(tmp_path, monkeypatch):
-    """The second video of a prompt, rows picked out and in another order, another batch size: the same latents to the last
-    bit, as alone in its batch a video has others; and the same bytes."""
+    """The second video of a prompt, rows picked out and in another order, another batch size: the same
+    latents to the last bit, as alone in its batch a video has others; and the same bytes."""
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS[:3]))
-    first = latents_of(monkeypatch, "--prompts", tmp_path / "p.txt", "--output_dir", tmp_path / "a", "--num_videos", 2,
+    first = latents_of(monkeypatch, "--prompts", tmp_path / "p.txt", "--output_dir", tmp_path / "a",
+                       "--num_videos", 2,
                        "--batch_size", 4, *SETTINGS)                        # batches of four and of two
     alone = latents_of(monkeypatch, "--prompts", tmp_path / "p.txt", "--output_dir", tmp_path / "alone",
                        "--num_videos", 2, "--batch_size", 1, *SETTINGS)
     assert not torch.equal(alone, first)
-    again = latents_of(monkeypatch, "--prompts", tmp_path / "a/metadata.jsonl", "--output_dir", tmp_path / "b")
+    again = latents_of(monkeypatch, "--prompts", tmp_path / "a/metadata.jsonl", "--output_dir",
+                       tmp_path / "b")
     assert torch.equal(again, first)
     assert sorted(films(tmp_path / "b").values()) == sorted(films(tmp_path / "a").values())
     path, names = pick(tmp_path / "a", "picked.jsonl", [5, 3, 1])
     some = latents_of(monkeypatch, "--prompts", path, "--output_dir", tmp_path / "c", "--batch_size", 3)
-    assert torch.equal(some[[1, 5, 3]], first[[5, 3, 1]])       # each at its place: first the batch of two, then of four
+    # each at its place, in the batch of two, then in that of four
+    assert torch.equal(some[[1, 5, 3]], first[[5, 3, 1]])
     for i, name in enumerate(names):
         assert (tmp_path / f"c/{i:06d}.mp4").read_bytes() == (tmp_path / "a" / name).read_bytes()
     rows = [json.loads(line) for line in (tmp_path / "c/metadata.jsonl").read_text().splitlines()]
     before = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row["settings"] for row in rows] == [row["settings"] for row in before]     # and so the next list does, too
+    # so the new list makes them again, too
+    assert [row["settings"] for row in rows] == [row["settings"] for row in before]
 
 
 def test_a_search_is_made_again(tmp_path):
     """Best of 4 with drops of its own and a reward model, from a prompt that stood in the middle."""
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS[:3]))
-    run("--prompts", tmp_path / "p.txt", "--output_dir", tmp_path / "a", *FAST, "--best_of", 4, "--drops", ".5:2",
+    run("--prompts", tmp_path / "p.txt", "--output_dir", tmp_path / "a", *FAST, "--best_of", 4, "--drops",
+        ".5:2",
         "--reward", SHIPPED["t2v"] / "reward")
     path, (name,) = pick(tmp_path / "a", "one.jsonl", [1])
     run("--prompts", path, "--output_dir", tmp_path / "b")
@@ -142,11 +164,13 @@ def test_first_frames_are_found_from_the_list(tmp_path, monkeypatch):
     (tmp_path / "work/out").symlink_to(tmp_path / "disk/deep")
     g = torch.Generator().manual_seed(0)
     for i in range(2):
-        write_png(tmp_path / f"work/images/{i}.png", torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8, generator=g))
+        write_png(tmp_path / f"work/images/{i}.png",
+                  torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8, generator=g))
     rows = [{"prompt": PROMPTS[i], "image": f"images/{i % 2}.png"} for i in range(3)]
     (tmp_path / "work/p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path / "work")
-    first = latents_of(monkeypatch, "--task", "i2v", "--prompts", "p.jsonl", "--output_dir", "out/a", "--batch_size", 3,
+    first = latents_of(monkeypatch, "--task", "i2v", "--prompts", "p.jsonl", "--output_dir", "out/a",
+                       "--batch_size", 3,
                        "--num_inference_steps", 2)
     monkeypatch.chdir(tmp_path)
     path, names = pick(tmp_path / "work/out/a", "some.jsonl", [1, 0])
@@ -160,7 +184,8 @@ def test_first_frames_are_found_from_the_list(tmp_path, monkeypatch):
 
 def recorded(**changes):
     """The settings of a row, as sample.py writes them for the shipped generator."""
-    flags = dict(model=str(SHIPPED["t2v"]), size="32*32", frames=9, fps=8.0, num_inference_steps=2, guidance_scale=2.0,
+    flags = dict(model=str(SHIPPED["t2v"]), size="32*32", frames=9, fps=8.0, num_inference_steps=2,
+                 guidance_scale=2.0,
                  shift=1.0, batch_size=4, mixed_precision="no", best_of=1)
     return samples.describe(flags, "/") | {"index": 5, "batch": 4, "place": 2} | changes
 
@@ -176,7 +201,8 @@ def taken(monkeypatch, flags, **changes):
 
 def test_flags_beside_the_list_replace_what_its_rows_say(monkeypatch, capsys):
     config, video, exact = taken(monkeypatch, {}, lora="l.safetensors", transformer="runs/a")
-    assert (config.guidance_scale, config.fps, config.task, config.model, config.batch_size) == (2, 8, "t2v", None, 4)
+    assert (config.guidance_scale, config.fps, config.batch_size) == (2, 8, 4)
+    assert (config.task, config.model) == ("t2v", None)
     assert (config.lora, config.transformer) == ("folder/l.safetensors", "folder/runs/a")
     assert (video.seed, video.index, video.batch, video.place, exact) == (7, 5, 4, 2, True)
     assert capsys.readouterr().out == ""
@@ -192,17 +218,25 @@ def test_flags_beside_the_list_replace_what_its_rows_say(monkeypatch, capsys):
     config, *_, exact = taken(monkeypatch, {"transformer": "folder/../folder/runs/a"}, transformer="runs/a")
     assert exact
     config, *_ = taken(monkeypatch, {"model": "Wan"}, transformer="runs/a", reward="r", best_of=4)
-    assert (config.model, config.transformer, config.reward, config.task, config.best_of) == ("Wan", None, None, None, 4)
+    assert (config.model, config.transformer, config.reward) == ("Wan", None, None)
+    assert (config.task, config.best_of) == (None, 4)
+    config, *_ = taken(monkeypatch, {"best_of": 2, "guidance_scale": 1.0}, best_of=8, drops=".5:4",
+                       negative_prompt="dull")
+    assert (config.drops, config.negative_prompt) == (None, None)
     config, video, exact = taken(monkeypatch, {"num_videos": 2})
     assert (video.seed, video.index, video.batch, exact) == (7, 0, None, False)
 
 
 @pytest.mark.parametrize("settings, words", [
     ({"steps": 3}, "'steps', which sample.py does not know"), ({"place": 4}, "do not fit together"),
-    ({"index": "5"}, "whole numbers"), ({"batch": 9, "place": 8}, "do not fit"), ({"place": -1}, "do not fit"),
-    ({"guidance_scale": "much"}, "--guidance_scale: invalid float value"), ({"frames": 2}, "--frames must be"),
-    ({"mixed_precision": "fp8"}, "fp8"), ({"drops": ".5:9", "best_of": 4}, "--drops"), ({"index": True}, "whole numbers"),
-    ({"negative_prompt": "\ud83d"}, "negative_prompt that is not text"), ({"lora": "a\0b"}, "lora that is not text")])
+    ({"index": "5"}, "whole numbers"), ({"batch": 9, "place": 8}, "do not fit"),
+    ({"place": -1}, "do not fit"),
+    ({"guidance_scale": "much"}, "--guidance_scale: invalid float value"),
+    ({"frames": 2}, "--frames must be"),
+    ({"mixed_precision": "fp8"}, "fp8"), ({"drops": ".5:9", "best_of": 4}, "--drops"),
+    ({"index": True}, "whole numbers"),
+    ({"negative_prompt": "\ud83d"}, "negative_prompt that is not text"),
+    ({"lora": "a\0b"}, "lora that is not text")])
 def test_settings_that_cannot_be_used(monkeypatch, settings, words):
     with pytest.raises(InputError) as error:
         taken(monkeypatch, {}, **settings)
@@ -217,6 +251,20 @@ def test_lists_whose_rows_contradict_each_other(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"prompt": "a", "settings": "fast"}\n')
     with pytest.raises(InputError, match="row 1: settings must be an object"):
         read_prompts(tmp_path / "x.jsonl")
+
+
+def test_what_is_recorded():
+    """What cannot be given back as a flag is left out; the shipped generator is known by its task, others by
+    path."""
+    flags = dict(model=str(SHIPPED["t2v"]), guidance_scale=1.0, negative_prompt="dull",
+                 transformer=str(SHIPPED["t2v"]))
+    assert samples.describe(flags, "/a").keys() == {"guidance_scale", "weights", "task"}
+    flags |= {"transformer": str(SHIPPED["i2v"] / "transformer"), "guidance_scale": 2.0, "task": "t2v"}
+    found = samples.describe(flags, SHIPPED["t2v"] / "reward")
+    assert found["negative_prompt"] == "dull" and found["transformer"] == "../i2v/transformer"
+    flags["model"] = str(SHIPPED["t2v mid"])
+    found = samples.describe(flags, SHIPPED["t2v"] / "reward")
+    assert found["model"] == "../mid" and "task" not in found
 
 
 def test_places_in_batches():
@@ -244,12 +292,14 @@ def test_weights_are_known_by_content(tmp_path, monkeypatch, capsys):
     flags = dict(model=str(SHIPPED["t2v"]), transformer=str(SHIPPED["t2v"] / "transformer"), best_of=1)
     same = samples.of_weights(flags)
     assert samples.of_weights(flags | {"transformer": None}) == same
-    others = [flags | {"transformer": str(SHIPPED["i2v"])}, flags | {"best_of": 2}, flags | {"model": "model"},
+    others = [flags | {"transformer": str(SHIPPED["i2v"])}, flags | {"best_of": 2},
+              flags | {"model": "model"},
               flags | {"lora": str(SHIPPED["t2v"] / "transformer/config.json")}]
     shutil.copytree(SHIPPED["t2v"] / "text_encoder", tmp_path / "model/text_encoder")       # no VAE
     monkeypatch.chdir(tmp_path)
     assert len({same, *map(samples.of_weights, others)}) == 5
-    (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "a", "seed": 0, "settings": recorded(weights="0" * 16)}) + "\n")
+    (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "a", "seed": 0,
+                                                  "settings": recorded(weights="0" * 16)}) + "\n")
     run("--prompts", tmp_path / "x.jsonl", "--output_dir", tmp_path / "out")
     assert "the weights named there have changed since" in capsys.readouterr().out
     run("--prompts", tmp_path / "out/metadata.jsonl", "--output_dir", tmp_path / "again")
@@ -268,13 +318,14 @@ def test_a_folder_of_before_continues(made, tmp_path):
 
 
 def test_killed_and_resumed_makes_the_same_files(made, tmp_path):
-    process = subprocess.Popen([sys.executable, ROOT / "sample.py", "--prompts", made / "prompts.txt", "--output_dir",
+    process = subprocess.Popen([sys.executable, ROOT / "sample.py", "--prompts", made / "prompts.txt",
+                                "--output_dir",
                                 tmp_path / "cut", *FAST], env=ENV, stderr=subprocess.DEVNULL)
     while process.poll() is None and not list(tmp_path.glob("cut/*.mp4")):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    (tmp_path / "cut/000003.mp4").unlink(missing_ok=True)           # its neighbour in the batch is made again with it
+    (tmp_path / "cut/000003.mp4").unlink(missing_ok=True)  # its neighbour in the batch is made again with it
     before = len(list(tmp_path.glob("cut/*.mp4")))
     run("--prompts", made / "prompts.txt", "--output_dir", tmp_path / "cut", *FAST)
     assert before < 7
@@ -284,7 +335,8 @@ def test_killed_and_resumed_makes_the_same_files(made, tmp_path):
 
 def test_a_row_may_have_its_own_seed(tmp_path):
     """Then its noise is that seed's alone, wherever the row stands."""
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": PROMPTS[0], "seed": seed}) + "\n" for seed in (4, 9)))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": PROMPTS[0], "seed": seed}) + "\n"
+                                              for seed in (4, 9)))
     (tmp_path / "b.csv").write_text("Seed, Prompt\n9," + PROMPTS[0] + "\n")
     for name in ("a.jsonl", "b.csv"):
         run("--prompts", tmp_path / name, "--output_dir", tmp_path / name[0], *FAST)
@@ -298,7 +350,8 @@ def refused(capsys, *argv):
     with pytest.raises(SystemExit) as end:
         run(*argv)
     lines = capsys.readouterr().err.strip().splitlines()
-    assert end.value.code == 2 and [line.startswith("error: ") for line in lines].count(True) == 1 and "Traceback" not in str(lines)
+    assert end.value.code == 2
+    assert [line.startswith("error: ") for line in lines].count(True) == 1 and "Traceback" not in str(lines)
     return lines[-1]
 
 
@@ -315,10 +368,12 @@ def test_another_sampling_is_refused_in_the_folder(made, tmp_path, capsys):
 @pytest.mark.parametrize("flags, words", [
     (("--model", "x"), "give --prompt"), (("--prompt", "a", "--prompts", "p.txt"), "give --prompt"),
     (("--prompts", "p.txt"), "--output_dir"), (("--prompt", "a", "--output_dir", "x"), "--output_dir"),
-    (("--prompts", "none.txt", "--output_dir", "x"), "none.txt"), (("--prompts", "p.txt", "--output_dir", "x", "--output", "y.mp4"),
+    (("--prompts", "none.txt", "--output_dir", "x"), "none.txt"),
+    (("--prompts", "p.txt", "--output_dir", "x", "--output", "y.mp4"),
                                                                    "--output"),
     (("--prompt", "a", "--size", "30*30"), "--size"), (("--prompt", "a", "--frames", "10"), "--frames"),
-    (("--prompt", "a", "--lora", "none.safetensors"), "none.safetensors"), (("--prompt", "a", "--parallel", "fsdp"), "torchrun"),
+    (("--prompt", "a", "--lora", "none.safetensors"), "none.safetensors"),
+    (("--prompt", "a", "--parallel", "fsdp"), "torchrun"),
     (("--prompts", "image.jsonl", "--output_dir", "x"), "this one is t2v")])
 def test_flags_that_cannot_work(tmp_path, monkeypatch, capsys, flags, words):
     monkeypatch.chdir(tmp_path)
@@ -333,20 +388,25 @@ def test_flags_that_cannot_work(tmp_path, monkeypatch, capsys, flags, words):
 def test_prompts_of_every_kind_of_file(tmp_path):
     write_png(tmp_path / "first.png", torch.zeros(16, 16, 3, dtype=torch.uint8))
     (tmp_path / "a.txt").write_text("\ufeffa red  circle\r\n\r\n ein grüner Kreis \n", encoding="utf-8")
-    assert [row["prompt"] for row in read_prompts(tmp_path / "a.txt")] == ["a red circle", "ein grüner Kreis"]
+    prompts = [row["prompt"] for row in read_prompts(tmp_path / "a.txt")]
+    assert prompts == ["a red circle", "ein grüner Kreis"]
     (tmp_path / "b.csv").write_text('Caption ,image,SEED\n"one, two",first.png,3\n\nthree,,\n')
     assert read_prompts(tmp_path / "b.csv") == [
-        {"prompt": "one, two", "image": str(tmp_path / "first.png"), "seed": 3}, {"prompt": "three", "image": None, "seed": None}]
+        {"prompt": "one, two", "image": str(tmp_path / "first.png"), "seed": 3},
+        {"prompt": "three", "image": None, "seed": None}]
 
 
 @pytest.mark.parametrize("name, content, words", [
     ("a.txt", b"", "no prompt"), ("a.txt", b" \n\n", "no prompt"), ("a.txt", b"\xff\xfe", "UTF-8"),
     ("a.csv", b"prompt\n", "no prompt"),
-    ("a.jsonl", b'["x"]', "row 1: the file is one JSON document"), ("a.jsonl", b'{"prompt": "x"}\n{', "row 2: not a JSON object"),
+    ("a.jsonl", b'["x"]', "row 1: the file is one JSON document"),
+    ("a.jsonl", b'{"prompt": "x"}\n{', "row 2: not a JSON object"),
     ("a.jsonl", b'{"prompt": ["x"]}', "must be text"), ("a.jsonl", b'{"prompt": 3}', "must be text"),
     ("a.jsonl", b'{"prompts": "x"}', "is empty"), ("a.jsonl", b'{"prompt": "x \\ud83d"}', "not UTF-8"),
-    ("a.jsonl", b'{"prompt": "x", "image": "no.png"}', "no image"), ("a.jsonl", b'{"prompt": "x", "seed": -1}', "seed"),
-    ("a.csv", b"prompt\na, b\n", "2 fields"), ("a.csv", b'prompt\n"a\nb\n', "a.csv"), ("a.json", b"{}", ".jsonl")])
+    ("a.jsonl", b'{"prompt": "x", "image": "no.png"}', "no image"),
+    ("a.jsonl", b'{"prompt": "x", "seed": -1}', "seed"),
+    ("a.csv", b"prompt\na, b\n", "2 fields"), ("a.csv", b'prompt\n"a\nb\n', "a.csv"),
+    ("a.json", b"{}", ".jsonl")])
 def test_files_of_prompts_that_are_none(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=words) as error:
@@ -365,9 +425,12 @@ def test_what_does_not_fit_is_told_before():
 
 
 def test_what_is_no_text_or_does_nothing_is_refused(tmp_path, capsys):
-    (tmp_path / "p.jsonl").write_text('{"prompt": "a red circle", "seed": 3}\n{"prompt": "a blue square", "seed": 0}\n')
-    for flags, words in ((["--prompt", "a circle \udcff"], "--prompt holds '\\udcff', which is not UTF-8 text"),
-                         (["--prompt", "x", "--negative_prompt", "\udc80", "--guidance_scale", 2], "--negative_prompt holds"),
+    rows = '{"prompt": "a circle", "seed": 3}\n{"prompt": "a square", "seed": 0}\n'
+    (tmp_path / "p.jsonl").write_text(rows)
+    for flags, words in ((["--prompt", "a circle \udcff"],
+                          "--prompt holds '\\udcff', which is not UTF-8 text"),
+                         (["--prompt", "x", "--negative_prompt", "\udc80", "--guidance_scale", 2],
+                          "--negative_prompt holds"),
                          (["--prompts", tmp_path / "p.jsonl", "--output_dir", tmp_path / "out", "--seed", 5],
                           "--seed means nothing where every row of --prompts has its own seed")):
         with pytest.raises(SystemExit) as end:
@@ -379,8 +442,9 @@ def test_what_is_no_text_or_does_nothing_is_refused(tmp_path, capsys):
 
 
 def test_prompts_that_are_cut_are_told(tmp_path, capsys):
-    for end, told in (("to the left " * 10, True), ("to the left", False), ("\u00e9" * 60, True)):  # of 128 bytes
-        run("--prompt", f"a red circle moving {end}", "--output", tmp_path / "a.mp4", "--num_inference_steps", 1)
+    for end, told in (("to the left " * 10, True), ("to the left", False), ("\u00e9" * 60, True)):
+        run("--prompt", f"a red circle moving {end}", "--output", tmp_path / "a.mp4", "--num_inference_steps",
+            1)
         assert ("1 of the prompts are longer than the 128 bytes" in capsys.readouterr().out) == told
 
 

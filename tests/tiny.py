@@ -85,6 +85,13 @@ def distance(a, b):
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
+def apart(a, b):
+    """The Euclidean distance of all weights. Where a gradient is near zero, rounding decides which way AdamW
+    moves a weight: such a weight would decide `distance`, and hardly counts here."""
+    assert a.keys() == b.keys()
+    return sum((a[name] - b[name]).double().square().sum().item() for name in a) ** 0.5
+
+
 def torchrun(ranks, script, *argv):
     """Runs a script in so many processes; fails with the end of what they wrote to stderr."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]

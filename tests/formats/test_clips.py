@@ -277,3 +277,74 @@ def test_a_shard_never_holds_more_than_its_bytes(folder, tmp_path, monkeypatch):
     run("encode", path, "--out", tmp_path / "out", *FLAGS)
     counts = [entry["count"] for entry in data.Shards(tmp_path / "out").index["shards"]]
     assert counts == [4] * (len(good) // 4) + [len(good) % 4] * (len(good) % 4 > 0)
+
+
+# ---- interlaced ones
+def two_fields(path, first="tff", marked=True, codec="libx264", pix_fmt="yuv420p", frames=12):
+    """A film at 25 frames a second whose bar moves 4 pixels from one field to the next, 8 from frame to frame; red, by
+    BT.709's matrix. first: the field that was shot first. marked: frame by frame, or (a number) by the container."""
+    mark = av.filter.Graph()
+    mark.link_nodes(mark.add_buffer(width=128, height=96, format=pix_fmt, time_base=Fraction(1, 25)),
+                    mark.add("setfield", first if marked is True else "prog"), mark.add("buffersink")).configure()
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = 128, 96, pix_fmt
+        context = stream.codec_context
+        context.colorspace, context.color_range = 1, 1
+        if codec == "libx264":
+            stream.options = {"crf": "4"} | ({"x264-params": "interlaced=1"} if marked is True else {})
+        if marked is not True and marked:
+            context.field_order = marked
+        for i in range(frames):
+            image = np.full((96, 128, 3), (200, 40, 30), np.uint8)
+            now = 0 if first == "tff" else 1
+            image[now::2, 8 * i:8 * i + 16] = image[1 - now::2, 8 * i + 4:8 * i + 20] = 255
+            mark.push(av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format=pix_fmt, dst_colorspace="ITU709"))
+            container.mux(stream.encode(mark.pull()))
+        container.mux(stream.encode())
+
+
+def combed(image):
+    """How much lines differ from the mean of their neighbours."""
+    image = image[..., 1].float()
+    return (image[1:-1] - (image[:-2] + image[2:]) / 2).abs().mean()
+
+
+@pytest.mark.parametrize("name, how", (
+    ("a.mp4", {}), ("a.mp4", {"first": "bff"}), ("a.mkv", {"codec": "ffv1"}),
+    ("a.mkv", {"codec": "ffv1", "first": "bff", "marked": 3}), ("a.mkv", {"codec": "ffv1", "marked": 2})))
+def test_interlaced_clips_become_whole_pictures(tmp_path, name, how):
+    two_fields(tmp_path / name, **how)
+    got, fps, facts = video.read_clip_facts(tmp_path / name)
+    assert got.shape == (12, 96, 128, 3) and fps == 25 and facts.interlaced == 12 and facts.repeated == 0
+    for i in (3, 6, 9):                                             # a bar of 16 pixels, where the first field has it
+        assert combed(got[i]) < 1
+        bar = (got[i, 48, :, 1] > 150).nonzero()[:, 0]
+        assert abs(bar[0] - 8 * i) <= 1 and abs(bar[-1] - 8 * i - 15) <= 1, bar
+        assert (got[i, 20, 120].int() - torch.tensor([200, 40, 30])).abs().max() <= 4
+    assert len(video.read_clip(tmp_path / name, frames=1)[0]) == 1
+    assert [len(video.read_clip(tmp_path / name, fps=rate)[0]) for rate in (50, 8)] == [23, 4]     # to .46 s
+
+
+def test_whole_pictures_stay_untouched_and_the_check_names_the_others(tmp_path, capsys):
+    (tmp_path / "clips").mkdir()
+    two_fields(tmp_path / "clips/whole.mkv", codec="ffv1", marked=False)
+    two_fields(tmp_path / "clips/fields.mp4")
+    got, _, facts = video.read_clip_facts(tmp_path / "clips/whole.mkv")
+    assert facts.interlaced == 0 and combed(got[3]) > 5
+    (tmp_path / "clips/metadata.jsonl").write_text("".join(
+        json.dumps({"file_name": name, "prompt": "x"}) + "\n" for name in ("whole.mkv", "fields.mp4")))
+    run("check", tmp_path / "clips", "--frames", 9, "--size", "64*48")
+    said = "1 of them are interlaced: each pair of fields became one picture, by FFmpeg's bwdif: fields.mp4"
+    assert said in capsys.readouterr().out
+
+
+def test_a_copy_for_the_browser_has_the_times_of_its_source(tmp_path):
+    film(tmp_path / "a.mkv", size=(64, 48), fps=30, variable=True)
+    film(tmp_path / "b.mp4", size=(64, 48), fps=120, seconds=0.5)
+    for name, frames in (("a.mkv", None), ("b.mp4", 30)):
+        video.copy_for_browser(tmp_path / name, tmp_path / "copy.mp4")
+        got, fps = video.read_clip(tmp_path / "copy.mp4")
+        assert fps <= 60 and frames in (None, len(got))
+        due = 30 + SLOPE * torch.arange(len(got)) / fps
+        assert (got.float().mean((1, 2, 3)) - 10 - due).abs().max() < SLOPE * .070 / 2 + 4

@@ -1,4 +1,5 @@
-"""Lists of clips and of prompts: read as the csv and json modules read them, and written back with no other byte changed."""
+"""Lists of clips and of prompts: read as the csv and json modules read them, and written back with no other
+byte changed."""
 import csv
 import io
 import json
@@ -14,14 +15,15 @@ from hypothesis import strategies as st
 import common
 import label
 from common import InputError
-from formats import metadata
+from formats import labels, metadata
 from formats.prompts import read_prompts
 
 ANSWER = {"annotator": "ada", "physical": 2, "deformity": 2, "time": 0.0}
 
 
 def export(folder, content, name="metadata.csv", **grades):
-    """The list's bytes after `label.py export`; grades: {a clip's name without .mp4: 0, 1 or 2 on both axes}."""
+    """The list's bytes after `label.py export`; grades: {a clip's name without .mp4: 0, 1 or 2 on both
+    axes}."""
     folder.mkdir(exist_ok=True)
     (folder / name).write_bytes(content)
     lines = [ANSWER | {"file_name": f"{clip}.mp4", "physical": grade, "deformity": grade} for clip, grade in grades.items()]
@@ -53,7 +55,8 @@ def test_csv_is_read_as_the_csv_module_reads_it(text):
 def test_a_problem_is_told_with_the_line_that_an_editor_shows(tmp_path, end):
     lines = ["", "file_name,prompt", "", 'a.mp4,"one', 'two"', "b.mp4,x,y"]
     (tmp_path / "metadata.csv").write_text(end.join(lines), newline="")
-    with pytest.raises(InputError, match=r"metadata.csv row 2 \(line 6\): has 3 fields where the first row names 2"):
+    with pytest.raises(InputError, match=r"metadata.csv row 2 \(line 6\): has 3 fields where the first row "
+                                         r"names 2"):
         metadata.read_metadata(tmp_path)
 
 
@@ -88,8 +91,10 @@ def test_export_to_csv_changes_the_label_and_no_other_byte(tmp_path, before, aft
 
 
 @pytest.mark.parametrize("before, after", [
-    (b'{"file_name": "0.mp4", "note": "\\ud83d \xe9"}\n', b'{"file_name": "0.mp4", "note": "\\ud83d \xe9", "label": 1}\n'),
-    (b'\xef\xbb\xbf\n{"label":\tnull ,"file_name":"./0.mp4"} \r\n\n', b'\xef\xbb\xbf\n{"label":\t1 ,"file_name":"./0.mp4"} \r\n\n'),
+    (b'{"file_name": "0.mp4", "note": "\\ud83d \xe9"}\n', b'{"file_name": "0.mp4", "note": "\\ud83d \xe9", '
+                                                          b'"label": 1}\n'),
+    (b'\xef\xbb\xbf\n{"label":\tnull ,"file_name":"./0.mp4"} \r\n\n', b'\xef\xbb\xbf\n{"label":\t1 '
+                                                                      b',"file_name":"./0.mp4"} \r\n\n'),
     (b'{"x": {"label": 0}, "reward": 0.0, "file_name": "0.mp4", "y": 1e400}',
      b'{"x": {"label": 0}, "reward": 1, "file_name": "0.mp4", "y": 1e400}'),
     (b'{"label": 0, "file_name": "0.mp4", "reward": null, "label": 0}',
@@ -106,7 +111,8 @@ def test_a_clip_on_which_nobody_agrees_loses_its_label_and_one_without_answers_k
     assert export(tmp_path / "c", b"file_name,x\n0.mp4,1\n", **{"0": 1}) == b"file_name,x\n0.mp4,1\n"
 
 
-@pytest.mark.parametrize("content", (b'file_name,prompt\n0.mp4,caf\xe9\n', b'file_name,prompt\n0.mp4,a,b\n', b'file_name\n"0.mp4\n'))
+@pytest.mark.parametrize("content", (b"file_name,prompt\n0.mp4,caf\xe9\n", b"file_name,prompt\n0.mp4,a,b\n",
+                                     b'file_name\n"0.mp4\n'))
 def test_a_failed_export_changes_nothing_and_leaves_nothing_behind(tmp_path, content, monkeypatch):
     folder = tmp_path / "clips"
     with pytest.raises(InputError, match="metadata.csv row 1 .line 2.: "):
@@ -144,6 +150,49 @@ def test_a_write_that_fails_is_one_line(tmp_path, capsys, monkeypatch):
     assert end.value.code == 1 and error.count("\n") == 1 and "Read-only file system" in error and "metadata.csv'" in error
 
 
+def test_a_list_that_is_written_again_keeps_what_others_wrote(tmp_path):
+    """As sample.py does when it continues in a folder that people have labelled meanwhile."""
+    path, rows = tmp_path / "metadata.jsonl", [{"file_name": f"{i}.mp4", "prompt": f"p {i}", "seed": i} for i in range(4)]
+    metadata.update_rows(path, rows[:2])
+    assert path.read_text() == "".join(json.dumps(row) + "\n" for row in rows[:2])
+    (tmp_path / "mine.mp4").touch()
+    mine = b'{"file_name": "mine.mp4", "note": "caf\xe9", "prompt": "x"}\r\n'
+    path.write_bytes(b'{"prompt":"p 1", "file_name":"./1.mp4", "seed": 1, "label": '
+                     b'0}\n' + mine + b"nonsense\n"
+                     b'{"file_name": "0.mp4", "prompt": "another", "label": 1}\n{"file_name": "gone.mp4"}\n')
+    metadata.update_rows(path, rows[:3])
+    wanted = [json.dumps(rows[0]).encode(), b'{"prompt":"p 1", "file_name":"./1.mp4", "seed": 1, "label": 0}',
+              json.dumps(rows[2]).encode(), mine.rstrip(b"\n"), b"nonsense"]
+    assert path.read_bytes() == b"".join(line + b"\n" for line in wanted)
+
+
+# ---- labels of what was shown
+def test_the_page_shows_a_clip_again_whose_film_has_changed(tmp_path, capsys):
+    rows = [{"file_name": f"{i}.mp4", "prompt": "x" if i else "X "} for i in range(3)]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for i in range(3):
+        (tmp_path / f"{i}.mp4").write_bytes(b"ab"[i % 2:i % 2 + 1])
+    open_session = lambda: label.Session("clip", label.clip_items(tmp_path), labels.Journal(tmp_path / "labels.jsonl"), "ada")
+    session = open_session()
+    for item in session.coming(3):
+        session.answer(item, {"physical": 2, "deformity": 2})
+    session.journal.file.close()
+    label.report_command(label.Said(folder=str(tmp_path)))
+    assert "2 of 3 clips are copies of others, 3 share their prompt with others (1 prompts)" in capsys.readouterr().out
+    (tmp_path / "1.mp4").write_bytes(b"another film")
+    session = open_session()
+    assert [session.items[item]["key"] for item in session.coming(3)] == [("1.mp4",)] and len(session.answers) == 2
+    assert session.notes and session.tables()[1][2] == [[2, 0, 0]]
+    label.export_command(label.Said(folder=str(tmp_path)))
+    assert "2 good, 0 bad, 0 dropped, 1 without answers" in capsys.readouterr().out
+    assert [row["label"] for row in metadata.read_metadata(tmp_path)] == [1, None, 1]
+    session.answer(session.index["1.mp4",], {"physical": 0, "deformity": 0})
+    assert session.tables()[1][2] == [[2, 1, 0]]
+    session.undo()
+    assert session.tables()[1][2] == [[2, 0, 0]]
+    session.journal.file.close()
+
+
 # ---- prompts
 def prompts(folder, text, name="prompts.txt"):
     (folder / name).write_bytes(text.encode())
@@ -151,16 +200,19 @@ def prompts(folder, text, name="prompts.txt"):
 
 
 def test_comments_are_skipped(tmp_path):
-    assert prompts(tmp_path, "\ufeff# for another trainer\r\na cat\r\n\r\n  # a comment\r\na dog #2\r\n#last") == ["a cat", "a dog #2"]
+    text = "\ufeff# for another trainer\r\na cat\r\n\r\n  # a comment\r\na dog #2\r\n#last"
+    assert prompts(tmp_path, text) == ["a cat", "a dog #2"]
     with pytest.raises(InputError, match="prompts.txt: holds no prompt"):
         prompts(tmp_path, "# a cat\n#\n")
 
 
 @pytest.mark.parametrize("prompt, flag", [
-    ("a cat --w 640 --h 480", "--w"), ("a cat --n low quality", "--n"), ("a cat --fs", "--fs"), ("a cat\t--seed=4", "--seed"),
+    ("a cat --w 640 --h 480", "--w"), ("a cat --n low "
+                                       "quality", "--n"), ("a cat --fs", "--fs"), ("a cat\t--seed=4", "--seed"),
     ("--ar 16:9 a cat", "--ar"), ("a cat --no-upsample x", "--no-upsample")])
 def test_flags_of_other_trainers_are_refused_with_their_line(tmp_path, prompt, flag):
-    rows = {"a.txt": f"# x\na dog\n{prompt}\n", "a.jsonl": '{"prompt": "a dog"}\n\n' + json.dumps({"text": prompt}),
+    rows = {"a.txt": f"# x\na dog\n{prompt}\n", "a.jsonl": '{"prompt": "a '
+                                                           'dog"}\n\n' + json.dumps({"text": prompt}),
             "a.csv": f"caption\n\n{prompt}\n"}
     for (name, text), place in zip(rows.items(), ("row 3", "row 3", r"row 1 \(line 3\)")):
         with pytest.raises(InputError, match=f"{name} {place}: {flag} is not read from a prompt") as error:

@@ -1,4 +1,5 @@
-"""formats/lock.py against a second process: who holds a folder, who is refused, and that a killed holder lets go."""
+"""formats/lock.py against a second process: who holds a folder, who is refused, and that a killed holder lets
+go."""
 import multiprocessing
 import os
 import signal

@@ -1,5 +1,5 @@
-"""formats/runs.py: what a run does to its folder, and with the training scripts: a run that goes on is the same run or is
-refused; one writer; a disk that fails."""
+"""formats/runs.py: what a run does to its folder, and with the training scripts: a run that goes on is the
+same run or is refused; one writer; a disk that fails."""
 import dataclasses
 import io
 import json
@@ -146,7 +146,8 @@ def test_going_back_to_an_older_checkpoint_sets_the_later_ones_aside(tmp_path, c
 
 @pytest.mark.parametrize("then", ("fresh", "latest", "back"))
 def test_a_kill_while_a_run_is_moved_loses_nothing(tmp_path, monkeypatch, then):
-    """At each rename of setting aside (and of coming back): the next start finishes it, or brings the run back."""
+    """At each rename of setting aside (and of coming back): the next start finishes it, or brings the run
+    back."""
     play(tmp_path / "whole")
     if then == "back":
         play(tmp_path / "whole", learning_rate=2e-4)
@@ -249,7 +250,8 @@ def test_a_broken_tensorboard_is_one_warning(tmp_path, monkeypatch, capsys, wher
 
 @pytest.fixture(scope="module")
 def started(folder):
-    """One run of each script that stopped after its second step, in folders of its own; other data, models and rewards."""
+    """One run of each script that stopped after its second step, in folders of its own; other data, models
+    and rewards."""
     for name in ("prfl", "reward"):
         run(*command(folder, name, f"started-{name}", "--max_train_steps", "2"))
     shutil.copytree(folder / "data", folder / "moved/data")
@@ -332,6 +334,40 @@ def test_damaged_lines_and_args(started, capsys):
         assert "train_state.pt is truncated or damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ("prfl", "reward"))
+def test_a_second_run_in_a_folder_leaves_what_it_leaves_in_a_new_one(started, name):
+    """Not a file of the first run is left beside the second one's; the first goes on as if there had been no second."""
+    out, alone = started / f"twice-{name}", started / f"alone-{name}"
+    steps = ["--max_train_steps", "2"]
+    run(*command(started, name, out.name, *steps))
+    run(*command(started, name, out.name, *steps, "--learning_rate", "3e-4"))
+    run(*command(started, name, alone.name, *steps, "--learning_rate", "3e-4"))
+    assert files(out).keys() == files(alone).keys()
+    assert same(weights(started, name, out.name), weights(started, name, alone.name))
+    aside, = out.glob("earlier-*")
+    run(*command(started, name, out.name, "--resume", str(aside)))
+    undisturbed = resumed(started, name).name
+    assert same(weights(started, name, out.name), weights(started, name, undisturbed))
+    assert metrics(started, out.name) == metrics(started, undisturbed)
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--num_validation 2 --judge {folder}/generator/reward", "is the reward model that is climbed"),
+    ("--num_validation 2 --validation_prompts {folder}/nowhere.txt", "nowhere.txt"),
+    ("--data {folder}/cut", "shard-00000.safetensors: truncated or damaged"), ("--resume nowhere", "there is no ")])
+def test_what_is_refused_late_touches_nothing_of_the_earlier_run(started, capsys, flags, words):
+    if not (started / "cut").exists():
+        shutil.copytree(started / "data", started / "cut")
+        (started / "cut/shard-00000.safetensors").write_bytes((started / "cut/shard-00000.safetensors").read_bytes()[:-40])
+    before = files(started / "started-prfl")
+    _, argv = command(started, "prfl", "started-prfl")
+    place = argv.index("--num_validation")
+    with pytest.raises(SystemExit) as stop:
+        run("train_align", argv[:place] + argv[place + 2:] + flags.format(folder=started).split())
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+    assert files(started / "started-prfl") == before and not list((started / "started-prfl").glob("earlier-*"))
+
+
 def test_a_trunk_that_was_frozen_stays_frozen(started, capsys):
     with pytest.raises(SystemExit):
         run(*command(started, "reward", "started-reward", "--resume", "latest", "--trunk_learning_rate", "0"))
@@ -339,7 +375,8 @@ def test_a_trunk_that_was_frozen_stays_frozen(started, capsys):
 
 
 def test_a_run_never_writes_over_what_is_not_its(started, capsys):
-    """Clips, shards, other programs' runs, this one's model, and what train_reward.py made, for train_align.py."""
+    """Clips, shards, other programs' runs, this one's model, and what train_reward.py made, for
+    train_align.py."""
     def refused(out, words, *flags, name="sft"):
         read = lambda: {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
         before = read()
@@ -418,7 +455,8 @@ def test_fingerprints_know_content_not_paths(started):
 
 
 def test_videos_go_to_tensorboard_as_moving_gifs(tmp_path, monkeypatch):
-    """With stand-ins for TensorBoard's three names: what is said of each video, and that its bytes are the clip's, moving."""
+    """With stand-ins for TensorBoard's three names: what is said of each video, and that its bytes are the
+    clip's, moving."""
     told = []
     summary = lambda value: value[0]
     summary.Image, summary.Value = dict, dict

@@ -1,5 +1,6 @@
-"""Wan2.1's own encoders through diffusers and transformers: tiny random instances of the very classes, saved to disk as
-a pipeline folder is, and the whole way from a folder of clips to a transformer that diffusers' pipelines run.
+"""Wan2.1's own encoders through diffusers and transformers: tiny random instances of the very classes, saved
+to disk as a pipeline folder is, and the whole way from a folder of clips to a transformer that diffusers'
+pipelines run.
 """
 import json
 import shutil
@@ -62,13 +63,15 @@ def export(*args, **more):
 
 
 def encode(clips, out, pipeline, *more):
-    run(data, clips, "--out", out, "--vae", pipeline / "vae", "--text_encoder", pipeline / "text_encoder", *FLAGS,
+    run(data, clips, "--out", out, "--vae", pipeline / "vae", "--text_encoder", pipeline / "text_encoder",
+        *FLAGS,
         *more, command="encode")
     return data.Shards(out)
 
 
 def pictures(clips, i):
-    return video.from_pixels(video.read_clip(clips / f"{i}.mp4", (48, 32), 9, 16)[0][None])       # [1, 3, 9, 32, 48]
+    # [1, 3, 9, 32, 48]
+    return video.from_pixels(video.read_clip(clips / f"{i}.mp4", (48, 32), 9, 16)[0][None])
 
 
 # ---- the encoders
@@ -100,7 +103,8 @@ def test_context_is_the_pipelines_own(pipelines):
 
 def test_image_tokens_are_the_pipelines_own(pipelines):
     pipeline = diffusers.WanImageToVideoPipeline.from_pretrained(pipelines / "i2v")
-    images = torch.randint(0, 256, (2, 32, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(0, 256, (2, 32, 48, 3), dtype=torch.uint8,
+                           generator=torch.Generator().manual_seed(0))
     tokens = wan.WanImageEncoder(pipelines / "i2v/image_encoder").encode(images)
     assert tokens.shape == (2, 5, 24)
     wanted = torch.cat([pipeline.encode_image(image.numpy(), "cpu") for image in images])
@@ -119,7 +123,8 @@ def test_the_condition_is_the_pipelines_own(pipelines, clips, tmp_path):
         _, y = pipeline.prepare_latents(first, 1, 16, 32, 48, 9, torch.float32, torch.device("cpu"))
         torch.testing.assert_close(given["y"][row:row + 1], y, rtol=1e-4, atol=1e-5)
         frame = video.read_clip(clips / f"{i}.mp4", (48, 32), 9, 16)[0][0]
-        torch.testing.assert_close(given["clip_tokens"][row:row + 1], pipeline.encode_image(frame.numpy(), "cpu"))
+        torch.testing.assert_close(given["clip_tokens"][row:row + 1],
+                                   pipeline.encode_image(frame.numpy(), "cpu"))
 
 
 # ---- from a folder of clips to diffusers
@@ -132,7 +137,8 @@ def test_clips_to_an_aligned_transformer_in_diffusers(pipelines, clips, tmp_path
     assert "too short" in (tmp_path / "data/report.jsonl").read_text()
     vae, text = load_vae(pipeline / "vae"), load_text_encoder(pipeline / "text_encoder")
     with torch.no_grad():
-        torch.testing.assert_close(shards.batch([3])["latents"], vae.encode(pictures(clips, 3)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(shards.batch([3])["latents"], vae.encode(pictures(clips, 3)), rtol=1e-4,
+                                   atol=1e-4)
         torch.testing.assert_close(shards.batch([3])["context"], text.encode([shards.rows[3]["prompt"]]))
 
     common_flags = ["--model", pipeline, "--data", tmp_path / "data", *SHORT]
@@ -158,17 +164,20 @@ def test_clips_to_an_aligned_transformer_in_diffusers(pipelines, clips, tmp_path
     cls = diffusers.WanPipeline if kind == "t2v" else diffusers.WanImageToVideoPipeline
     whole = cls.from_pretrained(pipeline, transformer=transformer)
     given = {"image": torch.rand(1, 3, 32, 48, generator=g)} if kind == "i2v" else {}
-    made = whole(prompt_embeds=batch["context"], height=32, width=48, num_frames=9, num_inference_steps=1, output_type="pt",
+    made = whole(prompt_embeds=batch["context"], height=32, width=48, num_frames=9, num_inference_steps=1,
+                 output_type="pt",
                  guidance_scale=1.0, generator=g, **given).frames
     assert made.shape == (1, 9, 3, 32, 48) and made.isfinite().all()
 
 
 def test_shards_without_image_tokens_are_refused(pipelines, clips, tmp_path):
-    """An image-to-video model with image tokens refuses shards without them, in one line that names the flag."""
+    """An image-to-video model with image tokens refuses shards without them, in one line that names the
+    flag."""
     encode(clips, tmp_path / "data", pipelines / "i2v")
     for module, more in ((train_reward, ["--holdout", 4]), (train_align, ["--method", "sft"])):
         with pytest.raises(SystemExit) as end:
-            run(module, "--model", pipelines / "i2v", "--data", tmp_path / "data", "--output_dir", tmp_path / "run",
+            run(module, "--model", pipelines / "i2v", "--data", tmp_path / "data", "--output_dir",
+                tmp_path / "run",
                 *SHORT, *more)
         assert end.value.code == 2 and not (tmp_path / "run").exists()
     with pytest.raises(InputError, match="image tokens of width 24, .*: encode with --image_encoder"):
@@ -177,13 +186,15 @@ def test_shards_without_image_tokens_are_refused(pipelines, clips, tmp_path):
 
 @pytest.mark.parametrize("kind", ["t2v", "i2v"])
 def test_a_model_brings_its_encoders_and_refuses_shards_of_others(pipelines, clips, tmp_path, kind):
-    """`encode --model` is `encode` with each encoder named; another encoder, or task, than at encoding is refused."""
+    """`encode --model` is `encode` with each encoder named; another encoder, or task, than at encoding is
+    refused."""
     pipeline, image = pipelines / kind, ["--image_encoder", pipelines / "i2v/image_encoder"] * (kind == "i2v")
     run(data, clips, "--out", tmp_path / "model", "--model", pipeline, *FLAGS, command="encode")
     by_name, shards = encode(clips, tmp_path / "named", pipeline, *image), data.Shards(tmp_path / "model")
     a, b = shards.batch(range(8)), by_name.batch(range(8))
     assert a.keys() == b.keys() and ("condition" in a, "clip_fea" in a) == (kind == "i2v",) * 2
-    assert all(torch.equal(a[name], b[name]) for name in shards.shapes) and shards.settings == by_name.settings
+    assert all(torch.equal(a[name], b[name])
+               for name in shards.shapes) and shards.settings == by_name.settings
 
     dit = load_transformer(pipeline)
     data.require_fit(shards, dit, pipeline)
@@ -196,15 +207,18 @@ def test_a_model_brings_its_encoders_and_refuses_shards_of_others(pipelines, cli
         with pytest.raises(InputError, match=f"was encoded with another {role} than .*: encode with --model"):
             data.require_fit(shards, dit, other)
         with pytest.raises(SystemExit):
-            run(train_reward, "--model", other, "--data", tmp_path / "model", "--output_dir", tmp_path / "run", "--holdout", 4,
+            run(train_reward, "--model", other, "--data", tmp_path / "model", "--output_dir",
+                tmp_path / "run", "--holdout", 4,
                 *SHORT)
     assert not (tmp_path / "run").exists()
-    if kind == "t2v":                                           # as of a Wan2.2 model: first frame, and no image tokens
+    if kind == "t2v":  # as of a Wan2.2 model: first frame, and no image tokens
         config = load_transformer(pipelines / "i2v").config
-        with pytest.raises(InputError, match="i2v .* without CLIP tokens is of a family that is not supported"):
-            shards.require_fit(type("Dit", (), {"config": config | {"image_dim": None}}), pipeline)
-        shards.require = lambda *_: None                        # it has tokens, and lacks the first frame alone
-        with pytest.raises(InputError, match="lacks the given first frame as Wan2.1's .* takes it: encode with --model"):
+        with pytest.raises(InputError, match="i2v .* without CLIP tokens is of a family that is not "
+                                             "supported"):
+            data.require_fit(shards, type("Dit", (), {"config": config | {"image_dim": None}}), pipeline)
+        shards.require = lambda *_: None  # it has tokens, and lacks the first frame alone
+        with pytest.raises(InputError, match="lacks the given first frame as Wan2.1's .* takes it: encode "
+                                             "with --model"):
             data.require_fit(shards, type("Dit", (), {"config": config}), pipeline)
 
 
@@ -215,7 +229,8 @@ def test_without_data_there_is_one_line(pipelines, tmp_path, capsys, module):
     with pytest.raises(SystemExit) as end:
         run(module, "--model", pipelines / "t2v", "--output_dir", tmp_path / "run", *SHORT, *reward)
     lines = capsys.readouterr().err.strip().splitlines()
-    assert end.value.code == 2 and len(lines) == 1 and "--data" in lines[0] and not (tmp_path / "run").exists()
+    assert end.value.code == 2 and len(lines) == 1 and "--data" in lines[0] and not (tmp_path
+                                                                                     / "run").exists()
 
 
 # ---- refusals
@@ -233,7 +248,8 @@ def test_broken_folders_are_one_line(pipelines, clips, tmp_path, capsys):
     file = vae / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     lacking = {name: x for name, x in weights.items() if name != "quant_conv.bias"}
-    for broken in (lacking, weights | {"quant_conv.bias": torch.zeros(3)}, weights | {"other": torch.zeros(3)}):
+    for broken in (lacking, weights | {"quant_conv.bias": torch.zeros(3)},
+                   weights | {"other": torch.zeros(3)}):
         save_file(broken, file, {"format": "pt"})
         line = refused(capsys, clips, tmp_path, "--vae", vae)
         assert str(vae) in line and "AutoencoderKLWan" in line
@@ -258,11 +274,11 @@ def test_broken_folders_are_one_line(pipelines, clips, tmp_path, capsys):
 
 
 def test_without_the_extra_there_is_one_line(pipelines, clips, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "diffusers", None)                                       # as if not installed
+    monkeypatch.setitem(sys.modules, "diffusers", None)  # as if not installed
     for flag, name in (("--vae", "vae"), ("--text_encoder", "text_encoder")):
         line = refused(capsys, clips, tmp_path, flag, pipelines / "t2v" / name)
         assert line.endswith("needs diffusers: pip install -r requirements-wan.txt")
-    run(data, clips, "--out", tmp_path / "core", *FLAGS, command="encode")              # the shipped models need none
+    run(data, clips, "--out", tmp_path / "core", *FLAGS, command="encode")  # the shipped models need none
     assert len(data.Shards(tmp_path / "core")) == 8
 
 
@@ -276,10 +292,12 @@ def test_export_never_replaces_a_folder(pipelines, tmp_path):
 
 # ---- sample.py
 class Uniform(diffusers.FlowMatchEulerDiscreteScheduler):
-    """diffusers' Euler scheduler at flow.schedule's times: N + 1 of them, evenly from 1 to 0, then shifted once."""
+    """diffusers' Euler scheduler at flow.schedule's times: N + 1 of them, evenly from 1 to 0, then shifted
+    once."""
 
     def set_timesteps(self, num_inference_steps=None, device=None, **_):
-        super().set_timesteps(device=device, sigmas=np.linspace(1, 1 / num_inference_steps, num_inference_steps))
+        super().set_timesteps(device=device, sigmas=np.linspace(1, 1 / num_inference_steps,
+                                                                num_inference_steps))
 
 
 def sampled(monkeypatch, *argv):
@@ -293,21 +311,26 @@ def sampled(monkeypatch, *argv):
 
 @pytest.mark.parametrize("kind", ["t2v", "i2v"])
 def test_samples_are_the_pipelines_own(pipelines, tmp_path, monkeypatch, kind):
-    """Noise, shift, guidance against the negative prompt, first frame, every Euler step: the latents of diffusers' pipeline."""
+    """Noise, shift, guidance against the negative prompt, first frame, every Euler step: the latents of
+    diffusers' pipeline."""
     g = torch.Generator().manual_seed(3)
     picture = torch.randint(0, 256, (32, 48, 3), dtype=torch.uint8, generator=g)
     video.write_png(tmp_path / "first.png", picture)
     image = ["--image", tmp_path / "first.png"] if kind == "i2v" else []
-    ours = sampled(monkeypatch, "--model", pipelines / kind, "--prompt", "a red circle falls", "--negative_prompt", "blue square",
-                   *image, *FLAGS, "--num_inference_steps", 4, "--guidance_scale", 3.5, "--shift", 3, "--num_videos", 2,
+    ours = sampled(monkeypatch, "--model", pipelines / kind, "--prompt", "a red circle falls",
+                   "--negative_prompt", "blue square",
+                   *image, *FLAGS, "--num_inference_steps", 4, "--guidance_scale", 3.5, "--shift", 3,
+                   "--num_videos", 2,
                    "--mixed_precision", "no", "--seed", 5, "--output", tmp_path / "x.mp4")
     cls = diffusers.WanPipeline if kind == "t2v" else diffusers.WanImageToVideoPipeline
     pipeline = cls.from_pretrained(pipelines / kind, scheduler=Uniform(shift=3.0))
     pipeline.set_progress_bar_config(disable=True)
     given = {"image": PIL.Image.fromarray(picture.numpy())} if kind == "i2v" else {}
     for k in range(2):
-        theirs = pipeline(prompt="a red circle falls", negative_prompt="blue square", height=32, width=48, num_frames=9,
-                          num_inference_steps=4, guidance_scale=3.5, latents=common.noise((16, 3, 4, 6), 5, "sample", 0, [k]),
+        theirs = pipeline(prompt="a red circle falls", negative_prompt="blue square", height=32, width=48,
+                          num_frames=9,
+                          num_inference_steps=4, guidance_scale=3.5,
+                          latents=common.noise((16, 3, 4, 6), 5, "sample", 0, [k]),
                           output_type="latent", **given).frames
         assert ours[k].abs().mean() > 0.1
         torch.testing.assert_close(ours[k:k + 1], theirs, rtol=1e-4, atol=1e-4)
@@ -315,22 +338,27 @@ def test_samples_are_the_pipelines_own(pipelines, tmp_path, monkeypatch, kind):
         assert video.read_clip(tmp_path / f"x-{k}.mp4")[1] == 16
 
 
-def test_shards_carry_the_null_contexts(pipelines, clips, tmp_path, monkeypatch):
-    """Of the empty and of the negative prompt, as the text encoder has them; without them it is asked again, or named."""
+def test_shards_carry_the_null_contexts(pipelines, clips, tmp_path, capsys):
+    """Of the empty and of the negative prompt, as the text encoder has them; without them it is asked again,
+    or named."""
     encode(clips, tmp_path / "data", pipelines / "t2v")
     text, dit = load_text_encoder(pipelines / "t2v/text_encoder"), load_transformer(pipelines / "t2v")
     for kind, prompt in (("empty", ""), ("negative", families.WAN_NEGATIVE)):
         found = families.null_context(dit.config, kind, tmp_path / "data", tmp_path, "cpu")
         torch.testing.assert_close(found, text.encode([prompt])[0])
-        again = families.null_context(dit.config, kind, tmp_path, pipelines / "t2v", "cpu")       # without the zeros behind it
+        # without the zeros behind it
+        again = families.null_context(dit.config, kind, tmp_path, pipelines / "t2v", "cpu")
         torch.testing.assert_close(found[:len(again)], again)
         assert not found[len(again):].any()
     with pytest.raises(InputError, match="encode again"):
         families.null_context(dit.config, "empty", tmp_path, tmp_path, "cpu")
-    run(train_align, "--model", pipelines / "t2v", "--data", tmp_path / "data", *SHORT, "--output_dir", tmp_path / "run",
+    run(train_align, "--model", pipelines / "t2v", "--data", tmp_path / "data", *SHORT, "--output_dir",
+        tmp_path / "run",
         "--method", "sft", "--context_dropout", 0.5, "--num_validation", 2, "--num_inference_steps", 2)
     args = json.loads((tmp_path / "run/args.json").read_text())
-    assert (args["shift"], args["guidance_scale"]) == (3, 5)
+    assert (args["shift"], args["guidance_scale"], args["gradient_accumulation_steps"]) == (3, 5, 15)
+    told = "30 videos per update: 1 x --batch_size 2 x --gradient_accumulation_steps 15"
+    assert told in capsys.readouterr().out
     assert len(list((tmp_path / "run/samples/step-000002").glob("*.mp4"))) == 2
 
 
@@ -339,7 +367,8 @@ def test_what_is_not_said_is_wans_own(pipelines, tmp_path):
     dit = load_transformer(pipelines / "t2v")
     config = sample.Config("a red circle")
     assert sample.settle(config, dit.config) == (832, 480)
-    assert (config.frames, config.fps, config.num_inference_steps, config.guidance_scale, config.shift) == (81, 16, 40, 5, 3)
+    assert (config.frames, config.fps, config.num_inference_steps, config.guidance_scale,
+            config.shift) == (81, 16, 40, 5, 3)
     assert config.negative_prompt.startswith("色调艳丽") and config.batch_size == 1
     config = sample.Config("a red circle", size="1280*720", guidance_scale=5.5)
     sample.settle(config, dit.config)
@@ -348,16 +377,19 @@ def test_what_is_not_said_is_wans_own(pipelines, tmp_path):
 
 @pytest.mark.parametrize("kind", ["t2v", "i2v"])
 def test_evaluation_of_wan(pipelines, tmp_path, capsys, kind):
-    """Its own size, guidance and negative prompt, the panel and rewards, none of the toy's metrics; without prompts refused."""
+    """Its own size, guidance and negative prompt, the panel and rewards, none of the toy's metrics; without
+    prompts refused."""
     image = {}
     if kind == "i2v":
-        picture = torch.randint(0, 256, (32, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+        picture = torch.randint(0, 256, (32, 48, 3), dtype=torch.uint8,
+                                generator=torch.Generator().manual_seed(3))
         video.write_png(tmp_path / "first.png", picture)
         image = {"image": "first.png"}
     rows = [{"prompt": " ".join(WORDS[:i + 2])} | image for i in range(3)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     save_module(PAVRM.from_generator(load_transformer(pipelines / kind), 1), tmp_path / "reward")
-    run(evaluate, "--model", pipelines / kind, "--prompts", tmp_path / "p.jsonl", f"a={pipelines / kind}", f"b={pipelines / kind}",
+    run(evaluate, "--model", pipelines / kind, "--prompts", tmp_path / "p.jsonl", f"a={pipelines / kind}",
+        f"b={pipelines / kind}",
         "--reward", tmp_path / "reward", *FLAGS, "--num_inference_steps", 2, "--output_dir", tmp_path / "out")
     table = json.loads((tmp_path / "out/table.json").read_text())
     assert table["config"]["guidance_scale"] == 5 and table["config"]["shift"] == 3
@@ -365,6 +397,7 @@ def test_evaluation_of_wan(pipelines, tmp_path, capsys, kind):
     assert video.read_clip(tmp_path / "out/b/000002.mp4")[0].shape == (9, 32, 48, 3)
     for flags, words in (((), "--prompts FILE"), (("--prompts", tmp_path / "p.jsonl"), "give --model")):
         with pytest.raises(SystemExit) as end:
-            run(evaluate, f"a={pipelines / kind}", *flags, "--output_dir", tmp_path / "no", *([] if not flags else FLAGS))
+            run(evaluate, f"a={pipelines / kind}", *flags, "--output_dir", tmp_path / "no",
+                *([] if not flags else FLAGS))
         assert end.value.code == 2 and words in capsys.readouterr().err
     assert not (tmp_path / "no").exists()

@@ -1,5 +1,5 @@
-"""Run by test_sequence.py under torchrun: the same updates whole on every rank, and with each clip over several of them.
-Prints one JSON object a case: the largest relative difference of what was computed."""
+"""Run by test_sequence.py under torchrun: the same updates whole on every rank, and with each clip over
+several of them. Prints one JSON object a case: the largest relative difference of what was computed."""
 import copy
 import itertools
 import json
@@ -21,17 +21,20 @@ CASES = [ORDINARY | dict(zip(("kind", "image", "checkpointing"), case))
          for case in itertools.product(("ddp", "fsdp"), (False, True), (False, True))]
 CASES += [ORDINARY | dict(rank=2), ORDINARY | dict(rank=2, kind="ddp", image=True)]
 CASES += [ORDINARY | dict(pooling=name) for name in ("mean", "max", "multihead")]
-OTHERS = [ORDINARY | dict(offload_activations=True), ORDINARY | dict(fsdp_group_size=2), ORDINARY | dict(fsdp_group_size=2, rank=2)]
+OTHERS = [ORDINARY | dict(offload_activations=True), ORDINARY | dict(fsdp_group_size=2),
+          ORDINARY | dict(fsdp_group_size=2, rank=2)]
 
 
 def far(a, b):
     """Largest relative difference of corresponding tensors, each by its norm."""
     whole = lambda x: (x.full_tensor() if hasattr(x, "full_tensor") else x).detach()
-    return max(((whole(x) - whole(y)).norm() / whole(x).norm().clamp(min=1e-6)).item() for x, y in zip(a, b, strict=True))
+    return max(((whole(x) - whole(y)).norm() / whole(x).norm().clamp(min=1e-6)).item()
+               for x, y in zip(a, b, strict=True))
 
 
 def compare(runtime, kind, image, checkpointing, rank, pooling, **more):
-    """Rank 0 alone against all: {what: largest relative difference}. 18 tokens, which 4 ranks do not divide; 4 heads."""
+    """Rank 0 alone against all: {what: largest relative difference}. 18 tokens, which 4 ranks do not divide;
+    4 heads."""
     one = generator(num_heads=4, **I2V if image else {})
     judge = PAVRM.from_generator(one, 1, pooling).freeze()
     torch.nn.init.normal_(judge.mlp[-1].weight, generator=torch.Generator().manual_seed(4))
@@ -42,17 +45,18 @@ def compare(runtime, kind, image, checkpointing, rank, pooling, **more):
             torch.nn.init.normal_(p, std=0.1, generator=g)
     many = [copy.deepcopy(model) for model in (one, judge)]
     for model in many:
-        parallel.shard(model, runtime, parallel.Flags(gradient_checkpointing=checkpointing, parallel=kind, **more))
+        parallel.shard(model, runtime, parallel.Flags(gradient_checkpointing=checkpointing, parallel=kind,
+                                                      **more))
     B = 2 * runtime.world_size // runtime.sequence_parallel
     x, context = torch.randn(B, 16, 3, 6, 4, generator=g), torch.randn(B, 3, 8, generator=g)
-    given = dict(y=torch.randn(B, 20, 3, 6, 4, generator=g), clip_tokens=torch.randn(B, 5, 32, generator=g)) if image else {}
-    steps = prfl.draw_steps(3, 0, 4, B)
+    given = dict(y=torch.randn(B, 20, 3, 6, 4, generator=g),
+                 clip_tokens=torch.randn(B, 5, 32, generator=g)) if image else {}
+    step = prfl.draw_step(3, 0, 4)
     found = []
     for policy, pavrm, j in ((one, judge, range(B)), (*many, runtime.indices(2))):
         params = [p for p in policy.parameters() if p.requires_grad]
         optimizer, mine = torch.optim.AdamW(params, lr=1e-3), {name: z[j] for name, z in given.items()}
-        loss, reward = prfl.reward_update_loss(policy, pavrm, x[j], context[j], steps[j], 4, longest=int(steps.max()),
-                                               rollout_passes=2, **mine)
+        loss, reward = prfl.reward_update_loss(policy, pavrm, x[j], context[j], step, 4, rollout_passes=2, **mine)
         sft = prfl.sft_loss(policy, x[j], x[j].flip(2), torch.full((len(j),), 0.3), context[j], **mine)
         (loss + sft).backward()
         sampled = flow.rollout(policy, x[j], context[j], 2, **mine)
@@ -63,15 +67,17 @@ def compare(runtime, kind, image, checkpointing, rank, pooling, **more):
             means = [loss.detach(), sft.detach()]
             common.all_reduce_mean_(means)
             loss, sft = means
-            reward, sampled = (torch.cat(common.gather(z)[::runtime.sequence_parallel]) for z in (reward, sampled))
+            reward, sampled = (torch.cat(common.gather(z)[::runtime.sequence_parallel])
+                               for z in (reward, sampled))
         optimizer.step()
-        found.append(dict(loss=[loss, sft], reward=[reward], sampled=[sampled], gradients=gradients, weights=params))
+        found.append(dict(loss=[loss, sft], reward=[reward], sampled=[sampled], gradients=gradients,
+                          weights=params))
     return {name: far(found[0][name], found[1][name]) for name in found[0]}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    parallel.OFFLOADED_FROM = 400                               # the tokens of these models, not their prompts
+    parallel.OFFLOADED_FROM = 400  # the tokens of these models, not their prompts
     for ranks in (2, 4):
         runtime = common.setup("no", 0, ranks)
         for case in CASES if ranks == 4 or dist.get_world_size() == 2 else CASES[4:6] + OTHERS:

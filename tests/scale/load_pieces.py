@@ -1,6 +1,7 @@
-"""Run by test_pieces.py under torchrun: each rank loads its pieces of the generator in argv[1], and of a reward model that
-starts from it, and writes the generator to argv[2]. It prints, as JSON, the most host memory that took, in bytes beyond what
-the process had before, and how far its rows are from those of the files."""
+"""Run by test_pieces.py under torchrun: each rank loads its pieces of the generator in argv[1], and of a
+reward model that starts from it, and writes the generator to argv[2]. It prints, as JSON, the most host
+memory that took, in bytes beyond what the process had before, and how far its rows are from those of the
+files."""
 import json
 import resource
 import sys
@@ -16,7 +17,8 @@ from scale import parallel
 if __name__ == "__main__":
     torch.set_num_threads(1)
     runtime = common.setup("no")
-    anonymous = lambda: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    anonymous = lambda: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status")
+                             if line.startswith("RssAnon"))
     before, most = anonymous(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     dit = load_transformer(sys.argv[1], load_now=False)
     nothing_yet = all(p.is_meta for p in dit.parameters())
@@ -40,7 +42,8 @@ if __name__ == "__main__":
         mine, first = p.to_local(), parallel.first_row(p)
         if len(mine):
             far = max(far, (mine - files.tensor(name)[first:first + len(mine)]).abs().max().item())
-    started = judge.mlp[0].weight.full_tensor().std().item() * judge.mlp[0].in_features ** 0.5     # 1 / sqrt(3): as nn.Linear
+    # 1 / sqrt(3): as nn.Linear
+    started = judge.mlp[0].weight.full_tensor().std().item() * judge.mlp[0].in_features ** 0.5
     print(json.dumps({"rank": runtime.rank, "meta": nothing_yet, "peak": peak, "held": held, "far": far,
                       "written": written, "started": started}), flush=True)
     common.teardown()

@@ -29,7 +29,9 @@ def export(*args, **more):
 
 def batch():
     g = torch.Generator().manual_seed(5)
-    return torch.randn(3, 16, 2, 4, 4, generator=g), torch.rand(3, generator=g), torch.randn(3, 3, 8, generator=g)
+    return torch.randn(3, 16, 2, 4, 4, generator=g), torch.rand(3,
+                                                                generator=g), torch.randn(3, 3, 8,
+                                                                                          generator=g)
 
 
 def adapted(alpha=4):
@@ -57,7 +59,8 @@ def test_step_0_is_the_base_and_only_adapters_train():
     assert {name.split(".lora_")[0] for name, p in dit.named_parameters() if p.requires_grad} == {
         f"blocks.{i}.{kind}_attn.{x}" for i in range(2) for kind in ("self", "cross") for x in "qkvo"}
     state = dit.state_dict()
-    assert same({name: full_tensor(x) for name, x in lora.merge(state, lora.scaled(state, 8)).items()}, before)
+    assert same({name: full_tensor(x) for name, x in lora.merge(state, lora.scaled(state, 8)).items()},
+                before)
 
 
 @pytest.mark.parametrize("alpha", [None, 4])
@@ -66,7 +69,8 @@ def test_merged_by_hand_and_equal_outputs(tmp_path, alpha):
     state, plain = dit.state_dict(), generator().state_dict()
     for name in [name for name in state if name.endswith("lora_A.weight")]:
         layer = name.removesuffix(".lora_A.weight")
-        plain[f"{layer}.weight"] += (1 if alpha is None else 2) * state[f"{layer}.lora_B.weight"] @ state[name]
+        plain[f"{layer}.weight"] += (1 if alpha is None
+                                     else 2) * state[f"{layer}.lora_B.weight"] @ state[name]
     export_transformer(dit, tmp_path / "merged", state=lora.merge(state, lora.scaled(state, alpha)))
     merged = load_transformer(tmp_path / "merged")
     assert distance(merged.state_dict(), plain) < 1e-6
@@ -105,7 +109,8 @@ def test_diffusers_reads_the_file(tmp_path):
 
 
 def test_training(folder):
-    """Adapters and merged weights are written and agree; the base has no optimizer state; resume is bit for bit."""
+    """Adapters and merged weights are written and agree; the base has no optimizer state; resume is bit for
+    bit."""
     run(*command(folder, "prfl", "lora", *LORA))
     checkpoint = folder / "lora/checkpoint-000005"
     state = runs.load_state(checkpoint)
@@ -163,7 +168,8 @@ def test_diffusers_converts_comfyuis_names_to_the_same_adapters(tmp_path):
     for layout in LAYOUTS:
         lora.save(lora.scaled(adapted().state_dict(), 4), tmp_path, layout)
         (tmp_path / lora.FILE).rename(tmp_path / f"{layout}.safetensors")
-    read = {layout: WanLoraLoaderMixin.lora_state_dict(str(tmp_path), weight_name=f"{layout}.safetensors") for layout in LAYOUTS}
+    read = {layout: WanLoraLoaderMixin.lora_state_dict(str(tmp_path), weight_name=f"{layout}.safetensors")
+            for layout in LAYOUTS}
     assert same(read["wan"], read["diffusers"]) and len(read["wan"]) == 32
 
 
@@ -181,7 +187,8 @@ def test_files_of_other_trainers_are_read(tmp_path):
 
 
 def test_training_goes_on_from_a_file(folder, tmp_path):
-    """The run starts where the file's model stands, with its rank, and says so by its outputs; sampling merges the same."""
+    """The run starts where the file's model stands, with its rank, and says so by its outputs; sampling
+    merges the same."""
     dit = adapted()
     lora.save(lora.scaled(dit.state_dict(), 4), tmp_path)
     started, merged = generator(), generator()
@@ -195,11 +202,14 @@ def test_training_goes_on_from_a_file(folder, tmp_path):
 
 
 @pytest.mark.parametrize("tensors, words", [
-    ({"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.zeros(2, 24)}, "A and B of blocks.0.self_attn.q"),
+    ({"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.zeros(2, 24)},
+     "A and B of blocks.0.self_attn.q"),
     ({"text_encoder.layers.0.q.lora_A.weight": torch.zeros(2, 24)}, "no adapter"), ({}, "holds no adapters"),
-    ({"blocks.0.self_attn.q.lora_A.weight": torch.zeros(2, 30), "blocks.0.self_attn.q.lora_B.weight": torch.zeros(30, 2)},
+    ({"blocks.0.self_attn.q.lora_A.weight": torch.zeros(2, 30),
+      "blocks.0.self_attn.q.lora_B.weight": torch.zeros(30, 2)},
      "another model"),
-    ({"blocks.7.self_attn.q.lora_A.weight": torch.zeros(2, 24), "blocks.7.self_attn.q.lora_B.weight": torch.zeros(24, 2)},
+    ({"blocks.7.self_attn.q.lora_A.weight": torch.zeros(2, 24),
+      "blocks.7.self_attn.q.lora_B.weight": torch.zeros(24, 2)},
      "another model")])
 def test_files_that_do_not_fit(tmp_path, tensors, words):
     save_file(tensors, tmp_path / "x.safetensors")
@@ -227,7 +237,8 @@ def test_adapters_alone_leave_no_empty_folder_behind(tmp_path):
         (tmp_path / "transformer").mkdir()
         if kept:
             (tmp_path / "transformer/config.json").touch()
-        assert lora.export(dit, tmp_path / "transformer", kind="lora").is_file() and (tmp_path / "transformer").is_dir() == kept
+        assert lora.export(dit, tmp_path / "transformer",
+                           kind="lora").is_file() and (tmp_path / "transformer").is_dir() == kept
 
 
 def test_adapters_start_as_a_linear_layer_of_theirs_would():

@@ -1,7 +1,8 @@
 """--parallel fsdp: two ranks against one process, checkpoints across numbers of ranks, a kill, bad inputs.
 
-The generator, the data and the runs are those of tiny.py, with which test_training.py holds two ddp ranks against one;
-here two FSDP ranks with accumulated, checkpointed batches of 2 are held against one process with batches of 8.
+The generator, the data and the runs are those of tiny.py, with which test_training.py holds two ddp ranks
+against one; here two FSDP ranks with accumulated, checkpointed batches of 2 are held against one process with
+batches of 8.
 """
 import json
 import shutil
@@ -18,6 +19,7 @@ from tiny import (
     DRIVER,
     ENV,
     STEPS,
+    apart,
     command,
     distance,
     generator,
@@ -65,21 +67,24 @@ def torchrun(folder, code, *argv):
 
 @pytest.fixture(scope="module")
 def runs(folder):
-    """one-*: one process, batch 8. two-*: two FSDP ranks. one-to-two-*: its last iteration, on two FSDP ranks.
-    killed-prfl: two FSDP ranks, one killed while the second checkpoint was written, and resumed."""
+    """one-*: one process, batch 8. two-*: two FSDP ranks. one-to-two-*: its last iteration, on two FSDP
+    ranks. killed-prfl: two FSDP ranks, one killed while the second checkpoint was written, and resumed."""
     for name, more in (("prfl", []), ("steady", []), ("reward", []), ("lora", LORA)):
         kind = "prfl" if name == "lora" else name
         run(*command(folder, kind, f"one-{name}", *more))
-    fsdp = lambda kind, output, *more, b: command(folder, kind, output, "--parallel", "fsdp", *more, batch_size=b)
+    fsdp = lambda kind, output, *more, b: command(folder, kind, output, "--parallel", "fsdp", *more,
+                                                  batch_size=b)
     killed = fsdp("prfl", "killed-prfl", *MICRO, b=2)
     done = torchrun(folder, KILLED, *killed[1])
     assert done.returncode == 1 and "Signal 9 (SIGKILL)" in done.stderr, done.stderr[-3000:]
     assert [step for step, _ in list_checkpoints(folder / "killed-prfl")] == [2]
     jobs = [*(fsdp(name, f"two-{name}", *MICRO, b=2) for name in ("prfl", "steady")),
-            fsdp("reward", "two-reward", "--gradient_checkpointing", b=4), fsdp("prfl", "two-lora", *LORA, b=4),
+            fsdp("reward", "two-reward", "--gradient_checkpointing", b=4),
+            fsdp("prfl", "two-lora", *LORA, b=4),
             (killed[0], [*killed[1], "--resume", "latest"])]
     for name in ("prfl", "reward"):
-        jobs.append(fsdp(name, f"one-to-two-{name}", "--resume", f"{folder}/one-{name}/checkpoint-000004", b=4))
+        jobs.append(fsdp(name, f"one-to-two-{name}", "--resume", f"{folder}/one-{name}/checkpoint-000004",
+                         b=4))
     done = torchrun(folder, DRIVER, json.dumps(jobs))
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -94,7 +99,7 @@ def start_of(name):
 @pytest.mark.parametrize("name", ["prfl", "steady", "reward"])
 def test_two_fsdp_ranks_are_one_process_with_twice_the_batch(folder, runs, name):
     alone, together = (weights(folder, name, f"{ranks}-{name}") for ranks in ("one", "two"))
-    assert distance(alone, together) < 0.005 * distance(alone, start_of(name))
+    assert apart(alone, together) < 0.005 * apart(alone, start_of(name))
     for row, other in zip(metrics(folder, f"one-{name}"), metrics(folder, f"two-{name}"), strict=True):
         assert row == pytest.approx(other, rel=1e-3, abs=1e-5)
 
@@ -134,7 +139,7 @@ def test_resume_on_another_number_of_ranks(folder, runs, name):
     whole = weights(folder, name, f"one-{name}")
     before = load_file(folder / f"one-{name}/checkpoint-000004/{kind}/diffusion_pytorch_model.safetensors")
     for way in ("one-to-two", "two-to-one"):
-        assert distance(weights(folder, name, f"{way}-{name}"), whole) < 0.02 * distance(before, whole), way
+        assert apart(weights(folder, name, f"{way}-{name}"), whole) < 0.02 * apart(before, whole), way
         assert metrics(folder, f"{way}-{name}")[-1] == pytest.approx(metrics(folder, f"one-{name}")[-1],
                                                                      rel=1e-3, abs=1e-5)
 
@@ -170,7 +175,8 @@ def test_a_checkpoint_without_optimizer_state_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name, flags, words", [
-    ("reward", ["--depth", "1", "--resume", "two-reward/checkpoint-000004"], "that run has --depth 2 (now 1)"),
+    ("reward", ["--depth", "1", "--resume", "two-reward/checkpoint-000004"],
+     "that run has --depth 2 (now 1)"),
     ("prfl", ["--resume", "two-reward/checkpoint-000004"], "not a checkpoint of this script"),
     ("prfl", [*LORA, "--resume", "two-prfl/checkpoint-000004"], "--lora_rank 0 (now 2)"),
     ("prfl", ["--lora_rank", "3", "--resume", "two-lora/checkpoint-000004"], "--lora_rank 2 (now 3)"),
@@ -222,7 +228,7 @@ def test_blocks_run_in_bfloat16_from_float32_pieces(group):
         if kind == "ddp":
             seen.clear()
     f32, bf16 = torch.float32, torch.bfloat16
-    assert seen == 3 * [f32, bf16, f32] + [bf16, f32]           # residual stream, ffn, head; the trunk's q, mlp
+    assert seen == 3 * [f32, bf16, f32] + [bf16, f32]  # residual stream, ffn, head; the trunk's q, mlp
     ddp, fsdp = (torch.cat([g.flatten() for g in found]) for found in
                  (gradients[0], [g.full_tensor() for g in gradients[1]]))
     assert fsdp.dtype == f32 and (fsdp - ddp).norm() < 0.03 * ddp.norm()
@@ -230,9 +236,10 @@ def test_blocks_run_in_bfloat16_from_float32_pieces(group):
 
 @pytest.mark.parametrize("kind", parallel.KINDS)
 def test_compiled_blocks_train_alike(group, kind, monkeypatch):
-    """A rollout and a rewarded step, blocks recomputed. Traced and differentiated as --compile does; the C++ that would come
-    of it takes minutes, so these graphs run op by op."""
-    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    """A rollout and a rewarded step, blocks recomputed. Traced and differentiated as --compile does; the C++
+    that would come of it takes minutes, so these graphs run op by op."""
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile,
+                                                                  backend="aot_eager"))
     torch.manual_seed(3)
     x_T, context, found = torch.randn(4, 16, 2, 4, 4), torch.randn(4, 3, 8), []
     for compiled in (False, True):
@@ -240,7 +247,8 @@ def test_compiled_blocks_train_alike(group, kind, monkeypatch):
         policy, pavrm = generator(num_layers=1), PAVRM.from_generator(generator(), 1).freeze()
         torch.nn.init.normal_(pavrm.mlp[-1].weight, generator=torch.Generator().manual_seed(4))
         for model in (policy, pavrm):
-            parallel.shard(model, group, parallel.Flags(gradient_checkpointing=True, parallel=kind, compile=compiled))
+            parallel.shard(model, group, parallel.Flags(gradient_checkpointing=True, parallel=kind,
+                                                        compile=compiled))
         with group.autocast():
             prfl.reward_update_loss(policy, pavrm, x_T, context, 3, 4)[0].backward()
         gradients = [p.grad.full_tensor() if kind == "fsdp" else p.grad for p in policy.parameters()]

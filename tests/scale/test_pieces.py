@@ -1,5 +1,5 @@
-"""Loading by pieces: what each rank reads and holds, of one file, of several, in Wan's names and in diffusers'; and the
-options that spare memory."""
+"""Loading by pieces: what each rank reads and holds, of one file, of several, in Wan's names and in
+diffusers'; and the options that spare memory."""
 import json
 from pathlib import Path
 
@@ -20,14 +20,15 @@ pytestmark = pytest.mark.usefixtures("cpu")
 
 def load(folder, out):
     done = torchrun(4, ROOT / "tests/scale/load_pieces.py", str(folder), str(out))
-    rows = [json.loads(line) for line in done.stdout.replace("}{", "}\n{").splitlines() if line.startswith("{")]
+    rows = [json.loads(line) for line in done.stdout.replace("}{", "}\n{").splitlines()
+            if line.startswith("{")]
     assert done.returncode == 0 and len(rows) == 4, done.stderr[-3000:]
     return rows
 
 
 def test_each_rank_reads_its_rows(tmp_path):
-    """Of two files in diffusers' names; 200 MB of weights, a quarter of them on each rank. Written again as one file, by one
-    rank, which never holds more than one weight beside its quarter."""
+    """Of two files in diffusers' names; 200 MB of weights, a quarter of them on each rank. Written again as
+    one file, by one rank, which never holds more than one weight beside its quarter."""
     torch.manual_seed(0)
     dit = VideoDiT(dim=512, ffn_dim=2560, num_heads=8, num_layers=12, text_dim=64, text_len=8, freq_dim=64)
     export_transformer(dit, tmp_path, "diffusers")
@@ -41,12 +42,14 @@ def test_each_rank_reads_its_rows(tmp_path):
     (tmp_path / WEIGHTS).unlink()
     size = 4 * sum(p.numel() for p in dit.parameters())
     rows = load(tmp_path, tmp_path / "out")
-    assert all(row["meta"] and row["far"] == 0 for row in rows) and sum(row["held"] for row in rows) == size > 190e6
+    assert all(row["meta"] and row["far"] == 0 for row in rows) and sum(row["held"]
+                                                                        for row in rows) == size > 190e6
     for row in rows:
         assert row["peak"] < size / 4 + 100e6, row              # and what the libraries hold
         assert row["written"] < size / 4 + 100e6 and row["started"] == pytest.approx(3 ** -0.5, rel=0.02), row
     for name, x in load_file(tmp_path / "out" / WEIGHTS).items():
-        assert torch.equal(x, dit.state_dict()[name].to(x.dtype)) and (x.dtype == torch.bfloat16) == (name == "head.modulation")
+        assert torch.equal(x, dit.state_dict()[name].to(x.dtype))
+        assert (x.dtype == torch.bfloat16) == (name == "head.modulation")
 
 
 @pytest.mark.parametrize("layout", ["wan", "diffusers"])
@@ -75,11 +78,14 @@ def test_a_reward_model_starts_the_same_by_pieces(tmp_path):
 
 def test_files_are_those_of_safetensors(tmp_path):
     """Of every dtype and shape, also a scalar; safetensors reads the same."""
-    tensors = {"a": torch.randn(3, 5).t(), "b": torch.tensor(2.0, dtype=torch.float64), "c": torch.randn(0, 4),
-               "d": torch.randn(7).half(), "e": Later((2, 2), torch.bfloat16, lambda: torch.eye(2).bfloat16())}
+    tensors = {"a": torch.randn(3, 5).t(), "b": torch.tensor(2.0, dtype=torch.float64),
+               "c": torch.randn(0, 4),
+               "d": torch.randn(7).half(),
+               "e": Later((2, 2), torch.bfloat16, lambda: torch.eye(2).bfloat16())}
     stream_tensors(tensors, tmp_path / "x.safetensors", {"a": torch.bfloat16})
     found = load_file(tmp_path / "x.safetensors")
-    wanted = {name: full_tensor(x).contiguous() for name, x in tensors.items()} | {"a": tensors["a"].bfloat16().contiguous()}
+    wanted = {name: full_tensor(x).contiguous()
+              for name, x in tensors.items()} | {"a": tensors["a"].bfloat16().contiguous()}
     assert {name: x.dtype for name, x in found.items()} == {name: x.dtype for name, x in wanted.items()}
     assert all(torch.equal(found[name], wanted[name]) for name in wanted) and len(found) == 5
 
@@ -111,13 +117,16 @@ def test_every_block_input_goes_and_comes_back(monkeypatch):
         for model in (policy, judge):
             parallel.shard(model, runtime, flags)
         g = torch.Generator().manual_seed(1)
-        x, t, context = torch.randn(2, 16, 3, 4, 8, generator=g), torch.rand(2, generator=g), torch.randn(2, 3, 8, generator=g)
+        x, t, context = torch.randn(2, 16, 3, 4, 8,
+                                    generator=g), torch.rand(2,
+                                                             generator=g), torch.randn(2, 3, 8, generator=g)
         if flags.offload_activations:
             monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", Counting)
         judge(x - policy(x, t, context), t, context).sum().backward()
         monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", hooks)
         gradients.append([p.grad for p in policy.parameters()])
-    assert [shape for shape in went if shape == (2, 24, 24)] == 5 * [(2, 24, 24)]       # blocks of both models: tokens
+    # blocks of both models: tokens
+    assert [shape for shape in went if shape == (2, 24, 24)] == 5 * [(2, 24, 24)]
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b)
 

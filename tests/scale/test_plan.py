@@ -1,8 +1,9 @@
-"""plan.py: its counts against the modules, its bytes against what autograd saves and tensors that live, its FLOPs against
-PyTorch's counter, and all of it against the paper's Table 4.
+"""plan.py: its counts against the modules, its bytes against what autograd saves and tensors that live, its
+FLOPs against PyTorch's counter, and all of it against the paper's Table 4.
 
-The true widths and clip sizes run under FakeTensorMode: tensors of the right shape and size without data, so that 14B
-blocks on 33 thousand tokens take seconds and no memory. Attention takes the GPU's path (bf16, fused) on the CPU too."""
+The true widths and clip sizes run under FakeTensorMode: tensors of the right shape and size without data, so
+that 14B blocks on 33 thousand tokens take seconds and no memory. Attention takes the GPU's path (bf16, fused)
+on the CPU too."""
 
 import inspect
 import json
@@ -23,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 import common
 import data
+import flow
 import model
 import pavrm
 import prfl
@@ -58,7 +60,8 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and (key := (storage := x.untyped_storage())._cdata) not in self.seen:
+            if isinstance(x,
+                          torch.Tensor) and (key := (storage := x.untyped_storage())._cdata) not in self.seen:
                 self.seen[key] = storage.nbytes()
                 self.now += storage.nbytes()
                 weakref.finalize(storage, self.freed, key)
@@ -101,7 +104,8 @@ def inputs(config, grid, batch=1, grad=False):
 
 
 def saved_bytes(call, exclude):
-    """Bytes of the storages that autograd keeps for `call()`, without those in `exclude` (a set of storage ids)."""
+    """Bytes of the storages that autograd keeps for `call()`, without those in `exclude` (a set of storage
+    ids)."""
     kept = {}
 
     def pack(x):
@@ -127,15 +131,18 @@ def test_parameters_are_those_of_the_modules(preset):
         dit, reward = model.VideoDiT(**config), pavrm.PAVRM(config | dict(num_layers=3))
     size = lambda module: sum(p.numel() for p in module.parameters())
     found = plan.parameters(config)
-    assert found["total"] == size(dit) and found["block"] == size(dit.blocks[0]) and found["head"] == size(dit.head)
+    assert (found["total"], found["block"], found["head"]) == (size(dit), size(dit.blocks[0]), size(dit.head))
     assert plan.reward_parameters(config, 3) == size(reward)
-    adapters = [p for n, p in build(config | dict(num_layers=3), "lora", 5).named_parameters() if ".up." in n or
+    adapters = [p for n, p in build(config | dict(num_layers=3), "lora", 5).named_parameters() if ".up." in n
+                or
                 ".down." in n] if config["dim"] < 1000 else []
-    assert not adapters or plan.lora_parameters(config | dict(num_layers=3), 5) == sum(p.numel() for p in adapters)
+    assert not adapters or plan.lora_parameters(config | dict(num_layers=3),
+                                                5) == sum(p.numel() for p in adapters)
 
 
 def test_tokens_of_wans_sizes():
-    assert plan.latent_grid(81, "832*480") == (21, 60, 104) and plan.latent_grid(81, "1280*720") == (21, 90, 160)
+    assert plan.latent_grid(81, "832*480") == (21, 60,
+                                               104) and plan.latent_grid(81, "1280*720") == (21, 90, 160)
     assert costs(WAN, frames=81, size="832*480")["n"] == 32_760
     assert costs(WAN, frames=81, size="1280*720")["n"] == 75_600
 
@@ -154,7 +161,8 @@ def test_a_block_keeps_what_autograd_saves(config, batch, grid, trained):
                 return dit.features(args["x"], args["t"], args["context"], depth=depth, y=args.get("y"),
                                     clip_tokens=args.get("clip_tokens"))
         measured = saved_bytes(lambda: blocks(2), weights) - saved_bytes(lambda: blocks(1), weights)
-    # bf16 copies of the matrices are a term of their own; frozen ones that see only the prompt or the image keep none
+    # bf16 copies of the matrices are a term of their own; frozen ones that see only the prompt or the image
+    # keep none
     squares = 6 if trained != "all" else 10 if config.get("image_dim") else 8
     measured -= 2 * (squares * d * d + 2 * d * F)
     n = grid[0] * grid[1] * grid[2] // 4
@@ -174,7 +182,8 @@ def test_the_decoder_keeps_and_computes_what_diffusers_does(frames, h, w):
     found = plan.decoder_costs(frames, h, w)
     assert found["kept"] == pytest.approx(measured, rel=0.02)
     assert found["flops"] == pytest.approx(flops.get_total_flops(), rel=0.01)
-    assert sum(p.numel() for p in [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]) == plan.DECODER_PARAMETERS
+    assert sum(p.numel() for p in [*vae.decoder.parameters(),
+                                   *vae.post_quant_conv.parameters()]) == plan.DECODER_PARAMETERS
     first = plan.decoder_costs(frames, h, w, first=True)
     assert first["kept"] == plan.decoder_costs(1, h, w)["kept"]
 
@@ -184,7 +193,8 @@ def test_the_decoder_keeps_and_computes_what_diffusers_does(frames, h, w):
     ("wan2.1-t2v-1.3b", 2, "832*480", "prfl", False), ("wan2.1-t2v-14b", 3, "832*480", "prfl", True),
     ("wan2.1-t2v-1.3b", 3, "64*64", "prfl", True)])
 def test_peak_of_live_tensors(width, layers, size, method, checkpointing):
-    """Weights, moments, gradients and activations of a whole update at the true width and clip; three blocks."""
+    """Weights, moments, gradients and activations of a whole update at the true width and clip; three
+    blocks."""
     config = PRESETS[width] | dict(num_layers=layers)
     found = costs(config, method=method, size=size, parallel="ddp", depth=2)
     with FakeTensorMode(), LiveBytes() as live:
@@ -195,7 +205,8 @@ def test_peak_of_live_tensors(width, layers, size, method, checkpointing):
             reward.trunk.gradient_checkpointing = checkpointing
         optimizer = torch.optim.AdamW(dit.parameters(), foreach=True)         # as it is on a GPU
         for p in dit.parameters():
-            optimizer.state[p] = dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            optimizer.state[p] = dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p),
+                                      exp_avg_sq=torch.zeros_like(p))
         x, t, context = inputs(config, (found["f"], found["h"], found["w"])).values()
         live.peak = live.now
         with torch.autocast("cpu", torch.bfloat16):
@@ -208,7 +219,8 @@ def test_peak_of_live_tensors(width, layers, size, method, checkpointing):
 
 def test_peak_measured_by_the_allocator():
     """Small models on real tensors, in a process of their own."""
-    done = subprocess.run([sys.executable, ROOT / "tests/scale/measure_peak.py"], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, ROOT / "tests/scale/measure_peak.py"], capture_output=True,
+                          text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert done.returncode == 0 and len(found) == 10, done.stderr[-3000:]
@@ -218,7 +230,8 @@ def test_peak_measured_by_the_allocator():
     assert sum(row["simulated"] is not None for row in found) == 5
 
 
-@pytest.mark.parametrize("flags", [dict(), dict(sequence_parallel=2), dict(lora_rank=32, size="832*480", frames=81, gpus=8)])
+@pytest.mark.parametrize("flags", [dict(), dict(sequence_parallel=2),
+                                   dict(lora_rank=32, size="832*480", frames=81, gpus=8)])
 def test_a_simulated_iteration_beside_the_pencil(flags):
     """fsdp over ranks that do not exist, at the width of 1.3B; line by line."""
     config = PRESETS["wan2.1-t2v-1.3b"] | dict(num_layers=2)
@@ -232,7 +245,8 @@ def test_a_simulated_iteration_beside_the_pencil(flags):
     assert phases["optimizer step"]["Total"] == pytest.approx(stepping, rel=0.1, abs=5e7)
     rewarding, own = (max(phases[name]["Total"] for name in names) for names in (
         ("reward, forward", "reward's backward"), ("SFT, backward", "generator's backward")))
-    assert rewarding == pytest.approx(found["static"] + max(moments["reward"], moments.get("pooling", 0)), rel=0.1)
+    assert rewarding == pytest.approx(found["static"] + max(moments["reward"], moments.get("pooling", 0)),
+                                      rel=0.1)
     assert own == pytest.approx(found["static"] + max(moments["generator"], moments["gradients"]), rel=0.1)
     assert max(phase["Total"] for phase in phases.values()) == pytest.approx(found["with"]["peak"], rel=0.1)
     assert not torch.distributed.is_initialized() and model.attend is gpu_attend
@@ -253,7 +267,7 @@ def test_fsdp_cuts_and_checkpointing_and_lora_save():
 # ---- FLOPs
 @pytest.mark.parametrize("config, trained, checkpointing, tolerance", [
     (WAN, True, True, 0.02), (WAN, True, False, 0.02), (IMAGE, True, True, 0.02),
-    (WAN, False, True, 0.06), (WAN, False, False, 0.06)])       # frozen: text's k and v take no backward at all
+    (WAN, False, True, 0.06), (WAN, False, False, 0.06)])  # frozen: text's k and v take no backward at all
 def test_flops_are_those_of_pytorchs_counter(config, trained, checkpointing, tolerance):
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     rules = {flash: lambda q, k, v, *a, out_shape=None, **kw: sdpa_flop_count(q, k, v),
@@ -268,32 +282,35 @@ def test_flops_are_those_of_pytorchs_counter(config, trained, checkpointing, tol
         velocity.sum().backward()
     forward = plan.forward_flops(config, 5 * 16 * 16, 2)
     assert sum(forward) == pytest.approx(once, rel=0.001)
-    assert plan.update_flops(forward, trained, checkpointing) == pytest.approx(counter.get_total_flops(), rel=tolerance)
+    assert plan.update_flops(forward, trained,
+                             checkpointing) == pytest.approx(counter.get_total_flops(), rel=tolerance)
 
 
-@pytest.mark.parametrize("part, num_steps, batch, groups", [("full", 40, 1, 1), ("full", 40, 1, 8), ("full", 40, 3, 2),
-                                                            ("late", 40, 2, 4), ("full", 16, 8, 1), ("full", 5, 1, 4)])
-def test_passes_of_the_steady_recipe(part, num_steps, batch, groups):
-    """Counted over 4,000 drawn batches, as flow.rollout moves them."""
-    stride, rounds, passes = -(-num_steps // plan.STEADY_PASSES), 4000, 0
-    for iteration in range(rounds):
-        last = prfl.draw_steps(0, iteration, num_steps, batch * groups, part) - 1
-        for start in range(0, int(last.max()), stride):
-            passes += max(1, int((last[:batch] > start).sum()))
-    first = prfl.steps_of(part, num_steps)[0]
-    assert plan.rollout_passes(first, num_steps, stride, batch, groups) == pytest.approx(passes / rounds / batch, rel=0.02)
+@pytest.mark.parametrize("part, num_steps", [("full", 40), ("late", 40), ("full", 16), ("full", 5)])
+def test_passes_of_the_steady_recipe(part, num_steps):
+    """Counted in flow.rollout, for every step that can be drawn."""
+    skipped, last = prfl.steps_of(part, num_steps)
+    calls = []
+    dit = lambda x, t, context: calls.append(t) or x
+    for step in range(skipped + 1, last + 1):
+        flow.rollout(dit, torch.ones(1, 1, 1, 1, 1), None, num_steps, stop=step - 1, passes=plan.STEADY_PASSES)
+    stride = -(-num_steps // plan.STEADY_PASSES)
+    assert plan.rollout_passes(skipped, last, stride) == pytest.approx(len(calls) / (last - skipped))
     assert plan.STEADY_PASSES == prfl.RECIPES["steady"]["rollout_passes"]
 
 
 def test_shared_clips_take_a_share_of_the_work():
-    """Linear layers and attention, but for the prompt; two clips on eight GPUs; the reward pools all tokens on each."""
-    whole, shared = (costs(PRESETS["wan2.1-t2v-14b"], gpus=8, size="1280*720", sequence_parallel=n) for n in (1, 4))
+    """Linear layers and attention, but for the prompt; two clips on eight GPUs; the reward pools all tokens
+    on each."""
+    whole, shared = (costs(PRESETS["wan2.1-t2v-14b"], gpus=8, size="1280*720", sequence_parallel=n)
+                     for n in (1, 4))
     assert (shared["m"], shared["n"], shared["groups"]) == (18_900, 75_600, 2) and whole["groups"] == 8
     assert shared["forward"][1] == whole["forward"][1] / 4
     assert whole["forward"][0] / 4 < shared["forward"][0] < 1.02 * whole["forward"][0] / 4
     assert shared["edge"] == whole["edge"] / 4 and shared["static"] == whole["static"]
     odd = costs(WAN, frames=1, size="96*96", gpus=4, sequence_parallel=4)
-    assert odd["n"] == 36 and odd["m"] == 9 and costs(WAN, frames=1, size="112*112", gpus=4, sequence_parallel=4)["m"] == 13
+    assert odd["n"] == 36 and odd["m"] == 9 and costs(WAN, frames=1, size="112*112", gpus=4,
+                                                      sequence_parallel=4)["m"] == 13
 
 
 @pytest.mark.parametrize("recipe", ["paper", "steady"])
@@ -310,9 +327,10 @@ def test_network_of_two_nodes_by_hand():
     judge = 2 * 8 * count["block"] + 4 * (R - 8 * count["block"])
     found = costs(config, gpus=4, nodes=2)
     assert found["network"] == pytest.approx(7 / 8 * ((4 + 19.5) * once + 2 * judge + 2 * 4 * count["total"]))
-    assert costs(config, gpus=4, nodes=2, parallel="ddp")["network"] == pytest.approx(7 / 8 * 2 * 2 * 4 * count["total"])
+    assert costs(config, gpus=4, nodes=2,
+                 parallel="ddp")["network"] == pytest.approx(7 / 8 * 2 * 2 * 4 * count["total"])
     assert costs(config, gpus=8)["network"] == 0
-    node = costs(config, gpus=4, nodes=2, fsdp_group_size=4)             # weights stay inside a node, sums go to both
+    node = costs(config, gpus=4, nodes=2, fsdp_group_size=4)  # weights stay inside a node, sums go to both
     assert node["parts"] == 4 and node["network"] == pytest.approx(1 / 2 * 2 * 2 * 4 * count["total"])
     assert node["static"] == costs(config, gpus=4)["static"]
 
@@ -363,14 +381,16 @@ def test_disk_is_that_of_the_files(tmp_path):
     found = plan.way(plan.Config("tiny-t2v", frames=9, size="32*32", depth=4, clips=3), config)
     size = lambda folder: sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     for name, trained in (("1", pavrm.PAVRM(config | dict(num_layers=4))), ("2", model.VideoDiT(**config))):
-        groups = trained.parameter_groups(1e-4, 1e-4) if name == "1" else [{"params": list(trained.parameters())}]
+        groups = trained.parameter_groups(1e-4,
+                                          1e-4) if name == "1" else [{"params": list(trained.parameters())}]
         optimizer = torch.optim.AdamW(groups)
         for p in (p for group in groups for p in group["params"]):
             p.grad = torch.zeros_like(p)
         optimizer.step()
         (tmp_path / name).mkdir()
         write = lambda path: weights.save_module(trained, path)
-        parallel.save_checkpoint(tmp_path / name, 1, {"weights": write}, trained, optimizer, train_align.Config())
+        parallel.save_checkpoint(tmp_path / name, 1, {"weights": write}, trained, optimizer,
+                                 train_align.Config())
         assert size(tmp_path / name) == pytest.approx(found["checkpoint" + name], rel=0.01)
     data.write_shards(tmp_path / "shards", torch.zeros(3, 16, 3, 4, 4),
                       torch.zeros(3, config["text_len"], config["text_dim"]), [0, 1, None], ["a"] * 3)
@@ -400,7 +420,8 @@ def test_docs_say_what_is_printed_today(capsys):
     out = printed(capsys, *shown).splitlines()
     assert len(lines) > 8 and [line for line in lines if line not in out] == []
     assert len(columns) == 2
-    found = [re.findall(r"^  \S.*? {2,}([\d,.]+ (?:GB|h))  ", printed(capsys, *flags).split("the whole way")[1], re.M)
+    found = [re.findall(r"^  \S.*? {2,}([\d,.]+ (?:GB|h))  ",
+                        printed(capsys, *flags).split("the whole way")[1], re.M)
              for flags in columns]
     table = re.findall(r"^\| .* \| (.* (?:GB|h)) \| (.* (?:GB|h)) \|$", text, re.M)
     assert len(table) == 12 and table == list(zip(*found))
@@ -426,7 +447,8 @@ def test_table_4():
              for name in ("prfl first", "refl first", "refl all")}
     assert found["prfl first"]["with"]["peak"] / 1e9 == pytest.approx(66.81, rel=0.15)
     assert 55.47 < found["refl first"]["with"]["peak"] / 1e9 < 80 < found["refl all"]["with"]["peak"] / 1e9
-    work = {name: (one["iteration_flops"], one["iteration_flops"] - one["update_flops"]) for name, one in found.items()}
+    work = {name: (one["iteration_flops"], one["iteration_flops"] - one["update_flops"])
+            for name, one in found.items()}
     assert work["refl first"][0] / work["prfl first"][0] == pytest.approx(1.42, abs=0.05)
     assert work["refl first"][1] / work["prfl first"][1] == pytest.approx(1.49, abs=0.05)
     text = (ROOT / "results" / "plan.md").read_text()           # says the planner's figures as they are
@@ -448,13 +470,19 @@ def printed(capsys, *flags):
 
 
 @pytest.mark.parametrize("flags", [
-    ("wan2.1-t2v-14b", "--gpus", 8), ("wan2.1-i2v-14b", "--gpus", 8, "--parallel", "ddp", "--no-gradient_checkpointing"),
-    ("wan2.1-t2v-1.3b", "--method", "refl", "--frames_decoded", "all"), ("tiny-i2v", "--method", "rwr", "--size", "32*32"),
-    ("wan2.1-t2v-14b", "--method", "reward", "--batch_size", 2, "--gpus", 8), ("wan2.1-t2v-1.3b", "--size", "832x480"),
-    ("wan2.1-i2v-14b", "--clips", 500, "--lora_rank", 8), ("wan2.1-t2v-14b", "--method", "sft", "--lora_rank", 16),
-    ("wan2.1-t2v-14b", "--lora_rank", 16, "--gpus", 2), ("wan2.1-t2v-14b", "--gpus", 8, "--nodes", 2, "--recipe", "steady"),
+    ("wan2.1-t2v-14b", "--gpus", 8), ("wan2.1-i2v-14b", "--gpus", 8, "--parallel", "ddp",
+                                      "--no-gradient_checkpointing"),
+    ("wan2.1-t2v-1.3b", "--method", "refl", "--frames_decoded", "all"),
+    ("tiny-i2v", "--method", "rwr", "--size", "32*32"),
+    ("wan2.1-t2v-14b", "--method", "reward", "--batch_size", 2, "--gpus", 8),
+    ("wan2.1-t2v-1.3b", "--size", "832x480"),
+    ("wan2.1-i2v-14b", "--clips", 500, "--lora_rank", 8), ("wan2.1-t2v-14b", "--method", "sft", "--lora_rank",
+                                                           16),
+    ("wan2.1-t2v-14b", "--lora_rank", 16, "--gpus", 2), ("wan2.1-t2v-14b", "--gpus", 8, "--nodes", 2,
+                                                         "--recipe", "steady"),
     ("wan2.1-i2v-14b", "--gpus", 8, "--sequence_parallel", 4, "--size", "1280*720"),
-    ("wan2.1-t2v-1.3b", "--gpus", 4, "--sequence_parallel", 4, "--method", "refl"), ("wan2.1-t2v-1.3b", "--method", "sample"),
+    ("wan2.1-t2v-1.3b", "--gpus", 4, "--sequence_parallel", 4, "--method", "refl"),
+    ("wan2.1-t2v-1.3b", "--method", "sample"),
     ("wan2.1-t2v-14b", "--gpus", 8, "--nodes", 2, "--fsdp_group_size", 8, "--offload_activations")])
 def test_printed_sums_add_up(capsys, flags):
     """Peak = what stays + the largest moment, and both are printed."""
@@ -480,15 +508,19 @@ def test_seconds_follow_the_flops(capsys):
 @pytest.mark.parametrize("flags, words", [
     (("wan2.1-t2v-13b",), "wan2.1-t2v-14b"), (("tiny-t2v", "--size", "830*480"), "--size 830*480"),
     (("tiny-t2v", "--size", "big"), "--size"), (("tiny-t2v", "--frames", 80), "--frames 80"),
-    (("tiny-t2v", "--depth", 9), "--depth"), (("tiny-t2v", "--mfu", 1.5), "--mfu"), (("tiny-t2v", "--gpus", 0), "--gpus"),
-    (("tiny-t2v", "--method", "ppo"), "method"), ((), "preset"), (("tiny-t2v", "--size", "0x0"), "--size 0x0"),
+    (("tiny-t2v", "--depth", 9), "--depth"), (("tiny-t2v", "--mfu", 1.5), "--mfu"),
+    (("tiny-t2v", "--gpus", 0), "--gpus"),
+    (("tiny-t2v", "--method", "ppo"), "method"), ((), "preset"),
+    (("tiny-t2v", "--size", "0x0"), "--size 0x0"),
     (("tiny-t2v", "--method", "sft", "--depth", 2), "--depth means nothing with --method sft"),
     (("tiny-t2v", "--num_samples", 5), "--num_samples means nothing with --method prfl"),
     (("tiny-t2v", "--method", "rwr", "--clips", 5), "--clips means nothing with --method rwr"),
     (("tiny-t2v", "--holdout", 5), "--holdout means nothing without --clips"),
-    (("tiny-t2v", "--gpus", 4, "--sequence_parallel", 4), "must divide 4 GPUs and 6 heads: choose one of 1, 2"),
+    (("tiny-t2v", "--gpus", 4, "--sequence_parallel", 4), "must divide 4 GPUs and 6 heads: choose one of 1, "
+                                                          "2"),
     (("tiny-t2v", "--gpus", 4, "--fsdp_group_size", 3), "--fsdp_group_size 3 must divide 4 GPUs"),
-    (("tiny-t2v", "--no-gradient_checkpointing", "--offload_activations"), "--offload_activations moves what"),
+    (("tiny-t2v", "--no-gradient_checkpointing", "--offload_activations"),
+     "--offload_activations moves what"),
     (("tiny-t2v", "--method", "sft", "--recipe", "steady"), "--recipe means nothing with --method sft")])
 def test_bad_input_is_one_line(capsys, flags, words):
     with pytest.raises(SystemExit) as end:

@@ -1,4 +1,5 @@
-"""--sequence_parallel: two and four ranks that share their clips against one process, by hand and as the scripts run."""
+"""--sequence_parallel: two and four ranks that share their clips against one process, by hand and as the
+scripts run."""
 import json
 import subprocess
 import sys
@@ -6,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import DRIVER, ENV, ROOT, command, distance, generator, metrics, one_line, run, weights
+from tiny import DRIVER, ENV, ROOT, apart, command, generator, metrics, one_line, run, weights
 
 import common
 from formats.weights import save_module
@@ -26,7 +27,8 @@ def torchrun(ranks, script, *argv):
 
 @pytest.mark.parametrize("ranks, cases", [(2, 13), (4, 18)])
 def test_a_shared_clip_is_a_whole_one(ranks, cases):
-    """Loss, reward, samples, gradients and weights after AdamW; t2v and i2v; checkpointing, adapters, poolings, fsdp."""
+    """Loss, reward, samples, gradients and weights after AdamW; t2v and i2v; checkpointing, adapters,
+    poolings, fsdp."""
     done = torchrun(ranks, ROOT / "tests/scale/compare_sequence.py")
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert done.returncode == 0 and len(rows) == cases, done.stderr[-3000:]
@@ -36,7 +38,8 @@ def test_a_shared_clip_is_a_whole_one(ranks, cases):
 
 # ---- the exchange itself
 def test_two_ranks_by_hand(monkeypatch):
-    """What each of two ranks holds of 3 tokens; the exchange of heads is that of the numbers written down here."""
+    """What each of two ranks holds of 3 tokens; the exchange of heads is that of the numbers written down
+    here."""
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
     monkeypatch.setattr(dist, "get_rank", lambda group=None: group)
     ranks = [sequence.Sequence(r, 3) for r in range(2)]
@@ -45,12 +48,14 @@ def test_two_ranks_by_hand(monkeypatch):
     assert [one.mine(x[0], dim=0).flatten().tolist() for one in ranks] == [[1, 2], [3, 0]]
     sent = []
     monkeypatch.setattr(sequence, "all_to_all_single_autograd", lambda x, *a: sent.append(x) or x)
-    for one in ranks:                                           # q [b, m, k = 2, e = 1]: token and head as digits
+    for one in ranks:  # q [b, m, k = 2, e = 1]: token and head as digits
         q = one.mine(torch.tensor([[[11., 12], [21, 22], [31, 32]]]))[..., None]
         one.heads(q, q, q)
-    assert sent[0][:, 0].flatten(1).tolist() == [[11, 21], [12, 22]]      # to rank 0 the first head, to rank 1 the second
+    # to rank 0 the first head, to rank 1 the second
+    assert sent[0][:, 0].flatten(1).tolist() == [[11, 21], [12, 22]]
     assert sent[1][:, 0].flatten(1).tolist() == [[31, 0], [32, 0]]
-    monkeypatch.setattr(sequence, "all_to_all_single_autograd", lambda x, *a: torch.stack([s[0] for s in sent]))
+    monkeypatch.setattr(sequence, "all_to_all_single_autograd", lambda x,
+                        *a: torch.stack([s[0] for s in sent]))
     q, k, v = ranks[0].heads(q, q, q)
     assert q.shape == (1, 3, 1, 1) and q.flatten().tolist() == k.flatten().tolist() == [11, 21, 31]
 
@@ -67,23 +72,28 @@ def test_groups_draw_as_ranks_did():
 # ---- the scripts
 @pytest.fixture(scope="module")
 def runs(folder):
-    """one-*: one process, batch 8. shared-*: four ranks in pairs, batch 4 each pair. Both ways' last iteration by the
-    other: one-to-shared-*, shared-to-one-*. A generator of 4 heads, latents of 2x4x4: 8 tokens."""
+    """one-*: one process, batch 8. shared-*: four ranks in pairs, batch 4 each pair. Both ways' last
+    iteration by the other: one-to-shared-*, shared-to-one-*. A generator of 4 heads, latents of 2x4x4: 8
+    tokens."""
     dit = generator(num_heads=4)
     export_transformer(dit, folder / "four/transformer")
     save_module(PAVRM.from_generator(dit, 1), folder / "four/reward")
     flags = {"prfl": [*STEADY, "--gradient_checkpointing"], "reward": [], "rwr": []}
-    shared = lambda name, output, *more: command(folder, name, output, "--model", str(folder / "four"), *flags[name],
+    shared = lambda name, output, *more: command(folder, name, output, "--model", str(folder / "four"),
+                                                 *flags[name],
                                                  "--sequence_parallel", "2", *more, batch_size=4)
     for name in flags:
         run(*command(folder, name, f"one-{name}", "--model", str(folder / "four"), *flags[name]))
-    jobs = [shared("prfl", "shared-prfl", "--parallel", "fsdp"), shared("reward", "shared-reward", "--parallel", "fsdp"),
+    jobs = [shared("prfl", "shared-prfl", "--parallel", "fsdp"),
+            shared("reward", "shared-reward", "--parallel", "fsdp"),
             shared("rwr", "shared-rwr")]
-    jobs += [shared("prfl", "one-to-shared-prfl", "--parallel", "fsdp", "--resume", f"{folder}/one-prfl/checkpoint-000004")]
+    jobs += [shared("prfl", "one-to-shared-prfl", "--parallel", "fsdp", "--resume",
+                    f"{folder}/one-prfl/checkpoint-000004")]
     (folder / "driver.py").write_text(DRIVER)
     done = torchrun(4, folder / "driver.py", json.dumps(jobs))
     assert done.returncode == 0, done.stderr[-3000:]
-    run(*command(folder, "prfl", "shared-to-one-prfl", "--model", str(folder / "four"), *flags["prfl"], "--resume",
+    run(*command(folder, "prfl", "shared-to-one-prfl", "--model", str(folder / "four"), *flags["prfl"],
+                 "--resume",
                  f"{folder}/shared-prfl/checkpoint-000004"))
 
 
@@ -95,7 +105,7 @@ def test_four_ranks_in_pairs_are_one_process(folder, runs, name):
     if name == "reward":
         torch.manual_seed(0)
         start = PAVRM.from_generator(start, 2)
-    assert distance(alone, together) < 0.005 * distance(alone, start.state_dict())
+    assert apart(alone, together) < 0.005 * apart(alone, start.state_dict())
     for row, other in zip(metrics(folder, f"one-{name}"), metrics(folder, f"shared-{name}"), strict=True):
         assert row == pytest.approx(other, rel=1e-3, abs=1e-5)
 
@@ -107,8 +117,10 @@ def test_a_checkpoint_of_one_layout_resumes_in_another(folder, runs):
 
 
 @pytest.mark.parametrize("name, flags, words", [
-    ("prfl", ["--sequence_parallel", "2"], "--sequence_parallel 2 spreads a clip over processes: start with torchrun"),
-    ("reward", ["--sequence_parallel", "2"], "--sequence_parallel 2 spreads a clip over processes: start with torchrun"),
+    ("prfl", ["--sequence_parallel", "2"], "--sequence_parallel 2 spreads a clip over processes: start with "
+                                           "torchrun"),
+    ("reward", ["--sequence_parallel", "2"], "--sequence_parallel 2 spreads a clip over processes: start "
+                                             "with torchrun"),
     ("reward_rgb", ["--sequence_parallel", "2"], "--sequence_parallel means nothing with --space rgb"),
     ("prfl", ["--sequence_parallel", "0"], "--sequence_parallel must be a finite number above 0")])
 def test_bad_input_is_one_line(folder, capsys, name, flags, words):
@@ -122,7 +134,9 @@ def test_ranks_that_do_not_divide_are_refused_with_those_that_do(monkeypatch):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: 12)
     cpu = torch.device("cpu"), torch.float32
-    with pytest.raises(common.InputError, match="does not divide the 12 processes: choose one of 1, 2, 3, 4, 6, 12$"):
+    with pytest.raises(common.InputError, match="does not divide the 12 processes: choose one of 1, 2, 3, 4, "
+                                                "6, 12$"):
         sequence.check(5)
-    with pytest.raises(common.InputError, match="does not divide the generator's 4 heads: choose one of 1, 2, 4$"):
+    with pytest.raises(common.InputError, match="does not divide the generator's 4 heads: choose one of 1, "
+                                                "2, 4$"):
         sequence.spread(generator(num_heads=4), common.Runtime(0, 12, *cpu, 6))

@@ -1,9 +1,13 @@
-"""scene.py, annotator.py: the physics against a step-by-step simulation, and the annotator against clips whose truth is known."""
+"""scene.py, annotator.py: the physics against a step-by-step simulation, and the annotator against clips
+whose truth is known."""
 import pytest
 import torch
 
+import common
 from common import InputError
-from world import annotator, scene
+from formats.weights import SHIPPED
+from model import load_transformer
+from world import annotator, clips, scene
 
 COMBINATIONS = {(c, s, d) for c in scene.COLORS for s in scene.SHAPES for d in scene.DIRECTIONS}
 
@@ -74,7 +78,8 @@ def test_make_is_determined_by_its_seed():
     assert not torch.equal(a[0], c[0]) and a[1] != c[1]
 
 
-@pytest.mark.parametrize("size, shape", [("tiny", (9, 32, 32, 3)), ("mid", (9, 48, 48, 3)), ("small", (17, 64, 64, 3))])
+@pytest.mark.parametrize("size, shape", [("tiny", (9, 32, 32, 3)), ("mid", (9, 48, 48, 3)),
+                                         ("small", (17, 64, 64, 3))])
 def test_make_shapes(size, shape):
     videos, prompts, flaws = scene.make(3, 0, "flawed", size)
     assert videos.shape == (3, *shape) and videos.dtype == torch.uint8
@@ -100,22 +105,26 @@ def test_prompts_of_training_validation_and_test_are_disjoint():
     everything = set().union(*flat.values())
     assert sum(map(len, flat.values())) == len(everything) == len(COMBINATIONS) * len(scene.WORDINGS) * 2
     assert len(flat["test"]) > 64 and len(flat["validation"]) > 32
-    assert set(prompts["train"]) == COMBINATIONS and all(prompts["train"].values())  # nothing is unseen, only unsaid
+    # Training lacks sentences, but no combination of colour, shape and direction.
+    assert set(prompts["train"]) == COMBINATIONS and all(prompts["train"].values())
     assert set(scene.make(64, 5, "mixture")[1]) <= flat["train"]
     assert set(scene.make(64, 5, split="test")[1]) <= flat["test"]
     assert set(scene.draw_prompts(64, 5, split="validation")) <= flat["validation"]
 
 
 def test_reworded_sentences_share_no_wording_with_the_world():
-    """Every combination, no sentence, verb or phrase of the world's; what is left in common are the words asked for, and
-    articles."""
+    """Every combination, no sentence, verb or phrase of the world's; what is left in common are the words
+    asked for, and articles."""
     reworded = scene.all_prompts("reworded")
-    everything = {s for split in ("train", "validation", "test") for of in scene.all_prompts(split).values() for s in of}
+    everything = set()
+    for split in ("train", "validation", "test"):
+        everything.update(*scene.all_prompts(split).values())
     assert set(reworded) == COMBINATIONS
     sentences = {s for of in reworded.values() for s in of}
     assert len(sentences) == len(COMBINATIONS) * len(scene.REWORDED) * 2 and not sentences & everything
     words = lambda sentences: {word.strip(",:") for s in sentences for word in s.split()}
-    assert words(sentences) & words(everything) <= {*scene.COLORS, *scene.SHAPES, *scene.DIRECTIONS, "a", "the", "that"}
+    asked = {*scene.COLORS, *scene.SHAPES, *scene.DIRECTIONS}
+    assert words(sentences) & words(everything) <= asked | {"a", "the", "that"}
     assert set(scene.make(64, 5, split="reworded")[1]) <= sentences
 
 
@@ -130,9 +139,9 @@ def test_prompts_are_read_back():
 
 # ---- the annotator
 def test_clean_clips_qualify(clean):
-    judged = clean[2]
-    assert rate(judged["qualified"]) >= 0.99 and rate(judged["unqualified"]) <= 0.003
-    assert rate(judged["dynamic"]) == 1 and rate(judged["adherent"]) >= 0.99
+    annotations = clean[2]
+    assert rate(annotations["qualified"]) >= 0.99 and rate(annotations["unqualified"]) <= 0.003
+    assert rate(annotations["dynamic"]) == 1 and rate(annotations["adherent"]) >= 0.99
     held_out = scene.make(100, 2, split="test")
     assert rate(annotator.annotate(*held_out[:2])["qualified"]) >= 0.99
 
@@ -162,15 +171,16 @@ def test_contradicting_prompts_fail(clean, field, names):
         asked = [scene.parse_prompt(prompt) for prompt in prompts]
         for a in asked:
             a[field] = list(names)[(list(names).index(a[field]) + shift) % len(names)]
-        judged = annotator.annotate(videos, [f"a {a['color']} {a['shape']} moving {a['direction']}" for a in asked])
-        assert rate(judged["adherent"]) <= 0.005 and rate(judged["qualified"]) <= 0.005
-        assert rate(judged["unqualified"]) >= 0.995
+        annotations = annotator.annotate(videos, [f"a {a['color']} {a['shape']} moving "
+                                             f"{a['direction']}" for a in asked])
+        assert rate(annotations["adherent"]) <= 0.005 and rate(annotations["qualified"]) <= 0.005
+        assert rate(annotations["unqualified"]) >= 0.995
 
 
 def test_what_the_prompt_leaves_open_is_free(clean):
-    videos, _, judged = clean
+    videos, _, annotations = clean
     vague = annotator.annotate(videos, ["something moves"] * len(videos))
-    assert vague["adherent"].all() and rate(vague["qualified"]) >= rate(judged["qualified"])
+    assert vague["adherent"].all() and rate(vague["qualified"]) >= rate(annotations["qualified"])
 
 
 def test_degenerate_videos_never_qualify(clean):
@@ -179,7 +189,8 @@ def test_degenerate_videos_never_qualify(clean):
     noise = torch.randint(256, videos.shape, generator=g, dtype=torch.uint8)
     background = (255 * torch.tensor(scene.BACKGROUND)).round().to(torch.uint8).expand_as(videos)
     brighter = (videos.float() * 1.6 + 40).clamp(0, 255).to(torch.uint8)
-    degenerate = {"static": videos[:, :1].expand_as(videos), "black": torch.zeros_like(videos), "noise": noise,
+    degenerate = {"static": videos[:, :1].expand_as(videos), "noise": noise,
+                  "black": torch.zeros_like(videos),
                   "white": torch.full_like(videos, 255), "empty": background, "brighter": brighter,
                   "faint": ((videos.float() + 4 * background.float()) / 5).to(torch.uint8),
                   "shuffled": videos[:, [4, 0, 6, 2, 8, 1, 5, 3, 7]],
@@ -197,8 +208,8 @@ def test_strict_and_loose_annotators_differ_in_their_limits_alone():
     for a, b in ((strict, firm), (firm, loose)):
         assert (a["physical"] <= b["physical"]).all() and (a["deformity"] <= b["deformity"]).all()
         assert a["qualified"].sum() < b["qualified"].sum() and not (a["qualified"] & ~b["qualified"]).any()
-    none = {name: torch.zeros(4) for name in annotator.LIMITS} | {"absent": torch.tensor([False, False, False, True]),
-                                                              "adherent": torch.ones(4, dtype=torch.bool)}
+    none = {name: torch.zeros(4) for name in annotator.LIMITS}
+    none |= {"absent": torch.tensor([False, False, False, True]), "adherent": torch.ones(4, dtype=torch.bool)}
     error = none | {"area_error": torch.tensor([0.19, 0.21, 0.31, 0.0])}        # LIMITS: .20 and .30
     assert annotator.grade(error)["deformity"].tolist() == [2, 1, 0, 0]
     assert annotator.grade(error)["physical"].tolist() == [2, 2, 2, 0]
@@ -208,20 +219,21 @@ def test_strict_and_loose_annotators_differ_in_their_limits_alone():
 
 
 def test_the_panel_sees_what_hacking_changes(clean):
-    videos, prompts, judged = clean
+    videos, prompts, annotations = clean
     frozen = annotator.annotate(videos[:50, :1].expand(-1, 9, -1, -1, -1), prompts[:50])
     assert frozen["speed"].max() < 1e-6 and not frozen["dynamic"].any()
     double = annotator.annotate((videos[:50].float() * 1.3).clamp(0, 255).to(torch.uint8), prompts[:50])
-    assert (double["brightness"] > 1.1 * judged["brightness"][:50]).all()
-    grey = annotator.annotate(videos[:50].float().mean(-1, keepdim=True).to(torch.uint8).expand(-1, -1, -1, -1, 3),
-                          prompts[:50])
-    assert grey["saturation"].max() < 1e-6 < judged["saturation"].min()
-    means = annotator.summary(judged)
-    assert means["qualified"] == rate(judged["qualified"]) and means["speed"] == rate(judged["speed"])
+    assert (double["brightness"] > 1.1 * annotations["brightness"][:50]).all()
+    grey = videos[:50].float().mean(-1, keepdim=True).to(torch.uint8).expand(-1, -1, -1, -1, 3)
+    grey = annotator.annotate(grey, prompts[:50])
+    assert grey["saturation"].max() < 1e-6 < annotations["saturation"].min()
+    means = annotator.summary(annotations)
+    assert means["qualified"] == rate(annotations["qualified"])
+    assert means["speed"] == rate(annotations["speed"])
 
 
-def test_a_clip_is_judged_alone(clean):
-    videos, prompts, judged = clean  # 300: two parts of at most 256
+def test_a_clip_is_graded_alone(clean):
+    videos, prompts, annotations = clean  # 300: two parts of at most 256
     videos = torch.cat([videos[:40], scene.make(40, 9, "flawed")[0]])
     prompts = prompts[:40] + scene.make(40, 9, "flawed")[1]
     together = annotator.annotate(videos, prompts)
@@ -231,4 +243,22 @@ def test_a_clip_is_judged_alone(clean):
     for key, values in together.items():
         torch.testing.assert_close(mixed[key], values[place], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(few[key], values[37:43], atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(values[:40], judged[key][:40], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(values[:40], annotations[key][:40], atol=1e-5, rtol=1e-4)
+
+
+# ---- a generator's own samples
+def test_samples_are_kept_and_known_by_their_settings(tmp_path):
+    model = str(SHIPPED["t2v"])
+    generator, runtime = load_transformer(model).eval(), common.setup("no")
+    made = clips.own_samples(tmp_path, generator, model, 4, 2, "tiny", 0, runtime)
+    again = clips.own_samples(tmp_path, generator, model, 4, 2, "tiny", 0, runtime)
+    assert torch.equal(made.labels, again.labels)
+    for count, shift in ((5, 1.0), (4, 3.0)):                   # another number, another sampler
+        with pytest.raises(InputError, match="was made with .* use another --output_dir"):
+            clips.own_samples(tmp_path, generator, model, count, 2, "tiny", 0, runtime, shift=shift)
+
+
+def test_labels_of_clips():
+    annotations = {"qualified": torch.tensor([True, False, False]),
+                   "unqualified": torch.tensor([False, True, False])}
+    assert clips.labels_of(annotations) == [1, 0, None]
