@@ -32,6 +32,7 @@ from hypothesis.errors import Flaky
 
 import common
 import data
+import fuzz_runs
 from common import InputError, arg
 from formats import metadata
 
@@ -317,7 +318,11 @@ def lists(folder, rng, first):
         path.unlink()
 
 
-KINDS = (rows_of_metadata, clip, weights, shards, checkpoint, lists)
+def half_made(folder, rng, first):
+    fuzz_runs.half_made(folder, rng, judge, train)
+
+
+KINDS = (rows_of_metadata, clip, weights, shards, checkpoint, lists, half_made)
 
 
 def prepare(folder):
