@@ -25,6 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import fuzz_runs
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
@@ -32,7 +33,6 @@ from hypothesis.errors import Flaky
 
 import common
 import data
-import fuzz_runs
 from common import InputError, arg
 from formats import metadata
 
