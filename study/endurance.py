@@ -183,7 +183,8 @@ def test_values(parts, key, what="qualified"):
 
 
 def row_of(case, parts):
-    """-> (numbers, cells of the table). The names of numbers of test videos are those of results/table1.json."""
+    """-> (numbers, cells of the table). The names of numbers of test videos are those of
+    results/table1.json."""
     curves = [part["curve"] for part in parts]
     difference, interval = fall(curves)
     at = {step: [curve[str(step)]["qualified"] for curve in curves]

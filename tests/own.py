@@ -33,8 +33,8 @@ def prepare(folder):
 
 
 def grades_of(name):
-    """Grades by the number in a clip's name, as one noise is as good as another: qualified on both axes, or on
-    neither, and every fifth clip in between."""
+    """Grades by the number in a clip's name, as one noise is as good as another: qualified on both axes, or
+    on neither, and every fifth clip in between."""
     number = int(Path(name).stem)
     if number % 5 == 4:
         return {"physical": 1, "deformity": 2}

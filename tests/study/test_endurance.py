@@ -1,4 +1,5 @@
-"""study/endurance.py: the commands of its runs, what is kept of them, and the fall from the best quarter by hand."""
+"""study/endurance.py: the commands of its runs, what is kept of them, and the fall from the best quarter by
+hand."""
 import json
 
 import numpy as np
