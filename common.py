@@ -331,11 +331,12 @@ def gather(value, to=None):
 
 
 def equal_turns(turns, count, spare=None):
-    """A rank's turns at a model, made as many as those of the busiest rank -> [(turn, whether its result counts)].
+    """A rank's turns at a model, made as many as those of the busiest rank -> [(turn, whether its result
+    counts)].
 
-    Under FSDP every call of a model gathers its weights from all ranks, so all must call it equally often, or they hang.
-    turns: this rank's; count: those of the busiest rank. A rank with fewer takes `spare` (default: its first turn) for
-    the missing ones, and drops what comes of it.
+    Under FSDP every call of a model gathers its weights from all ranks, so all must call it equally often, or
+    they hang. turns: this rank's; count: those of the busiest rank. A rank with fewer takes `spare` (default:
+    its first turn) for the missing ones, and drops what comes of it.
     """
     turns = list(turns)
     if spare is None and turns:
@@ -344,8 +345,8 @@ def equal_turns(turns, count, spare=None):
 
 
 def equal_batches(rows, batch_size, max_rows=None):
-    """`rows` rows in batches -> [(slice, whether its result counts)], as many as `max_rows` rows need (equal_turns).
-    max_rows: the most rows that any rank has in this call; default: this rank's."""
+    """`rows` rows in batches -> [(slice, whether its result counts)], as many as `max_rows` rows need
+    (equal_turns). max_rows: the most rows that any rank has in this call; default: this rank's."""
     slices = [slice(i, i + batch_size) for i in range(0, rows, batch_size)]
     return equal_turns(slices, math.ceil((max_rows or rows) / batch_size))
 

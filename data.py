@@ -3,8 +3,9 @@
     python data.py check clips --model Wan2.1                    says what is wrong, clip by clip
     python data.py encode clips --out latents                    encodes with the shipped VAE and text encoder
     python data.py encode clips --out latents --size "832*480" --frames 81 --fps 16 --model Wan2.1
-                                                                 uses all encoders of that folder (requirements-wan.txt)
-    torchrun --nproc_per_node=8 data.py encode ...               makes the same folder on eight GPUs, byte for byte
+                                                                 uses all encoders of that folder
+                                                                 (requirements-wan.txt)
+    torchrun --nproc_per_node=8 data.py encode ...               makes the same folder, byte for byte
 
 Run encode again when clips, captions or the list have changed: it encodes new and changed clips, and leaves
 out those that are no longer listed.
@@ -35,7 +36,8 @@ import families
 from common import InputError, arg
 from families import load_image_encoder, load_text_encoder, load_vae, save_null_context
 from formats import disk, encoders, fingerprint, lock
-from formats.metadata import SUFFIXES, printable, read_listing, read_metadata, replace_text  # noqa: F401   for tests
+from formats.metadata import SUFFIXES, printable, read_listing, replace_text
+from formats.metadata import read_metadata as read_metadata  # for tests
 from formats.shards import Shards, join_equal, write_shards
 from formats.video import Facts, from_pixels, read_clip_facts
 from formats.weights import SHIPPED, transformer_folder
@@ -73,10 +75,11 @@ def require_fit(shards, dit, model=None, labelled=False):
         is_image_to_video = dit.config["model_type"] == "i2v"
         for role, path in found.items():
             if role in made_by and made_by[role] != fingerprint.of_encoder(path, role):
-                raise InputError(f"{folder}: was encoded with another {role} than {path}: encode with --model {model}")
+                raise InputError(f"{folder}: was encoded with another {role} than {path}: encode with "
+                                 f"--model {model}")
         if families.of_config(dit.config).blank_frames and "condition" not in shards.shapes:
-            raise InputError(f"{folder}: lacks the given first frame as Wan2.1's image-to-video models take it: encode with "
-                             f"--model {model or 'and its folder'}")
+            raise InputError(f"{folder}: lacks the given first frame as Wan2.1's image-to-video models take "
+                             f"it: encode with --model {model or 'and its folder'}")
         if not found:
             why = f"{model} holds none" if model else "there is no --model"
             notes.append(f"its encoders cannot be compared with the model's: {why}")
@@ -254,7 +257,7 @@ def hold_out_groups(groups, labels, order, wanted):
     members = collections.defaultdict(list)
     for i in order:
         members[groups[i]].append(i)
-    size = {}                                                   # group -> [number of its clips labelled 0, labelled 1]
+    size = {}                                          # group -> [number of its clips labelled 0, labelled 1]
     for group, clips in members.items():
         size[group] = [sum(labels[i] == label for i in clips) for label in (0, 1)]
     total, taken, held = [sum(counts[label] for counts in size.values()) for label in (0, 1)], [0, 0], []
@@ -442,8 +445,8 @@ class Tally:
                 "converted": "are HDR or of a wide gamut: converted to BT.709, what is brighter than its "
                              "white is clipped",
                 "approximate": "have colours that only approximate what a player shows",
-                "guessed": "do not say how their colours are coded: read by BT.709, as players do from 720 lines on, which is "
-                           "only approximate if they were written by BT.601",
+                "guessed": "do not say how their colours are coded: read by BT.709, as players do from 720 "
+                           "lines on, which is only approximate if they were written by BT.601",
                 "interlaced": "are interlaced: each pair of fields became one picture, by FFmpeg's bwdif",
                 "slow": f"are slower than {config.fps or 0:g} fps: their frames will repeat"}
         if self.kept:
@@ -451,8 +454,8 @@ class Tally:
                    "of it stays at worst, "
                    f"{sum(self.kept) / len(self.kept):.0%} on average")
         if cut:
-            yield (f"{cut} of their captions are longer than the {limit} that {config.text_encoder} reads: the rest "
-                   "is cut off")
+            yield (f"{cut} of their captions are longer than the {limit} that {config.text_encoder} reads: "
+                   f"the rest is cut off")
         for name, sentence in said.items():
             if found := self.found[name]:
                 yield f"{len(found)} of them {sentence}" + ("" if name == "slow" else f": {some(found)}")
@@ -551,12 +554,12 @@ def resolve_encoders(config):
 def encode_batch(clips, models, image_to_video):
     """Loaded clips -> {name in the shards: tensor [b, ...] on the CPU}. models: {role: encoder}"""
     device = next(models["vae"].parameters(), torch.empty(0)).device
-    videos = torch.stack([clip.video for clip in clips]).to(device)                         # uint8 [b, F, H, W, 3]
+    videos = torch.stack([clip.video for clip in clips]).to(device)                    # uint8 [b, F, H, W, 3]
     out = {"latents": models["vae"].encode(from_pixels(videos)),                            # [b, c, f, h, w]
            "context": models["text_encoder"].encode([clip.row["prompt"] for clip in clips])}  # [b, l, d]
     if image_to_video:
         out["condition"] = encoders.condition_latents(
-            models["vae"], videos, families.takes_blank_frames(models["text_encoder"]))                 # [b, c, f, h, w]
+            models["vae"], videos, families.takes_blank_frames(models["text_encoder"]))      # [b, c, f, h, w]
     if "image_encoder" in models:
         out["clip_fea"] = models["image_encoder"].encode(videos[:, 0])                      # [b, m, d']
     return {name: x.float().cpu() for name, x in out.items()}
@@ -601,7 +604,8 @@ def encode(config, runtime):
     contents = fingerprint.Contents(out / "contents.json")
     disk.require_shared(out, "--out")
     if not all(common.gather(Path(config.folder).is_dir() or runtime.rank == 0)):
-        raise InputError(f"{config.folder}: not every process sees this folder: put the clips on a disk that all nodes share")
+        raise InputError(f"{config.folder}: not every process sees this folder: put the clips on a disk that "
+                         f"all nodes share")
     if runtime.rank > 0:
         for _ in encode_chunks(*common.gather(None)[0], config, load, image_to_video, contents, runtime):
             pass                                    # what this rank encodes goes to rank 0
@@ -612,9 +616,9 @@ def encode(config, runtime):
     if out.exists() and out.samefile(config.folder):
         raise InputError(f"--out {out}: is the folder of the clips: name another one for the shards")
     lock.require_ours(out, "shards", ("shards.json",))
-    settings = {"size": config.size and config.size.replace("x", "*"), "frames": config.frames, "fps": config.fps,
-                "condition": image_to_video, "encoders": {role: fingerprint.of_encoder(path, role)
-                                                          for role, path in folders.items()}}
+    settings = {"size": config.size and config.size.replace("x", "*"), "frames": config.frames,
+                "fps": config.fps, "condition": image_to_video,
+                "encoders": {role: fingerprint.of_encoder(path, role) for role, path in folders.items()}}
     if not out.exists():
         load()                                      # encoders that cannot be loaded leave no folder behind
     with lock.hold(out, "shards"):
@@ -698,9 +702,10 @@ def write_chunks(encoded, config, settings, report, done, total):
         enough = min(config.clips_per_shard, SHARD_BYTES // max(1, bytes_of_a_clip))
         if ready and (chunk is None or len(ready) + len(good) > enough):
             whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            write_shards(config.out, whole.pop("latents"), whole.pop("context"), *(
-                [clip.row[name] for clip in ready] for name in ("label", "prompt", "file_name")), fps=settings["kind"][3],
-                settings=settings, append=True, clips=config.folder, contents=[clip.content for clip in ready], **whole)
+            write_shards(config.out, whole.pop("latents"), whole.pop("context"),
+                         *([clip.row[name] for clip in ready] for name in ("label", "prompt", "file_name")),
+                         fps=settings["kind"][3], settings=settings, append=True, clips=config.folder,
+                         contents=[clip.content for clip in ready], **whole)
             ready, parts = [], []
         if good:
             ready, parts = ready + good, [*parts, tensors]

@@ -415,7 +415,8 @@ def own_prompts(config, named, runtime):
     vae, device = families.load_vae(f"{config.model}/vae"), runtime.device
     texts = [row["prompt"] for row in rows]
     all_texts = texts if negative is None else [*texts, negative]
-    contexts = families.encode_prompts(f"{config.model}/text_encoder", all_texts, device, dit_config["text_dim"])
+    contexts = families.encode_prompts(f"{config.model}/text_encoder", all_texts, device,
+                                       dit_config["text_dim"])
     null = None if negative is None else contexts[negative].to(device)                      # [l, d]
     shape = families.latent_shape(dit_config, size, config.frames)
     batch_size = max(1, BATCH_LATENTS // (shape[1] * shape[2] * shape[3]))

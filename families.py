@@ -239,8 +239,11 @@ def image_conditions(dit_config, vae, image_encoder, first, frames):
 
 
 def conditions_of_images(dit_config, vae, image_encoder, paths, size, frames, device):
-    """`image_conditions` of pictures: one path per video, {} if the paths are None. size: (W, H). Each picture is encoded
-    alone: rounding, and with it the bytes of a video, would depend on its neighbours in a batch."""
+    """`image_conditions` of pictures: one path per video, {} if the paths are None. size: (W, H).
+
+    Each picture is encoded alone: in a batch its rounding, and with it the bytes of a video, would depend on
+    its neighbours.
+    """
     if paths[0] is None:
         return {}
     found = {}

@@ -65,8 +65,8 @@ BAD_HELP = "a clip is bad if it is unqualified on both axes (A.2.3), or on any o
 class Serve:
     annotator: str | None = arg(None, "name of the person whose answers these are; default: the login name")
     port: int = arg(8765, "port of the page on 127.0.0.1; 0: any free one", at_least=0, at_most=65535)
-    seed: int = arg(0, "seed of the order of clips, which all annotators share, and of which clip of a pair is left",
-                    at_least=0)
+    seed: int = arg(0, "seed of the order of clips, which all annotators share, and of which clip of a pair "
+                    "is left", at_least=0)
 
 
 @dataclass(kw_only=True)
@@ -152,10 +152,11 @@ class Session:
         self.items = [items[i] for i in order]
         self.kind, self.journal, self.annotator, self.bad = kind, journal, annotator, bad
         self.index = {item["key"]: i for i, item in enumerate(self.items)}
-        self.answers = {}                                       # item -> this annotator's standing answer, oldest first
+        self.answers = {}                             # item -> this annotator's standing answer, oldest first
         answers, self.notes = labels.current_answers(journal.path, kind)
         for line in answers:
-            key = (os.path.normpath(line["file_name"]),) if kind == "clip" else tuple(line[name] for name in labels.KEYS[kind])
+            key = (os.path.normpath(line["file_name"]),) if kind == "clip" else tuple(
+                line[name] for name in labels.KEYS[kind])
             if line["annotator"] == annotator and key in self.index:
                 self.answers[self.index[key]] = line
         self.skipped, self.again = [], []       # items to show at the end; items to show next, last one first
@@ -479,7 +480,8 @@ def report_command(config):
     pairs, more = labels.current_answers(folder / "pairs.jsonl", "pair")
     notes += more
     if not clips and not pairs:
-        raise InputError("; ".join([f"{folder}: no answers in a labels.jsonl or pairs.jsonl: `python label.py {folder}`", *notes]))
+        raise InputError("; ".join([f"{folder}: no answers in a labels.jsonl or pairs.jsonl: `python "
+                                    f"label.py {folder}`", *notes]))
     common.refuse(config, () if clips else ("bad",), "for pairs")
     tables = clip_tables(clips, config.bad) if clips else []
     if pairs:
@@ -504,13 +506,14 @@ def describe_clips(folder, answers):
 
 
 def export_command(config):
-    """Writes the majority's labels into the clips' metadata and changes no other byte. Clips without answers keep their
-    labels; a clip on which no label has more than half of the annotators loses its label."""
+    """Writes the majority's labels into the clips' metadata and changes no other byte. Clips without answers
+    keep their labels; a clip on which no label has more than half of the annotators loses its label."""
     folder = Path(config.folder)
     rows = read_metadata(folder)                                                # every row can be used
     answers, notes = labels.current_answers(folder / "labels.jsonl")
     if not answers:
-        raise InputError("; ".join([f"{folder}/labels.jsonl: no answers: `python label.py {folder}`", *notes]))
+        raise InputError(
+            "; ".join([f"{folder}/labels.jsonl: no answers: `python label.py {folder}`", *notes]))
     found = labels.majority(answers, config.bad)
     path = write_labels(folder, found)
     names = {os.path.normpath(row["file_name"]) for row in rows}

@@ -177,8 +177,9 @@ def take_settings(config, rows):
 
 def settle(config, dit_config):
     """What the flags leave open, as the model is used -> size (W, H)."""
+    negative = config.negative_prompt
     size = data.parse_size(config, families.of_config(dit_config).side)
-    size, negative = size or families.sampling_defaults(dit_config)["size"], config.negative_prompt
+    size = size or families.sampling_defaults(dit_config)["size"]
     families.fill_in(config, families.sampling_defaults(dit_config, size))
     if negative is not None and config.guidance_scale == 1:
         raise InputError("--negative_prompt means nothing with --guidance_scale 1: leave it out, or give a "
@@ -329,7 +330,8 @@ def main(config):
     check_flags(config)
     videos, before = list_videos(config)
     model = resolve_model(config, config.transformer)
-    pieces = config.parallel == "fsdp" and not config.lora      # each rank reads its own; LoRA needs whole weights
+    # each rank reads its own; LoRA needs whole weights
+    pieces = config.parallel == "fsdp" and not config.lora
     dit = load_transformer(config.transformer or model, dtype=None, load_now=not pieces, task=config.task)
     dit.eval().requires_grad_(False)
     half = families.of_config(dit.config).half
@@ -379,18 +381,20 @@ def main(config):
         on_device = partial(encoders.on, parallel.cast_matrices(dit, runtime.dtype), device)
 
     for batch, keep in common.progress(mine, f"videos (x{config.batch_size * runtime.world_size})"):
-        context = encoders.stack_contexts([contexts[video.prompt] for video in batch]).to(device)          # [b, l, d]
-        conditions = families.conditions_of_images(dit.config, vae, image_encoder, [video.image for video in batch], size,
-                                                   config.frames, device)
+        context = encoders.stack_contexts([contexts[video.prompt] for video in batch]).to(device)  # [b, l, d]
+        conditions = families.conditions_of_images(dit.config, vae, image_encoder,
+                                                   [video.image for video in batch], size, config.frames,
+                                                   device)
         with on_device(), encoders.on(pavrm, device):
-            latents, passes = search.best_of(                                                       # [b, c, f, h, w]
+            latents, passes = search.best_of(                                                # [b, c, f, h, w]
                 dit, pavrm, shape, context, batch[0].seed, [video.index for video in batch],
-                config.num_inference_steps, drops, shift=config.shift, guidance_scale=config.guidance_scale, null=null,
+                config.num_inference_steps, drops, shift=config.shift, guidance_scale=config.guidance_scale,
+                null=null,
                 batch_size=config.batch_size, max_rows=largest, autocast=runtime.autocast, **conditions)
         if not keep:
             continue
         with encoders.on(vae, device):
-            pixels = encoders.decode_pixels(vae, latents)                                              # [b, F, H, W, 3]
+            pixels = encoders.decode_pixels(vae, latents)                                    # [b, F, H, W, 3]
         for video, frames in zip(batch, pixels):
             if video.path:
                 write_video(video.path, frames, config.fps)

@@ -140,7 +140,8 @@ def resolve(config, shards):
 
 
 def split_curated(config, shards):
-    """-> (indices of the clips to train on, indices of the clips held out to watch), none of them labelled 0."""
+    """-> (indices of the clips to train on, indices of the clips held out to watch), none of them labelled
+    0."""
     curated = (shards.labels != 0).nonzero()[:, 0]
     if not len(curated):
         raise InputError(f"{shards.folder}: every clip is labelled 0; alignment needs good ones")

@@ -56,7 +56,8 @@ def count_long_captions(path, prompts):
 
 @contextmanager
 def on(module, device):
-    """Moves the module to the device and, where that is a GPU, back to the CPU afterwards: the 29 GB of a 14B generator
+    """Moves the module to the device and, where that is a GPU, back to the CPU afterwards: the 29 GB of a 14B
+    generator
     make room for the VAE. None stays None."""
     yield module and module.to(device)
     if module and torch.device(device).type == "cuda":

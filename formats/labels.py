@@ -1,9 +1,11 @@
 """What people said about clips: files of JSON lines that lie beside the clips and only ever grow (label.py
 writes them).
 
-    clips/labels.jsonl   {"file_name": "a.mp4", "annotator": "ada", "physical": 2, "deformity": 1, "contents": ["0f3c..."],
+    clips/labels.jsonl   {"file_name": "a.mp4", "annotator": "ada", "physical": 2, "deformity": 1,
+                          "contents": ["0f3c..."],
                           "time": 1764070000.25}
-    clips/pairs.jsonl    {"against": "../sft", "prompt": "...", "a": "a.mp4", "b": "c.mp4", "left": "b", "winner": "a",
+    clips/pairs.jsonl    {"against": "../sft", "prompt": "...", "a": "a.mp4", "b": "c.mp4", "left": "b",
+                          "winner": "a",
                           "annotator": "ada", "contents": ["0f3c...", "9ab0..."], "time": ...}
 
 physical (plausibility) and deformity (of the subject) are graded 0 unqualified, 1 partially qualified, 2
@@ -67,7 +69,8 @@ class Journal:
         is_new = not self.path.exists()
         self.file = self.path.open("a+b", buffering=0)
         if not lock.take(self.file, self.path.parent):
-            raise InputError(f"{self.path.parent}: another label.py has this folder open: stop that one first")
+            raise InputError(f"{self.path.parent}: another label.py has this folder open: stop that one "
+                             f"first")
         if is_new:                                                      # the name, too, has to be on the disk
             disk.flush(self.path.parent)
         content = self.path.read_bytes()

@@ -408,7 +408,8 @@ def replace_text(path, text):
 
 
 def replace_bytes(path, content):
-    """Writes a file whole or not at all, also if the power fails: under a temporary name, then formats/disk.put.
+    """Writes a file whole or not at all, also if the power fails: under a temporary name, then
+    formats/disk.put.
 
     Raises OSError that names the file. The temporary file is removed if anything fails.
     """

@@ -55,8 +55,8 @@ RENAMED = {"shard_size": "fsdp_group_size"}
 # What the scripts make in a run folder: it is set aside together. A folder with a writer of its own stays.
 WEIGHTS = ("best", "transformer", "reward", "vae", "text_encoder", "pytorch_lora_weights.safetensors")
 MADE = ("args.json", "metrics.jsonl", "report.json", "events.out.tfevents.*", "checkpoint-*",
-        "sharded_state.tmp", "samples", "earlier-*-checkpoint-*", *WEIGHTS, *(f"{name}.tmp*" for name in WEIGHTS),
-        *(f"{name}{disk.REPLACED}" for name in WEIGHTS))
+        "sharded_state.tmp", "samples", "earlier-*-checkpoint-*", *WEIGHTS,
+        *(f"{name}.tmp*" for name in WEIGHTS), *(f"{name}{disk.REPLACED}" for name in WEIGHTS))
 CHECKPOINT = re.compile(rf"checkpoint-(\d+)(\.old|\{disk.REPLACED})?")         # .old: as older runs called it
 # The end of the name of a folder that a kill left half moved.
 MOVING = ".moving"
@@ -81,9 +81,9 @@ def precision_flag(more=""):
 class Flags:
     """The flags of every training run."""
     mixed_precision: str = precision_flag(" (weights, optimizer and rollout state are fp32)")
-    resume_from_checkpoint: str | None = arg(
-        None, "go on from a checkpoint: its folder, a run folder (its last checkpoint), or 'latest' (the last "
-        "one in --output_dir; if there is none, the run starts afresh)", alias="resume")
+    resume_from_checkpoint: str | None = arg(None, "go on from a checkpoint: its folder, a run folder (its "
+                                             "last checkpoint), or 'latest' (the last one in --output_dir; "
+                                             "if there is none, the run starts afresh)", alias="resume")
 
 
 def write_json(path, value):

@@ -207,16 +207,17 @@ class Shards:
 def join(parts):
     """Several Shards as one, in their order, such as the rounds of labels of a reward model.
 
-    -> the first of them, which then has the clips of all. Raises InputError naming a folder that does not fit the first.
+    -> the first of them, which then has the clips of all. Raises InputError naming a folder that does not fit
+    the first.
     """
     whole = parts[0]
     for part in parts[1:]:
         if part.shapes != whole.shapes:
-            raise InputError(f"{part.folder}: holds {part.shapes} where {whole.folder} holds {whole.shapes}: encode both with "
-                             "the same --model, --size and --frames")
+            raise InputError(f"{part.folder}: holds {part.shapes} where {whole.folder} holds {whole.shapes}: "
+                             f"encode both with the same --model, --size and --frames")
         if part.settings.get("encoders") != whole.settings.get("encoders"):
-            raise InputError(f"{part.folder}: was encoded with other encoders than {whole.folder}: encode both with the same "
-                             "--model")
+            raise InputError(f"{part.folder}: was encoded with other encoders than {whole.folder}: encode "
+                             f"both with the same --model")
         whole.rows += part.rows
         whole.where += part.where
         whole.contents += part.contents

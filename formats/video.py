@@ -275,8 +275,8 @@ def _orientation(frame):
 
 
 # ---- pixels and the VAE's floats
-# What either VAE makes of a video: one latent frame of the first frame and of each 4 after it; one position of
-# 8 x 8 pixels; 16 channels.
+# What either VAE makes of a video: one latent frame of the first frame and of each 4 after it; one position
+# of 8 x 8 pixels; 16 channels.
 TIME, SPACE, CHANNELS = 4, 8, 16
 
 

@@ -144,8 +144,9 @@ def first_row(p):
 def work_of_rank(work, runtime, kind):
     """This rank's share of `work`, a list: [(item, whether this rank keeps what comes of it)].
 
-    Ranks that share a clip have the same items, and the first of them keeps. Under fsdp the lists are equally long
-    (common.equal_turns). If the model is called in batches, the size of the largest item goes on as max_rows.
+    Ranks that share a clip have the same items, and the first of them keeps. Under fsdp the lists are equally
+    long (common.equal_turns). If the model is called in batches, the size of the largest item goes on as
+    max_rows.
     """
     group, place = divmod(runtime.rank, runtime.sequence_parallel)
     groups = runtime.world_size // runtime.sequence_parallel
@@ -218,7 +219,8 @@ def save_checkpoint(output_dir, step, folders, model, optimizer, config, keep=2)
         common.gather(None)                                     # a killed run's pieces are gone
         try:
             # formats/disk.py flushes the pieces, as it bears with disks that cannot
-            dcp.save(named_state(model, optimizer), storage_writer=dcp.FileSystemWriter(pieces, sync_files=False))
+            dcp.save(named_state(model, optimizer),
+                     storage_writer=dcp.FileSystemWriter(pieces, sync_files=False))
         except dcp.api.CheckpointException as e:                # no Exception: what went wrong, rank by rank
             common.gather(None)                                 # nobody writes any more
             shutil.rmtree(pieces, ignore_errors=True)

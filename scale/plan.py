@@ -175,7 +175,8 @@ def update_flops(forward, trained=True, checkpointing=True):
 
 
 def rollout_passes(skipped, last, stride=1):
-    """Forward passes that a rollout without gradients takes, on average over the rewarded steps skipped + 1 .. last.
+    """Forward passes that a rollout without gradients takes, on average over the rewarded steps skipped + 1
+    .. last.
 
     stride: Euler steps of the schedule that one pass takes at once.
     """

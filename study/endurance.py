@@ -65,7 +65,8 @@ class Case(NamedTuple):
 # The long runs that are compared, and then shorter ones: a falling rate has one length.
 LONG = [Case(recipe, schedule, mismatched) for mismatched in (0.25, 0) for recipe in RECIPES
         for schedule in ("constant", "linear")]
-MORE = [Case("steady", "constant", length=1920), Case("steady", "linear", rate=2e-4),
+MORE = [Case("paper", length=480), Case("steady", "constant", length=1920),
+        Case("steady", "linear", rate=2e-4),
         *(Case(recipe, "linear", length=length) for recipe in ("steady", "by video")
           for length in (120, 480)),
         *(Case("steady", "linear", rate=2e-4, length=length) for length in (120, 480))]
@@ -182,54 +183,76 @@ def test_values(parts, key, what="qualified"):
 
 
 def row_of(case, parts):
-    """-> (numbers, cells of the table)"""
+    """-> (numbers, cells of the table). The names of numbers of test videos are those of
+    results/table1.json."""
     curves = [part["curve"] for part in parts]
     difference, interval = fall(curves)
     at = {step: [curve[str(step)]["qualified"] for curve in curves]
-          for step in (40, 120, 240, 480, 720, 960, 1440, 1920) if str(step) in curves[0]}
+          for step in (*SHOWN_STEPS, 1440, 1920) if str(step) in curves[0]}
     test = {key: summary(test_values(parts, key))
             for key in ("test, firm", "test, strict", "test, loose", "reworded, firm")}
-    means = np.mean([part["test"]["test means"] for part in parts], 0)
+    means = dict(zip(PANEL, np.mean([part["test"]["test means"] for part in parts], 0).tolist()))
     numbers = {"validation": at, "fall": {"difference": difference, "interval": interval}, "test": test,
-               "adherent": float(test_values(parts, "test, firm", "adherent").mean()),
-               **dict(zip(PANEL, means.tolist())), "minutes": [part["minutes"] for part in parts]}
-    steps = [f"{np.mean(at[step]):.3f}" if step in at else "" for step in (40, 120, 240, 480, 720, 960)]
+               "qualified": test["test, firm"], "minutes": [part["minutes"] for part in parts]}
+    for name, what in (("physical_qualified", "physical"), ("deformity_qualified", "deformity"),
+                       ("adherent", "adherent")):
+        numbers[name] = {"mean": float(test_values(parts, "test, firm", what).mean())}
+    numbers |= {name: {"mean": mean} for name, mean in means.items()}
+    steps = [f"{np.mean(at[step]):.3f}" if step in at else "" for step in SHOWN_STEPS]
     cells = [case.row(), case.length, len(parts), *steps, show(difference, interval, "+"),
              show(**test["test, firm"]), " ".join(f"{value:.3f}" for value in test["test, firm"]["seeds"]),
              *(f"{test[key]['mean']:.3f}" for key in ("test, strict", "test, loose", "reworded, firm")),
-             *(f"{value:.3f}" for value in means)]
+             f"{numbers['adherent']['mean']:.3f}", *(f"{mean:.3f}" for mean in means.values())]
     return numbers, cells
 
 
+SHOWN_STEPS = (40, 120, 240, 480, 720, 960)
 HEAD = ["recipe, rate, reward", "iterations", "seeds", "40", "120", "240", "480", "720", "960",
-        "last quarter less best quarter", "test videos", "by seed", "strict", "loose", "reworded", *PANEL]
+        "last quarter minus best quarter", "test videos", "by seed", "strict", "loose", "reworded",
+        "adherent", *PANEL]
+
+
+def seeds_of(work, case):
+    return work.seeds[:1] if case.length > 960 else work.seeds
 
 
 def endurance(work):
     cases = [*LONG, *MORE]
-    seeds_of = lambda case: work.seeds[:1] if case.length > 960 else work.seeds
-    kept = finished(work, [(seed, case) for case in cases for seed in seeds_of(case)])
+    kept = finished(work, [(seed, case) for case in cases for seed in seeds_of(work, case)])
     report(work, kept, cases)
 
 
 def report(work, kept, cases):
-    """Writes the table and the curves of the cases of which `kept` has any seed."""
-    rows, cells, curves = {}, [], {}
+    """Writes the table and the curves of those runs that are kept."""
+    rows, cells, curves, used = {}, [], {}, []
     for case in cases:
         parts = [kept[case.name(seed)] for seed in work.seeds if case.name(seed) in kept]
-        if parts:
-            rows[f"{case.row()}, {case.length}"], row = row_of(case, parts)
-            cells.append(row)
-            steps = [int(step) for step in parts[0]["curve"]]
-            mean = np.mean([[point["qualified"] for point in part["curve"].values()] for part in parts], 0)
-            curves[case] = (steps, mean.tolist())
-    plot(work.results / "endurance.png", {
-        ("mismatched prompts" if mismatched else "the paper's reward"): ("iteration", {
-            f"{case.recipe}, {case.schedule} {case.rate:g}": curve for case, curve in curves.items()
-            if case.mismatched == mismatched and case.length >= 480}) for mismatched in (0.25, 0)})
-    work.write("endurance", "Does it hold? Recipes, learning rates and rewards over many iterations",
-               [f"The share of {VALIDATED} validation videos that are qualified after so many iterations, "
-                "mean over the seeds; then how far the last quarter of the validations lies below the best "
-                f"one, and {TESTED} test videos at the end, by the firm, the strict and the loose annotator, "
-                f"and in other wordings. Each seed has a reward model of its own.", "", *table(HEAD, cells)],
+        if not parts:
+            continue
+        used += parts
+        rows[f"{case.row()}, {case.length}"], row = row_of(case, parts)
+        cells.append(row)
+        steps = [int(step) for step in parts[0]["curve"]]
+        mean = np.mean([[point["qualified"] for point in part["curve"].values()] for part in parts], 0)
+        curves[case] = (steps, mean.tolist())
+    panels = {}
+    for title, mismatched in (("a quarter of the prompts mismatched", 0.25), ("the paper's reward", 0)):
+        shown = {f"{case.recipe}, {case.schedule} {case.rate:g}": curve for case, curve in curves.items()
+                 if case.mismatched == mismatched and case.length >= 480}
+        if shown:
+            panels[title] = ("iteration", shown)
+    plot(work.results / "endurance.png", panels)
+    minutes = sum(part["minutes"] for part in used)
+    lines = [f"The share of {VALIDATED} validation videos that are qualified after so many iterations, mean "
+             "over the seeds. Then how far the last quarter of the validations lies from the best quarter. "
+             f"Then {TESTED} test videos at the end: by the firm annotator with its interval and by seed, by "
+             "the strict and the loose one, and in other wordings; and what the firm one sees. Each seed "
+             "has a reward model of its own. Mismatched: the share of each of its batches that got another "
+             f"video's prompt and the label bad.", "", *table(HEAD, cells)]
+    wanted = sum(len(seeds_of(work, case)) for case in cases)
+    if len(used) < wanted:
+        lines += [f"{len(used)} of {wanted} runs are made. The command below makes the others.", ""]
+    lines += [f"The runs took {minutes:.0f} minutes of a core, at "
+              f"{', '.join(sorted({part['commit'] for part in used}))}.", ""]
+    work.write("endurance", "Does it hold? Recipes, learning rates and rewards over many iterations", lines,
                {"rows": rows})

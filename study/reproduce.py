@@ -702,9 +702,10 @@ def annotator(work):
                {"clean_pass": passed, "flawed_fail": overall, "fails": failed})
 
 
-STUDIES = {study.__name__: study for study in (
-    table1, table2, table3, table4, table5, table7, table8, table9, fig3, fig5, labels, loss, endurance, steady, mid, why,
-    speed, stopping, hacking, annotator, search, fooled)}
+STUDIES = {study.__name__: study
+           for study in (table1, table2, table3, table4, table5, table7, table8, table9, fig3, fig5, labels,
+                         loss, endurance, steady, mid, why, speed, stopping, hacking, annotator, search,
+                         fooled)}
 
 
 @dataclass

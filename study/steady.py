@@ -370,30 +370,37 @@ def speed(work):
     paper, own = "PRFL, paper's recipe", "PRFL, steady recipe"
     slow, fast = once(times[paper][0.90]), once(times[own][0.90])
     ratio = fast / slow if slow and fast else None
-    flops = {row: wan_flops(*how) for row, how in {
-        paper: ("prfl",), own: ("prfl", "steady"), "RGB ReFL, first frame, paper's recipe": ("refl",),
-        "RGB ReFL, first frame, steady recipe": ("refl", "steady"),
-        "RGB ReFL, all frames, paper's recipe": ("refl", "paper", "all"),
-        "RGB ReFL, all frames, steady recipe": ("refl", "steady", "all"), "SFT": ("sft",)}.items()}
-    grid = {row: sorted({seconds for seed in by_seed for seconds, _ in seed}) for row,
-            by_seed in found.items()}
-    mean = {row: np.mean([np.interp(grid[row], *zip(*seed)) for seed in by_seed], 0).tolist() for row,
-            by_seed in found.items()}
-    plot(work.results / "speed.png", {"qualified of the validation videos": ("CPU seconds of alignment", {
-        row: (grid[row], mean[row]) for row in found})})
+    kinds = {paper: ("prfl",), own: ("prfl", "steady"), "SFT": ("sft",)}
+    for name, frames in (("first frame", "first"), ("all frames", "all")):
+        kinds[f"RGB ReFL, {name}, paper's recipe"] = ("refl", "paper", frames)
+        kinds[f"RGB ReFL, {name}, steady recipe"] = ("refl", "steady", frames)
+    flops = {row: wan_flops(*kind) for row, kind in kinds.items()}
+    curves, rows = {}, []
+    for row, by_seed in found.items():
+        grid = sorted({seconds for seed in by_seed for seconds, _ in seed})
+        curves[row] = grid, np.mean([np.interp(grid, *zip(*seed)) for seed in by_seed], 0).tolist()
+        highest = np.mean([max(rate for _, rate in seed) for seed in by_seed])
+        seconds, last = np.mean([seed[-1] for seed in by_seed], 0)
+        flags = compared[row].flags
+        rows.append([row, *(cell(times[row][level]) for level in LEVELS), f"{highest:.3f}", f"{last:.3f}",
+                     f"{seconds:.0f}", flags[flags.index("--max_train_steps") + 1]])
+    share = "an unknown share of the paper recipe's: not every seed of both got there"
+    if ratio:
+        share = f"{ratio:.2f} of the paper recipe's CPU seconds"
+    plot(work.results / "speed.png",
+         {"qualified of the validation videos": ("CPU seconds of alignment", curves)})
     work.write("speed", "Quality over CPU seconds of alignment", [
-        f"CPU seconds of all updates, one thread, until a validation ({work.preset['videos'] // 2} videos, every 10 iterations; "
-        f"SFT: every 20 updates) first reached a level; mean over the seeds that did ({work.said_seeds()}; RGB ReFL: one). "
-        "Validations themselves and the reward models' own training are not counted. Highest and last: mean over the seeds of a "
+        "CPU seconds of all updates, one thread, until a validation "
+        f"({work.preset['videos'] // 2} videos, every 10 iterations; SFT: every 20 updates) first reached a "
+        f"level; mean over the seeds that did ({work.said_seeds()}; RGB ReFL: one). Validations themselves "
+        "and the reward models' own training are not counted. Highest and last: mean over the seeds of a "
         "run's highest and last validation, with its CPU seconds.", "",
-        *table(["", *(f"{level:.2f}" for level in LEVELS), "highest", "last", "CPU seconds in all", "iterations"],
-               [[row, *(cell(times[row][level]) for level in LEVELS), f"{np.mean([max(r for _, r in s) for s in by_seed]):.3f}",
-                 f"{np.mean([s[-1][1] for s in by_seed]):.3f}", f"{np.mean([s[-1][0] for s in by_seed]):.0f}",
-                 compared[row].flags[compared[row].flags.index("--max_train_steps") + 1]] for row, by_seed in found.items()]),
-        "To .90 the steady recipe takes " + (f"{ratio:.2f} of the paper recipe's CPU seconds" if ratio else
-                                             "an unknown share of the paper recipe's: not every seed of both got there")
-        + " (asked for beforehand: at most a third).", "",
-        "FLOPs of an iteration at Wan 14B, one clip of 81 frames of 832x480, N = 40, by the formulas of `python -m scale.plan`. "
-        "Arithmetic, not measured:", "", *table(["", "PFLOPs"], [[row, f"{value / 1e15:.1f}"] for row, value in flops.items()])],
-        {"seconds": {row: {str(level): values for level, values in by_level.items()} for row, by_level in times.items()},
+        *table(["", *(f"{level:.2f}" for level in LEVELS), "highest", "last", "CPU seconds in all",
+                "iterations"], rows),
+        f"To .90 the steady recipe takes {share} (asked for beforehand: at most a third).", "",
+        "FLOPs of an iteration at Wan 14B, one clip of 81 frames of 832x480, N = 40, by the formulas of "
+        "`python -m scale.plan`. Arithmetic, not measured:", "",
+        *table(["", "PFLOPs"], [[row, f"{value / 1e15:.1f}"] for row, value in flops.items()])],
+        {"seconds": {row: {str(level): values for level, values in by_level.items()}
+                     for row, by_level in times.items()},
          "curves": found, "ratio_at_.90": ratio, "flops": flops})

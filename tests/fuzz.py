@@ -25,6 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import fuzz_runs
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
@@ -36,10 +37,13 @@ from common import InputError, arg
 from formats import metadata
 
 LIMIT = 60                                                      # seconds a case may take
-VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20), lambda inner: st.lists(
-    inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=6)
-NAMES = st.sampled_from(["a.mp4", "b.mkv", "c.webm", "../a.mp4", "nowhere.mp4", "a.mp4/x", ".", "", "/dev/null"])
-FIELDS = st.sampled_from(["file_name", "video", "file", "prompt", "text", "caption", "label", "reward", "Label ", "note"])
+VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+                      lambda inner: st.lists(inner, max_size=3)
+                      | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=6)
+NAMES = st.sampled_from(["a.mp4", "b.mkv", "c.webm", "../a.mp4", "nowhere.mp4", "a.mp4/x", ".", "",
+                         "/dev/null"])
+FIELDS = st.sampled_from(["file_name", "video", "file", "prompt", "text", "caption", "label", "reward",
+                          "Label ", "note"])
 ROW = st.dictionaries(FIELDS, NAMES | st.text(max_size=30) | st.integers(-2, 3) | VALUES, max_size=5)
 ROWS = st.lists(ROW, min_size=1, max_size=5)
 
@@ -87,13 +91,15 @@ def damaged_json(value, rng):
     if isinstance(value, list) and value and rng.random() < 0.7:
         i = rng.randrange(len(value))
         return [damaged_json(v, rng) if j == i else v for j, v in enumerate(value)]
-    return rng.choice((None, -1, 0, 1, 2 ** 70, 1e400, 0.5, "", "x", "../..", [], {}, [1, [2]], {"a": None}, True, "a\ud800"))
+    return rng.choice((None, -1, 0, 1, 2 ** 70, 1e400, 0.5, "", "x", "../..", [], {}, [1, [2]], {"a": None},
+                       True, "a\ud800"))
 
 
 # ---- the commands, each on a folder that was copied for it
 def call(script, argv):
     """-> (exit code, stderr) of a script's command line, in this process."""
-    main, Config = (data.COMMANDS[argv[0]] if script == "data" else (sys.modules[script].main, sys.modules[script].Config))
+    main, Config = (data.COMMANDS[argv[0]] if script == "data"
+                    else (sys.modules[script].main, sys.modules[script].Config))
     stderr, code = io.StringIO(), 0
     with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
         try:
@@ -138,7 +144,8 @@ def rows_of_metadata(folder, rng, first):
         if suffix == "csv":
             keys = list(dict.fromkeys(key for row in rows for key in row))
             cell = lambda x: str(x) if plain else '"' + str(x).replace('"', '""') + '"'
-            text = "\n".join([",".join(keys), *(",".join(cell(row.get(key, "")) for key in keys) for row in rows)])
+            text = "\n".join([",".join(keys),
+                              *(",".join(cell(row.get(key, "")) for key in keys) for row in rows)])
         else:
             text = "\n".join(json.dumps(row, ensure_ascii=plain) for row in rows)
         (where / f"metadata.{suffix}").write_bytes(text.encode("utf-8", "surrogatepass"))
@@ -172,10 +179,12 @@ def train(folder, name, *more, out="out"):
 def damage_one(path, rng):
     if path.suffix in (".json", ".jsonl") and rng.random() < 0.7:
         try:
-            lines = [json.loads(line) for line in path.read_text().splitlines()] if path.suffix == ".jsonl" else None
+            lines = [json.loads(line)
+                     for line in path.read_text().splitlines()] if path.suffix == ".jsonl" else None
             value = damaged_json(lines or json.loads(path.read_text()), rng)
             rows = value if isinstance(value, list) else [value]
-            return path.write_text("".join(json.dumps(x) + "\n" for x in rows) if lines else json.dumps(value))
+            return path.write_text("".join(json.dumps(x) + "\n" for x in rows) if lines
+                                   else json.dumps(value))
         except ValueError:
             pass
     path.write_bytes(damaged(path.read_bytes(), rng))
@@ -207,9 +216,9 @@ def checkpoint(folder, rng, first):
 
 # ---- lists: what a writer may change is known, so every other byte can be compared
 SPELLINGS = {None: ("", " "), 0: ("0", "0.0", "False", " 0 "), 1: ("1", "1.0", "true", "TRUE ")}
-PIECES = (b"a red circle", b"x, y", b'say ""yes""', b"caf\xe9", b"\xed\xa0\x80", "\u2028 \u00e4 "
-                                                                                 "\ufeff".encode(), b"one\ntwo",
-          b"a\r\nb", b";", b"#", b"'", b"\t", b"-", 7000 * b"long ")
+PIECES = (b"a red circle", b"x, y", b'say ""yes""', b"caf\xe9", b"\xed\xa0\x80",
+          "\u2028 \u00e4 \ufeff".encode(), b"one\ntwo", b"a\r\nb", b";", b"#", b"'", b"\t", b"-",
+          7000 * b"long ")
 
 
 def csv_cell(rng, content, plain=False):
@@ -222,14 +231,16 @@ def csv_cell(rng, content, plain=False):
 def csv_list(rng, rows, new):
     """-> (a metadata.csv of rows [(name, label or None)], the same with the labels that `new` {name: label}
     changes)."""
-    columns = [rng.choice((b"file_name", b"Video", b"FILE")), rng.choice((b"prompt", b"Text")), b"note", b"caf\xe9"]
+    columns = [rng.choice((b"file_name", b"Video", b"FILE")), rng.choice((b"prompt", b"Text")), b"note",
+               b"caf\xe9"]
     labelled = rng.random() < 0.7
     if labelled:
         columns.append(rng.choice((b"label", b"Reward ")))
     rng.shuffle(columns)
     ends = rng.choice(((b"\n",), (b"\r\n",), (b"\r",), (b"\n", b"\r\n", b"\r")))
     before = after = rng.choice((b"", b"\xef\xbb\xbf"))
-    blank = lambda: rng.choice((b"", b"", rng.choice(ends), b"  " + rng.choice(ends), b"," * (len(columns) - 1) + rng.choice(ends)))
+    blank = lambda: rng.choice((b"", b"", rng.choice(ends), b"  " + rng.choice(ends),
+                                b"," * (len(columns) - 1) + rng.choice(ends)))
     rows = rows if labelled else [(name, None) for name, _ in rows]
     is_changed = any(name in new and new[name] != label for name, label in rows)
     header = b",".join(csv_cell(rng, name, True) for name in columns)
@@ -271,16 +282,19 @@ def jsonl_list(rng, rows, new):
                '"\u2028"'.encode(), b'"' + 7000 * b"long " + b'"')
     for i, (name, label) in enumerate(rows):
         target, blanks = new.get(name, label), lambda: rng.choice((b"", b" ", b"\t "))
-        old = rng.choice({None: (b"null", b'""', b""), 0: (b"0", b"0.0", b"false", b'"0"'), 1: (b"1", b"1.0", b"true")}[label])
-        members = [(rng.choice((b'"file_name"', b'"Video"')), f'"{name}"'.encode()), (b'"prompt"', b'"a, \\"b\\""'),
-                   (b'"note"', rng.choice(strange)), (b'"lab"', rng.choice(strange))]
+        old = rng.choice({None: (b"null", b'""', b""), 0: (b"0", b"0.0", b"false", b'"0"'),
+                          1: (b"1", b"1.0", b"true")}[label])
+        members = [(rng.choice((b'"file_name"', b'"Video"')), f'"{name}"'.encode()),
+                   (b'"prompt"', b'"a, \\"b\\""'), (b'"note"', rng.choice(strange)),
+                   (b'"lab"', rng.choice(strange))]
         if old:
             members += [(rng.choice((b'"label"', b'"REWARD"')), b"@")]
             if label is not None and rng.random() < 0.2:
                 members += [members[-1]]                        # twice the same is no contradiction
         rng.shuffle(members)
-        line = b",".join(blanks() + key + blanks() + b":" + blanks() + value + (blanks() if j < len(members) - 1 else b"")
-                         for j, (key, value) in enumerate(members))
+        line = b",".join(blanks() + key + blanks() + b":" + blanks() + value
+                         + (blanks() if j < len(members) - 1 else b"") for j,
+                         (key, value) in enumerate(members))
         fresh = b"null" if target is None else str(target).encode()
         was = line.replace(b"@", old)
         now = was if target == label else line.replace(b"@", fresh) if old else line + b', "label": ' + fresh
@@ -317,7 +331,11 @@ def lists(folder, rng, first):
         path.unlink()
 
 
-KINDS = (rows_of_metadata, clip, weights, shards, checkpoint, lists)
+def half_made(folder, rng, first):
+    fuzz_runs.half_made(folder, rng, judge, train)
+
+
+KINDS = (rows_of_metadata, clip, weights, shards, checkpoint, lists, half_made)
 
 
 def prepare(folder):
@@ -338,7 +356,8 @@ def prepare(folder):
     write_data(folder / "data")
     g, rows = torch.Generator().manual_seed(0), []
     for name, codec in (("a.mp4", None), ("b.mkv", "libx264"), ("c.webm", "libvpx")):
-        video, path = torch.randint(0, 255, (9, 32, 32, 3), dtype=torch.uint8, generator=g), folder / "clips" / name
+        video, path = torch.randint(0, 255, (9, 32, 32, 3), dtype=torch.uint8,
+                                    generator=g), folder / "clips" / name
         if codec is None:
             write_video(path, video)
         else:
@@ -390,7 +409,8 @@ def main(config):
     end, number, cases, failures = time.monotonic() + 60 * config.minutes, first, {}, []
     with tempfile.TemporaryDirectory() as folder:
         while (left := end - time.monotonic()) > 0:
-            command = [sys.executable, __file__, "--worker", folder, "--seed", str(number), "--minutes", str(left / 60)]
+            command = [sys.executable, __file__, "--worker", folder, "--seed", str(number), "--minutes",
+                       str(left / 60)]
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
             last, kind = "nothing yet", "?"

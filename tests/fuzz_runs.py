@@ -6,8 +6,9 @@ or with 1 or 2 and one line; a refused run changes nothing; and no checkpoint is
 the folder."""
 import shutil
 
-LEFT = ("transformer.tmp77", "transformer.replaced", "best.tmp", "best.replaced", "best", "sharded_state.tmp", "samples",
-        "checkpoint-000004.tmp", "earlier-1795000000000000000-checkpoint-000009", "earlier-20200101-000000")
+LEFT = ("transformer.tmp77", "transformer.replaced", "best.tmp", "best.replaced", "best", "sharded_state.tmp",
+        "samples", "checkpoint-000004.tmp", "earlier-1795000000000000000-checkpoint-000009",
+        "earlier-20200101-000000")
 
 
 def all_files(out):
@@ -24,11 +25,11 @@ def take_apart(out, rng):
         shutil.rmtree(one) if one.is_dir() else one.unlink()
     elif kind == 1 and files:                                   # a power loss: content that was not flushed
         rng.choice(files).write_bytes(b"")
-    elif kind == 2:                                             # a kill while it was written, or an older version's leftovers
+    elif kind == 2:                             # a kill while it was written, or an older version's leftovers
         name = out / rng.choice(LEFT)
         name.mkdir(exist_ok=True)
         (name / rng.choice(("w", "best.json", "args.json"))).write_text(rng.choice(("", "{}", '{"step": 1}')))
-    elif kind == 3:                                             # a kill while the run was set aside, or brought back
+    elif kind == 3:                                      # a kill while the run was set aside, or brought back
         half = out / f"earlier-20260101-00000{rng.randrange(3)}{rng.choice(('.moving', ''))}"
         half.mkdir(exist_ok=True)
         for path in there:
@@ -40,8 +41,9 @@ def take_apart(out, rng):
             shutil.copytree(out / "checkpoint-000002", name)
             if rng.random() < 0.5:
                 shutil.rmtree(out / "checkpoint-000002")
-    elif kind == 5:                                             # a folder where a file should be, and the other way round
-        name = out / rng.choice(("args.json", "metrics.jsonl", "checkpoint-000007", "best", "earlier-x", "report.json"))
+    elif kind == 5:                                 # a folder where a file should be, and the other way round
+        name = out / rng.choice(("args.json", "metrics.jsonl", "checkpoint-000007", "best", "earlier-x",
+                                 "report.json"))
         if not name.exists():
             name.touch() if rng.random() < 0.5 else name.mkdir()
     elif kind == 6:
@@ -61,12 +63,15 @@ def half_made(folder, rng, judge, train):
     spec = rng.choice((None, None, "latest", "latest", "checkpoint-000002", *earlier))
     before = all_files(out)
     script, argv = train(folder, "prfl", "--keep", "99", *(["--resume", spec] if spec else []), out=out.name)
-    code, _ = judge(f"half-made run folder, --resume {spec}: {sorted(before)}", folder, script, argv, ours=(out.name,))
+    code, _ = judge(f"half-made run folder, --resume {spec}: {sorted(before)}", folder, script, argv,
+                    ours=(out.name,))
     after = all_files(out)
     if code == 2:
-        changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)} - {".lock"}
+        changed = {name for name in before.keys() | after.keys()
+                   if before.get(name) != after.get(name)} - {".lock"}
         assert not changed, f"a refused run has changed {sorted(changed)}"
     kept = set(after.values())
     for name, content in before.items():
-        if "checkpoint-" in name and name.endswith(("train_state.pt", ".safetensors")) and ".tmp/" not in name:
+        if "checkpoint-" in name and name.endswith(
+            ("train_state.pt", ".safetensors")) and ".tmp/" not in name:
             assert content in kept, f"{name} is lost"

@@ -33,8 +33,8 @@ def prepare(folder):
 
 
 def grades_of(name):
-    """Grades by the number in a clip's name, as one noise is as good as another: qualified on both axes, or on
-    neither, and every fifth clip in between."""
+    """Grades by the number in a clip's name, as one noise is as good as another: qualified on both axes, or
+    on neither, and every fifth clip in between."""
     number = int(Path(name).stem)
     if number % 5 == 4:
         return {"physical": 1, "deformity": 2}
@@ -44,6 +44,7 @@ def grades_of(name):
 
 def answer(*words):
     """Runs label.py with these words, and answers what its page asks until nothing is left."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background jobs would ignore it
     process = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True)
     address = None
     for line in process.stdout:

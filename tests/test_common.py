@@ -49,9 +49,9 @@ def test_parse_types_aliases_and_defaults():
     assert parse("--no-gradient_checkpointing").gradient_checkpointing is False
 
 
-@pytest.mark.parametrize("cpu, gpu, wanted", [
-    ({"avx512_bf16": True}, None, "bf16"), ({"avx512_f": True, "avx512_bf16": False}, None, "no"), ({}, None, "no"),
-    ({}, True, "bf16"), ({"avx512_bf16": True}, False, "no")])
+@pytest.mark.parametrize("cpu, gpu, wanted", [({"avx512_bf16": True}, None, "bf16"),
+                          ({"avx512_f": True, "avx512_bf16": False}, None, "no"), ({}, None, "no"),
+                          ({}, True, "bf16"), ({"avx512_bf16": True}, False, "no")])
 def test_bf16_where_it_is_not_emulated(monkeypatch, cpu, gpu, wanted):
     """gpu: whether it has bf16; None: there is none."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
@@ -66,7 +66,8 @@ def test_bf16_where_it_is_not_emulated(monkeypatch, cpu, gpu, wanted):
     (["--learning_rate", "-1"], "--learning_rate must be a finite number above 0, got -1.0"),
     (["--max_train_steps", "0"], "--max_train_steps must be a finite number at least 1, got 0"),
     (["--max_train_steps", "2.5"], "--max_train_steps: invalid int value: '2.5'"),
-    (["--max_train_steps", str(2 ** 63)], f"--max_train_steps must be a finite number below 2 ** 63, got {2 ** 63}"),
+    (["--max_train_steps", str(2 ** 63)],
+     f"--max_train_steps must be a finite number below 2 ** 63, got {2 ** 63}"),
     (["--dropout", "1"], "--dropout must be a finite number below 1, got 1.0"),
     (["--ema", "1.5"], "--ema must be a finite number at most 1, got 1.5"),
     (["--seeds", "1", "-2"], "--seeds must be a finite number at least 0, got -2"),
@@ -163,8 +164,8 @@ def test_help_says_rules_in_words_and_one_default():
     words = " ".join(text.getvalue().split())
     for line in ("DATA; default: none --", "NAMES --", "KEEP (default: True) --", "RANK (default: 0) --",
                  "ONE (only if kind is a or b; default: 1) --", "TWO (only without --data; default: 2) --",
-                 "THREE (only with --data and if --rank is not 0) --",
-                 "FOUR 5 % (only if kind is c and with --keep, or with --data, or if kind is not a; default: 4.5)"):
+                 "THREE (only with --data and if --rank is not 0) --", "FOUR 5 % (only if kind is c and with "
+                 "--keep, or with --data, or if kind is not a; default: 4.5)"):
         assert line in words, (line, words)
     assert "None" not in words and "()" not in words
 
@@ -172,9 +173,12 @@ def test_help_says_rules_in_words_and_one_default():
 def test_settings_know_where_they_come_from(capsys):
     config = parse("--learning_rate", "3e-4")
     config.resume_from_checkpoint = None
-    settled, origin = common.settle(config, {"the recipe": {"resume_from_checkpoint": None, "learning_rate": 9.0},
-                                             "the model": {"resume_from_checkpoint": "x", "not_a_flag": 1, "ema": 0.1}})
-    assert settled == dataclasses.replace(config, resume_from_checkpoint="x") and config.resume_from_checkpoint is None
+    settled, origin = common.settle(config, {
+                                        "the recipe": {"resume_from_checkpoint": None, "learning_rate": 9.0},
+                                        "the model": {"resume_from_checkpoint": "x", "not_a_flag": 1,
+                                                      "ema": 0.1}})
+    assert settled == dataclasses.replace(config,
+        resume_from_checkpoint="x") and config.resume_from_checkpoint is None
     assert origin == {"learning_rate": "given", "resume_from_checkpoint": "the model"}
     common.print_settings(settled, origin)
     assert capsys.readouterr().out == ("settings, given: --learning_rate 0.0003\n"
@@ -234,7 +238,8 @@ def test_two_processes_average_gradients_as_one_with_both_halves(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, worker, tmp_path / "1.pt"], check=True, env=environment)
-    done = subprocess.run([*torchrun, worker, tmp_path / "2.pt"], capture_output=True, text=True, env=environment)
+    done = subprocess.run([*torchrun, worker, tmp_path / "2.pt"], capture_output=True, text=True,
+                          env=environment)
     assert done.returncode == 0, done.stderr
     one, two = torch.load(tmp_path / "1.pt"), torch.load(tmp_path / "2.pt")
     torch.testing.assert_close(one[:2], two[:2])
@@ -262,7 +267,8 @@ def save(folder, step, content=b"weights", **more):
     config = Config(output_dir=str(folder))
     if not (Path(folder) / "args.json").exists():
         runs.start_run(config)
-    return runs.save_checkpoint(folder, step, {"transformer": write_weights(content)}, {"position": step}, config, **more)
+    return runs.save_checkpoint(folder, step, {"transformer": write_weights(content)}, {"position": step},
+                                config, **more)
 
 
 def test_checkpoint_layout_and_resolution(tmp_path):
@@ -271,7 +277,8 @@ def test_checkpoint_layout_and_resolution(tmp_path):
     assert sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()) == [
         "args.json", "train_state.pt", "transformer/w.safetensors"]
     saved = json.loads((path / "args.json").read_text())
-    assert saved.pop("made_from") == {} and Config(**saved | {"seeds": (0, 1)}) == Config(output_dir=str(tmp_path))
+    assert saved.pop("made_from") == {} and Config(**saved
+                                                   | {"seeds": (0, 1)}) == Config(output_dir=str(tmp_path))
     for spec in ("latest", str(path), "checkpoint-000200", str(tmp_path)):
         assert runs.resolve_checkpoint(tmp_path, spec) == path
     assert runs.load_state(path) == {"step": 200, "position": 200}
@@ -280,7 +287,8 @@ def test_checkpoint_layout_and_resolution(tmp_path):
 
 
 def test_resolve_says_what_is_wrong(tmp_path):
-    assert runs.resolve_checkpoint(tmp_path / "empty", "latest") is None            # nothing is there yet: a fresh start
+    # nothing is there yet: a fresh start
+    assert runs.resolve_checkpoint(tmp_path / "empty", "latest") is None
     with pytest.raises(InputError, match="there is no .*empty/checkpoint-<step>/train_state.pt"):
         runs.resolve_checkpoint(tmp_path, str(tmp_path / "empty"))
     with pytest.raises(InputError, match="--resume_from_checkpoint nowhere"):
@@ -297,7 +305,8 @@ def test_resolve_says_what_is_wrong(tmp_path):
         runs.resolve_checkpoint(tmp_path, "latest")
 
 
-@pytest.mark.parametrize("name, at", [("rename", 0), ("replace", 0), ("replace", 1), ("fsync", 0), ("fsync", 2)])
+@pytest.mark.parametrize("name, at",
+                         [("rename", 0), ("replace", 0), ("replace", 1), ("fsync", 0), ("fsync", 2)])
 def test_a_kill_while_saving_leaves_the_previous_checkpoint(tmp_path, monkeypatch, name, at):
     """On a step that exists already. rename 0: before the old folder gets out of the way; replace 1: just
     after it has."""
@@ -321,7 +330,8 @@ def test_a_kill_while_saving_leaves_the_previous_checkpoint(tmp_path, monkeypatc
     final = save(tmp_path, 3, b"next")
     assert runs.resolve_checkpoint(tmp_path, "latest") == final and not list(tmp_path.glob("*.tmp"))
     save(tmp_path, 2, b"new")
-    assert sorted(p.name for p in tmp_path.iterdir() if "point" in p.name) == [f"checkpoint-00000{n}" for n in (1, 2, 3)]
+    assert sorted(p.name for p in tmp_path.iterdir()
+                  if "point" in p.name) == [f"checkpoint-00000{n}" for n in (1, 2, 3)]
 
 
 def test_kill_9_at_a_random_moment(tmp_path):
@@ -334,7 +344,7 @@ def test_kill_9_at_a_random_moment(tmp_path):
             test_common.save(sys.argv[1], step % 7 + 1, bytes([step % 7 + 1]) * 20000)
     """))
     for pause in (0.05, 0.13):
-        folder = tmp_path / f"run-{pause}"                      # of its own: the second kill, too, interrupts saving
+        folder = tmp_path / f"run-{pause}"               # of its own: the second kill, too, interrupts saving
         process = subprocess.Popen([sys.executable, script, folder])
         try:
             deadline = time.time() + 120  # importing torch is slow on a busy machine

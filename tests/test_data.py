@@ -252,28 +252,33 @@ def test_a_kill_while_appending_leaves_whole_shards(tmp_path, monkeypatch):
 def test_what_shards_say_of_themselves_where_nobody_said_it(tmp_path, capsys):
     x, c, y, p = make_shards(tmp_path)
     shards = data.Shards(tmp_path)
-    assert shards.fps == 8 and shards.settings == {} and shards.contents == 8 * [None] and shards.dropped == set()
-    assert [row["file_name"] for row in shards.rows[:2]] == ["shard-00000.safetensors#0", "shard-00000.safetensors#1"]
-    dit = type("Dit", (), {"config": {"patch_size": (1, 2, 2), "text_len": 8, "text_dim": 32, "out_dim": 16, "image_dim": None,
-                                      "model_type": "t2v", "dim": 192}})
+    assert shards.fps == 8 and shards.settings == {}
+    assert shards.contents == 8 * [None] and shards.dropped == set()
+    assert [row["file_name"] for row in shards.rows[:2]] == ["shard-00000.safetensors#0",
+        "shard-00000.safetensors#1"]
+    dit = type("Dit", (), {"config": {"patch_size": (1, 2, 2), "text_len": 8, "text_dim": 32, "out_dim": 16,
+                           "image_dim": None, "model_type": "t2v", "dim": 192}})
     for fps, told in ((8.1, False), (8.5, True), (7.5, True)):
         data.write_shards(tmp_path, x, c, y, p, fps=fps, settings={"encoders": {"vae": "x"}})
         data.require_fit(data.Shards(tmp_path), dit)
         assert ("it will learn another speed" in capsys.readouterr().out) == told
 
 
-@pytest.mark.parametrize("shape, patch", [((3, 5, 4), (1, 2, 2)), ((3, 4, 5), (1, 2, 2)), ((3, 4, 4), (2, 2, 2))])
+@pytest.mark.parametrize("shape, patch",
+                         [((3, 5, 4), (1, 2, 2)), ((3, 4, 5), (1, 2, 2)), ((3, 4, 4), (2, 2, 2))])
 def test_latents_that_patches_do_not_divide_are_refused(tmp_path, shape, patch):
     data.write_shards(tmp_path, torch.zeros(2, 16, *shape), torch.zeros(2, 8, 32), [0, 1], ["a", "b"])
     with pytest.raises(InputError, match="do not divide: encode with another --size"):
         data.require_fit(data.Shards(tmp_path), type("Dit", (), {"config": {"patch_size": patch}}))
 
 
-@pytest.mark.parametrize("good, bad, held", [(5, 5, 2), (2, 2, 2), (30, 30, 12), (700, 300, 200), (1500, 1500, 400)])
+@pytest.mark.parametrize("good, bad, held",
+                         [(5, 5, 2), (2, 2, 2), (30, 30, 12), (700, 300, 200), (1500, 1500, 400)])
 def test_a_fifth_is_held_out_and_400_at_most(good, bad, held):
     shards = Labelled([1] * good + [0] * bad + [-1])
     train, chosen = data.labelled_split(shards, None, 0)
-    assert len(chosen) == held and (shards.labels[chosen] == 0).sum() == max(1, round(held * bad / (good + bad)))
+    assert len(chosen) == held and (shards.labels[chosen] == 0).sum() == max(1,
+        round(held * bad / (good + bad)))
     assert torch.equal(torch.cat([train, chosen]).sort().values, torch.arange(good + bad))
 
 
@@ -326,7 +331,8 @@ def test_require_names_the_field(tmp_path):
     data.require_fit(data.Shards(tmp_path / "c"), SimpleNamespace(config=tiny))
     with pytest.raises(InputError, match=r"latents are .*patches of \[1, 3, 2\] do not divide: encode with "
                                          r"another --size"):
-        data.require_fit(data.Shards(tmp_path / "c"), SimpleNamespace(config=tiny | {"patch_size": (1, 3, 2)}))
+        data.require_fit(data.Shards(tmp_path / "c"),
+                         SimpleNamespace(config=tiny | {"patch_size": (1, 3, 2)}))
 
 
 # ---- order
@@ -487,9 +493,10 @@ def test_relabelling_needs_no_new_encoding(folder, fakes):
     fakes.calls.clear()
     encode(folder)  # the change is no reason to refuse or to encode
     assert fakes.calls == []
-    row = lambda name, p, d, who="ada": json.dumps({"file_name": name, "annotator": who, "physical": p, "deformity": d}) + "\n"
-    answers = (row("0.mp4", 2, 2) + row("x/../1.mp4", 0, 0) + row("2.mp4", 2, 1) + row("9.mp4", 2, 0) + row("9.mp4", 2, 0, "ben")
-               + row("9.mp4", 2, 2, "eva") + row("elsewhere.mp4", 0, 0))
+    row = lambda name, p, d, who="ada": json.dumps({"file_name": name, "annotator": who, "physical": p,
+                                                    "deformity": d}) + "\n"
+    answers = (row("0.mp4", 2, 2) + row("x/../1.mp4", 0, 0) + row("2.mp4", 2, 1) + row("9.mp4", 2, 0)
+               + row("9.mp4", 2, 0, "ben") + row("9.mp4", 2, 2, "eva") + row("elsewhere.mp4", 0, 0))
     (folder / "labels.jsonl").write_text(answers)
     shards = data.Shards(folder / "out").relabel()
     assert shards.labels.tolist() == [1, 0, -1, 0, 0, 1, 0, 1, 0, -1]
@@ -500,7 +507,8 @@ def test_relabelling_needs_no_new_encoding(folder, fakes):
     assert shards.batch([0, 2])["label"].tolist() == [1, -1]
     assert data.Shards(folder / "out").relabel(bad="any").labels.tolist() == [1, 0, -1, 0, 0, 1, 0, 1, 0, 0]
     (folder / "other.jsonl").write_text(row("5.mp4", 0, 0))
-    assert data.Shards(folder / "out").relabel(folder / "other.jsonl").labels.tolist() == [0, 1, 0, 0, 0, 0, 0, 1, 0, 1]
+    assert data.Shards(folder / "out").relabel(folder / "other.jsonl").labels.tolist() == [0, 1, 0, 0, 0, 0,
+        0, 1, 0, 1]
     with pytest.raises(InputError, match="--labels /nowhere: there is no such file"):
         data.Shards(folder / "out").relabel("/nowhere")
     (folder / "labels.jsonl").write_text(answers + "garbage}\n" + answers)
@@ -508,15 +516,18 @@ def test_relabelling_needs_no_new_encoding(folder, fakes):
         data.Shards(folder / "out").relabel()
 
 
-def test_shards_that_moved_without_their_clips_keep_the_labels_they_were_encoded_with(folder, fakes, tmp_path_factory):
+def test_shards_that_moved_without_their_clips_keep_the_labels_they_were_encoded_with(folder, fakes,
+    tmp_path_factory):
     encode(folder)
     moved = tmp_path_factory.mktemp("node") / "deep/out"
     shutil.copytree(folder / "out", moved)
     shards = data.Shards(moved).relabel()
-    assert shards.labels.tolist() == [i % 2 for i in range(10)] and shards.label_note == "labels from encoding: 10"
+    assert shards.labels.tolist() == [i % 2
+                                      for i in range(10)] and shards.label_note == "labels from encoding: 10"
     together = tmp_path_factory.mktemp("all") / "clips"                 # with them, they find each other
     shutil.copytree(folder, together)
-    (together / "labels.jsonl").write_text(json.dumps({"file_name": "0.mp4", "annotator": "a", "physical": 2, "deformity": 2}))
+    (together / "labels.jsonl").write_text(json.dumps({"file_name": "0.mp4", "annotator": "a", "physical": 2,
+                                                       "deformity": 2}))
     assert data.Shards(together / "out").relabel().labels[0] == 1
 
 

@@ -100,7 +100,8 @@ def test_scripts_train_save_and_go_on(folder, other_device, monkeypatch, name, m
 def test_samplers(other_device):
     """Guidance, image-to-video, and best of n."""
     dit = generator(model_type="i2v", in_dim=36, image_dim=8).to(META)
-    context, y, clip_tokens = (torch.zeros(3, *shape, device=META) for shape in ((3, 8), (20, 2, 4, 4), (5, 8)))
+    context, y, clip_tokens = (torch.zeros(3, *shape, device=META)
+                               for shape in ((3, 8), (20, 2, 4, 4), (5, 8)))
     x = flow.sample(dit, (16, 2, 4, 4), context, 0, [0, 1, 2], 4, shift=3.0, guidance_scale=5.0,
                     batch_size=2, y=y, clip_tokens=clip_tokens)
     assert x.is_meta and x.shape == (3, 16, 2, 4, 4)

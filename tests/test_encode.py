@@ -18,14 +18,12 @@ from formats import lock
 from formats.video import write_video
 
 FLAGS = ["--batch_size", "4", "--clips_per_shard", "8"]
-BAD = {"cut.mp4": "damaged", "none.mp4": "no such file", "large.mp4": "is 64x64", "sub/../3.mp4": "listed twice",
-       "short.mp4": "too short", "row 21": "not a JSON object"}
+BAD = {"cut.mp4": "damaged", "none.mp4": "no such file", "large.mp4": "is 64x64",
+       "sub/../3.mp4": "listed twice", "short.mp4": "too short", "row 21": "not a JSON object"}
 # encode whose rank 0 stops behind its first shard, and one whose rank 1 has no memory left
-STOPS = """
-import sys, time, common, data
-write = data.write_shards
-data.write_shards = lambda *args, **more: (write(*args, **more), print("a shard", flush=True), time.sleep(600))
-common.cli(data.encode_command, data.Encode, "", sys.argv[1:])
+STOPS = """ import sys, time, common, data write = data.write_shards data.write_shards = lambda *args, **more:
+(write(*args, **more), print("a shard", flush=True), time.sleep(600)) common.cli(data.encode_command,
+data.Encode, "", sys.argv[1:])
 """
 FAILS = """
 import sys, common, data, torch
@@ -44,10 +42,12 @@ def folder(tmp_path_factory):
     """clips/: 16 good ones, three in every four rows, and the bad ones; one/: what one process makes."""
     folder = tmp_path_factory.mktemp("encode")
     clips, rng = folder / "clips", np.random.default_rng(0)
-    for name, frames, side in [*((f"{i}.mp4", 9, 32) for i in range(16)), ("large.mp4", 9, 64), ("short.mp4", 4, 32)]:
+    for name, frames, side in [*((f"{i}.mp4", 9, 32) for i in range(16)), ("large.mp4", 9, 64),
+                               ("short.mp4", 4, 32)]:
         write_video(clips / name, rng.integers(0, 255, (frames, side, side, 3), np.uint8))
     (clips / "cut.mp4").write_bytes((clips / "0.mp4").read_bytes()[:700])
-    rows = [{"file_name": f"{i}.mp4", "prompt": "clip " * (1 + i % 5) + str(i), "label": i % 2} for i in range(16)]
+    rows = [{"file_name": f"{i}.mp4", "prompt": "clip " * (1 + i % 5) + str(i), "label": i % 2}
+            for i in range(16)]
     for place, name in zip((0, 5, 9, 13, 17), BAD):
         rows.insert(place, {"file_name": name, "prompt": "x"})
     lines = [*map(json.dumps, rows[:20]), "nonsense", *map(json.dumps, rows[20:])]
@@ -59,12 +59,15 @@ def folder(tmp_path_factory):
 
 
 def command(folder, ranks, out, script=ROOT / "data.py", clips="clips"):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    return [sys.executable, *torchrun, script, *["encode"] * (script.name == "data.py"), clips, "--out", out, *FLAGS]
+    torchrun = ["-m", "torch.distributed.run", "--standalone",
+                f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    return [sys.executable, *torchrun, script, *["encode"] * (script.name == "data.py"), clips, "--out", out,
+            *FLAGS]
 
 
 def encode(folder, *how, **more):
-    return subprocess.run(command(folder, *how, **more), cwd=folder, env=ENV, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command(folder, *how, **more), cwd=folder, env=ENV, capture_output=True, text=True,
+                          timeout=300)
 
 
 def files(folder):
@@ -92,8 +95,8 @@ def test_any_number_of_ranks_makes_the_same_folder(folder, ranks):
 
 
 def test_killed_and_resumed_by_another_number_of_ranks(folder):
-    run = subprocess.Popen(command(folder, 2, "killed", folder / "stops.py"), cwd=folder, env=ENV, stdout=subprocess.PIPE,
-                           stderr=subprocess.DEVNULL, text=True)
+    run = subprocess.Popen(command(folder, 2, "killed", folder / "stops.py"), cwd=folder, env=ENV,
+                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert "a shard\n" in iter(run.stdout.readline, "")
     ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     assert len(ranks) == 2

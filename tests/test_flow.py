@@ -184,7 +184,8 @@ def test_ranks_with_fewer_videos_sample_in_as_many_passes():
     for n in (5, 2):
         for most in (5, None):
             calls.clear()
-            found[n, most] = flow.sample(field, SHAPE, torch.zeros(n, 2, 4), 0, range(n), 4, batch_size=2, max_rows=most)
+            found[n, most] = flow.sample(field, SHAPE, torch.zeros(n, 2, 4), 0, range(n), 4, batch_size=2,
+                                         max_rows=most)
             found[n, most, "calls"] = len(calls)
     assert found[5, 5, "calls"] == found[2, 5, "calls"] == 12 and found[2, None, "calls"] == 4
     assert torch.equal(found[2, 5], found[2, None]) and torch.equal(found[5, 5], found[5, None])

@@ -22,12 +22,15 @@ FRESH = {"prfl": "--method prfl --num_curated 32 --num_validation 0 --num_infere
 
 def command(name, out, batch_size=8):
     return RUNS[name][0], [*FRESH[name].split(), "--output_dir", str(out), "--batch_size", str(batch_size),
-                           "--mixed_precision", "no", "--max_train_steps", str(STEPS), "--checkpointing_steps", "1"]
+                           "--mixed_precision", "no", "--max_train_steps", str(STEPS),
+                           "--checkpointing_steps", "1"]
 
 
 def result(name, out):
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return load_file(out / RUNS[name][1] / WEIGHTS), [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in rows]
+    return load_file(out / RUNS[name][1] / WEIGHTS), [{k: v for k,
+                                                       v in row.items() if not k.endswith("seconds")}
+                                                      for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +45,9 @@ def whole(tmp_path_factory):
 def test_two_ranks_in_fresh_folders_are_one(whole, tmp_path):
     (tmp_path / "driver.py").write_text(DRIVER)
     jobs = [command(name, tmp_path / name, batch_size=4) for name in FRESH]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                           tmp_path / "driver.py", json.dumps(jobs)], env=ENV, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc_per_node=2", tmp_path / "driver.py", json.dumps(jobs)], env=ENV,
+                          capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     torch.manual_seed(0)
     base = load_transformer(SHIPPED["t2v"])

@@ -18,7 +18,8 @@ FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path
 
 
 def imports(path):
-    """{module of ours that the file imports, wherever in it}, but not what it imports only when it runs as a command."""
+    """{module of ours that the file imports, wherever in it}, but not what it imports only when it runs as a
+    command."""
     found = set()
     tree = ast.parse(path.read_text())
     tree.body = [node for node in tree.body

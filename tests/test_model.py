@@ -532,7 +532,8 @@ def test_first_frame_condition():
 
 
 # ---- text
-PROMPTS = ["", "a red ball", "a blue ball", "🎈 über 漢字", "lone \ud800 surrogate", "x" * 10_000, " ", "\x00"]
+PROMPTS = ["", "a red ball", "a blue ball", "🎈 über 漢字", "lone \ud800 surrogate", "x" * 10_000, " ",
+           "\x00"]
 
 
 @pytest.fixture

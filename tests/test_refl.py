@@ -81,7 +81,7 @@ def test_gradient_is_the_finite_difference_of_the_one_step(models, batch, frames
     x_T, context = batch
     step = 5
     grads = gradients(policy, R.refl_update_loss(policy, rewards[frames], vae, x_T, context, step, N)[0])
-    x = flow.rollout(policy, x_T, context, N, stop=step - 1)                    # x_t: held while the weights move
+    x = flow.rollout(policy, x_T, context, N, stop=step - 1)                # x_t: held while the weights move
     t = flow.schedule(N)[step - 1].expand(3)
 
     @torch.no_grad()

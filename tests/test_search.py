@@ -138,10 +138,10 @@ def test_ranks_with_fewer_videos_make_as_many_passes(drops, guidance):
 
 
 def test_a_cost_counts_guidance_on_both_sides():
-    """8 candidates, half at .75, a quarter at .5, one at .25, a reward of half the depth. 34 passes without
+    """8 candidates for two of eight steps, then 4, 2 and 1, and rewards of half the depth: 30 passes without
     guidance, twice as many with it, and 7 of rewards in both."""
     drops = ".75:4,.5:2,.25:1"
-    for guidance, total, times in ((1.0, 41, 5.1), (3.0, 75, 4.7)):
+    for guidance, total, times in ((1.0, 37, 4.6), (3.0, 67, 4.2)):
         _, passes = find(8, drops, guidance_scale=guidance)
         line = f"best of 8: {total} forward passes per video, {times} times those of one candidate"
         assert search.cost_in_words(8, passes, N, guidance) == line

@@ -54,7 +54,7 @@ def command(folder, name, output, *more, batch_size=8):
         flags = [*flags, "--num_validation", "0"]
         if name != "sft":
             flags += ["--num_inference_steps", "4"]
-    if "--data=" in more:                                       # the generator's own samples, or the world's clips
+    if "--data=" in more:                                  # the generator's own samples, or the world's clips
         more, shards = [word for word in more if word != "--data="], []
     else:
         shards = ["--data", str(folder / "data")]

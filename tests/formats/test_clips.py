@@ -1,5 +1,6 @@
-"""Real files in: a folder of mixed containers, codecs, sizes, rates and damages gives an exact report, and what is read
-of the good ones is right picture by picture. A film's grey level is its time, so that any resampling can be checked.
+"""Real files in: a folder of mixed containers, codecs, sizes, rates and damages gives an exact report, and
+what is read of the good ones is right picture by picture. A film's grey level is its time, so that any
+resampling can be checked.
 """
 import json
 import os
@@ -44,14 +45,14 @@ GOOD = {
     "title.mkv": ("libx264", "yuv420p", (64, 48), 25, {"title": "caf\N{LATIN SMALL LETTER E WITH ACUTE}"}),
 }
 # name: what the report says of it
-BAD = {
-    "zero.mp4": "damaged or not a video", "text.mp4": "damaged or not a video", "missing.mp4": "there is no such file",
-    "cut.mp4": "damaged or not a video", "cut index.mp4": "damaged or not a video (no decoder",
-    "cut.mkv": "damaged: ends after 0.", "cut.webm": "damaged: ends after 0.",
-    "sound only.mp4": "holds no video stream", "photo.png": "too short: 1 frames of 17 at 16 fps",
-    "short.mp4": "too short: 13 frames of 17 at 16 fps", "narrow.mkv": "is too narrow to be cropped to 64x48",
-    "h264.mp4": "listed twice", "./rgb.mov": "listed twice", "nameless.mp4": "empty prompt",
-}
+BAD = {"zero.mp4": "damaged or not a video", "text.mp4": "damaged or not a video",
+       "missing.mp4": "there is no such file", "cut.mp4": "damaged or not a video",
+       "cut index.mp4": "damaged or not a video (no decoder", "cut.mkv": "damaged: ends after 0.",
+       "cut.webm": "damaged: ends after 0.", "sound only.mp4": "holds no video stream",
+       "photo.png": "too short: 1 frames of 17 at 16 fps",
+       "short.mp4": "too short: 13 frames of 17 at 16 fps",
+       "narrow.mkv": "is too narrow to be cropped to 64x48", "h264.mp4": "listed twice",
+       "./rgb.mov": "listed twice", "nameless.mp4": "empty prompt",}
 
 
 def can_write(codec):
@@ -61,9 +62,10 @@ def can_write(codec):
         return False
 
 
-def film(path, codec="libx264", pix_fmt="yuv420p", size=(64, 48), fps=24, seconds=SECONDS, variable=False, sound=None,
-         aspect=None, turned=False, slow=False, title=None):
-    """Writes a film whose grey level is 30 + 120 t, t in seconds, brighter by 20 in the upper half as it is stored."""
+def film(path, codec="libx264", pix_fmt="yuv420p", size=(64, 48), fps=24, seconds=SECONDS, variable=False,
+         sound=None, aspect=None, turned=False, slow=False, title=None):
+    """Writes a film whose grey level is 30 + 120 t, t in seconds, brighter by 20 in the upper half as it is
+    stored."""
     rng = np.random.default_rng(len(path.name))
     with av.open(str(path), "w") as container:
         if title:
@@ -75,7 +77,8 @@ def film(path, codec="libx264", pix_fmt="yuv420p", size=(64, 48), fps=24, second
             stream.codec_context.time_base = Fraction(1, 1000)
         if aspect:
             stream.sample_aspect_ratio = aspect
-        stream.options = {"libsvtav1": {"preset": "12"}, "libx265": {"x265-params": "log-level=none"}}.get(codec, {})
+        stream.options = {"libsvtav1": {"preset": "12"},
+                          "libx265": {"x265-params": "log-level=none"}}.get(codec, {})
         audio = container.add_stream(sound, rate=48000) if sound else None
         time = Fraction(0)
         while time < seconds:
@@ -89,12 +92,14 @@ def film(path, codec="libx264", pix_fmt="yuv420p", size=(64, 48), fps=24, second
         container.mux(stream.encode())
         if audio:                                               # a second longer than the picture
             for i in range(int((seconds + 1) * 48000) // 960):
-                frame = av.AudioFrame.from_ndarray(np.zeros((1, 960), np.float32), format="fltp", layout="mono")
+                frame = av.AudioFrame.from_ndarray(np.zeros((1, 960), np.float32), format="fltp",
+                                                   layout="mono")
                 frame.rate, frame.pts, frame.time_base = 48000, 960 * i, Fraction(1, 48000)
                 container.mux(audio.encode(frame))
             container.mux(audio.encode())
     if codec == "libsvtav1" and hasattr(os, "sched_setscheduler"):
-        # started by root it gives its caller a real-time policy, under which gloo's polling ranks starve each other
+        # started by root it gives its caller a real-time policy, under which gloo's polling ranks starve each
+        # other
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     if title:                                                   # not in UTF-8, as old programs wrote it
         raw = path.read_bytes()
@@ -108,14 +113,16 @@ def film(path, codec="libx264", pix_fmt="yuv420p", size=(64, 48), fps=24, second
 
 
 def make_folder(folder, copies=1, seconds=SECONDS, scale=1):
-    """`copies` of every good file and one of every bad one, with metadata -> (good names, {bad name: reason})."""
+    """`copies` of every good file and one of every bad one, with metadata -> (good names, {bad name:
+    reason})."""
     folder.mkdir()
     good, rows = [], []
     for copy in range(copies):
         for name, (codec, pix_fmt, size, fps, more) in GOOD.items():
             if can_write(codec) and (not more.get("sound") or can_write(more["sound"])):
                 good.append(f"{copy} {name}" if copy else name)
-                film(folder / good[-1], codec, pix_fmt, (scale * size[0], scale * size[1]), fps, seconds, **more)
+                film(folder / good[-1], codec, pix_fmt, (scale * size[0], scale * size[1]), fps, seconds,
+                     **more)
     for name, codec in (("cut.mp4", "libx264"), ("cut.mkv", "libx264"), ("cut.webm", "libvpx")):
         film(folder / name, codec, seconds=2 * seconds)
         raw = (folder / name).read_bytes()
@@ -137,7 +144,8 @@ def make_folder(folder, copies=1, seconds=SECONDS, scale=1):
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
     for i, name in enumerate([*good, *BAD]):
-        rows.append({"file_name": name, "prompt": "" if name == "nameless.mp4" else f"film {i}", "label": i % 2})
+        rows.append({"file_name": name, "prompt": "" if name == "nameless.mp4" else f"film {i}",
+                     "label": i % 2})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return good, BAD
 
@@ -165,11 +173,11 @@ def test_every_kind_of_file_gives_the_right_pictures(folder, name):
     got, rate = video.read_clip(folder[0] / name, WANTED, FRAMES, 16)
     assert got.shape == (FRAMES, 48, 64, 3) and got.dtype == torch.uint8 and rate == 16
     got = got.float()
-    grey = got.mean((1, 2, 3)) - 10                                                        # 20 in half of the picture
+    grey = got.mean((1, 2, 3)) - 10                                                # 20 in half of the picture
     due = 30 + SLOPE * torch.arange(FRAMES) / 16
-    longest = 0.070 if more.get("variable") else float(1 / fps)                            # seconds between frames
+    longest = 0.070 if more.get("variable") else float(1 / fps)                       # seconds between frames
     assert (grey - due).abs().max() < SLOPE * longest / 2 + 4
-    assert (grey - due).mean().abs() < (2.5 if more.get("variable") else 4)                 # no lag of a frame
+    assert (grey - due).mean().abs() < (2.5 if more.get("variable") else 4)                # no lag of a frame
     steps = got.mean((0, 3))                                                               # [48, 64]
     bright, dark = (steps[:, 40:], steps[:, :24]) if more.get("turned") else (steps[:20], steps[28:])
     assert 15 < bright.mean() - dark.mean() < 25
@@ -215,13 +223,14 @@ def test_check_is_exact(folder, capsys):
         run("check", path, *FLAGS)
     lines = capsys.readouterr().out.splitlines()
     assert end.value.code == 2 and len(lines) == len(bad) + 4
-    for line, (name, reason) in zip(lines, bad.items()):                                    # in the metadata's order
+    for line, (name, reason) in zip(lines, bad.items()):                             # in the metadata's order
         assert line.startswith(f"{name}: ") and reason in line, line
     ones = sum(i % 2 for i in range(len(good)))
     assert lines[-4] == (f"{path}: {len(good)} of {len(good) + len(bad)} clips usable: {ones} good, "
                          f"{len(good) - ones} bad, 0 unlabelled; 64x48, 17 frames, 16 fps")
-    if len(good) == len(GOOD):                                                              # by hand from GOOD's sizes
-        assert lines[-3] == "13 of them lose part of their picture to the crop: 50% of it stays at worst, 74% on average"
+    if len(good) == len(GOOD):                                                     # by hand from GOOD's sizes
+        assert lines[-3] == ("13 of them lose part of their picture to the crop: 50% of it stays at worst, "
+                             "74% on average")
     assert lines[-2] == "1 of them are slower than 16 fps: their frames will repeat"
     assert lines[-1] == "1 video files are not in the metadata: not listed.mp4"
 
@@ -229,10 +238,12 @@ def test_check_is_exact(folder, capsys):
 def test_a_second_run_does_only_what_is_missing(folder, tmp_path, monkeypatch, capsys):
     path, good, bad = folder
     out, read, real = tmp_path / "out", [], video.read_clip_facts
-    monkeypatch.setattr(data, "read_clip_facts", lambda path, *a: read.append(Path(path).name) or real(path, *a))
+    monkeypatch.setattr(data, "read_clip_facts", lambda path,
+                        *a: read.append(Path(path).name) or real(path, *a))
     run("encode", path, "--out", out, *FLAGS, "--clips_per_shard", 8)
     alone = [name for name, reason in bad.items() if reason != "listed twice"]
-    assert sorted(read) == sorted(Path(name).name for name in [*good, *alone, good[0]])      # the first for its kind, too
+    # the first for its kind, too
+    assert sorted(read) == sorted(Path(name).name for name in [*good, *alone, good[0]])
     shards = data.Shards(out)
     assert [row["file_name"] for row in shards.rows] == good and shards.latent_shape == (16, 5, 6, 8)
     assert shards.labels.tolist() == [i % 2 for i in range(len(good))]
@@ -247,10 +258,11 @@ def test_a_second_run_does_only_what_is_missing(folder, tmp_path, monkeypatch, c
     try:
         film(path / "cut.mkv", seconds=SECONDS)                                             # mended
         read.clear()
-        run("encode", path, "--out", out, "--size", "64x48", *FLAGS[2:], "--clips_per_shard", 8)       # the same size
+        # the same size
+        run("encode", path, "--out", out, "--size", "64x48", *FLAGS[2:], "--clips_per_shard", 8)
     finally:
         (path / "cut.mkv").write_bytes(whole)
-    assert sorted(read) == sorted(alone)                       # what was skipped is looked at again, nothing else
+    assert sorted(read) == sorted(alone)                   # what was skipped is looked at again, nothing else
     after = data.Shards(out)
     assert [row["file_name"] for row in after.rows] == [*good, "cut.mkv"]
     assert before.items() <= {file.name: file.stat().st_mtime_ns for file in out.glob("shard-*")}.items()
@@ -259,7 +271,8 @@ def test_a_second_run_does_only_what_is_missing(folder, tmp_path, monkeypatch, c
 
 
 def test_what_is_encoded_is_what_was_read(folder, tmp_path):
-    """The shards hold the shipped VAE's own latents of the pictures, whatever the batch that they went through."""
+    """The shards hold the shipped VAE's own latents of the pictures, whatever the batch that they went
+    through."""
     from families import load_vae
     path, good, _ = folder
     run("encode", path, "--out", tmp_path / "out", *FLAGS, "--batch_size", 3)
@@ -281,11 +294,13 @@ def test_a_shard_never_holds_more_than_its_bytes(folder, tmp_path, monkeypatch):
 
 # ---- interlaced ones
 def two_fields(path, first="tff", marked=True, codec="libx264", pix_fmt="yuv420p", frames=12):
-    """A film at 25 frames a second whose bar moves 4 pixels from one field to the next, 8 from frame to frame; red, by
-    BT.709's matrix. first: the field that was shot first. marked: frame by frame, or (a number) by the container."""
+    """A film at 25 frames a second whose bar moves 4 pixels from one field to the next, 8 from frame to
+    frame; red, by BT.709's matrix. first: the field that was shot first. marked: frame by frame, or (a
+    number) by the container."""
     mark = av.filter.Graph()
     mark.link_nodes(mark.add_buffer(width=128, height=96, format=pix_fmt, time_base=Fraction(1, 25)),
-                    mark.add("setfield", first if marked is True else "prog"), mark.add("buffersink")).configure()
+                    mark.add("setfield", first if marked is True else "prog"),
+                    mark.add("buffersink")).configure()
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25)
         stream.width, stream.height, stream.pix_fmt = 128, 96, pix_fmt
@@ -299,7 +314,8 @@ def two_fields(path, first="tff", marked=True, codec="libx264", pix_fmt="yuv420p
             image = np.full((96, 128, 3), (200, 40, 30), np.uint8)
             now = 0 if first == "tff" else 1
             image[now::2, 8 * i:8 * i + 16] = image[1 - now::2, 8 * i + 4:8 * i + 20] = 255
-            mark.push(av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format=pix_fmt, dst_colorspace="ITU709"))
+            mark.push(av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format=pix_fmt,
+                          dst_colorspace="ITU709"))
             container.mux(stream.encode(mark.pull()))
         container.mux(stream.encode())
 
@@ -317,7 +333,7 @@ def test_interlaced_clips_become_whole_pictures(tmp_path, name, how):
     two_fields(tmp_path / name, **how)
     got, fps, facts = video.read_clip_facts(tmp_path / name)
     assert got.shape == (12, 96, 128, 3) and fps == 25 and facts.interlaced == 12 and facts.repeated == 0
-    for i in (3, 6, 9):                                             # a bar of 16 pixels, where the first field has it
+    for i in (3, 6, 9):                                     # a bar of 16 pixels, where the first field has it
         assert combed(got[i]) < 1
         bar = (got[i, 48, :, 1] > 150).nonzero()[:, 0]
         assert abs(bar[0] - 8 * i) <= 1 and abs(bar[-1] - 8 * i - 15) <= 1, bar

@@ -1,5 +1,5 @@
-"""Colours: what is written names its matrix and is read alike by its tags, by its lines and by us; what others write without
-tags is read as players do."""
+"""Colours: what is written names its matrix and is read alike by its tags, by its lines and by us; what
+others write without tags is read as players do."""
 import av
 import numpy as np
 import pytest
@@ -8,7 +8,8 @@ import torch
 from formats import colour, video
 
 RED = (200, 40, 30)
-WEIGHTS = {1: (.2126, .0722), 5: (.299, .114), 6: (.299, .114), 7: (.212, .087), 9: (.2627, .0593)}     # of red and blue, in H.273
+# of red and blue, in H.273
+WEIGHTS = {1: (.2126, .0722), 5: (.299, .114), 6: (.299, .114), 7: (.212, .087), 9: (.2627, .0593)}
 
 
 def to_planes(rgb, matrix, full=False):
@@ -50,8 +51,9 @@ def near(image, rgb=RED, most=3):
 
 
 # ---- what is written
-@pytest.mark.parametrize("size, matrix", (((32, 32), 6), ((832, 48), 6), ((48, 832), 1), ((96, 718), 6), ((96, 719), 1),
-                                          ((96, 720), 1)))
+@pytest.mark.parametrize("size, matrix",
+                         (((32, 32), 6), ((832, 48), 6), ((48, 832), 1), ((96, 718), 6), ((96, 719), 1),
+                          ((96, 720), 1)))
 @pytest.mark.parametrize("rgb", (RED, (20, 200, 90), (255, 255, 255)))
 def test_what_is_written_is_tagged_and_everybody_reads_it_alike(tmp_path, size, matrix, rgb):
     path = tmp_path / "a.mp4"
@@ -60,7 +62,7 @@ def test_what_is_written_is_tagged_and_everybody_reads_it_alike(tmp_path, size, 
         frame = next(container.decode(video=0))
     assert (frame.colorspace, frame.color_range, frame.color_primaries, frame.color_trc) == (matrix, 1, 1, 1)
     box = path.read_bytes().partition(b"colrnclx")[2][:6]
-    assert box == bytes((0, 1, 0, 1, 0, matrix))                                    # for players that read the container only
+    assert box == bytes((0, 1, 0, 1, 0, matrix))                    # for players that read the container only
     planes = [np.frombuffer(plane, np.uint8)[0] for plane in frame.planes]
     assert near(to_rgb(np.array(planes, float), matrix), rgb)                       # by the tag, by hand
     assert matrix == (1 if frame.height >= 720 else 6)                              # and by the lines
@@ -70,7 +72,8 @@ def test_what_is_written_is_tagged_and_everybody_reads_it_alike(tmp_path, size, 
 
 
 def test_small_videos_have_the_pixels_that_they_had_without_tags(tmp_path):
-    """Below 720 lines tags add a name and change no pixel: FFmpeg's own defaults give the same planes, and are read alike."""
+    """Below 720 lines tags add a name and change no pixel: FFmpeg's own defaults give the same planes, and
+    are read alike."""
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 255, (3, 12, 12, 3), np.uint8).repeat(4, 1).repeat(4, 2)
     video.write_video(tmp_path / "a.mp4", pictures)
@@ -79,14 +82,16 @@ def test_small_videos_have_the_pixels_that_they_had_without_tags(tmp_path):
         stream.width, stream.height, stream.pix_fmt = 48, 48, "yuv420p"
         stream.options = {"crf": "12", "preset": "veryfast", "threads": "1", "x264-params": "mbtree=0"}
         for picture in pictures:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture,
+                                            format="rgb24").reformat(format="yuv420p")))
         container.mux(stream.encode())
     assert torch.equal(video.read_video(tmp_path / "a.mp4"), video.read_video(tmp_path / "b.mp4"))
 
 
 # ---- what is read
-@pytest.mark.parametrize("size, matrix, guessed", (((960, 720), 1, "guessed"), ((320, 832), 1, "guessed"), ((320, 64), 6, None),
-                                                   ((96, 64), 6, None)))
+@pytest.mark.parametrize("size, matrix, guessed",
+                         (((960, 720), 1, "guessed"), ((320, 832), 1, "guessed"), ((320, 64), 6, None),
+                          ((96, 64), 6, None)))
 def test_without_a_tag_the_lines_decide_as_in_players(tmp_path, size, matrix, guessed):
     path = film(tmp_path / "a.mkv", size, matrix=matrix)
     for small in (None, (32, 32)):
@@ -137,7 +142,10 @@ def test_transparent_ones_of_720_lines_are_read_by_the_same_matrix(tmp_path):
 
 
 def test_wide_gamuts_and_unknown_ones_are_not_guessed():
-    assert colour.kind(2, 2, 2, 720) == "guessed" and colour.kind(2, 2, 2, 719) is None and colour.kind(1, 1, 1, 720) is None
-    assert colour.kind(18, 9, 2, 720) == colour.kind(1, 12, 2, 720) == "converted" and colour.kind(8, 1, 2, 720) == "approximate"
+    assert colour.kind(2, 2, 2,
+        720) == "guessed" and colour.kind(2, 2, 2, 719) is None and colour.kind(1, 1, 1, 720) is None
+    assert colour.kind(18, 9, 2,
+        720) == colour.kind(1, 12, 2, 720) == "converted" and colour.kind(8, 1, 2, 720) == "approximate"
     assert [colour.matrix_of(2, 2, 2, lines) for lines in (64, 719, 720, 2160)] == [6, 6, 1, 1]
-    assert colour.matrix_of(18, 2, 2, 64) == colour.matrix_of(2, 9, 2, 64) == 9 and colour.matrix_of(16, 1, 2, 64) == 1
+    assert colour.matrix_of(18, 2, 2,
+                            64) == colour.matrix_of(2, 9, 2, 64) == 9 and colour.matrix_of(16, 1, 2, 64) == 1

@@ -44,17 +44,19 @@ def noisy(frames=9, seed=0):
     return np.random.default_rng(seed).integers(0, 255, (frames, 64, 64, 3), np.uint8)
 
 
-@pytest.mark.parametrize("name, write", [
-    ("a.mp4", lambda path: video.write_video(path, noisy())), ("a.gif", lambda path: picture.write_gif(path, noisy())),
-    ("a.png", lambda path: video.write_png(path, noisy()[0])),
-    ("a.jsonl", lambda path: metadata.write_rows(path, [{"a": 9999 * "x"}])),
-    ("a.json", lambda path: runs.write_json(path, 9999 * "x")),
-    ("a.safetensors", lambda path: adapters.write_adapters(path, {"blocks.0.ffn.0": (torch.ones(9, 99), torch.ones(99, 9))}))])
+@pytest.mark.parametrize("name, write", [("a.mp4", lambda path: video.write_video(path, noisy())),
+                          ("a.gif", lambda path: picture.write_gif(path, noisy())),
+                          ("a.png", lambda path: video.write_png(path, noisy()[0])),
+                          ("a.jsonl", lambda path: metadata.write_rows(path, [{"a": 9999 * "x"}])),
+                          ("a.json", lambda path: runs.write_json(path, 9999 * "x")),
+                          ("a.safetensors", lambda path: adapters.write_adapters(path,
+                               {"blocks.0.ffn.0": (torch.ones(9, 99), torch.ones(99, 9))}))])
 def test_a_file_is_whole_or_as_it_was(tmp_path, name, write):
     (tmp_path / name).write_text("as it was")
     with limit(3000), pytest.raises(OSError, match=name):
         write(tmp_path / name)
-    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "as it was"
+    assert [path.name
+            for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "as it was"
     write(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).stat().st_size > 3000
 
@@ -84,9 +86,10 @@ def test_encode_goes_on_when_there_is_room_again(tmp_path, capsys):
     clips = tmp_path / "clips"
     for i in range(6):
         video.write_video(clips / f"{i}.mp4", noisy(seed=i))
-    (clips / "metadata.jsonl").write_text("".join(json.dumps({"file_name": f"{i}.mp4", "prompt": f"{i}"}) + "\n" for i in range(6)))
+    (clips / "metadata.jsonl").write_text("".join(json.dumps({"file_name": f"{i}.mp4", "prompt": f"{i}"})
+                                                  + "\n" for i in range(6)))
     encode = lambda out, *flags: (data.encode_command, data.Encode, clips, "--out", tmp_path / out, *flags)
-    with limit(20_000):                                         # a clip is 12 kB of latents and 4 kB of context
+    with limit(20_000):                                       # a clip is 12 kB of latents and 4 kB of context
         assert "shard-00000.safetensors" in failed(capsys, *encode("out", "--clips_per_shard", 2))
     assert not list((tmp_path / "out").glob("*.tmp"))
     for out in ("out", "whole"):
@@ -97,12 +100,14 @@ def test_encode_goes_on_when_there_is_room_again(tmp_path, capsys):
 
 def test_samples_go_on_when_there_is_room_again(tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
-    argv = ["--prompts", tmp_path / "prompts.txt", "--output_dir", tmp_path / "out", "--num_inference_steps", 1]
+    argv = ["--prompts", tmp_path / "prompts.txt", "--output_dir", tmp_path / "out", "--num_inference_steps",
+            1]
     with limit(900):
         assert ".mp4" in failed(capsys, sample.main, sample.Config, *argv)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {lock.NAME, "sample.json"}
     common.cli(sample.main, sample.Config, "", [str(x) for x in argv])
-    assert len(data.read_metadata(tmp_path / "out")) == 2 and len(video.read_video(tmp_path / "out/000001.mp4")) == 9
+    assert len(data.read_metadata(tmp_path / "out")) == 2 and len(
+        video.read_video(tmp_path / "out/000001.mp4")) == 9
 
 
 def test_where_no_file_can_be_made_is_one_line(tmp_path):
@@ -119,9 +124,10 @@ def test_pieces_of_two_ranks_that_do_not_fit(folder):
     one."""
     run(*command(folder, "sft", "full", "--max_train_steps", "2"))
     script, argv = command(folder, "sft", "full", "--resume", "latest", "--max_train_steps", "4")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                           ROOT / f"{script}.py", *argv, "--batch_size", "4", "--parallel", "fsdp"], env=ENV, capture_output=True,
-                          text=True, timeout=600, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc_per_node=2", ROOT / f"{script}.py", *argv, "--batch_size", "4",
+                           "--parallel", "fsdp"], env=ENV, capture_output=True, text=True, timeout=600,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
     lines = [line for line in done.stderr.splitlines() if "error: " in line]
     assert done.returncode and len(lines) == 1, done.stderr
     assert "checkpoint-000004 could not be written; the last whole one is " in lines[0]
@@ -143,7 +149,8 @@ class Recorder:
 
     def __init__(self, root, place, look, monkeypatch):
         self.root, self.place, self.look, self.seen = root, place, look, set()
-        self.content, self.names, self.handles = {}, {}, {}     # of each inode: what was flushed; handles keep inodes from reuse
+        # of each inode: what was flushed; handles keep inodes from reuse
+        self.content, self.names, self.handles = {}, {}, {}
         self.points = 0
         fsync = os.fsync
 
@@ -179,7 +186,8 @@ class Recorder:
     def check(self, removed):
         live_names, live_content = {}, {}
         for folder, inner, outer in os.walk(self.root):
-            live_names[os.stat(folder).st_ino] = {name: os.lstat(f"{folder}/{name}").st_ino for name in inner + outer}
+            live_names[os.stat(folder).st_ino] = {name: os.lstat(f"{folder}/{name}").st_ino for name in inner
+                                                  + outer}
             for name in outer:
                 path = f"{folder}/{name}"
                 live_content[os.stat(path).st_ino] = Path(path).read_bytes()
@@ -242,14 +250,17 @@ def test_after_a_power_loss_the_newest_whole_checkpoint_is_found(tmp_path, monke
                 state = runs.load_state(path)
                 assert (path / "model/w").read_bytes() in versions[state["step"]] and runs.read_args(path)
                 found.append(state["step"])
-        assert max(found, default=0) >= promised[0], (promised, sorted(str(path) for path in folder.rglob("*")))
+        assert max(found, default=0) >= promised[0], (promised,
+                                                      sorted(str(path) for path in folder.rglob("*")))
 
     recorder = Recorder(tmp_path / "run", tmp_path / "after", look, monkeypatch)
-    start = lambda **more: runs.start_run(Run(str(tmp_path / "run"), **more), 4 if more else None).folder_lock.close()
+    start = lambda **more: runs.start_run(Run(str(tmp_path / "run"), **more),
+                                          4 if more else None).folder_lock.close()
 
     def save(step, content):
         versions[step] = versions.get(step, []) + [content]
-        runs.save_checkpoint(tmp_path / "run", step, {"model": lambda path: (path / "w").write_bytes(content)}, {},
+        runs.save_checkpoint(tmp_path / "run", step,
+                             {"model": lambda path: (path / "w").write_bytes(content)}, {},
                              Run(str(tmp_path / "run")), keep=1)
         promised[0] = max(step, promised[0])
 
@@ -264,18 +275,22 @@ def test_after_a_power_loss_the_newest_whole_checkpoint_is_found(tmp_path, monke
     assert recorder.points > 200 and len(recorder.seen) > 60, (recorder.points, len(recorder.seen))
 
 
-@pytest.mark.parametrize("name, write", [
-    ("a.jsonl", lambda path, text: metadata.write_rows(path, [{"a": text}])),
-    ("a.json", lambda path, text: runs.write_json(path, text)),
-    ("a.safetensors", lambda path, text: adapters.write_adapters(path, {text: (torch.ones(9, 2), torch.ones(2, 9))})),
-    ("transformer", lambda path, text: weights_of.write_folder(path, {"a": text}, {"w": torch.ones(5)})),
-    ("reward", lambda path, text: weights_of.write_folder(path, {"a": text}, {"w": torch.ones(5)}))])
+@pytest.mark.parametrize("name, write",
+                         [("a.jsonl", lambda path, text: metadata.write_rows(path, [{"a": text}])),
+                          ("a.json", lambda path, text: runs.write_json(path, text)),
+                          ("a.safetensors", lambda path,
+                           text: adapters.write_adapters(path, {text: (torch.ones(9, 2), torch.ones(2, 9))})),
+                          ("transformer", lambda path,
+                           text: weights_of.write_folder(path, {"a": text}, {"w": torch.ones(5)})),
+                          ("reward", lambda path,
+                           text: weights_of.write_folder(path, {"a": text}, {"w": torch.ones(5)}))])
 def test_after_a_power_loss_a_file_is_the_old_or_the_new_one(tmp_path, monkeypatch, name, write):
     """Of a folder the old one can be under another name. Once the writer has returned, it is the new one."""
     (tmp_path / "run").mkdir()
     (tmp_path / "whole").mkdir()
     wanted, states = [], set()
-    read = lambda path: sorted((file.name, file.read_bytes()) for file in path.rglob("*")) if path.is_dir() else path.read_bytes()
+    read = lambda path: sorted((file.name, file.read_bytes())
+                               for file in path.rglob("*")) if path.is_dir() else path.read_bytes()
     for text in ("first", "second"):
         write(tmp_path / "whole" / name, text)
         wanted.append(read(tmp_path / "whole" / name))
@@ -289,7 +304,8 @@ def test_after_a_power_loss_a_file_is_the_old_or_the_new_one(tmp_path, monkeypat
     recorder = Recorder(tmp_path / "run", tmp_path / "after", look, monkeypatch)
     for n, text in enumerate(("first", "second")):
         write(tmp_path / "run" / name, text)
-        kept = [content for path, content in recorder.after_power_loss() if path.split("/")[0] == name and content is not None]
+        kept = [content for path,
+                content in recorder.after_power_loss() if path.split("/")[0] == name and content is not None]
         assert kept == ([content for _, content in wanted[n]] if isinstance(wanted[n], list) else [wanted[n]])
     assert states == {0, 1}
 
@@ -300,7 +316,8 @@ def test_an_answer_is_there_after_a_power_loss(tmp_path, monkeypatch):
     journal = labels.Journal(tmp_path / "run/labels.jsonl")
     for n in range(3):
         journal.append({"n": n})
-        assert recorder.after_power_loss() == (("labels.jsonl", "".join(f'{{"n": {k}}}\n' for k in range(n + 1)).encode()),)
+        assert recorder.after_power_loss() == (("labels.jsonl",
+                                                "".join(f'{{"n": {k}}}\n' for k in range(n + 1)).encode()),)
 
 
 # ---- disks that cannot flush, or have no locks
@@ -315,9 +332,9 @@ def failing(number, folders_only):
     return fails
 
 
-@pytest.mark.parametrize("number, folders_only", [
-    (errno.EINVAL, True), (errno.EIO, True), (errno.EACCES, True), (errno.EINVAL, False), (errno.ENOSYS, False),
-    (errno.EOPNOTSUPP, False)])
+@pytest.mark.parametrize("number, folders_only",
+                         [(errno.EINVAL, True), (errno.EIO, True), (errno.EACCES, True),
+                          (errno.EINVAL, False), (errno.ENOSYS, False), (errno.EOPNOTSUPP, False)])
 def test_a_disk_that_cannot_flush_is_one_warning(tmp_path, monkeypatch, capsys, number, folders_only):
     monkeypatch.setattr(disk, "_warned", set())
     monkeypatch.setattr(os, "fsync", failing(number, folders_only))
@@ -334,7 +351,7 @@ def test_pieces_of_fsdp_on_a_disk_that_cannot_flush(tmp_path, monkeypatch, capsy
     """In one process, which makes the same calls."""
     monkeypatch.setattr(disk, "_warned", set())
     monkeypatch.setattr(os, "fsync", failing(errno.ENOSYS, False))
-    monkeypatch.setattr(parallel, "DTensor", torch.nn.Parameter)                # so that it counts as cut into pieces
+    monkeypatch.setattr(parallel, "DTensor", torch.nn.Parameter)        # so that it counts as cut into pieces
     model = torch.nn.Linear(2, 3)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 2)).sum().backward()
@@ -345,13 +362,15 @@ def test_pieces_of_fsdp_on_a_disk_that_cannot_flush(tmp_path, monkeypatch, capsy
     assert capsys.readouterr().err.count("warning: ") == 1
 
 
-@pytest.mark.parametrize("number, folders_only", [(errno.EIO, False), (errno.ENOSPC, False), (errno.ENOSPC, True)])
+@pytest.mark.parametrize("number, folders_only",
+                         [(errno.EIO, False), (errno.ENOSPC, False), (errno.ENOSPC, True)])
 def test_a_disk_that_fails_to_flush_what_was_written_is_an_error(tmp_path, monkeypatch, number, folders_only):
     runs.start_run(Run(str(tmp_path / "run")))
     runs.save_checkpoint(tmp_path / "run", 1, {}, {}, Run(str(tmp_path / "run")))
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", failing(number, folders_only))
-        with pytest.raises(OSError, match="checkpoint-000002 could not be written; the last whole one is .*checkpoint-000001: "):
+        with pytest.raises(OSError,
+            match="checkpoint-000002 could not be written; the last whole one is .*checkpoint-000001: "):
             runs.save_checkpoint(tmp_path / "run", 2, {}, {}, Run(str(tmp_path / "run")))
     assert runs.load_state(runs.resolve_checkpoint(tmp_path / "run", "latest"))["step"] == 1
     assert not list((tmp_path / "run").glob("*.tmp"))
@@ -421,17 +440,20 @@ def test_nodes_without_a_common_disk_are_told_before_they_work(folder, tmp_path)
         jobs.append([script, argv])
     jobs += [["sample", ["--prompts", str(tmp_path / "prompts.txt"), "--output_dir", "out"]],
              ["sample", ["--prompt", "a red circle", "--num_videos", "2"]],
-             ["data", [str(tmp_path / "clips"), "--out", "latents"]], ["data", ["clips", "--out", str(tmp_path / "latents")]]]
+             ["data", [str(tmp_path / "clips"), "--out", "latents"]],
+             ["data", ["clips", "--out", str(tmp_path / "latents")]]]
     (tmp_path / "node-0/clips").mkdir()
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                           tmp_path / "driver.py", tmp_path, json.dumps(jobs)], env=ENV, capture_output=True, text=True,
-                          timeout=600)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc_per_node=2", tmp_path / "driver.py", tmp_path, json.dumps(jobs)], env=ENV,
+                          capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     for node in ("node-0", "node-1"):
         said = json.loads((tmp_path / node / "said.json").read_text())
         assert all(unchanged for _, unchanged in said), said
-        flags = ("--output_dir runs/out", "--output_dir runs/out", "--output_dir out", "--output .", "--out latents",
-                 "clips: not every process sees this folder", "--samples_dir there", "--curated_dir there")
+        flags = ("--output_dir runs/out", "--output_dir runs/out", "--output_dir out", "--output .",
+                 "--out latents", "clips: not every process sees this folder", "--samples_dir there",
+                 "--curated_dir there")
         for (words, _), flag in zip(said, flags, strict=True):
             assert words and flag in words and "disk that all nodes share" in words, (words, flag)
-    assert not [path for path in tmp_path.rglob("*") if "shared-" in path.name or path.name in ("common", "new")]
+    assert not [path for path in tmp_path.rglob("*") if "shared-" in path.name
+                or path.name in ("common", "new")]

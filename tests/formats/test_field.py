@@ -65,13 +65,15 @@ def problems(folder, text, name="metadata.csv"):
     (folder / "a.here").touch()                                 # a clip, whatever its name ends in
     (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape"))
     rows, notes = metadata.read_listing(folder)
-    return [row for _, row, _ in rows], [f"{place}: {problem}" for place, _, problem in rows if problem], notes
+    return [row for _, row, _ in rows], [f"{place}: {problem}" for place, _,
+                                         problem in rows if problem], notes
 
 
 def test_case_and_blanks_of_the_header_do_not_matter(tmp_path):
     rows, bad, notes = problems(tmp_path / "a", 'File_Name , PROMPT, Label,width\na.mp4, "one, '
                                                 'two",TRUE,3\nb.mp4,x, 0 ,\n')
-    assert rows == [{"file_name": "a.mp4", "prompt": "one, two", "label": 1}, {"file_name": "b.mp4", "prompt": "x", "label": 0}]
+    assert rows == [{"file_name": "a.mp4", "prompt": "one, two", "label": 1},
+                    {"file_name": "b.mp4", "prompt": "x", "label": 0}]
     assert not bad and len(notes) == 1 and notes[0].endswith("columns that are not read: width")
     rows, bad, notes = problems(tmp_path / "b", '{"Video": "a.mp4", "Text ": "x", "REWARD": 1, "lable": 0, '
                                                 '"fps": 8}\n' * 2,
@@ -91,18 +93,22 @@ def test_a_csv_row_that_means_two_things_is_its_own_problem(tmp_path, text, want
     assert len(bad) == 1 and wanted in bad[0]
 
 
-@pytest.mark.parametrize("text, wanted", [
-    ('file_name,prompt\na.mp4,"a red circle\nb.mp4,a blue square\n', "row 1 (line 2): "),
-    ('file_name,prompt\na.mp4,"a red circle\nb.mp4,a "blue" square\n', "row 1 (line 2): its quotes do not "
-                                                                       "fit"),
-    ('file_name,prompt,label\nz.mp4,x,0\na.mp4,"red,1\nb.mp4,blue",1\n', "row 2 (line 3): a quote that is "
-                                                                         "not closed"),
-    ('prompt,file_name\n"red,a.here\n"blue",a.here\n', "row 1 (line 2): "),
-    ('prompt,file_name\nx,a.here\n"red,a.here\nblue",a.here\n', "row 2 (line 3): a quote that is not closed"),
-    ("file_name;prompt;label\na.mp4;x;1\n", "separated by semicolons"), ("file_name\tprompt\na.mp4\tx\n", "separated by tabs"),
-    ("name,prompt\na.mp4,x\n", "names no column file_name (or video, file), but name, prompt"),
-    ("file_name,prompt,Prompt\na.mp4,x,y\n", "has the column prompt twice"),
-    ("file_name,prompt\na.mp4,x\n".encode("utf-16"), "save it as UTF-8"), ("", "names no column")])
+@pytest.mark.parametrize("text, wanted", [('file_name,prompt\na.mp4,"a red circle\nb.mp4,a blue square\n',
+                           "row 1 (line 2): "), ('\nfile_name,prompt\n\n,\na.mp4,"a red circle\n',
+                           "row 1 (line 5): its quotes do not fit (one is not closed)"),
+                          ('file_name,prompt\na.mp4,"a red circle\nb.mp4,a "blue" square\n',
+                           "row 1 (line 2): its quotes do not fit"),
+                          ('file_name,prompt,label\nz.mp4,x,0\na.mp4,"red,1\nb.mp4,blue",1\n',
+                           "row 2 (line 3): a quote that is not closed"),
+                          ('prompt,file_name\n"red,a.here\n"blue",a.here\n', "row 1 (line 2): "),
+                          ('prompt,file_name\nx,a.here\n"red,a.here\nblue",a.here\n',
+                           "row 2 (line 3): a quote that is not closed"),
+                          ("file_name;prompt;label\na.mp4;x;1\n", "separated by semicolons"),
+                          ("file_name\tprompt\na.mp4\tx\n", "separated by tabs"),
+                          ("name,prompt\na.mp4,x\n", "names no column file_name (or video, file), but name, "
+                           "prompt"), ("file_name,prompt,Prompt\na.mp4,x,y\n", "has the column prompt twice"),
+                          ("file_name,prompt\na.mp4,x\n".encode("utf-16"), "save it as UTF-8"),
+                          ("", "names no column")])
 def test_a_csv_whose_rows_cannot_be_told_apart_is_refused(tmp_path, text, wanted):
     with pytest.raises(InputError) as error:
         problems(tmp_path / "a", text)
@@ -114,23 +120,26 @@ def test_a_caption_may_have_lines(tmp_path):
     assert not bad and [row["prompt"] for row in rows] == ['a circle\nand a "square"', "x"]
 
 
-@pytest.mark.parametrize("line, wanted", [
-    ('{"file_name": "a.mp4", "prompt": ["a red circle", "a blue square"]}', "prompt must be text, got ['a "
-                                                                            "red circle'"),
-    ('{"file_name": "a.mp4", "prompt": {"en": "x"}}', "prompt must be text, got {'en': 'x'}"),
-    ('{"file_name": "a.mp4", "prompt": 7}', "prompt must be text, got 7"),
-    ('{"file_name": "a.mp4", "prompt": "a circle \\ud83d"}', "prompt holds '\\ud83d'"),
-    ('{"file_name": "a.mp4", "prompt": "x", "prompt": "y"}', "gives two prompts, 'x' and 'y'"),
-    ('{"file_name": "a.mp4", "prompt": "x", "text": "y"}', "gives two prompts"),
-    ('{"file_name": "a.mp4", "label": NaN}', "label must be 0, 1 or missing, got nan"),
-    ('{"file_name": "a.mp4", "label": [1]}', "label must be 0, 1 or missing"), ('{"file_name": '
-                                                                                '"a\\u0000.mp4"}', "no file can be"),
-    ('{"file_name": "\\ud83d.mp4"}', "no file can be "
-                                     "called"), ("[" * 100000, "not a JSON object"), ("{} {}", "not a JSON object")])
+@pytest.mark.parametrize("line, wanted",
+                         [('{"file_name": "a.mp4", "prompt": ["a red circle", "a blue square"]}',
+                           "prompt must be text, got ['a red circle'"),
+                          ('{"file_name": "a.mp4", "prompt": {"en": "x"}}',
+                           "prompt must be text, got {'en': 'x'}"),
+                          ('{"file_name": "a.mp4", "prompt": 7}', "prompt must be text, got 7"),
+                          ('{"file_name": "a.mp4", "prompt": "a circle \\ud83d"}', "prompt holds '\\ud83d'"),
+                          ('{"file_name": "a.mp4", "prompt": "x", "prompt": "y"}',
+                           "gives two prompts, 'x' and 'y'"),
+                          ('{"file_name": "a.mp4", "prompt": "x", "text": "y"}', "gives two prompts"),
+                          ('{"file_name": "a.mp4", "label": NaN}', "label must be 0, 1 or missing, got nan"),
+                          ('{"file_name": "a.mp4", "label": [1]}', "label must be 0, 1 or missing"),
+                          ('{"file_name": "a\\u0000.mp4"}', "no file can be"),
+                          ('{"file_name": "\\ud83d.mp4"}', "no file can be called"),
+                          ("[" * 100000, "not a JSON object"), ("{} {}", "not a JSON object")])
 def test_a_json_row_that_cannot_be_used_is_its_own_problem(tmp_path, line, wanted):
     _, bad, _ = problems(tmp_path / "a", '{"file_name": "ok.mp4", "prompt": '
                                          '"x"}\n' + line + "\n", "metadata.jsonl")
-    assert len(bad) == 1 and "row 2: " in bad[0] and wanted in bad[0] and "\n" not in bad[0] and len(bad[0]) < 300
+    assert len(bad) == 1 and "row 2: " in bad[0] and wanted in bad[0]
+    assert "\n" not in bad[0] and len(bad[0]) < 300
 
 
 @pytest.mark.parametrize("text", ['[{"file_name": "a.mp4"}]\n', '[\n {"file_name": '
@@ -161,7 +170,8 @@ def test_a_file_of_ours_nested_without_end_is_damaged(tmp_path, read):
         (tmp_path / name).write_text(100_000 * "[" + "\n")
     with pytest.raises(InputError, match="damaged|not JSON|not a JSON|nested"):
         read(tmp_path)
-    assert runs.read_metrics(tmp_path / "args.json") == [] and fingerprint.Contents(tmp_path / "args.json").known == {}
+    assert runs.read_metrics(
+        tmp_path / "args.json") == [] and fingerprint.Contents(tmp_path / "args.json").known == {}
 
 
 def test_shards_in_a_folder_that_cannot_be_are_one_line(tmp_path):
@@ -200,7 +210,8 @@ def test_nothing_of_the_users_is_written_over(clips, tmp_path, capsys):
         with pytest.raises(InputError, match=f"process {os.getpid()} on .* is writing there"):
             evaluate.lock_output_dir(evaluate.Config(output_dir=str(tmp_path / "mine")), runtime)
     (tmp_path / "mine/table.md").touch()
-    evaluate.lock_output_dir(evaluate.Config(output_dir=str(tmp_path / "mine")), runtime).close()  # its own, once more
+    # its own, once more
+    evaluate.lock_output_dir(evaluate.Config(output_dir=str(tmp_path / "mine")), runtime).close()
     with pytest.raises(InputError, match="its path is not UTF-8: name another folder"):
         lock.require_ours(os.fsdecode(b"caf\xe9"), "shards")
 
@@ -224,7 +235,8 @@ def test_one_encode_at_a_time(clips, tmp_path, capsys):
 
 
 # ---- a cache knows what it was made from
-def test_what_is_no_longer_listed_is_not_trained_on_and_what_changed_is_encoded_again(clips, tmp_path, capsys):
+def test_what_is_no_longer_listed_is_not_trained_on_and_what_changed_is_encoded_again(clips, tmp_path,
+    capsys):
     out = tmp_path / "out"
     run("encode", clips, "--out", out)
     first, rows = data.Shards(out), metadata.read_metadata(clips)
@@ -242,10 +254,12 @@ def test_what_is_no_longer_listed_is_not_trained_on_and_what_changed_is_encoded_
     assert "4 clips that it holds are no longer listed, or have changed: left out" in shown
     assert "4 of 5 clips encoded, 1 skipped" in shown
     shards = data.Shards(out)
-    assert [row["file_name"] for row in shards.rows] == ["1.mp4", "3.mp4", "2.mp4", "4.mp4"] and len(shards) == 4
+    assert [row["file_name"]
+            for row in shards.rows] == ["1.mp4", "3.mp4", "2.mp4", "4.mp4"] and len(shards) == 4
     got = shards.batch(range(4))
     torch.testing.assert_close(got["latents"], old[[1, 3, 5, 4]], rtol=1e-4, atol=1e-4)
-    assert got["prompt"] == ["clip 1", "clip 3", "clip 2", "another caption"] and got["label"].tolist() == [1, 1, 0, 0]
+    assert got["prompt"] == ["clip 1", "clip 3", "clip 2",
+                             "another caption"] and got["label"].tolist() == [1, 1, 0, 0]
     assert fingerprint.of_shards(shards) == fingerprint.of_shards(data.Shards(out)) != before
 
     before = (out / "shards.json").read_bytes(), sorted(path.name for path in out.glob("shard-*"))
@@ -254,7 +268,8 @@ def test_what_is_no_longer_listed_is_not_trained_on_and_what_changed_is_encoded_
     write_list(clips, [rows[0]])                                # 0 comes back: its latents are still there
     run("encode", clips, "--out", out)
     shards = data.Shards(out)
-    assert torch.equal(shards.batch([0])["latents"], old[:1]) and len(shards) == 1 and len(list(out.glob("shard-*"))) == 2
+    assert torch.equal(shards.batch([0])["latents"],
+                       old[:1]) and len(shards) == 1 and len(list(out.glob("shard-*"))) == 2
 
 
 def test_encoders_are_known_by_their_content(clips, tmp_path, capsys, folder):
@@ -269,14 +284,16 @@ def test_encoders_are_known_by_their_content(clips, tmp_path, capsys, folder):
     name = sorted(tensors)[-1]
     save_file(tensors | {name: tensors[name] * 1.01}, copy / weights.WEIGHTS, {"format": "pt"})
     assert "another vae" in refused(capsys, "encode", clips, "--out", out, "--vae", copy)
-    dit = type("Dit", (), {"config": {"patch_size": (1, 2, 2), "text_len": 8, "text_dim": data.Shards(out).context_shape[1],
-                                              "out_dim": 16, "image_dim": None, "model_type": "t2v", "dim": 192}})
+    dit = type("Dit", (), {"config": {"patch_size": (1, 2, 2), "text_len": 8,
+                           "text_dim": data.Shards(out).context_shape[1], "out_dim": 16, "image_dim": None,
+                           "model_type": "t2v", "dim": 192}})
     data.require_fit(data.Shards(out), dit, shipped)
     with pytest.raises(InputError, match="was encoded with another vae than .*: encode with --model"):
         data.require_fit(data.Shards(out), dit, tmp_path / "model")
     capsys.readouterr()
-    data.write_shards(tmp_path / "fast", torch.zeros(2, 16, 3, 4, 4), torch.zeros(2, 8, dit.config["text_dim"]), [0, 1],
-                      ["a", "b"], fps=30.0, settings=data.Shards(out).settings)
+    data.write_shards(tmp_path / "fast", torch.zeros(2, 16, 3, 4, 4),
+                      torch.zeros(2, 8, dit.config["text_dim"]), [0, 1], ["a", "b"], fps=30.0,
+                      settings=data.Shards(out).settings)
     data.require_fit(data.Shards(tmp_path / "fast"), dit, shipped)
     assert "clips run at 30 frames per second, the model's own videos at 8" in capsys.readouterr().out
 
@@ -312,7 +329,8 @@ def test_encode_with_a_model_takes_its_encoders(clips, tmp_path, capsys):
     assert "condition" not in data.Shards(tmp_path / "t2v").shapes
     (tmp_path / "bare/transformer").mkdir(parents=True)
     shutil.copy(weights.SHIPPED["t2v"] / "transformer/config.json", tmp_path / "bare/transformer")
-    assert "there is no vae/ in it" in refused(capsys, "encode", clips, "--out", tmp_path / "b", "--model", tmp_path / "bare")
+    assert "there is no vae/ in it" in refused(capsys, "encode", clips, "--out", tmp_path / "b", "--model",
+                                               tmp_path / "bare")
 
 
 # ---- one row never ends a run
@@ -343,7 +361,8 @@ def test_check_finds_what_encode_refuses(clips, tmp_path, capsys):
     shards = data.Shards(tmp_path / "out")
     assert [row["file_name"] for row in shards.rows] == [*(f"{i}.mp4" for i in range(6)), strange]
     report = [json.loads(line)["reason"] for line in (tmp_path / "out/report.jsonl").read_text().splitlines()]
-    assert len(report) == 9 and sorted(report) == sorted(line.split(": ", 2 if "row" in line else 1)[-1] for line in lines[:-1])
+    assert len(report) == 9 and sorted(report) == sorted(
+        line.split(": ", 2 if "row" in line else 1)[-1] for line in lines[:-1])
     assert len(shards.relabel().labels) == 7                    # training does not trip over them either
 
 
@@ -353,7 +372,7 @@ def test_what_may_not_be_read_is_that_clips_reason(clips, monkeypatch):
     shutil.move(clips / "0.mp4", clips / "locked/0.mp4")
     (clips / "locked").chmod(0)
     (clips / "1.mp4").chmod(0)
-    monkeypatch.chdir(clips)                                    # nobody may be kept out of the folders above it
+    monkeypatch.chdir(clips)                                  # nobody may be kept out of the folders above it
     try:
         os.seteuid(65534)
         assert len(video.read_clip(Path("2.mp4"))[0]) == 9
@@ -368,8 +387,10 @@ def test_what_may_not_be_read_is_that_clips_reason(clips, monkeypatch):
 def write_film(path, pictures=None, frames=13, fps=8, start=0, codec="libx264", pix_fmt="yuv420p", **tags):
     """pictures (uint8 [h, w, 3 or 4], or frames), or grey ones, brighter by 10 each; the first is shown at
     `start` seconds."""
-    pictures = [np.full((48, 64, 3), 40 + 10 * i, np.uint8) for i in range(frames)] if pictures is None else pictures
-    made = [x if isinstance(x, av.VideoFrame) else av.VideoFrame.from_ndarray(x, format="rgba" if x.shape[-1] == 4 else "rgb24")
+    pictures = [np.full((48, 64, 3), 40 + 10 * i, np.uint8)
+                for i in range(frames)] if pictures is None else pictures
+    made = [x if isinstance(x, av.VideoFrame)
+            else av.VideoFrame.from_ndarray(x, format="rgba" if x.shape[-1] == 4 else "rgb24")
             for x in pictures]
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps)
@@ -384,8 +405,9 @@ def write_film(path, pictures=None, frames=13, fps=8, start=0, codec="libx264", 
         container.mux(stream.encode())
 
 
-@pytest.mark.parametrize("name, codec", [("a.mp4", "libx264"), ("a.mov", "libx264"), ("a.mkv", "libx264"), ("a.webm", "libvpx"),
-                                         ("a.ts", "libx264"), ("a.flv", "libx264"), ("a.nut", "ffv1"), ("a.avi", "mpeg4")])
+@pytest.mark.parametrize("name, codec", [("a.mp4", "libx264"), ("a.mov", "libx264"), ("a.mkv", "libx264"),
+                          ("a.webm", "libvpx"), ("a.ts", "libx264"), ("a.flv", "libx264"), ("a.nut", "ffv1"),
+                          ("a.avi", "mpeg4")])
 @pytest.mark.parametrize("start", (0, 2, 30))
 def test_a_film_that_starts_late_is_whole(tmp_path, name, codec, start):
     if start and name == "a.avi":
@@ -404,8 +426,9 @@ def test_a_late_film_that_was_cut_off_is_still_found(tmp_path):
         video.read_clip(tmp_path / "a.mkv")
 
 
-MATRICES = {"plain": (1, 0, 0, 1), "mirrored": (-1, 0, 0, 1), "upside down": (1, 0, 0, -1), "half a turn": (-1, 0, 0, -1),
-            "clockwise": (0, 1, -1, 0), "anticlockwise": (0, -1, 1, 0), "transposed": (0, 1, 1, 0), "transversed": (0, -1, -1, 0)}
+MATRICES = {"plain": (1, 0, 0, 1), "mirrored": (-1, 0, 0, 1), "upside down": (1, 0, 0, -1),
+            "half a turn": (-1, 0, 0, -1), "clockwise": (0, 1, -1, 0), "anticlockwise": (0, -1, 1, 0),
+            "transposed": (0, 1, 1, 0), "transversed": (0, -1, -1, 0)}
 
 
 @pytest.mark.parametrize("name", MATRICES)
@@ -438,7 +461,8 @@ def hdr_film(path, rgb, transfer, said=BT2020):
     nits = 203 * to_2020 @ (np.array(rgb) / 255) ** 2.4
     if transfer == colour.HLG:                                  # BT.2100: OOTF backwards, then the OETF
         e = (nits / 1000) ** (1 / 1.2)
-        v = np.where(e <= 1 / 12, np.sqrt(3 * e), .17883277 * np.log(np.maximum(12 * e - .28466892, 1e-9)) + .55991073)
+        v = np.where(e <= 1 / 12, np.sqrt(3 * e),
+                     .17883277 * np.log(np.maximum(12 * e - .28466892, 1e-9)) + .55991073)
     else:                                                       # SMPTE ST 2084
         y = (nits / 10000) ** .1593017578125
         v = ((.8359375 + 18.8515625 * y) / (1 + 18.6875 * y)) ** 78.84375
@@ -448,7 +472,8 @@ def hdr_film(path, rgb, transfer, said=BT2020):
     for frame in frames:
         for plane, value in zip(frame.planes, planes):
             plane.update(np.full((plane.height, plane.line_size // 2), round(value), "<u2").tobytes())
-    write_film(path, frames, codec="libx265", pix_fmt="yuv420p10le", color_trc=transfer, color_range=1, **said)
+    write_film(path, frames, codec="libx265", pix_fmt="yuv420p10le", color_trc=transfer, color_range=1,
+               **said)
 
 
 @pytest.mark.parametrize("transfer", (colour.HLG, colour.PQ))
@@ -456,12 +481,15 @@ def test_hdr_that_does_not_say_its_matrix_has_that_of_its_primaries(tmp_path, tr
     for said in ({}, {"color_primaries": 9}):
         hdr_film(tmp_path / "a.mp4", (192, 64, 32), transfer, said)
         got, _, facts = video.read_clip_facts(tmp_path / "a.mp4")
-        assert facts.colours == "converted" and (got[4, 16, 16].int() - torch.tensor((192, 64, 32))).abs().max() <= 5
-    assert [colour.matrix_of(1, 12, matrix) for matrix in (2, 6)] == [1, 6] and colour.matrix_of(14, 9, 2) == 9
+        assert facts.colours == "converted" and (got[4, 16, 16].int()
+                                                 - torch.tensor((192, 64, 32))).abs().max() <= 5
+    assert [colour.matrix_of(1, 12, matrix)
+            for matrix in (2, 6)] == [1, 6] and colour.matrix_of(14, 9, 2) == 9
 
 
 @pytest.mark.parametrize("transfer", (colour.HLG, colour.PQ))
-@pytest.mark.parametrize("rgb", ((192, 64, 32), (20, 40, 60), (128, 128, 128), (30, 200, 90), (255, 255, 255), (0, 0, 0)))
+@pytest.mark.parametrize("rgb", ((192, 64, 32), (20, 40, 60), (128, 128, 128), (30, 200, 90), (255, 255, 255),
+                          (0, 0, 0)))
 def test_hlg_and_pq_become_bt709(tmp_path, transfer, rgb):
     hdr_film(tmp_path / "a.mp4", rgb, transfer)
     for size in (None, (32, 32)):
@@ -478,11 +506,13 @@ def test_a_phones_hlg_clip_as_zscale_shows_it(tmp_path):
     assert np.abs(colour.to_bt709(image, colour.HLG, 9).astype(int) - (192, 64, 32)).max() <= 12
     # wide, and not of ours
     assert [colour.kind(1, primaries, 1) for primaries in (4, 8, 10, 11)] == 4 * ["approximate"]
-    assert colour.kind(8, 1, 1) == "approximate" and colour.kind(1, 1, 1) is None and colour.kind(2, 2, 2) is None
+    assert colour.kind(8, 1, 1) == "approximate"
+    assert colour.kind(1, 1, 1) is None and colour.kind(2, 2, 2) is None
 
 
-@pytest.mark.parametrize("name, codec, pix_fmt", [("a.mov", "qtrle", "argb"), ("a.mov", "prores_ks", "yuva444p10le"),
-                                                  ("a.mkv", "ffv1", "yuva420p"), ("a.png", "png", "rgba")])
+@pytest.mark.parametrize("name, codec, pix_fmt",
+                         [("a.mov", "qtrle", "argb"), ("a.mov", "prores_ks", "yuva444p10le"),
+                          ("a.mkv", "ffv1", "yuva420p"), ("a.png", "png", "rgba")])
 def test_what_is_transparent_lies_on_black(tmp_path, name, codec, pix_fmt):
     picture = np.full((48, 64, 4), (200, 100, 40, 255), np.uint8)
     picture[:, :20, 3], picture[:, 20:40, 3] = 0, 128
@@ -502,15 +532,17 @@ def test_an_alpha_channel_that_the_decoder_leaves_out_is_refused(tmp_path):
 def test_check_counts_what_fitting_does_to_the_clips(tmp_path, capsys):
     folder = tmp_path / "clips"
     folder.mkdir()
-    moving = [np.roll(np.tile(np.arange(90, dtype=np.uint8)[None, :, None] * 2, (160, 1, 3)), 3 * i, 1) for i in range(48)]
+    moving = [np.roll(np.tile(np.arange(90, dtype=np.uint8)[None, :, None] * 2, (160, 1, 3)), 3 * i, 1)
+              for i in range(48)]
     write_film(folder / "narrow.mp4", moving, fps=16)
     write_film(folder / "slow.mp4", [x[:54] for x in moving[:24]], fps=8)
     write_film(folder / "frozen.mp4", [moving[0][:54]] * 48, fps=16)
     hdr_film(folder / "hdr.mp4", (192, 64, 32), colour.HLG)
     write_film(folder / "short.mp4", [x[:54] for x in moving[:20]], fps=16)
     long = "a red circle " * 12
-    write_list(folder, [{"file_name": name, "prompt": prompt} for name, prompt in (
-        ("narrow.mp4", long + "left"), ("slow.mp4", long + "right"), ("frozen.mp4", "x"), ("short.mp4", "x"))])
+    write_list(folder, [{"file_name": name, "prompt": prompt} for name,
+                prompt in (("narrow.mp4", long + "left"), ("slow.mp4", long + "right"), ("frozen.mp4", "x"),
+                           ("short.mp4", "x"))])
     with pytest.raises(SystemExit):
         run("check", folder, "--size", "160*96", "--frames", 41, "--fps", 16)
     lines = capsys.readouterr().out.splitlines()
@@ -540,7 +572,8 @@ def stand_in(folder, labels, prompts=None, contents=None, copies=None):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_the_holdout_is_stratified(tmp_path, seed):
-    labels = torch.tensor([1] * 37 + [0] * 2)[torch.randperm(39, generator=torch.Generator().manual_seed(seed))]
+    labels = torch.tensor([1] * 37 + [0] * 2)[torch.randperm(39,
+                                                  generator=torch.Generator().manual_seed(seed))]
     shards = stand_in(tmp_path, torch.cat([labels, torch.tensor([-1, -1])]))
     train, held = data.labelled_split(shards, 5, seed)
     assert len(held) == 5 and torch.equal(torch.cat([train, held]).sort().values, torch.arange(39))
@@ -563,7 +596,8 @@ def test_a_holdout_that_cannot_be_names_the_remedy(tmp_path, labels, holdout, wa
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("labels", ([0] * 4 + [1] * 35, [0, 1] * 2, [1, 0, 0] * 4 + [-1] * 20, [0] * 4 + [1] * 4))
+@pytest.mark.parametrize("labels",
+                         ([0] * 4 + [1] * 35, [0, 1] * 2, [1, 0, 0] * 4 + [-1] * 20, [0] * 4 + [1] * 4))
 def test_each_fold_of_a_small_set_has_both_labels(tmp_path, labels, seed):
     labels = torch.tensor(labels)[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
     folds = []
@@ -572,7 +606,8 @@ def test_each_fold_of_a_small_set_has_both_labels(tmp_path, labels, seed):
         folds.append(data.take_fold(shards, fold).labels)
         counts = [(folds[-1] == label).sum() for label in (0, 1)]
         assert all(count >= min(2, (labels == label).sum() // 2) for label, count in enumerate(counts))
-    assert torch.equal(torch.where(folds[0] < 0, folds[1], folds[0]), labels) and not ((folds[0] >= 0) & (folds[1] >= 0)).any()
+    assert torch.equal(torch.where(folds[0] < 0, folds[1], folds[0]),
+                       labels) and not ((folds[0] >= 0) & (folds[1] >= 0)).any()
     for fold in ("1/1", "0/2", "3/2", "1/2/3", "2", "a/b", "-1/2", "1/"):
         with pytest.raises(InputError, match=f"--fold {fold}: must be i/n"):
             data.take_fold(shards, fold)
@@ -603,7 +638,8 @@ def test_copies_stay_on_one_side(tmp_path, seed):
     assert not groups_on_both_sides(copies.tolist(), train, held)
     assert set(labels[held].tolist()) == set(labels[train].tolist()) == {0, 1}
     assert torch.equal(data.labelled_split(shards, 12, seed)[1], held)
-    parts = [(data.take_fold(stand_in(tmp_path, labels, copies=copies), f"{i}/3").labels >= 0).nonzero()[:, 0] for i in (1, 2, 3)]
+    parts = [(data.take_fold(stand_in(tmp_path, labels, copies=copies), f"{i}/3").labels >= 0).nonzero()[:, 0]
+             for i in (1, 2, 3)]
     assert [len(part) for part in parts] == [20, 20, 20]
     for a, b in ((0, 1), (0, 2), (1, 2)):
         assert not groups_on_both_sides(copies.tolist(), parts[a], parts[b])
@@ -619,16 +655,19 @@ def test_prompts_stay_on_one_side_where_there_are_enough(tmp_path, number, each,
     make = lambda **more: stand_in(tmp_path, labels, prompts, contents=[f"{i}" for i in range(n)], **more)
     train, held = data.labelled_split(make(), None, 0)
     folds = [(data.take_fold(make(), f"{i}/2").labels >= 0).nonzero()[:, 0] for i in (1, 2)]
-    assert bool(groups_on_both_sides(groups, train, held)) != apart and bool(groups_on_both_sides(groups, *folds)) != apart
+    assert bool(groups_on_both_sides(groups, train, held)) != apart and bool(
+        groups_on_both_sides(groups, *folds)) != apart
     assert n // 10 <= len(held) <= max(2, n // 5) and abs(len(folds[0]) - len(folds[1])) <= each
-    assert set(labels[held].tolist()) == set(labels[folds[0]].tolist()) == set(labels[folds[1]].tolist()) == {0, 1}
+    assert set(labels[held].tolist()) == set(
+        labels[folds[0]].tolist()) == set(labels[folds[1]].tolist()) == {0, 1}
     told = data.describe_split(make(), train, held)
     assert told == (f"0 of {n} clips are copies of others, {n} share their prompt with others ({number} "
                     "prompts); no copy is on "
                     f"both sides of the split, and {len(groups_on_both_sides(groups, train, held))} prompts "
                     "are")
     own = stand_in(tmp_path, labels, prompts)  # a generator's own samples: as if each stood for itself
-    assert torch.equal(data.labelled_split(own, None, 0)[1], data.labelled_split(stand_in(tmp_path, labels), None, 0)[1])
+    assert torch.equal(data.labelled_split(own, None, 0)[1],
+                       data.labelled_split(stand_in(tmp_path, labels), None, 0)[1])
 
 
 def test_one_prompt_of_most_clips_does_not_make_a_lopsided_part(tmp_path):
@@ -637,6 +676,11 @@ def test_one_prompt_of_most_clips_does_not_make_a_lopsided_part(tmp_path):
     sizes = [(data.take_fold(make(), f"{i}/4").labels >= 0).sum().item() for i in (1, 2, 3, 4)]
     assert sizes == [25, 25, 25, 25]
     assert 10 <= len(data.labelled_split(make(), 20, 0)[1]) <= 20
+    # only two of 11 prompts fit into a holdout of 18
+    prompts = [f"{i // 11}" for i in range(99)] + ["good", "bad"]
+    shards = stand_in(tmp_path, [i // 11 % 2 for i in range(99)] + [1, 0], prompts,
+                      [f"{i}" for i in range(101)])
+    assert len(data.labelled_split(shards, 18, 0)[1]) == 18
 
 
 def test_splits_without_copies_and_few_prompts_are_those_of_always(tmp_path):
@@ -645,19 +689,22 @@ def test_splits_without_copies_and_few_prompts_are_those_of_always(tmp_path):
     shards = stand_in(tmp_path, labels, [f"{i % 9}" for i in range(300)], [f"{i}" for i in range(300)])
     part = torch.randperm(300, generator=common.random_generator(0, "fold")) % 3
     for i in (1, 2, 3):
-        fold = stand_in(tmp_path, labels.clone(), [f"{i % 9}" for i in range(300)], [f"{i}" for i in range(300)])
+        fold = stand_in(tmp_path, labels.clone(), [f"{i % 9}" for i in range(300)],
+                        [f"{i}" for i in range(300)])
         assert torch.equal(data.take_fold(fold, f"{i}/3").labels, labels.masked_fill(part != i - 1, -1))
     held, wanted = [], round(40 * (labels == 0).sum().item() / (labels >= 0).sum().item())
     for label, count in ((0, wanted), (1, 40 - wanted)):
         where = (labels == label).nonzero()[:, 0]
-        held.append(where[torch.randperm(len(where), generator=common.random_generator(f"7 {label}", "split"))[:count]])
+        held.append(where[torch.randperm(len(where),
+                                         generator=common.random_generator(f"7 {label}", "split"))[:count]])
     assert torch.equal(data.labelled_split(shards, 40, 7)[1], torch.cat(held).sort().values)
 
 
 def test_a_label_whose_clips_are_all_copies_is_refused_and_a_large_group_can_be_held_out(tmp_path):
     with pytest.raises(InputError, match="clips of one label are copies of one another.*label more"):
         data.labelled_split(stand_in(tmp_path, [0, 0, 0, 1, 1, 1], copies=[0, 0, 0, 3, 4, 5]), 2, 0)
-    train, held = data.labelled_split(stand_in(tmp_path, [0] * 6 + [1] * 6, copies=[0, 0, 0, 3, 3, 3, *range(6, 12)]), 2, 0)
+    train, held = data.labelled_split(stand_in(tmp_path, [0] * 6 + [1] * 6,
+                                               copies=[0, 0, 0, 3, 3, 3, *range(6, 12)]), 2, 0)
     assert sorted(held.tolist())[:3] in ([0, 1, 2], [3, 4, 5]) and len(held) == 4 and len(train) == 8
 
 
@@ -678,14 +725,32 @@ def test_few_labels_move_whole_groups(tmp_path):
         assert (got[:8] == 0).sum() >= 2 and torch.equal(got[0:8:2], got[1:8:2])
     one = torch.zeros(40, dtype=torch.long)  # all clips of a label in one group: it stays whole
     one[8:] = torch.arange(8, 40)
-    got = [(data.take_fold(stand_in(tmp_path, labels.clone(), copies=one), f"{i}/2").labels == 0).sum().item() for i in (1, 2)]
+    got = [(data.take_fold(stand_in(tmp_path, labels.clone(), copies=one), f"{i}/2").labels == 0).sum().item()
+           for i in (1, 2)]
     assert sorted(got) == [0, 8]
+
+
+def test_two_pairs_of_copies_are_one_for_each_fold(tmp_path):
+    copies = torch.arange(40) // 2 * 2
+    for first, second in ((0, 2), (4, 10), (6, 30), (8, 38), (12, 20), (14, 26), (16, 18), (22, 34)):
+        labels = torch.ones(40, dtype=torch.long)
+        labels[[first, first + 1, second, second + 1]] = 0
+        for i in (1, 2):
+            got = data.take_fold(stand_in(tmp_path, labels.clone(), copies=copies), f"{i}/2").labels
+            assert (got == 0).sum() == 2 and torch.equal(got[::2], got[1::2])
+
+
+def test_a_prompt_of_most_clips_does_not_empty_the_training_set(tmp_path):
+    prompts = ["x"] * 60 + [f"{i}" for i in range(12)]
+    shards = stand_in(tmp_path, [1] * 72, prompts, [f"{i}" for i in range(72)])
+    assert len(data.without_relatives(shards, torch.arange(1, 72), torch.tensor([0]))) == 71
+    assert len(data.without_relatives(shards, torch.arange(71), torch.tensor([71]))) == 71
 
 
 def test_copies_are_found_by_files_and_by_latents(tmp_path):
     x = torch.randn(6, 16, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     x[3] = x[1]                                                 # another file, the same picture
-    x[4, 0, 0, 0] = x[1, 0, 0, 0]                               # the same beginning only
+    x[4, 0, 0, 0] = x[2, 0, 0, 0]                               # the same beginning only
     for k, part in enumerate((slice(0, 3), slice(3, 6))):
         data.write_shards(tmp_path, x[part], torch.zeros(3, 8, 32), [0, 1, 0], ["a", "b", "c"], append=k > 0,
                           contents=["p", "q", "r"] if k == 0 else ["s", "t", "p"])
@@ -697,7 +762,8 @@ def test_copies_are_found_by_files_and_by_latents(tmp_path):
 
 
 def test_equal_values_join_rows_over_other_rows():
-    assert shards_on_disk.join_equal([1, 2, None, 2, None, 3], [None, "a", "b", "c", "c", "b"]).tolist() == [0, 1, 2, 1, 1, 2]
+    assert shards_on_disk.join_equal([1, 2, None, 2, None, 3],
+                                     [None, "a", "b", "c", "c", "b"]).tolist() == [0, 1, 2, 1, 1, 2]
     assert shards_on_disk.join_equal([]).tolist() == []
 
 
@@ -746,7 +812,9 @@ def test_shards_take_answers_for_what_they_hold(clips, tmp_path):
 def test_two_processes_make_the_worlds_clips_byte_for_byte(tmp_path):
     made = []
     for name in ("a", "b"):  # MALLOC_PERTURB_: memory that nobody set differs
-        subprocess.run([sys.executable, "-m", "world.clips", tmp_path / name, "--count", "48"], check=True, cwd=ROOT,
-                       capture_output=True, env=os.environ | {"MALLOC_PERTURB_": {"a": "17", "b": "201"}[name]})
-        made.append({path.name: path.read_bytes() for path in sorted((tmp_path / name).rglob("*.*")) if path.name != lock.NAME})
+        subprocess.run([sys.executable, "-m", "world.clips", tmp_path / name, "--count", "48"], check=True,
+                       cwd=ROOT, capture_output=True,
+                       env=os.environ | {"MALLOC_PERTURB_": {"a": "17", "b": "201"}[name]})
+        made.append({path.name: path.read_bytes() for path in sorted((tmp_path / name).rglob("*.*"))
+                     if path.name != lock.NAME})
     assert made[0] == made[1] and len(made[0]) == 49

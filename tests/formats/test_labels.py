@@ -16,7 +16,8 @@ from formats import fingerprint, labels
 
 
 def say(name, physical, deformity, who="ada", **more):
-    return {"file_name": name, "annotator": who, "physical": physical, "deformity": deformity, "time": 1.0} | more
+    return {"file_name": name, "annotator": who, "physical": physical, "deformity": deformity,
+            "time": 1.0} | more
 
 
 def undo(name, who="ada"):
@@ -30,8 +31,8 @@ def write(path, *lines):
 
 # ---- the file
 def test_the_last_answer_stands_and_a_retracted_one_does_not(tmp_path):
-    path = write(tmp_path / "labels.jsonl", say("a", 2, 2), say("b", 0, 0), say("a", 1, 0), say("b", 0, 1, "ben"), undo("b"),
-                 undo("c"), say("d", 2, 1), undo("d"), say("d", 2, 2))
+    path = write(tmp_path / "labels.jsonl", say("a", 2, 2), say("b", 0, 0), say("a", 1, 0),
+                 say("b", 0, 1, "ben"), undo("b"), undo("c"), say("d", 2, 1), undo("d"), say("d", 2, 2))
     assert labels.read_answers(path) == [say("a", 1, 0), say("b", 0, 1, "ben"), say("d", 2, 2)]
     assert labels.read_answers(tmp_path / "nowhere.jsonl") == []
 
@@ -65,7 +66,8 @@ def test_a_line_that_a_kill_cut_short_was_never_said_and_the_next_one_is_whole(t
                                                               "7"), ("\xff", "line 2: not a JSON")])
 def test_a_damaged_line_is_named(tmp_path, line, wanted):
     path = write(tmp_path / "labels.jsonl", say("a", 2, 2))
-    path.write_bytes(path.read_bytes() + line.encode("latin-1") + b"\n" + json.dumps(say("b", 0, 0)).encode() + b"\n")
+    path.write_bytes(path.read_bytes() + line.encode("latin-1") + b"\n" + json.dumps(say("b", 0, 0)).encode()
+                     + b"\n")
     with pytest.raises(InputError) as error:
         labels.read_answers(path)
     assert str(error.value).startswith(f"{path} {wanted}") and "\n" not in str(error.value)
@@ -127,7 +129,8 @@ def test_an_answer_does_not_count_for_another_film_under_the_same_name(tmp_path)
     for name in "abc":
         film(tmp_path / f"{name}.mp4", name.encode())
     answered(path, say("a.mp4", 2, 2), say("./b.mp4", 0, 0), say("b.mp4", 0, 0, "ben"), say("c.mp4", 2, 2))
-    assert [line["contents"] for line in labels.read_answers(path)][1] == [hashlib.blake2b(b"b", digest_size=16).hexdigest()]
+    assert [line["contents"]
+            for line in labels.read_answers(path)][1] == [hashlib.blake2b(b"b", digest_size=16).hexdigest()]
     assert labels.current_answers(path) == (labels.read_answers(path), [])
     film(tmp_path / "b.mp4", b"another film")
     (tmp_path / "c.mp4").unlink()  # what cannot be read is not called another film
@@ -164,7 +167,8 @@ def test_both_films_of_a_pair_are_known(tmp_path):
     answered(path, row | {"b": "0.mp4"}, row | {"b": "1.mp4"})
     film(tmp_path / "b/1.mp4", b"3")
     answers, notes = labels.current_answers(path, "pair")
-    assert [line["b"] for line in answers] == ["0.mp4"] and "1 of 2 answers were given for other content" in notes[0]
+    assert [line["b"]
+            for line in answers] == ["0.mp4"] and "1 of 2 answers were given for other content" in notes[0]
     film(tmp_path / "a/0.mp4", b"4")
     assert labels.current_answers(path, "pair")[0] == []
 
@@ -196,7 +200,8 @@ def test_damaged_contents_are_named(tmp_path, contents):
 # ---- labels
 def test_verdicts_are_the_papers():
     grid = lambda bad: {(p, d): labels.verdict(say("a", p, d), bad) for p in range(3) for d in range(3)}
-    assert grid("both") == {(2, 2): 1, (0, 0): 0} | {key: None for key in grid("both") if key not in ((2, 2), (0, 0))}
+    assert grid("both") == {(2, 2): 1, (0, 0): 0} | {key: None for key in grid("both")
+                                                     if key not in ((2, 2), (0, 0))}
     assert grid("any") == {(2, 2): 1, (1, 1): None, (1, 2): None, (2, 1): None,
                            (0, 0): 0, (0, 1): 0, (0, 2): 0, (1, 0): 0, (2, 0): 0}
 
@@ -205,9 +210,10 @@ def test_the_majority_decides_and_a_tie_is_dropped():
     good, bad, middle = (2, 2), (0, 0), (1, 2)
     said = {"one": [good], "two": [good, bad], "three": [good, good, bad], "none": [good, bad, middle],
             "half": [good, good, bad, middle], "down": [bad, bad, middle], "partial": [middle, middle, good]}
-    answers = [say(name, *grades, who=f"p{i}") for name, votes in said.items() for i, grades in enumerate(votes)]
-    assert labels.majority(answers) == {"one": 1, "two": None, "three": 1, "none": None, "half": None, "down": 0,
-                                        "partial": None}
+    answers = [say(name, *grades, who=f"p{i}") for name, votes in said.items() for i,
+               grades in enumerate(votes)]
+    assert labels.majority(answers) == {"one": 1, "two": None, "three": 1, "none": None, "half": None,
+                                        "down": 0, "partial": None}
     assert labels.majority([say("x/../a.mp4", 2, 0)], "any") == {"a.mp4": 0}
 
 
@@ -219,7 +225,8 @@ def test_cohens_kappa_by_hand():
     assert labels.cohen_kappa(a, b) == pytest.approx(0.4)
     # three grades, diagonal 2 of 3, chance (1/3)(2/3) + (1/3)(0) + (1/3)(1/3) = 1/3
     assert labels.cohen_kappa([0, 1, 2], [0, 0, 2]) == pytest.approx((2 / 3 - 1 / 3) / (2 / 3))
-    assert labels.cohen_kappa([0, 1], [1, 0]) == pytest.approx(-1) and labels.cohen_kappa([2, 2], [2, 2]) is None
+    assert labels.cohen_kappa([0, 1],
+                              [1, 0]) == pytest.approx(-1) and labels.cohen_kappa([2, 2], [2, 2]) is None
     assert labels.cohen_kappa([], []) is None
 
 
@@ -248,6 +255,9 @@ def test_agreement_is_over_the_clips_that_both_graded():
 
 
 def test_preference_is_a_share_per_pair():
-    row = lambda a, winner, who: {"against": "../b", "prompt": "p", "a": a, "b": "x", "winner": winner, "annotator": who}
-    got = labels.preference([row("1", "a", "ada"), row("1", "b", "ben"), row("2", "tie", "ada"), row("3", "b", "ada")])
-    assert np.array_equal(got, [[0.5, 0, 0.5], [0, 1, 0], [0, 0, 1]]) and labels.preference([]).shape == (0, 3)
+    row = lambda a, winner, who: {"against": "../b", "prompt": "p", "a": a, "b": "x", "winner": winner,
+                                  "annotator": who}
+    got = labels.preference([row("1", "a", "ada"), row("1", "b", "ben"), row("2", "tie", "ada"),
+                             row("3", "b", "ada")])
+    assert np.array_equal(got,
+                          [[0.5, 0, 0.5], [0, 1, 0], [0, 0, 1]]) and labels.preference([]).shape == (0, 3)

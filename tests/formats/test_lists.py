@@ -26,7 +26,8 @@ def export(folder, content, name="metadata.csv", **grades):
     axes}."""
     folder.mkdir(exist_ok=True)
     (folder / name).write_bytes(content)
-    lines = [ANSWER | {"file_name": f"{clip}.mp4", "physical": grade, "deformity": grade} for clip, grade in grades.items()]
+    lines = [ANSWER | {"file_name": f"{clip}.mp4", "physical": grade, "deformity": grade} for clip,
+             grade in grades.items()]
     (folder / "labels.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     label.export_command(label.Said(folder=str(folder)))
     assert sorted(path.name for path in folder.iterdir()) == ["labels.jsonl", name]
@@ -78,14 +79,17 @@ def test_only_labels_differ_in_lists_of_any_dialect(tmp_path, seed):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("before, after", [
-    (b'file_name, prompt, label\n0.mp4, "a red circle, moving right", 0\n',
-     b'file_name, prompt, label\n0.mp4, "a red circle, moving right", 1\n'),
-    (b'\r\n\xef, Reward ,video,text\r\n"a\xe9,", "0" ,0.mp4,x'.replace(b'"0" ', b'"0"'),
-     b'\r\n\xef, Reward ,video,text\r\n"a\xe9,", "1",0.mp4,x'),
-    (b'\xef\xbb\xbffile_name,prompt\r0.mp4,"a\nb"\r\r9.mp4,x', b'\xef\xbb\xbffile_name,prompt,label\r0.mp4,"a\nb",1\r\r9.mp4,x,'),
-    (b'file_name,prompt,label,reward\n0.mp4,x,0,0\n9.mp4,y,,1\n', b'file_name,prompt,label,reward\n0.mp4,x,1,1\n9.mp4,y,,1\n'),
-    (b'file_name,prompt,label\n0.mp4,x,TRUE\n9.mp4,y,\n', b'file_name,prompt,label\n0.mp4,x,TRUE\n9.mp4,y,\n')])
+@pytest.mark.parametrize("before, after",
+                         [(b'file_name, prompt, label\n0.mp4, "a red circle, moving right", 0\n',
+                           b'file_name, prompt, label\n0.mp4, "a red circle, moving right", 1\n'),
+                          (b'\r\n\xef, Reward ,video,text\r\n"a\xe9,", "0" ,0.mp4,x'.replace(b'"0" ', b'"0"'),
+                           b'\r\n\xef, Reward ,video,text\r\n"a\xe9,", "1",0.mp4,x'),
+                          (b'\xef\xbb\xbffile_name,prompt\r0.mp4,"a\nb"\r\r9.mp4,x',
+                           b'\xef\xbb\xbffile_name,prompt,label\r0.mp4,"a\nb",1\r\r9.mp4,x,'),
+                          (b'file_name,prompt,label,reward\n0.mp4,x,0,0\n9.mp4,y,,1\n',
+                           b'file_name,prompt,label,reward\n0.mp4,x,1,1\n9.mp4,y,,1\n'),
+                          (b'file_name,prompt,label\n0.mp4,x,TRUE\n9.mp4,y,\n',
+                           b'file_name,prompt,label\n0.mp4,x,TRUE\n9.mp4,y,\n')])
 def test_export_to_csv_changes_the_label_and_no_other_byte(tmp_path, before, after):
     assert export(tmp_path / "clips", before, **{"0": 2}) == after
 
@@ -107,7 +111,8 @@ def test_a_clip_on_which_nobody_agrees_loses_its_label_and_one_without_answers_k
     text = b"file_name,label\n0.mp4,1\n1.mp4,1\n2.mp4,0\n"
     assert export(tmp_path / "a", text, **{"0": 1, "2": 2}) == b"file_name,label\n0.mp4,\n1.mp4,1\n2.mp4,1\n"
     text = b'{"file_name": "0.mp4", "label": 1}\n{"file_name": "1.mp4"}\n'
-    assert export(tmp_path / "b", text, "metadata.jsonl", **{"0": 1, "1": 1}) == text.replace(b": 1}", b": null}")
+    assert export(tmp_path / "b", text, "metadata.jsonl",
+                  **{"0": 1, "1": 1}) == text.replace(b": 1}", b": null}")
     assert export(tmp_path / "c", b"file_name,x\n0.mp4,1\n", **{"0": 1}) == b"file_name,x\n0.mp4,1\n"
 
 
@@ -147,12 +152,14 @@ def test_a_write_that_fails_is_one_line(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as end:
         common.cli(*label.COMMANDS["export"], "", [str(tmp_path / "clips")])
     error = capsys.readouterr().err
-    assert end.value.code == 1 and error.count("\n") == 1 and "Read-only file system" in error and "metadata.csv'" in error
+    assert end.value.code == 1 and error.count("\n") == 1
+    assert "Read-only file system" in error and "metadata.csv'" in error
 
 
 def test_a_list_that_is_written_again_keeps_what_others_wrote(tmp_path):
     """As sample.py does when it continues in a folder that people have labelled meanwhile."""
-    path, rows = tmp_path / "metadata.jsonl", [{"file_name": f"{i}.mp4", "prompt": f"p {i}", "seed": i} for i in range(4)]
+    path, rows = tmp_path / "metadata.jsonl", [{"file_name": f"{i}.mp4", "prompt": f"p {i}", "seed": i}
+                                               for i in range(4)]
     metadata.update_rows(path, rows[:2])
     assert path.read_text() == "".join(json.dumps(row) + "\n" for row in rows[:2])
     (tmp_path / "mine.mp4").touch()
@@ -172,16 +179,19 @@ def test_the_page_shows_a_clip_again_whose_film_has_changed(tmp_path, capsys):
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for i in range(3):
         (tmp_path / f"{i}.mp4").write_bytes(b"ab"[i % 2:i % 2 + 1])
-    open_session = lambda: label.Session("clip", label.clip_items(tmp_path), labels.Journal(tmp_path / "labels.jsonl"), "ada")
+    open_session = lambda: label.Session("clip", label.clip_items(tmp_path),
+                                         labels.Journal(tmp_path / "labels.jsonl"), "ada")
     session = open_session()
     for item in session.coming(3):
         session.answer(item, {"physical": 2, "deformity": 2})
     session.journal.file.close()
     label.report_command(label.Said(folder=str(tmp_path)))
-    assert "2 of 3 clips are copies of others, 3 share their prompt with others (1 prompts)" in capsys.readouterr().out
+    said = "2 of 3 clips are copies of others, 3 share their prompt with others (1 prompts)"
+    assert said in capsys.readouterr().out
     (tmp_path / "1.mp4").write_bytes(b"another film")
     session = open_session()
-    assert [session.items[item]["key"] for item in session.coming(3)] == [("1.mp4",)] and len(session.answers) == 2
+    assert [session.items[item]["key"]
+            for item in session.coming(3)] == [("1.mp4",)] and len(session.answers) == 2
     assert session.notes and session.tables()[1][2] == [[2, 0, 0]]
     label.export_command(label.Said(folder=str(tmp_path)))
     assert "2 good, 0 bad, 0 dropped, 1 without answers" in capsys.readouterr().out
@@ -206,10 +216,9 @@ def test_comments_are_skipped(tmp_path):
         prompts(tmp_path, "# a cat\n#\n")
 
 
-@pytest.mark.parametrize("prompt, flag", [
-    ("a cat --w 640 --h 480", "--w"), ("a cat --n low "
-                                       "quality", "--n"), ("a cat --fs", "--fs"), ("a cat\t--seed=4", "--seed"),
-    ("--ar 16:9 a cat", "--ar"), ("a cat --no-upsample x", "--no-upsample")])
+@pytest.mark.parametrize("prompt, flag", [("a cat --w 640 --h 480", "--w"), ("a cat --n low quality", "--n"),
+                          ("a cat --fs", "--fs"), ("a cat\t--seed=4", "--seed"), ("--ar 16:9 a cat", "--ar"),
+                          ("a cat --no-upsample x", "--no-upsample")])
 def test_flags_of_other_trainers_are_refused_with_their_line(tmp_path, prompt, flag):
     rows = {"a.txt": f"# x\na dog\n{prompt}\n", "a.jsonl": '{"prompt": "a '
                                                            'dog"}\n\n' + json.dumps({"text": prompt}),
@@ -220,7 +229,9 @@ def test_flags_of_other_trainers_are_refused_with_their_line(tmp_path, prompt, f
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("prompt", ("a cat -- a dog", "a well--lit room", "a cat - black", "a --, b", "-5 degrees", "a cat --"))
+@pytest.mark.parametrize("prompt",
+                         ("a cat -- a dog", "a well--lit room", "a cat - black", "a --, b", "-5 degrees",
+                          "a cat --", "a cat --leaping, then"))
 def test_a_dash_is_not_a_flag(tmp_path, prompt):
     assert prompts(tmp_path, prompt) == [prompt]
 

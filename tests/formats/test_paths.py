@@ -1,4 +1,5 @@
-"""Names are names: no protocol, no pattern; and what cannot be written or is spelt otherwise is told in one line."""
+"""Names are names: no protocol, no pattern; and what cannot be written or is spelt otherwise is told in one
+line."""
 import os
 import unicodedata
 from pathlib import Path
@@ -9,8 +10,8 @@ import pytest
 from common import InputError
 from formats import paths, picture, video
 
-NAMES = ("take:1.mp4", "http:x.mp4", "file:a.mp4", "concat:a|b.mp4", "lr=1e-4.mp4", "50%d.mp4", "-1.mp4", "a*[1]?.mp4", "#x y.mp4",
-         "x" * 251 + ".mp4")
+NAMES = ("take:1.mp4", "http:x.mp4", "file:a.mp4", "concat:a|b.mp4", "lr=1e-4.mp4", "50%d.mp4", "-1.mp4",
+         "a*[1]?.mp4", "#x y.mp4", "x" * 251 + ".mp4")
 FILM = np.full((3, 16, 16, 3), (200, 40, 30), np.uint8)
 
 
@@ -22,7 +23,8 @@ def test_any_name_is_written_and_read(tmp_path, monkeypatch, name):
     if len(name) < 200:
         video.copy_for_browser(name, f"copy of {name}")
         picture.write_gif(name[:-4] + ".gif", FILM)
-        assert len(video.read_video(f"copy of {name}")) == 3 and len(video.read_video(name[:-4] + ".gif")) == 7
+        assert len(video.read_video(f"copy of {name}")) == 3 and len(
+            video.read_video(name[:-4] + ".gif")) == 7
 
 
 @pytest.mark.parametrize("name", ("take:1.png", "a%03d.png", "50%.png", "a*.png"))
@@ -43,7 +45,8 @@ def test_a_name_in_another_unicode_form_gets_a_hint(tmp_path, there, asked, form
     video.write_video(here, FILM)
     wanted = tmp_path / unicodedata.normalize(asked, name)
     assert paths.same_letters(wanted) == here
-    with pytest.raises(InputError, match=rf"there is no such file, but one with the same letters in another Unicode form .{form}."):
+    with pytest.raises(InputError,
+        match=rf"there is no such file, but one with the same letters in another Unicode form .{form}."):
         video.read_video(wanted)
     assert paths.same_letters(here) is None and paths.other_spelling(tmp_path / "none.mp4") == ""
     with pytest.raises(InputError, match="there is no such file$"):
@@ -54,7 +57,8 @@ def test_a_name_in_another_unicode_form_gets_a_hint(tmp_path, there, asked, form
 def test_an_output_that_can_be_written_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "old.mp4").write_text("x")
-    for path in ("a.mp4", "old.mp4", "new/folder/a.mp4", str(tmp_path / "b.mp4"), "../take:1.mp4", "x" * 251 + ".mp4"):
+    for path in ("a.mp4", "old.mp4", "new/folder/a.mp4", str(tmp_path / "b.mp4"), "../take:1.mp4",
+                 "x" * 251 + ".mp4"):
         paths.require_writable(path)
     assert os.listdir() == ["old.mp4"]
 
@@ -71,7 +75,8 @@ def test_an_output_that_cannot_be_written_is_told(tmp_path, monkeypatch, path, w
     (tmp_path / "dangling").symlink_to("nowhere")
     with pytest.raises(InputError, match=why) as told:
         paths.require_writable(path)
-    assert str(told.value).startswith(path) and "\n" not in str(told.value) and len(list(tmp_path.iterdir())) == 3
+    assert str(told.value).startswith(path) and "\n" not in str(told.value) and len(
+        list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give up its rights and take them back")
@@ -82,7 +87,8 @@ def test_a_folder_of_others_is_told(tmp_path):
             folder.chmod(0o755)
     try:
         os.seteuid(65534)
-        with pytest.raises(InputError, match="theirs/new/a.mp4: cannot be written .Permission denied.: name another place"):
+        with pytest.raises(InputError,
+            match="theirs/new/a.mp4: cannot be written .Permission denied.: name another place"):
             paths.require_writable(tmp_path / "theirs/new/a.mp4")
     finally:
         os.seteuid(0)
@@ -93,7 +99,8 @@ def test_outputs_are_known_before_any_work(tmp_path, monkeypatch):
     import sample
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("x")
-    for flags in ({"output": "file/a.mp4"}, {"contact_sheet": "file/a.png"}, {"prompts": "p.txt", "output_dir": "file"}):
+    for flags in ({"output": "file/a.mp4"}, {"contact_sheet": "file/a.png"},
+                  {"prompts": "p.txt", "output_dir": "file"}):
         with pytest.raises(InputError, match="^file/"):
             sample.check_flags(sample.Config(**flags))
     monkeypatch.setattr(evaluate.common, "setup", lambda *a: pytest.fail("work has begun"))
@@ -106,6 +113,6 @@ def test_folders_with_equals_signs_are_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lr=2").mkdir()
     for part, found in (("mine=runs/x", ("mine", "runs/x")), ("mine=runs/lr=1e-4", ("mine", "runs/lr=1e-4")),
-                        ("runs/lr=1e-4", ("lr=1e-4", "runs/lr=1e-4")), ("lr=2", ("lr=2", "lr=2")), ("./lr=3", ("lr=3", "./lr=3")),
-                        ("runs/x", ("x", "runs/x"))):
+                        ("runs/lr=1e-4", ("lr=1e-4", "runs/lr=1e-4")), ("lr=2", ("lr=2", "lr=2")),
+                        ("./lr=3", ("lr=3", "./lr=3")), ("runs/x", ("x", "runs/x"))):
         assert name_of_folder(part) == found

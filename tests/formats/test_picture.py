@@ -11,8 +11,8 @@ def test_every_character_is_drawn_and_differs_from_the_others():
     assert len(set(shapes.values())) == len(CHARACTERS) and not FONT[" "].any()
     image = np.zeros((8, 12, 3), np.uint8)
     draw_text(image, "T~", 0, 0)
-    assert (image[0, :5] == WHITE).all() and (image[1:7, 2] == WHITE).all() and not image[1:7, 0].any()     # a T
-    assert np.array_equal(image[:, 6:11, 0] > 0, FONT["?"])                                  # what the font lacks
+    assert (image[0, :5] == WHITE).all() and (image[1:7, 2] == WHITE).all() and not image[1:7, 0].any()  # a T
+    assert np.array_equal(image[:, 6:11, 0] > 0, FONT["?"])                              # what the font lacks
 
 
 def test_text_that_does_not_fit_is_cut_off():
@@ -30,8 +30,10 @@ def test_a_wall_holds_the_clips_enlarged_and_framed():
         for row in range(2):
             top, left = 34 + row * 46, 150 + column * 46
             color = GREEN if good[name][row] else RED
-            assert (out[:, top, left:left + 40] == color).all() and (out[:, top:top + 40, left + 39] == color).all()
-            assert np.array_equal(out[:, top + 4:top + 36:2, left + 4:left + 36:2], videos[name][row])      # twice as large
+            assert (out[:, top, left:left + 40] == color).all() and (
+                out[:, top:top + 40, left + 39] == color).all()
+            # twice as large
+            assert np.array_equal(out[:, top + 4:top + 36:2, left + 4:left + 36:2], videos[name][row])
             assert np.array_equal(out[:, top + 5:top + 36:2, left + 5:left + 36:2], videos[name][row])
     assert (out[0, :, :150] == GREY).all(-1).sum() > 30                                         # the prompts
 

@@ -81,14 +81,15 @@ def test_a_fresh_run_sets_everything_of_the_earlier_one_aside_and_it_comes_back(
     folder, alone = tmp_path / "run", tmp_path / "alone"
     play(folder)
     first = files(folder)
-    for name in ("curated/world.json", "curated/.lock", "notes.txt", "inner/args.json", "latents-1.safetensors"):
+    for name in ("curated/world.json", "curated/.lock", "notes.txt", "inner/args.json",
+                 "latents-1.safetensors"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("kept")
     capsys.readouterr()
     play(folder, learning_rate=2e-4)
     aside, = folder.glob("earlier-*")
-    assert capsys.readouterr().out == (f"{folder} held an earlier run. It is now {aside}; to go back to it, give its flags and "
-                                       f"--resume {aside}\n")
+    assert capsys.readouterr().out == (f"{folder} held an earlier run. It is now {aside}; to go back to it, "
+                                       f"give its flags and --resume {aside}\n")
     play(alone, learning_rate=2e-4)
     kept = {"curated/world.json", "notes.txt", "inner/args.json", "latents-1.safetensors", "curated/.lock"}
     assert files(aside) == first and len(first) == 17
@@ -100,8 +101,8 @@ def test_a_fresh_run_sets_everything_of_the_earlier_one_aside_and_it_comes_back(
     assert again != aside and without_args(files(again)) == without_args(files(alone))
     shutil.rmtree(alone)
     play(alone, max_train_steps=6)
-    assert without_args(files(folder).items() - [(name, b"kept") for name in kept] and {
-        name: content for name, content in files(folder).items() if name not in kept}) == without_args(files(alone))
+    found = {name: content for name, content in files(folder).items() if name not in kept}
+    assert without_args(found) == without_args(files(alone))
     play(folder, resume_from_checkpoint=again.name, learning_rate=2e-4)
     assert "2e-4" not in capsys.readouterr().err and (folder / "transformer/w").read_text() == "0.0002 4"
 
@@ -113,7 +114,8 @@ def test_an_earlier_run_is_a_run_folder_of_its_own(tmp_path):
     play(aside, resume_from_checkpoint="latest", max_train_steps=6)
     play(tmp_path / "alone", max_train_steps=6)
     assert without_args(files(aside)) == without_args(files(tmp_path / "alone"))
-    play(tmp_path / "other", resume_from_checkpoint=str(aside), max_train_steps=8)      # the folder that it is read from stays
+    # the folder that it is read from stays
+    play(tmp_path / "other", resume_from_checkpoint=str(aside), max_train_steps=8)
     assert (aside / "checkpoint-000006").is_dir() and (tmp_path / "other/checkpoint-000008").is_dir()
 
 
@@ -134,11 +136,13 @@ def test_going_back_to_an_older_checkpoint_sets_the_later_ones_aside(tmp_path, c
     capsys.readouterr()
     play(folder, resume_from_checkpoint="checkpoint-000002", learning_rate=2e-4)
     aside, = folder.glob("earlier-*")
-    assert f"{folder}: what the run made after step 2 is now {aside}; to go back to step 6, give --resume {aside}" \
-        in capsys.readouterr().out
+    said = (f"{folder}: what the run made after step 2 is now {aside}; to go back to step 6, give "
+            f"--resume {aside}")
+    assert said in capsys.readouterr().out
     assert [step for step, _ in runs.list_checkpoints(folder)] == [2, 4]
     assert [step for step, _ in runs.list_checkpoints(aside)] == [4, 6]
-    assert json.loads((aside / "best/best.json").read_text()) == {"step": 6} and (aside / "transformer/w").is_file()
+    assert json.loads(
+        (aside / "best/best.json").read_text()) == {"step": 6} and (aside / "transformer/w").is_file()
     assert [step for step, _ in runs.read_metrics(aside / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     play(folder, resume_from_checkpoint=str(aside), max_train_steps=8)
     assert [json.loads(line)["rate"] for _, line in runs.read_metrics(folder / "metrics.jsonl")] == 8 * [1e-4]
@@ -169,7 +173,8 @@ def test_a_kill_while_a_run_is_moved_loses_nothing(tmp_path, monkeypatch, then):
         with monkeypatch.context() as patch:
             patch.setattr(os, "rename", die)
             try:
-                runs.start_run(Config(str(folder), **(flags if then == "back" else {})), 4 if then == "back" else None)
+                runs.start_run(Config(str(folder), **(flags if then == "back" else {})),
+                               4 if then == "back" else None)
                 break                                           # all renames have been interrupted
             except KeyboardInterrupt:
                 at += 1
@@ -180,7 +185,8 @@ def test_a_kill_while_a_run_is_moved_loses_nothing(tmp_path, monkeypatch, then):
         elif then == "latest":
             if not list(folder.glob("earlier-*[0-9]")):         # else it was done
                 play(folder, **flags)
-                assert without_args(files(folder)) == without_args(first) and not list(folder.glob("earlier-*"))
+                assert without_args(files(folder)) == without_args(first) and not list(
+                    folder.glob("earlier-*"))
         else:
             found = [path for path in folder.rglob("checkpoint-*") if (path / "train_state.pt").is_file()]
             assert len(found) == 4 and len(list(folder.rglob("best.json"))) == 2
@@ -217,9 +223,11 @@ def test_old_names_of_flags_are_understood(tmp_path):
     play(tmp_path / "run", max_train_steps=2)
     for path in (tmp_path / "run/args.json", tmp_path / "run/checkpoint-000002/args.json"):
         args = json.loads(path.read_text())
-        path.write_text(json.dumps({"shard_size" if name == "fsdp_group_size" else name: value for name, value in args.items()}))
+        path.write_text(json.dumps({"shard_size" if name == "fsdp_group_size" else name: value for name,
+                                    value in args.items()}))
     play(tmp_path / "run", resume_from_checkpoint="latest")
-    assert "fsdp_group_size" in runs.read_args(tmp_path / "run") and "shard_size" not in runs.read_args(tmp_path / "run")
+    assert "fsdp_group_size" in runs.read_args(
+        tmp_path / "run") and "shard_size" not in runs.read_args(tmp_path / "run")
 
 
 @pytest.mark.parametrize("where, code", [
@@ -230,7 +238,8 @@ def test_a_broken_tensorboard_is_one_warning(tmp_path, monkeypatch, capsys, wher
     (tmp_path / "site/tensorboard").mkdir(parents=True)
     (tmp_path / "site/tensorboard/__init__.py").write_text(code if where == "import" else "")
     monkeypatch.syspath_prepend(tmp_path / "site")
-    for name in [name for name in sys.modules if name.split(".")[0] == "tensorboard" or name.startswith("torch.utils.tensorboard")]:
+    for name in [name for name in sys.modules if name.split(".")[0] == "tensorboard"
+                 or name.startswith("torch.utils.tensorboard")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(disk, "_warned", set())
     if where != "import":
@@ -285,28 +294,33 @@ def resumed(folder, name, *flags):
     ("prfl", "--reward {folder}/retrained/reward", "--reward, what it holds: "),
     ("prfl", "--recipe steady", "--recipe paper (now steady)"),
     ("prfl", "--num_inference_steps 5", "--num_inference_steps 4 (now 5)"),
-    ("prfl", "--num_validation 4", "--num_validation 0 (now 4)"),                   # held-out clips, once trained on
-    ("prfl", "--lora_rank 2", "--lora_rank 0 (now 2)"), ("prfl", "--max_train_steps 1", "--max_train_steps 1: "),
+    ("prfl", "--num_validation 4", "--num_validation 0 (now 4)"),            # held-out clips, once trained on
+    ("prfl", "--lora_rank 2", "--lora_rank 0 (now 2)"),
+    ("prfl", "--max_train_steps 1", "--max_train_steps 1: "),
     ("reward", "--holdout 9", "--holdout 8 (now 9)"), ("reward", "--seed 1", "--seed 0 (now 1)"),
     ("reward", "--fixed_t 0.5", "--fixed_t None (now 0.5)"), ("reward", "--loss bt", "--loss bce (now bt)"),
-    ("reward", "--data {folder}/relabelled", "--data, what it holds: "), ("reward", "--max_train_steps 1", "--max_train_steps 1: "),
+    ("reward", "--data {folder}/relabelled", "--data, what it holds: "),
+    ("reward", "--max_train_steps 1", "--max_train_steps 1: "),
 ])
 def test_another_run_is_refused_by_name_and_nothing_changes(started, capsys, name, flags, words):
     with pytest.raises(SystemExit) as stop:
         resumed(started, name, *flags.format(folder=started).split())
     stderr = capsys.readouterr().err
     assert stop.value.code == 2 and one_line(stderr) and words in stderr, stderr
-    read = lambda folder: {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    read = lambda folder: {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*")
+                           if path.is_file()}
     assert read(started / f"again-{name}") == read(started / f"started-{name}")
 
 
 def test_what_may_change_is_told_and_folders_may_move(started, capsys):
     run(*command(started, "prfl", "whole"))
-    out = resumed(started, "prfl", "--data", str(started / "moved/data"), "--model", str(started / "moved/model"))
+    out = resumed(started, "prfl", "--data", str(started / "moved/data"), "--model",
+                  str(started / "moved/model"))
     assert same(weights(started, "prfl", out.name), weights(started, "prfl", "whole"))
     assert f"goes on from {out}/checkpoint-000002; --max_train_steps 5 (was 2)\n" in capsys.readouterr().out
     resumed(started, "prfl", "--learning_rate", "2e-4", "--keep", "3")
-    assert "; --keep 3 (was 2); --learning_rate 0.0002 (was 0.0001); --max_train_steps 5 (was 2)\n" in capsys.readouterr().out
+    said = "; --keep 3 (was 2); --learning_rate 0.0002 (was 0.0001); --max_train_steps 5 (was 2)\n"
+    assert said in capsys.readouterr().out
     assert not same(weights(started, "prfl", out.name), weights(started, "prfl", "whole"))
 
 
@@ -316,8 +330,8 @@ def test_damaged_lines_and_args(started, capsys):
     shutil.rmtree(out)
     shutil.copytree(started / "started-prfl", out)
     text = (out / "metrics.jsonl").read_text().splitlines(True)
-    (out / "metrics.jsonl").write_text("".join([text[0], 'garbage}\n', '{"step": 1e999}\n', '[1]\n', '{"step": null}\n', *text[1:],
-                                               '{"step": 3, "lo']))
+    (out / "metrics.jsonl").write_text("".join([text[0], 'garbage}\n', '{"step": 1e999}\n', '[1]\n',
+                                                '{"step": null}\n', *text[1:], '{"step": 3, "lo']))
     run(*command(started, "prfl", out.name, "--resume", "latest"))
     assert metrics(started, out.name) == wanted
     for content in ("{", "[]", '{"made_from": 3}'):
@@ -334,6 +348,44 @@ def test_damaged_lines_and_args(started, capsys):
         assert "train_state.pt is truncated or damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ("prfl", "reward"))
+def test_a_second_run_in_a_folder_leaves_what_it_leaves_in_a_new_one(started, name):
+    """Not a file of the first run is left beside the second one's; the first goes on as if there had been no
+    second."""
+    out, alone = started / f"twice-{name}", started / f"alone-{name}"
+    steps = ["--max_train_steps", "2"]
+    run(*command(started, name, out.name, *steps))
+    run(*command(started, name, out.name, *steps, "--learning_rate", "3e-4"))
+    run(*command(started, name, alone.name, *steps, "--learning_rate", "3e-4"))
+    assert files(out).keys() == files(alone).keys()
+    assert same(weights(started, name, out.name), weights(started, name, alone.name))
+    aside, = out.glob("earlier-*")
+    run(*command(started, name, out.name, "--resume", str(aside)))
+    undisturbed = resumed(started, name).name
+    assert same(weights(started, name, out.name), weights(started, name, undisturbed))
+    assert metrics(started, out.name) == metrics(started, undisturbed)
+
+
+@pytest.mark.parametrize("flags, words", [("--num_validation 2 --judge {folder}/generator/reward",
+                           "is the reward model that is climbed"),
+                          ("--num_validation 2 --validation_prompts {folder}/nowhere.txt", "nowhere.txt"),
+                          ("--data {folder}/cut", "shard-00000.safetensors: truncated or damaged"),
+                          ("--resume nowhere", "there is no ")])
+def test_what_is_refused_late_touches_nothing_of_the_earlier_run(started, capsys, flags, words):
+    if not (started / "cut").exists():
+        shutil.copytree(started / "data", started / "cut")
+        (started / "cut/shard-00000.safetensors").write_bytes(
+            (started / "cut/shard-00000.safetensors").read_bytes()[:-40])
+    before = files(started / "started-prfl")
+    _, argv = command(started, "prfl", "started-prfl")
+    place = argv.index("--num_validation")
+    with pytest.raises(SystemExit) as stop:
+        run("train_align", argv[:place] + argv[place + 2:] + flags.format(folder=started).split())
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+    assert files(started / "started-prfl") == before and not list(
+        (started / "started-prfl").glob("earlier-*"))
+
+
 def test_a_trunk_that_was_frozen_stays_frozen(started, capsys):
     with pytest.raises(SystemExit):
         run(*command(started, "reward", "started-reward", "--resume", "latest", "--trunk_learning_rate", "0"))
@@ -348,10 +400,12 @@ def test_a_run_never_writes_over_what_is_not_its(started, capsys):
         before = read()
         with pytest.raises(SystemExit) as stop:
             run(*command(started, name, out, *flags))
-        assert stop.value.code == 2 and one_line(stderr := capsys.readouterr().err) and words in stderr, stderr
+        assert stop.value.code == 2 and one_line(
+            stderr := capsys.readouterr().err) and words in stderr, stderr
         assert read() == before
 
-    for name, content in (("metadata.jsonl", "{}"), ("metrics.jsonl", '{"mine": 1}\n'), ("shards.json", "{}")):
+    for name, content in (("metadata.jsonl", "{}"), ("metrics.jsonl", '{"mine": 1}\n'),
+                          ("shards.json", "{}")):
         (started / f"users-{name}").mkdir()
         (started / f"users-{name}" / name).write_text(content)
         refused(started / f"users-{name}", "holds files that are not ours")
@@ -373,7 +427,8 @@ def test_the_second_writer_of_a_run_folder_is_refused(started, capsys):
     with lock.hold(started / "held"):
         with pytest.raises(SystemExit) as stop:
             run(*command(started, "sft", "held"))
-    assert stop.value.code == 2 and one_line(stderr := capsys.readouterr().err) and "is writing there" in stderr
+    assert stop.value.code == 2 and one_line(
+        stderr := capsys.readouterr().err) and "is writing there" in stderr
     assert [path.name for path in (started / "held").iterdir()] == [".lock"]
 
 
@@ -384,10 +439,12 @@ def test_a_disk_that_fails_is_one_line_and_the_last_checkpoint_whole(started):
         shutil.copytree(started / f"started-{name}", out)
         script, argv = command(started, name, out.name, "--resume", "latest")
         limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-        done = subprocess.run([sys.executable, ROOT / f"{script}.py", *argv], env=ENV, capture_output=True, text=True,
-                              preexec_fn=limit)
+        done = subprocess.run([sys.executable, ROOT / f"{script}.py", *argv], env=ENV, capture_output=True,
+                              text=True, preexec_fn=limit)
         last = done.stderr.splitlines()[-1]
-        assert done.returncode == 1 and last.startswith("error: [Errno 27] File too large: checkpoint-000004"), done.stderr
+        assert done.returncode == 1 and last.startswith(
+                                                        "error: [Errno 27] File too large: "
+                                                        "checkpoint-000004"), done.stderr
         assert "Traceback" not in done.stderr and f"the last whole one is {out}/checkpoint-000002" in last
         assert not [*out.rglob("*.tmp*")] and runs.load_state(out / "checkpoint-000002")["step"] == 2
         run(script, argv)                                       # there is room again
@@ -405,19 +462,23 @@ def test_a_folder_that_vanishes_ends_the_run(started, capsys, monkeypatch):
     monkeypatch.setattr(runs.MetricsLog, "log", remove_first)
     with pytest.raises(SystemExit) as stop:
         run(*command(started, "sft", "vanished"))
-    assert stop.value.code == 1 and "was removed while step 3 was made" in capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 1
+    assert "was removed while step 3 was made" in capsys.readouterr().err.splitlines()[-1]
     assert not (started / "vanished").exists()                  # and is not made anew, without its first half
     with pytest.raises(SystemExit) as stop:
-        run(*command(started, "sft", "x", "--output_dir", "/proc/none"))            # a file system that takes no folders
+        # a file system that takes no folders
+        run(*command(started, "sft", "x", "--output_dir", "/proc/none"))
     assert stop.value.code == 2 and "/proc/none" in capsys.readouterr().err
 
 
 def test_fingerprints_know_content_not_paths(started):
-    same_model = {fingerprint.of_weights(started / name) for name in ("generator", "moved/model", "generator/transformer")}
+    same_model = {fingerprint.of_weights(started / name)
+                  for name in ("generator", "moved/model", "generator/transformer")}
     assert len(same_model) == 1 and fingerprint.of_weights(started / "retrained") not in same_model
     args = json.loads((started / "started-prfl/checkpoint-000002/args.json").read_text())
     assert args["made_from"].keys() == {"model", "reward", "data"}
-    assert torch.load(started / "started-prfl/checkpoint-000002/train_state.pt", weights_only=True)["step"] == 2
+    assert torch.load(started / "started-prfl/checkpoint-000002/train_state.pt",
+                      weights_only=True)["step"] == 2
 
 
 def test_videos_go_to_tensorboard_as_moving_gifs(tmp_path, monkeypatch):
@@ -428,7 +489,8 @@ def test_videos_go_to_tensorboard_as_moving_gifs(tmp_path, monkeypatch):
     summary.Image, summary.Value = dict, dict
     monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.summary_pb2", SimpleNamespace(Summary=summary))
     for k in range(2):
-        write_video(tmp_path / f"samples/{k}.mp4", torch.arange(5).mul(50).byte().view(5, 1, 1, 1).expand(5, 32, 48, 3), 8)
+        write_video(tmp_path / f"samples/{k}.mp4",
+                    torch.arange(5).mul(50).byte().view(5, 1, 1, 1).expand(5, 32, 48, 3), 8)
     log = runs.MetricsLog(tmp_path)
     log.board = SimpleNamespace(file_writer=SimpleNamespace(add_summary=lambda *said: told.append(said)))
     log.videos(7, tmp_path / "samples")

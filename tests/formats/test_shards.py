@@ -34,7 +34,8 @@ def test_joined_folders_are_all_clips_in_their_order(tmp_path):
 
 
 def test_copies_are_known_over_folders(tmp_path):
-    """A clip of the first round that is in the second round again lies on one side of a fold and of the held-out set."""
+    """A clip of the first round that is in the second round again lies on one side of a fold and of the
+    held-out set."""
     latents, contexts = write(tmp_path / "a", 0, 6)
     data.write_shards(tmp_path / "b", latents[[4, 1]], contexts[[0, 1]], [1, 0], ["x", "y"])
     shards = join([data.Shards(tmp_path / "a"), data.Shards(tmp_path / "b")])
@@ -58,12 +59,15 @@ def test_train_reward_learns_from_two_rounds(tmp_path, capsys, cpu):
     model.export_transformer(generator(), tmp_path / "generator/transformer")
     for name in ("a", "b"):
         write_data(tmp_path / name)
-    flags = ["--model", str(tmp_path / "generator"), "--output_dir", str(tmp_path / "out"), "--mixed_precision", "no",
-             "--max_train_steps", "1", "--batch_size", "4", "--depth", "1", "--holdout", "6"]
+    flags = ["--model", str(tmp_path / "generator"), "--output_dir", str(tmp_path / "out"),
+             "--mixed_precision", "no", "--max_train_steps", "1", "--batch_size", "4", "--depth", "1",
+             "--holdout", "6"]
     run("train_reward", [*flags, "--data", str(tmp_path / "a"), str(tmp_path / "b")])
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["held_out"] + report["trained_on"] == 64      # 32 of each folder
-    assert report["held_out"] % 2 == 0 < report["held_out"]     # each has a copy in the other folder, on its side
+    # each has a copy in the other folder, on its side
+    assert report["held_out"] % 2 == 0 < report["held_out"]
     with pytest.raises(SystemExit):
-        run("train_reward", [*flags, "--data", str(tmp_path / "a"), str(tmp_path / "b"), "--labels", "x.jsonl"])
+        run("train_reward",
+            [*flags, "--data", str(tmp_path / "a"), str(tmp_path / "b"), "--labels", "x.jsonl"])
     assert "--labels replaces the labels.jsonl of one folder" in capsys.readouterr().err

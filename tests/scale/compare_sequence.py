@@ -59,7 +59,8 @@ def compare(runtime, kind, image, checkpointing, rank, pooling, **more):
     for policy, pavrm, j in ((one, judge, range(B)), (*many, runtime.indices(2))):
         params = [p for p in policy.parameters() if p.requires_grad]
         optimizer, mine = torch.optim.AdamW(params, lr=1e-3), {name: z[j] for name, z in given.items()}
-        loss, reward = prfl.reward_update_loss(policy, pavrm, x[j], context[j], step, 4, rollout_passes=2, **mine)
+        loss, reward = prfl.reward_update_loss(policy, pavrm, x[j], context[j], step, 4, rollout_passes=2,
+                                               **mine)
         sft = prfl.sft_loss(policy, x[j], x[j].flip(2), torch.full((len(j),), 0.3), context[j], **mine)
         (loss + sft).backward()
         sampled = flow.rollout(policy, x[j], context[j], 2, **mine)

@@ -1,4 +1,5 @@
-"""study/endurance.py: the commands of its runs, what is kept of them, and the fall from the best quarter by hand."""
+"""study/endurance.py: the commands of its runs, what is kept of them, and the fall from the best quarter by
+hand."""
 import json
 
 import numpy as np
@@ -18,10 +19,10 @@ def test_the_commands_of_runs(tmp_path):
     work, seed = work_in(tmp_path, preset="full"), f"{tmp_path}/parts/full/seed-1"
     of = lambda case: " ".join(map(str, endurance.part_of_case(work, 1, case)))
     assert of(Case("paper", "linear", 0.25, 2e-4, 480)) == (
-        f"{seed}/endurance-paper_linear_0.0002_mismatched-0.25_480_seed-1 transformer/config.json train_align.py "
-        f"--method prfl --recipe paper --seed 1 --curated_dir {seed}/curated --reward {seed}/reward-mismatched-0.25/"
-        "reward --learning_rate 0.0002 --lr_scheduler linear --max_train_steps 480 --validation_steps 40 "
-        "--num_validation 256 --checkpointing_steps 120")
+        f"{seed}/endurance-paper_linear_0.0002_mismatched-0.25_480_seed-1 transformer/config.json "
+        f"train_align.py --method prfl --recipe paper --seed 1 --curated_dir {seed}/curated --reward "
+        f"{seed}/reward-mismatched-0.25/reward --learning_rate 0.0002 --lr_scheduler linear "
+        f"--max_train_steps 480 --validation_steps 40 --num_validation 256 --checkpointing_steps 120")
     by_video = of(Case("by video", mismatched=0))
     assert "-m study.why --rewarded_step per_video --rollout_passes 4 --reward_loss logsigmoid" in by_video
     assert f"--reward {seed}/reward/reward " in by_video                # the other tables' reward model
@@ -29,14 +30,15 @@ def test_the_commands_of_runs(tmp_path):
 
 def test_every_case_has_a_name_and_a_row_of_its_own():
     cases = [*endurance.LONG, *endurance.MORE]
-    assert len({case.name(0) for case in cases}) == len({(case.row(), case.length) for case in cases}) == len(cases)
+    assert len({case.name(0) for case in cases}) == len(
+        {(case.row(), case.length) for case in cases}) == len(cases)
     assert len(endurance.LONG) == 12 and {case.length for case in endurance.LONG} == {960}
 
 
 def test_a_curve_counts_the_seconds_of_updates_alone():
     rows = [{"step": 0, "validation_qualified": 0.3, "validation_speed": 0.045678},
-            {"step": 1, "sft_cpu_seconds": 1.0, "reward_cpu_seconds": 2.25, "sft_seconds": 9.0, "reward": 1.0},
-            {"step": 2, "sft_cpu_seconds": 0.5, "reward": 2.0, "validation_qualified": 0.5}]
+            {"step": 1, "sft_cpu_seconds": 1.0, "reward_cpu_seconds": 2.25, "sft_seconds": 9.0,
+             "reward": 1.0}, {"step": 2, "sft_cpu_seconds": 0.5, "reward": 2.0, "validation_qualified": 0.5}]
     assert endurance.curve_of(rows) == {
         "0": {"qualified": 0.3, "speed": 0.0457, "cpu_seconds": 0.0},
         "2": {"qualified": 0.5, "reward": 2.0, "cpu_seconds": 3.8}}
@@ -47,7 +49,8 @@ def curve(values):
 
 
 def test_the_fall_is_from_the_best_quarter_by_hand():
-    falling = [curve([0.8, 0.8, 0.9, 0.9, 0.96, 0.96, 0.7, 0.7]), curve([0.8, 0.8, 0.9, 0.9, 0.94, 0.94, 0.8, 0.8])]
+    falling = [curve([0.8, 0.8, 0.9, 0.9, 0.96, 0.96, 0.7, 0.7]),
+               curve([0.8, 0.8, 0.9, 0.9, 0.94, 0.94, 0.8, 0.8])]
     difference, (low, high) = endurance.fall(falling)
     assert difference == pytest.approx(0.75 - 0.95) and low < difference < high < -0.1
     rising = [curve([0.8, 0.8, 0.85, 0.85, 0.9, 0.9, 0.95, 0.95])]
@@ -59,7 +62,8 @@ def test_the_fall_is_from_the_best_quarter_by_hand():
 def kept_run(good, rates):
     bits = "1" * good + "0" * (endurance.TESTED - good)
     verdicts = dict.fromkeys(("qualified", "physical", "deformity", "adherent"), bits)
-    test = {f"{split}, {who}": verdicts for split in ("test", "reworded") for who in ("strict", "firm", "loose")}
+    test = {f"{split}, {who}": verdicts for split in ("test", "reworded")
+            for who in ("strict", "firm", "loose")}
     return {"command": "x", "commit": "y", "minutes": 1.0, "curve": curve(rates),
             "test": test | {"test means": [0.05, 0.2, 0.1], "reworded means": [0.05, 0.2, 0.1]}}
 
@@ -74,13 +78,14 @@ def test_what_is_kept_is_not_made_again_and_makes_the_table(tmp_path, monkeypatc
             for i, case in enumerate(cases) for seed in range(3)}
     (tmp_path / "results").mkdir()
     (tmp_path / "results/endurance_runs.json").write_text(json.dumps(kept))
-    monkeypatch.setattr(endurance, "train_reward_models", lambda work, wanted: wanted and pytest.fail(f"made {wanted}"))
+    monkeypatch.setattr(endurance, "train_reward_models", lambda work,
+                        wanted: wanted and pytest.fail(f"made {wanted}"))
     endurance.endurance(work_in(tmp_path, preset="full"))
     found = json.loads((tmp_path / "results/endurance.json").read_text())["rows"]
     steady, paper = found.values()
     assert steady["test"]["test, firm"]["mean"] == pytest.approx(np.mean([500, 499, 498]) / 512)
     assert paper["test"]["test, firm"]["seeds"] == pytest.approx([450 / 512, 449 / 512, 448 / 512])
-    assert steady["validation"]["40"] == [0.9] * 3 and steady["speed"] == pytest.approx(0.05)
+    assert steady["validation"]["40"] == [0.9] * 3 and steady["speed"]["mean"] == pytest.approx(0.05)
     text = (tmp_path / "results/endurance.md").read_text()
     assert "| steady, constant 0.0001, mismatched 0.25 | 960 | 3 | 0.900 |" in text
 

@@ -43,9 +43,10 @@ def test_speeds_of_a_gpu():
     assert "every weight trains" in lines[2]
 
 
-@pytest.mark.parametrize("flags, words", [(("--frames", 80), "--frames 80"), (("--model", "tiny-t2v", "--depth", 9), "--depth"),
-                                          (("--updates", "ppo"), "ppo"), (("--layouts", "fsdp"), "--layouts fsdp: wants"),
-                                          (("--parallel", "fsdp"), "--parallel means nothing without --update")])
+@pytest.mark.parametrize("flags, words", [(("--frames", 80), "--frames 80"),
+                          (("--model", "tiny-t2v", "--depth", 9), "--depth"), (("--updates", "ppo"), "ppo"),
+                          (("--layouts", "fsdp"), "--layouts fsdp: wants"),
+                          (("--parallel", "fsdp"), "--parallel means nothing without --update")])
 def test_bad_input_is_one_line(capsys, flags, words):
     with pytest.raises(SystemExit) as end:
         common.cli(node.main, node.Config, "", [str(flag) for flag in flags])

@@ -77,7 +77,8 @@ def work(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "stopped_at_its_best", lambda folder: folder / "checkpoint-000080")
     monkeypatch.setattr(parts.Work, "run", lambda self, wanted: run(wanted))
     monkeypatch.setattr(report, "confidence_interval", partial(report.confidence_interval, rounds=200))
-    made = parts.Work(SimpleNamespace(preset="full", output_dir=tmp_path / "runs", results_dir=tmp_path / "results", seeds=None))
+    made = parts.Work(SimpleNamespace(preset="full", output_dir=tmp_path / "runs",
+                                      results_dir=tmp_path / "results", seeds=None))
     made.preset = made.preset | {"videos": 40}
     return made
 

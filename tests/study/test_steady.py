@@ -198,8 +198,9 @@ def test_speed_counts_cpu_seconds(tmp_path, made_up, monkeypatch):
 
 
 def test_what_a_judge_loses_by_hand():
-    rows = [{"step": 40 * k, "validation_judge": judge, "validation_judge_other_prompt": other, "validation_qualified": rate}
-            for k, (judge, other, rate) in enumerate([(0.43, 0.1, 0.3), (0.81, 0.2, 0.8), (0.85, 0.25, 0.88), (0.87, 0.4, 0.4)])]
+    found = [(0.43, 0.1, 0.3), (0.81, 0.2, 0.8), (0.85, 0.25, 0.88), (0.87, 0.4, 0.4)]
+    rows = [{"step": 40 * k, "validation_judge": judge, "validation_judge_other_prompt": other,
+             "validation_qualified": rate} for k, (judge, other, rate) in enumerate(found)]
     found = stopping.choice([{"step": 1, "reward": 2.0}, *rows])
     assert np.allclose(found["curves"]["score"], [0.38, 0.71, 0.725, 0.67])
     assert (found["chosen"], found["best"], found["steps"]) == (80, 80, [0, 40, 80, 120])
