@@ -318,9 +318,8 @@ class Check:
                                  "own size")
     frames: int | None = arg(None, "frames of each clip, 4k + 1; default: all that the clip "
                                    "has", at_least=FEWEST)
-    fps: float | None = arg(None, "frames per second (16 for Wan2.1); faster clips drop frames, slower ones "
-                                  "repeat them; "
-                            "default: the clip's own", above=0)
+    fps: float | None = arg(None, "frames per second (16 for Wan2.1, 24 for Wan2.2 TI2V-5B); faster clips "
+                                  "drop frames, slower ones repeat them; default: the clip's own", above=0)
     model: str | None = arg(None, "folder of the generator that the clips are for, with its vae/, "
                                   "text_encoder/ and, if it "
                             "has one, image_encoder/; default: the shipped generator")

@@ -45,7 +45,8 @@ PRESETS = {
     "wan2.1-t2v-1.3b": _wan | dict(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
     "wan2.1-t2v-14b": _wan_14b,
     "wan2.1-i2v-14b": _wan_14b | dict(model_type="i2v", in_dim=36, image_dim=1280),
-    "wan2.2-ti2v-5b": _wan | dict(in_dim=48, out_dim=48, dim=3072, ffn_dim=14336, num_heads=24, num_layers=30),
+    "wan2.2-ti2v-5b": _wan | dict(in_dim=48, out_dim=48, dim=3072, ffn_dim=14336, num_heads=24,
+                                  num_layers=30),
 }
 
 
@@ -178,8 +179,8 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim ** 0.5)
 
     def forward(self, x, time, context, image_tokens, rope, sequence=None, given=0):
-        """x [b, n, d] float32; time [b, 6, d] float32, the same for all blocks, or for two times [b, 2, 6, d],
-        of which the first `given` tokens have the first; context [b, l, d] -> [b, n, d]"""
+        """x [b, n, d] float32; time [b, 6, d] float32, the same for all blocks, or [b, 2, 6, d] for two
+        times, of which the first `given` tokens have the first; context [b, l, d] -> [b, n, d]"""
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.modulation.to(x.dtype)
                                                               + time).split(1, dim=-2)
         norm = partial(modulated_norm, eps=self.eps)
@@ -293,9 +294,9 @@ class VideoDiT(nn.Module):
         return sequence.gather_tokens(tokens) if sequence else tokens
 
     def run_blocks(self, x, t, context, depth, y, clip_tokens, first_frame):
-        """-> tokens [b, n, d], time embedding [b, d], token grid (f, h, w), None, 0; or this GPU's tokens, and
-        `sequence`. With a first_frame the time embedding is [b, 2, d], of time 0 and of t, and the last result
-        is how many of these tokens, the first ones, have time 0.
+        """-> tokens [b, n, d], time embedding [b, d], token grid (f, h, w), None, 0; or this GPU's tokens,
+        and `sequence`. With a first_frame the time embedding is [b, 2, d], of time 0 and of t, and the last
+        result is how many of these tokens, the first ones, have time 0.
 
         The rule of dtypes: matrices multiply in theirs (or autocast's); the residual stream `tokens`, norms,
         modulation and everything about time stay `wide`.
@@ -312,7 +313,7 @@ class VideoDiT(nn.Module):
         given = sequence.share_of(given) if sequence else given
         t = t if first_frame is None else torch.stack([torch.zeros_like(t), t], dim=1)      # [b] or [b, 2]
         with torch.autocast(x.device.type, enabled=False):
-            time_embedding, time = self.embed_time(t.to(wide(dtype)))       # [b, d], [b, 6, d], or [b, 2, ...]
+            time_embedding, time = self.embed_time(t.to(wide(dtype)))   # [b, d], [b, 6, d]; or [b, 2, ...]
         context = F.pad(context.to(dtype), (0, 0, 0, self.config["text_len"] - context.shape[1]))
         context = self.text_embedding(context)                                               # [b, l, d]
         image_tokens = None
@@ -375,9 +376,10 @@ class VideoDiT(nn.Module):
                              f"{config['image_dim']}]")
         if (first_frame is not None) != is_pinned(config):
             raise InputError("first_frame must be given exactly when the model is i2v and takes no y")
-        if first_frame is not None and (first_frame.shape != x[:, :, :1].shape or config["patch_size"][0] > 1):
+        one = x[:, :, :1].shape
+        if first_frame is not None and (first_frame.shape != one or config["patch_size"][0] > 1):
             raise InputError(f"first_frame has shape {list(first_frame.shape)}; beside x {list(x.shape)} it "
-                             f"must be {list(x[:, :, :1].shape)}, one latent frame, with patches of one frame")
+                             f"must be {list(one)}, one latent frame, and patches must have one too")
         return tuple(size // p for size, p in zip(x.shape[2:], config["patch_size"]))
 
 

@@ -108,7 +108,7 @@ class PAVRM(nn.Module):
     def forward(self, x, t, context, **conditions):
         """x [b, c, f, h, w] at times t [b], context [b, l, d_text] -> logits [b], float32. 0 or more means
         good. conditions: what the generator is given beside the prompt."""
-        h = self.trunk.features(x, t, context, depth=len(self.trunk.blocks), **conditions)          # [b, n, d]
+        h = self.trunk.features(x, t, context, depth=len(self.trunk.blocks), **conditions)         # [b, n, d]
         with torch.autocast(x.device.type, enabled=False):
             h = h.to(self.mlp[0].weight.dtype)
             z = self.pool(h)                                                                        # [b, d]

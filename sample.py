@@ -64,7 +64,8 @@ class Config(search.Flags):
                       "...", only="!prompts")
     output_dir: str | None = arg(None, "folder for the videos and metadata.jsonl", only="prompts")
     task: str | None = arg(None, "t2v, or i2v (image-to-video): which shipped generator to use without "
-                           "--model, or what a --model that can do both is to do; default: t2v", choices=TASKS)
+                           "--model, or what a --model that can do both is to do; default: t2v",
+                           choices=TASKS)
     model: str | None = arg(None, "another folder with transformer/, text_encoder/, vae/ (and "
                             "image_encoder/), such as Wan2.1's")
     transformer: str | None = arg(None, "another generator, such as runs/align/transformer")

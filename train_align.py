@@ -67,7 +67,7 @@ class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
     num_inference_steps: int | None = arg(None, "N, Euler steps of a rollout; default: 16, Wan: the paper's "
                                           "40", above=0, only="method prfl refl rwr or !num_validation 0")
     shift: float | None = arg(None, "moves times towards noise; default: 1 (evenly spaced), Wan2.1: 3, or 5 "
-                              "from 720P on", above=0, at_most=100,
+                              "from 720P on, Wan2.2 TI2V-5B: 5", above=0, at_most=100,
                               only="method prfl refl rwr or !num_validation 0")
     reward_weight: float = arg(1.0, "lambda of Alg. 1; Adam and clipping leave it little effect", above=0,
                                only="method prfl refl")

@@ -53,7 +53,8 @@ from world import clips, scene
 @dataclass
 class Config(runs.Flags, parallel.Flags):
     task: str | None = arg(None, "t2v, or i2v (image-to-video): which shipped generator to use without "
-                           "--model, or what a --model that can do both is to do; default: t2v", choices=TASKS)
+                           "--model, or what a --model that can do both is to do; default: t2v",
+                           choices=TASKS)
     model: str | None = arg(None, "another generator: a folder with transformer/, vae/ and text_encoder/")
     space: str = arg("latent", "what the reward judges: noisy latents (PAVRM), or pixels (RGB ReFL)",
                      choices=("latent", "rgb"))

@@ -24,33 +24,55 @@ Symbols: b batch of one GPU, f latent frames, h w latent height and width, n vid
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import common
 from common import InputError, arg
+from formats.weights import TI2V_CHANNELS
 from model import PRESETS
 
 IMAGE_TOKENS = 257      # CLIP ViT-H/14 at 224 pixels: 16 x 16 patches and a class token
 METHODS = ("prfl", "refl", "sft", "rwr", "reward", "sample")
 STEADY_PASSES = 4  # most Euler steps of a rollout without gradients under --recipe steady, as in prfl.RECIPES
-# Wan2.1's VAE decoder by resolution: space, time (frames a later latent frame has become here), convolutions
-# 3x3x3 as (input channels, output channels, how many); each follows a norm and a SiLU.
-DECODER = (
-    (1, 1, ((384, 384, 10),)),                          # middle block and first stage
-    (2, 2, ((192, 384, 1), (384, 384, 5))),
-    (4, 4, ((192, 192, 6),)),
-    (8, 4, ((96, 96, 6), (96, 3, 1))),                  # and the last convolution, to pixels
-)
-# in, out, doubles time; one after each stage
-UPSAMPLERS = ((384, 192, True), (384, 192, True), (192, 96, False))
-DECODER_PARAMETERS = 73_295_603
-# Its encoder, as DECODER: space, time (by how much a frame was divided), convolutions 3x3x3, shortcuts 1x1x1,
-# what follows: 3x3 at half the resolution, and then perhaps 3x1x1 at half the rate.
-ENCODER = (
-    (1, 1, ((3, 96, 1), (96, 96, 4)), (), "space"),
-    (2, 1, ((96, 192, 1), (192, 192, 3)), ((96, 192),), "time"),
-    (4, 2, ((192, 384, 1), (384, 384, 3)), ((192, 384),), "time"),
-    (8, 4, ((384, 384, 8), (384, 32, 1)), (), None),
-)
+
+
+class Vae(NamedTuple):
+    """What a VAE of Wan's is made of. Its layers work at 1/1 to 1/8 of their own full resolution, which is
+    the video's, or half of it where blocks of 2x2 pixels are its channels."""
+    name: str
+    space: int                  # pixels of a latent, per side
+    # The decoder by resolution: space, time (frames a later latent frame has become here), convolutions 3x3x3
+    # as (input channels, output channels, how many); each follows a norm and a SiLU.
+    decoder: tuple
+    upsamplers: tuple           # in, out, doubles time; one after each stage
+    decoder_parameters: int
+    # The encoder: space, time (by how much a frame was divided), convolutions 3x3x3, shortcuts 1x1x1, what
+    # follows: 3x3 at half the resolution, and then perhaps 3x1x1 at half the rate.
+    encoder: tuple
+
+
+WAN21_VAE = Vae(
+    "Wan2.1", 8,
+    ((1, 1, ((384, 384, 10),)),                         # middle block and first stage
+     (2, 2, ((192, 384, 1), (384, 384, 5))),
+     (4, 4, ((192, 192, 6),)),
+     (8, 4, ((96, 96, 6), (96, 3, 1)))),                # and the last convolution, to pixels
+    ((384, 192, True), (384, 192, True), (192, 96, False)), 73_295_603,
+    ((1, 1, ((3, 96, 1), (96, 96, 4)), (), "space"),
+     (2, 1, ((96, 192, 1), (192, 192, 3)), ((96, 192),), "time"),
+     (4, 2, ((192, 384, 1), (384, 384, 3)), ((192, 384),), "time"),
+     (8, 4, ((384, 384, 8), (384, 32, 1)), (), None)))
+TI2V_VAE = Vae(
+    "Wan2.2 TI2V-5B", 16,
+    ((1, 1, ((1024, 1024, 10),)),
+     (2, 2, ((1024, 1024, 6),)),
+     (4, 4, ((1024, 512, 1), (512, 512, 5))),
+     (8, 4, ((512, 256, 1), (256, 256, 5), (256, 12, 1)))),
+    ((1024, 1024, True), (1024, 1024, True), (512, 512, False)), 0,
+    ((1, 1, ((12, 160, 1), (160, 160, 4)), (), "space"),
+     (2, 1, ((160, 320, 1), (320, 320, 3)), ((160, 320),), "time"),
+     (4, 2, ((320, 640, 1), (640, 640, 3)), ((320, 640),), "time"),
+     (8, 4, ((640, 640, 8), (640, 96, 1)), (), None)))
 # What the scripts do unless told otherwise: steps between checkpoints and reports; how many checkpoints stay.
 REWARD_EVERY, ALIGN_EVERY, KEPT = 200, 40, 2
 
@@ -60,7 +82,8 @@ class Config:
     preset: str = arg(..., f"the generator: {', '.join(PRESETS)}", choices=tuple(PRESETS), positional=True)
     method: str = arg("prfl", "what to train with", choices=METHODS)
     frames: int = arg(81, "video frames, 4 k + 1", above=0)
-    size: str = arg("832*480", "width*height in pixels (832x480 is read too), each divisible by 16")
+    size: str = arg("832*480", "width*height in pixels (832x480 is read too), each divisible by 16 (Wan2.2 "
+                    "TI2V-5B: by 32)")
     recipe: str = arg("paper", "prfl, refl: a rollout of every step up to one rewarded step for the batch, "
                       f"or of at most {STEADY_PASSES} passes up to one per video",
                       choices=("paper", "steady"))
@@ -103,17 +126,24 @@ class Config:
 
 
 # ---- counts
-def latent_grid(frames, size):
-    """Latent (f, h, w) of a clip, or InputError naming the flag."""
+def vae_of(c):
+    """The Vae of a VideoDiT config `c`, by its channels."""
+    return TI2V_VAE if c["out_dim"] == TI2V_CHANNELS else WAN21_VAE
+
+
+def latent_grid(frames, size, space=8):
+    """Latent (f, h, w) of a clip, or InputError naming the flag. space: of its VAE."""
+    side = 2 * space
     try:
         width, height = (int(s) for s in size.replace("x", "*").split("*"))
     except ValueError:
         raise InputError(f"--size {size!r} must be width*height, as in 832*480") from None
-    if width < 16 or height < 16 or width % 16 or height % 16:
-        raise InputError(f"--size {size}: width and height must be multiples of 16 (VAE 8, patch 2)")
+    if width < side or height < side or width % side or height % side:
+        raise InputError(f"--size {size}: width and height must be multiples of {side} (VAE {space}, patch "
+                         f"2)")
     if frames % 4 != 1:
         raise InputError(f"--frames {frames} must be 4 k + 1, as in 81: the VAE keeps the first frame alone")
-    return (frames - 1) // 4 + 1, height // 8, width // 8
+    return (frames - 1) // 4 + 1, height // space, width // space
 
 
 def parameters(c):
@@ -211,44 +241,44 @@ def block_bytes(c, n, trained="all", batch=1):
     return kept
 
 
-def decoder_costs(f, h, w, first=False):
-    """Wan2.1's VAE decoder on a latent [16, f, h, w] with gradients to its input, frozen in bf16, one latent
-    frame at a time as it works: {"kept", "passing": bytes, "flops": forward}. first: only the first latent
-    frame is decoded."""
+def decoder_costs(f, h, w, first=False, vae=WAN21_VAE):
+    """A VAE's decoder on a latent [c, f, h, w] with gradients to its input, frozen in bf16, one latent frame
+    at a time as it works: {"kept", "passing": bytes, "flops": forward}. first: only the first latent frame is
+    decoded."""
     kept = flops = 0
     for frame in range(1 if first else f):
-        for i, (space, time, convolutions) in enumerate(DECODER):
+        for i, (space, time, convolutions) in enumerate(vae.decoder):
             t = time if frame else 1  # the first latent frame is one frame
             pixels, padded = t * h * w * space ** 2, (t + 2) * (h * space + 2) * (w * space + 2)
             for c_in, c_out, count in convolutions:
                 # the norm's fp32 input, SiLU's input, the convolution's padded input
                 kept += count * c_in * (4 * pixels + 2 * pixels + 2 * padded)
                 flops += count * 2 * 27 * c_in * c_out * pixels
-            if i < len(UPSAMPLERS):
-                c_in, c_out, doubles = UPSAMPLERS[i]
+            if i < len(vae.upsamplers):
+                c_in, c_out, doubles = vae.upsamplers[i]
                 if doubles and frame:  # 3 x 1 x 1 to twice the channels
                     kept += 2 * c_in * (t + 2) * h * w * space ** 2
                     flops += 2 * 3 * c_in * 2 * c_in * pixels
                     pixels *= 2
                 kept += 2 * c_in * 4 * pixels  # 3 x 3 at the doubled resolution
                 flops += 2 * 9 * c_in * c_out * 4 * pixels
-    last = (1 if first else 4) * h * w * 64
-    return {"kept": kept, "passing": 6 * 4 * 96 * last, "flops": flops}
+    last, widest = (1 if first else 4) * h * w * 64, vae.decoder[-1][2][-1][0]
+    return {"kept": kept, "passing": 6 * 4 * widest * last, "flops": flops}
 
 
-def decoding(f, h, w):
-    """Bytes that pass through Wan2.1's VAE decoder in fp32 without gradients: the video twice, a stage of
-    four frames, and the last two frames of what enters each convolution, kept for the next latent frame."""
-    video = 3 * (4 * f - 3) * 64 * h * w
-    cache = sum(count * c_in * 2 * h * w * space ** 2 for space, _, convolutions in DECODER
+def decoding(f, h, w, vae=WAN21_VAE):
+    """Bytes that pass through a VAE's decoder in fp32 without gradients: the video twice, a stage of four
+    frames, and the last two frames of what enters each convolution, kept for the next latent frame."""
+    video = 3 * (4 * f - 3) * vae.space ** 2 * h * w
+    cache = sum(count * c_in * 2 * h * w * space ** 2 for space, _, convolutions in vae.decoder
                 for c_in, _, count in convolutions)
-    return 4 * (2 * video + cache) + decoder_costs(f, h, w)["passing"]
+    return 4 * (2 * video + cache) + decoder_costs(f, h, w, vae=vae)["passing"]
 
 
-def encoder_flops(f, h, w):
-    """Forward FLOPs of Wan2.1's VAE encoder for a clip of latent grid f, h, w."""
+def encoder_flops(f, h, w, vae=WAN21_VAE):
+    """Forward FLOPs of a VAE's encoder for a clip of latent grid f, h, w."""
     flops = 0
-    for space, time, convolutions, shortcuts, after in ENCODER:
+    for space, time, convolutions, shortcuts, after in vae.encoder:
         frames = 1 + (f - 1) * 4 // time                                        # the first frame is alone
         pixels = frames * h * w * 64 // space ** 2
         flops += sum(count * 2 * 27 * a * b * pixels for a, b, count in convolutions)
@@ -265,7 +295,8 @@ def costs(config, c):
     """Everything that `report` prints, as numbers, for a VideoDiT config `c` and flags: bytes and FLOPs on
     one GPU, seconds. "with" and "without" are checkpointing. Raises InputError."""
     b, ranks, world = config.batch_size, config.sequence_parallel, config.gpus * config.nodes
-    f, h, w = latent_grid(config.frames, config.size)
+    vae = vae_of(c)
+    f, h, w = latent_grid(config.frames, config.size, vae.space)
     n, d, L, K = f * h * w // 4, c["dim"], c["num_layers"], config.depth
     if world % ranks or c["num_heads"] % ranks:
         works = [str(i) for i in range(1, world + 1) if world % i == c["num_heads"] % i == 0]
@@ -299,7 +330,7 @@ def costs(config, c):
     one["optimizer"] = 8 * trained / parts
     one["gradients"] = 4 * trained / parts
     one["reward_weights"] = 2 * reward if refl else 0 if stage1 else 4 * reward / parts
-    one["decoder_weights"] = 2 * DECODER_PARAMETERS * refl + 4 * DECODER_PARAMETERS * sampling
+    one["decoder_weights"] = (2 * refl + 4 * sampling) * vae.decoder_parameters
     one["static"] = sum(one[k] for k in ("weights", "optimizer", "reward_weights", "decoder_weights"))
     # bytes of the backward pass
     how = "lora" if lora else "all"
@@ -319,7 +350,7 @@ def costs(config, c):
     # gradients that come last
     not_yet = 0 if lora else 4 * (count["block"] + count["embeddings"] * (not stage1)) / parts
     one["decoder"] = {key: b * value for key, value in
-                      decoder_costs(f, h, w, config.frames_decoded == "first").items()} if refl else None
+                      decoder_costs(f, h, w, config.frames_decoded == "first", vae).items()} if refl else None
     here = 2 if config.offload_activations else L + K  # inputs: one that leaves, one that returns
     one["offloaded"] = 4 * b * m * d * (L + prfl * K) * config.offload_activations
     for checkpointing in (True, False):
@@ -339,7 +370,7 @@ def costs(config, c):
             moments["decoder"] = waiting + 3 * edge + one["decoder"]["kept"] + one["decoder"]["passing"]
         # attention's tensors in a forward pass, its bf16 copies; then pixels, twice, and a last stage
         if sampling:
-            moments = {"generator": 25 * b * m * d + copy, "decoder": decoding(f, h, w) * b}
+            moments = {"generator": 25 * b * m * d + copy, "decoder": decoding(f, h, w, vae) * b}
         worst = max(moments, key=moments.get)
         one["with" if checkpointing else "without"] = dict(
             waiting=waiting, moments=moments, worst=worst, peak=one["static"] + moments[worst])
@@ -429,7 +460,7 @@ def way(config, c):
     one["disk"] = sum(one[k] for k in ("shards", "disk1", "disk2", "adapters", "export"))
     d = c["dim"]
     one["host"] = config.gpus * (4 * max(6 * d * d, d * c["ffn_dim"], d * c["text_dim"]) + 1e9)  # of a node
-    one["encoder_flops"] = encoder_flops(f, h, w) * (2 if i2v else 1)
+    one["encoder_flops"] = encoder_flops(f, h, w, vae_of(c)) * (2 if i2v else 1)
     one["encode_seconds"] = config.clips * one["encoder_flops"] / (config.gpus * config.mfu
                                                                    * config.fp32_tflops * 1e12)
     one["reports"] = math.ceil(config.reward_steps / REWARD_EVERY)
@@ -488,7 +519,7 @@ def report(config, c):
 
     print("counts")
     line("latent f x h x w", f"{one['f']} x {one['h']} x {one['w']}",
-         f"({config.frames} - 1) / 4 + 1, and the pixels / 8")
+         f"({config.frames} - 1) / 4 + 1, and the pixels / {vae_of(c).space}")
     line("video tokens n", f"{n:,}", f"f h w / 4 = {one['f']} x {one['h']} x {one['w']} / 4")
     if ranks > 1:
         line("of one GPU, m", f"{one['m']:,}", f"n / {ranks}, rounded up")
@@ -500,9 +531,9 @@ def report(config, c):
              f"K = {K} blocks + embeddings + 4 d^2 + 4 d + 1 (query, attention, head)")
     if refl:
         line("pixel reward R", big(one["reward_parameters"]), "--pixel_reward_parameters")
-        line("decoder D", big(DECODER_PARAMETERS), "of Wan2.1's VAE")
+        line("decoder D", big(vae_of(c).decoder_parameters), f"of {vae_of(c).name}'s VAE")
     if sampling:
-        return report_sampling(config, one, line, row, work)
+        return report_sampling(config, c, one, line, row, work)
     line("trained T", big(one["trained"]), f"L x 8 x 2 x {config.lora_rank} d (adapters on q, k, v, o, twice "
                                            "a block)"
          if lora else "all of R but the embeddings" if stage1 else "all of P")
@@ -627,11 +658,12 @@ def verdict(config, one, found):
     return f"{one['static'] / 1e9:.2f} + {found['moments'][found['worst']] / 1e9:.2f}: {fits}"
 
 
-def report_sampling(config, one, line, row, work):
+def report_sampling(config, c, one, line, row, work):
     """What sample.py takes: memory of generator and decoder, not of the text encoder, which can be gone by
     then."""
     print("\nbytes on each GPU")
-    row("together", one["static"], "4 P + 4 D: weights of generator and decoder (73 M)")
+    row("together", one["static"], "4 P + 4 D: weights of generator and decoder "
+                                   f"({vae_of(c).decoder_parameters / 1e6:.0f} M)")
     row("generator's forward", one["with"]["moments"]["generator"], "25 b n d + a block's bf16 copy")
     row("decoder's forward", one["with"]["moments"]["decoder"],
         "pixels twice, two frames a convolution, a stage of four")

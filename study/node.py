@@ -212,7 +212,7 @@ def measure(config, c, runtime, paths, speed):
     """
     device, b, N = runtime.device, config.batch_size, config.num_inference_steps
     method, _, variant = config.update.partition("_")
-    f, h, w = plan.latent_grid(config.frames, config.size[0])
+    f, h, w = plan.latent_grid(config.frames, config.size[0], plan.vae_of(c).space)
     recipe_name = "steady" if variant == "steady" else "paper"
     recipe = prfl.RECIPES[recipe_name]
     torch.manual_seed(config.seed)
@@ -448,7 +448,7 @@ def main(config):
     missing = {name: value for name, value in defaults.items() if getattr(config, name) in (None, ())}
     config = dataclasses.replace(config, **missing)
     for size in config.size:
-        plan.latent_grid(config.frames, size)
+        plan.latent_grid(config.frames, size, plan.vae_of(c).space)
     if config.depth > c["num_layers"]:
         raise InputError(f"--depth must be 1 to {c['num_layers']}, the generator's blocks; got "
                          f"{config.depth}")

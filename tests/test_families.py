@@ -19,6 +19,7 @@ from model import PRESETS, load_transformer
 
 pytestmark = pytest.mark.usefixtures("cpu")
 WAN = PRESETS["wan2.1-t2v-14b"] | {"image_dim": None}
+TI2V = PRESETS["wan2.2-ti2v-5b"] | {"image_dim": None}
 INDEX = {"_class_name": "WanPipeline", "_diffusers_version": "0.35.0",
          "scheduler": ["diffusers", "UniPCMultistepScheduler"],
          "text_encoder": ["transformers", "UMT5EncoderModel"],
@@ -36,7 +37,8 @@ CONFIG = {"_class_name": "WanTransformer3DModel", "patch_size": [1, 2, 2], "num_
 @pytest.mark.parametrize("preset, name, task", [
     ("tiny-t2v", "embedded world, tiny", "t2v"), ("tiny-i2v", "embedded world, tiny", "i2v"),
     ("small-t2v", "embedded world, small", "t2v"), ("wan2.1-t2v-1.3b", "Wan2.1 text-to-video", "t2v"),
-    ("wan2.1-t2v-14b", "Wan2.1 text-to-video", "t2v"), ("wan2.1-i2v-14b", "Wan2.1 image-to-video", "i2v")])
+    ("wan2.1-t2v-14b", "Wan2.1 text-to-video", "t2v"), ("wan2.1-i2v-14b", "Wan2.1 image-to-video", "i2v"),
+    ("wan2.2-ti2v-5b", "Wan2.2 TI2V-5B text-to-video", "t2v")])
 def test_each_preset_has_its_family(preset, name, task):
     row = families.of_config({"image_dim": None} | PRESETS[preset])
     assert (row.name, row.task) == (name, task)
@@ -66,6 +68,8 @@ def test_the_small_worlds_videos():
 def test_sizes_and_latents_are_each_others_inverse():
     assert families.latent_shape(WAN, (832, 480), 81) == (16, 21, 60, 104)
     assert families.video_size(WAN, (16, 21, 60, 104)) == (832, 480)
+    assert families.latent_shape(TI2V, (1280, 704), 121) == (48, 31, 44, 80)
+    assert families.video_size(TI2V, (48, 31, 44, 80)) == (1280, 704)
 
 
 def test_a_narrow_wan_is_wans():
@@ -77,12 +81,30 @@ def test_a_narrow_wan_is_wans():
 
 
 @pytest.mark.parametrize("more, words", [
-    ({"out_dim": 48, "in_dim": 48}, "48 channels"), ({"model_type": "i2v", "in_dim": 36}, "without CLIP"),
-    ({"image_dim": 1280}, "t2v .* with CLIP")])
+    ({"out_dim": 24, "in_dim": 24}, "24 channels"), ({"model_type": "i2v", "in_dim": 36}, "without CLIP"),
+    ({"image_dim": 1280}, "t2v .* with CLIP"), ({"model_type": "i2v"}, "i2v .* 16 channels and without CLIP"),
+    ({"model_type": "i2v", "in_dim": 100, "out_dim": 48}, "i2v .* 48 channels and without CLIP")])
 def test_a_config_of_no_family(more, words):
-    """Wan2.2 TI2V-5B's, Wan2.2 A14B's image-to-video and one that nobody has published."""
-    with pytest.raises(InputError, match=f"{words}.* not supported, perhaps of Wan2.2"):
+    """Wan2.2 A14B's image-to-video and some that nobody has published."""
+    with pytest.raises(InputError, match=f"{words}.* not supported, perhaps Wan2.2 A14B"):
         families.of_config(WAN | more)
+
+
+@pytest.mark.parametrize("files", [{"model_index.json": INDEX | {"expand_timesteps": True},
+                           "transformer/config.json": CONFIG | {"in_channels": 48, "out_channels": 48}},
+                          {"config.json": TI2V | {"_class_name": "WanModel", "model_type": "ti2v"}}],
+                         ids=["diffusers", "its authors"])
+def test_one_folder_for_both_tasks(tmp_path, files):
+    """Wan2.2 TI2V-5B: --task chooses; other models have a task of their own."""
+    write(tmp_path, files)
+    for asked, task, pinned in ((None, "t2v", False), ("t2v", "t2v", False), ("i2v", "i2v", True)):
+        row = families.of_config(transformer_folder(tmp_path, asked)[1])
+        assert (row.task, row.pinned, row.channels, row.space, row.side) == (task, pinned, 48, 16, 32)
+        config = train_align.Config(model=str(tmp_path), task=asked)
+        assert resolve_model(config) == str(tmp_path) and config.task == task
+    write(tmp_path / "wan2.1", pipeline())
+    with pytest.raises(InputError, match="--task is i2v, but the generator in .* is t2v"):
+        resolve_model(train_align.Config(model=str(tmp_path / "wan2.1"), task="i2v"))
 
 
 # ---- what it takes where nobody says otherwise
@@ -142,7 +164,7 @@ REFUSED = {
                               "holds transformer_2/"),
     "a14b of its authors": ({"high_noise_model/config.json": CONFIG, "low_noise_model/config.json": CONFIG},
                             "half a generator"),
-    "ti2v-5b": (pipeline(expand_timesteps=True), "names expand_timesteps .Wan2.2 TI2V-5B"),
+    "times of 16 channels": (pipeline(expand_timesteps=True), "names expand_timesteps .Wan2.2 TI2V-5B"),
     "vace": (pipeline(_class_name="WanVACEPipeline"), "WanVACEPipeline: not supported"),
     "animate": (pipeline(_class_name="WanAnimatePipeline"), "WanAnimatePipeline: not supported"),
     "nameless": (pipeline(_class_name=None), "None: not supported"),
@@ -158,7 +180,7 @@ REFUSED = {
                             "VaceWanModel: not supp"),
     "s2v of its authors": ({"config.json": {"_class_name": "WanModel_S2V", "model_type": "s2v"}},
                            "WanModel_S2V: not supported"),
-    "ti2v-5b of its authors": ({"config.json": {"_class_name": "WanModel", "model_type": "ti2v"}},
+    "ti2v of 16 channels": ({"config.json": {"_class_name": "WanModel", "model_type": "ti2v"}},
                                "model_type is 'ti2v'"),
     "fun control": ({"config.json": {"_class_name": "WanModel", "model_type": "i2v", "in_dim": 48,
                                      "out_dim": 16, "dim": 24,
@@ -215,7 +237,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("kind", ["a14b", "ti2v-5b"])
+@pytest.mark.parametrize("kind", ["a14b", "times of 16 channels"])
 def test_every_command_refuses_it_in_one_line(tmp_path, capsys, kind, command):
     write(tmp_path / "model", REFUSED[kind][0])
     write(tmp_path, CLIP)
@@ -230,9 +252,9 @@ def test_every_command_refuses_it_in_one_line(tmp_path, capsys, kind, command):
 
 
 def test_the_vae_of_another_family(tmp_path):
-    """Wan2.2 TI2V-5B's: before its weights are looked at."""
-    for more in ({"z_dim": 48, "scale_factor_spatial": 16}, {"z_dim": 48}, {"scale_factor_spatial": 16},
-                 {"scale_factor_temporal": 8}):
+    """Before its weights are looked at."""
+    for more in ({"z_dim": 48}, {"scale_factor_spatial": 16}, {"scale_factor_temporal": 8},
+                 {"z_dim": 48, "scale_factor_spatial": 32}):
         write(tmp_path, {"config.json": {"_class_name": "AutoencoderKLWan"} | more})
         with pytest.raises(InputError, match="the VAE of a family that is not supported"):
             families.load_vae(tmp_path)
@@ -258,6 +280,9 @@ def test_the_first_frames_condition_by_hand():
     code = (first.float() / 127.5 - 1).mean((1, 2, 3)) + 2
     assert given.keys() == {"y"} and given["y"].shape == (2, 6, 3, 2, 2)
     torch.testing.assert_close(given["y"][:, 4, :, 0, 0], torch.stack([code, 0 * code, 0 * code], 1))
+    given = families.image_conditions(TI2V | {"model_type": "i2v"}, Mean(), None, first, 9)
+    assert given.keys() == {"first_frame"} and given["first_frame"].shape == (2, 2, 1, 2, 2)
+    torch.testing.assert_close(given["first_frame"][:, 0, 0, 0, 0], code)
     wan = WAN | {"model_type": "i2v", "in_dim": 36, "image_dim": 3}
     given = families.image_conditions(wan, Mean(), Tokens(), first, 9)
     torch.testing.assert_close(given["y"][:, 4, :, 0, 0], torch.stack([code, 0 * code + 2, 0 * code + 2], 1))

@@ -102,7 +102,7 @@ def test_nothing_of_the_sft_update_comes_from_the_given_frame():
     assert not x1.grad[:, :, 0].any() and x1.grad[:, :, 1:].any()
     v = dit(flow.add_noise(x0, x1, t), t, context, first_frame=first)
     error = (v - (x1 - x0))[:, :, 1:].square()
-    torch.testing.assert_close(loss, error.mean().float())           # the mean over the frames that are predicted
+    torch.testing.assert_close(loss, error.mean().float())  # the mean over the frames that are predicted
     again = prfl.sft_loss(dit, x0, others_first_frame(x1.detach()), t, context, first_frame=first)
     assert torch.equal(loss, again) and torch.equal(found, gradients(dit, again))
 
@@ -113,7 +113,8 @@ def test_nothing_of_the_reward_update_comes_from_the_given_frame(step):
     dit, pavrm, z = pinned()
     found = []
     for x_T in (z["x1"], others_first_frame(z["x1"])):
-        loss, reward = prfl.reward_update_loss(dit, pavrm, x_T, z["context"], step, 4, first_frame=z["first_frame"])
+        loss, reward = prfl.reward_update_loss(dit, pavrm, x_T, z["context"], step, 4,
+                                               first_frame=z["first_frame"])
         found.append((loss, reward, gradients(dit, loss)))
     for one, other in zip(*found):
         assert torch.equal(one, other)
@@ -153,7 +154,8 @@ def test_decoded_predictions_have_the_given_frame():
 
     reward = refl_baseline.PixelReward("all", 8, width=4).double()
     t = torch.tensor([0.3, 0.3], dtype=torch.float64)
-    refl_baseline.predicted_reward(reward, Decoder(), dit, z["x"], t, z["context"], first_frame=z["first_frame"])
+    refl_baseline.predicted_reward(reward, Decoder(), dit, z["x"], t, z["context"],
+                                   first_frame=z["first_frame"])
     assert torch.equal(seen[0][:, :, :1], z["first_frame"])
     config = train_align.Config(method="refl", frames_decoded="first")
     with pytest.raises(InputError, match="--frames_decoded all"):
@@ -178,7 +180,8 @@ def test_a_first_frame_too_many_missing_or_misshapen():
             dit(z["x"], t, z["context"], first_frame=first)
 
 
-@pytest.mark.parametrize("ranks, wanted", [(1, [6]), (2, [6, 0]), (4, [5, 1, 0, 0]), (8, [3, 3, 0, 0, 0, 0, 0, 0])])
+@pytest.mark.parametrize("ranks, wanted",
+                         [(1, [6]), (2, [6, 0]), (4, [5, 1, 0, 0]), (8, [3, 3, 0, 0, 0, 0, 0, 0])])
 def test_each_ranks_share_of_the_given_tokens(monkeypatch, ranks, wanted):
     """18 tokens, of which the first 6 are given."""
     import torch.distributed as dist

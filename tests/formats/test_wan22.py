@@ -93,12 +93,12 @@ class Uniform(diffusers.FlowMatchEulerDiscreteScheduler):
 # ---- sampling
 @pytest.mark.parametrize("task", ["t2v", "i2v"])
 def test_samples_are_the_pipelines_own(pipeline, picture, tmp_path, monkeypatch, task):
-    """Noise, shift, guidance, the pinned first frame, every Euler step: the latents of diffusers' pipeline."""
+    """Noise, shift, guidance, the first frame, every Euler step: the latents of diffusers' pipeline."""
     found, decode = [], encoders.decode_pixels
     monkeypatch.setattr(encoders, "decode_pixels", lambda vae, x: found.append(x.clone()) or decode(vae, x))
     image = ["--task", "i2v", "--image", picture] if task == "i2v" else []
-    run(sample, "--model", pipeline, "--prompt", "a red circle falls", "--negative_prompt", "blue square", *image,
-        *FLAGS, "--num_inference_steps", 4, "--guidance_scale", 3.5, "--num_videos", 2,
+    run(sample, "--model", pipeline, "--prompt", "a red circle falls", "--negative_prompt", "blue square",
+        *image, *FLAGS, "--num_inference_steps", 4, "--guidance_scale", 3.5, "--num_videos", 2,
         "--mixed_precision", "no", "--seed", 5, "--output", tmp_path / "x.mp4")
     ours = torch.cat(found)
     cls = diffusers.WanPipeline if task == "t2v" else diffusers.WanImageToVideoPipeline
@@ -117,7 +117,7 @@ def test_samples_are_the_pipelines_own(pipeline, picture, tmp_path, monkeypatch,
         vae = load_vae(pipeline / "vae")
         with torch.no_grad():
             first = vae.encode(video.from_pixels(video.read_clip(picture)[0][None]))
-        assert torch.equal(ours[:, :, :1], first.expand(2, -1, -1, -1, -1))      # to the bit: no step moved it
+        assert torch.equal(ours[:, :, :1], first.expand(2, -1, -1, -1, -1))  # to the bit: no step moved it
 
 
 def test_a_row_of_a_folder_makes_its_video_again(pipeline, picture, tmp_path):
@@ -148,7 +148,8 @@ def test_what_is_not_said_is_its_own(pipeline):
 # ---- from a folder of clips to diffusers
 def test_latents_are_diffusers_own_normalised(pipeline, clips, encoded):
     theirs = diffusers.AutoencoderKLWan.from_pretrained(pipeline / "vae")
-    mean, std = (torch.tensor(theirs.config[f"latents_{name}"]).view(1, 48, 1, 1, 1) for name in ("mean", "std"))
+    mean, std = (torch.tensor(theirs.config[f"latents_{name}"]).view(1, 48, 1, 1, 1)
+                 for name in ("mean", "std"))
     shards = data.Shards(encoded)
     assert len(shards) == 8 and shards.shapes == {"latents": (48, 3, 4, 6), "context": (512, 20)}
     x = video.from_pixels(video.read_clip(clips / "3.mp4")[0][None])
@@ -217,7 +218,8 @@ def test_the_authors_own_layout(pipeline, tmp_path):
 # ---- refusals
 def test_what_does_not_fit_is_one_line(pipeline, clips, encoded, picture, tmp_path, capsys):
     small = ["--size", "48*32", "--frames", "9", "--fps", "24"]
-    line = refused(capsys, data, clips, "--out", tmp_path / "x", "--model", pipeline, *small, command="encode")
+    line = refused(capsys, data, clips, "--out", tmp_path / "x", "--model", pipeline, *small,
+                   command="encode")
     assert "both multiples of 32, got 48*32" in line
     line = refused(capsys, data, clips, "--out", tmp_path / "x", "--vae", pipeline / "vae", *small,
                    command="encode")
@@ -228,8 +230,8 @@ def test_what_does_not_fit_is_one_line(pipeline, clips, encoded, picture, tmp_pa
     line = refused(capsys, sample, *prompt, *FLAGS, "--image", picture)
     assert "this one is t2v" in line and "can do both" in line
     assert "--image is needed" in refused(capsys, sample, *prompt, *FLAGS, "--task", "i2v")
-    line = refused(capsys, train_align, "--model", pipeline, "--task", "i2v", "--data", encoded, "--method", "refl",
-                   "--output_dir", tmp_path / "run", "--reward", tmp_path, *SHORT)
+    line = refused(capsys, train_align, "--model", pipeline, "--task", "i2v", "--data", encoded, "--method",
+                   "refl", "--output_dir", tmp_path / "run", "--reward", tmp_path, *SHORT)
     assert "--frames_decoded all" in line
     with pytest.raises(InputError, match="latents have 48 channels, the model has 16"):
         data.Shards(encoded).require(16)

@@ -21,7 +21,7 @@ CASES = [ORDINARY | dict(zip(("kind", "image", "checkpointing"), case))
          for case in itertools.product(("ddp", "fsdp"), (False, True), (False, True))]
 CASES += [ORDINARY | dict(rank=2), ORDINARY | dict(rank=2, kind="ddp", image=True)]
 CASES += [ORDINARY | dict(pooling=name) for name in ("mean", "max", "multihead")]
-CASES += [ORDINARY | dict(image="pinned")]              # 6 of the 18 tokens: ranks have 5 and 1 of them, or none
+CASES += [ORDINARY | dict(image="pinned")]  # 6 of the 18 tokens: ranks have 5 and 1 of them, or none
 OTHERS = [ORDINARY | dict(offload_activations=True), ORDINARY | dict(fsdp_group_size=2),
           ORDINARY | dict(fsdp_group_size=2, rank=2)]
 

@@ -145,6 +145,11 @@ def test_tokens_of_wans_sizes():
                                                104) and plan.latent_grid(81, "1280*720") == (21, 90, 160)
     assert costs(WAN, frames=81, size="832*480")["n"] == 32_760
     assert costs(WAN, frames=81, size="1280*720")["n"] == 75_600
+    five = PRESETS["wan2.2-ti2v-5b"]
+    assert costs(five, frames=121, size="1280*704")["n"] == 27_280
+    assert plan.parameters(five)["total"] == pytest.approx(5e9, rel=0.01)
+    with pytest.raises(common.InputError, match="multiples of 32"):
+        costs(five, size="1280*720")
 
 
 # ---- bytes
@@ -169,23 +174,31 @@ def test_a_block_keeps_what_autograd_saves(config, batch, grid, trained):
     assert sum(plan.block_bytes(config, n, trained, batch).values()) == pytest.approx(measured, rel=0.005)
 
 
+# Wan2.2 TI2V-5B's VAE, as its config.json has it.
+TI2V_VAE = dict(base_dim=160, decoder_base_dim=256, z_dim=48, is_residual=True, in_channels=12,
+                out_channels=12, patch_size=2, scale_factor_spatial=16, latents_mean=[0.0] * 48,
+                latents_std=[1.0] * 48)
+VAES = [(plan.WAN21_VAE, {}), (plan.TI2V_VAE, TI2V_VAE)]
+
+
+@pytest.mark.parametrize("vae_counted, vae_config", VAES, ids=["wan2.1", "ti2v"])
 @pytest.mark.parametrize("frames, h, w", [(1, 60, 104), (3, 16, 16)])
-def test_the_decoder_keeps_and_computes_what_diffusers_does(frames, h, w):
-    diffusers = pytest.importorskip("diffusers", reason="Wan2.1's VAE is taken from diffusers")
+def test_the_decoder_keeps_and_computes_what_diffusers_does(frames, h, w, vae_counted, vae_config):
+    diffusers = pytest.importorskip("diffusers", reason="Wan's VAEs are taken from diffusers")
     with FakeTensorMode(), FlopCounterMode(display=False) as flops:
         torch.set_default_dtype(torch.bfloat16)
-        vae = diffusers.AutoencoderKLWan().requires_grad_(False)
+        vae = diffusers.AutoencoderKLWan(**vae_config).requires_grad_(False)
         torch.set_default_dtype(torch.float32)
         weights = {p.untyped_storage()._cdata for p in vae.parameters()}
-        z = torch.randn(1, 16, frames, h, w, dtype=torch.bfloat16, requires_grad=True)
+        z = torch.randn(1, vae.z_dim, frames, h, w, dtype=torch.bfloat16, requires_grad=True)
         measured = saved_bytes(lambda: vae.decode(z, return_dict=False)[0], weights)
-    found = plan.decoder_costs(frames, h, w)
+    found = plan.decoder_costs(frames, h, w, vae=vae_counted)
     assert found["kept"] == pytest.approx(measured, rel=0.02)
     assert found["flops"] == pytest.approx(flops.get_total_flops(), rel=0.01)
     assert sum(p.numel() for p in [*vae.decoder.parameters(),
-                                   *vae.post_quant_conv.parameters()]) == plan.DECODER_PARAMETERS
-    first = plan.decoder_costs(frames, h, w, first=True)
-    assert first["kept"] == plan.decoder_costs(1, h, w)["kept"]
+                                   *vae.post_quant_conv.parameters()]) == vae_counted.decoder_parameters
+    first = plan.decoder_costs(frames, h, w, first=True, vae=vae_counted)
+    assert first["kept"] == plan.decoder_costs(1, h, w, vae=vae_counted)["kept"]
 
 
 @pytest.mark.parametrize("width, layers, size, method, checkpointing", [
@@ -367,13 +380,14 @@ def test_sampling_beside_live_tensors():
 
 
 # ---- the whole way
-@pytest.mark.parametrize("frames, size", [(1, "64*48"), (9, "64*48")])
-def test_the_encoder_computes_what_diffusers_does(frames, size):
-    diffusers = pytest.importorskip("diffusers", reason="Wan2.1's VAE is taken from diffusers")
-    f, h, w = plan.latent_grid(frames, size)
+@pytest.mark.parametrize("vae_counted, vae_config", VAES, ids=["wan2.1", "ti2v"])
+@pytest.mark.parametrize("frames, size", [(1, "64*96"), (9, "64*96")])
+def test_the_encoder_computes_what_diffusers_does(frames, size, vae_counted, vae_config):
+    diffusers = pytest.importorskip("diffusers", reason="Wan's VAEs are taken from diffusers")
+    f, h, w = plan.latent_grid(frames, size, vae_counted.space)
     with FakeTensorMode(), FlopCounterMode(display=False) as flops, torch.no_grad():
-        diffusers.AutoencoderKLWan().encode(torch.randn(1, 3, frames, 8 * h, 8 * w))
-    assert plan.encoder_flops(f, h, w) == pytest.approx(flops.get_total_flops(), rel=0.02)
+        diffusers.AutoencoderKLWan(**vae_config).encode(torch.randn(1, 3, frames, 96, 64))
+    assert plan.encoder_flops(f, h, w, vae_counted) == pytest.approx(flops.get_total_flops(), rel=0.02)
 
 
 def test_disk_is_that_of_the_files(tmp_path):
