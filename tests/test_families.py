@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from tiny import write_data
 
 import common
 import data
@@ -224,8 +225,8 @@ def test_wan21s_own_index_is_known(tmp_path, more):
 
 CLIP = {"clips/metadata.jsonl": {"file_name": "a.mp4", "prompt": "a", "label": 1}, "prompts.txt": "a\n"}
 COMMANDS = {
-    "align": (train_align, "--method sft --data {0}/clips --output_dir {0}/out --model {0}/model"),
-    "reward": (train_reward, "--data {0}/clips --output_dir {0}/out --model {0}/model"),
+    "align": (train_align, "--method sft --data {0}/shards --output_dir {0}/out --model {0}/model"),
+    "reward": (train_reward, "--data {0}/shards --output_dir {0}/out --model {0}/model"),
     "sample": (sample, "--prompt a --output {0}/out.mp4 --model {0}/model"),
     "sample's transformer": (sample, "--prompt a --output {0}/out.mp4 --transformer {0}/model/transformer"),
     "sample's encoders": (sample, "--prompt a --output {0}/out.mp4 --model {0}/model --transformer {1}"),
@@ -241,6 +242,7 @@ COMMANDS = {
 def test_every_command_refuses_it_in_one_line(tmp_path, capsys, kind, command):
     write(tmp_path / "model", REFUSED[kind][0])
     write(tmp_path, CLIP)
+    write_data(tmp_path / "shards")
     module, argv = COMMANDS[command]
     main, Config = module if isinstance(module, tuple) else (module.main, module.Config)
     with pytest.raises(SystemExit) as end:

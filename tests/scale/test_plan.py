@@ -379,7 +379,7 @@ def test_sampling_beside_live_tensors():
         assert plan.decoding(5, 60, 104) == pytest.approx(live.peak - weights, rel=0.25)
 
 
-# ---- the whole way
+# ---- all stages
 @pytest.mark.parametrize("vae_counted, vae_config", VAES, ids=["wan2.1", "ti2v"])
 @pytest.mark.parametrize("frames, size", [(1, "64*96"), (9, "64*96")])
 def test_the_encoder_computes_what_diffusers_does(frames, size, vae_counted, vae_config):
@@ -437,7 +437,7 @@ def test_docs_say_what_is_printed_today(capsys):
     assert len(lines) > 8 and [line for line in lines if line not in out] == []
     assert len(columns) == 2
     found = [re.findall(r"^  \S.*? {2,}([\d,.]+ (?:GB|h))  ",
-                        printed(capsys, *flags).split("the whole way")[1], re.M)
+                        printed(capsys, *flags).split("all stages")[1], re.M)
              for flags in columns]
     table = re.findall(r"^\| .* \| (.* (?:GB|h)) \| (.* (?:GB|h)) \|$", text, re.M)
     assert len(table) == 12 and table == list(zip(*found))
