@@ -46,6 +46,7 @@ class Vae(NamedTuple):
     decoder: tuple
     upsamplers: tuple           # in, out, doubles time; one after each stage
     decoder_parameters: int
+    decoder_shortcuts: tuple    # by stage (in, out) of a shortcut 1x1x1, or None where it is negligible
     # The encoder: space, time (by how much a frame was divided), convolutions 3x3x3, shortcuts 1x1x1, what
     # follows: 3x3 at half the resolution, and then perhaps 3x1x1 at half the rate.
     encoder: tuple
@@ -57,7 +58,7 @@ WAN21_VAE = Vae(
      (2, 2, ((192, 384, 1), (384, 384, 5))),
      (4, 4, ((192, 192, 6),)),
      (8, 4, ((96, 96, 6), (96, 3, 1)))),                # and the last convolution, to pixels
-    ((384, 192, True), (384, 192, True), (192, 96, False)), 73_295_603,
+    ((384, 192, True), (384, 192, True), (192, 96, False)), 73_295_603, (None,) * 4,
     ((1, 1, ((3, 96, 1), (96, 96, 4)), (), "space"),
      (2, 1, ((96, 192, 1), (192, 192, 3)), ((96, 192),), "time"),
      (4, 2, ((192, 384, 1), (384, 384, 3)), ((192, 384),), "time"),
@@ -68,7 +69,8 @@ TI2V_VAE = Vae(
      (2, 2, ((1024, 1024, 6),)),
      (4, 4, ((1024, 512, 1), (512, 512, 5))),
      (8, 4, ((512, 256, 1), (256, 256, 5), (256, 12, 1)))),
-    ((1024, 1024, True), (1024, 1024, True), (512, 512, False)), 0,
+    ((1024, 1024, True), (1024, 1024, True), (512, 512, False)), 555_051_580,
+    (None, None, (1024, 512), (512, 256)),
     ((1, 1, ((12, 160, 1), (160, 160, 4)), (), "space"),
      (2, 1, ((160, 320, 1), (320, 320, 3)), ((160, 320),), "time"),
      (4, 2, ((320, 640, 1), (640, 640, 3)), ((320, 640),), "time"),
@@ -254,6 +256,10 @@ def decoder_costs(f, h, w, first=False, vae=WAN21_VAE):
                 # the norm's fp32 input, SiLU's input, the convolution's padded input
                 kept += count * c_in * (4 * pixels + 2 * pixels + 2 * padded)
                 flops += count * 2 * 27 * c_in * c_out * pixels
+            if vae.decoder_shortcuts[i]:
+                c_in, c_out = vae.decoder_shortcuts[i]
+                kept += 2 * c_in * pixels
+                flops += 2 * c_in * c_out * pixels
             if i < len(vae.upsamplers):
                 c_in, c_out, doubles = vae.upsamplers[i]
                 if doubles and frame:  # 3 x 1 x 1 to twice the channels
