@@ -531,7 +531,7 @@ def existing_clips(config, runtime):
             data.encode(data.Encode(str(source), out=str(latents), **flags), runtime)
             common.gather(None)                                 # the other ranks wait for the files
         shards = data.Shards(latents).relabel()
-        shards.require_fit(pavrm.trunk, model)
+        data.require_fit(shards, pavrm.trunk, model)
         return shards
 
     def open_source(name):

@@ -195,8 +195,8 @@ def load_vae(path):
 
 def side_of_vae(path):
     """What width and height of clips must be multiples of for the VAE in folder `path`: two latents."""
-    config = read_config(path)
-    return 2 * config["scale_factor_spatial"] if config.get("scale_factor_spatial") else 2 * SPACE
+    space = read_config(path).get("scale_factor_spatial")
+    return 2 * (space if isinstance(space, int) and space > 0 else SPACE)
 
 
 def load_text_encoder(path):

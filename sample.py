@@ -264,7 +264,7 @@ def check_images(videos, dit_config, size):
         if (dit_config["model_type"] == "i2v") != (image is not None):
             task = dit_config["model_type"]
             if does_both(dit_config):
-                task += f" because --task is {task}, and can do both"
+                task += " by --task, though its model can do both"
             raise InputError("--image is needed by image-to-video models (or an image in each row of "
                              f"--prompts), and only by those; this one is {task}")
         if image is not None:

@@ -228,7 +228,7 @@ def test_what_does_not_fit_is_one_line(pipeline, clips, encoded, picture, tmp_pa
     prompt = ["--model", pipeline, "--prompt", "a", "--output", tmp_path / "x.mp4"]
     assert "multiples of 32" in refused(capsys, sample, *prompt, *small)
     line = refused(capsys, sample, *prompt, *FLAGS, "--image", picture)
-    assert "this one is t2v" in line and "can do both" in line
+    assert "this one is t2v by --task, though its model can do both" in line
     assert "--image is needed" in refused(capsys, sample, *prompt, *FLAGS, "--task", "i2v")
     line = refused(capsys, train_align, "--model", pipeline, "--task", "i2v", "--data", encoded, "--method",
                    "refl", "--output_dir", tmp_path / "run", "--reward", tmp_path, *SHORT)
