@@ -217,7 +217,7 @@ def test_a_model_brings_its_encoders_and_refuses_shards_of_others(pipelines, cli
                                              "supported"):
             data.require_fit(shards, type("Dit", (), {"config": config | {"image_dim": None}}), pipeline)
         shards.require = lambda *_: None  # it has tokens, and lacks the first frame alone
-        with pytest.raises(InputError, match="lacks the given first frame as Wan2.1's .* takes it: encode "
+        with pytest.raises(InputError, match="lacks the given first frame as Wan2.1's .* take it: encode "
                                              "with --model"):
             data.require_fit(shards, type("Dit", (), {"config": config}), pipeline)
 
