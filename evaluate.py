@@ -239,11 +239,13 @@ def name_of_folder(part):
 
 def lock_output_dir(config, runtime):
     """Rank 0 becomes the one writer of --output_dir, if that is new, empty or an evaluation's -> the lock, to
-    keep."""
+    keep. The other ranks wait: what they write there must not be found."""
+    folder_lock = None
     if runtime.rank == 0:
         lock.require_ours(config.output_dir, "evaluation", ("per_video.json", "scores.jsonl", "part.json"))
-        return lock.hold(config.output_dir, "evaluation")
-    return None
+        folder_lock = lock.hold(config.output_dir, "evaluation")
+    common.gather(None)
+    return folder_lock
 
 
 def measure_all(names, open_source, runtime):

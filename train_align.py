@@ -108,14 +108,16 @@ class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
     seed: int = arg(0, "seed of order, times, noise and rewarded steps", at_least=0)
 
 
-def resolve(config, shards):
-    """Flags in, settings out: a config without open flags, printed with the source of each value.
+def resolve(config):
+    """Flags in, settings out -> (config without open flags, {flag: where its value comes from}, the shards of
+    --data or None).
 
-    shards: those of --data, or None. Raises InputError for flags that cannot work together.
+    Raises InputError for flags that cannot work together.
     """
     named = dataclasses.replace(config)
     model = resolve_model(named)                                # and the task
     dit_config = transformer_folder(model, named.task)[1]
+    shards = data.Shards(config.data).relabel() if config.data else None
     latent_shape = shards.latent_shape if shards else scene.LATENT_SHAPES[config.world]
     sources = {"the shipped generator": {"model": model, "task": named.task}}
     if config.method in ("prfl", "refl"):
@@ -135,8 +137,7 @@ def resolve(config, shards):
     validation.check_flags(config, settings.num_validation)
     if settings.trajectory_part:
         prfl.steps_of(settings.trajectory_part, settings.num_inference_steps)
-    common.print_settings(settings, origin)
-    return settings
+    return settings, origin, shards
 
 
 def split_curated(config, shards):
@@ -153,8 +154,7 @@ def split_curated(config, shards):
 def main(config):
     # ---- the settings, the generator that is trained, its reward, and the videos it learns from
     runtime = common.setup(config.mixed_precision, config.seed, config.sequence_parallel)
-    shards = data.Shards(config.data).relabel() if config.data else None
-    config = resolve(config, shards)
+    config, origin, shards = resolve(config)
     policy = load_transformer(config.model, load_now=False, task=config.task).train()
     lora.add(policy, config.lora_rank, config.lora_alpha, config.seed, config.lora)
     parallel.shard(policy, runtime, config)
@@ -269,8 +269,8 @@ def main(config):
     validate = None
     if config.num_validation:
         validate = validation.make_validation(config, runtime, policy, shards, held_out, export)
-    # last: now the run folder changes
-    log = runs.start_run(config, state["step"] if resume else None, shards)
+    log = runs.start_run(config, state["step"] if resume else None, shards)     # now the run folder changes
+    common.print_settings(config, origin)
     bar = common.progress(config.max_train_steps, config.method, initial=state["step"])
     if validate and not resume:
         log.log(0, **validate(policy, 0, log))

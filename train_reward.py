@@ -103,10 +103,11 @@ class Config(runs.Flags, parallel.Flags):
     seed: int = arg(0, "seed of weights, samples, order, t and noise", at_least=0)
 
 
-def resolve(config, shards):
-    """Flags in, settings out: a config without open flags, printed with the source of each value.
+def resolve(config):
+    """Flags in, settings out -> (config without open flags, {flag: where its value comes from}, the shards of
+    --data or None).
 
-    shards: those of --data, or None. Raises InputError for flags that cannot work together.
+    Raises InputError for flags that cannot work together.
     """
     common.refuse(config, tuple(parallel.Flags.__annotations__) if config.space == "rgb" else (),
                   "with --space rgb")
@@ -115,9 +116,15 @@ def resolve(config, shards):
     if config.loss == "bt" and config.batch_size == 1:
         raise InputError("--loss bt compares the good and the bad of a batch: it needs --batch_size 2 or "
                          "more")
+    if config.labels and len(config.data) > 1:
+        raise InputError("--labels replaces the labels.jsonl of one folder: with several folders of --data "
+                         "leave it out")
     named = dataclasses.replace(config)
     model = resolve_model(named)                                # and the task
     dit_config = transformer_folder(model, named.task)[1]
+    shards = None
+    if config.data:
+        shards = join([data.Shards(folder).relabel(config.labels, config.bad) for folder in config.data])
     alike = shards is not None and not data.prompt_groups([row["prompt"] for row in shards.rows]).any()
     if alike and config.mismatched:
         raise InputError(f"--mismatched {config.mismatched}: all prompts are alike, so none is wrong: leave "
@@ -126,21 +133,13 @@ def resolve(config, shards):
         "the shipped generator": {"model": model, "task": named.task},
         "the prompts, which are all alike" if alike else "ours": {"mismatched": 0.0 if alike else 0.25},
         of_config(dit_config).name: training_defaults(dit_config, "reward")})
-    common.print_settings(settings, origin)
-    return settings
+    return settings, origin, shards
 
 
 def main(config):
     runtime = common.setup(config.mixed_precision, config.seed, config.sequence_parallel)
     parallel.check(config)
-    shards = None
-    if config.data:
-        if config.labels and len(config.data) > 1:
-            raise InputError("--labels replaces the labels.jsonl of one folder: with several folders of "
-                             "--data leave it out")
-        shards = join([data.Shards(folder).relabel(config.labels, config.bad) for folder in config.data])
-        shards.require(labelled=True)
-    config = resolve(config, shards)
+    config, origin, shards = resolve(config)
     # To make samples or predictions all of the generator is needed, else only the trunk.
     whole = config.space == "rgb" or not config.data
     dit = load_transformer(config.model, load_now=whole, task=config.task).eval().requires_grad_(False)
@@ -181,8 +180,8 @@ def main(config):
         parallel.load_state(resume, state, reward, optimizer)
     global_batch = config.batch_size * runtime.world_size // config.sequence_parallel
     measure = make_reward_report(reward_fn, shards.batch(held_out), dit.config, config, runtime)
-    # last: now the run folder changes
-    log = runs.start_run(config, state["step"] if resume else None, shards)
+    log = runs.start_run(config, state["step"] if resume else None, shards)     # now the run folder changes
+    common.print_settings(config, origin)
     bar = common.progress(config.max_train_steps, "reward model", initial=state["step"])
     report = None
 

@@ -450,7 +450,8 @@ def make_reward_report(reward_fn, batch, generator_config, config, runtime):
     good = (labels == 1).nonzero()[:, 0]
     groups, others = data.prompt_groups(batch["prompt"]), None
     if len(good) and len(torch.unique(groups)) > 1:
-        others = context[data.other_rows(groups, good.cpu(), config.seed, 0, good.tolist())]    # [m', l, d]
+        rows = data.other_rows(groups, good.cpu(), config.seed, 0, good.tolist())
+        others = context[rows.to(context.device)]                                               # [m', l, d]
 
     def logits_of(rows, context):
         """-> logits [6, m'] of the held-out videos `rows` with these contexts: by t, and of the clean

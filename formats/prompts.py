@@ -68,10 +68,10 @@ def _checked(place, given, problem, folder):
             "seed": None if seed is None else int(str(seed))} | _settings(place, given.get("settings"))
 
 
-def _settings(place, settings):
-    """{"settings": dict} of a row's JSON object, {} if it has none."""
-    if settings is None:
+def _settings(place, value):
+    """{"settings": dict} of a row, {} if it has none. Raises InputError if they are not a JSON object."""
+    if value is None:
         return {}
-    if not isinstance(settings, dict):
+    if not isinstance(value, dict):
         raise InputError(f"{place}: settings must be an object, as sample.py writes it in metadata.jsonl")
-    return {"settings": settings}
+    return {"settings": value}

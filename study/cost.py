@@ -44,7 +44,8 @@ from pavrm import PAVRM
 from scale import plan
 
 BASE = SHIPPED["t2v"]
-PART = {"prfl": "full", "refl_first": "late", "refl_all": "late"}       # the part that steps are drawn from
+# the part of the trajectory that rewarded steps are drawn from
+PART = {"prfl": "full", "prfl_steady": "full", "refl_first": "late", "refl_all": "late"}
 METHODS = ("sft", "prfl", "prfl_steady", "refl_first", "refl_all")
 
 

@@ -137,7 +137,7 @@ def test_dtypes_of_a_gpus_autocast(monkeypatch):
     x, x1, context = (torch.randn(3, *shape, generator=g) for shape in ((16, 2, 4, 4), (16, 2, 4, 4), (3, 8)))
     with Dtypes() as dtypes, torch.autocast("cpu", torch.bfloat16):
         losses = [prfl.sft_loss(dit, x, x1, torch.tensor([0.1, 0.5, 1]), context)]
-        losses += [prfl.reward_update_loss(dit, judge, x1, context, torch.tensor([1, 2, 4]), 4, loss=loss)[0]
+        losses += [prfl.reward_update_loss(dit, judge, x1, context, 2, 4, loss=loss)[0]
                    for loss in prfl.REWARD_LOSSES]
         losses += [loss(judge(x, torch.rand(3), context), torch.tensor([0, 1, 1]))
                    for loss in CRITERIA.values()]

@@ -21,9 +21,13 @@ FLAGS = ["--batch_size", "4", "--clips_per_shard", "8"]
 BAD = {"cut.mp4": "damaged", "none.mp4": "no such file", "large.mp4": "is 64x64",
        "sub/../3.mp4": "listed twice", "short.mp4": "too short", "row 21": "not a JSON object"}
 # encode whose rank 0 stops behind its first shard, and one whose rank 1 has no memory left
-STOPS = """ import sys, time, common, data write = data.write_shards data.write_shards = lambda *args, **more:
-(write(*args, **more), print("a shard", flush=True), time.sleep(600)) common.cli(data.encode_command,
-data.Encode, "", sys.argv[1:])
+STOPS = """
+import sys, time, common, data
+write = data.write_shards
+def slow(*args, **more):
+    write(*args, **more), print("a shard", flush=True), time.sleep(600)
+data.write_shards = slow
+common.cli(data.encode_command, data.Encode, "", sys.argv[1:])
 """
 FAILS = """
 import sys, common, data, torch

@@ -64,7 +64,7 @@ ACTS = {"train_align": {
     "guidance_scale": ("watched", "--guidance_scale 3"),
     "judge": ("watched", "--judge {folder}/other/reward"),
     "patience": ("watched", "--patience 1 --judge {folder}/other/reward"),
-    "resume_from_checkpoint": ("sft", "--resume latest"), "seed": ("sft", "--seed 1"),
+    "resume_from_checkpoint": ("sft", "--resume {folder}/nowhere"), "seed": ("sft", "--seed 1"),
     "gradient_checkpointing": ("sft", "--gradient_checkpointing"), "parallel": ("sft", "--parallel fsdp"),
     "sequence_parallel": ("sft", "--sequence_parallel 2"), "fsdp_group_size": ("sft", "--fsdp_group_size 2"),
     "offload_activations": ("sft", "--offload_activations"), "compile": None,       # tested in tests/scale/
@@ -90,7 +90,7 @@ ACTS = {"train_align": {
     "mixed_precision": ("reward", "--mixed_precision bf16"),
     "checkpointing_steps": ("reward", "--checkpointing_steps 1"),
     "validation_steps": ("reward", "--validation_steps 1"),
-    "resume_from_checkpoint": ("reward", "--resume latest"), "seed": ("reward", "--seed 1"),
+    "resume_from_checkpoint": ("reward", "--resume {folder}/nowhere"), "seed": ("reward", "--seed 1"),
     "gradient_checkpointing": ("reward", "--gradient_checkpointing"),
     "parallel": ("reward", "--parallel fsdp"),
     "sequence_parallel": ("reward", "--sequence_parallel 2"),

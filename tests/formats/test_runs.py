@@ -367,7 +367,7 @@ def test_a_second_run_in_a_folder_leaves_what_it_leaves_in_a_new_one(started, na
 
 
 @pytest.mark.parametrize("flags, words", [("--num_validation 2 --judge {folder}/generator/reward",
-                           "is the reward model that is climbed"),
+                           "is the reward model that the generator is trained against"),
                           ("--num_validation 2 --validation_prompts {folder}/nowhere.txt", "nowhere.txt"),
                           ("--data {folder}/cut", "shard-00000.safetensors: truncated or damaged"),
                           ("--resume nowhere", "there is no ")])
