@@ -316,6 +316,31 @@ def claims():
             "an average of the weights, factor .98",
             "gradients clipped to norm .1", "the reward clipped at 2")))]
 
+    rows = load("endurance")["rows"]
+    long, fast, paper = (rows[name] for name in (
+        "steady, constant 0.0001, mismatched 0.25, 960", "steady, linear 0.0002, mismatched 0.25, 480",
+        "paper, constant 0.0001, mismatched 0.25, 480"))
+    assert [len(row["validation"]["40"]) for row in (long, fast, paper)] == [2, 1, 1]
+    valid = lambda row, step: number(fmean(row["validation"][step]))
+    before = load("steady")["rows"][left]
+    said["## Long runs with mismatched prompts"] = [
+        f"After 960 iterations the steady recipe has {with_interval(long['qualified'])} of the test videos",
+        f"renders reach {number(load('steady')['rows']['clean renders']['qualified']['mean'])}",
+        f"lies {with_interval(long['fall'], sign='+', key='difference')} from the mean of its best quarter",
+        f"{valid(long, '120')} after 120 iterations, {valid(long, '480')} after 480 and {valid(long, '960')} "
+        f"after 960", "strict annotator it has {}, by the loose one {}, and in other wordings {}".format(
+            *(number(long["test"][f"{where}"]["mean"])
+              for where in ("test, strict", "test, loose", "reworded, firm"))),
+        "move at {} frame widths per frame, have brightness {} and saturation {}".format(
+            *(number(long[name]["mean"]) for name in ("speed", "brightness", "saturation"))),
+        f"it has {valid(fast, '120')} of the validation videos after 120 iterations, and "
+        f"{with_interval(fast['qualified'])} of the test videos after 480",
+        f"{valid(paper, '240')} of the validation videos after 240 iterations and {valid(paper, '480')} after "
+        f"480", f"ends at {with_interval(paper['qualified'])} of the test videos, and "
+        f"{number(paper['adherent']['mean'])} are adherent",
+        f"ended at {with_interval(before['qualified'])}, and {number(before['adherent']['mean'])} were "
+        f"adherent"]
+
     rows, differ = of("mid")
     q = lambda row: with_interval(rows[row]["qualified"])
     base_8, steady_4 = (next(row for row in rows if f"best of {n} " in row) for n in (8, 4))
