@@ -50,13 +50,17 @@ def alignment_row(title, row):
 
 def test_the_readmes_table_of_results():
     rows, text = load("table1")["rows"] | load("steady")["rows"], (ROOT / "README.md").read_text()
-    table = {"base": "base", "RWR, 240 updates": "RWR", "SFT, 240 updates": "SFT",
-             "SFT, PRFL's wall time": "SFT, equal time",
-             "RGB ReFL, first frame, 240 updates": "RGB ReFL, first frame",
-             "RGB ReFL, all frames, 240 updates": "RGB ReFL, all frames",
-             "PRFL, paper's recipe, 240 updates": "PRFL",
-             "PRFL, paper's recipe, 960 updates": "PRFL, paper's recipe, at the end",
-             "PRFL, steady recipe, 960 updates": "PRFL, steady recipe, at the end",
+    rows |= load("endurance")["rows"]
+    table = {"base": "base", "RWR": "RWR", "SFT": "SFT", "SFT, for PRFL's wall time": "SFT, equal time",
+             "RGB ReFL, first frame": "RGB ReFL, first frame", "RGB ReFL, all frames": "RGB ReFL, all frames",
+             "PRFL, the paper's recipe": "PRFL",
+             "PRFL, the paper's recipe, 480 iterations": "PRFL, paper's recipe, at the end",
+             "PRFL, the paper's recipe, 480 iterations, mismatched":
+                 "paper, constant 0.0001, mismatched 0.25, 480",
+             "PRFL, the steady recipe, 960 iterations, mismatched":
+                 "steady, constant 0.0001, mismatched 0.25, 960",
+             "PRFL, steady, 480 iterations, 2e-4 to 0, mismatched":
+                 "steady, linear 0.0002, mismatched 0.25, 480",
              "clean renders": "clean renders"}
     expected = [alignment_row(title, rows[name]) for title, name in table.items()]
     text = text.split("\n## Results\n")[1].split("Each comparison")[0]
