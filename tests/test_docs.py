@@ -339,8 +339,8 @@ def claims():
             *(number(long[name]["mean"]) for name in ("speed", "brightness", "saturation"))),
         f"it has {valid(fast, '120')} of the validation videos after 120 iterations, and "
         f"{with_interval(fast['qualified'])} of the test videos after 480",
-        f"{valid(paper, '240')} of the validation videos after 240 iterations and {valid(paper, '480')} after "
-        f"480", f"ends at {with_interval(paper['qualified'])} of the test videos, and "
+        f"{valid(paper, '240')} of the validation videos after 240 iterations and {valid(paper, '480')} "
+        f"after 480", f"ends at {with_interval(paper['qualified'])} of the test videos, and "
         f"{number(paper['adherent']['mean'])} are adherent",
         f"ended at {with_interval(before['qualified'])}, and {number(before['adherent']['mean'])} were "
         f"adherent"]
