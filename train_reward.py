@@ -138,8 +138,8 @@ def resolve(config):
 
 def main(config):
     runtime = common.setup(config.mixed_precision, config.seed, config.sequence_parallel)
-    parallel.check(config)
     config, origin, shards = resolve(config)
+    parallel.check(config)
     # To make samples or predictions all of the generator is needed, else only the trunk.
     whole = config.space == "rgb" or not config.data
     dit = load_transformer(config.model, load_now=whole, task=config.task).eval().requires_grad_(False)

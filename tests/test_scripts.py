@@ -270,9 +270,9 @@ def test_image_to_video_from_samples_to_evaluation(i2v, tmp_path, capsys, monkey
     """Every stage on the embedded world. The reward model's condition is that of the given first frame."""
     seen, forward = [], PAVRM.forward
 
-    def watch(self, x, t, context, y=None, clip_tokens=None):
-        seen.append(y.detach().clone())
-        return forward(self, x, t, context, y, clip_tokens)
+    def watch(self, x, t, context, **conditions):
+        seen.append(conditions["y"].detach().clone())
+        return forward(self, x, t, context, **conditions)
 
     def are_given(latents):
         """The reward model saw masks of frame 0, first frames of latents [n, c, f, h, w], then zeros."""
