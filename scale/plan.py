@@ -367,10 +367,10 @@ def costs(config, c):
         moments = {"generator": layers(L, block, copy) + passing + gathered,
                    "gradients": one["gradients"] - not_yet + block + copy + passing + gathered,
                    "optimizer": one["gradients"] + 4 * trained / parts}
-        if prfl:  # behind the generator's head (3 edges) and under the reward's pooling (keys and values)
+        if prfl:  # behind the generator's head (3 edges) and under the reward's pooling
             rewarded = min(K, here) * edge if checkpointing else layers(K, frozen, copy)
-            if ranks > 1:  # tokens of all ranks, their keys and values, and gradients of two of these
-                moments["pooling"] = waiting + 3 * edge + rewarded + 5 * pooled
+            if ranks > 1:  # tokens of all ranks, two gradients of them and the sum of these
+                moments["pooling"] = waiting + 3 * edge + rewarded + 4 * pooled
             moments["reward"] = waiting + 6 * edge + hidden + layers(K, frozen, copy) + rewarding
         if refl:
             moments["decoder"] = waiting + 3 * edge + one["decoder"]["kept"] + one["decoder"]["passing"]
@@ -566,7 +566,7 @@ def report(config, c):
         row("kept by a frozen block", one["frozen"], f"{40 if image else 36} b {m} d + 2 b {m} F + ..., in "
                                                      "the reward model")
     if prfl and ranks > 1:
-        row("tokens to pool", one["pooled"], "4 b n d, whole on each GPU, as are their keys and values")
+        row("tokens to pool", one["pooled"], "4 b n d, whole on each GPU")
     row("passing through", one["passing"], f"4 b {m} d + {4 if lora else 2} b {m} F, gradients inside a "
                                            "block")
     row("a block's bf16 copy", one["copy"], f"2 x ({10 if image else 8} d^2 + 2 d F)")
@@ -600,7 +600,7 @@ def report(config, c):
         formulas = {
             "pooling": f"{waiting} + 3 x {gb(one['edge'])} + {'K' if kept else K_in} x "
                        f"{gb(one['frozen' if kept else 'edge'])}"
-            f"{' + copy' * kept} + 5 x {gb(one['pooled'])} (tokens, keys, values, two gradients)",
+            f"{' + copy' * kept} + 4 x {gb(one['pooled'])} (tokens, two gradients, their sum)",
             "reward": f"{waiting} + 6 x {gb(one['edge'])} + {gb(one['hidden'])} + {rewarding}{fsdp_reward}",
             "decoder": f"{waiting} + 3 x {gb(one['edge'])} + decoder" if refl else "",
             "generator": (waiting if kept else f"{before(L_in)} x {gb(one['edge'])} + {gb(one['block'])} + "
