@@ -54,17 +54,19 @@ def flow_matching_loss(v, x0, x1, weight=None, given=0):
 
 
 def euler_step(x, v, t, t_next):
-    """Eq. 7: x_{t - dt} = x_t - dt v, with dt = t - t_next; t, t_next: [b]."""
+    """Eq. 7: x_{t - dt} = x_t - dt v, with dt = t - t_next; x, v [b, c, f, h, w]; t, t_next [b]."""
     return x - _like(t - t_next, x) * v.to(x.dtype)
 
 
 def predict_x0(x, v, t):
-    """The clean latent that velocity v at (x, t) points to: x_0 = x_t - t v."""
+    """The clean latent that velocity v at (x, t) points to: x_0 = x_t - t v (from Eq. 1 and v = x_1 - x_0);
+    x, v [b, c, f, h, w], t [b]."""
     return x - _like(t, x) * v.to(x.dtype)
 
 
 def guided_velocity(dit, x, t, context, guidance_scale=1.0, null=None, **conditions):
-    """The velocity with classifier-free guidance away from the null prompt; a scale of 1 switches it off.
+    """The velocity [b, c, f, h, w] with classifier-free guidance away from the null prompt; a scale of 1
+    switches it off.
 
     null [l, d_text]: the context of the null prompt, for Wan the encoded negative prompt. None means all
     zeros, with which the embedded world's generators were trained.

@@ -1,14 +1,14 @@
 """People grade clips in a browser, with keys only: the labels that train_reward.py learns from (A.2.3, Table
 6).
 
-    pip install -r requirements-label.txt                   once: Flask python label.py clips
-    serves a page on 127.0.0.1 until Ctrl-C python label.py clips --annotator ada                   keeps
-    ada's answers apart from other people's python label.py report clips                            counts,
-    agreement between annotators, labels python label.py export clips --bad any                  writes the
-    majority's labels into the clips' metadata python label.py --pairs samples_base samples_prfl       asks
-    which of two is better, without saying which is which;
-                                                            chance decides which is left (Fig. 5)
-    python label.py report samples_base                     how often its samples won, with 95 % intervals
+    pip install -r requirements-label.txt               once: Flask
+    python label.py clips                               serves a page on 127.0.0.1 until Ctrl-C
+    python label.py clips --annotator ada               keeps ada's answers apart from other people's
+    python label.py report clips                        counts, agreement between annotators, labels
+    python label.py export clips --bad any              writes the majority's labels into the clips' metadata
+    python label.py --pairs samples_base samples_prfl   asks which of two is better (Fig. 5); chance decides
+                                                        which is on the left
+    python label.py report samples_base                 how often its samples won, with 95 % intervals
 
 clips is a folder with metadata.jsonl or metadata.csv, as data.py and sample.py read and write it. Answers are
 lines of clips/labels.jsonl, or of pairs.jsonl in the first folder of a pair (formats/labels.py describes

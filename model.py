@@ -8,7 +8,7 @@ official checkpoints, diffusers' `WanTransformer3DModel` folders and ours are on
     export_transformer(dit, "out", layout="diffusers")
 
 Axes: b batch, c channels, f frames, h height, w width, n video tokens, d model width, l text tokens,
-      k attention heads, e channels of one head.
+      m image tokens, k attention heads, e channels of one head.
 
 Deliberate differences from the released code:
  1. t lives in [0, 1]; the sinusoid of the time embedding takes 1000 t, the released timestep.
@@ -152,7 +152,7 @@ class Attention(nn.Module):
 
     def forward(self, x, attended=None, image_tokens=None, rope=None, sequence=None):
         """x [b, n, d]; attended: text [b, l, d], or None for x itself; image_tokens [b, m, d]; rope, sequence
-        as in `run_blocks`."""
+        as in `run_blocks` -> [b, n, d]."""
         x = x.to(self.q.weight.dtype)
         if attended is None:
             attended = x
@@ -168,6 +168,9 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
+    """Self-attention, cross-attention and a feed-forward net, each added to the residual stream. The first
+    and the last are modulated by the time."""
+
     def __init__(self, dim, ffn_dim, num_heads, eps, has_image_tokens):
         super().__init__()
         self.eps = eps
@@ -194,6 +197,8 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
+    """A norm that is modulated by the time, and the projection from tokens to patches."""
+
     def __init__(self, dim, out_features, eps):
         super().__init__()
         self.eps = eps

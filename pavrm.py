@@ -15,7 +15,8 @@ Deliberate differences:
    axes, because most of its flawed clips have one flaw. People's answers count as train_reward.py's --bad
    says, by default the paper's way.
 4. From the paper: train_reward.py gives a share of each batch another video's prompt and the label bad
-   (--mismatched). Without them the reward hardly reads its prompt (results/endurance.md).
+   (--mismatched). Without it the generator can please the reward and lose its prompt (docs/results.md, "Long
+   runs with mismatched prompts").
 
 Axes: b batch, c channels, f frames, h height, w width, n tokens, d model width, k heads, e channels of a
 head, l text tokens.
@@ -53,9 +54,9 @@ class QueryAttention(nn.Module):
         # [k, e, d]
         w_k, w_v = (layer.weight.unflatten(0, (self.heads, -1)) for layer in (self.w_k, self.w_v))
         q = self.query.view(self.heads, -1)                                                         # [k, e]
-        wanted = torch.einsum("ke,ked->kd", q, w_k) / q.shape[1] ** 0.5                             # W_K^T q
-        share = torch.einsum("bnd,kd->bnk", h, wanted).softmax(1)
-        found = torch.einsum("bnk,bnd->bkd", share, h)
+        wanted = torch.einsum("ke,ked->kd", q, w_k) / q.shape[1] ** 0.5                     # W_K^T q, [k, d]
+        share = torch.einsum("bnd,kd->bnk", h, wanted).softmax(1)                                # [b, n, k]
+        found = torch.einsum("bnk,bnd->bkd", share, h)                                           # [b, k, d]
         z = torch.einsum("bkd,ked->bke", found, w_v).flatten(1)                                     # [b, d]
         return z + self.query if self.add_query else z
 
@@ -108,10 +109,11 @@ class PAVRM(nn.Module):
     def forward(self, x, t, context, **conditions):
         """x [b, c, f, h, w] at times t [b], context [b, l, d_text] -> logits [b], float32. 0 or more means
         good. conditions: what the generator is given beside the prompt."""
-        h = self.trunk.features(x, t, context, depth=len(self.trunk.blocks), **conditions)         # [b, n, d]
+        # Eq. 4: [b, n, d]
+        h = self.trunk.features(x, t, context, depth=len(self.trunk.blocks), **conditions)
         with torch.autocast(x.device.type, enabled=False):
             h = h.to(self.mlp[0].weight.dtype)
-            z = self.pool(h)                                                                        # [b, d]
+            z = self.pool(h)                                                                # Eq. 5: [b, d]
             return self.mlp(z)[:, 0]                                                                # [b]
 
     def parameter_groups(self, trunk_lr, head_lr):

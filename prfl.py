@@ -10,7 +10,8 @@ the generator. There is no VAE.
 
 With the recipe "paper" this is Algorithm 1 to the letter. The recipe "steady", which is ours, changes two
 lines: the rollout without gradients takes at most four long Euler steps, and the loss is -log sigmoid(r),
-which stops pushing where the reward is already sure. results/endurance.md compares the two.
+which stops pushing where the reward is already sure. results/why.md compares the two (its rows "step per
+batch"), and results/endurance.md has longer runs.
 
 Deliberate differences from the released code:
 1. The loss is -lambda * r on the raw logit. The released 0.1 * relu(2 - sigmoid(r)) is "sigmoid_hinge" below:

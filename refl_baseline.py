@@ -73,7 +73,7 @@ class PixelReward(nn.Module):
         x = video
         text = self.text(context.to(video.dtype)).mean(1)                                       # [b, d]
         for spatial, temporal, film in zip(self.spatial, self.temporal, self.film):
-            x = F.group_norm(F.silu(spatial(x)), 1)                                     # [b, c, F, H/2, W/2]
+            x = F.group_norm(F.silu(spatial(x)), 1)             # [b, c, F, H, W]; a stage halves H and W
             scale, shift = film(text)[:, :, None, None, None].chunk(2, dim=1)               # [b, c, 1, 1, 1]
             x = x + F.silu(temporal(x) * (1 + scale) + shift)
         with torch.autocast(x.device.type, enabled=False):
@@ -125,7 +125,7 @@ def load_reward_and_decoder(config, policy, runtime):
 
 def decode_chunks(vae, x):
     """vae.decode(x) of latents x [b, c, f, h, w], CHUNK latent frames at a time, and again in the backward
-    pass.
+    pass -> [b, 3, F, H, W].
 
     The decoder is causal: a frame depends on itself and vae.past latent frames before. So a chunk is decoded
     together with vae.past frames before it, whose pixels are then dropped, and the result is exact. A clip
@@ -149,10 +149,10 @@ def decode_chunks(vae, x):
 def predicted_reward(reward, vae, dit, x, t, context, checkpointing=False, **conditions):
     """Logits [b] of the clean video that one step of dit predicts from x [b, c, f, h, w] at times t [b].
 
-    If every t is 0, x is that video and dit is not called. conditions: y and clip of an image-to-video
-    generator. checkpointing: each video is decoded (in chunks) and scored by itself, and again in the
-    backward pass. Then memory holds the pixels of all videos, the decoder's work for one chunk and the reward
-    model's for one video.
+    If every t is 0, x is that video and dit is not called. conditions: what an image-to-video generator is
+    given beside the prompt. checkpointing: each video is decoded (in chunks) and scored by itself, and again
+    in the backward pass. Then memory holds the pixels of all videos, the decoder's work for one chunk and the
+    reward model's for one video.
     """
     x = pin(x, conditions.get("first_frame"))
     if t.any():

@@ -1,8 +1,8 @@
 """RWR, reward-weighted regression: flow matching on the generator's own samples, each weighted by
 exp(reward).
 
-The simplest way to use a reward, and the paper's weakest (Table 1): no gradient passes through the reward, so
-it can only prefer some of what the untrained generator already makes.
+This is the simplest way to use a reward, and the weakest in results/table1.md: no gradient passes through the
+reward, so it can only prefer some of what the untrained generator already makes.
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens, m samples.
 """

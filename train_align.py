@@ -2,16 +2,18 @@
 
     python train_align.py                                           PRFL, embedded world, the steady recipe
     python train_align.py --recipe paper --max_train_steps 100      Algorithm 1 to the letter, stopped in time
-    python train_align.py --method sft --max_train_steps 240        as many updates as 120 iterations of PRFL
+    python train_align.py --method sft --learning_rate 3e-4 --max_train_steps 240     as many updates as PRFL
     python train_align.py --method refl --frames_decoded first --reward runs/reward_rgb/reward
     torchrun --nproc_per_node=8 train_align.py --data encoded --reward runs/reward/reward --parallel fsdp
     python train_align.py --task i2v --reward runs/reward_i2v/reward
     python train_align.py --resume latest
 
-prfl: each iteration makes an SFT update on curated videos, then a reward update at a random step of a
-rollout. refl: the same, but the reward judges decoded pixels of the clean video that is predicted at a late
-step. sft:  each iteration makes one flow-matching update on curated videos (Eq. 10). rwr:  each iteration
-makes one flow-matching update on the generator's own samples, weighted by exp(reward).
+What an iteration makes:
+
+    prfl    an SFT update on curated videos, then a reward update at a random step of a rollout
+    refl    the same, but the reward judges decoded pixels of the clean video that is predicted at a late step
+    sft     one flow-matching update on curated videos (Eq. 10)
+    rwr     one flow-matching update on the generator's own samples, each weighted by exp(reward)
 
 Without --data the curated set is clean clips of the embedded world, written as mp4 and encoded like anybody's
 clips. With --data it is every clip of the shards that is not labelled 0.
@@ -53,7 +55,8 @@ class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
                            "--model, or what a --model that can do both learns; default: t2v", choices=TASKS)
     model: str | None = arg(None, "another generator: a folder with transformer/, vae/ and text_encoder/")
     reward: str | None = arg(None, "folder of the reward model; default: reward/ in the folder of the "
-                             "generator, or with --method refl reward_rgb_first/ or reward_rgb_all/ there",
+                             "generator (the shipped one has seen no mismatched prompts), or with --method "
+                             "refl reward_rgb_first/ or reward_rgb_all/ there",
                              only="method prfl refl rwr")
     data: str | None = arg(None, "curated shards from `data.py encode`; default: clean clips of the embedded "
                            "world")
@@ -71,14 +74,17 @@ class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
                               only="method prfl refl rwr or !num_validation 0")
     reward_weight: float = arg(1.0, "lambda of Alg. 1; Adam and clipping leave it little effect", above=0,
                                only="method prfl refl")
-    recipe: str | None = arg(None, "paper: Alg. 1 to the letter; steady: ours, which does not collapse. Sets "
-                             "--rollout_passes and --reward_loss unless they are given. Default: steady for "
-                             "prfl, paper for refl", choices=tuple(prfl.RECIPES), only="method prfl refl")
-    rollout_passes: int | None = arg(None, "at most this many Euler steps in the rollout without gradients, "
-                                     "each longer than one of the N; 0: all N (Alg. 1)", at_least=0,
+    recipe: str | None = arg(None, "paper: Alg. 1 to the letter, to be stopped in time; steady: ours, which "
+                             "holds for longer (results/endurance.md). It sets --rollout_passes and "
+                             "--reward_loss unless they are given; default: steady for prfl, paper for "
+                             "refl", choices=tuple(prfl.RECIPES), only="method prfl refl")
+    rollout_passes: int | None = arg(None, "take at most this many Euler steps in the rollout without "
+                                     "gradients, each longer than one of the N; 0 takes every step of the N "
+                                     "(Alg. 1); default: the recipe's (paper 0, steady 4)", at_least=0,
                                      only="method prfl refl")
     reward_loss: str | None = arg(None, "loss of a logit r: linear is -lambda r (Alg. 1), logsigmoid is -log "
-                                  "sigmoid(r), sigmoid_hinge is the released code's",
+                                  "sigmoid(r), sigmoid_hinge is the released code's; default: the recipe's "
+                                  "(paper linear, steady logsigmoid)",
                                   choices=tuple(prfl.REWARD_LOSSES), only="method prfl refl")
     trajectory_part: str | None = arg(None, "part of the trajectory whose steps can be rewarded (Table 3); "
                                       "default: full, or late for refl", choices=tuple(prfl.THIRDS),
@@ -92,11 +98,12 @@ class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
     context_dropout: float = arg(0.0, "share of the SFT updates' prompts that are replaced by the empty "
                                  "prompt, so that guidance stays usable", at_least=0, below=1,
                                  only="method sft or method prfl refl, sft_updates")
-    learning_rate: float | None = arg(None, "of AdamW; default: 1e-4 (results/table1.md), Wan: the paper's "
-                                      "5e-6", above=0)
+    learning_rate: float | None = arg(None, "AdamW's learning rate; for sft 3e-4 is better in the embedded "
+                                      "world (results/table1.md); default: 1e-4, Wan: the paper's 5e-6",
+                                      above=0)
     lr_scheduler: str = arg("constant", "constant: the learning rate stays; linear: it falls to 0 at "
                             "--max_train_steps", choices=("constant", "linear"))
-    weight_decay: float = arg(0.0, "of AdamW", at_least=0)
+    weight_decay: float = arg(0.0, "AdamW's weight decay", at_least=0)
     max_train_steps: int | None = arg(None, "iterations (two updates each in prfl and refl); default: 120, "
                                       "Wan: 800", above=0)
     batch_size: int | None = arg(None, "videos (or prompts) per batch and GPU or group of GPUs; default: 32, "

@@ -16,8 +16,8 @@ qualified on both axes and true to the prompt, bad is unqualified, and what lies
 samples stay in <output_dir>/samples. With --data they are your shards, with the labels that lie beside their
 clips (label.py's, or else those of the metadata).
 
-A share of each batch (--mismatched) is given another video's prompt and the label bad. This takes no labels,
-and without it the reward hardly reads its prompt.
+A share of each batch (--mismatched) is given another video's prompt and the label bad. This takes no further
+labels. Without it the generator can please the reward and lose its prompt.
 
 Writes <output_dir>/reward, metrics.jsonl and report.json: the accuracy on held-out videos, clean and by t,
 and how well the reward tells good videos with their own prompt from the same videos with another's. For a
@@ -74,7 +74,7 @@ class Config(runs.Flags, parallel.Flags):
     shift: float = arg(1.0, "moves the times of own samples towards noise; 1 spaces them evenly", above=0,
                        at_most=100, only="!data")
     fold: str | None = arg(None, "i/n: use only the i-th of n parts of the labelled videos, such as 1/2 here "
-                           "and 2/2 for a judge")
+                           "and 2/2 for a judge; default: all")
     holdout: int | None = arg(None, "number of labelled videos kept for the report; default: a fifth, but at "
                               "most 400", above=0)
     depth: int = arg(8, "K, blocks of the generator in the trunk (Table 8); the paper has 8 of 40, the "
@@ -86,14 +86,14 @@ class Config(runs.Flags, parallel.Flags):
     mismatched: float | None = arg(None, "share of each batch that gets another video's prompt and the label "
                                    "bad; 0 is the paper's; default: .25, or 0 if all prompts are alike",
                                    at_least=0, below=1)
-    fixed_t: float | None = arg(None, "train at this t instead of t ~ U(0, 1) (Fig. 3c)", at_least=0, below=1,
+    fixed_t: float | None = arg(None, "train at this t (Fig. 3c); default: t ~ U(0, 1)", at_least=0, below=1,
                                 only="space latent")
-    learning_rate: float | None = arg(None, "of AdamW for query and head, falling to 0; default: 2e-3, Wan: "
-                                      "1e-5", above=0)
-    trunk_learning_rate: float | None = arg(None, "of AdamW for the trunk's blocks, falling to 0; default: "
-                                            "1e-3, Wan: 1e-6; 0 freezes them", at_least=0,
+    learning_rate: float | None = arg(None, "AdamW's learning rate for query and head, which falls to 0; "
+                                      "default: 2e-3, Wan: 1e-5", above=0)
+    trunk_learning_rate: float | None = arg(None, "AdamW's learning rate for the trunk's blocks, which falls "
+                                            "to 0; 0 freezes them; default: 1e-3, Wan: 1e-6", at_least=0,
                                             only="space latent")
-    weight_decay: float = arg(0.01, "of AdamW", at_least=0)
+    weight_decay: float = arg(0.01, "AdamW's weight decay", at_least=0)
     max_train_steps: int = arg(1600, "optimizer steps", above=0)
     batch_size: int | None = arg(None, "videos per step and GPU or group of GPUs; default: 64, Wan: 2",
                                  above=0)

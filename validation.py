@@ -114,7 +114,7 @@ class Flags:
     judge: str | None = arg(None, "second reward model, never trained against; it scores the validation "
                             "samples and so chooses best/", only="!num_validation 0")
     patience: int | None = arg(None, "stop after this many validations without a new best of the judge's or "
-                               "annotator's score", above=0, only="!num_validation 0")
+                               "annotator's score; default: never", above=0, only="!num_validation 0")
 
 
 def default_number(shards):

@@ -86,8 +86,8 @@ class Config:
     frames: int = arg(81, "video frames, 4 k + 1", above=0)
     size: str = arg("832*480", "width*height in pixels (832x480 is read too), each divisible by 16 (Wan2.2 "
                     "TI2V-5B: by 32)")
-    recipe: str = arg("paper", "prfl, refl: a rollout of every step up to one rewarded step for the batch, "
-                      f"or of at most {STEADY_PASSES} passes up to one per video",
+    recipe: str = arg("paper", "prfl, refl: how the rollout reaches the rewarded step; paper takes every "
+                      f"step, steady at most {STEADY_PASSES} long ones",
                       choices=("paper", "steady"))
     gpus: int = arg(1, "GPUs of a node", above=0)
     nodes: int = arg(1, "number of nodes; with several, also count the bytes that an update sends between "

@@ -9,8 +9,8 @@ An iteration is that of train_align.py: an SFT update, then a reward update.
 
 The rewarded step. With the paper's recipe (prfl, refl_first, refl_all) training draws one step per batch,
 from all N steps for PRFL and from the last third for RGB ReFL. The seconds of an iteration grow linearly with
-it, so the mean step stands for all here (or the two steps next to the mean, in turn). With the steady recipe
-(prfl_steady) each video has its own step, here as in training.
+it, so the mean step stands for all here (or the two steps next to the mean, in turn). The steady recipe
+(prfl_steady) draws one step per batch too. results/table4.md was made when it drew a step for each video.
 
 Memory is the peak minus what the process held before the first update, when weights and optimizer were there:
 on a CPU of its resident set, on a GPU of what torch allocated.

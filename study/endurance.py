@@ -9,9 +9,9 @@ schedule    the learning rate stays constant, or falls linearly to 0 at the end 
 reward      as the paper trains it, or with a quarter of each batch under another video's prompt and
             labelled bad (train_reward.py --mismatched).
 
-The whole study takes about twelve hours of a core, so a finished run is kept in results/endurance_runs.json,
-as its curves and its verdicts on the test videos, and is not made again. Remove its entry there to make it
-anew.
+The whole study is 61 runs, most of 50 minutes of a core. So a finished run is kept in
+results/endurance_runs.json, as its curves and its verdicts on the test videos, and is not made again. Remove
+its entry there to make it anew. results/endurance.md says how many are made.
 """
 import json
 from typing import NamedTuple
@@ -38,7 +38,7 @@ PANEL = ("speed", "brightness", "saturation")
 RECIPES = {"paper": ("train_align.py", "--method", "prfl", "--recipe", "paper"),
            "steady": ("train_align.py", "--method", "prfl", "--recipe", "steady"),
            "by video": ("-m", "study.why", "--rewarded_step", "per_video", "--rollout_passes", 4,
-                        "--reward_loss", "logsigmoid"),}
+                        "--reward_loss", "logsigmoid")}
 
 
 class Case(NamedTuple):
@@ -110,8 +110,8 @@ def test_verdicts(transformer):
     runtime = common.setup(runs.fast_precision(), 0)
     base = SHIPPED["t2v"]
     dit = load_transformer(transformer).to(runtime.device).eval()
-    vae, text = (load(base / name).to(runtime.device) for load,
-                 name in ((load_vae, "vae"), (load_text_encoder, "text_encoder")))
+    vae = load_vae(base / "vae").to(runtime.device)
+    text = load_text_encoder(base / "text_encoder").to(runtime.device)
     found = {}
     for split in ("test", "reworded"):
         _, prompts, _ = scene.make(TESTED, TEST_SEED, "clean", "tiny", split=split)

@@ -340,10 +340,12 @@ def claims():
         f"it has {valid(fast, '120')} of the validation videos after 120 iterations, and "
         f"{with_interval(fast['qualified'])} of the test videos after 480",
         f"{valid(paper, '240')} of the validation videos after 240 iterations and {valid(paper, '480')} "
-        f"after 480", f"ends at {with_interval(paper['qualified'])} of the test videos, and "
-        f"{number(paper['adherent']['mean'])} are adherent",
-        f"ended at {with_interval(before['qualified'])}, and {number(before['adherent']['mean'])} were "
-        f"adherent"]
+        f"after 480", f"ends at {with_interval(paper['qualified'])} of the test videos; "
+        f"{number(paper['adherent']['mean'])} are adherent and "
+        f"{number(paper['deformity_qualified']['mean'])} are not deformed",
+        f"ended at {with_interval(before['qualified'])}, with three seeds; "
+        f"{number(before['adherent']['mean'])} were adherent and "
+        f"{number(before['deformity_qualified']['mean'])} were not deformed"]
 
     rows, differ = of("mid")
     q = lambda row: with_interval(rows[row]["qualified"])

@@ -245,8 +245,9 @@ def test_every_command_refuses_it_in_one_line(tmp_path, capsys, kind, command):
     write_data(tmp_path / "shards")
     module, argv = COMMANDS[command]
     main, Config = module if isinstance(module, tuple) else (module.main, module.Config)
+    words = [word.format(tmp_path, SHIPPED["t2v"]) for word in argv.split()]       # a folder may have blanks
     with pytest.raises(SystemExit) as end:
-        common.cli(main, Config, "", argv.format(tmp_path, SHIPPED["t2v"]).split())
+        common.cli(main, Config, "", words)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert end.value.code == 2 and len(lines) == 1
     assert "not supported" in lines[0] and str(tmp_path / "model") in lines[0]

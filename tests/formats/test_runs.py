@@ -304,7 +304,7 @@ def resumed(folder, name, *flags):
 ])
 def test_another_run_is_refused_by_name_and_nothing_changes(started, capsys, name, flags, words):
     with pytest.raises(SystemExit) as stop:
-        resumed(started, name, *flags.format(folder=started).split())
+        resumed(started, name, *(word.format(folder=started) for word in flags.split()))
     stderr = capsys.readouterr().err
     assert stop.value.code == 2 and one_line(stderr) and words in stderr, stderr
     read = lambda folder: {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*")
@@ -380,7 +380,8 @@ def test_what_is_refused_late_touches_nothing_of_the_earlier_run(started, capsys
     _, argv = command(started, "prfl", "started-prfl")
     place = argv.index("--num_validation")
     with pytest.raises(SystemExit) as stop:
-        run("train_align", argv[:place] + argv[place + 2:] + flags.format(folder=started).split())
+        given = [word.format(folder=started) for word in flags.split()]
+        run("train_align", argv[:place] + argv[place + 2:] + given)
     assert stop.value.code == 2 and words in capsys.readouterr().err
     assert files(started / "started-prfl") == before and not list(
         (started / "started-prfl").glob("earlier-*"))
