@@ -344,6 +344,11 @@ def equal_turns(turns, count, spare=None):
     return [(turn, True) for turn in turns] + [(spare, False)] * (count - len(turns))
 
 
+def groups_of(n, size):
+    """0 .. n - 1 in lists of `size` neighbours, the last one of what is left."""
+    return [list(range(i, min(i + size, n))) for i in range(0, n, size)]
+
+
 def equal_batches(rows, batch_size, max_rows=None):
     """`rows` rows in batches -> [(slice, whether its result counts)], as many as `max_rows` rows need
     (equal_turns). max_rows: the most rows that any rank has in this call; default: this rank's."""

@@ -37,7 +37,6 @@ from common import InputError, arg
 from families import load_image_encoder, load_text_encoder, load_vae, save_null_context
 from formats import disk, encoders, fingerprint, lock
 from formats.metadata import SUFFIXES, printable, read_listing, replace_text
-from formats.metadata import read_metadata as read_metadata  # for tests
 from formats.shards import Shards, join_equal, write_shards
 from formats.video import Facts, from_pixels, read_clip_facts
 from formats.weights import SHIPPED, transformer_folder
@@ -520,7 +519,6 @@ class Encode(Check):
     clips_per_shard: int = arg(256, "clips per shard; fewer if they hold more than 128 MiB", above=0)
 
 
-ROLES = "vae", "text_encoder", "image_encoder"
 
 
 def resolve_encoders(config):
@@ -528,17 +526,17 @@ def resolve_encoders(config):
     the shards are to hold a given first frame beside the latents). Raises InputError."""
     image_to_video = getattr(config, "image_encoder", None) is not None
     if config.model:
-        common.refuse(config, ROLES, "with --model, whose own encoders are used")
+        common.refuse(config, encoders.ROLES, "with --model, whose own encoders are used")
         dit, found = transformer_folder(config.model)[1], encoders.find_encoders(config.model)
         image_to_video = dit["model_type"] == "i2v" and not is_pinned(dit)  # else the latents have the frame
         config.multiple = families.of_config(dit).side
-        wanted = [role for role in ROLES if hasattr(config, role)]
+        wanted = [role for role in encoders.ROLES if hasattr(config, role)]
         if not dit["image_dim"] and "image_encoder" in wanted:
             wanted.remove("image_encoder")
         if lacking := [role for role in wanted if role not in found]:
             raise InputError(f"--model {config.model}: there is no {lacking[0]}/ in it")
     else:
-        found = {role: getattr(config, role, None) for role in ROLES}
+        found = {role: getattr(config, role, None) for role in encoders.ROLES}
         if not found["image_encoder"]:
             del found["image_encoder"]                  # most models have none
         found = {role: path or SHIPPED["t2v"] / role for role, path in found.items()}
@@ -594,7 +592,7 @@ def encode(config, runtime):
     parse_size(config)
     out, (folders, image_to_video) = Path(config.out), resolve_encoders(config)
     parse_size(config, config.multiple)
-    loaders = dict(zip(ROLES, (load_vae, load_text_encoder, load_image_encoder)))
+    loaders = dict(zip(encoders.ROLES, (load_vae, load_text_encoder, load_image_encoder)))
 
     @functools.cache
     def load():
@@ -672,7 +670,8 @@ def differences(before, now):
     changed = [f"{key} {before.get(key)}, not "
                f"{now[key]}" for key in now if key != "encoders" and before.get(key) != now[key]]
     then, now = before["encoders"], now["encoders"]
-    return "; ".join(changed + [f"another {role}" for role in ROLES if then.get(role) != now.get(role)])
+    changed += [f"another {role}" for role in encoders.ROLES if then.get(role) != now.get(role)]
+    return "; ".join(changed)
 
 
 def encode_chunks(chunks, kind, config, load, image_to_video, contents, runtime):

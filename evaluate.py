@@ -268,8 +268,10 @@ def measure_all(names, open_source, runtime):
     return found, films
 
 
-def groups_of(n, size):
-    return [list(range(i, min(i + size, n))) for i in range(0, n, size)]
+def require_reward(config, reward):
+    """Raises InputError if best of n is asked for without a reward model."""
+    if config.best_of > 1 and not reward:
+        raise InputError(f"--best_of {config.best_of} needs a reward model: name one with --reward")
 
 
 def check_models(named, task, *rewards):
@@ -328,8 +330,7 @@ def embedded_world(config, named, runtime):
     reward = config.reward
     if reward is None and Path(f"{config.model}/reward").is_dir():
         reward = f"{config.model}/reward"
-    if config.best_of > 1 and not reward:
-        raise InputError(f"--best_of {config.best_of} needs a reward model: name one with --reward")
+    require_reward(config, reward)
     check_models(named, config.task, reward)
     vae, device = families.load_vae(f"{config.model}/vae").to(runtime.device), runtime.device
     n, seed, image_to_video, spent = config.num_videos, SEED + config.seed, config.task == "i2v", {}
@@ -363,7 +364,7 @@ def embedded_world(config, named, runtime):
                 values["pavrm"] = (logits >= 0).double().cpu().numpy()
             return values, videos
 
-        return groups_of(n, WORLD_BATCH), measure_group
+        return common.groups_of(n, WORLD_BATCH), measure_group
 
     def report(found, films):
         rows = {name: {metric: summary(values) for metric, values in metrics.items() if metric != "grade"}
@@ -410,8 +411,7 @@ def own_prompts(config, named, runtime):
                              f"models, and only by those; these are {dit_config['model_type']}")
         if row["image"]:
             read_clip(row["image"], size=size, frames=1)
-    if config.best_of > 1 and not config.reward:
-        raise InputError(f"--best_of {config.best_of} needs a reward model: name one with --reward")
+    require_reward(config, config.reward)
     drops = search.parse_drops(config.best_of, config.drops)
     check_models(named, config.task, config.reward, config.judge)
     vae, device = families.load_vae(f"{config.model}/vae"), runtime.device
@@ -422,7 +422,7 @@ def own_prompts(config, named, runtime):
     null = None if negative is None else contexts[negative].to(device)                      # [l, d]
     shape = families.latent_shape(dit_config, size, config.frames)
     batch_size = max(1, BATCH_LATENTS // (shape[1] * shape[2] * shape[3]))
-    groups, spent = groups_of(len(rows), batch_size), {}
+    groups, spent = common.groups_of(len(rows), batch_size), {}
     seed, folder = SEED + config.seed, Path(config.output_dir)
 
     def open_source(name):
@@ -549,7 +549,7 @@ def existing_clips(config, runtime):
                 autocast=runtime.autocast, indices=group, **image)
             return {interval: row.float().cpu() for interval, row in zip(T_NAMES, logits)}, ()
 
-        return groups_of(len(shards), batch_size), measure_group
+        return common.groups_of(len(shards), batch_size), measure_group
 
     def report(found, films):
         shards = kept["shards"]

@@ -184,8 +184,8 @@ class Block(nn.Module):
     def forward(self, x, time, context, image_tokens, rope, sequence=None, given=0):
         """x [b, n, d] float32; time [b, 6, d] float32, the same for all blocks, or [b, 2, 6, d] for two
         times, of which the first `given` tokens have the first; context [b, l, d] -> [b, n, d]"""
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.modulation.to(x.dtype)
-                                                              + time).split(1, dim=-2)
+        modulation = self.modulation.to(x.dtype) + time
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation.split(1, dim=-2)
         norm = partial(modulated_norm, eps=self.eps)
         y = self.self_attn(by_time(norm, x, given, shift_a, scale_a), rope=rope, sequence=sequence)
         x = by_time(torch.mul, y, given, gate_a).add_(x)

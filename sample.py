@@ -390,8 +390,8 @@ def main(config):
             latents, passes = search.best_of(                                                # [b, c, f, h, w]
                 dit, pavrm, shape, context, batch[0].seed, [video.index for video in batch],
                 config.num_inference_steps, drops, shift=config.shift, guidance_scale=config.guidance_scale,
-                null=null,
-                batch_size=config.batch_size, max_rows=largest, autocast=runtime.autocast, **conditions)
+                null=null, batch_size=config.batch_size, max_rows=largest, autocast=runtime.autocast,
+                **conditions)
         if not keep:
             continue
         with encoders.on(vae, device):

@@ -28,7 +28,7 @@ from flow import add_noise
 from formats import disk, encoders, fingerprint, runs
 from formats.metadata import from_json
 from formats.prompts import read_prompts
-from formats.video import TIME, contact_sheet, from_pixels, write_video
+from formats.video import contact_sheet, from_pixels, write_video
 from model import first_frame_condition, image_inputs
 from pavrm import load_pavrm
 from scale import parallel
@@ -177,8 +177,8 @@ def held_out_prompts(config, dit_config, shards, held_out, vae, device):
         if (row["image"] is not None) != i2v:
             raise InputError(f"--validation_prompts {config.validation_prompts}: {row['prompt']!r} has "
                              f"{'no' if i2v else 'an'} image, the model is {dit_config['model_type']}")
-    size, frames = families.video_size(dit_config,
-                                       shards.latent_shape), TIME * (shards.latent_shape[1] - 1) + 1
+    size = families.video_size(dit_config, shards.latent_shape)
+    frames = families.of_config(dit_config).time * (shards.latent_shape[1] - 1) + 1
     image_encoder = None
     if dit_config["image_dim"]:
         image_encoder = families.load_image_encoder(f"{config.model}/image_encoder")
@@ -229,7 +229,7 @@ def make_validation(config, runtime, policy, shards=None, held_out=None, export=
         parallel.shard(judge, runtime, config)
     fps = shards.fps if has_user_data else scene.FPS
     size = max(1, GROUP_LATENTS // (shape[1] * shape[2] * shape[3]))
-    groups = [list(range(i, min(i + size, len(prompts)))) for i in range(0, len(prompts), size)]
+    groups = common.groups_of(len(prompts), size)
     largest = len(groups[0])
 
     def latents_of(policy, group):
@@ -315,7 +315,7 @@ def make_validation(config, runtime, policy, shards=None, held_out=None, export=
             means |= {"validation_score": score, "validation_since_best": since}
             if since == 0 and step and export:
                 note = {"step": step, "score": score, "judge": config.judge or "annotator"}
-                save_best(config.output_dir, policy, export, note)
+                save_best(config.output_dir, export, note)
         if runtime.rank == 0:
             strips = torch.stack([video for _, video in sorted(strips, key=lambda one: one[0])])
             contact_sheet(strips, folder / f"step-{step:06d}.png", scale=1 if has_user_data else 3)
@@ -381,8 +381,8 @@ def past_scores(output_dir):
     return common.gather(found)[0]
 
 
-def save_best(output_dir, policy, export, note):
-    """Replaces best/ in the run folder by the policy's weights and best.json. Every rank must call it."""
+def save_best(output_dir, export, note):
+    """Replaces best/ in the run folder by what export writes and best.json. Every rank must call it."""
     best = Path(output_dir) / "best"
     new = best.with_name("best.tmp")
     if common.rank() == 0:

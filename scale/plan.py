@@ -30,10 +30,11 @@ import common
 from common import InputError, arg
 from formats.weights import TI2V_CHANNELS
 from model import PRESETS
+from prfl import RECIPES
 
 IMAGE_TOKENS = 257      # CLIP ViT-H/14 at 224 pixels: 16 x 16 patches and a class token
 METHODS = ("prfl", "refl", "sft", "rwr", "reward", "sample")
-STEADY_PASSES = 4  # most Euler steps of a rollout without gradients under --recipe steady, as in prfl.RECIPES
+STEADY_PASSES = RECIPES["steady"]["rollout_passes"]
 
 
 class Vae(NamedTuple):
@@ -169,8 +170,8 @@ def reward_parameters(c, depth):
     count, d = parameters(c), c["dim"]
     if depth > c["num_layers"]:
         raise InputError(f"--depth must be 1 to {c['num_layers']}, the generator's blocks; got {depth}")
-    return count["embeddings"] + count["image"] + depth * count["block"] + (d + 2 * d * d) + 2 * (d * d
-                                                                                                  + d) + d + 1
+    trunk = count["embeddings"] + count["image"] + depth * count["block"]
+    return trunk + (d + 2 * d * d) + 2 * (d * d + d) + d + 1
 
 
 def lora_parameters(c, rank):
@@ -292,8 +293,8 @@ def encoder_flops(f, h, w, vae=WAN21_VAE):
         if after:
             width = convolutions[-1][1]
             flops += 2 * 9 * width ** 2 * pixels // 4
-            flops += (after
-                      == "time") * 2 * 3 * width ** 2 * (frames - 1) // 2 * (h * w * 64 // space ** 2) // 4
+            if after == "time":
+                flops += 2 * 3 * width ** 2 * (frames - 1) // 2 * (h * w * 64 // space ** 2) // 4
     return flops
 
 

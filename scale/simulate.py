@@ -121,10 +121,11 @@ def iterate(config, c, grid, policy, pavrm, runtime):
                               "exp_avg_sq": torch.zeros_like(p)}
     x1 = torch.randn(config.batch_size, c["out_dim"], *grid)
     context, t = torch.randn(config.batch_size, c["text_len"], c["text_dim"]), torch.rand(config.batch_size)
-    image = {"y": torch.randn(config.batch_size, c["in_dim"] - c["out_dim"],
-                              *grid)} if c["model_type"] == "i2v" else {}
-    image |= {"clip_tokens": torch.randn(config.batch_size, 257,
-                                         c["image_dim"])} if c.get("image_dim") else {}
+    image = {}
+    if c["model_type"] == "i2v":
+        image["y"] = torch.randn(config.batch_size, c["in_dim"] - c["out_dim"], *grid)
+    if c.get("image_dim"):
+        image["clip_tokens"] = torch.randn(config.batch_size, 257, c["image_dim"])
     tracker, recipe, N = Phases(), prfl.RECIPES[config.recipe], config.num_inference_steps
     tracker.track_external(policy, pavrm, optimizer, x1, context, t, *image.values())
 

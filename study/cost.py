@@ -130,8 +130,8 @@ def make_iteration(method, config, runtime):
 
 def mean_step(method, i, N):
     """The mean of the steps that training draws from or, if it lies between two steps, these two in turn."""
-    first, last = (N * third // 3 for third in prfl.THIRDS[PART[method]])
-    return (first + 1 + last + i % 2) // 2
+    skipped, last = prfl.steps_of(PART[method], N)
+    return (skipped + 1 + last + i % 2) // 2
 
 
 def timed(iteration, i, device):

@@ -202,8 +202,8 @@ def train_reward_models(work, wanted):
                 "--max_train_steps", work.preset["reward_steps"],
                 *(() if "--mismatched" in flags else ("--mismatched", 0)), *flags)
 
-    first = {(seed, base_of(flags)): (seed, flags) for seed,
-             flags in reversed(wanted) if "--num_samples" not in flags}
+    first = {(seed, base_of(flags)): (seed, flags) for seed, flags in reversed(wanted)
+             if "--num_samples" not in flags}
     work.run([part(*each) for each in first.values()])                                     # makes the samples
     work.run([part(*each) for each in wanted])
 
@@ -265,5 +265,5 @@ def evaluations(work, name, rows_of, flags=()):
         return {metric: np.array(values) for metric, values in metrics.items()}
 
     return [{row: read(seed, folder) for row, folder in rows.items()}
-            | {"clean renders": read(seed, next(iter(rows.values())), "clean renders")} for seed,
-            rows in rows_of.items()]
+            | {"clean renders": read(seed, next(iter(rows.values())), "clean renders")}
+            for seed, rows in rows_of.items()]

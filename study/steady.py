@@ -85,8 +85,8 @@ def method_of(run):
 def train(work, wanted):
     """Runs [(seed, Run)], their reward models first; of those that share curated clips, one before the
     others: it renders."""
-    train_reward_models(work, [(seed, reward_flags(method_of(run), run.flags)) for seed,
-                         run in wanted if method_of(run) != "sft"])
+    train_reward_models(work, [(seed, reward_flags(method_of(run), run.flags)) for seed, run in wanted
+                               if method_of(run) != "sft"])
     first = {(seed, base_of(run.flags)): (seed, run) for seed, run in reversed(wanted)}
     work.run([part_of_run(work, *each) for each in first.values()])
     work.run([part_of_run(work, *each) for each in wanted])
@@ -138,13 +138,12 @@ def run_of(*how, more=()):
 def steady_comparisons(work):
     """{title: {row: Run}}: the two recipes, and the steady one at other learning rates."""
     half = ("--max_train_steps", length(work) // 2)
+    rates = {f"{rate:g}": run_of("per_batch", 4, "logsigmoid", more=("--learning_rate", rate, *half))
+             for rate in (3e-5, 2e-4, 3e-4)}
+    rates[f"{TUNED['prfl']:g}, twice as long"] = run_of("per_batch", 4, "logsigmoid")
     return {"The two recipes": {"the paper's recipe": run_of("per_batch", 0, "linear"),
                                 "the steady recipe": run_of("per_batch", 4, "logsigmoid")},
-            "Learning rates of the steady recipe": {**{f"{rate:g}": run_of("per_batch", 4, "logsigmoid",
-                                                           more=("--learning_rate", rate, *half))
-                                                       for rate in (3e-5, 2e-4, 3e-4)},
-                                                    f"{TUNED['prfl']:g}, twice as long": run_of("per_batch",
-                                                        4, "logsigmoid")}}
+            "Learning rates of the steady recipe": rates}
 
 
 def why_comparisons(work):
@@ -157,45 +156,38 @@ def why_comparisons(work):
              for loss in ("linear", "logsigmoid")]
     recipe = {eight[0]: " (the paper's recipe)", eight[3]: " (the steady recipe)"}
     parts = {", ".join(map(SAID.get, how)) + recipe.get(how, ""): run_of(*how) for how in eight}
-    others = {"Why coarse rollouts hold (step per video)": {
-                  "linear, every step": run_of("per_video", 0, "linear"),
-                  "linear, every step, noise .2 (1 - t) on the state": variant("noise", "per_video", 0,
-                      "linear"),
-                  "linear, at most 4 passes and an exact last one": variant("exact_last", "per_video", 4,
-                      "linear"), "linear, at most 4 passes": run_of("per_video", 4, "linear"),
-                  "linear, no rollout: curated clips noised": variant("no_rollout", "per_video", 0, "linear"),
-                  "-log sigmoid, no rollout: curated clips noised": variant("no_rollout", "per_video", 0,
-                      "logsigmoid"), "-log sigmoid, at most 4 passes": by_video},
-              "Passes and steps of the steady recipe": {**{
-                                                            f"at most {n} pass{'es' * (n > 1)}": run_of(
-                                                                "per_batch", n, "logsigmoid")
-                                                            for n in (1, 2, 4, 8)},
-                                                        "every step": run_of("per_batch", 0, "logsigmoid"),
-                                                        "at most 4 passes, N = 40": Run(
-                                                            ("--num_inference_steps", 40, *STEADY))},
-              "The steady recipe elsewhere": {"the steady recipe": steady,
-                                              "an AdamW for each kind of update": variant("moments",
-                                                  "per_batch", 4, "logsigmoid"),
-                                              "without SFT updates": Run(("--no-sft_updates", *STEADY)),
-                                              "twice as long": Run(
-                                                  ("--max_train_steps", 2 * length(work), *STEADY)),
-                                              "image-to-video": Run((*I2V, *STEADY)),
-                                              "image-to-video, the paper's recipe": Run((*I2V, *PAPER))},
-              "The paper's recipe and one thing more": {"the paper's recipe": paper,
-                                                        "an AdamW for each kind of update": variant("moments",
-                                                            "per_batch", 0, "linear"),
-                                                        "a pull to the base, + (v - v_ref)^2": variant("pull",
-                                                            "per_batch", 0, "linear"),
-                                                        "an average of the weights, factor .98": variant(
-                                                            "ema", "per_batch", 0, "linear"),
-                                                        "gradients clipped to norm .1": Run(
-                                                            ("--max_grad_norm", 0.1, *PAPER)),
-                                                        "the reward clipped at 2": variant("ceiling",
-                                                            "per_batch", 0, "linear")}}
-    return {"Rewarded step, rollout, loss": parts} | {f"{title}, one "
-                                                      f"seed": {row: run._replace(one_seed=True) for row,
-                                                          run in rows.items()} for title,
-                                                      rows in others.items()}
+    coarse = {
+        "linear, every step": run_of("per_video", 0, "linear"),
+        "linear, every step, noise .2 (1 - t) on the state": variant("noise", "per_video", 0, "linear"),
+        "linear, at most 4 passes and an exact last one": variant("exact_last", "per_video", 4, "linear"),
+        "linear, at most 4 passes": run_of("per_video", 4, "linear"),
+        "linear, no rollout: curated clips noised": variant("no_rollout", "per_video", 0, "linear"),
+        "-log sigmoid, no rollout: curated clips noised": variant("no_rollout", "per_video", 0, "logsigmoid"),
+        "-log sigmoid, at most 4 passes": by_video}
+    passes = {
+        **{f"at most {n} pass{'es' * (n > 1)}": run_of("per_batch", n, "logsigmoid") for n in (1, 2, 4, 8)},
+        "every step": run_of("per_batch", 0, "logsigmoid"),
+        "at most 4 passes, N = 40": Run(("--num_inference_steps", 40, *STEADY))}
+    elsewhere = {
+        "the steady recipe": steady,
+        "an AdamW for each kind of update": variant("moments", "per_batch", 4, "logsigmoid"),
+        "without SFT updates": Run(("--no-sft_updates", *STEADY)),
+        "twice as long": Run(("--max_train_steps", 2 * length(work), *STEADY)),
+        "image-to-video": Run((*I2V, *STEADY)),
+        "image-to-video, the paper's recipe": Run((*I2V, *PAPER))}
+    mended = {
+        "the paper's recipe": paper,
+        "an AdamW for each kind of update": variant("moments", "per_batch", 0, "linear"),
+        "a pull to the base, + (v - v_ref)^2": variant("pull", "per_batch", 0, "linear"),
+        "an average of the weights, factor .98": variant("ema", "per_batch", 0, "linear"),
+        "gradients clipped to norm .1": Run(("--max_grad_norm", 0.1, *PAPER)),
+        "the reward clipped at 2": variant("ceiling", "per_batch", 0, "linear")}
+    with_one_seed = lambda rows: {row: run._replace(one_seed=True) for row, run in rows.items()}
+    return {"Rewarded step, rollout, loss": parts,
+            "Why coarse rollouts hold (step per video), one seed": with_one_seed(coarse),
+            "Passes and steps of the steady recipe, one seed": with_one_seed(passes),
+            "The steady recipe elsewhere, one seed": with_one_seed(elsewhere),
+            "The paper's recipe and one thing more, one seed": with_one_seed(mended)}
 
 
 def trained_curves(work, compared):

@@ -16,6 +16,7 @@ import torch
 import common
 import data
 from common import InputError
+from formats import metadata
 from formats.video import from_pixels, read_clip, read_video, to_pixels, write_video
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,14 +143,14 @@ def test_aliases_and_labels(tmp_path):
              '{"file_name": "d.mp4", "prompt": "vier ä"}',
              '{"file_name": "e.mp4", "prompt": "five", "label": false}']
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    rows = data.read_metadata(tmp_path)
+    rows = metadata.read_metadata(tmp_path)
     assert [r["label"] for r in rows] == [1, 0, None, None, 0]
     assert rows[1] == {"file_name": "b.mp4", "prompt": "two", "label": 0} and rows[3]["prompt"] == "vier ä"
     table = tmp_path / "table"
     table.mkdir()
     text = '\ufeffvideo,caption,reward\na.mp4,"one, and",1\nb.mp4,two,\nc.mp4,three,0.0\n'
     (table / "metadata.csv").write_text(text, encoding="utf-8")
-    assert data.read_metadata(table) == [{"file_name": "a.mp4", "prompt": "one, and", "label": 1},
+    assert metadata.read_metadata(table) == [{"file_name": "a.mp4", "prompt": "one, and", "label": 1},
                                          {"file_name": "b.mp4", "prompt": "two", "label": None},
                                          {"file_name": "c.mp4", "prompt": "three", "label": 0}]
 
@@ -163,19 +164,19 @@ def test_aliases_and_labels(tmp_path):
 def test_unusable_rows_are_named(tmp_path, line, wanted):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "ok.mp4", "prompt": "x"}\n' + line + "\n")
     with pytest.raises(InputError) as error:
-        data.read_metadata(tmp_path)
+        metadata.read_metadata(tmp_path)
     message = str(error.value)
     assert wanted in message and "metadata.jsonl" in message and "\n" not in message
 
 
 def test_missing_metadata(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
-        data.read_metadata(tmp_path / "nowhere")
+        metadata.read_metadata(tmp_path / "nowhere")
     with pytest.raises(InputError, match="no metadata.jsonl or metadata.csv in it"):
-        data.read_metadata(tmp_path)
+        metadata.read_metadata(tmp_path)
     (tmp_path / "metadata.jsonl").write_text("")
     with pytest.raises(InputError, match="has no rows"):
-        data.read_metadata(tmp_path)
+        metadata.read_metadata(tmp_path)
 
 
 # ---- shards
@@ -540,7 +541,7 @@ def test_the_command_line_as_a_process(tmp_path):
         return done.returncode, done.stdout, [x for x in done.stderr.splitlines() if x.startswith("error")]
 
     assert run("clips", "--count", "6", "--kind", "clean")[0] == 0
-    rows = data.read_metadata(tmp_path / "clips")
+    rows = metadata.read_metadata(tmp_path / "clips")
     assert len(rows) == 6 and all(row["label"] == 1 and row["prompt"] for row in rows)
     code, out, _ = run("check", "clips")
     assert code == 0 and "6 of 6 clips usable: 6 good" in out

@@ -14,6 +14,7 @@ import data
 import evaluate
 import sample
 import validation
+from formats import metadata
 from formats.video import read_video
 from formats.weights import SHIPPED
 from pavrm import load_pavrm
@@ -48,7 +49,7 @@ def test_prompts_of_ones_own(tmp_path, capsys):
     assert "qualified" not in (tmp_path / "out/table.md").read_text()
     values = json.loads((tmp_path / "out/per_video.json").read_text())
     for name in "ab":
-        rows = data.read_metadata(tmp_path / "out" / name)
+        rows = metadata.read_metadata(tmp_path / "out" / name)
         assert [row["prompt"] for row in rows] == ["a red circle moving up", "a blue square moving down",
                                                    "a big cat"]
         films = torch.stack([read_video(tmp_path / "out" / name / row["file_name"]) for row in rows])
@@ -76,7 +77,7 @@ def test_clips_are_scored_worst_first(tmp_path, capsys):
         "--mixed_precision", "no")
     rows = [json.loads(line) for line in (tmp_path / "out/scores.jsonl").read_text().splitlines()]
     assert len(rows) == 96 and [row["good"] for row in rows] == sorted(row["good"] for row in rows)
-    labels = {row["file_name"]: row["label"] for row in data.read_metadata(tmp_path / "clips")}
+    labels = {row["file_name"]: row["label"] for row in metadata.read_metadata(tmp_path / "clips")}
     assert {row["file_name"]: row["label"] for row in rows} == labels
     good, bad = ([row["good"] for row in rows if row["label"] == label] for label in (1, 0))
     assert np.mean(good) > np.mean(bad) + 0.1

@@ -21,10 +21,9 @@ import numpy as np
 import pytest
 
 import common
-import data
 import label
 from common import InputError
-from formats import labels
+from formats import labels, metadata
 from formats.video import write_video
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -331,7 +330,7 @@ def test_export_changes_labels_and_nothing_else(folder, capsys):
         folder / "metadata.jsonl.tmp").exists()
     out = capsys.readouterr().out
     assert "1 good, 1 bad, 1 dropped, 1 without answers left" in out and "1 answered clips are not" in out
-    assert [row["label"] for row in data.read_metadata(folder)] == [1, None, 0, 1]
+    assert [row["label"] for row in metadata.read_metadata(folder)] == [1, None, 0, 1]
     (folder / "metadata.jsonl").unlink()
     (folder / "metadata.csv").write_text('file_name,prompt,extra\n0.mp4,"a, b",x\n1.mp4,c,y\n3.mp4,d,z\n')
     label.export_command(label.Said(folder=str(folder)))

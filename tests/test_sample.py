@@ -13,10 +13,9 @@ import torch
 from tiny import DRIVER, ENV, ROOT
 
 import common
-import data
 import sample
 from common import InputError
-from formats import encoders, lock, samples
+from formats import encoders, lock, metadata, samples
 from formats.prompts import read_prompts
 from formats.video import read_video, write_png
 from formats.weights import SHIPPED
@@ -49,7 +48,7 @@ def files(folder):
 
 
 def test_many_prompts_are_mp4s_and_metadata(made, tmp_path):
-    rows = data.read_metadata(made / "one")
+    rows = metadata.read_metadata(made / "one")
     assert [row["prompt"] for row in rows] == PROMPTS and {row["label"] for row in rows} == {None}
     films = torch.stack([read_video(made / "one" / row["file_name"]) for row in rows])
     assert films.shape == (7, 9, 32, 32, 3)

@@ -1,12 +1,43 @@
 """Tiny random instances of Wan's own classes, saved to disk as its pipeline folders are. Needs
 requirements-wan.txt."""
+import json
+
 import diffusers
+import numpy as np
 import torch
 import transformers
+
+import common
+import data
+from formats import video, wan
+from model import export_transformer, load_transformer
 
 WORDS = "a red circle moves to the right blue square falls &".split()
 TINY = dict(num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16, text_dim=20,
             freq_dim=16, ffn_dim=32, num_layers=2)
+
+SHORT = ["--mixed_precision", "no", "--batch_size", "2", "--max_train_steps", "2"]
+
+
+def run(module, *argv, command=None):
+    function, Config = data.COMMANDS[command] if command else (module.main, module.Config)
+    common.cli(function, Config, "", [str(a) for a in argv])
+
+
+def export(*args, **more):
+    wan.export(wan.Export(*args, **more), load_transformer, export_transformer)
+
+
+def write_clips(folder, width, height, frames):
+    """A film of width x height at 24 per second for each number of frames, with labels -> folder"""
+    rows = []
+    for i, count in enumerate(frames):
+        level = np.linspace(40, 200, width)[None, None, :, None] * np.ones((count, height, 1, 3))
+        level[:, 8:20, 4 + 4 * i:20 + 4 * i] = 230
+        video.write_video(folder / f"{i}.mp4", level.astype(np.uint8), fps=24)
+        rows.append({"file_name": f"{i}.mp4", "prompt": " ".join(WORDS[:i + 1]), "label": i % 2})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
 
 
 def tokenizer():

@@ -194,13 +194,3 @@ def annotate(videos, prompts):
 
 
 PANEL = ("speed", "dynamic", "brightness", "saturation", "adherent")
-
-
-def summary(annotations):
-    """Means over clips of what `annotate` returns: the qualified rate, the share that each axis passes, and
-    PANEL."""
-    values = {"qualified": annotations["qualified"], "physical_qualified": annotations["physical"] == 2,
-              "deformity_qualified": annotations["deformity"] == 2}
-    for name in PANEL:
-        values[name] = annotations[name]
-    return {name: value.float().mean().item() for name, value in values.items()}

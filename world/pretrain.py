@@ -158,7 +158,7 @@ def train(config, modules, optimizers, loss_fn, validate, folders):
     """The training loop of every stage. Returns the averaged modules {name: module}.
 
     modules: {name: module} to train. optimizers: AdamW and, if there is a second one, Muon. loss_fn(step) ->
-    {"loss": the loss, other scalars to log}. validate(averaged modules, step) -> {metric: value}. folders:
+    {"loss": the loss, other scalars to log}. validate(averaged modules) -> {metric: value}. folders:
     the names of the modules that checkpoints also hold as folders of weights. Raises InputError if --resume
     names a checkpoint of another stage.
     """
@@ -205,7 +205,7 @@ def train(config, modules, optimizers, loss_fn, validate, folders):
         done = step + 1
         metrics = {}
         if done % config.validation_steps == 0 or done == config.max_train_steps:
-            metrics = validate(averaged, done)
+            metrics = validate(averaged)
         if done % 50 == 0 or metrics:
             now = time.perf_counter()
             log.log(done, **losses, **metrics, grad_norm=norm, learning_rate_factor=factor,
@@ -266,7 +266,7 @@ def train_vae(config, runtime):
         return {"loss": 10 * mse + weight * kl, "mse": mse.detach(), "kl": kl.detach()}
 
     @torch.no_grad()
-    def validate(averaged, step):
+    def validate(averaged):
         mean, _ = averaged["vae"].posterior(from_pixels(clean.to(runtime.device)))
         annotations = annotator.annotate(to_pixels(averaged["vae"].decode_raw(mean)).cpu(), clean_prompts)
         metrics = {"clean_pass": annotations["qualified"].float().mean().item()}
@@ -312,7 +312,7 @@ def train_text(config, runtime):
         return {"loss": F.binary_cross_entropy_with_logits(logits, present(batch).to(runtime.device))}
 
     @torch.no_grad()
-    def validate(averaged, step):
+    def validate(averaged):
         logits = averaged["head"](averaged["text_encoder"].encode(held_out).flatten(1)).cpu()
         right = ((logits > 0) == (present(held_out) > 0)).all(1)                                # every word
         return {"held_out_sentences_right": right.float().mean().item()}
@@ -419,7 +419,7 @@ def train_dit(config, runtime):
         return {"loss": flow.flow_matching_loss(v, x0, x1)}
 
     @torch.no_grad()
-    def validate(averaged, step):
+    def validate(averaged):
         y = None
         with runtime.autocast():
             context = text.encode(held_out_prompts).float()

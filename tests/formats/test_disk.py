@@ -106,7 +106,7 @@ def test_samples_go_on_when_there_is_room_again(tmp_path, capsys):
         assert ".mp4" in failed(capsys, sample.main, sample.Config, *argv)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {lock.NAME, "sample.json"}
     common.cli(sample.main, sample.Config, "", [str(x) for x in argv])
-    assert len(data.read_metadata(tmp_path / "out")) == 2 and len(
+    assert len(metadata.read_metadata(tmp_path / "out")) == 2 and len(
         video.read_video(tmp_path / "out/000001.mp4")) == 9
 
 

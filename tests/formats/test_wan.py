@@ -23,15 +23,14 @@ from common import InputError
 from families import load_text_encoder, load_vae
 from formats import encoders, video, wan
 from formats.weights import save_module
-from model import export_transformer, image_inputs, load_transformer
+from model import image_inputs, load_transformer
 from pavrm import PAVRM
 
 diffusers = pytest.importorskip("diffusers", reason="needs requirements-wan.txt")
 pytest.importorskip("transformers", reason="needs requirements-wan.txt")
-from tiny_wan import WORDS, write_pipelines  # noqa: E402   it imports both
+from tiny_wan import SHORT, WORDS, export, run, write_clips, write_pipelines  # noqa: E402   it imports both
 
 FLAGS = ["--size", "48*32", "--frames", "9", "--fps", "16"]
-SHORT = ["--mixed_precision", "no", "--batch_size", "2", "--max_train_steps", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -42,24 +41,7 @@ def pipelines(tmp_path_factory):
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
     """Eight films of 64x48 at 24 per second and one too short, with labels."""
-    folder = tmp_path_factory.mktemp("clips")
-    rows = []
-    for i in range(9):
-        level = np.linspace(40, 200, 64)[None, None, :, None] * np.ones((16 if i < 8 else 6, 48, 1, 3))
-        level[:, 8:20, 4 + 4 * i:20 + 4 * i] = 230
-        video.write_video(folder / f"{i}.mp4", level.astype(np.uint8), fps=24)
-        rows.append({"file_name": f"{i}.mp4", "prompt": " ".join(WORDS[:i + 1]), "label": i % 2})
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def run(module, *argv, command=None):
-    function, Config = data.COMMANDS[command] if command else (module.main, module.Config)
-    common.cli(function, Config, "", [str(a) for a in argv])
-
-
-def export(*args, **more):
-    wan.export(wan.Export(*args, **more), load_transformer, export_transformer)
+    return write_clips(tmp_path_factory.mktemp("clips"), 64, 48, [16] * 8 + [6])
 
 
 def encode(clips, out, pipeline, *more):

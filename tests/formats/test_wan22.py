@@ -16,17 +16,16 @@ import train_align
 import train_reward
 from common import InputError
 from families import load_vae, of_config
-from formats import encoders, video, wan
+from formats import encoders, video
 from formats.metadata import read_metadata
 from formats.weights import TI2V_CHANNELS, transformer_folder
-from model import export_transformer, image_inputs, load_transformer
+from model import image_inputs, load_transformer
 
 diffusers = pytest.importorskip("diffusers", reason="needs requirements-wan.txt")
 pytest.importorskip("transformers", reason="needs requirements-wan.txt")
-from tiny_wan import WORDS, write_ti2v  # noqa: E402   it imports both
+from tiny_wan import SHORT, export, run, write_clips, write_ti2v  # noqa: E402   it imports both
 
 FLAGS = ["--size", "96*64", "--frames", "9", "--fps", "24"]
-SHORT = ["--mixed_precision", "no", "--batch_size", "2", "--max_train_steps", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +36,7 @@ def pipeline(tmp_path_factory):
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
     """Eight films of 96x64 with labels."""
-    folder = tmp_path_factory.mktemp("clips")
-    rows = []
-    for i in range(8):
-        level = np.linspace(40, 200, 96)[None, None, :, None] * np.ones((9, 64, 1, 3))
-        level[:, 8:20, 4 + 4 * i:20 + 4 * i] = 230
-        video.write_video(folder / f"{i}.mp4", level.astype(np.uint8), fps=24)
-        rows.append({"file_name": f"{i}.mp4", "prompt": " ".join(WORDS[:i + 1]), "label": i % 2})
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    return write_clips(tmp_path_factory.mktemp("clips"), 96, 64, [9] * 8)
 
 
 @pytest.fixture(scope="module")
@@ -61,15 +52,6 @@ def encoded(clips, pipeline, tmp_path_factory):
     out = tmp_path_factory.mktemp("encoded") / "data"
     run(data, clips, "--out", out, "--model", pipeline, *FLAGS, command="encode")
     return out
-
-
-def run(module, *argv, command=None):
-    function, Config = data.COMMANDS[command] if command else (module.main, module.Config)
-    common.cli(function, Config, "", [str(a) for a in argv])
-
-
-def export(*args, **more):
-    wan.export(wan.Export(*args, **more), load_transformer, export_transformer)
 
 
 def refused(capsys, module, *argv, command=None):

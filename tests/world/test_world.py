@@ -227,9 +227,6 @@ def test_the_panel_sees_what_hacking_changes(clean):
     grey = videos[:50].float().mean(-1, keepdim=True).to(torch.uint8).expand(-1, -1, -1, -1, 3)
     grey = annotator.annotate(grey, prompts[:50])
     assert grey["saturation"].max() < 1e-6 < annotations["saturation"].min()
-    means = annotator.summary(annotations)
-    assert means["qualified"] == rate(annotations["qualified"])
-    assert means["speed"] == rate(annotations["speed"])
 
 
 def test_a_clip_is_graded_alone(clean):
