@@ -370,6 +370,11 @@ def from_diffusers_config(theirs):
                          text_len=theirs.get("_text_len", 512), image_dim=theirs.get("image_dim"))
 
 
+# What official folders always say. They leave out the patch size and the width of a text token, for example.
+WAN_KEYS = ("model_type", "dim", "ffn_dim", "freq_dim", "in_dim", "out_dim", "num_heads", "num_layers",
+            "text_len")
+
+
 def from_wan_config(theirs, path):
     """A config.json in Wan's words, ours or official; the official one leaves image_dim to the weights."""
     if not (theirs.get("qk_norm", True) and theirs.get("cross_attn_norm", True)) \
@@ -429,6 +434,9 @@ def transformer_folder(path, task=None):
         else:
             config, rename, ignored = from_wan_config(theirs, path), str, ()
         require_known_channels(config)
+        missing = [key for key in WAN_KEYS if key not in config]
+        if missing:
+            raise InputError(f"{', '.join(missing)} is missing, which every generator has")
         if task and does_both(config):
             config["model_type"] = task
         return path, config, rename, ignored

@@ -15,7 +15,14 @@ import sample
 import train_align
 import train_reward
 from common import InputError
-from formats.weights import SHIPPED, require_known, resolve_model, transformer_folder
+from formats.weights import (
+    SHIPPED,
+    WAN_KEYS,
+    read_config,
+    require_known,
+    resolve_model,
+    transformer_folder,
+)
 from model import PRESETS, load_transformer
 
 pytestmark = pytest.mark.usefixtures("cpu")
@@ -252,6 +259,17 @@ def test_every_command_refuses_it_in_one_line(tmp_path, capsys, kind, command):
     assert end.value.code == 2 and len(lines) == 1
     assert "not supported" in lines[0] and str(tmp_path / "model") in lines[0]
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("key", WAN_KEYS)
+def test_a_config_that_lacks_what_all_have(tmp_path, key):
+    """The table of families reads a config before a model is made from it."""
+    config = read_config(SHIPPED["t2v"] / "transformer")
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer/config.json").write_text(
+        json.dumps({name: value for name, value in config.items() if name != key}))
+    with pytest.raises(InputError, match=f"config.json: {key} is missing"):
+        train_reward.resolve(train_reward.Config(model=str(tmp_path)))
 
 
 def test_the_vae_of_another_family(tmp_path):
