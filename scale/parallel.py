@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -33,7 +32,7 @@ import common
 from common import InputError, arg
 from formats import runs
 from formats.weights import read_config
-from scale import sequence
+from scale import groups, sequence
 
 KINDS = ("ddp", "fsdp")
 OFFLOADED_FROM = 2 ** 22  # elements; smaller tensors are not worth moving
@@ -108,10 +107,7 @@ def apply_fsdp(model, dit, runtime, fsdp_group_size):
     whole."""
     # PAVRM's logits are a view; no caller writes into them
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-    mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
-    if fsdp_group_size:
-        mesh = init_device_mesh(runtime.device.type, (runtime.world_size // fsdp_group_size, fsdp_group_size),
-                                mesh_dim_names=("replicate", "shard"))
+    mesh = groups.mesh(dist.group.WORLD, runtime.device.type, fsdp_group_size)
     # inputs are not cast: the residual stream stays float32, and the model casts where it multiplies
     half = MixedPrecisionPolicy(runtime.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in dit.blocks:

@@ -26,7 +26,7 @@ import model
 import prfl
 from common import Runtime
 from pavrm import PAVRM
-from scale import lora, parallel, sequence
+from scale import groups, lora, parallel
 
 
 def gpu_attend(q, k, v, sequence=None):
@@ -105,7 +105,7 @@ def simulate(config, c, grid):
     finally:
         model.attend = attend
         model.rope_table.cache_clear()
-        sequence.group_of.cache_clear()
+        groups.forget()
         if world > 1:
             dist.destroy_process_group()
 
