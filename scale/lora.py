@@ -7,6 +7,7 @@ files. `merge` gives plain weights again.
 Axes: d model width, r rank.
 """
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -132,6 +133,9 @@ def export(dit, path, alpha=None, kind="merged"):
     any, beside it; kind "lora": the adapters alone -> what a reader looks for. Every rank must call it; rank
     0 writes."""
     state = dit.state_dict()
+    for name, p in state.items():
+        if p.dtype != torch.float32:  # frozen, and cast to train with: an export has it as the base has it
+            state[name] = Later(p.shape, torch.float32, partial(dit.weight_files.tensor, name))
     adapters = scaled(state, alpha)
     save(adapters, path.parent)
     if kind == "merged":

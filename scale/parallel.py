@@ -32,10 +32,9 @@ import common
 from common import InputError, arg
 from formats import runs
 from formats.weights import read_config
-from scale import groups, sequence
+from scale import groups, offload, sequence
 
 KINDS = ("ddp", "fsdp")
-OFFLOADED_FROM = 2 ** 22  # elements; smaller tensors are not worth moving
 PIECES = "sharded_state"  # of torch.distributed.checkpoint, inside a checkpoint folder of fsdp
 
 
@@ -92,9 +91,11 @@ def lay_out(model, runtime, flags):
     check(flags)
     dit = getattr(model, "trunk", model)
     sequence.spread(dit, runtime)
+    if runtime.device.type != "cpu":
+        cast_matrices(dit, runtime.dtype)
     dit.gradient_checkpointing = flags.gradient_checkpointing
     if flags.offload_activations:
-        offload(dit)
+        offload.offload(dit)
     if flags.compile:
         for block in dit.blocks:
             block.compile()
@@ -118,6 +119,15 @@ def apply_fsdp(model, dit, runtime, fsdp_group_size):
                 mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
 
 
+def whole(model, dtype):
+    """Gives a VideoDiT or a PAVRM from load_transformer or load_pavrm(load_now=False), frozen, its weights on
+    the CPU, to sample with -> model. They are cast (cast_matrices) while they are read, so that a process
+    never holds a float32 copy of a generator that it uses in bfloat16."""
+    cast_matrices(getattr(model, "trunk", model), dtype)
+    fill(model, torch.device("cpu"))
+    return model
+
+
 @torch.no_grad()
 def fill(model, device):
     """Gives what is on meta memory on `device` and, one weight at a time, what the model's files hold of it:
@@ -129,8 +139,8 @@ def fill(model, device):
             mine, first = (p.to_local(), first_row(p)) if isinstance(p, DTensor) else (p, 0)
             if len(mine):
                 mine.copy_(model.weight_files.rows(name, first, first + len(mine)))
-    if waiting:
-        model.weight_files = None                                     # closes the files
+    if waiting and all(p.dtype == torch.float32 for p in model.parameters()):
+        model.weight_files = None       # closes the files; what was cast is read again where it is exported
 
 
 def first_row(p):
@@ -152,38 +162,15 @@ def work_of_rank(work, runtime, kind):
     return [(item, counts and place == 0) for item, counts in common.equal_turns(mine, count, spare)]
 
 
-def offload(dit):
-    """Block inputs that wait for the backward pass of a VideoDiT do so in pinned host memory.
-
-    Under checkpointing they are all that the blocks keep; smaller tensors, such as the prompt's, stay where
-    they are.
-    """
-    run_blocks = dit.run_blocks
-
-    def pack(x):
-        if x.numel() < OFFLOADED_FROM or x.is_complex():        # RoPE's table is one for all blocks
-            return x
-        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
-        return x.device, host.copy_(x, non_blocking=True)       # what comes back waits in the same stream
-
-    def unpack(kept):
-        return kept if isinstance(kept, torch.Tensor) else kept[1].to(kept[0], non_blocking=True)
-
-    def run_offloaded(*args):
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            return run_blocks(*args)
-
-    dit.run_blocks = run_offloaded
-
-
 def cast_matrices(dit, dtype):
-    """Stores the matrices of a VideoDiT's blocks in the dtype of autocast and the rest in float32, in place,
-    to sample with -> dit. Autocast would cast the same matrices at each call: results are the same, in half
-    the memory."""
+    """Stores the frozen matrices of a VideoDiT's blocks in the dtype of autocast, in place -> dit. The rest
+    is float32. Autocast would cast the same matrices at each call: results are the same, in half the memory.
+    (In training only off the CPU: a block that casts its input once adds up the gradients of q, k and v in
+    that dtype, which would change the last bits of what a CPU has trained.)"""
     matrices = set()
     for layer in dit.blocks.modules():
         weight = getattr(layer, "weight", None)
-        if weight is not None and weight.dim() == 2:  # of a linear layer, perhaps with adapters beside it
+        if weight is not None and weight.dim() == 2 and not weight.requires_grad:   # of a linear layer
             matrices |= {weight, layer.bias}
     for p in dit.parameters():  # one at a time: never all of a half-precision model in float32
         p.data = p.data.to(dtype if p in matrices else torch.float32)

@@ -11,6 +11,9 @@ AdamW moments of the trained model, bf16 autocast, what the backward pass keeps 
 layer, the reward model and the decoder. It does not count the CUDA context (about 1 GB) and the allocator's
 unused pieces (up to a tenth). GB is 1e9 bytes.
 
+Frozen weights (the reward model, the base of adapters, a generator that samples) are float32 but for the
+matrices of their blocks, which are bf16.
+
 The numbers come from functions of plain integers, and only the `report` functions print. Under --parallel
 fsdp weights, gradients and moments are split into --gpus parts, and a block is gathered before its use. The
 text encoder and the VAE's encoder work once, when clips are encoded, so they cost an update nothing.
@@ -174,6 +177,13 @@ def reward_parameters(c, depth):
     return trunk + (d + 2 * d * d) + 2 * (d * d + d) + d + 1
 
 
+def matrix_parameters(c):
+    """Parameters of the matrices of one block, and of their biases: what is bf16 where it is frozen
+    (parallel.cast_matrices)."""
+    d, F, image = c["dim"], c["ffn_dim"], bool(c.get("image_dim"))
+    return (10 if image else 8) * d * d + 2 * d * F + (11 if image else 9) * d + F
+
+
 def lora_parameters(c, rank):
     """Adapters d x rank and rank x d on q, k, v, o of both attentions of every block."""
     return c["num_layers"] * 8 * 2 * rank * c["dim"]
@@ -333,12 +343,19 @@ def costs(config, c):
                groups=world // ranks)
 
     # bytes that stay
-    one["weights"] = 4 * (reward if stage1 else count["total"] + lora) / parts
+    # frozen: the matrices of the blocks in bf16
+    frozen_policy = 4 * count["total"] - 2 * c["num_layers"] * matrix_parameters(c)
+    frozen_reward = 4 * reward - 2 * K * matrix_parameters(c)
+    one["weights"] = 4 * (reward if stage1 else count["total"]) / parts
+    if lora or sampling:
+        one["weights"] = (frozen_policy + 4 * lora) / parts
     one["optimizer"] = 8 * trained / parts
     one["gradients"] = 4 * trained / parts
-    one["reward_weights"] = 2 * reward if refl else 0 if stage1 else 4 * reward / parts
+    one["reward_weights"] = 2 * reward if refl else 0 if stage1 or not reward else frozen_reward / parts
     one["decoder_weights"] = (2 * refl + 4 * sampling) * vae.decoder_parameters
     one["static"] = sum(one[k] for k in ("weights", "optimizer", "reward_weights", "decoder_weights"))
+    if sampling:                                # the decoder comes when the generator, if it is whole, goes
+        one["static"] = fsdp * one["weights"]
     # bytes of the backward pass
     how = "lora" if lora else "all"
     edge = 4 * b * m * d                                                        # a block's input
@@ -350,6 +367,8 @@ def costs(config, c):
     copy = 2 * ((10 if c.get("image_dim") else 8) * d * d + 2 * d * c["ffn_dim"])
     # embeddings and head, in fp32
     ends = 4 * (reward - K * count["block"] if stage1 else count["total"] - count["blocks"])
+    copy_trained = 0 if lora and not fsdp else copy             # autocast has none of what is bf16 already
+    copy_frozen = fsdp * copy
     # next block; whole gradients of this one
     gathered = copy + 4 * count["block"] * (not lora) + ends if fsdp else 0
     # the same of the reward model, frozen
@@ -364,26 +383,28 @@ def costs(config, c):
         layers = lambda count, each, copy: (                                    # what `count` blocks keep
             min(count, here) * edge + each - edge + copy if checkpointing else
             count * (each + (0 if fsdp else copy)) + fsdp * copy)
-        waiting = min(L, here) * edge if checkpointing else layers(L, block, copy)
-        moments = {"generator": layers(L, block, copy) + passing + gathered,
-                   "gradients": one["gradients"] - not_yet + block + copy + passing + gathered,
+        waiting = min(L, here) * edge if checkpointing else layers(L, block, copy_trained)
+        moments = {"generator": layers(L, block, copy_trained) + passing + gathered,
+                   "gradients": one["gradients"] - not_yet + block + copy_trained + passing + gathered,
                    "optimizer": one["gradients"] + 4 * trained / parts}
         if prfl:  # behind the generator's head (3 edges) and under the reward's pooling
-            rewarded = min(K, here) * edge if checkpointing else layers(K, frozen, copy)
+            rewarded = min(K, here) * edge if checkpointing else layers(K, frozen, copy_frozen)
             if ranks > 1:  # tokens of all ranks, two gradients of them and the sum of these
                 moments["pooling"] = waiting + 3 * edge + rewarded + 4 * pooled
-            moments["reward"] = waiting + 6 * edge + hidden + layers(K, frozen, copy) + rewarding
+            moments["reward"] = waiting + 6 * edge + hidden + layers(K, frozen, copy_frozen) + rewarding
         if refl:
             moments["decoder"] = waiting + 3 * edge + one["decoder"]["kept"] + one["decoder"]["passing"]
-        # attention's tensors in a forward pass, its bf16 copies; then pixels, twice, and a last stage
+        # attention's tensors in a forward pass; then pixels, twice, and a last stage
         if sampling:
-            moments = {"generator": 25 * b * m * d + copy, "decoder": decoding(f, h, w, vae) * b}
+            at_work = fsdp * (copy + ends) or one["weights"]
+            moments = {"generator": at_work + 28 * b * m * d,
+                       "decoder": one["decoder_weights"] + decoding(f, h, w, vae) * b}
         worst = max(moments, key=moments.get)
         one["with" if checkpointing else "without"] = dict(
             waiting=waiting, moments=moments, worst=worst, peak=one["static"] + moments[worst])
     one |= dict(edge=edge, block=block, block_parts=block_bytes(c, m, how, b), frozen=frozen, hidden=hidden,
                 pooled=pooled,
-                passing=passing, copy=copy, gathered=gathered, rewarding=rewarding)
+                passing=passing, copy=copy, copy_trained=copy_trained, gathered=gathered, rewarding=rewarding)
 
     # FLOPs
     forward, reward_forward = forward_flops(c, n, L, b,
@@ -531,6 +552,10 @@ def report(config, c):
     if ranks > 1:
         line("of one GPU, m", f"{one['m']:,}", f"n / {ranks}, rounded up")
     line("a block", big(count["block"]), f"{10 if image else 8} d^2 + 2 d F + {24 if image else 21} d + F")
+    if lora or sampling or prfl or rwr:
+        line("its matrices, M", big(matrix_parameters(c)),
+             f"{10 if image else 8} d^2 + 2 d F + {11 if image else 9} d + F, with their biases: bf16 where "
+             "they are frozen")
     line("generator P", big(count["total"]), f"L x {big(count['block'])} + "
          f"{big(count['total'] - count['blocks'])} (embeddings, head{', image' if image else ''})")
     if prfl or rwr or stage1:
@@ -546,10 +571,11 @@ def report(config, c):
          if lora else "all of R but the embeddings" if stage1 else "all of P")
 
     print("\nbytes on each GPU that stay")
-    row("weights", one["weights"], f"4 (P + T){cut}" if lora else f"4 R{cut}" if stage1 else f"4 T{cut}")
+    row("weights", one["weights"], f"(4 P - 2 L M + 4 T){cut}" if lora else f"4 R{cut}" if stage1 else
+        f"4 T{cut}")
     row("AdamW's two moments", one["optimizer"], f"8 T{cut}")
     if prfl or rwr:
-        row("reward model", one["reward_weights"], f"4 R{cut}")
+        row("reward model", one["reward_weights"], f"(4 R - 2 K M){cut}")
     if refl:
         row("pixel reward, decoder", one["reward_weights"] + one["decoder_weights"], "2 R + 2 D")
     row("together", one["static"], "")
@@ -592,24 +618,26 @@ def report(config, c):
     for key in ("with", "without"):
         found, kept = one[key], key == "without"
         print(f"\npeak {key} checkpointing: what stays + the largest of")
-        copies = " + copy" if parts > 1 else f" + {L_} copies"
+        copy = " + copy" * (one["copy_trained"] > 0)
+        copies = " + copy" if parts > 1 else f" + {L_} copies" * (one["copy_trained"] > 0)
         L_in, K_in = ("2", "2") if config.offload_activations else (L_, "K")
         before = lambda count: "1" if count == "2" else f"({count} - 1)"
         waiting = f"{L_} ({gb(one['block'])})" + copies if kept else f"{L_in} x {gb(one['edge'])}"
-        rewarding = f"K x {gb(one['frozen'])}" + (" + copy" if parts > 1 else " + K copies") if kept else \
-            f"{before(K_in)} x {gb(one['edge'])} + {gb(one['frozen'])} + copy"
+        rewarding = f"K x {gb(one['frozen'])}" if kept else \
+            f"{before(K_in)} x {gb(one['edge'])} + {gb(one['frozen'])}"
+        in_pieces = " + copy" * (parts > 1)
         formulas = {
             "pooling": f"{waiting} + 3 x {gb(one['edge'])} + {'K' if kept else K_in} x "
-                       f"{gb(one['frozen' if kept else 'edge'])}"
-            f"{' + copy' * kept} + 4 x {gb(one['pooled'])} (tokens, two gradients, their sum)",
-            "reward": f"{waiting} + 6 x {gb(one['edge'])} + {gb(one['hidden'])} + {rewarding}{fsdp_reward}",
+                       f"{gb(one['frozen' if kept else 'edge'])}{in_pieces * kept} + 4 x {gb(one['pooled'])} "
+                       "(tokens, two gradients, their sum)",
+            "reward": f"{waiting} + 6 x {gb(one['edge'])} + {gb(one['hidden'])} + {rewarding}{in_pieces}"
+                      f"{fsdp_reward}",
             "decoder": f"{waiting} + 3 x {gb(one['edge'])} + decoder" if refl else "",
-            "generator": (waiting if kept else f"{before(L_in)} x {gb(one['edge'])} + {gb(one['block'])} + "
-                                               "copy")
-            + f" + passing{fsdp_own}",
-            "gradients": f"gradients, but the first block's and the embeddings' + {gb(one['block'])} + copy "
-                         "+ passing"
-            + fsdp_own,
+            "generator": (waiting if kept else
+                          f"{before(L_in)} x {gb(one['edge'])} + {gb(one['block'])}{copy}")
+                         + f" + passing{fsdp_own}",
+            "gradients": f"gradients, but the first block's and the embeddings' + {gb(one['block'])}{copy} "
+                         f"+ passing{fsdp_own}",
             "optimizer": f"gradients + 4 T{cut} (square roots)"}
         for name in ("pooling", "reward", "decoder", "generator", "gradients", "optimizer"):
             if name in found["moments"]:
@@ -666,14 +694,18 @@ def verdict(config, one, found):
 
 
 def report_sampling(config, c, one, line, row, work):
-    """What sample.py takes: memory of generator and decoder, not of the text encoder, which can be gone by
-    then."""
+    """What sample.py takes: memory of the generator, then of the decoder; text encoder and, unless it is in
+    pieces, generator are gone when the next one comes."""
     print("\nbytes on each GPU")
-    row("together", one["static"], "4 P + 4 D: weights of generator and decoder "
-                                   f"({vae_of(c).decoder_parameters / 1e6:.0f} M)")
-    row("generator's forward", one["with"]["moments"]["generator"], "25 b n d + a block's bf16 copy")
+    pieces, n = one["parts"] > 1, "m" if config.sequence_parallel > 1 else "n"
+    row("weights", one["weights"], f"(4 P - 2 L M) / {one['parts']}" if pieces else "4 P - 2 L M")
+    row("together", one["static"], "these stay" if pieces else "nothing: the generator goes before the "
+        "decoder comes")
+    row("generator's forward", one["with"]["moments"]["generator"],
+        ("a block's bf16 copy, embeddings and head" if pieces else "weights") + f" + 28 b {n} d")
     row("decoder's forward", one["with"]["moments"]["decoder"],
-        "pixels twice, two frames a convolution, a stage of four")
+        f"4 D ({vae_of(c).decoder_parameters / 1e6:.0f} M), pixels twice, two frames a convolution, a stage "
+        "of four")
     row("PEAK", one["with"]["peak"], verdict(config, one, one["with"]))
     print("\nFLOPs of one GPU")
     work("all steps", one["iteration_flops"], f"N = {config.num_inference_steps} forward passes without "

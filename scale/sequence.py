@@ -29,8 +29,9 @@ from scale import groups
 try:
     from torch.distributed._functional_collectives import all_gather_single_autograd
 except ImportError:                                             # its name before torch 2.13
-    from torch.distributed._functional_collectives import all_gather_tensor_autograd as \
-        all_gather_single_autograd
+    from torch.distributed._functional_collectives import (
+        all_gather_tensor_autograd as all_gather_single_autograd,
+    )
 
 
 class Sequence:

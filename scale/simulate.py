@@ -99,6 +99,7 @@ def simulate(config, c, grid):
             pavrm = PAVRM(policy.config | {"num_layers": config.depth}).freeze()
         lora.add(policy, config.lora_rank)
         for one in (policy, pavrm):
+            parallel.cast_matrices(getattr(one, "trunk", one), runtime.dtype)               # as on a GPU
             parallel.lay_out(one, runtime, flags)
         with FakeTensorMode(allow_non_fake_inputs=True):         # the models on meta
             return iterate(config, c, grid, policy, pavrm, runtime)

@@ -222,11 +222,12 @@ def measure(config, c, runtime, paths, speed):
         pixel_reward.requires_grad_(False).eval()
     policy = load_transformer(paths[0], load_now=False).train()
     lora.add(policy, config.lora_rank, seed=config.seed)
-    parallel.shard(policy, runtime, config)
+    parallel.shard(parallel.cast_matrices(policy, runtime.dtype), runtime, config)          # as on a GPU
     models = [policy]
     if method == "prfl":
-        pavrm = parallel.shard(load_pavrm(paths[1], policy, load_now=False), runtime, config)
-        models.append(pavrm)
+        pavrm = load_pavrm(paths[1], policy, load_now=False)
+        parallel.cast_matrices(pavrm.trunk, runtime.dtype)
+        models.append(parallel.shard(pavrm, runtime, config))
     elif method == "refl":
         models += [pixel_reward, decoder.vae]
     trained = [p for p in policy.parameters() if p.requires_grad]

@@ -81,7 +81,6 @@ def compare(runtime, kind, image, checkpointing, rank, pooling, **more):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    parallel.OFFLOADED_FROM = 400  # the tokens of these models, not their prompts
     for ranks in (2, 4):
         runtime = common.setup("no", 0, ranks)
         for case in CASES if ranks == 4 or dist.get_world_size() == 2 else CASES[4:6] + OTHERS:

@@ -17,9 +17,9 @@ for _ in range(3):
     model = parallel.shard(generator(), runtime, flags)
     counts.append(len(dist.distributed_c10d._world.pg_map))
 near, across = groups.neighbours(dist.group.WORLD, 2)
-mesh = groups.mesh(dist.group.WORLD, "cpu", 2)
-used = [dist.group.WORLD, near, across, model.sequence(8).group,
-        groups.mesh(dist.group.WORLD, "cpu").get_group(), mesh.get_group("shard"), mesh.get_group("replicate")]
+every, mesh = (groups.mesh(dist.group.WORLD, "cpu", size) for size in (0, 2))
+used = [dist.group.WORLD, near, across, model.sequence(8).group, every.get_group(), mesh.get_group("shard"),
+        mesh.get_group("replicate")]
 seconds = [one._get_backend(torch.device("cpu")).options._timeout.total_seconds() for one in used]
 print(json.dumps({"rank": runtime.rank, "ranks": [dist.get_process_group_ranks(one) for one in used],
                   "seconds": seconds, "counts": counts}), flush=True)

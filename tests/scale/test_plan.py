@@ -215,6 +215,7 @@ def test_peak_of_live_tensors(width, layers, size, method, checkpointing):
         dit.gradient_checkpointing = checkpointing
         reward = pavrm.PAVRM(config | dict(num_layers=2)).freeze() if method == "prfl" else None
         if reward:
+            parallel.cast_matrices(reward.trunk, torch.bfloat16)
             reward.trunk.gradient_checkpointing = checkpointing
         optimizer = torch.optim.AdamW(dit.parameters(), foreach=True)         # as it is on a GPU
         for p in dit.parameters():
@@ -363,13 +364,12 @@ def test_sampling_beside_live_tensors():
     found = costs(config, method="sample", size="832*480")
     with FakeTensorMode(), torch.no_grad():
         with LiveBytes() as live:
-            dit = build(config, "none")
+            dit = parallel.cast_matrices(build(config, "none"), torch.bfloat16)
             args = inputs(config, (found["f"], found["h"], found["w"]))
             live.peak = live.now
             with torch.autocast("cpu", torch.bfloat16):
                 dit(**args)
-        planned = 4 * found["parameters"]["total"] + found["with"]["moments"]["generator"]
-        assert planned == pytest.approx(live.peak, rel=0.06)
+        assert found["with"]["moments"]["generator"] == pytest.approx(live.peak, rel=0.06)
         with LiveBytes() as live:
             vae = diffusers.AutoencoderKLWan()
             z, weights = torch.randn(1, 16, 5, 60, 104), live.now
