@@ -11,9 +11,10 @@ fsdp: every rank holds 1 / ranks of each weight, gradient and optimizer state, i
 What differs under fsdp: with bf16, a block's norms and modulation are bf16 too while it runs (autocast
 reads them in float32); and each forward call gathers, so all ranks must make the same ones.
 
-A checkpoint of either kind resumes under either kind, on any number of ranks: ddp's train_state.pt holds
-whole tensors, fsdp's sharded_state/ the ranks' pieces. (PyTorch unpickles sharded_state/.metadata: resume
-from what you wrote yourself.)
+A checkpoint of either kind resumes under either kind, on any number of ranks. Its weights are those of its
+transformer/ or reward/, of which each rank reads its rows; ddp's train_state.pt holds AdamW's moments as whole
+tensors, fsdp's sharded_state/ as the ranks' pieces. (PyTorch unpickles sharded_state/.metadata: resume from
+what you wrote yourself.)
 """
 import json
 import shutil
@@ -31,7 +32,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 import common
 from common import InputError, arg
 from formats import runs
-from formats.weights import read_config
+from formats.weights import WeightFiles, read_config
 from scale import groups, offload, sequence
 
 KINDS = ("ddp", "fsdp")
@@ -136,11 +137,16 @@ def fill(model, device):
     model._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x.to(device))
     for name, p in model.named_parameters():
         if name in waiting:
-            mine, first = (p.to_local(), first_row(p)) if isinstance(p, DTensor) else (p, 0)
-            if len(mine):
-                mine.copy_(model.weight_files.rows(name, first, first + len(mine)))
+            read_rows(p, model.weight_files, name)
     if waiting and all(p.dtype == torch.float32 for p in model.parameters()):
         model.weight_files = None       # closes the files; what was cast is read again where it is exported
+
+
+def read_rows(p, files, name):
+    """Fills a weight, or this rank's rows of it, from files."""
+    mine, first = (p.to_local(), first_row(p)) if isinstance(p, DTensor) else (p, 0)
+    if len(mine):
+        mine.copy_(files.rows(name, first, first + len(mine)))
 
 
 def first_row(p):
@@ -182,19 +188,22 @@ def trained(model):
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def named_state(model, optimizer):
-    """{name: weight, name/exp_avg: ...}: the tensors of the training state themselves, whole or pieces."""
+def moments(model, optimizer):
+    """{name/exp_avg: ...}: the tensors of AdamW's state themselves, whole or pieces."""
     name_of = {p: name for name, p in model.named_parameters()}
-    return trained(model) | {f"{name_of[p]}/{key}": x for p, values in optimizer.state.items()
-                             for key, x in values.items()}
+    return {f"{name_of[p]}/{key}": x for p, values in optimizer.state.items() for key, x in values.items()}
 
 
-def save_checkpoint(output_dir, step, folders, model, optimizer, config, keep=2):
+def save_checkpoint(output_dir, step, folders, model, optimizer, config, keep=2, with_weights=False):
     """runs.save_checkpoint of a model in training. Every rank must call it; under fsdp each writes its
-    pieces."""
-    state, folders = {}, dict(folders)
+    pieces. The weights that train are written once, to the folder that one of `folders` makes, in float32 and
+    as anybody reads them. with_weights: the state has them too, as that folder holds others, such as their
+    average. Adapters, which are merged there, are always in the state."""
+    state, folders, weights = {}, dict(folders), {}
+    if with_weights or any(".lora_" in name for name in trained(model)):
+        weights = trained(model)
     if not any(isinstance(p, DTensor) for p in model.parameters()):
-        state = {"model": trained(model), "optimizer": optimizer.state_dict()}
+        state = {"model": weights, "optimizer": optimizer.state_dict()}
     else:
         pieces = Path(output_dir) / f"{PIECES}.tmp"
         if common.rank() == 0:
@@ -202,7 +211,7 @@ def save_checkpoint(output_dir, step, folders, model, optimizer, config, keep=2)
         common.gather(None)                                     # a killed run's pieces are gone
         try:
             # formats/disk.py flushes the pieces, as it bears with disks that cannot
-            dcp.save(named_state(model, optimizer),
+            dcp.save(weights | moments(model, optimizer),
                      storage_writer=dcp.FileSystemWriter(pieces, sync_files=False))
         except dcp.api.CheckpointException as e:                # no Exception: what went wrong, rank by rank
             common.gather(None)                                 # nobody writes any more
@@ -228,8 +237,8 @@ def load_state(path, state, model, optimizer):
     for p in params:
         optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p),
                               "exp_avg_sq": torch.zeros_like(p)}
-    mine, pieces = named_state(model, optimizer), Path(path) / PIECES
-    saved, sizes = {}, {}
+    weights, pieces = trained(model), Path(path) / PIECES
+    mine, saved, sizes = weights | moments(model, optimizer), {}, {}
     if "model" in state:                                        # whole tensors; the optimizer numbers its own
         name_of = {p: name for name, p in model.named_parameters()}
         names = {i: name_of[p] for i, p in enumerate(params)}
@@ -242,16 +251,22 @@ def load_state(path, state, model, optimizer):
                      dcp.FileSystemReader(pieces).read_metadata().state_dict_metadata.items()}
         except Exception as e:                                  # whatever unpickling a damaged file raises
             raise InputError(f"{pieces} is truncated or damaged ({type(e).__name__})") from None
+    folders, files = [config.parent for config in Path(path).glob("*/config.json")], None
+    if folders and all("/" in name for name in sizes):          # weights lie in a folder of their own
+        files = WeightFiles(folders[0])
+        sizes |= {name: files.shape(name) for name in weights if name in files.handle}
     # a weight that never had a gradient has no optimizer state: it starts at zero
     mine = {name: x for name, x in mine.items() if name in sizes or "/" not in name}
     # frozen weights are not among them, so a model of another task could have the same
-    others = [config for config in Path(path).glob("*/config.json")
-              if not is_of(model, read_config(config.parent))]
+    others = [folder for folder in folders if not is_of(model, read_config(folder))]
     if others or sizes != {name: x.shape for name, x in mine.items()}:
         raise InputError(f"--resume_from_checkpoint {path}: not a checkpoint of this script with the same "
                          "--task, --model, --depth, --pooling, --lora_rank")
     if not any("/" in name for name in sizes):  # it would go on, with fresh moments and without a word
         raise InputError(f"--resume_from_checkpoint {path}: holds no optimizer state, so it is damaged")
+    if files:
+        for name in weights:
+            read_rows(mine.pop(name), files, name)
     if saved:
         for name, x in mine.items():
             y = saved[name]

@@ -477,7 +477,9 @@ def way(config, c):
     stages = [("1", stage1, 4 * R, T1, config.reward_steps, REWARD_EVERY),
               ("2", stage2, 4 * P, T2, config.max_train_steps, ALIGN_EVERY)]
     for name, stage, weights, trained, steps, every in stages:
-        one["checkpoint" + name] = weights + 12 * trained  # weights as others read them; weights and moments
+        # weights as others read them, and moments; adapters, which are merged there, once more by themselves
+        adapters = 4 * lora_parameters(c, config.lora_rank) if name == "2" else 0
+        one["checkpoint" + name] = weights + 8 * trained + adapters
         one["number" + name] = min(KEPT + 1, math.ceil(steps / every))
         # and what is written last
         one["disk" + name] = one["number" + name] * one["checkpoint" + name] + weights
@@ -727,8 +729,9 @@ def report_way(config, c):
     row("shards", one["shards"], f"{config.clips:,} x {one['clip'] / 1e6:.1f} MB: 4 ({c['out_dim']} f h "
                                  f"w{' x 2' * i2v} + l x {c['text_dim']}{tokens})")
     row("reward model's runs", one["disk1"],
-        f"{one['number1']} checkpoints of 4 R + 12 T = {gb(one['checkpoint1'])}, and 4 R")
-    row("alignment's runs", one["disk2"] + one["adapters"], f"{one['number2']} checkpoints of 4 P + 12 T = "
+        f"{one['number1']} checkpoints of 4 R + 8 T = {gb(one['checkpoint1'])}, and 4 R")
+    row("alignment's runs", one["disk2"] + one["adapters"], f"{one['number2']} checkpoints of 4 P + "
+        f"{12 if config.lora_rank else 8} T = "
         f"{gb(one['checkpoint2'])}, and 4 P{'; adapters' * bool(config.lora_rank)}")
     row("export", one["export"], "2 P, bf16")
     row("DISK", one["disk"], "the third checkpoint is written before the first one goes")

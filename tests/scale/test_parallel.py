@@ -106,9 +106,12 @@ def test_two_fsdp_ranks_are_one_process_with_twice_the_batch(folder, runs, name)
 
 def test_each_rank_holds_half(folder, runs):
     for output, *names in (
-            ("two-prfl", "blocks.0.ffn.0.weight", "head.head.weight", "blocks.1.ffn.2.bias/exp_avg"),
-            ("two-reward", "trunk.blocks.1.ffn.0.weight", "mlp.0.weight", "pool.w_k.weight/exp_avg")):
+            ("two-prfl", "blocks.0.ffn.0.weight/exp_avg", "head.head.weight/exp_avg_sq",
+             "blocks.1.ffn.2.bias/exp_avg"),
+            ("two-reward", "trunk.blocks.1.ffn.0.weight/exp_avg", "mlp.0.weight/exp_avg",
+             "pool.w_k.weight/exp_avg")):
         pieces = dcp.FileSystemReader(folder / output / "checkpoint-000005" / parallel.PIECES)
+        assert all("/" in name for name in pieces.read_metadata().state_dict_metadata)  # weights are in files
         for name in names:
             whole = pieces.read_metadata().state_dict_metadata[name]
             half = [whole.size[0] // 2, *whole.size[1:]]
@@ -154,7 +157,7 @@ def test_a_rank_killed_while_it_wrote_a_checkpoint(folder, runs):
     (lambda pieces: (pieces / ".metadata").write_bytes(b"cut"), "is truncated or damaged"),
     (lambda pieces: (pieces / "__1_0.distcp").write_bytes(b"cut"), "is truncated or damaged"),
     (lambda pieces: (pieces / "__1_0.distcp").unlink(), "is truncated or damaged"),
-    (shutil.rmtree, "not a checkpoint of this script"),
+    (shutil.rmtree, "holds no optimizer state"),
 ])
 def test_damaged_pieces_are_one_line(folder, runs, tmp_path, capsys, damage, words):
     shutil.copytree(folder / "two-prfl/checkpoint-000004", tmp_path / "checkpoint-000004")
