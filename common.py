@@ -270,6 +270,8 @@ def setup(mixed_precision="no", seed=0, sequence_parallel=1):
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
+    # float32 means float32, also in convolutions: with TF32, cuDNN's default, latents differ from a CPU's
+    torch.backends.cudnn.allow_tf32 = False
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
     torch.manual_seed(seed)         # the same on every rank, so that modules start from the same weights

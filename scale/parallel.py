@@ -12,9 +12,9 @@ What differs under fsdp: with bf16, a block's norms and modulation are bf16 too 
 reads them in float32); and each forward call gathers, so all ranks must make the same ones.
 
 A checkpoint of either kind resumes under either kind, on any number of ranks. Its weights are those of its
-transformer/ or reward/, of which each rank reads its rows; ddp's train_state.pt holds AdamW's moments as whole
-tensors, fsdp's sharded_state/ as the ranks' pieces. (PyTorch unpickles sharded_state/.metadata: resume from
-what you wrote yourself.)
+transformer/ or reward/, of which each rank reads its rows. AdamW's moments are in ddp's train_state.pt as
+whole tensors, in fsdp's sharded_state/ as the ranks' pieces. (PyTorch unpickles sharded_state/.metadata:
+resume from what you wrote yourself.)
 """
 import json
 import shutil
