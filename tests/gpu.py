@@ -37,9 +37,9 @@ def runtime_of(device, dtype=torch.float32):
 
 
 def models():
-    """A generator whose 8 heads have 64 channels, as flash attention takes them, and a reward model of it."""
+    """A generator whose 4 heads have 64 channels, as flash attention takes them, and a reward model of it."""
     torch.manual_seed(0)
-    dit = VideoDiT(**PRESETS["tiny-t2v"] | dict(dim=512, ffn_dim=1024, num_heads=8, num_layers=3))
+    dit = VideoDiT(**PRESETS["tiny-t2v"] | dict(dim=256, ffn_dim=512, num_heads=4, num_layers=3))
     torch.nn.init.normal_(dit.head.head.weight, std=0.1)        # Wan's own start is zero
     pavrm = PAVRM.from_generator(dit, 2)
     torch.nn.init.normal_(pavrm.mlp[-1].weight, std=0.1)
