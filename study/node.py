@@ -608,13 +608,13 @@ def first_hour(config, defaults, gpus, machine):
 def run_tests(patience):
     """Runs tests/gpu.py -> lines that say how it went."""
     tests = Path(__file__).resolve().parents[1] / "tests/gpu.py"
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-rfEs", str(tests)]
+    command = [sys.executable, "-m", "pytest", "-v", "--no-header", "-rfEsp", str(tests)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=patience)
     except subprocess.TimeoutExpired:
         return [f"Not done after {patience:.0f} s."]
-    said = [line for line in done.stdout.splitlines() if line.startswith(("E ", "FAILED", "ERROR", "SKIPPED"))
-            or " passed" in line or " skipped" in line or " failed" in line]
+    words = ("E ", "FAILED", "ERROR", "SKIPPED", "PASSED", " passed", " failed", " skipped")
+    said = [line for line in done.stdout.splitlines() if any(word in line for word in words)]
     return ["```", *said, "```"]
 
 
