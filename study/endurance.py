@@ -42,20 +42,31 @@ RECIPES = {"paper": ("train_align.py", "--method", "prfl", "--recipe", "paper"),
 
 
 class Case(NamedTuple):
-    """One run, but for its seed. mismatched: share of the reward model's batches. length: iterations."""
+    """One run, but for its seed.
+
+    mismatched: share of the reward model's batches. length: iterations. parts: the reward model learns from
+    one in so many of the labelled samples, for reward_steps steps (None: the preset's).
+    """
     recipe: str
     schedule: str = "constant"
     mismatched: float = 0.25
     rate: float = 1e-4
     length: int = 960
+    parts: int = 1
+    reward_steps: int | None = None
 
     def name(self, seed):
         reward = f"mismatched {self.mismatched:g}"
+        if self.parts > 1:
+            reward += f" 1 of {self.parts} {self.reward_steps} steps"
         return f"{self.recipe}, {self.schedule}, {self.rate:g}, {reward}, {self.length}, seed {seed}"
 
     def reward_flags(self):
         """Flags of train_reward.py; none is the reward model of the other tables."""
-        return ("--mismatched", self.mismatched) if self.mismatched else ()
+        flags = ("--mismatched", self.mismatched) if self.mismatched else ()
+        if self.parts > 1:
+            flags += ("--fold", f"1/{self.parts}", "--max_train_steps", self.reward_steps)
+        return flags
 
     def row(self):
         reward = f"mismatched {self.mismatched:g}" if self.mismatched else "the paper's reward"
@@ -148,8 +159,10 @@ def finished(work, wanted):
             folder = part_of_case(work, seed, case)[0]
             rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             part = part_of(folder)
+            report = reward_folder(work, seed, case.reward_flags()) / "report.json"
             kept[case.name(seed)] = {"command": part["command"].replace(str(work.folder), "runs"),
                                      "commit": part["commit"], "minutes": round(part["seconds"] / 60, 1),
+                                     "reward": from_json(report.read_text()),
                                      "curve": curve_of(rows), "test": test_verdicts(folder / "transformer")}
         path.parent.mkdir(parents=True, exist_ok=True)
         runs.write_json(path, kept)

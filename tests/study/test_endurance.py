@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from common import InputError
-from study import endurance, parts, reproduce
+from study import endurance, few_labels, parts, reproduce
 from study.endurance import Case
 
 
@@ -26,6 +26,32 @@ def test_the_commands_of_runs(tmp_path):
     by_video = of(Case("by video", mismatched=0))
     assert "-m study.why --rewarded_step per_video --rollout_passes 4 --reward_loss logsigmoid" in by_video
     assert f"--reward {seed}/reward/reward " in by_video                # the other tables' reward model
+
+
+def test_the_reward_model_of_few_labels(tmp_path):
+    work, case = work_in(tmp_path, preset="full"), few_labels.CASES[2]
+    assert (case.parts, case.reward_steps) == (16, 800)
+    folder, _, *command = endurance.part_of_case(work, 0, case)
+    assert folder.name.endswith("mismatched-0.25-1-of-16-800-steps_480_seed-0")
+    made = []
+    work.run = made.extend
+    parts.train_reward_models(work, [(0, case.reward_flags())])
+    reward, *_ = {str(part[0]): part for part in made}.values()
+    said = " ".join(map(str, reward))
+    assert said.count("--max_train_steps") == 1 and said.endswith(
+        "--mismatched 0.25 --fold 1/16 --max_train_steps 800")
+    assert str(reward[0] / "reward") == str(command[command.index("--reward") + 1])
+
+
+def test_the_table_of_few_labels(tmp_path):
+    full, few = few_labels.Case("steady", "linear", 0.25, 2e-4, 480), few_labels.CASES[2]
+    reward = {"trained_on": 516, "held_out": 128, "clean": {"accuracy": 0.77, "prompt_auc": 0.9}}
+    kept = {full.name(0): kept_run(490, [0.9] * 12),
+            few.name(0): kept_run(460, [0.8] * 12) | {"reward": reward}}
+    few_labels.report(work_in(tmp_path, preset="full"), kept)
+    text = (tmp_path / "results/few_labels.md").read_text()
+    assert "| 644 | 0.25 | 1 | 0.770 | 0.800 |" in text and "| all | 0.25 | 1 |  | 0.900 |" in text
+    assert "2 of 30 runs are made" in text
 
 
 def test_every_case_has_a_name_and_a_row_of_its_own():
