@@ -27,6 +27,7 @@ stopping   a second reward model as judge: what its choice of checkpoint loses b
 hacking    reward, quality, speed, brightness and saturation while aligning, with and without SFT updates
 annotator  how often the annotator passes clean clips and fails flawed ones, after mp4 and VAE
 search     best of n by the latent reward while sampling: quality against forward passes
+search_mismatched  best of n again, by reward models that saw mismatched prompts
 fooled     the main results by a stricter and a looser annotator, and with wordings new to the world
 
 Every part is a plain call of one of this repository's scripts. The call is printed when it starts, and
@@ -88,6 +89,7 @@ from study.parts import (
     train_rewards,
 )
 from study.search import fooled, search
+from study.search_mismatched import search_mismatched
 from study.steady import speed, steady, why
 from study.stopping import stopping
 from study.table4 import table4
@@ -708,7 +710,7 @@ def annotator(work):
 STUDIES = {study.__name__: study
            for study in (table1, table2, table3, table4, table5, table7, table8, table9, fig3, fig5, labels,
                          loss, endurance, few_labels, steady, mid, why, speed, stopping, hacking, annotator,
-                         search, fooled)}
+                         search, search_mismatched, fooled)}
 
 
 @dataclass
