@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from formats import runs
 from report import claim_verdicts, claims_table, plot, show, summary, table
 from search import parse_drops
-from study.endurance import TESTED, Case, bits, part_of_case, read_kept
+from study.endurance import TESTED, Case, bits, part_of_case, read_kept, reward_models
 from study.parts import HOME, part_of, reward_folder, train_reward_models
 from study.search import HOW, ONE, PANEL, STEPS, kept, label, passes_of
 
@@ -39,7 +39,7 @@ def finished(work, wanted):
     path = work.results / "search_mismatched_runs.json"
     found = read_kept(HOME / "results/search_mismatched_runs.json") | read_kept(path)
     missing = [(seed, row) for seed, row in wanted if f"{row}, seed {seed}" not in found]
-    train_reward_models(work, [(seed, CASES[row].reward_flags()) for seed, row in missing])
+    train_reward_models(work, reward_models(work, [(seed, CASES[row]) for seed, row in missing]))
     work.run([part_of_case(work, seed, CASES[row]) for seed, row in missing if row != BASE])
     for seed, row in missing:
         part = candidates_part(work, seed, row)
