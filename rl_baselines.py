@@ -188,9 +188,11 @@ class Learner:
         return x.to(self.runtime.device)
 
     def loss(self, k, iteration, indices):
-        """The loss of update k on these samples -> (a scalar to call backward on, {what is logged})."""
+        """lambda times the loss of update k on these samples -> (a scalar to call backward on, {what is
+        logged})."""
         with self.runtime.autocast():
-            return self.loss_of(k, self.weights[indices], **self.batches[indices[0]])
+            loss, logged = self.loss_of(k, self.weights[indices], **self.batches[indices[0]])
+        return self.config.reward_weight * loss, logged
 
     def begin(self, iteration):
         """What comes before the samples of an iteration are made."""

@@ -76,8 +76,8 @@ class Config(rl_baselines.Flags, runs.Flags, validation.Flags, lora.Flags, paral
     shift: float | None = arg(None, "moves times towards noise; default: 1 (evenly spaced), Wan2.1: 3, or 5 "
                               "from 720P on, Wan2.2 TI2V-5B: 5", above=0, at_most=100,
                               only="!method sft or !num_validation 0")
-    reward_weight: float = arg(1.0, "lambda of Alg. 1; Adam and clipping leave it little effect", above=0,
-                               only="method prfl refl")
+    reward_weight: float = arg(1.0, "lambda of Alg. 1, a factor of the loss; in prfl and refl Adam and "
+                               "clipping leave it little effect", above=0, only="method prfl refl nft grpo")
     recipe: str | None = arg(None, "paper: Alg. 1 to the letter, to be stopped in time; steady: ours, which "
                              "holds for longer (results/endurance.md). It sets --rollout_passes and "
                              "--reward_loss unless they are given; default: steady for prfl, paper for "

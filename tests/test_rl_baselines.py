@@ -299,7 +299,7 @@ def normalized(r, by_group):
 @pytest.mark.usefixtures("cpu")
 def test_one_iteration_of_nft_by_hand(folder):
     run(*command(folder, "nft", "hand-nft", "--max_train_steps", "1", "--group_size", str(G),
-                 "--nft_beta", "0.5", "--no-sft_updates"))
+                 "--nft_beta", "0.5", "--reward_weight", "7", "--no-sft_updates"))
     hand, beta = ByHand(folder), 0.5
     with torch.no_grad():
         x0 = hand.euler(common.noise(SHAPE, 0, "x_T", 0, EIGHT), hand.context, 0, 4)
@@ -315,7 +315,7 @@ def test_one_iteration_of_nft_by_hand(folder):
         v, target = hand.policy(x_t, t, hand.context), x1 - x0
         positive = ((1 - beta) * v_old + beta * v - target).square().flatten(1).mean(1)
         negative = ((1 + beta) * v_old - beta * v - target).square().flatten(1).mean(1)
-        loss = (r * positive + (1 - r) * negative).mean()
+        loss = 7 * (r * positive + (1 - r) * negative).mean()
         hand.update(loss)
     row, = metrics(folder, "hand-nft")
     assert row["reward"] == pytest.approx(reward.mean().item(), rel=1e-4)
@@ -392,7 +392,7 @@ def test_a_given_first_frame_is_kept_and_has_no_probability():
     first_frame, context = torch.randn(1, 4, 1, 2, 2).expand(4, -1, -1, -1, -1), torch.randn(1, 3, 8)
     config = SimpleNamespace(seed=0, num_inference_steps=5, inner_updates=2, rollout_passes=0, shift=1.0,
                              group_size=4, noise_level=0.7, kl_weight=0.1, advantage_clip=5.0,
-                             clip_range=1e-4, batch_size=4, gradient_accumulation_steps=1)
+                             reward_weight=1, clip_range=1e-4, batch_size=4, gradient_accumulation_steps=1)
     learner = rl_baselines.GRPO(policy, pavrm, None, config, common.setup(), lambda *_: (
         context.expand(4, -1, -1), {"first_frame": first_frame}), (4, 3, 2, 2), 4)
     learner.collect(0)
