@@ -16,7 +16,9 @@ table9     a reward model on videos of generators that it was not trained on
 fig3       where a reward can be read: pixels predicted in one step, frozen features of any depth, fine-tuning
 fig5       wins, ties and losses of PRFL, as the annotator sees them
 labels     how many samples PAVRM learns from
+few_labels how good the generator becomes, by how many labels the reward model had
 loss       choices in PRFL: form of the loss, lambda, steps with gradients, SFT updates
+endurance  whether PRFL holds over many iterations: recipes, learning rates, and rewards
 steady     the steady recipe beside the paper's, and its learning rates
 mid        both recipes, and best of n, at a second size of the world: 48x48, 27 tokens
 why        what keeps the steady recipe from collapsing: its parts in all combinations, and other changes
@@ -25,6 +27,7 @@ stopping   a second reward model as judge: what its choice of checkpoint loses b
 hacking    reward, quality, speed, brightness and saturation while aligning, with and without SFT updates
 annotator  how often the annotator passes clean clips and fails flawed ones, after mp4 and VAE
 search     best of n by the latent reward while sampling: quality against forward passes
+search_mismatched  best of n again, by reward models that saw mismatched prompts
 fooled     the main results by a stricter and a looser annotator, and with wordings new to the world
 
 Every part is a plain call of one of this repository's scripts. The call is printed when it starts, and
@@ -72,6 +75,7 @@ from report import (
 )
 from study import parts
 from study.endurance import endurance
+from study.few_labels import few_labels
 from study.mid import mid
 from study.parts import (
     I2V,
@@ -85,6 +89,7 @@ from study.parts import (
     train_rewards,
 )
 from study.search import fooled, search
+from study.search_mismatched import search_mismatched
 from study.steady import speed, steady, why
 from study.stopping import stopping
 from study.table4 import table4
@@ -704,8 +709,8 @@ def annotator(work):
 
 STUDIES = {study.__name__: study
            for study in (table1, table2, table3, table4, table5, table7, table8, table9, fig3, fig5, labels,
-                         loss, endurance, steady, mid, why, speed, stopping, hacking, annotator, search,
-                         fooled)}
+                         loss, endurance, few_labels, steady, mid, why, speed, stopping, hacking, annotator,
+                         search, search_mismatched, fooled)}
 
 
 @dataclass
