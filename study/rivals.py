@@ -8,6 +8,7 @@ counted.
 
 A finished run is kept in results/rivals_runs.json, as those of study/endurance.py are in their file.
 """
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -63,6 +64,29 @@ def part_of_rival(work, seed, rival):
             *rival.flags, "--seed", seed, "--curated_dir", work.folder / f"seed-{seed}" / "curated", *reward,
             "--max_train_steps", rival.length, "--validation_steps", rival.every, "--num_validation",
             VALIDATED)
+
+
+def passes(flags, N=16):
+    """Passes of a batch through the generator, or through PAVRM, in a mean iteration -> (forward, backward).
+
+    flags: of train_align.py. N: Euler steps of a rollout. GRPO's rollout up to where a group parts is one for
+    the whole group.
+    """
+    given = lambda name, default: flags[flags.index(name) + 1] if name in flags else default
+    method, k, group = flags[1], given("--inner_updates", 2), given("--group_size", 8)
+    sft = 0 if "--no-sft_updates" in flags else 1
+    if method == "sft":
+        return 1, 1
+    at_most = given("--rollout_passes", 4 if method == "prfl" else 0)
+    stride = math.ceil(N / at_most) if at_most else 1
+    rollout = lambda steps: math.ceil(steps / stride)
+    if method == "prfl":                                        # a step with gradients, and PAVRM
+        return sft + float(np.mean([rollout(step - 1) for step in range(1, N + 1)])) + 2, sft + 2
+    if method == "nft":                                         # velocities of the old policy and of the new
+        return sft + rollout(N) + 1 + 2 * k, sft + k
+    sampled = np.mean([rollout(first) / group + k + rollout(N - first - k) for first in range(N - k + 1)])
+    start = k if given("--kl_weight", 0.04) else 0
+    return sft + float(sampled) + 1 + start + k, sft + k
 
 
 # ---- what they say
@@ -140,8 +164,10 @@ def report(work, kept):
         rows[row] = {"qualified": test, "adherent": {"mean": adherent}, "seconds": reached,
                      "best": [max(rate for _, rate in seed) for seed in found],
                      "cpu_seconds": ends["cpu_seconds"], "reward": rewards,
+                     "passes": passes(rival.flags),
                      **{name: {"mean": mean} for name, mean in means.items()}}
-        cells.append([row, len(parts), *(seconds_cell(reached[level]) for level in LEVELS),
+        cells.append([row, len(parts), "{:.1f} + {}".format(*passes(rival.flags)),
+                      *(seconds_cell(reached[level]) for level in LEVELS),
                       f"{np.mean(rows[row]['best']):.3f}", f"{np.mean(ends['qualified']):.3f}",
                       f"{np.mean(ends['cpu_seconds']):.0f}", show(**test), f"{adherent:.3f}",
                       *(f"{mean:.3f}" for mean in means.values()),
@@ -149,9 +175,10 @@ def report(work, kept):
     lines = [f"CPU seconds of training, one thread, until a validation ({VALIDATED} videos) first reached a "
              "rate, mean over the seeds that did; the best and the last validation, and the CPU seconds of "
              f"the whole run. Then {TESTED} test videos at the end, what the annotator sees there, and the "
-             "reward that the method itself last saw.", "",
-             *table(["", "seeds", *(f"{level:.2f}" for level in LEVELS), "best", "last", "CPU seconds",
-                     "test videos", "adherent", *PANEL, "reward"], cells)]
+             "reward that the method itself last saw. Passes: forward and backward ones of a batch "
+             "through the generator or PAVRM, in a mean iteration.", "",
+             *table(["", "seeds", "passes", *(f"{level:.2f}" for level in LEVELS), "best", "last",
+                     "CPU seconds", "test videos", "adherent", *PANEL, "reward"], cells)]
     lines += ["PRFL beside each, on the validation videos:", "", *table(
         ["claim", "difference", "by seed", "verdict"],
         [[found["claim"], show(found["difference"], found["interval"], "+"),

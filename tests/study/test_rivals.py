@@ -40,6 +40,18 @@ def run_of(rates, seconds, good, length):
             "test": {"test, firm": verdicts, "test means": [0.05, 0.2, 0.1]}}
 
 
+def test_passes_by_hand():
+    assert rivals.passes(("--method", "sft")) == (1, 1)
+    # N = 4, every step: 0, 1, 2 or 3 before the one with gradients, then PAVRM; an SFT update beside
+    assert rivals.passes(("--method", "prfl", "--rollout_passes", 0), N=4) == (1 + 1.5 + 2, 3)
+    assert rivals.passes(("--method", "nft", "--inner_updates", 3, "--no-sft_updates"), N=4) == (4 + 1 + 6, 3)
+    # 2 stochastic steps of N = 3: 0 or 1 before them for each of two groups of 2 in a batch, 1 or 0 after
+    flags = ("--method", "grpo", "--group_size", 2, "--no-sft_updates")
+    assert rivals.passes(flags, N=3) == ((2 + 1 + 0.5 + 2) / 2 + 1 + 2 + 2, 2)
+    assert rivals.passes((*flags, "--kl_weight", 0, "--rollout_passes", 1), N=3)[0] == (
+        (0 + 2 + 1) + (0.5 + 2 + 0)) / 2 + 1 + 2
+
+
 def test_a_rival_gets_at_least_prfls_seconds():
     part = run_of([0.3, 0.5, 0.6, 0.55], [0.0, 40.0, 80.0, 120.0], 0, 30)
     assert [rivals.rate_at(part, seconds) for seconds in (0, 30, 40, 41, 500)] == [0.3, 0.5, 0.5, 0.6, 0.55]
@@ -68,6 +80,7 @@ def test_what_is_kept_makes_the_table(tmp_path, monkeypatch):
     rivals.report(work, kept)
     found, text = (work.results / "rivals.json").read_text(), (work.results / "rivals.md").read_text()
     found = json.loads(found)
+    nft_passes = "{:.1f} + {}".format(*rivals.passes(nft.flags))
     assert found["rows"]["DiffusionNFT"]["qualified"]["mean"] == pytest.approx(360 / 512)
     assert found["rows"]["DiffusionNFT"]["seconds"]["0.7"] == [160, 160]
     assert found["rows"]["Flow-GRPO"]["seconds"]["0.6"] == [None] and "SFT" not in found["rows"]
@@ -77,5 +90,5 @@ def test_what_is_kept_makes_the_table(tmp_path, monkeypatch):
     at = claims["after the CPU seconds of 480 iterations of PRFL, PRFL above Flow-GRPO"]
     assert at["seeds"] == pytest.approx([0.96 - 0.5])           # it ended earlier: its last validation
     assert claims["Flow-GRPO at its best validation above the base"]["difference"] == pytest.approx(0.25)
-    assert "| DiffusionNFT | 2 | 110 | 160 | never | never | 0.750 | 0.700 | 210 |" in text
+    assert f"| DiffusionNFT | 2 | {nft_passes} | 110 | 160 | never | never | 0.750 | 0.700 | 210 |" in text
     assert "5 of 12 runs are made." in text
