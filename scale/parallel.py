@@ -88,7 +88,7 @@ def shard(model, runtime, flags):
 
 
 def lay_out(model, runtime, flags):
-    """`shard` without its last step: what is on meta still holds no weights."""
+    """All of `shard` but its last step: weights on the meta device stay without values."""
     check(flags)
     dit = getattr(model, "trunk", model)
     sequence.spread(dit, runtime)
@@ -235,8 +235,8 @@ def load_state(path, state, model, optimizer):
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for p in params:
-        optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p),
-                              "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p),
+                               "exp_avg_sq": torch.zeros_like(p)}
     weights, pieces = trained(model), Path(path) / PIECES
     mine, saved, sizes = weights | moments(model, optimizer), {}, {}
     if "model" in state:                                        # whole tensors; the optimizer numbers its own
