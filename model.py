@@ -235,7 +235,8 @@ class VideoDiT(nn.Module):
     patch embedding (16, or 36 in i2v: 16 noisy + 20 of `y`); out_dim; dim; ffn_dim; freq_dim of the sinusoid;
     text_dim and text_len of the context; num_heads; num_layers; eps of the norms; image_dim of CLIP tokens
     or None. An i2v model with in_dim = out_dim takes its first frame as `first_frame`, see `is_pinned`.
-    Set `dit.gradient_checkpointing = True` to recompute each block in the backward pass. `sequence`: None, or
+    Set `dit.gradient_checkpointing = True` to recompute each block in the backward pass, but for what
+    `dit.checkpoint_options`, of torch's checkpoint, let it keep. `sequence`: None, or
     how n tokens lie over several GPUs (scale/sequence.py); every one of them is given, and gives, the whole
     video.
     """
@@ -255,7 +256,8 @@ class VideoDiT(nn.Module):
                            out_dim=out_dim, dim=dim, ffn_dim=ffn_dim, freq_dim=freq_dim, text_dim=text_dim,
                            text_len=text_len, num_heads=num_heads, num_layers=num_layers, eps=eps,
                            image_dim=image_dim)
-        self.gradient_checkpointing, self.sequence, self.weight_files = False, None, None
+        self.gradient_checkpointing, self.checkpoint_options = False, {}
+        self.sequence, self.weight_files = None, None
         patch = self.config["patch_size"]
         self.patch_embedding = nn.Conv3d(in_dim, dim, kernel_size=patch, stride=patch)
         self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"),
@@ -338,7 +340,7 @@ class VideoDiT(nn.Module):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 # no dropout inside, so there is no random state to preserve
                 tokens = checkpoint(block, tokens, time, context, image_tokens, rope, sequence, given,
-                                    use_reentrant=False, preserve_rng_state=False)
+                                    use_reentrant=False, preserve_rng_state=False, **self.checkpoint_options)
             else:
                 tokens = block(tokens, time, context, image_tokens, rope, sequence, given)
         return tokens, time_embedding, grid, sequence, given

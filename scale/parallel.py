@@ -20,6 +20,7 @@ import json
 import shutil
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 import common
 from common import InputError, arg
@@ -36,6 +38,8 @@ from formats.weights import WeightFiles, read_config
 from scale import groups, offload, sequence
 
 KINDS = ("ddp", "fsdp")
+ATTENTION = tuple(getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default for kind in (
+    "flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu"))
 PIECES = "sharded_state"  # of torch.distributed.checkpoint, inside a checkpoint folder of fsdp
 
 
@@ -43,6 +47,9 @@ PIECES = "sharded_state"  # of torch.distributed.checkpoint, inside a checkpoint
 class Flags:
     """Flags of both training scripts for several GPUs or little memory."""
     gradient_checkpointing: bool = arg(False, "recompute each block in the backward pass")
+    keep_attention: bool = arg(False, "with --gradient_checkpointing, keep the result of self-attention, so "
+                                      "that the backward pass does not compute it twice: less time, more "
+                                      "memory")
     parallel: str = arg("ddp", "under torchrun: ddp keeps a full copy of the trained model (16 bytes per "
                         "weight: weight, gradient, Adam) and of the reward model on every GPU; fsdp splits "
                         "them",
@@ -72,6 +79,12 @@ def check(flags):
     if flags.offload_activations and not flags.gradient_checkpointing:
         raise InputError("--offload_activations moves the block inputs that --gradient_checkpointing keeps: "
                          "give both")
+    if flags.keep_attention and not flags.gradient_checkpointing:
+        raise InputError("--keep_attention keeps what --gradient_checkpointing would compute again: give "
+                         "both")
+    if flags.keep_attention and flags.compile:
+        raise InputError("--keep_attention does not see into the blocks that --compile compiles: give one of "
+                         "the two")
 
 
 def shard(model, runtime, flags):
@@ -95,6 +108,8 @@ def lay_out(model, runtime, flags):
     if runtime.device.type != "cpu":
         cast_matrices(dit, runtime.dtype)
     dit.gradient_checkpointing = flags.gradient_checkpointing
+    if flags.keep_attention:
+        dit.checkpoint_options = KEEP_ATTENTION
     if flags.offload_activations:
         offload.offload(dit)
     if flags.compile:
@@ -102,6 +117,17 @@ def lay_out(model, runtime, flags):
             block.compile()
     if flags.parallel == "fsdp":
         apply_fsdp(model, dit, runtime, flags.fsdp_group_size)
+
+
+def kept(context, operation, *args, **kwargs):
+    """Whether checkpointing keeps what an operation made: that of self-attention, which has as many keys as
+    queries. Its other inputs and results are computed again."""
+    if operation in ATTENTION and args[0].shape == args[1].shape:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+KEEP_ATTENTION = {"context_fn": partial(create_selective_checkpoint_contexts, kept)}
 
 
 def apply_fsdp(model, dit, runtime, fsdp_group_size):

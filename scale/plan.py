@@ -112,6 +112,7 @@ class Config:
     pixel_reward_parameters: int = arg(986_000_000, "parameters of refl's reward model, in bf16; PickScore's "
                                                     "CLIP ViT-H has 986 M", above=0)
     gradient_checkpointing: bool = arg(True, "recompute each block in the backward pass")
+    keep_attention: bool = arg(False, "with checkpointing, keep the result of self-attention")
     num_samples: int = arg(2048, "own samples that rwr draws and weights once", above=0)
     mfu: float = arg(0.4, "share of --tflops that the work reaches; recomputed products count as work",
                      above=0,
@@ -208,13 +209,13 @@ def forward_flops(c, n, layers, batch=1, ends=True, ranks=1):
     return batch * (layers * block + outside), batch * layers * attention
 
 
-def update_flops(forward, trained=True, checkpointing=True):
+def update_flops(forward, trained=True, checkpointing=True, kept=0):
     """One forward and backward pass. Backward: two products for each linear one, or one where weights are
     frozen; five for the two of attention, as flash attention computes its scores again. Checkpointing:
-    forward once more."""
+    forward once more, but for `kept` FLOPs of attention."""
     linear, attention = forward
     passes = 2 if checkpointing else 1
-    return linear * (passes + (2 if trained else 1)) + attention * (passes + 2.5)
+    return linear * (passes + (2 if trained else 1)) + attention * (passes + 2.5) - kept
 
 
 def rollout_passes(skipped, last, stride=1):
@@ -338,6 +339,9 @@ def costs(config, c):
     if config.offload_activations and not config.gradient_checkpointing:
         raise InputError("--offload_activations moves what gradient checkpointing keeps: leave "
                          "--no-gradient_checkpointing out")
+    if config.keep_attention and not config.gradient_checkpointing:
+        raise InputError("--keep_attention keeps a part of what gradient checkpointing computes again: leave "
+                         "--no-gradient_checkpointing out")
     one = dict(n=n, m=m, f=f, h=h, w=w, parameters=count, reward_parameters=reward, trained=trained,
                parts=parts,
                groups=world // ranks)
@@ -379,16 +383,18 @@ def costs(config, c):
                       decoder_costs(f, h, w, config.frames_decoded == "first", vae).items()} if refl else None
     here = 2 if config.offload_activations else L + K  # inputs: one that leaves, one that returns
     one["offloaded"] = 4 * b * m * d * (L + prfl * K) * config.offload_activations
+    # self-attention's result in bf16, and the sums of its softmax
+    attended = b * m * (2 * d + 4 * c["num_heads"]) * config.keep_attention
     for checkpointing in (True, False):
         layers = lambda count, each, copy: (                                    # what `count` blocks keep
-            min(count, here) * edge + each - edge + copy if checkpointing else
+            min(count, here) * edge + (count - 1) * attended + each - edge + copy if checkpointing else
             count * (each + (0 if fsdp else copy)) + fsdp * copy)
-        waiting = min(L, here) * edge if checkpointing else layers(L, block, copy_trained)
+        waiting = min(L, here) * edge + L * attended if checkpointing else layers(L, block, copy_trained)
         moments = {"generator": layers(L, block, copy_trained) + passing + gathered,
                    "gradients": one["gradients"] - not_yet + block + copy_trained + passing + gathered,
                    "optimizer": one["gradients"] + 4 * trained / parts}
         if prfl:  # behind the generator's head (3 edges) and under the reward's pooling
-            rewarded = min(K, here) * edge if checkpointing else layers(K, frozen, copy_frozen)
+            rewarded = min(K, here) * edge + K * attended if checkpointing else layers(K, frozen, copy_frozen)
             if ranks > 1:  # tokens of all ranks, two gradients of them and the sum of these
                 moments["pooling"] = waiting + 3 * edge + rewarded + 4 * pooled
             moments["reward"] = waiting + 6 * edge + hidden + layers(K, frozen, copy_frozen) + rewarding
@@ -403,22 +409,22 @@ def costs(config, c):
         one["with" if checkpointing else "without"] = dict(
             waiting=waiting, moments=moments, worst=worst, peak=one["static"] + moments[worst])
     one |= dict(edge=edge, block=block, block_parts=block_bytes(c, m, how, b), frozen=frozen, hidden=hidden,
-                pooled=pooled,
-                passing=passing, copy=copy, copy_trained=copy_trained, gathered=gathered, rewarding=rewarding)
+                pooled=pooled, attended=attended, passing=passing, copy=copy, copy_trained=copy_trained,
+                gathered=gathered, rewarding=rewarding)
 
     # FLOPs
     forward, reward_forward = forward_flops(c, n, L, b,
                                      ranks=ranks), forward_flops(c, n, K, b, ends=False, ranks=ranks)
     N, recompute = config.num_inference_steps, config.gradient_checkpointing
     one |= dict(forward=forward, reward_forward=reward_forward, rollout_steps=0, reward_flops=0)
-    one["update_flops"] = update_flops(reward_forward if stage1 else forward, trained=not lora,
-                                       checkpointing=recompute)
+    again = 4 * b * m * n * d * config.keep_attention           # self-attention of a block, not made again
+    one["update_flops"] = update_flops(reward_forward if stage1 else forward, not lora, recompute, L * again)
     first = 2 * N // 3 if refl else 0           # the rewarded step is uniform on 1 .. N, or on the last third
     stride = math.ceil(N / STEADY_PASSES) if config.recipe == "steady" else 1
     if prfl or refl:
         one["rollout_steps"] = rollout_passes(first, N, stride)
     if prfl:
-        one["reward_flops"] = update_flops(reward_forward, trained=False, checkpointing=recompute)
+        one["reward_flops"] = update_flops(reward_forward, False, recompute, K * again)
     if refl:
         one["reward_flops"] = 2 * one["decoder"]["flops"]       # frozen: backward costs as much as forward
     one["rollout_flops"] = one["rollout_steps"] * sum(forward)
@@ -505,7 +511,7 @@ def way(config, c):
 # ---- paper
 ELSEWHERE = {       # flags that mean nothing with a method
     "sample": ("depth", "recipe", "lora_rank", "frames_decoded", "pixel_reward_parameters", "num_samples",
-               "gradient_checkpointing"),
+               "gradient_checkpointing", "keep_attention"),
     "prfl": ("frames_decoded", "pixel_reward_parameters", "num_samples"), "refl": ("depth", "num_samples"),
     "sft": ("depth", "recipe", "num_inference_steps", "frames_decoded", "pixel_reward_parameters",
             "num_samples"),
@@ -603,6 +609,8 @@ def report(config, c):
         row("gathered by fsdp", one["gathered"],
             "the next block's bf16 copy, " + "whole fp32 gradients of this one, " * (not lora)
             + "embeddings and head")
+    if config.keep_attention:
+        row("attention, kept", one["attended"], f"b {m} (2 d + 4 k), of each block")
     if config.offload_activations:
         behind = "(L + K)" if prfl else "K" if stage1 else "L"
         row("inputs on the host", one["offloaded"], f"{gb(one['edge'])} x {behind}, of each GPU")
@@ -624,19 +632,23 @@ def report(config, c):
         copies = " + copy" if parts > 1 else f" + {L_} copies" * (one["copy_trained"] > 0)
         L_in, K_in = ("2", "2") if config.offload_activations else (L_, "K")
         before = lambda count: "1" if count == "2" else f"({count} - 1)"
-        waiting = f"{L_} ({gb(one['block'])})" + copies if kept else f"{L_in} x {gb(one['edge'])}"
+        attended = lambda count: f" + {count} x {gb(one['attended'])}" * config.keep_attention
+        waiting = f"{L_} ({gb(one['block'])})" + copies if kept else \
+            f"{L_in} x {gb(one['edge'])}{attended(L_)}"
         rewarding = f"K x {gb(one['frozen'])}" if kept else \
-            f"{before(K_in)} x {gb(one['edge'])} + {gb(one['frozen'])}"
+            f"{before(K_in)} x {gb(one['edge'])}{attended('(K - 1)')} + {gb(one['frozen'])}"
         in_pieces = " + copy" * (parts > 1)
         formulas = {
             "pooling": f"{waiting} + 3 x {gb(one['edge'])} + {'K' if kept else K_in} x "
-                       f"{gb(one['frozen' if kept else 'edge'])}{in_pieces * kept} + 4 x {gb(one['pooled'])} "
+                       f"{gb(one['frozen' if kept else 'edge'])}{in_pieces * kept}"
+                       f"{'' if kept else attended('K')} + 4 x {gb(one['pooled'])} "
                        "(tokens, two gradients, their sum)",
             "reward": f"{waiting} + 6 x {gb(one['edge'])} + {gb(one['hidden'])} + {rewarding}{in_pieces}"
                       f"{fsdp_reward}",
             "decoder": f"{waiting} + 3 x {gb(one['edge'])} + decoder" if refl else "",
             "generator": (waiting if kept else
-                          f"{before(L_in)} x {gb(one['edge'])} + {gb(one['block'])}{copy}")
+                          f"{before(L_in)} x {gb(one['edge'])}{attended(f'({L_} - 1)')} + "
+                          f"{gb(one['block'])}{copy}")
                          + f" + passing{fsdp_own}",
             "gradients": f"gradients, but the first block's and the embeddings' + {gb(one['block'])}{copy} "
                          f"+ passing{fsdp_own}",
@@ -664,7 +676,8 @@ def report(config, c):
     passes = 2 if config.gradient_checkpointing else 1
     work("forward and backward", one["update_flops"],
          f"{passes + (1 if lora else 2)} x linear + {passes + 2.5} x attention "
-         f"(forward {'twice' if passes == 2 else 'once'})")
+         f"(forward {'twice' if passes == 2 else 'once'})"
+         + " - 4 b n^2 d L, self-attention not made again" * config.keep_attention)
     total = "as above" if not (prfl or refl) else "SFT update + rollout + step with gradients + reward"
     if prfl or refl:
         if config.recipe == "steady":
@@ -676,7 +689,8 @@ def report(config, c):
     if prfl:
         work("reward model", one["reward_flops"],
              f"{passes + 1} x {tera(one['reward_forward'][0])} + {passes + 2.5} x "
-             f"{tera(one['reward_forward'][1])} (K blocks, frozen)")
+             f"{tera(one['reward_forward'][1])} (K blocks, frozen)"
+             + " - self-attention once" * config.keep_attention)
     if refl:
         work("decoder", one["reward_flops"], "2 x forward; the pixel reward is not counted")
     work("one iteration", one["iteration_flops"], total)

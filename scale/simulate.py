@@ -86,8 +86,8 @@ def simulate(config, c, grid):
     config: the planner's flags. c: a VideoDiT's config. grid: its latent (f, h, w). Raises InputError."""
     world = config.gpus * config.nodes
     runtime = Runtime(0, world, torch.device("cpu"), torch.bfloat16, config.sequence_parallel)
-    flags = parallel.Flags(config.gradient_checkpointing, config.parallel if world > 1 else "ddp",
-                           config.sequence_parallel,
+    flags = parallel.Flags(config.gradient_checkpointing, config.keep_attention,
+                           config.parallel if world > 1 else "ddp", config.sequence_parallel,
                            config.fsdp_group_size, config.offload_activations)
     if world > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)

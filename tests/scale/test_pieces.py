@@ -1,5 +1,6 @@
 """Loading by pieces: what each rank reads and holds, of one file, of several, in Wan's names and in
 diffusers'; and the options that spare memory."""
+import collections
 import json
 import subprocess
 import sys
@@ -10,12 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_sequence import torchrun
 from tiny import ENV, ROOT, command, generator, one_line, run, same
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 from formats.weights import WEIGHTS, Later, full_tensor, save_module, stream_tensors
 from model import PRESETS, VideoDiT, export_transformer, load_transformer
 from pavrm import PAVRM
 from scale import lora, offload, parallel, plan
+from scale.simulate import gpu_attend
 
 pytestmark = pytest.mark.usefixtures("cpu")
 
@@ -236,7 +239,49 @@ def test_the_next_input_is_on_its_way_when_one_is_asked_for():
     assert all(torch.equal(host.unpack(away), x + 1) for away, x in zip(again[::-1], inputs[::-1]))
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_attention_that_is_kept_is_not_computed_again(monkeypatch, shared):
+    """Generator and reward model: bit by bit the same gradients, and each self-attention once; without the
+    flag, and of cross-attention, twice. shared: while block inputs wait on the host."""
+    monkeypatch.setattr("model.attend", gpu_attend)
+    runtime, found = common.Runtime(0, 1, torch.device("cpu"), torch.bfloat16), []
+    g = torch.Generator().manual_seed(1)
+    x, t, context = (torch.randn(2, 16, 3, 4, 8, generator=g), torch.rand(2, generator=g),
+                     torch.randn(2, 3, 8, generator=g))
+    for keep in (False, True):
+        policy, judge = generator(num_layers=3), PAVRM.from_generator(generator(), 2).freeze()
+        torch.nn.init.normal_(judge.mlp[-1].weight, generator=torch.Generator().manual_seed(4))
+        for one in (policy, judge):
+            parallel.shard(one, runtime, parallel.Flags(gradient_checkpointing=True, keep_attention=keep,
+                                                        offload_activations=shared))
+        counted = Counter()
+        with counted:
+            with runtime.autocast():
+                loss = judge(x - policy(x, t, context), t, context).sum()
+            loss.backward()
+        found.append(([p.grad for p in policy.parameters()], counted.calls))
+    (recomputed, calls), (kept, fewer) = found
+    assert all(torch.equal(a, b) for a, b in zip(recomputed, kept))
+    # 24 tokens, 3 of the prompt
+    assert calls == {24: 2 * 5, 3: 2 * 5} and fewer == {24: 5, 3: 2 * 5}
+
+
+class Counter(TorchDispatchMode):
+    """`calls`: {number of keys: how often attention was computed}"""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in parallel.ATTENTION:
+            self.calls[args[1].shape[2]] += 1
+        return func(*args, **kwargs or {})
+
+
 @pytest.mark.parametrize("flags, words", [
+    (["--keep_attention"], "--gradient_checkpointing would compute again: give both"),
+    (["--keep_attention", "--gradient_checkpointing", "--compile"], "give one of the two"),
     (["--offload_activations"], "--gradient_checkpointing keeps: give both"),
     (["--fsdp_group_size", "2"], "--fsdp_group_size means nothing with --parallel ddp"),
     (["--fsdp_group_size", "-1"], "--fsdp_group_size must be a finite number at least 0")])
