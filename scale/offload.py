@@ -9,6 +9,7 @@ of two, which would make .67 GB 1.07.
 import weakref
 
 import torch
+from torch.cuda._pin_memory_utils import pin_memory, unpin_memory
 
 
 class Away:
@@ -88,9 +89,8 @@ class Host:
         host = torch.empty(x.shape, dtype=x.dtype)
         self.bytes += host.nbytes
         if x.is_cuda:
-            cuda = torch.cuda.cudart()
-            torch.cuda.check_error(int(cuda.cudaHostRegister(host.data_ptr(), host.nbytes, 0)))
-            weakref.finalize(host, cuda.cudaHostUnregister, host.data_ptr()).atexit = False
+            pin_memory(host.data_ptr(), host.nbytes)
+            weakref.finalize(host, unpin_memory, host.data_ptr()).atexit = False
         return host
 
 
