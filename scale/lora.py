@@ -136,7 +136,7 @@ def export(dit, path, alpha=None, kind="merged"):
     0 writes."""
     state = dit.state_dict()
     for name, p in state.items():
-        if p.dtype != torch.float32:  # frozen, and cast to train with: an export has it as the base has it
+        if dit.weight_files and p.dtype != torch.float32:       # cast to train with: as the base has it
             state[name] = Later(p.shape, torch.float32, partial(dit.weight_files.tensor, name))
     adapters = scaled(state, alpha)
     save(adapters, path.parent)
