@@ -59,9 +59,9 @@ class Config(rl_baselines.Flags, runs.Flags, validation.Flags, lora.Flags, paral
     task: str | None = arg(None, "t2v, or i2v (image-to-video): without --model, which shipped generator; "
                            "with a --model that can do both, which task; default: t2v", choices=TASKS)
     model: str | None = arg(None, "another generator: a folder with transformer/, vae/ and text_encoder/")
-    reward: str | None = arg(None, "folder of the reward model; default: reward/ in the generator's folder "
-                             "(the shipped one was trained without mismatched prompts), or with --method "
-                             "refl reward_rgb_first/ or reward_rgb_all/ there (none is shipped)",
+    reward: str | None = arg(None, "folder of the reward model; default: reward/ in the generator's folder, "
+                             "or with --method refl reward_rgb_first/ or reward_rgb_all/ there (none is "
+                             "shipped)",
                              only="!method sft")
     data: str | None = arg(None, "curated shards from `data.py encode`; default: clean clips of the embedded "
                            "world")
