@@ -2,7 +2,7 @@
 
     python train_align.py                                           PRFL, embedded world, the steady recipe
     python train_align.py --recipe paper --max_train_steps 100      Algorithm 1 to the letter, stopped in time
-    python train_align.py --method sft --learning_rate 3e-4 --max_train_steps 240     as many updates as PRFL
+    python train_align.py --method sft --learning_rate 3e-4 --max_train_steps 960     as many updates as PRFL
     python train_align.py --method refl --frames_decoded first --reward runs/reward_rgb/reward
     python train_align.py --method nft                              or grpo: reinforcement learning
     torchrun --nproc_per_node=8 train_align.py --data encoded --reward runs/reward/reward --parallel fsdp
