@@ -66,6 +66,17 @@ def test_a_comparison_by_hand():
     assert rivals.comparison("a above b", [0.9, 0.9], [0.3, 0.3])["verdict"] == "holds"
 
 
+def test_what_was_tried_by_hand():
+    point = lambda seconds, bits: {"cpu_seconds": seconds, "qualified": bits}
+    trials = [{"flags": "--method prfl", "validations": {"0": point(0, "0001"), "4": point(10, "1111")}},
+              {"flags": "--method nft", "validations": {"0": point(0, "0001"), "2": point(9, "0111"),
+                                                        "4": point(18, "0011"), "6": point(27, "0001")}}]
+    numbers, rows = rivals.trial_rows(trials)
+    assert numbers[1]["rates"] == {"2": 0.75, "4": 0.5, "6": 0.25} and numbers[1]["best"]["mean"] == 0.75
+    assert numbers[1]["prfl_above"]["mean"] == 0.5 and numbers[1]["seconds"] == 18
+    assert rows[1][1] == "0.750 (2, 9 s), 0.500 (4, 18 s), 0.250 (6, 27 s)" and rows[0][-1] == ""
+
+
 def test_what_is_kept_makes_the_table(tmp_path, monkeypatch):
     """Two seeds of three, and a method whose second seed is missing."""
     work = work_in(tmp_path)
