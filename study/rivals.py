@@ -74,11 +74,11 @@ def passes(flags, N=16):
     the whole group.
     """
     given = lambda name, default: flags[flags.index(name) + 1] if name in flags else default
-    method, k, group = flags[1], given("--inner_updates", 2), given("--group_size", 8)
+    method, k, group = flags[1], given("--inner_updates", 4), given("--group_size", 8)
     sft = 0 if "--no-sft_updates" in flags else 1
     if method == "sft":
         return 1, 1
-    at_most = given("--rollout_passes", 4 if method == "prfl" else 0)
+    at_most = given("--rollout_passes", 4 if method == "prfl" else 10)
     stride = math.ceil(N / at_most) if at_most else 1
     rollout = lambda steps: math.ceil(steps / stride)
     if method == "prfl":                                        # a step with gradients, and PAVRM

@@ -44,9 +44,10 @@ def test_passes_by_hand():
     assert rivals.passes(("--method", "sft")) == (1, 1)
     # N = 4, every step: 0, 1, 2 or 3 before the one with gradients, then PAVRM; an SFT update beside
     assert rivals.passes(("--method", "prfl", "--rollout_passes", 0), N=4) == (1 + 1.5 + 2, 3)
-    assert rivals.passes(("--method", "nft", "--inner_updates", 3, "--no-sft_updates"), N=4) == (4 + 1 + 6, 3)
+    flags = ("--method", "nft", "--inner_updates", 3, "--no-sft_updates")
+    assert rivals.passes(flags, N=4) == (4 + 1 + 6, 3) and rivals.passes(flags, N=16) == (8 + 1 + 6, 3)
     # 2 stochastic steps of N = 3: 0 or 1 before them for each of two groups of 2 in a batch, 1 or 0 after
-    flags = ("--method", "grpo", "--group_size", 2, "--no-sft_updates")
+    flags = ("--method", "grpo", "--group_size", 2, "--inner_updates", 2, "--no-sft_updates")
     assert rivals.passes(flags, N=3) == ((2 + 1 + 0.5 + 2) / 2 + 1 + 2 + 2, 2)
     assert rivals.passes((*flags, "--kl_weight", 0, "--rollout_passes", 1), N=3)[0] == (
         (0 + 2 + 1) + (0.5 + 2 + 0)) / 2 + 1 + 2
