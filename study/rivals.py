@@ -43,8 +43,8 @@ class Rival(NamedTuple):
 # A rival's settings are the best that were tried on seed 0. The lengths give all about the CPU seconds of
 # PRFL's 480 iterations.
 FULL = (Rival(PRFL, ("--method", "prfl"), 480, 40),
-          Rival("DiffusionNFT", ("--method", "nft"), 200, 20),
-          Rival("Flow-GRPO", ("--method", "grpo"), 200, 20),
+          Rival("DiffusionNFT", ("--method", "nft", "--no-sft_updates", "--learning_rate", 3e-4), 160, 20),
+          Rival("Flow-GRPO", ("--method", "grpo", "--no-sft_updates", "--learning_rate", 3e-4), 160, 20),
           Rival("SFT", ("--method", "sft", "--learning_rate", 3e-4), 1440, 120))
 
 
