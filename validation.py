@@ -481,19 +481,20 @@ def make_reward_report(reward_fn, batch, generator_config, config, runtime):
         clean = {name: row.pop() for name, row in found.items()}
         averages = {name: sum(row) / len(row) for name, row in found.items()}
         if runtime.rank == 0:
-            show_report(found, averages, clean)
+            show_report(found, averages, clean, config.mismatched)
         return found | {"clean": clean}, {f"held_out_{name}": value for name, value in averages.items()}
 
     return measure
 
 
-def show_report(found, averages, clean):
+def show_report(found, averages, clean, mismatched):
     """Prints the paper's table, and a line if the reward hardly reads its prompt."""
     intervals = "".join(f"  ({k / 5:.1f},{(k + 1) / 5:.1f}]" for k in range(T_BINS))
     tqdm.write(f"held out, t in    {intervals}   average     clean")
     for name, row in found.items():
         tqdm.write(f"{name:18}" + "".join(f"{value:11.3f}" for value in [*row, averages[name], clean[name]]))
     if clean.get("prompt_auc", 1) < DEAF:
+        remedy = "train for longer, or label more videos" if mismatched else "train with --mismatched .25"
         tqdm.write("note: this reward hardly reads the prompt: it tells good videos with their own prompt "
                    f"from the same videos with another one's with AUC {clean['prompt_auc']:.2f}, where .5 is "
-                   "chance; train with --mismatched .25")
+                   f"chance; {remedy}")

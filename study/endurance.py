@@ -111,6 +111,11 @@ def reward_models(work, wanted):
     return list(dict.fromkeys(both))
 
 
+def read_metrics(folder):
+    """Of a run folder -> its rows."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def curve_of(rows):
     """Rows of a metrics.jsonl -> {iteration: {"qualified", "cpu_seconds" of all updates until then, and the
     panel}}"""
@@ -173,13 +178,13 @@ def finished(work, wanted, file="endurance_runs.json", part_of_run=part_of_case)
         work.run([part_of_run(work, seed, case) for seed, case in together])
         for seed, case in together:
             folder = part_of_run(work, seed, case)[0]
-            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             part = part_of(folder)
             report = reward_folder(work, seed, case.reward_flags()) / "report.json"
             kept[case.name(seed)] = {"command": part["command"].replace(str(work.folder), "runs"),
                                      "commit": part["commit"], "minutes": round(part["seconds"] / 60, 1),
                                      "reward": from_json(report.read_text()),
-                                     "curve": curve_of(rows), "test": test_verdicts(folder / "transformer")}
+                                     "curve": curve_of(read_metrics(folder)),
+                                     "test": test_verdicts(folder / "transformer")}
         path.parent.mkdir(parents=True, exist_ok=True)
         runs.write_json(path, kept)
     return {case.name(seed): kept[case.name(seed)] for seed, case in wanted}

@@ -12,7 +12,7 @@ from study.endurance import Case, finished, row_of
 
 # One in so many of the labelled samples, and steps of the reward model; fewer videos are learned by heart in
 # fewer steps. All of them: the reward models of endurance.py.
-SIZES = ((256, 200), (64, 400), (16, 800), (4, 1600), (1, None))
+SIZES = ((320, 200), (80, 400), (20, 800), (5, 1600), (1, None))
 CASES = [Case("steady", "linear", mismatched, 2e-4, 480, parts, steps)
          for mismatched in (0.25, 0) for parts, steps in SIZES]
 HEAD = ["labels", "mismatched", "seeds", "held-out accuracy, clean", "40", "120", "240", "480",
@@ -54,7 +54,7 @@ def report(work, kept):
     lines = ["The generator after 480 iterations of the steady recipe (2e-4, falling to 0), by how many "
              "labelled samples its reward model had. A fifth of them, at most 400, were held out: the "
              "accuracy on few is uncertain. Samples whose grade lies between good and bad have no label: of "
-             "16,384 graded ones about 10,000 count. Mismatched: the share of each batch that got another "
+             "16,384 graded ones about 12,900 count. Mismatched: the share of each batch that got another "
              "video's prompt and the label bad.", "", *table(HEAD, cells)]
     if made < len(CASES) * len(work.seeds):
         lines += [f"{made} of {len(CASES) * len(work.seeds)} runs are made. The command below makes the "

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from common import InputError
-from study import endurance, few_labels, parts, reproduce
+from study import endurance, few_labels, parts, reproduce, second_round
 from study.endurance import Case
 
 
@@ -32,16 +32,16 @@ def test_the_commands_of_runs(tmp_path):
 
 def test_the_reward_model_of_few_labels(tmp_path):
     work, case = work_in(tmp_path, preset="full"), few_labels.CASES[2]
-    assert (case.parts, case.reward_steps) == (16, 800)
+    assert (case.parts, case.reward_steps) == (20, 800)
     folder, _, *command = endurance.part_of_case(work, 0, case)
-    assert folder.name.endswith("mismatched-0.25-1-of-16-800-steps_480_seed-0")
+    assert folder.name.endswith("mismatched-0.25-1-of-20-800-steps_480_seed-0")
     made = []
     work.run = made.extend
     parts.train_reward_models(work, [(0, case.reward_flags())])
     reward, *_ = {str(part[0]): part for part in made}.values()
     said = " ".join(map(str, reward))
     assert said.count("--max_train_steps") == 1 and said.endswith(
-        "--mismatched 0.25 --fold 1/16 --max_train_steps 800")
+        "--mismatched 0.25 --fold 1/20 --max_train_steps 800")
     assert str(reward[0] / "reward") == str(command[command.index("--reward") + 1])
 
 
@@ -54,6 +54,38 @@ def test_the_table_of_few_labels(tmp_path):
     text = (tmp_path / "results/few_labels.md").read_text()
     assert "| 644 | 0.25 | 1 | 0.770 | 0.800 |" in text and "| all | 0.25 | 1 |  | 0.900 |" in text
     assert "2 of 30 runs are made" in text
+
+
+def test_the_parts_of_a_second_round(tmp_path, monkeypatch):
+    """The aligned generator's samples come from the first round's; both rounds train the second reward."""
+    work, made = work_in(tmp_path, preset="full", seeds=1), []
+
+    def run(self, wanted):
+        for folder, last, *words in wanted:
+            made.append((folder.name, " ".join(map(str, words)).replace(f"{work.folder}/seed-0/", "")))
+            (folder / last).parent.mkdir(parents=True, exist_ok=True)
+            (folder / last).write_text(json.dumps(
+                {"trained_on": 600, "held_out": 100, "clean": {"accuracy": 0.8}}))
+    good = kept_run(480, [0.9] * 12)
+    monkeypatch.setattr(second_round, "HOME", tmp_path)
+    monkeypatch.setattr(parts.Work, "run", run)
+    monkeypatch.setattr(second_round, "read_metrics", lambda folder: [])
+    monkeypatch.setattr(second_round, "curve_of", lambda rows: good["curve"])
+    monkeypatch.setattr(second_round, "test_verdicts", lambda transformer: good["test"])
+    second_round.second_round(work)
+    said = dict(made)
+    assert len(said) == 9
+    assert said["second_round-samples-2"] == (
+        "-m study.samples --transformer second_round-aligned-0/transformer --count 1024 --seed 101")
+    assert "--transformer" not in said["second_round-samples-1"] + said["second_round-samples-0"]
+    assert said["second_round-reward-2"].startswith(
+        "train_reward.py --data second_round-samples-0 second_round-samples-2 --seed 0")
+    assert "--reward second_round-reward-2/reward" in said["second_round-aligned-2"]
+    count = len(made)
+    second_round.second_round(work)
+    assert len(made) == count                                           # nothing is made twice
+    rows = json.loads((tmp_path / "results/second_round.json").read_text())["rows"]
+    assert rows[second_round.ALIGNED]["labelled"] == 700
 
 
 def test_the_judge_is_the_next_seeds_reward_model(tmp_path):
