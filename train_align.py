@@ -6,6 +6,7 @@
     python train_align.py --method refl --frames_decoded first --reward runs/reward_rgb/reward
     torchrun --nproc_per_node=8 train_align.py --data encoded --reward runs/reward/reward --parallel fsdp
     python train_align.py --task i2v --reward runs/reward_i2v/reward
+    python train_align.py --model Wan2.2-A14B --expert low --data encoded --reward runs/reward/reward
     python train_align.py --resume latest
 
 What an iteration makes:
@@ -33,6 +34,8 @@ import torch
 
 import common
 import data
+import experts
+import flow
 import prfl
 import refl_baseline
 import rwr_baseline
@@ -58,6 +61,10 @@ class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
                              "generator (the shipped one has seen no mismatched prompts), or with --method "
                              "refl reward_rgb_first/ or reward_rgb_all/ there",
                              only="method prfl refl rwr")
+    expert: str | None = arg(None, "which expert of a generator of two trains (Wan2.2 A14B); the other one "
+                             "only takes part in rollouts. The reward is in what a viewer sees, and the "
+                             "low-noise expert makes the finished video. It is also the trunk of the reward "
+                             "model; default: low", choices=experts.CHOICES)
     data: str | None = arg(None, "curated shards from `data.py encode`; default: clean clips of the embedded "
                            "world")
     output_dir: str = arg("runs/align", "run folder")
@@ -70,7 +77,7 @@ class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
     num_inference_steps: int | None = arg(None, "N, Euler steps of a rollout; default: 16, Wan: the paper's "
                                           "40", above=0, only="method prfl refl rwr or !num_validation 0")
     shift: float | None = arg(None, "moves times towards noise; default: 1 (evenly spaced), Wan2.1: 3, or 5 "
-                              "from 720P on, Wan2.2 TI2V-5B: 5", above=0, at_most=100,
+                              "from 720P on, Wan2.2 TI2V-5B: 5, A14B: 12, or 5 for i2v", above=0, at_most=100,
                               only="method prfl refl rwr or !num_validation 0")
     reward_weight: float = arg(1.0, "lambda of Alg. 1; Adam and clipping leave it little effect", above=0,
                                only="method prfl refl")
@@ -124,6 +131,7 @@ def resolve(config):
     named = dataclasses.replace(config)
     model = resolve_model(named)                                # and the task
     dit_config = transformer_folder(model, named.task)[1]
+    experts.check_flags(config, dit_config)
     shards = data.Shards(config.data).relabel() if config.data else None
     latent_shape = shards.latent_shape if shards else scene.LATENT_SHAPES[config.world]
     sources = {"the shipped generator": {"model": model, "task": named.task}}
@@ -136,6 +144,8 @@ def resolve(config):
     if config.method != "sft":
         name = f"reward_rgb_{config.frames_decoded}" if config.method == "refl" else "reward"
         sources["the generator's folder"] = {"reward": f"{model}/{name}"}
+    if "boundary_ratio" in dit_config:
+        sources["two experts"] = {"expert": "low", "guidance_scale_2": config.guidance_scale}
     sources["the number of clips"] = {"num_validation": validation.default_number(shards)}
     sources[of_config(dit_config).name] = (
         sampling_defaults(dit_config, video_size(dit_config, latent_shape))
@@ -143,8 +153,17 @@ def resolve(config):
     settings, origin = common.settle(config, sources)
     validation.check_flags(config, settings.num_validation)
     if settings.trajectory_part:
-        prfl.steps_of(settings.trajectory_part, settings.num_inference_steps)
+        prfl.steps_of(settings.trajectory_part, settings.num_inference_steps,
+                      trained_steps(settings, dit_config))
     return settings, origin, shards
+
+
+def trained_steps(config, dit_config):
+    """(skipped, last) of the Euler steps that the --expert which trains makes; None without experts."""
+    if not config.expert:
+        return None
+    times = flow.schedule(config.num_inference_steps, config.shift)
+    return experts.steps_of(config.expert, times, dit_config["boundary_ratio"])
 
 
 def split_curated(config, shards):
@@ -163,7 +182,8 @@ def main(config):
     runtime = common.setup(config.mixed_precision, config.seed, config.sequence_parallel)
     config, origin, shards = resolve(config)
     policy = load_transformer(config.model, load_now=False, task=config.task).train()
-    lora.add(policy, config.lora_rank, config.lora_alpha, config.seed, config.lora)
+    for dit, adapters in experts.to_train(policy, config):
+        lora.add(dit, config.lora_rank, config.lora_alpha, config.seed, adapters)
     parallel.shard(policy, runtime, config)
     if config.method == "refl":
         pixel_reward, vae = refl_baseline.load_reward_and_decoder(config, policy, runtime)
@@ -181,7 +201,7 @@ def main(config):
     if runtime.rank == 0:
         print(f"{global_batch} videos per update: {runtime.world_size // config.sequence_parallel} x "
               f"--batch_size {config.batch_size} x --gradient_accumulation_steps {accumulation}", flush=True)
-    N = config.num_inference_steps
+    N, among = config.num_inference_steps, trained_steps(config, policy.config)
     empty = None
     if config.context_dropout:
         empty = null_context(policy.config, "empty", config.data, config.model, runtime.device)
@@ -210,6 +230,8 @@ def main(config):
     # ---- the losses: each -> (loss, {what is logged beside it}); indices are places in the global batch
     def flow_loss(iteration, indices, x0, context, weight=None, **conditions):
         t = common.uniform(config.seed, "sft t", iteration, indices).to(runtime.device)
+        if config.expert:
+            t = experts.times_of(config.expert, t, policy.boundary, config.seed, iteration)
         x1 = common.noise(x0.shape[1:], config.seed, "sft x1", iteration, indices).to(runtime.device)
         with runtime.autocast():
             return prfl.sft_loss(policy, x0, x1, t, context, weight, **conditions), {}
@@ -231,7 +253,7 @@ def main(config):
         """Alg. 1's reward update, or ReFL's, on the prompts of the curated set."""
         _, context, conditions = curated_batch(config.seed + 1, iteration, indices)
         x_T = common.noise(shards.latent_shape, config.seed, "x_T", iteration, indices).to(runtime.device)
-        step = prfl.draw_step(config.seed, iteration, N, config.trajectory_part)           # one for all ranks
+        step = prfl.draw_step(config.seed, iteration, N, config.trajectory_part, among)    # one for all ranks
         how = dict(rollout_passes=config.rollout_passes, shift=config.shift,
                    reward_weight=config.reward_weight, loss=config.reward_loss, **conditions)
         with runtime.autocast():
@@ -307,7 +329,7 @@ def main(config):
     bar.close()
     wrote = export(Path(config.output_dir) / "transformer")
     if runtime.rank == 0:
-        print(f"wrote {wrote}")
+        print(f"wrote {' and '.join(map(str, wrote))}")
     common.teardown()
 
 
