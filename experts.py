@@ -87,8 +87,8 @@ def trunk_of(generator):
 
 # ---- flags
 def check_flags(config, dit_config):
-    """Raises InputError for a flag about two experts, if the generator with this config is none, and for
-    adapters of an expert that does not train."""
+    """Raises InputError for a flag about two experts where the generator with this config has none, and for
+    files of adapters that do not fit what train_align.py is to train."""
     if "boundary_ratio" not in dit_config:
         refuse(config, FLAGS, "to a generator of one expert")
     elif hasattr(config, "expert"):
@@ -96,6 +96,9 @@ def check_flags(config, dit_config):
             if getattr(config, flag) and (config.expert or "low") not in (name, "both"):
                 raise InputError(f"--{flag} {getattr(config, flag)}: is of the {name}-noise expert, which "
                                  f"does not train: leave it out, or give --expert {name} or both")
+        if config.expert == "both" and bool(config.lora) != bool(config.lora_2) and not config.lora_rank:
+            raise InputError("--expert both with adapters of one expert alone would train all weights of the "
+                             "other: give --lora and --lora_2, or --lora_rank for new ones")
 
 
 def to_train(generator, config):
@@ -117,8 +120,8 @@ def with_adapters(generator, config):
 
 def guidance(generator, scale, scale_2):
     """What flow.rollout takes as guidance_scale: a number; or, of two experts with two scales, a function of
-    the time."""
-    if not isinstance(generator, Experts) or scale == scale_2:
+    the time. scale_2: of the low-noise one, None: as of the other."""
+    if not isinstance(generator, Experts) or scale_2 in (None, scale):
         return scale
     return lambda t: torch.where(t >= generator.boundary, scale, scale_2).view(-1, 1, 1, 1, 1)
 

@@ -81,7 +81,7 @@ def write_ti2v(folder):
 
 
 def write_a14b(folder):
-    """folder/t2v and i2v: whole pipelines of Wan2.2 A14B's kind, with two experts, tiny and random -> folder"""
+    """folder/t2v and i2v: whole pipelines of Wan2.2 A14B's kind, of two experts, tiny and random -> folder"""
     torch.manual_seed(0)
     shared = dict(
         tokenizer=tokenizer(), text_encoder=text_encoder(),
