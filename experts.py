@@ -23,7 +23,7 @@ FLAGS = ("expert", "lora_2", "guidance_scale_2")                # that mean noth
 class Experts(nn.Module):
     """Two VideoDiTs of one shape, which are called as one is. folders: {"high", "low": where they are from}.
 
-    `resting`: the one that is not called waits in the host's memory.
+    `resting`: the one that is not called waits in the host's memory, as most GPUs cannot hold both.
     """
 
     def __init__(self, high, low, boundary, folders=None):
@@ -57,6 +57,10 @@ class Experts(nn.Module):
             other.cpu()
             expert.to(device)
         return expert
+
+    def to(self, *args, **kwargs):
+        """Both to a device; or neither where they rest, as each comes there when it is called."""
+        return self if self.resting else super().to(*args, **kwargs)
 
     def trained(self):
         """{name: VideoDiT} of those that train."""

@@ -189,7 +189,7 @@ def offload(dit):
 def cast_matrices(dit, dtype):
     """Stores the matrices of a generator's blocks in the dtype of autocast and the rest in float32, in place,
     to sample with -> dit. Autocast would cast the same matrices at each call: results are the same, in half
-    the memory."""
+    the memory. One of two experts rests."""
     matrices = set()
     for layer in (layer for part in parts(dit) for layer in part.blocks.modules()):
         weight = getattr(layer, "weight", None)
@@ -197,6 +197,8 @@ def cast_matrices(dit, dtype):
             matrices |= {weight, layer.bias}
     for p in dit.parameters():  # one at a time: never all of a half-precision model in float32
         p.data = p.data.to(dtype if p in matrices else torch.float32)
+    if isinstance(dit, Experts):
+        dit.resting = True
     return dit
 
 

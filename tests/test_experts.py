@@ -79,7 +79,7 @@ def test_a_given_frame_goes_with_its_video():
 
 @pytest.mark.parametrize("scale, scale_2", [(4.0, 3.0), (2.0, None), (1.0, 3.0)])
 def test_a_rollout_by_hand(scale, scale_2):
-    """Six steps at shift 2: from t = 1, .91, .8 and .67 the high-noise expert's, from .5 and .29 the low's."""
+    """Shift 2: steps from t = 1, .91, .8 and .67 the high-noise expert's, from .5 and .29 the low's."""
     both, x, context, null = pair(), draw(2, *SHAPE), draw(2, 3, 8), draw(3, 8)
     found = flow.rollout(both, x, context, 6, shift=2.0, null=null,
                          guidance_scale=experts.guidance(both, scale, scale_2))
@@ -97,7 +97,10 @@ def test_a_rollout_by_hand(scale, scale_2):
 
 
 def test_the_one_that_is_not_called_rests(monkeypatch):
-    """Where `resting`, an expert comes to the device of its input, and the other one leaves it first."""
+    """Where `resting`, an expert comes to the device of its input, and the other one leaves it first. To move
+    both at once moves neither."""
+    both = parallel.cast_matrices(pair(), torch.float32)        # for sample.py and evaluate.py
+    assert both.resting and both.to("meta") is both and not any(p.is_meta for p in both.parameters())
     both, moves = pair(), []
     for name in experts.NAMES:
         dit = getattr(both, name)
@@ -269,7 +272,8 @@ TWO = [("ddp", "low"), ("ddp", "both"), ("fsdp", "low"), ("fsdp", "both"), ("fsd
 def two_ranks(folder, model):
     """The same runs under torchrun, 2 ranks with batch 4, ddp and fsdp."""
     (folder / "driver.py").write_text(DRIVER)
-    jobs = [job(folder, model, name, f"{kind}-{name}", "--parallel", kind, batch_size=4) for kind, name in TWO]
+    jobs = [job(folder, model, name, f"{kind}-{name}", "--parallel", kind, batch_size=4)
+            for kind, name in TWO]
     torchrun(2, folder / "driver.py", json.dumps(jobs))
 
 
@@ -295,7 +299,8 @@ def test_sharded_training_state_is_of_what_trains(folder, model, two_ranks):
 
 def test_validation_samples_with_both(folder, model):
     """best/ has what trained, and is a whole generator."""
-    _, flags = job(folder, model, "low", "watched", "--judge", str(folder / "judge"), "--validation_steps", "2")
+    _, flags = job(folder, model, "low", "watched", "--judge", str(folder / "judge"), "--validation_steps",
+                   "2")
     judge = PAVRM.from_generator(generator(), 1)
     torch.nn.init.normal_(judge.mlp[-1].weight)
     save_module(judge, folder / "judge")

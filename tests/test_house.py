@@ -58,7 +58,7 @@ def test_the_method_imports_only_itself_and_what_is_below():
 def test_rooms_look_downwards():
     may = {"world": {"world", "formats", "families", "data", *METHOD, "common"},
            # pavrm and prfl for scale/simulate.py
-           "scale": {"scale", "formats", "families", "experts", "model", "pavrm", "prfl", "common"},
+           "scale": {"scale", "formats", "families", "experts", "flow", "model", "pavrm", "prfl", "common"},
            "formats": {"formats", "common"}}
     for name, uses in GRAPH.items():
         room = name.split(".")[0]
