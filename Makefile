@@ -65,7 +65,8 @@ own: .venv/test
 	$(RUN) $(HERE)/train_align.py --model Wan2.1 --data clips_encoded --reward runs/reward2/reward \
 		--judge runs/judge2/reward --validation_steps 2 --patience 3 --gradient_checkpointing \
 		--lora_rank 16 --learning_rate 5e-5 --output_dir runs/adapters $(ALIGN)
-	$(RUN) -m formats.wan runs/adapters/pytorch_lora_weights.safetensors --out comfyui.safetensors --layout wan
+	$(BIN)/python tests/own.py best $(OWN)/runs/adapters
+	$(RUN) -m formats.wan runs/adapters/best/pytorch_lora_weights.safetensors --out comfyui.safetensors --layout wan
 
 test: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(PYTEST_FLAGS) tests

@@ -1,4 +1,4 @@
-"""Clips become latent shards, and training reads batches from these: check, encode, and the loader.
+"""Turns clips into latent shards (check, encode), and reads training batches from them (the loader).
 
     python data.py check clips --model Wan2.1                    says what is wrong, clip by clip
     python data.py encode clips --out latents                    encodes with the shipped VAE and text encoder
@@ -315,16 +315,16 @@ class Check:
     folder: str = arg(..., "folder with clips and metadata", positional=True)
     size: str | None = arg(None, "W*H: clips are scaled to cover it and centre-cropped; default: the clips' "
                                  "own size")
-    frames: int | None = arg(None, "frames of each clip, 4k + 1; default: all that the clip "
-                                   "has", at_least=FEWEST)
+    frames: int | None = arg(None, "frames of each clip, 4k + 1; default: all that the clip has",
+                             at_least=FEWEST)
     fps: float | None = arg(None, "frames per second (16 for Wan2.1, 24 for Wan2.2 TI2V-5B); faster clips "
                                   "drop frames, slower ones repeat them; default: the clip's own", above=0)
     model: str | None = arg(None, "folder of the generator that the clips are for, with its vae/, "
-                                  "text_encoder/ and, if it "
-                            "has one, image_encoder/; default: the shipped generator")
+                            "text_encoder/ and, if it has one, image_encoder/; default: the shipped "
+                            "generator")
     text_encoder: str | None = arg(None, "folder of a text encoder, or of transformers' UMT5 (with the "
-                                         "tokenizer in it or "
-                                   "beside it); give it or --model; default: the shipped text encoder")
+                                   "tokenizer in it or beside it); give it or --model; default: the shipped "
+                                   "text encoder")
     multiple = 16       # of which width and height must be; `resolve_encoders` sets it
 
 
@@ -509,12 +509,10 @@ class Encode(Check):
     out: str = arg("latents", "folder of the shards; a second run encodes only clips that are new or have "
                               "changed")
     vae: str | None = arg(None, "folder of a VAE, or of diffusers' AutoencoderKLWan; give it or --model; "
-                                "default: the shipped "
-                          "VAE")
+                          "default: the shipped VAE")
     image_encoder: str | None = arg(None, "folder of transformers' CLIPVisionModel, for Wan2.1's "
-                                          "image-to-video models; give it "
-                                    "or --model: shards get its tokens, and the first frame as those models "
-                                    "take it")
+                                    "image-to-video models; give it or --model. The shards then also hold "
+                                    "CLIP tokens and the first frame as those models take it")
     batch_size: int = arg(8, "clips encoded at once; fewer if they hold more than 16 million pixels", above=0)
     clips_per_shard: int = arg(256, "clips per shard; fewer if they hold more than 128 MiB", above=0)
 

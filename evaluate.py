@@ -32,11 +32,12 @@ The metrics are means over videos, with 95 % intervals from a bootstrap over vid
   speed, brightness, saturation   these move when a reward is hacked; the last row has those of clean renders
 
 --prompts FILE compares any generators on your own prompts, which the annotator cannot grade. The table has
-the share of samples that the reward model and, with --judge, a second one call good (mean over five random
-t); the panel of validation.py (dynamic degree: share with more than half of the first checkpoint's median
-flow); and for each metric the difference from the first checkpoint, paired by prompt, with its interval. The
-videos and metadata.jsonl go to <output_dir>/<name>/, ready for `label.py --pairs`; sample.py --prompts makes
-the videos of such a metadata.jsonl again. Flags that are not given have sample.py's defaults.
+the share of samples that the reward model calls good, and with --judge the share that a second one does (mean
+over five random t). It has the panel of validation.py, where dynamic degree is the share with more than half
+of the first checkpoint's median flow. And it has, for each metric, the difference from the first checkpoint,
+paired by prompt, with its interval. The videos and metadata.jsonl go to <output_dir>/<name>/, ready for
+`label.py --pairs`; sample.py --prompts makes the videos of such a metadata.jsonl again. Flags that are not
+given have sample.py's defaults.
 
 --clips DIR scores a folder of clips or of shards. scores.jsonl lists the clips, the worst first, with the
 probability of "good" that the reward model gives each at one random t in every fifth of (0, 1]. Where labels
@@ -122,8 +123,8 @@ class Config(search.Flags):
                                          only="prompts")
     shift: float | None = arg(None, "moves times towards noise; default: the model's", above=0, at_most=100,
                               only="prompts")
-    split: str = arg("test", "held-out sentences: test to report on, validation to choose on, reworded with "
-                     "verbs, order and phrases that training never sees",
+    split: str = arg("test", "which held-out sentences: test, to report on; validation, to choose on; "
+                     "reworded, with verbs, order and phrases that training never sees",
                      choices=("test", "validation", "reworded"), only="!prompts, !clips")
     seed: int = arg(0, "seed of the noise and of the choice among the held-out prompts", at_least=0)
     mixed_precision: str = runs.precision_flag()

@@ -4,7 +4,8 @@ Time runs from t = 0 (clean data) to t = 1 (pure noise), as in the paper.
 
 Deliberate differences from the released code:
 1. The rollout is Euler, as in Eq. 7. The release uses a second-order multistep solver.
-2. The grid is uniform, and for Wan2.1 shifted by 3 (by 5 from 720P on). The release always shifts by 5.
+2. The grid of times is uniform in the embedded world; for Wan2.1 it is shifted by 3, and by 5 from 720P on.
+   The release always shifts by 5.
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 """
@@ -17,7 +18,7 @@ from model import pin
 
 
 def shift_time(u, shift):
-    """Move times u in [0, 1] towards noise if shift > 1; 0 and 1 stay. Wan samples with a shift of 3 to 8."""
+    """Moves times u in [0, 1] towards noise (t = 1) if shift > 1; 0 and 1 stay where they are."""
     return shift * u / (1 + (shift - 1) * u)
 
 
@@ -37,15 +38,16 @@ def add_noise(x0, x1, t):
 
 
 def given_frames(conditions):
-    """How many latent frames, the first ones, are given clean in their place in x."""
+    """How many latent frames are given clean and not generated: the first one if there is a first_frame, else
+    none."""
     return int(conditions.get("first_frame") is not None)
 
 
 def flow_matching_loss(v, x0, x1, weight=None, given=0):
     """Eq. 2 and 10: mean squared error between the predicted velocity v and x_1 - x_0.
 
-    weight: [b] per-example factors (RWR), mean 1; None weighs all alike. given: how many latent frames, the
-    first ones, are left out, as they are not predicted. Returns a scalar.
+    weight: [b] per-example factors (RWR), mean 1; None weighs all alike. given: so many first latent
+    frames are left out of the loss, because they are given and not predicted. Returns a scalar.
     """
     if given:
         v, x0, x1 = v[:, :, given:], x0[:, :, given:], x1[:, :, given:]
@@ -88,12 +90,12 @@ def rollout(dit, x, context, num_steps, *, start=0, stop=None, passes=0, shift=1
 
     x [b, c, f, h, w] is the state at schedule(num_steps)[start]; the result is the state at
     schedule(num_steps)[stop] (None: num_steps, the finished video). passes: 0 takes every step of the
-    schedule; n takes at most n longer ones, each over ceil(num_steps / n) steps of the schedule or what is
-    left of them. conditions: what an image-to-video model is given beside the prompt, such as y and
-    clip_tokens, or first_frame, which is frame 0 of the state from start to stop. The state stays float32
+    schedule. n takes at most n long steps. Each covers ceil(num_steps / n) steps of the schedule, the last
+    one what is left of them. conditions: what an image-to-video model is given beside the prompt: y and
+    clip_tokens, or first_frame, a latent frame that stays in place of frame 0. The state stays float32
     whatever autocast does.
     """
-    x = pin(x, conditions.get("first_frame"))           # no step moves it, as the velocity there is 0
+    x = pin(x, conditions.get("first_frame"))           # the velocity in frame 0 is 0, so no step moves it
     times = schedule(num_steps, shift, x.device)
     stop = num_steps if stop is None else stop
     stride = math.ceil(num_steps / passes) if passes else 1
@@ -102,7 +104,8 @@ def rollout(dit, x, context, num_steps, *, start=0, stop=None, passes=0, shift=1
         t_next = times[min(i + stride, stop)].expand(len(x))
         v = guided_velocity(dit, x, t, context, guidance_scale, null, **conditions)
         x = euler_step(x, v, t, t_next)
-    torch.clear_autocast_cache()  # torch before 2.13 would use the weights cast here in a pass with gradients
+    # torch before 2.13 would use these casts of the weights, made without gradients, in a pass with gradients
+    torch.clear_autocast_cache()
     return x
 
 
@@ -112,9 +115,9 @@ def sample(dit, latent_shape, context, seed, indices, num_steps, *, shift=1.0, g
     """Finished latents [m, c, f, h, w] of the videos `indices`.
 
     A video's noise depends only on (seed, index). latent_shape: (c, f, h, w). context [m, l, d_text] and
-    conditions [m, ...] belong to the indices and lie on the model's device. max_rows: if dit is sharded, the
-    largest m of all ranks, as all must make as many passes (common.equal_turns). autocast: a function that
-    returns the context manager to sample under; None samples in float32.
+    conditions [m, ...] belong to the indices and lie on the model's device. max_rows: the largest m of all
+    ranks. A sharded dit needs it, because all ranks must make equally many passes (common.equal_turns).
+    autocast: a function that returns the context manager to sample under; None samples in float32.
     """
     autocast = autocast or (lambda: torch.autocast(context.device.type, enabled=False))
     latents = []

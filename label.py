@@ -58,15 +58,15 @@ from formats.video import copy_for_browser, first_look
 PAGE = Path(__file__).with_name("assets") / "label.html"
 PAUSE = 120.0                           # seconds between two answers that count as a break, not as work
 COPIES = 8                              # converted clips that are kept while the page runs
-BAD_HELP = "a clip is bad if it is unqualified on both axes (A.2.3), or on any of them"
+BAD_HELP = "both: bad is unqualified on both axes (A.2.3); any: unqualified on at least one"
 
 
 @dataclass(kw_only=True)
 class Serve:
     annotator: str | None = arg(None, "name of the person whose answers these are; default: the login name")
     port: int = arg(8765, "port of the page on 127.0.0.1; 0: any free one", at_least=0, at_most=65535)
-    seed: int = arg(0, "seed of the order of clips, which all annotators share, and of which clip of a pair "
-                    "is left", at_least=0)
+    seed: int = arg(0, "seed of the order of clips, the same for all annotators, and of which clip of a pair "
+                    "stands on the left", at_least=0)
 
 
 @dataclass(kw_only=True)

@@ -308,9 +308,11 @@ class VideoDiT(nn.Module):
         return sequence.gather_tokens(tokens) if sequence else tokens
 
     def run_blocks(self, x, t, context, depth, y, clip_tokens, first_frame):
-        """-> tokens [b, n, d], time embedding [b, d], token grid (f, h, w), None, 0; or this GPU's tokens,
-        and `sequence`. With a first_frame the time embedding is [b, 2, d], of time 0 and of t, and the last
-        result is how many of these tokens, the first ones, have time 0.
+        """-> (tokens [b, n, d], time embedding [b, d], token grid (f, h, w), `sequence`, `given`).
+
+        On one GPU `sequence` is None; on several the tokens are this GPU's. `given` is 0 without a
+        first_frame. With one, the time embedding is [b, 2, d], of time 0 and of t, and the first `given`
+        tokens have time 0.
 
         The rule of dtypes: matrices multiply in theirs (or autocast's); the residual stream `tokens`, norms,
         modulation and everything about time stay `wide`.
@@ -445,10 +447,11 @@ def load_transformer(path, dtype=torch.float32, load_now=True, task=None):
     """VideoDiT from our folder, an official Wan2.1 or diffusers one, or a folder that holds `transformer/`;
     or Experts, two of them, if the folder holds or belongs to such a generator.
 
-    dtype of the parameters: float32 master weights, or None for each as stored. `export_transformer` finds
-    the stored dtypes again. load_now=False: a model on the meta device, whose weights scale.parallel.shard
-    reads from `dit.weight_files`, each rank its own. task: "t2v" or "i2v" of a model that can do both. Raises
-    InputError (one line, naming the file) for anything missing or unexpected.
+    dtype of the parameters: float32 master weights, or None for each as stored. The model remembers the
+    stored dtypes (not with load_now=False), and `export_transformer` writes them. load_now=False: a model on
+    the meta device, whose weights scale.parallel.shard reads from `dit.weight_files`, each rank its own.
+    task: "t2v" or "i2v" of a model that can do both. Raises InputError (one line, naming the file) for
+    anything missing or unexpected.
     """
     found, pair = transformer_folder(path, task), expert_folders(path)
     if pair is None:

@@ -5,16 +5,16 @@ a three-layer MLP and one logit. It learns from the label of the finished video 
 4-6).
 
 Deliberate differences:
-1. From the released code: one attention head with scale sqrt(D), as in Eq. 5 (there 8 heads). The query is
-   added to each example, so batches work (there [B, 1, D] + [B, D] broadcasts to [B, B, D]). t ~ U(0, 1)
-   (there a shift-5 grid).
-2. From the paper: patch, text and time embeddings stay frozen, as in the released code. The paper names only
-   blocks, query and head as trained. Frozen embeddings keep the reward's idea of x_t and t equal to the
+1. The released code has 8 attention heads; here there is one, with scale sqrt(D), as in Eq. 5. It adds the
+   query as [B, 1, D] + [B, D], which broadcasts to [B, B, D]; here the query is added to each example, so
+   batches work. It draws t from a shift-5 grid; here t ~ U(0, 1).
+2. The patch, text and time embeddings stay frozen, as in the released code. The paper says only that blocks,
+   query and head are trained. Frozen embeddings keep the reward's reading of x_t and t equal to the
    generator's.
-3. From the paper: in the embedded world "bad" is unqualified on one axis or against the prompt, not on both
-   axes, because most of its flawed clips have one flaw. People's answers count as train_reward.py's --bad
-   says, by default the paper's way.
-4. From the paper: train_reward.py gives a share of each batch another video's prompt and the label bad
+3. In the embedded world a video is "bad" if it is unqualified on one axis or does not show its prompt; in the
+   paper, if it is unqualified on both axes. Most flawed clips there have one flaw. For people's answers --bad
+   of train_reward.py decides; its default is the paper's rule.
+4. Unlike the paper, train_reward.py gives a share of each batch another video's prompt and the label bad
    (--mismatched). Without it the generator can please the reward and lose its prompt (docs/results.md, "Long
    runs with mismatched prompts").
 
@@ -39,8 +39,9 @@ class QueryAttention(nn.Module):
     The query is added to what it has collected, as in a residual connection. add_query=False is the ablation
     "attention without query". heads > 1 is the released code's variant.
 
-    With one query the keys h W_K need not be made: q (h W_K)^T = h (W_K^T q), and likewise for the values. So
-    nothing of size [n, d] is computed or kept for the backward pass.
+    With one query the keys h W_K need not be made, because (h W_K) q^T = h (W_K q^T). Nor need the values:
+    the softmax weights are applied to h first, and W_V to the result. So nothing of size [n, d] is computed
+    or kept for the backward pass.
     """
 
     def __init__(self, dim, add_query=True, heads=1):
@@ -55,14 +56,14 @@ class QueryAttention(nn.Module):
         # [k, e, d]
         w_k, w_v = (layer.weight.unflatten(0, (self.heads, -1)) for layer in (self.w_k, self.w_v))
         q = self.query.view(self.heads, -1)                                                         # [k, e]
-        wanted = torch.einsum("ke,ked->kd", q, w_k) / q.shape[1] ** 0.5                     # W_K^T q, [k, d]
-        share = torch.einsum("bnd,kd->bnk", h, wanted).softmax(1)                                # [b, n, k]
-        found = torch.einsum("bnk,bnd->bkd", share, h)                                           # [b, k, d]
-        z = torch.einsum("bkd,ked->bke", found, w_v).flatten(1)                                     # [b, d]
+        key_query = torch.einsum("ke,ked->kd", q, w_k) / q.shape[1] ** 0.5        # W_K q^T / sqrt(e), [k, d]
+        weights = torch.einsum("bnd,kd->bnk", h, key_query).softmax(1)                           # [b, n, k]
+        mean_token = torch.einsum("bnk,bnd->bkd", weights, h)                                    # [b, k, d]
+        z = torch.einsum("bkd,ked->bke", mean_token, w_v).flatten(1)                                # [b, d]
         return z + self.query if self.add_query else z
 
 
-POOLINGS = {  # each makes, from the width d, a module or function from tokens h [b, n, d] to [b, d]
+POOLINGS = {  # each takes the width d and returns a module or function that maps tokens h [b, n, d] to [b, d]
     "query_attention": QueryAttention,                                                  # Eq. 5
     "attention": lambda dim: QueryAttention(dim, add_query=False),                      # Table 5
     "mean": lambda dim: lambda h: h.mean(1),                                            # Table 5
@@ -118,13 +119,14 @@ class PAVRM(nn.Module):
             return self.mlp(z)[:, 0]                                                                # [b]
 
     def parameter_groups(self, trunk_lr, head_lr):
-        """What is trained, as groups for AdamW: query and head, and the trunk's blocks.
+        """Freezes everything but what is trained, and returns that as groups for AdamW: query and head, and
+        the trunk's blocks.
 
         A trunk_lr of 0 freezes the blocks too, which makes a probe on frozen features.
         """
         self.requires_grad_(False)
-        heads = [p for name, p in self.named_parameters() if not name.startswith("trunk.")]
-        groups = [{"params": heads, "lr": head_lr}]
+        head = [p for name, p in self.named_parameters() if not name.startswith("trunk.")]
+        groups = [{"params": head, "lr": head_lr}]
         if trunk_lr > 0:
             groups.append({"params": list(self.trunk.blocks.parameters()), "lr": trunk_lr})
         for group in groups:
@@ -133,15 +135,16 @@ class PAVRM(nn.Module):
         return groups
 
     def freeze(self):
-        """Eval mode, and no gradients on any weight: in alignment the gradient passes through to x_s."""
+        """Sets eval mode and stops gradients on every weight. In alignment the gradient still passes through
+        to x_s."""
         return self.eval().requires_grad_(False)
 
 
 def load_pavrm(path, generator=None, load_now=True):
     """The frozen PAVRM that was saved in folder `path`.
 
-    generator: the VideoDiT it is to reward. Raises InputError, which names the difference, if the trunk is
-    not the first blocks of such a generator. load_now: as in `model.load_transformer`.
+    generator: the VideoDiT that it will judge. Raises InputError, which names the difference, if the trunk's
+    config is not that of its first blocks. load_now: as in `model.load_transformer`.
     """
     if not Path(path).is_dir():
         raise InputError(f"{path} is not a folder; train a reward model with train_reward.py (--task i2v for "

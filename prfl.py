@@ -10,12 +10,13 @@ the generator. There is no VAE.
 
 With the recipe "paper" this is Algorithm 1 to the letter. The recipe "steady", which is ours, changes two
 lines: the rollout without gradients takes at most four long Euler steps, and the loss is -log sigmoid(r),
-which stops pushing where the reward is already sure. results/why.md compares the two (its rows "step per
-batch"), and results/endurance.md has longer runs.
+which stops pushing where the reward is already sure that the video is good. results/why.md compares the two
+in its rows "step per batch", and results/endurance.md has longer runs.
 
 Deliberate differences from the released code:
 1. The loss is -lambda * r on the raw logit. The released 0.1 * relu(2 - sigmoid(r)) is "sigmoid_hinge" below:
-   its hinge never bites, and its gradient vanishes where the reward is sure.
+   its relu never cuts anything off, because sigmoid(r) is below 2, and its gradient vanishes where the
+   reward is sure.
 2. The solver is Euler (Eq. 7), not a second-order one.
 3. Any of the N steps can be rewarded, also the last one, which the release never rewards.
 4. The SFT update and the reward update each have their own backward pass, clipping and optimizer step.
@@ -47,14 +48,14 @@ THIRDS = {"early": (0, 1), "middle": (1, 2), "late": (2, 3), "full": (0, 3)}
 
 def reward_update_loss(policy, pavrm, x_T, context, step, num_steps, *, rollout_passes=0, reward_weight=1.0,
                        loss="linear", shift=1.0, **conditions):
-    """Alg. 1, the reward update -> (a scalar loss to call backward on, the logits [b], detached).
+    """Alg. 1, the reward update -> (the loss, a scalar with gradients; the logits [b], detached).
 
     policy: the VideoDiT in training. pavrm: the frozen reward model. x_T [b, c, f, h, w]: noise.
     context [b, l, d_text]: the prompts. step: from 1 to num_steps, the Euler step whose result is rewarded;
     `draw_step` draws it. num_steps: N. rollout_passes and shift: as in `rollout`. reward_weight: lambda.
     conditions: what an image-to-video model is given beside the prompt.
     """
-    times = schedule(num_steps, shift, x_T.device)              # from 1, noise, down to 0, video
+    times = schedule(num_steps, shift, x_T.device)              # from t = 1 (noise) down to t = 0 (video)
     t = times[step - 1].expand(len(x_T))                        # s + dt, where the rewarded step starts
     s = times[step].expand(len(x_T))                            # where it ends
 
@@ -70,15 +71,16 @@ def sft_loss(policy, x0, x1, t, context, weight=None, **conditions):
     """Alg. 1, the SFT update (Eq. 10): flow matching on curated latents -> a scalar.
 
     x0 [b, c, f, h, w]: the latents. x1: noise of the same shape. t [b]: times. context [b, l, d_text]: the
-    prompts. weight [b]: a factor for each video; RWR gives exp(reward) here, with own samples as x0.
+    prompts. weight [b]: a factor for each video; RWR gives exp(reward), scaled to mean 1, with own samples as
+    x0.
     """
     v = policy(add_noise(x0, x1, t), t, context, **conditions)
     return flow_matching_loss(v, x0, x1, weight, given_frames(conditions))
 
 
 def steps_of(part, num_steps, among=None):
-    """A part of the trajectory, the steps skipped + 1 .. last -> (skipped, last). among: (skipped, last) of
-    the steps that count, such as those of one expert of two; default: all.
+    """-> (skipped, last): this part of the trajectory has the steps skipped + 1 to last. among: (skipped,
+    last) of the steps that count, such as those of one expert of two; default: all.
 
     Raises InputError if it has no steps.
     """

@@ -14,8 +14,8 @@ def confidence_interval(values, other=None, rounds=5000):
     which has the same seeds but videos of its own. Seeds and videos are resampled, with replacement.
 
     One seed fewer is drawn than there are. That makes the seeds' part of the variance unbiased: n draws of n
-    would give (n - 1) / n of it. Still, three seeds say little about that part. Videos count as independent,
-    though some share a sentence.
+    would give (n - 1) / n of it. Still, three seeds say little about that part, and with one seed only videos
+    are resampled. Videos count as independent, though some share a sentence.
     """
     groups = [np.asarray(group, float) for group in (values, other) if group is not None]
     rng, found = np.random.default_rng(0), []

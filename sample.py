@@ -64,9 +64,8 @@ class Config(search.Flags):
     output: str = arg("sample.mp4", "mp4 file to write; several videos become sample-0.mp4, sample-1.mp4, "
                       "...", only="!prompts")
     output_dir: str | None = arg(None, "folder for the videos and metadata.jsonl", only="prompts")
-    task: str | None = arg(None, "t2v, or i2v (image-to-video): which shipped generator to use without "
-                           "--model, or what a --model that can do both is to do; default: t2v",
-                           choices=TASKS)
+    task: str | None = arg(None, "t2v, or i2v (image-to-video): without --model, which shipped generator; "
+                           "with a --model that can do both, which task; default: t2v", choices=TASKS)
     model: str | None = arg(None, "another folder with transformer/, text_encoder/, vae/ (and "
                             "image_encoder/), such as Wan2.1's")
     transformer: str | None = arg(None, "another generator, such as runs/align/transformer")
@@ -92,12 +91,12 @@ class Config(search.Flags):
     seed: int = arg(0, "seed of the noise; a row of --prompts may have its own", at_least=0)
     reward: str | None = arg(None, "reward model of the search; default: <model>/reward", only="!best_of 1")
     contact_sheet: str | None = arg(None, "also write all frames of all videos as one PNG", only="!prompts")
-    batch_size: int | None = arg(None, "videos of one seed in a batch; default: by their size, 1 for "
-                                 "Wan2.1's; rows of metadata.jsonl keep the batches they were made in",
-                                 above=0)
+    batch_size: int | None = arg(None, "videos of one seed that are sampled together; default: by their "
+                                 "size, 1 for Wan2.1's. Rows of a metadata.jsonl keep the batches that they "
+                                 "were made in", above=0)
     mixed_precision: str | None = arg(None, "autocast dtype; default: no, and for Wan2.1 bf16 if the "
                                       "machine has it", choices=("no", "bf16"))
-    parallel: str = arg("ddp", "under torchrun: the whole generator on each GPU (ddp), or 1 / GPUs of it "
+    parallel: str = arg("ddp", "under torchrun: each GPU holds the whole generator (ddp) or its part of it "
                         "(fsdp)", choices=parallel.KINDS)
     sequence_parallel: int = arg(1, "neighbouring GPUs that share a video's tokens, for long videos", above=0)
 

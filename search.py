@@ -24,9 +24,10 @@ from common import InputError, arg
 class Flags:
     """The flags of sample.py and evaluate.py about the search."""
     best_of: int = arg(1, "candidates per video, of which the reward model keeps one", above=0)
-    drops: str | None = arg(None, "when candidates are dropped, as time:number kept, such as "
-                            ".75:4,.56:2,.37:1; 0:1 compares finished videos only; default: half kept at "
-                            ".75, a quarter at .56, one at .37", only="!best_of 1")
+    drops: str | None = arg(None, "when candidates are dropped: time:number kept, separated by commas; "
+                            ".75:4,.56:2,.37:1 keeps 4 at t = .75, 2 at .56 and 1 at .37, and 0:1 compares "
+                            "finished videos only; default: half, a quarter and one are kept at these times",
+                            only="!best_of 1")
 
 
 def default_drops(n):

@@ -17,7 +17,8 @@ What an iteration makes:
     rwr     one flow-matching update on the generator's own samples, each weighted by exp(reward)
 
 Without --data the curated set is clean clips of the embedded world, written as mp4 and encoded like anybody's
-clips. With --data it is every clip of the shards that is not labelled 0.
+clips. With --data it is every clip of the shards that is not labelled 0, so unlabelled clips and
+those in between too.
 Writes <output_dir>/transformer, metrics.jsonl, samples/ (fixed prompts and noise, watched while training) and
 best/, the weights whose samples the annotator or --judge liked best.
 
@@ -54,12 +55,12 @@ from world import clips, scene
 @dataclass
 class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
     method: str = arg("prfl", "how to train", choices=("prfl", "refl", "sft", "rwr"))
-    task: str | None = arg(None, "t2v, or i2v (image-to-video): which shipped generator to train without "
-                           "--model, or what a --model that can do both learns; default: t2v", choices=TASKS)
+    task: str | None = arg(None, "t2v, or i2v (image-to-video): without --model, which shipped generator; "
+                           "with a --model that can do both, which task; default: t2v", choices=TASKS)
     model: str | None = arg(None, "another generator: a folder with transformer/, vae/ and text_encoder/")
-    reward: str | None = arg(None, "folder of the reward model; default: reward/ in the folder of the "
-                             "generator (the shipped one has seen no mismatched prompts), or with --method "
-                             "refl reward_rgb_first/ or reward_rgb_all/ there",
+    reward: str | None = arg(None, "folder of the reward model; default: reward/ in the generator's folder "
+                             "(the shipped one was trained without mismatched prompts), or with --method "
+                             "refl reward_rgb_first/ or reward_rgb_all/ there (none is shipped)",
                              only="method prfl refl rwr")
     expert: str | None = arg(None, "which expert of a generator of two trains (Wan2.2 A14B); the other one "
                              "only takes part in rollouts. The reward is in what a viewer sees, and the "
@@ -70,8 +71,8 @@ class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
     output_dir: str = arg("runs/align", "run folder")
     world: str = arg("tiny", "size of the embedded world", choices=tuple(scene.SIZES), only="!data")
     num_curated: int = arg(1024, "number of curated clips to render", above=0, only="!data")
-    curated_dir: str | None = arg(None, "where rendered clips are kept, or found; default: "
-                                  "<output_dir>/curated", only="!data")
+    curated_dir: str | None = arg(None, "folder where rendered clips are kept, and used again if they are "
+                                  "there; default: <output_dir>/curated", only="!data")
     num_samples: int = arg(2048, "number of own samples that RWR makes and weighs", at_least=2,
                            only="method rwr")
     num_inference_steps: int | None = arg(None, "N, Euler steps of a rollout; default: 16, Wan: the paper's "
@@ -85,9 +86,9 @@ class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
                              "holds for longer (results/endurance.md). It sets --rollout_passes and "
                              "--reward_loss unless they are given; default: steady for prfl, paper for "
                              "refl", choices=tuple(prfl.RECIPES), only="method prfl refl")
-    rollout_passes: int | None = arg(None, "take at most this many Euler steps in the rollout without "
-                                     "gradients, each longer than one of the N; 0 takes every step of the N "
-                                     "(Alg. 1); default: the recipe's (paper 0, steady 4)", at_least=0,
+    rollout_passes: int | None = arg(None, "the rollout without gradients takes at most this many long Euler "
+                                     "steps, each over several of the N; 0 takes each of the N steps (Alg. "
+                                     "1); default: the recipe's (paper 0, steady 4)", at_least=0,
                                      only="method prfl refl")
     reward_loss: str | None = arg(None, "loss of a logit r: linear is -lambda r (Alg. 1), logsigmoid is -log "
                                   "sigmoid(r), sigmoid_hinge is the released code's; default: the recipe's "
@@ -113,28 +114,28 @@ class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
     weight_decay: float = arg(0.0, "AdamW's weight decay", at_least=0)
     max_train_steps: int | None = arg(None, "iterations (two updates each in prfl and refl); default: 120, "
                                       "Wan: 800", above=0)
-    batch_size: int | None = arg(None, "videos (or prompts) per batch and GPU or group of GPUs; default: 32, "
-                                 "Wan: 1", above=0)
-    gradient_accumulation_steps: int | None = arg(None, "batches per update; default: 1, Wan: what brings an "
-                                                  "update of all GPUs nearest to 30 videos", above=0)
+    batch_size: int | None = arg(None, "videos (in a reward update: prompts) in a batch of one GPU, or of "
+                                 "one --sequence_parallel group; default: 32, Wan: 1", above=0)
+    gradient_accumulation_steps: int | None = arg(None, "batches per update; default: 1, Wan: as many as "
+                                                  "bring an update of all GPUs nearest to 30 videos", above=0)
     max_grad_norm: float = arg(1.0, "the gradient of each update is clipped to this norm", above=0)
     checkpointing_steps: int = arg(40, "iterations between checkpoints", above=0)
     seed: int = arg(0, "seed of order, times, noise and rewarded steps", at_least=0)
 
 
 def resolve(config):
-    """Flags in, settings out -> (config without open flags, {flag: where its value comes from}, the shards of
-    --data or None).
+    """Resolves the flags -> (the settings: config with the flags that were left open filled in; {flag: where
+    its value comes from}; the shards of --data or None).
 
     Raises InputError for flags that cannot work together.
     """
-    named = dataclasses.replace(config)
-    model = resolve_model(named)                                # and the task
-    dit_config = transformer_folder(model, named.task)[1]
+    filled = dataclasses.replace(config)
+    model = resolve_model(filled)                               # it also fills in filled.task
+    dit_config = transformer_folder(model, filled.task)[1]
     experts.check_flags(config, dit_config)
     shards = data.Shards(config.data).relabel() if config.data else None
     latent_shape = shards.latent_shape if shards else scene.LATENT_SHAPES[config.world]
-    sources = {"the shipped generator": {"model": model, "task": named.task}}
+    sources = {"the shipped generator": {"model": model, "task": filled.task}}
     if config.method in ("prfl", "refl"):
         is_refl = config.method == "refl"
         recipe = config.recipe or ("paper" if is_refl else "steady")
@@ -237,7 +238,7 @@ def main(config):
             return prfl.sft_loss(policy, x0, x1, t, context, weight, **conditions), {}
 
     def curated_loss(iteration, indices):
-        """Eq. 10 on curated videos, a share of them without its prompt."""
+        """Eq. 10 on curated videos; a share of them (--context_dropout) loses its prompt."""
         x0, context, conditions = curated_batch(config.seed, iteration, indices)
         context = drop_contexts(context, config, iteration, indices, empty)
         return flow_loss(iteration, indices, x0, context, **conditions)
@@ -251,6 +252,7 @@ def main(config):
 
     def reward_loss(iteration, indices):
         """Alg. 1's reward update, or ReFL's, on the prompts of the curated set."""
+        # seed + 1: other clips than those of the same iteration's SFT update
         _, context, conditions = curated_batch(config.seed + 1, iteration, indices)
         x_T = common.noise(shards.latent_shape, config.seed, "x_T", iteration, indices).to(runtime.device)
         step = prfl.draw_step(config.seed, iteration, N, config.trajectory_part, among)    # one for all ranks

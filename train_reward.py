@@ -3,8 +3,8 @@
     python train_reward.py                                      the embedded world: samples, labels, trains
     torchrun --nproc_per_node=8 train_reward.py --data clips_encoded --holdout 100
     python train_reward.py --data round1_encoded round2_encoded     two rounds of labels
-    python train_reward.py --data clips_encoded --fold 1/2          half of the labels, so that a judge
-    python train_reward.py --data clips_encoded --fold 2/2 --seed 1     can be trained on the other half
+    python train_reward.py --data clips_encoded --fold 1/2          half of the labels
+    python train_reward.py --data clips_encoded --fold 2/2 --seed 1     the other half, for a judge
     python train_reward.py --mismatched 0                       the paper's: every video with its own prompt
     python train_reward.py --trunk_learning_rate 0              a probe on frozen features
     python train_reward.py --space rgb --frames_decoded all --output_dir runs/reward_rgb    a reward of pixels
@@ -12,16 +12,16 @@
     python train_reward.py --resume latest
 
 Without --data the base generator makes its own samples and the annotator labels them from pixels: good is
-qualified on both axes and true to the prompt, bad is unqualified, and what lies in between is dropped. The
-samples stay in <output_dir>/samples. With --data they are your shards, with the labels that lie beside their
-clips (label.py's, or else those of the metadata).
+qualified on both axes and true to the prompt, bad is unqualified on an axis or untrue to the prompt, and what
+lies in between is dropped. The samples stay in <output_dir>/samples. With --data the reward model learns from
+your shards. Their labels are those beside their clips: label.py's, or else the metadata's.
 
 A share of each batch (--mismatched) is given another video's prompt and the label bad. This takes no further
 labels. Without it the generator can please the reward and lose its prompt.
 
-Writes <output_dir>/reward, metrics.jsonl and report.json: the accuracy on held-out videos, clean and by t,
-and how well the reward tells good videos with their own prompt from the same videos with another's. For a
-reward of pixels, the video at t is the clean one that is predicted from x_t.
+Writes <output_dir>/reward and metrics.jsonl, and report.json, which has the accuracy on held-out videos,
+clean and by t, and how well the reward tells good videos with their own prompt from the same videos with
+another's. At each t, a reward of pixels judges the clean video that is predicted from x_t.
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 """
@@ -53,9 +53,8 @@ from world import clips, scene
 
 @dataclass
 class Config(runs.Flags, parallel.Flags):
-    task: str | None = arg(None, "t2v, or i2v (image-to-video): which shipped generator to use without "
-                           "--model, or what a --model that can do both is to do; default: t2v",
-                           choices=TASKS)
+    task: str | None = arg(None, "t2v, or i2v (image-to-video): without --model, which shipped generator; "
+                           "with a --model that can do both, which task; default: t2v", choices=TASKS)
     model: str | None = arg(None, "another generator: a folder with transformer/, vae/ and text_encoder/")
     space: str = arg("latent", "what the reward judges: noisy latents (PAVRM), or pixels (RGB ReFL)",
                      choices=("latent", "rgb"))
@@ -64,13 +63,13 @@ class Config(runs.Flags, parallel.Flags):
     data: tuple[str, ...] = arg((), "labelled shards from `data.py encode`; several folders, such as rounds "
                                 "of labels, count as one; default: the generator's own samples")
     labels: str | None = arg(None, "a labels.jsonl in place of the one beside the clips", only="data")
-    bad: str = arg("both", "a video is bad if it is unqualified on both axes (A.2.3), or on any", choices=BAD,
-                   only="data")
+    bad: str = arg("both", "both: bad is unqualified on both axes (A.2.3); any: unqualified on at least one",
+                   choices=BAD, only="data")
     output_dir: str = arg("runs/reward", "run folder")
     world: str = arg("tiny", "size of the embedded world", choices=tuple(scene.SIZES), only="!data")
     num_samples: int = arg(16384, "number of own samples to make and label", above=0, only="!data")
-    samples_dir: str | None = arg(None, "where own samples are kept, or found; default: <output_dir>/samples",
-                                  only="!data")
+    samples_dir: str | None = arg(None, "folder where own samples are kept, and used again if they are "
+                                  "there; default: <output_dir>/samples", only="!data")
     num_inference_steps: int = arg(16, "Euler steps of each own sample", above=0, only="!data")
     shift: float = arg(1.0, "moves the times of own samples towards noise; 1 spaces them evenly", above=0,
                        at_most=100, only="!data")
@@ -105,8 +104,8 @@ class Config(runs.Flags, parallel.Flags):
 
 
 def resolve(config):
-    """Flags in, settings out -> (config without open flags, {flag: where its value comes from}, the shards of
-    --data or None).
+    """Resolves the flags -> (the settings: config with the flags that were left open filled in; {flag: where
+    its value comes from}; the shards of --data or None).
 
     Raises InputError for flags that cannot work together.
     """
@@ -120,9 +119,9 @@ def resolve(config):
     if config.labels and len(config.data) > 1:
         raise InputError("--labels replaces the labels.jsonl of one folder: with several folders of --data "
                          "leave it out")
-    named = dataclasses.replace(config)
-    model = resolve_model(named)                                # and the task
-    dit_config = transformer_folder(model, named.task)[1]
+    filled = dataclasses.replace(config)
+    model = resolve_model(filled)                               # it also fills in filled.task
+    dit_config = transformer_folder(model, filled.task)[1]
     shards = None
     if config.data:
         shards = join([data.Shards(folder).relabel(config.labels, config.bad) for folder in config.data])
@@ -131,8 +130,9 @@ def resolve(config):
         raise InputError(f"--mismatched {config.mismatched}: all prompts are alike, so none is wrong: leave "
                          f"it out")
     settings, origin = common.settle(config, {
-        "the shipped generator": {"model": model, "task": named.task},
-        "the prompts, which are all alike" if alike else "ours": {"mismatched": 0.0 if alike else 0.25},
+        "the shipped generator": {"model": model, "task": filled.task},
+        "the prompts, which are all alike" if alike else "our default":
+            {"mismatched": 0.0 if alike else 0.25},
         of_config(dit_config).name: training_defaults(dit_config, "reward")})
     return settings, origin, shards
 
@@ -141,7 +141,7 @@ def main(config):
     runtime = common.setup(config.mixed_precision, config.seed, config.sequence_parallel)
     config, origin, shards = resolve(config)
     parallel.check(config)
-    # To make samples or predictions all of the generator is needed, else only the trunk.
+    # The whole generator is needed to make samples or to predict clean videos, else only the trunk.
     whole = config.space == "rgb" or not config.data
     dit = load_transformer(config.model, load_now=whole, task=config.task).eval().requires_grad_(False)
     resume, state = runs.open_checkpoint(config)
@@ -152,13 +152,14 @@ def main(config):
                                    config.shift)
     data.require_fit(shards, dit, config.model, labelled=bool(config.data))
     train, held_out = data.labelled_split(data.take_fold(shards, config.fold), config.holdout, config.seed)
-    prompts = data.prompt_groups([shards.rows[i]["prompt"] for i in train.tolist()])    # alike: equal numbers
-    share = (shards.labels[train] == 1).float().mean().item()
+    # equal numbers where prompts are alike
+    prompt_group = data.prompt_groups([shards.rows[i]["prompt"] for i in train.tolist()])
+    good_share = (shards.labels[train] == 1).float().mean().item()
     if runtime.rank == 0:
         left_out = len(shards) - len(train) - len(held_out)
         print(shards.label_note)
-        print(f"{len(train)} videos to train on ({share:.0%} good), {len(held_out)} held out, {left_out} in "
-              f"between or unlabelled left out")
+        print(f"{len(train)} videos to train on ({good_share:.0%} good), {len(held_out)} held out, "
+              f"{left_out} in between or unlabelled left out")
         print(data.describe_split(shards, train, held_out))
 
     torch.manual_seed(config.seed)
@@ -192,8 +193,8 @@ def main(config):
         rows = data.order(len(train), config.seed, step, indices, global_batch)
         batch = shards.batch(train[rows])
         wrong = common.uniform(config.seed, "mismatched", step, indices) < config.mismatched        # [b]
-        if wrong.any():                                # not what was asked for, so bad, however good it looks
-            others = data.other_rows(prompts, rows, config.seed, step, indices)
+        if wrong.any():     # these do not show what their new prompt asks for: bad, however good they look
+            others = data.other_rows(prompt_group, rows, config.seed, step, indices)
             batch["context"][wrong] = shards.batch(train[others[wrong]])["context"]
             batch["label"][wrong] = 0
         x0, context = batch["latents"].to(runtime.device), batch["context"].to(runtime.device)
@@ -231,12 +232,12 @@ def main(config):
         if done % config.checkpointing_steps == 0 or done == config.max_train_steps:
             parallel.save_checkpoint(config.output_dir, done, {"reward": partial(save_module, reward)},
                                      reward, optimizer, config)
-    report = report or measure()[0]                      # resumed at its last step: nothing was left to train
+    report = report or measure()[0]                 # a run resumed at its last step had nothing left to train
     bar.close()
     save_module(reward, Path(config.output_dir) / "reward")
     if runtime.rank == 0:
-        runs.write_json(Path(config.output_dir) / "report.json",
-                        {**report, "trained_on": len(train), "held_out": len(held_out), "good_share": share})
+        runs.write_json(Path(config.output_dir) / "report.json", {
+            **report, "trained_on": len(train), "held_out": len(held_out), "good_share": good_share})
         print(f"wrote {Path(config.output_dir) / 'reward'} and report.json")
     common.teardown()
 

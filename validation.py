@@ -103,11 +103,12 @@ def dynamic_degree(fastest, real):
 @dataclass
 class Flags:
     """train_align.py's flags about validation, and about what a run keeps."""
-    keep: int = arg(2, "checkpoints to keep, the newest ones, beside best/", above=0)
+    keep: int = arg(2, "number of newest checkpoints that are kept; best/ is kept besides", above=0)
     validation_steps: int = arg(40, "iterations between validations", above=0, only="!num_validation 0")
-    num_validation: int | None = arg(None, "held-out prompts to sample at validations; 0: none; default: "
-                                     "128 of the embedded world, or with --data 8 of its clips (at most a "
-                                     "fifth), kept out of training", at_least=0)
+    num_validation: int | None = arg(None, "number of held-out prompts that validations sample, 0 for none; "
+                                     "default: 128 sentences of the embedded world, or with --data the "
+                                     "prompts of 8 clips (at most a fifth), which are kept out of training",
+                                     at_least=0)
     validation_prompts: str | None = arg(None, "file of other prompts to sample at validations (.txt, "
                                          ".jsonl, .csv)", only="data, !num_validation 0")
     guidance_scale: float | None = arg(None, "guidance of the validation samples; default: the model's own",
@@ -118,11 +119,13 @@ class Flags:
     judge: str | None = arg(None, "second reward model, never trained against; it scores the validation "
                             "samples and so chooses best/", only="!num_validation 0")
     patience: int | None = arg(None, "stop after this many validations without a new best of the judge's or "
-                               "annotator's score; default: never", above=0, only="!num_validation 0")
+                               "annotator's score (with --data it needs --judge); default: never", above=0,
+                               only="!num_validation 0")
 
 
 def default_number(shards):
-    """num_validation where no flag says it. shards: the user's data, or None for the embedded world."""
+    """The value of num_validation if no flag gives it. shards: the user's data, or None for the embedded
+    world."""
     if shards is None:
         return 128
     return min(8, int((shards.labels != 0).sum()) // 5)
@@ -484,19 +487,20 @@ def make_reward_report(reward_fn, batch, generator_config, config, runtime):
         clean = {name: row.pop() for name, row in found.items()}
         averages = {name: sum(row) / len(row) for name, row in found.items()}
         if runtime.rank == 0:
-            show_report(found, averages, clean)
+            show_report(found, averages, clean, config.mismatched)
         return found | {"clean": clean}, {f"held_out_{name}": value for name, value in averages.items()}
 
     return measure
 
 
-def show_report(found, averages, clean):
+def show_report(found, averages, clean, mismatched):
     """Prints the paper's table, and a line if the reward hardly reads its prompt."""
     intervals = "".join(f"  ({k / 5:.1f},{(k + 1) / 5:.1f}]" for k in range(T_BINS))
     tqdm.write(f"held out, t in    {intervals}   average     clean")
     for name, row in found.items():
         tqdm.write(f"{name:18}" + "".join(f"{value:11.3f}" for value in [*row, averages[name], clean[name]]))
     if clean.get("prompt_auc", 1) < DEAF:
+        remedy = "train for longer, or label more videos" if mismatched else "train with --mismatched .25"
         tqdm.write("note: this reward hardly reads the prompt: it tells good videos with their own prompt "
                    f"from the same videos with another one's with AUC {clean['prompt_auc']:.2f}, where .5 is "
-                   "chance; train with --mismatched .25")
+                   f"chance; {remedy}")

@@ -30,8 +30,8 @@ PRIMARIES = {BT709: ((.640, .330), (.300, .600), (.150, .060)),
 
 # ---- tags
 def tags_to_write(lines):
-    """-> {attribute of PyAV's codec context: number} for a video of BT.709's (sRGB's) colours and this many
-    lines."""
+    """-> {attribute of PyAV's codec context: number}: the tags of a video with this many lines and BT.709's
+    (sRGB's) colours."""
     return {"colorspace": usual_matrix(lines), "color_primaries": BT709, "color_trc": BT709,
             "color_range": LIMITED}
 

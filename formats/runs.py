@@ -4,7 +4,8 @@ usable.
     runs/align/
         args.json                        the flags, as they were resolved
         metrics.jsonl                    one line per step
-        checkpoint-000040/               transformer/ (or reward/), train_state.pt, args.json
+        checkpoint-000040/               transformer/ (or reward/), args.json, train_state.pt; with fsdp
+                                         sharded_state/; with adapters pytorch_lora_weights.safetensors
         samples/  best/  transformer/    what the script makes
         earlier-20261129-204500/         a run that was here before: all of the above, to be resumed
 
@@ -65,8 +66,8 @@ MOVING = ".moving"
 
 
 def fast_precision():
-    """"bf16", or "no" (float32) where it is several times faster: most laptops' CPUs only emulate bf16
-    (AVX-512 does not include it), and so do GPUs older than Ampere."""
+    """"bf16" where the machine is fast at it, else "no" (float32). Most laptops' CPUs only emulate bf16
+    (AVX-512 does not include it), and so do GPUs older than Ampere; float32 is several times faster there."""
     if torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -496,8 +497,8 @@ def read_metrics(path):
 
 
 def summary_writer():
-    """TensorBoard's SummaryWriter, or None if it is not installed; with a warning if it is, and cannot be
-    imported."""
+    """TensorBoard's SummaryWriter. None if it is not installed; None and a warning if it is installed and
+    cannot be imported."""
     if importlib.util.find_spec("tensorboard") is None:
         return None
     try:

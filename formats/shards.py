@@ -185,8 +185,9 @@ class Shards:
         return batch | {"label": self.labels[indices], "prompt": [self.rows[i]["prompt"] for i in indices]}
 
     def require(self, channels=None, context_shape=None, labelled=False, image_dim=None):
-        """Raises InputError naming the field that does not fit a model of these latent channels, contexts (l,
-        d) and CLIP tokens of width image_dim; labelled: both labels must occur."""
+        """Raises InputError that names the field that does not fit a model: its latent channels, the shape
+        (l, d) of its contexts, or the width image_dim of its CLIP tokens. labelled: both labels must also
+        occur."""
         if channels not in (None, self.latent_shape[0]):
             raise InputError(f"{self.folder}: latents have {self.latent_shape[0]} channels, the model "
                              f"has {channels}: encode with its own VAE")

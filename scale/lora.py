@@ -25,7 +25,8 @@ class Flags:
     """Flags of train_align.py for adapters."""
     lora_rank: int = arg(0, "train adapters of this rank (such as 16) beside the frozen q, k, v, o of each "
                          "attention, often with 10 times the learning rate; 0 trains all weights", at_least=0)
-    lora_alpha: float | None = arg(None, "adapters are scaled by lora_alpha / lora_rank; default: by 1",
+    lora_alpha: float | None = arg(None, "adapters are scaled by lora_alpha / lora_rank; default: lora_rank, "
+                                   "so by 1",
                                    above=0, only="lora_rank")
     lora: str | None = arg(None, "LoRA file with the adapters that training starts from; of two experts, of "
                            "the high-noise one")
@@ -132,8 +133,8 @@ def save(adapters, folder, layout="diffusers", file=FILE):
 @torch.no_grad()
 def export(dit, path, alpha=None, kind="merged"):
     """Writes the weights of `dit`, with adapters merged in, to folder `path`, and the adapters, if it has
-    any, beside it; kind "lora": the adapters alone -> [path] of what a reader looks for. Every rank must call
-    it; rank 0 writes.
+    any, beside it; kind "lora": the adapters alone -> [path of each folder or adapters' file that is to be
+    read]. Every rank must call it; rank 0 writes.
 
     Of two Experts those that train are written, each to a folder with its name beside `path`.
     """

@@ -95,7 +95,7 @@ def shard(model, runtime, flags):
 
 
 def lay_out(model, runtime, flags):
-    """`shard` without its last step: what is on meta still holds no weights."""
+    """All of `shard` but its last step: weights on the meta device stay without values."""
     check(flags)
     dit = getattr(model, "trunk", model)
     sequence.spread(dit, runtime)

@@ -146,8 +146,8 @@ def timed(iteration, i, device):
 def bytes_now(device):
     """Bytes that the process holds now; `peak` counts from here on.
 
-    On a CPU these are of the resident set, after freed memory was given back to the system. On other systems
-    than Linux it is the peak so far.
+    On a CPU this is the size of the resident set, after freed memory was given back to the system. On systems
+    other than Linux it is the peak so far.
     """
     gc.collect()
     if device.type == "cuda":

@@ -30,6 +30,7 @@ from formats.weights import SHIPPED
 from model import load_transformer
 from report import confidence_interval, plot, show, summary, table
 from study.parts import HOME, part_of, reward_folder, train_reward_models
+from validation import OTHER_PROMPT
 from world import annotator, scene
 
 EVERY = 40                                                      # iterations between validations
@@ -42,20 +43,31 @@ RECIPES = {"paper": ("train_align.py", "--method", "prfl", "--recipe", "paper"),
 
 
 class Case(NamedTuple):
-    """One run, but for its seed. mismatched: share of the reward model's batches. length: iterations."""
+    """One run, but for its seed.
+
+    mismatched: share of the reward model's batches. length: iterations. parts: the reward model learns from
+    one in so many of the labelled samples, for reward_steps steps (None: the preset's).
+    """
     recipe: str
     schedule: str = "constant"
     mismatched: float = 0.25
     rate: float = 1e-4
     length: int = 960
+    parts: int = 1
+    reward_steps: int | None = None
 
     def name(self, seed):
         reward = f"mismatched {self.mismatched:g}"
+        if self.parts > 1:
+            reward += f" 1 of {self.parts} {self.reward_steps} steps"
         return f"{self.recipe}, {self.schedule}, {self.rate:g}, {reward}, {self.length}, seed {seed}"
 
     def reward_flags(self):
         """Flags of train_reward.py; none is the reward model of the other tables."""
-        return ("--mismatched", self.mismatched) if self.mismatched else ()
+        flags = ("--mismatched", self.mismatched) if self.mismatched else ()
+        if self.parts > 1:
+            flags += ("--fold", f"1/{self.parts}", "--max_train_steps", self.reward_steps)
+        return flags
 
     def row(self):
         reward = f"mismatched {self.mismatched:g}" if self.mismatched else "the paper's reward"
@@ -73,15 +85,35 @@ MORE = [Case("paper", length=480), Case("steady", "constant", length=1920),
 
 
 # ---- one run
+def judge_seed(work, seed, case):
+    """The seed of the reward model that watches a run as judge (train_align.py --judge), or None. It is the
+    next seed's, and it watches runs of the paper's recipe, which have to be stopped."""
+    return (seed + 1) % max(2, len(work.seeds)) if case.recipe == "paper" else None
+
+
 def part_of_case(work, seed, case):
     """(folder, file that it ends with, script, *flags), as Work.run takes them."""
     words = case.name(seed).replace(", ", "_").replace(" ", "-")
-    reward = reward_folder(work, seed, case.reward_flags()) / "reward"
+    reward = lambda seed: reward_folder(work, seed, case.reward_flags()) / "reward"
+    judge = judge_seed(work, seed, case)
+    watched = () if judge is None else ("--judge", reward(judge))
     return (work.folder / f"seed-{seed}" / f"endurance-{words}", "transformer/config.json",
             *RECIPES[case.recipe], "--seed", seed, "--curated_dir", work.folder / f"seed-{seed}" / "curated",
-            "--reward", reward, "--learning_rate", case.rate, "--lr_scheduler", case.schedule,
+            "--reward", reward(seed), *watched, "--learning_rate", case.rate, "--lr_scheduler", case.schedule,
             "--max_train_steps", case.length, "--validation_steps", EVERY, "--num_validation", VALIDATED,
             "--checkpointing_steps", 120)
+
+
+def reward_models(work, wanted):
+    """Of the runs [(seed, case)], with their judges -> what train_reward_models makes."""
+    both = [(of, case.reward_flags()) for seed, case in wanted
+            for of in (seed, judge_seed(work, seed, case)) if of is not None]
+    return list(dict.fromkeys(both))
+
+
+def read_metrics(folder):
+    """Of a run folder -> its rows."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def curve_of(rows):
@@ -140,17 +172,19 @@ def finished(work, wanted):
     path = work.results / "endurance_runs.json"
     kept = read_kept(HOME / "results/endurance_runs.json") | read_kept(path)
     missing = [(seed, case) for seed, case in wanted if case.name(seed) not in kept]
-    train_reward_models(work, [(seed, case.reward_flags()) for seed, case in missing])
+    train_reward_models(work, reward_models(work, missing))
     for i in range(0, len(missing), work.jobs):                 # kept as soon as they are there
         together = missing[i:i + work.jobs]
         work.run([part_of_case(work, seed, case) for seed, case in together])
         for seed, case in together:
             folder = part_of_case(work, seed, case)[0]
-            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             part = part_of(folder)
+            report = reward_folder(work, seed, case.reward_flags()) / "report.json"
             kept[case.name(seed)] = {"command": part["command"].replace(str(work.folder), "runs"),
                                      "commit": part["commit"], "minutes": round(part["seconds"] / 60, 1),
-                                     "curve": curve_of(rows), "test": test_verdicts(folder / "transformer")}
+                                     "reward": from_json(report.read_text()),
+                                     "curve": curve_of(read_metrics(folder)),
+                                     "test": test_verdicts(folder / "transformer")}
         path.parent.mkdir(parents=True, exist_ok=True)
         runs.write_json(path, kept)
     return {case.name(seed): kept[case.name(seed)] for seed, case in wanted}
@@ -242,6 +276,7 @@ def report(work, kept, cases):
         if shown:
             panels[title] = ("iteration", shown)
     plot(work.results / "endurance.png", panels)
+    judged, stops = stopped_by_the_judge(work, kept, cases)
     minutes = sum(part["minutes"] for part in used)
     lines = [f"The share of {VALIDATED} validation videos that are qualified after so many iterations, mean "
              "over the seeds. Then how far the last quarter of the validations lies from the best quarter. "
@@ -249,10 +284,38 @@ def report(work, kept, cases):
              "the strict and the loose one, and in other wordings; and what the firm one sees. Each seed "
              "has a reward model of its own. Mismatched: the share of each of its batches that got another "
              f"video's prompt and the label bad.", "", *table(HEAD, cells)]
+    if stops:
+        lines += ["The reward model of the next seed watched these runs as judge. Lost: the annotator's best "
+                  "rate on the validation videos less its rate where the judge would have stopped the run. "
+                  f"Its score is its opinion less {OTHER_PROMPT:g} times its opinion with other prompts.", "",
+                  *table(["run", "annotator's best at", "score's choice at", "lost", "opinion's choice at",
+                          "lost", "lost at the end"], stops)]
     wanted = sum(len(seeds_of(work, case)) for case in cases)
     if len(used) < wanted:
         lines += [f"{len(used)} of {wanted} runs are made. The command below makes the others.", ""]
     lines += [f"The runs took {minutes:.0f} minutes of a core, at "
               f"{', '.join(sorted({part['commit'] for part in used}))}.", ""]
     work.write("endurance", "Does it hold? Recipes, learning rates and rewards over many iterations", lines,
-               {"rows": rows})
+               {"rows": rows, "judge": judged})
+
+
+def stopped_by_the_judge(work, kept, cases):
+    """What it costs to stop where a judge says -> (numbers, rows of the table), one for each run that has
+    been watched by one."""
+    numbers, cells = {}, []
+    for name in (case.name(seed) for case in cases for seed in work.seeds):
+        curve = kept.get(name, {}).get("curve", {})
+        if not any("judge" in row for row in curve.values()):
+            continue
+        steps = [int(step) for step in curve]
+        rate = [row["qualified"] for row in curve.values()]
+        opinion = [row["judge"] for row in curve.values()]
+        score = [row["judge"] - OTHER_PROMPT * row["judge_other_prompt"] for row in curve.values()]
+        best, by_score, by_opinion = (int(np.argmax(values)) for values in (rate, score, opinion))
+        found = {"best": steps[best], "score": steps[by_score], "lost": rate[best] - rate[by_score],
+                 "opinion": steps[by_opinion], "lost_by_opinion": rate[best] - rate[by_opinion],
+                 "lost_at_end": rate[best] - rate[-1]}
+        numbers[name] = found
+        cells.append([name, *(f"{value:.3f}" if isinstance(value, float) else value
+                              for value in found.values())])
+    return numbers, cells

@@ -199,7 +199,8 @@ def train_reward_models(work, wanted):
             "--num_samples", work.preset["samples"],
             "--samples_dir", work.folder / f"seed-{seed}" / named("samples", base_of(flags)))
         return (reward_folder(work, seed, flags), "report.json", "train_reward.py", "--seed", seed, *count,
-                "--max_train_steps", work.preset["reward_steps"],
+                *(() if "--max_train_steps" in flags else
+                  ("--max_train_steps", work.preset["reward_steps"])),
                 *(() if "--mismatched" in flags else ("--mismatched", 0)), *flags)
 
     first = {(seed, base_of(flags)): (seed, flags) for seed, flags in reversed(wanted)

@@ -5,27 +5,31 @@ Run a command again to continue it.
     python -m study.reproduce table3 --preset quick     one seed, fewer videos
     python -m study.reproduce all --preset quick        everything
 
-table1     PRFL beside the base, RWR, SFT and RGB ReFL, with as many updates and for as long
-table2     image-to-video: base, SFT, PRFL
-table3     which part of the trajectory PRFL rewards
-table4     seconds and memory of an iteration, beside RGB ReFL's, for growing clips
-table5     how PAVRM pools its tokens, beside reward models of pixels
-table7     binary cross-entropy or Bradley-Terry
-table8     how many blocks K the trunk has
-table9     a reward model on videos of generators that it was not trained on
-fig3       where a reward can be read: pixels predicted in one step, frozen features of any depth, fine-tuning
-fig5       wins, ties and losses of PRFL, as the annotator sees them
-labels     how many samples PAVRM learns from
-loss       choices in PRFL: form of the loss, lambda, steps with gradients, SFT updates
-steady     the steady recipe beside the paper's, and its learning rates
-mid        both recipes, and best of n, at a second size of the world: 48x48, 27 tokens
-why        what keeps the steady recipe from collapsing: its parts in all combinations, and other changes
-speed      CPU seconds until a quality is reached: PRFL and RGB ReFL with both recipes, and SFT
-stopping   a second reward model as judge: what its choice of checkpoint loses beside the annotator's
-hacking    reward, quality, speed, brightness and saturation while aligning, with and without SFT updates
-annotator  how often the annotator passes clean clips and fails flawed ones, after mp4 and VAE
-search     best of n by the latent reward while sampling: quality against forward passes
-fooled     the main results by a stricter and a looser annotator, and with wordings new to the world
+table1             PRFL beside the base, RWR, SFT and RGB ReFL, with as many updates and for as long
+table2             image-to-video: base, SFT, PRFL
+table3             which part of the trajectory PRFL rewards
+table4             seconds and memory of an iteration, beside RGB ReFL's, for growing clips
+table5             how PAVRM pools its tokens, beside reward models of pixels
+table7             binary cross-entropy or Bradley-Terry
+table8             how many blocks K the trunk has
+table9             a reward model on videos of generators that it was not trained on
+fig3               where a reward can be read: pixels predicted in one step, frozen features, fine-tuning
+fig5               wins, ties and losses of PRFL, as the annotator sees them
+labels             how many samples PAVRM learns from
+few_labels         how good the generator becomes, by how many labels the reward model had
+second_round       labels of the aligned generator against as many more of the base
+loss               choices in PRFL: form of the loss, lambda, steps with gradients, SFT updates
+endurance          whether PRFL holds over many iterations: recipes, learning rates, and rewards
+steady             the steady recipe beside the paper's, and its learning rates
+mid                both recipes, and best of n, at a second size of the world: 48x48, 27 tokens
+why                what keeps the steady recipe from collapsing: its parts combined, and other changes
+speed              CPU seconds until a quality is reached: PRFL and RGB ReFL with both recipes, and SFT
+stopping           a second reward model as judge: what its choice of checkpoint loses beside the annotator's
+hacking            reward, quality, speed and colours while aligning, with and without SFT updates
+annotator          how often the annotator passes clean clips and fails flawed ones, after mp4 and VAE
+search             best of n by the latent reward while sampling: quality against forward passes
+search_mismatched  best of n again, by reward models that saw mismatched prompts
+fooled             the main results by a stricter and a looser annotator, and with wordings new to the world
 
 Every part is a plain call of one of this repository's scripts. The call is printed when it starts, and
 log.txt in the part's folder has what it printed. Writes <results_dir>/<name>.md and .json and, for curves, a
@@ -72,6 +76,7 @@ from report import (
 )
 from study import parts
 from study.endurance import endurance
+from study.few_labels import few_labels
 from study.mid import mid
 from study.parts import (
     I2V,
@@ -85,6 +90,8 @@ from study.parts import (
     train_rewards,
 )
 from study.search import fooled, search
+from study.search_mismatched import search_mismatched
+from study.second_round import second_round
 from study.steady import speed, steady, why
 from study.stopping import stopping
 from study.table4 import table4
@@ -424,7 +431,7 @@ def test_set(work, folder=None, generator=BASE):
     runtime = common.setup("no")
     dit = load_transformer(generator).to(runtime.device).eval()
     shards = clips.own_samples(folder or work.folder / "test_samples", dit, str(BASE), work.preset["tested"],
-                               16, "tiny", 9_999, runtime)
+                               16, "tiny", 9_999, runtime, transformer=generator)
     kept = shards.batch((shards.labels >= 0).nonzero()[:, 0])
     return kept["latents"], kept["context"], kept["label"]
 
@@ -704,8 +711,8 @@ def annotator(work):
 
 STUDIES = {study.__name__: study
            for study in (table1, table2, table3, table4, table5, table7, table8, table9, fig3, fig5, labels,
-                         loss, endurance, steady, mid, why, speed, stopping, hacking, annotator, search,
-                         fooled)}
+                         loss, endurance, few_labels, second_round, steady, mid, why, speed, stopping,
+                         hacking, annotator, search, search_mismatched, fooled)}
 
 
 @dataclass

@@ -191,7 +191,8 @@ def why_comparisons(work):
 
 
 def trained_curves(work, compared):
-    """Trains what {title: {row: Run}} lacks -> {title: {row: [a seed's curve]}}"""
+    """Trains those runs of {title: {row: Run}} that are not made yet -> {title: {row: [one curve for each
+    seed]}}"""
     wanted = dict.fromkeys((seed, run) for rows in compared.values() for run in rows.values()
                            for seed in seeds_of(work, run))
     train(work, list(wanted))

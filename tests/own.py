@@ -75,6 +75,9 @@ def best(run):
     run = Path(run)
     if not (run / "best").exists():
         shutil.copytree(run / "transformer", run / "best/transformer")
+        adapters = "pytorch_lora_weights.safetensors"
+        if (run / adapters).exists():
+            shutil.copy(run / adapters, run / "best" / adapters)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def test_the_report_says_whether_a_reward_reads_its_prompt(reads, monkeypatch):
     latents[:, 1] = numbers.view(12, 1, 1, 1)
     batch = {"latents": latents, "context": numbers.view(12, 1, 1).clone(), "label": torch.tensor([1, 0] * 6),
              "prompt": [f"prompt {int(i)}" for i in numbers]}
-    config = type("Config", (), {"seed": 0, "batch_size": 2})
+    config = type("Config", (), {"seed": 0, "batch_size": 2, "mismatched": 0.25})
     runtime = common.Runtime(0, 1, torch.device("cpu"), torch.float32)
     said = []
     monkeypatch.setattr(validation.tqdm, "write", said.append)
@@ -81,12 +81,13 @@ def test_the_report_says_whether_a_reward_reads_its_prompt(reads, monkeypatch):
     assert report["clean"]["prompt_auc"] == wanted and averages["held_out_prompt_auc"] == wanted
     assert report["accuracy"] == [0.5] * 5 and report["clean"]["accuracy"] == 0.5  # it calls all of them good
     assert ("hardly reads the prompt" in " ".join(said)) == (not reads)
+    assert ("label more videos" in " ".join(said)) == (not reads)       # it had mismatched prompts already
 
 
 def test_a_report_of_one_prompt_has_no_sensitivity():
     batch = {"latents": torch.zeros(4, 2, 1, 1, 1), "context": torch.zeros(4, 1, 1),
              "label": torch.tensor([1, 0, 1, 0]), "prompt": ["a cat"] * 4}
-    config = type("Config", (), {"seed": 0, "batch_size": 2})
+    config = type("Config", (), {"seed": 0, "batch_size": 2, "mismatched": 0.25})
     runtime = common.Runtime(0, 1, torch.device("cpu"), torch.float32)
     report, _ = validation.make_reward_report(Reader(True), batch, {"model_type": "t2v"}, config, runtime)()
     assert report.keys() == {"accuracy", "balanced_accuracy", "auc", "clean"} and len(report["clean"]) == 3

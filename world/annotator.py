@@ -65,8 +65,8 @@ def _fit_path(center, low, high):
 
 
 def grade(found, tolerance=1.0):
-    """Grades the errors that `annotate` measured by LIMITS times `tolerance`, one of the values of
-    ANNOTATORS.
+    """Compares the errors that `annotate` measured with LIMITS times `tolerance` (one of the values of
+    ANNOTATORS), and grades them.
 
     found: a dict that holds the errors of LIMITS, "absent" and "adherent", each [b]. Returns "physical",
     "deformity", "qualified" and "unqualified", each [b] and with the meaning that they have in `annotate`.
@@ -110,7 +110,7 @@ def annotate(videos, prompts):
     - the errors of LIMITS, and "direction_error" in radians;
     - "absent": bool, there is no subject that deserves the name;
     - PANEL, which exposes reward hacking: "speed" in frame widths per frame, "dynamic" (bool), "brightness"
-      and "saturation" in 0 .. 1.
+      and "saturation" in 0 .. 1, and "adherent".
     "center" [b, f, 2] is the tracked subject. Raises InputError for videos of another dtype or layout.
     """
     right_layout = videos.ndim == 5 and videos.shape[1] >= 4 and videos.shape[2] == videos.shape[3] \

@@ -38,7 +38,8 @@ def require_world(model):
 
 
 @torch.no_grad()
-def own_samples(folder, generator, model, count, num_steps, size, seed, runtime, shift=1.0):
+def own_samples(folder, generator, model, count, num_steps, size, seed, runtime, shift=1.0,
+                transformer=None):
     """Shards of `count` samples of a VideoDiT, labelled by the annotator. They are made once and kept in
     `folder`.
 
@@ -46,9 +47,9 @@ def own_samples(folder, generator, model, count, num_steps, size, seed, runtime,
     Samples of an image-to-video generator start from the first frames of clean renders, and the shards hold
     the latents of these frames as condition.
 
-    generator: the VideoDiT. model: the folder with its vae/ and text_encoder/. num_steps, shift: of the
-    sampler. size: one of scene.SIZES. Every rank makes its share of the samples. Raises InputError if
-    `folder` was made with other settings.
+    generator: the VideoDiT. model: the folder with its vae/ and text_encoder/. transformer: the generator's
+    own folder, if that is not in `model`. num_steps, shift: of the sampler. size: one of scene.SIZES. Every
+    rank makes its share of the samples. Raises InputError if `folder` was made with other settings.
     """
     settings = {"model": str(model), "count": count, "num_steps": num_steps, "size": size, "seed": seed}
     if shift != 1:
@@ -56,10 +57,11 @@ def own_samples(folder, generator, model, count, num_steps, size, seed, runtime,
     require_world(model)
     settings["encoders"] = {role: fingerprint.of_encoder(f"{model}/{role}", role)
                             for role in ("vae", "text_encoder")}
-    if expert_folders(model):
-        settings["generator"] = fingerprint.of_weights(model)
+    if expert_folders(transformer or model):
+        settings["generator"] = fingerprint.of_weights(transformer or model)
     else:
-        settings["generator"] = fingerprint.of_encoder(transformer_folder(model)[0], "transformer")
+        settings["generator"] = fingerprint.of_encoder(transformer_folder(transformer or model)[0],
+                                                        "transformer")
     if (Path(folder) / "shards.json").exists():
         shards = data.Shards(folder)
         made_with = shards.settings or {}

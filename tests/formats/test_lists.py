@@ -61,6 +61,13 @@ def test_a_problem_is_told_with_the_line_that_an_editor_shows(tmp_path, end):
         metadata.read_metadata(tmp_path)
 
 
+def test_rows_are_counted_alike_whatever_the_problem(tmp_path):
+    """Blank lines are no rows, whether the problem lies in a quote or in the number of fields."""
+    (tmp_path / "metadata.csv").write_text('file_name,prompt\n\na.mp4,one\n\n\nb.mp4,"two\n')
+    with pytest.raises(InputError, match=r"metadata.csv row 2 \(line 6\): its quotes do not fit"):
+        metadata.read_metadata(tmp_path)
+
+
 def test_a_field_may_be_as_long_as_it_likes(tmp_path):
     long = 200_000 * "x"
     (tmp_path / "metadata.csv").write_text(f'file_name,prompt,embedding\na.mp4,"{long}",{long}\n')

@@ -157,7 +157,7 @@ def test_two_experts():
     update is of one of them, and the rollout goes on to the steps of what trains."""
     one, two = PRESETS["wan2.1-t2v-14b"], plan.GENERATORS["wan2.2-a14b"]
     P = plan.parameters(one)["total"]
-    for flags in (dict(gpus=8), dict(gpus=8, lora_rank=16), dict(), dict(lora_rank=16), dict(method="sample")):
+    for flags in (dict(gpus=8), dict(gpus=8, lora_rank=16), {}, dict(lora_rank=16), dict(method="sample")):
         of_one, low = costs(one, **flags), costs(two, **flags)
         both = costs(two, expert="both", **flags)
         parts, trains = of_one["parts"], flags.get("method") != "sample"

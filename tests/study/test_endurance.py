@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from common import InputError
-from study import endurance, parts, reproduce
+from study import endurance, few_labels, parts, reproduce, second_round
 from study.endurance import Case
 
 
@@ -21,11 +21,92 @@ def test_the_commands_of_runs(tmp_path):
     assert of(Case("paper", "linear", 0.25, 2e-4, 480)) == (
         f"{seed}/endurance-paper_linear_0.0002_mismatched-0.25_480_seed-1 transformer/config.json "
         f"train_align.py --method prfl --recipe paper --seed 1 --curated_dir {seed}/curated --reward "
-        f"{seed}/reward-mismatched-0.25/reward --learning_rate 0.0002 --lr_scheduler linear "
-        f"--max_train_steps 480 --validation_steps 40 --num_validation 256 --checkpointing_steps 120")
+        f"{seed}/reward-mismatched-0.25/reward --judge "
+        f"{tmp_path}/parts/full/seed-2/reward-mismatched-0.25/reward --learning_rate 0.0002 "
+        f"--lr_scheduler linear --max_train_steps 480 --validation_steps 40 --num_validation 256 "
+        f"--checkpointing_steps 120")
     by_video = of(Case("by video", mismatched=0))
     assert "-m study.why --rewarded_step per_video --rollout_passes 4 --reward_loss logsigmoid" in by_video
     assert f"--reward {seed}/reward/reward " in by_video                # the other tables' reward model
+
+
+def test_the_reward_model_of_few_labels(tmp_path):
+    work, case = work_in(tmp_path, preset="full"), few_labels.CASES[2]
+    assert (case.parts, case.reward_steps) == (20, 800)
+    folder, _, *command = endurance.part_of_case(work, 0, case)
+    assert folder.name.endswith("mismatched-0.25-1-of-20-800-steps_480_seed-0")
+    made = []
+    work.run = made.extend
+    parts.train_reward_models(work, [(0, case.reward_flags())])
+    reward, *_ = {str(part[0]): part for part in made}.values()
+    said = " ".join(map(str, reward))
+    assert said.count("--max_train_steps") == 1 and said.endswith(
+        "--mismatched 0.25 --fold 1/20 --max_train_steps 800")
+    assert str(reward[0] / "reward") == str(command[command.index("--reward") + 1])
+
+
+def test_the_table_of_few_labels(tmp_path):
+    full, few = few_labels.Case("steady", "linear", 0.25, 2e-4, 480), few_labels.CASES[2]
+    reward = {"trained_on": 516, "held_out": 128, "clean": {"accuracy": 0.77, "prompt_auc": 0.9}}
+    kept = {full.name(0): kept_run(490, [0.9] * 12),
+            few.name(0): kept_run(460, [0.8] * 12) | {"reward": reward}}
+    few_labels.report(work_in(tmp_path, preset="full"), kept)
+    text = (tmp_path / "results/few_labels.md").read_text()
+    assert "| 644 | 0.25 | 1 | 0.770 | 0.800 |" in text and "| all | 0.25 | 1 |  | 0.900 |" in text
+    assert "2 of 30 runs are made" in text
+
+
+def test_the_parts_of_a_second_round(tmp_path, monkeypatch):
+    """The aligned generator's samples come from the first round's; both rounds train the second reward."""
+    work, made = work_in(tmp_path, preset="full", seeds=1), []
+
+    def run(self, wanted):
+        for folder, last, *words in wanted:
+            made.append((folder.name, " ".join(map(str, words)).replace(f"{work.folder}/seed-0/", "")))
+            (folder / last).parent.mkdir(parents=True, exist_ok=True)
+            (folder / last).write_text(json.dumps(
+                {"trained_on": 600, "held_out": 100, "clean": {"accuracy": 0.8}}))
+    good = kept_run(480, [0.9] * 12)
+    monkeypatch.setattr(second_round, "HOME", tmp_path)
+    monkeypatch.setattr(parts.Work, "run", run)
+    monkeypatch.setattr(second_round, "read_metrics", lambda folder: [])
+    monkeypatch.setattr(second_round, "curve_of", lambda rows: good["curve"])
+    monkeypatch.setattr(second_round, "test_verdicts", lambda transformer: good["test"])
+    second_round.second_round(work)
+    said = dict(made)
+    assert len(said) == 9
+    assert said["second_round-samples-2"] == (
+        "-m study.samples --transformer second_round-aligned-0/transformer --count 1024 --seed 101")
+    assert "--transformer" not in said["second_round-samples-1"] + said["second_round-samples-0"]
+    assert said["second_round-reward-2"].startswith(
+        "train_reward.py --data second_round-samples-0 second_round-samples-2 --seed 0")
+    assert "--reward second_round-reward-2/reward" in said["second_round-aligned-2"]
+    count = len(made)
+    second_round.second_round(work)
+    assert len(made) == count                                           # nothing is made twice
+    rows = json.loads((tmp_path / "results/second_round.json").read_text())["rows"]
+    assert rows[second_round.ALIGNED]["labelled"] == 700
+
+
+def test_the_judge_is_the_next_seeds_reward_model(tmp_path):
+    work = work_in(tmp_path, preset="full")
+    wanted = [(0, Case("steady")), (0, Case("paper")), (2, Case("paper"))]
+    flags = ("--mismatched", 0.25)
+    assert endurance.reward_models(work, wanted) == [(0, flags), (1, flags), (2, flags)]
+    assert endurance.judge_seed(work_in(tmp_path, preset="quick"), 0, Case("paper")) == 1
+
+
+def test_where_a_judge_would_have_stopped(tmp_path):
+    """The annotator's best is at 40, the score's choice too, the opinion's is the end."""
+    rows = {"0": (0.3, 0.4, 0.1), "40": (0.9, 0.8, 0.2), "80": (0.5, 0.9, 0.8)}
+    curve = {step: {"qualified": rate, "judge": judge, "judge_other_prompt": other}
+             for step, (rate, judge, other) in rows.items()}
+    case = Case("paper", length=480)
+    kept = {case.name(0): {"curve": curve}, case.name(1): {"curve": {}}}
+    numbers, cells = endurance.stopped_by_the_judge(work_in(tmp_path, preset="full"), kept, [case])
+    assert numbers[case.name(0)] == {"best": 40, "score": 40, "lost": 0.0, "opinion": 80,
+                                     "lost_by_opinion": pytest.approx(0.4), "lost_at_end": pytest.approx(0.4)}
+    assert cells == [[case.name(0), 40, 40, "0.000", 80, "0.400", "0.400"]]
 
 
 def test_every_case_has_a_name_and_a_row_of_its_own():

@@ -14,7 +14,7 @@ import flow
 import report
 import search as best_of_n
 from pavrm import PAVRM
-from study import candidates, parts
+from study import candidates, parts, search_mismatched
 from study import search as study
 from world import annotator
 
@@ -97,6 +97,32 @@ def test_tables_of_the_search(work, tmp_path):
     assert found["once"]["0.0"]["base"]["mean"] == found["any"]["8"]["base"]["mean"]
     assert len(found["claims"][0]["seeds"]) == 3
     assert (tmp_path / "results/search.md").read_text().count("best of 8 in a chain") > 5
+
+
+def test_the_search_by_rewards_that_saw_mismatched_prompts(work, tmp_path, monkeypatch):
+    """Each part is kept as soon as it is made, and what is kept is not made again."""
+    again = search_mismatched
+    monkeypatch.setattr(again, "HOME", tmp_path)
+    monkeypatch.setattr(again, "train_reward_models", lambda work, wanted: None)
+    monkeypatch.setattr(again, "TESTED", 40)
+    made, run = [], parts.Work.run
+
+    def keep(self, wanted):
+        wanted = [part for part in wanted if part[1] == "candidates.safetensors"]     # not the alignments
+        run(self, wanted)
+        for folder, _, *words in wanted:
+            made.append(folder.name)
+            part = {"command": " ".join(map(str, words)), "commit": "c"}
+            (folder / "part.json").write_text(json.dumps(part))
+    monkeypatch.setattr(parts.Work, "run", keep)
+    again.search_mismatched(work)
+    again.search_mismatched(work)
+    assert len(made) == 3 * len(again.CASES)
+    rows = json.loads((tmp_path / "results/search_mismatched.json").read_text())["rows"]
+    assert rows["base, best of 16 at the end"]["mean"] == 1 and 0.2 < rows["base, one sample"]["mean"] < 0.45
+    assert len(rows[f"{again.STEADY}, best of 4 in a chain"]["seeds"]) == 3
+    kept = json.loads((tmp_path / "results/search_mismatched_runs.json").read_text())
+    assert kept.keys() == {f"{row}, seed {seed}" for row in again.CASES for seed in range(3)}
 
 
 def test_tables_of_other_annotators_and_wordings(work, tmp_path):

@@ -253,6 +253,9 @@ def test_samples_are_kept_and_known_by_their_settings(tmp_path):
     for count, shift in ((5, 1.0), (4, 3.0)):                   # another number, another sampler
         with pytest.raises(InputError, match="was made with .* use another --output_dir"):
             clips.own_samples(tmp_path, generator, model, count, 2, "tiny", 0, runtime, shift=shift)
+    with pytest.raises(InputError, match="was made with .* use another --output_dir"):    # another generator
+        clips.own_samples(tmp_path, generator, model, 4, 2, "tiny", 0, runtime,
+                          transformer=SHIPPED["i2v"] / "transformer")
 
 
 def test_labels_of_clips():

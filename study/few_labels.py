@@ -1,0 +1,62 @@
+"""`python -m study.reproduce few_labels`: how many labels does it take?
+
+Reward models learn from a random part of a seed's labelled samples. Then each of them aligns the generator by
+the steady recipe. So the table says what somebody who pays for labels wants to know: what the generator is
+worth in the end, and not only how often the reward model is right. The runs are kept beside those of
+study/endurance.py.
+"""
+import numpy as np
+
+from report import plot, show, table
+from study.endurance import Case, finished, row_of
+
+# One in so many of the labelled samples, and steps of the reward model; fewer videos are learned by heart in
+# fewer steps. All of them: the reward models of endurance.py.
+SIZES = ((320, 200), (80, 400), (20, 800), (5, 1600), (1, None))
+CASES = [Case("steady", "linear", mismatched, 2e-4, 480, parts, steps)
+         for mismatched in (0.25, 0) for parts, steps in SIZES]
+HEAD = ["labels", "mismatched", "seeds", "held-out accuracy, clean", "40", "120", "240", "480",
+        "last quarter minus best quarter", "test videos", "by seed", "adherent"]
+
+
+def few_labels(work):
+    report(work, finished(work, [(seed, case) for case in CASES for seed in work.seeds]))
+
+
+def report(work, kept):
+    """Writes the table and the curve of those runs that are kept."""
+    rows, cells, curves, made = {}, [], {}, 0
+    for case in CASES:
+        parts = [kept[case.name(seed)] for seed in work.seeds if case.name(seed) in kept]
+        if not parts:
+            continue
+        made += len(parts)
+        numbers, _ = row_of(case, parts)
+        rewards = [part["reward"] for part in parts if "reward" in part]    # older runs did not keep them
+        labels, accuracy = "all", ""
+        if rewards:
+            labels = round(np.mean([reward["trained_on"] + reward["held_out"] for reward in rewards]))
+            accuracy = f"{np.mean([reward['clean']['accuracy'] for reward in rewards]):.3f}"
+            numbers |= {"labels": labels, "reward_accuracy": [r["clean"]["accuracy"] for r in rewards],
+                        "reward_prompt_auc": [r["clean"].get("prompt_auc") for r in rewards]}
+        test = numbers["qualified"]
+        rows[f"{case.mismatched:g} mismatched, 1 of {case.parts}"] = numbers
+        cells.append([labels, f"{case.mismatched:g}", len(parts), accuracy,
+                      *(f"{np.mean(numbers['validation'][step]):.3f}" for step in (40, 120, 240, 480)),
+                      show(numbers["fall"]["difference"], numbers["fall"]["interval"], "+"), show(**test),
+                      " ".join(f"{value:.3f}" for value in test["seeds"]),
+                      f"{numbers['adherent']['mean']:.3f}"])
+        steps, means = curves.setdefault(f"{case.mismatched:g} mismatched", ([], []))
+        steps.append(str(16384 // case.parts))
+        means.append(test["mean"])
+    plot(work.results / "few_labels.png",
+         {"qualified test videos": ("samples that were graded", curves)})
+    lines = ["The generator after 480 iterations of the steady recipe (2e-4, falling to 0), by how many "
+             "labelled samples its reward model had. A fifth of them, at most 400, were held out: the "
+             "accuracy on few is uncertain. Samples whose grade lies between good and bad have no label: of "
+             "16,384 graded ones about 12,900 count. Mismatched: the share of each batch that got another "
+             "video's prompt and the label bad.", "", *table(HEAD, cells)]
+    if made < len(CASES) * len(work.seeds):
+        lines += [f"{made} of {len(CASES) * len(work.seeds)} runs are made. The command below makes the "
+                  "others.", ""]
+    work.write("few_labels", "How many labels does it take?", lines, {"rows": rows})

@@ -1,0 +1,95 @@
+"""`python -m study.reproduce search_mismatched`: best of n by reward models that saw mismatched prompts.
+
+study/search.py asks the same of the paper's reward models, which hardly read their prompt: their choice lost
+prompts, and did not lift an aligned generator. Finished parts are kept in
+results/search_mismatched_runs.json and are not made again, as those of study/endurance.py are.
+
+Axes: m videos, n candidates.
+"""
+import numpy as np
+from safetensors.torch import load_file
+
+from formats import runs
+from report import claim_verdicts, claims_table, plot, show, summary, table
+from search import parse_drops
+from study.endurance import TESTED, Case, bits, part_of_case, read_kept, reward_models
+from study.parts import HOME, part_of, reward_folder, train_reward_models
+from study.search import HOW, ONE, PANEL, STEPS, kept, label, passes_of
+
+BASE, STEADY, PAPER = "base", "PRFL, steady, 480 iterations", "PRFL, the paper's recipe, 480 iterations"
+CASES = {BASE: Case("steady", "linear", rate=2e-4, length=480),       # only its reward model is used
+         STEADY: Case("steady", "linear", rate=2e-4, length=480), PAPER: Case("paper", length=480)}
+COUNTS = (4, 8, 16)
+PLANS = {ONE: parse_drops(1)} | {label(n, how): parse_drops(n, text) for n in COUNTS
+                                 for how, text in HOW.items() if how != "once, at t = .38"}
+
+
+def candidates_part(work, seed, row):
+    """The part, as Work.run takes it, that samples the candidates of the generator `row`."""
+    generator, *_ = part_of_case(work, seed, CASES[row])
+    transformer = () if row == BASE else ("--transformer", generator / "transformer")
+    reward = reward_folder(work, seed, CASES[row].reward_flags()) / "reward"
+    name = "candidates-base-mismatched" if row == BASE else f"candidates-{generator.name}"
+    return (work.folder / f"seed-{seed}" / name, "candidates.safetensors", "-m", "study.candidates",
+            *transformer, "--reward", reward, "--seed", seed, "--num_videos", TESTED, "--count", max(COUNTS))
+
+
+def finished(work, wanted):
+    """Makes those of [(seed, row)] that are not kept -> {(seed, row): {plan: {name of PANEL: [m]}}}"""
+    path = work.results / "search_mismatched_runs.json"
+    found = read_kept(HOME / "results/search_mismatched_runs.json") | read_kept(path)
+    missing = [(seed, row) for seed, row in wanted if f"{row}, seed {seed}" not in found]
+    train_reward_models(work, reward_models(work, [(seed, CASES[row]) for seed, row in missing]))
+    work.run([part_of_case(work, seed, CASES[row]) for seed, row in missing if row != BASE])
+    for seed, row in missing:
+        part = candidates_part(work, seed, row)
+        work.run([part])
+        one = [load_file(part[0] / part[1])]
+        entry = {"command": part_of(part[0])["command"].replace(str(work.folder), "runs"),
+                 "commit": part_of(part[0])["commit"], "plans": {}}
+        for plan, cuts in PLANS.items():
+            panel = kept(one, cuts)
+            entry["plans"][plan] = {what: bits(panel[what][0]) for what in PANEL[:4]} | {
+                what: round(float(panel[what].mean()), 5) for what in PANEL[4:]}
+        found[f"{row}, seed {seed}"] = entry
+        path.parent.mkdir(parents=True, exist_ok=True)
+        runs.write_json(path, found)
+    return {(seed, row): found[f"{row}, seed {seed}"]["plans"] for seed, row in wanted}
+
+
+def search_mismatched(work):
+    report(work, finished(work, [(seed, row) for seed in work.seeds for row in CASES]))
+
+
+def report(work, found):
+    """Writes the table of those [(seed, row)] that are kept. found: as `finished` returns it."""
+    rows, cells, qualified, drawn = {}, [], {}, {}
+    for row in CASES:
+        seeds = [seed for seed in work.seeds if (seed, row) in found]
+        if not seeds:
+            continue
+        curve = drawn.setdefault(row, ([], []))
+        for plan, cuts in PLANS.items():
+            panel = {what: np.array([[float(bit) for bit in found[seed, row][plan][what]] for seed in seeds])
+                     for what in PANEL[:4]}
+            qualified[f"{row}, {plan}"] = panel["qualified"]
+            rows[f"{row}, {plan}"] = summary(panel["qualified"])
+            watched = [np.mean([found[seed, row][plan][what] for seed in seeds]) for what in PANEL[4:]]
+            cells.append([row, plan, f"{passes_of(cuts):g}", len(seeds), show(**rows[f"{row}, {plan}"]),
+                          *(f"{panel[what].mean():.3f}" for what in PANEL[1:4]),
+                          *(f"{value:.3f}" for value in watched)])
+            if "chain" in plan or plan == ONE:
+                curve[0].append(passes_of(cuts))
+                curve[1].append(rows[f"{row}, {plan}"]["mean"])
+    pairs = [(f"{row}, {label(n, how)}", f"{row}, {ONE}") for row in drawn for n in COUNTS
+             for how in ("in a chain", "at the end")]
+    claims = claim_verdicts([(*pair, "not in it") for pair in pairs], qualified)
+    plot(work.results / "search_mismatched.png",
+         {"best of n in a chain": ("forward passes of a video", drawn)})
+    lines = [f"{TESTED} held-out videos, {STEPS} Euler steps. The reward model that chooses is the one that "
+             "the generator was aligned with; a quarter of its batches had another video's prompt and the "
+             "label bad. A reward counts as a forward pass. In a chain: half of the candidates stay at t = "
+             ".75, a quarter at .56, one at .38.", "",
+             *table(["generator", "plan", "forward passes", "seeds", *PANEL], cells), *claims_table(claims)]
+    work.write("search_mismatched", "Best of n by reward models that saw mismatched prompts", lines,
+               {"rows": rows, "claims": claims})
