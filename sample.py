@@ -21,8 +21,9 @@ same bytes on the same machine, whichever other rows are given with it (with bf1
 Flags that are not given have the model's defaults. Embedded world: 32*32, 9 frames at 8 fps, 32 steps, no
 guidance, shift 1. Wan2.1: 832*480, 81 frames at 16 fps, guidance 5, shift 3 (5 from 720P on) and the negative
 prompt as published, and the paper's 40 steps. Wan2.2 TI2V-5B: 1280*704, 121 frames at 24 fps, 50 steps,
-guidance 5, shift 5; --task i2v gives it a first frame. Text encoder, generator and VAE are on the GPU one
-after another.
+guidance 5, shift 5; --task i2v gives it a first frame. Wan2.2 A14B: as Wan2.1, but with shift 12, guidance 4
+and, of its low-noise expert, 3; for image-to-video shift 5 and guidance 3.5 of both. Text encoder, generator
+and VAE are on the GPU one after another, and so are two experts.
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 """

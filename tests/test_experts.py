@@ -16,13 +16,15 @@ import common
 import experts
 import flow
 import prfl
+import sample
 import train_align
 from common import InputError
 from experts import Experts
+from formats.adapters import FILES
 from formats.weights import WEIGHTS, save_module
 from model import export_transformer, load_transformer
 from pavrm import PAVRM, load_pavrm
-from scale import parallel
+from scale import lora, parallel
 
 pytestmark = pytest.mark.usefixtures("cpu")
 BOUNDARY, SHAPE, FOLDERS = 0.6, (16, 2, 4, 4), {"high": "transformer", "low": "transformer_2"}
@@ -310,6 +312,27 @@ def test_validation_samples_with_both(folder, model):
     assert isinstance(load_transformer(folder / "watched/best"), Experts)
     rows = [row for row in metrics(folder, "watched") if "validation_judge" in row]
     assert len(rows) == 4 and all("validation_sft_loss" in row for row in rows)
+    found = []
+    for guidance in (["1"], ["2"], ["1", "--guidance_scale_2", "2"], ["2", "--guidance_scale_2", "1"]):
+        run("train_align", [*flags, "--guidance_scale", *guidance, "--max_train_steps", "1"])
+        found.append(metrics(folder, "watched")[0]["validation_judge"])
+    assert len(set(found)) == 4                                 # each of the two guidances counts
+
+
+def test_training_starts_from_the_adapters_of_an_expert(folder, model, alone):
+    """And sampling has them."""
+    file = folder / "one-lora/pytorch_lora_weights_2.safetensors"
+    run(*job(folder, model, "low", "onwards", "--lora_2", str(file), "--learning_rate", "1e-9"))
+    before, after = load_file(file), load_file(folder / "onwards" / file.name)
+    assert before.keys() == after.keys() and all(torch.allclose(x, after[name]) for name, x in before.items())
+    assert not (folder / "onwards" / FILES["transformer"]).exists()
+    both = load_transformer(model)
+    for dit, path in experts.with_adapters(both, sample.Config(lora_2=str(file))):
+        lora.attach(dit, path)
+    merged, x, context = load_transformer(folder / "onwards"), draw(1, *SHAPE), draw(1, 3, 8)
+    for t in (torch.tensor([0.2]), torch.tensor([0.8])):
+        with torch.no_grad():
+            torch.testing.assert_close(both(x, t, context), merged(x, t, context), rtol=1e-4, atol=1e-5)
 
 
 # ---- what is refused
