@@ -62,10 +62,10 @@ class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
                              "(the shipped one was trained without mismatched prompts), or with --method "
                              "refl reward_rgb_first/ or reward_rgb_all/ there (none is shipped)",
                              only="method prfl refl rwr")
-    expert: str | None = arg(None, "which expert of a generator of two trains (Wan2.2 A14B); the other one "
-                             "only takes part in rollouts. The reward is in what a viewer sees, and the "
-                             "low-noise expert makes the finished video. It is also the trunk of the reward "
-                             "model; default: low", choices=experts.CHOICES)
+    expert: str | None = arg(None, "which of two experts trains (Wan2.2 A14B); the other one is frozen and "
+                             "takes part in rollouts. The low-noise expert makes the details and the final "
+                             "motion, which a reward is about, and the reward model is made of it; default: "
+                             "low", choices=experts.CHOICES)
     data: str | None = arg(None, "curated shards from `data.py encode`; default: clean clips of the embedded "
                            "world")
     output_dir: str = arg("runs/align", "run folder")

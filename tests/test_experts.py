@@ -267,14 +267,15 @@ def test_another_expert_is_another_run(folder, model, alone, capsys):
     assert stop.value.code == 2 and "--expert low (now both)" in capsys.readouterr().err
 
 
-TWO = [("ddp", "low"), ("ddp", "both"), ("fsdp", "low"), ("fsdp", "both"), ("fsdp", "lora")]
+TWO = [("ddp", "low"), ("ddp", "both"), ("fsdp", "low"), ("fsdp", "both"), ("fsdp", "lora"), ("shared", "both")]
 
 
 @pytest.fixture(scope="module")
 def two_ranks(folder, model):
     """The same runs under torchrun, 2 ranks with batch 4, ddp and fsdp."""
     (folder / "driver.py").write_text(DRIVER)
-    jobs = [job(folder, model, name, f"{kind}-{name}", "--parallel", kind, batch_size=4)
+    flags = {"ddp": ["--parallel", "ddp"], "fsdp": ["--parallel", "fsdp"], "shared": ["--sequence_parallel", "2"]}
+    jobs = [job(folder, model, name, f"{kind}-{name}", *flags[kind], batch_size=8 if kind == "shared" else 4)
             for kind, name in TWO]
     torchrun(2, folder / "driver.py", json.dumps(jobs))
 
