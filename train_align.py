@@ -1,9 +1,10 @@
-"""Stage 2: align the generator. --method prfl is Algorithm 1; refl, sft and rwr are the baselines beside it.
+"""Stage 2: align the generator. --method prfl is Algorithm 1; the other methods are the baselines beside it.
 
     python train_align.py                                           PRFL, embedded world, the steady recipe
     python train_align.py --recipe paper --max_train_steps 100      Algorithm 1 to the letter, stopped in time
     python train_align.py --method sft --learning_rate 3e-4 --max_train_steps 240     as many updates as PRFL
     python train_align.py --method refl --frames_decoded first --reward runs/reward_rgb/reward
+    python train_align.py --method nft                              or grpo: reinforcement learning
     torchrun --nproc_per_node=8 train_align.py --data encoded --reward runs/reward/reward --parallel fsdp
     python train_align.py --task i2v --reward runs/reward_i2v/reward
     python train_align.py --model Wan2.2-A14B --expert low --data encoded --reward runs/reward/reward
@@ -15,6 +16,9 @@ What an iteration makes:
     refl    the same, but the reward judges decoded pixels of the clean video that is predicted at a late step
     sft     one flow-matching update on curated videos (Eq. 10)
     rwr     one flow-matching update on the generator's own samples, each weighted by exp(reward)
+    nft     an SFT update, then own samples, groups of them of the same prompt, and --inner_updates updates on
+            them: DiffusionNFT
+    grpo    the same with the updates of Flow-GRPO
 
 Without --data the curated set is clean clips of the embedded world, written as mp4 and encoded like anybody's
 clips. With --data it is every clip of the shards that is not labelled 0, so unlabelled clips and
@@ -39,7 +43,7 @@ import experts
 import flow
 import prfl
 import refl_baseline
-import rwr_baseline
+import rl_baselines
 import validation
 from common import InputError, arg
 from families import null_context, of_config, sampling_defaults, training_defaults, video_size
@@ -53,15 +57,15 @@ from world import clips, scene
 
 
 @dataclass
-class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
-    method: str = arg("prfl", "how to train", choices=("prfl", "refl", "sft", "rwr"))
+class Config(rl_baselines.Flags, runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
+    method: str = arg("prfl", "how to train", choices=("prfl", "refl", "sft", "rwr", "nft", "grpo"))
     task: str | None = arg(None, "t2v, or i2v (image-to-video): without --model, which shipped generator; "
                            "with a --model that can do both, which task; default: t2v", choices=TASKS)
     model: str | None = arg(None, "another generator: a folder with transformer/, vae/ and text_encoder/")
     reward: str | None = arg(None, "folder of the reward model; default: reward/ in the generator's folder "
                              "(the shipped one was trained without mismatched prompts), or with --method "
                              "refl reward_rgb_first/ or reward_rgb_all/ there (none is shipped)",
-                             only="method prfl refl rwr")
+                             only="!method sft")
     expert: str | None = arg(None, "which of two experts trains (Wan2.2 A14B); the other one is frozen and "
                              "takes part in rollouts. The low-noise expert makes the details and the final "
                              "motion, which a reward is about, and the reward model is made of it; default: "
@@ -76,20 +80,20 @@ class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
     num_samples: int = arg(2048, "number of own samples that RWR makes and weighs", at_least=2,
                            only="method rwr")
     num_inference_steps: int | None = arg(None, "N, Euler steps of a rollout; default: 16, Wan: the paper's "
-                                          "40", above=0, only="method prfl refl rwr or !num_validation 0")
+                                          "40", above=0, only="!method sft or !num_validation 0")
     shift: float | None = arg(None, "moves times towards noise; default: 1 (evenly spaced), Wan2.1: 3, or 5 "
                               "from 720P on, Wan2.2 TI2V-5B: 5, A14B: 12, or 5 for i2v", above=0, at_most=100,
-                              only="method prfl refl rwr or !num_validation 0")
-    reward_weight: float = arg(1.0, "lambda of Alg. 1; Adam and clipping leave it little effect", above=0,
-                               only="method prfl refl")
+                              only="!method sft or !num_validation 0")
+    reward_weight: float = arg(1.0, "lambda of Alg. 1, a factor of the loss; in prfl and refl Adam and "
+                               "clipping leave it little effect", above=0, only="method prfl refl nft grpo")
     recipe: str | None = arg(None, "paper: Alg. 1 to the letter, to be stopped in time; steady: ours, which "
                              "holds for longer (results/endurance.md). It sets --rollout_passes and "
                              "--reward_loss unless they are given; default: steady for prfl, paper for "
                              "refl", choices=tuple(prfl.RECIPES), only="method prfl refl")
     rollout_passes: int | None = arg(None, "the rollout without gradients takes at most this many long Euler "
                                      "steps, each over several of the N; 0 takes each of the N steps (Alg. "
-                                     "1); default: the recipe's (paper 0, steady 4)", at_least=0,
-                                     only="method prfl refl")
+                                     "1); default: the recipe's (paper 0, steady 4), nft and grpo: 0",
+                                     at_least=0, only="method prfl refl nft grpo")
     reward_loss: str | None = arg(None, "loss of a logit r: linear is -lambda r (Alg. 1), logsigmoid is -log "
                                   "sigmoid(r), sigmoid_hinge is the released code's; default: the recipe's "
                                   "(paper linear, steady logsigmoid)",
@@ -102,18 +106,18 @@ class Config(runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
     decoder_checkpointing: bool = arg(False, "save memory: decode in chunks, and again in the backward pass",
                                       only="method refl")
     sft_updates: bool = arg(True, "make the SFT update that keeps the reward from being exploited (Alg. 1)",
-                            only="method prfl refl")
+                            only="method prfl refl nft grpo")
     context_dropout: float = arg(0.0, "share of the SFT updates' prompts that are replaced by the empty "
                                  "prompt, so that guidance stays usable", at_least=0, below=1,
-                                 only="method sft or method prfl refl, sft_updates")
+                                 only="method sft or method prfl refl nft grpo, sft_updates")
     learning_rate: float | None = arg(None, "AdamW's learning rate; for sft 3e-4 is better in the embedded "
                                       "world (results/table1.md); default: 1e-4, Wan: the paper's 5e-6",
                                       above=0)
     lr_scheduler: str = arg("constant", "constant: the learning rate stays; linear: it falls to 0 at "
                             "--max_train_steps", choices=("constant", "linear"))
     weight_decay: float = arg(0.0, "AdamW's weight decay", at_least=0)
-    max_train_steps: int | None = arg(None, "iterations (two updates each in prfl and refl); default: 120, "
-                                      "Wan: 800", above=0)
+    max_train_steps: int | None = arg(None, "iterations (two updates each in prfl and refl, more in nft "
+                                      "and grpo); default: 120, Wan: 800", above=0)
     batch_size: int | None = arg(None, "videos (in a reward update: prompts) in a batch of one GPU, or of "
                                  "one --sequence_parallel group; default: 32, Wan: 1", above=0)
     gradient_accumulation_steps: int | None = arg(None, "batches per update; default: 1, Wan: as many as "
@@ -133,6 +137,9 @@ def resolve(config):
     model = resolve_model(filled)                               # it also fills in filled.task
     dit_config = transformer_folder(model, filled.task)[1]
     experts.check_flags(config, dit_config)
+    if "boundary_ratio" in dit_config and config.method in rl_baselines.LEARNERS:
+        raise InputError(f"--method {config.method} does not know generators of two experts, as {model} has: "
+                         "choose prfl, refl, rwr or sft")
     shards = data.Shards(config.data).relabel() if config.data else None
     latent_shape = shards.latent_shape if shards else scene.LATENT_SHAPES[config.world]
     sources = {"the shipped generator": {"model": model, "task": filled.task}}
@@ -142,6 +149,8 @@ def resolve(config):
         sources[f"--method {config.method}"] = {"recipe": recipe,
                                                 "trajectory_part": "late" if is_refl else "full"}
         sources[f"the {recipe} recipe"] = prfl.RECIPES[recipe]
+    if config.method in rl_baselines.LEARNERS:
+        sources[f"--method {config.method}"] = {"rollout_passes": 0}
     if config.method != "sft":
         name = f"reward_rgb_{config.frames_decoded}" if config.method == "refl" else "reward"
         sources["the generator's folder"] = {"reward": f"{model}/{name}"}
@@ -188,17 +197,18 @@ def main(config):
     parallel.shard(policy, runtime, config)
     if config.method == "refl":
         pixel_reward, vae = refl_baseline.load_reward_and_decoder(config, policy, runtime)
-    elif config.method in ("prfl", "rwr"):
+    elif config.method != "sft":
         pavrm = parallel.shard(load_pavrm(config.reward, policy, load_now=False), runtime, config)
     resume, state = runs.open_checkpoint(config)
+    accumulation = config.gradient_accumulation_steps
+    global_batch = config.batch_size * runtime.world_size // config.sequence_parallel * accumulation
+    rl_baselines.check(config, global_batch)
     if not config.data:
         folder = config.curated_dir or Path(config.output_dir) / "curated"
         shards = clips.clean_clips(folder, config.model, config.num_curated, config.world, config.seed + 500,
                                    runtime)
     data.require_fit(shards, policy, config.model)
     curated, held_out = split_curated(config, shards)
-    accumulation = config.gradient_accumulation_steps
-    global_batch = config.batch_size * runtime.world_size // config.sequence_parallel * accumulation
     if runtime.rank == 0:
         print(f"{global_batch} videos per update: {runtime.world_size // config.sequence_parallel} x "
               f"--batch_size {config.batch_size} x --gradient_accumulation_steps {accumulation}", flush=True)
@@ -207,10 +217,11 @@ def main(config):
     if config.context_dropout:
         empty = null_context(policy.config, "empty", config.data, config.model, runtime.device)
 
-    def curated_batch(seed, iteration, indices):
+    def curated_batch(seed, iteration, indices, group=1):
         """-> x0 [b, c, f, h, w], context [b, l, d_text], and what an image-to-video model is given beside
-        it"""
-        rows = data.order(len(curated), seed, iteration, indices, global_batch)
+        it. group: how many neighbours in the global batch are the same clip."""
+        places = [i // group for i in indices]
+        rows = data.order(len(curated), seed, iteration, places, global_batch // group)
         batch = shards.batch(curated[rows])
         x0, context = batch["latents"].to(runtime.device), batch["context"].to(runtime.device)
         return x0, context, image_inputs(policy.config, batch, runtime.device)
@@ -219,12 +230,17 @@ def main(config):
         # The untrained policy makes the samples, also on a resume: before parallel.load_state reads trained
         # weights.
         _, sampled_context, sampled_conditions = curated_batch(config.seed + 1, 0, range(config.num_samples))
-        sampled_x0, sample_weights = rwr_baseline.weighted_samples(policy, pavrm, shards.latent_shape,
+        sampled_x0, sample_weights = rl_baselines.weighted_samples(policy, pavrm, shards.latent_shape,
             sampled_context, config.seed + 2, N, config.batch_size, runtime, config.shift,
             **sampled_conditions)
     # One AdamW serves both updates, as in Alg. 1: their gradients never mix, its moments average over both.
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+    if config.method in rl_baselines.LEARNERS:
+        learner = rl_baselines.LEARNERS[config.method](policy, pavrm, optimizer, config, runtime,
+            lambda iteration, indices: curated_batch(config.seed + 1, iteration, indices,
+                                                     config.group_size)[1:],
+            shards.latent_shape, global_batch)
     if resume:
         parallel.load_state(resume, state, policy, optimizer)
 
@@ -287,13 +303,17 @@ def main(config):
         metrics[f"{name}_cpu_seconds"] = time.process_time() - cpu_clock  # of all threads, whatever else runs
         return metrics
 
-    updates = {}                                                # of an iteration, in their order
+    parts = []                                      # of an iteration, in order: each -> {metric: number}
     if config.method == "rwr":
-        updates["rwr"] = rwr_loss
+        parts.append(partial(update, "rwr", rwr_loss))
     elif config.sft_updates:
-        updates["sft"] = curated_loss
+        parts.append(partial(update, "sft", curated_loss))
     if config.method in ("prfl", "refl"):
-        updates["reward"] = reward_loss
+        parts.append(partial(update, "reward", reward_loss))
+    elif config.method in rl_baselines.LEARNERS:
+        parts.append(learner.collect)
+        parts += [partial(update, config.method, partial(learner.loss, k))
+                  for k in range(config.inner_updates)]
     export = partial(lora.export, policy, alpha=config.lora_alpha, kind=config.export)
 
     # ---- the loop
@@ -312,8 +332,9 @@ def main(config):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         metrics = {"learning_rate": learning_rate}
-        for name, loss_fn in updates.items():
-            metrics |= update(name, loss_fn, iteration)
+        for part in parts:
+            for name, value in part(iteration).items():         # of updates alike: their seconds together
+                metrics[name] = value + (metrics.get(name, 0) if name.endswith("seconds") else 0)
 
         done = iteration + 1
         last = done == config.max_train_steps

@@ -252,8 +252,8 @@ def load_state(path, state, model, optimizer):
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for p in params:
-        optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p),
-                              "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p),
+                               "exp_avg_sq": torch.zeros_like(p)}
     mine, pieces = named_state(model, optimizer), Path(path) / PIECES
     saved, sizes = {}, {}
     if "model" in state:                                        # whole tensors; the optimizer numbers its own

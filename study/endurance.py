@@ -167,17 +167,17 @@ def read_kept(path):
         raise InputError(f"{path} is damaged ({error}): restore or remove it") from None
 
 
-def finished(work, wanted):
-    """Makes those of [(seed, case)] that are not kept -> {name of the run: what is kept of it}"""
-    path = work.results / "endurance_runs.json"
-    kept = read_kept(HOME / "results/endurance_runs.json") | read_kept(path)
+def finished(work, wanted, file="endurance_runs.json", part_of_run=part_of_case):
+    """Makes those of [(seed, case)] that are not kept in `file` -> {name of the run: what is kept of it}"""
+    path = work.results / file
+    kept = read_kept(HOME / "results" / file) | read_kept(path)
     missing = [(seed, case) for seed, case in wanted if case.name(seed) not in kept]
     train_reward_models(work, reward_models(work, missing))
     for i in range(0, len(missing), work.jobs):                 # kept as soon as they are there
         together = missing[i:i + work.jobs]
-        work.run([part_of_case(work, seed, case) for seed, case in together])
+        work.run([part_of_run(work, seed, case) for seed, case in together])
         for seed, case in together:
-            folder = part_of_case(work, seed, case)[0]
+            folder = part_of_run(work, seed, case)[0]
             part = part_of(folder)
             report = reward_folder(work, seed, case.reward_flags()) / "report.json"
             kept[case.name(seed)] = {"command": part["command"].replace(str(work.folder), "runs"),

@@ -20,6 +20,7 @@ few_labels         how good the generator becomes, by how many labels the reward
 second_round       labels of the aligned generator against as many more of the base
 loss               choices in PRFL: form of the loss, lambda, steps with gradients, SFT updates
 endurance          whether PRFL holds over many iterations: recipes, learning rates, and rewards
+rivals             PRFL beside DiffusionNFT, Flow-GRPO and SFT: quality over CPU seconds
 steady             the steady recipe beside the paper's, and its learning rates
 mid                both recipes, and best of n, at a second size of the world: 48x48, 27 tokens
 why                what keeps the steady recipe from collapsing: its parts combined, and other changes
@@ -89,6 +90,7 @@ from study.parts import (
     train_aligned,
     train_rewards,
 )
+from study.rivals import rivals
 from study.search import fooled, search
 from study.search_mismatched import search_mismatched
 from study.second_round import second_round
@@ -711,8 +713,8 @@ def annotator(work):
 
 STUDIES = {study.__name__: study
            for study in (table1, table2, table3, table4, table5, table7, table8, table9, fig3, fig5, labels,
-                         loss, endurance, few_labels, second_round, steady, mid, why, speed, stopping,
-                         hacking, annotator, search, search_mismatched, fooled)}
+                         loss, endurance, few_labels, second_round, rivals, steady, mid, why, speed,
+                         stopping, hacking, annotator, search, search_mismatched, fooled)}
 
 
 @dataclass

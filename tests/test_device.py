@@ -85,6 +85,7 @@ ALIGN = ["--num_validation", "2", "--validation_steps", "2"]
     ("refl", ["--frames_decoded", "all", "--decoder_checkpointing", "--recipe", "steady"]), ("rwr", []),
     ("steady", ["--lora_rank", "2", "--context_dropout", "0.5", "--reward_loss", "sigmoid_hinge"]),
     ("prfl", ["--gradient_checkpointing", "--offload_activations", "--gradient_accumulation_steps", "2"]),
+    ("nft", []), ("grpo", ["--lora_rank", "2"]),
     ("reward", []), ("reward", ["--loss", "bt", "--pooling", "max", "--trunk_learning_rate", "0"]),
     ("reward_rgb", [])])
 def test_scripts_train_save_and_go_on(folder, other_device, monkeypatch, name, more):

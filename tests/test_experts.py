@@ -267,14 +267,16 @@ def test_another_expert_is_another_run(folder, model, alone, capsys):
     assert stop.value.code == 2 and "--expert low (now both)" in capsys.readouterr().err
 
 
-TWO = [("ddp", "low"), ("ddp", "both"), ("fsdp", "low"), ("fsdp", "both"), ("fsdp", "lora"), ("shared", "both")]
+TWO = [("ddp", "low"), ("ddp", "both"), ("fsdp", "low"), ("fsdp", "both"), ("fsdp", "lora"),
+       ("shared", "both")]
 
 
 @pytest.fixture(scope="module")
 def two_ranks(folder, model):
     """The same runs under torchrun, 2 ranks with batch 4, ddp and fsdp."""
     (folder / "driver.py").write_text(DRIVER)
-    flags = {"ddp": ["--parallel", "ddp"], "fsdp": ["--parallel", "fsdp"], "shared": ["--sequence_parallel", "2"]}
+    flags = {"ddp": ["--parallel", "ddp"], "fsdp": ["--parallel", "fsdp"],
+             "shared": ["--sequence_parallel", "2"]}
     jobs = [job(folder, model, name, f"{kind}-{name}", *flags[kind], batch_size=8 if kind == "shared" else 4)
             for kind, name in TWO]
     torchrun(2, folder / "driver.py", json.dumps(jobs))
@@ -344,6 +346,8 @@ REFUSED = {
     "--lora x": (True, "--lora x: is of the high-noise expert, which does not train: .* --expert high or b"),
     "--lora_2 x --expert high": (True, "--lora_2 x: is of the low-noise expert, which does not train"),
     "--lora x --expert both": (True, "give --lora and --lora_2, or --lora_rank"),
+    "--method nft": (True, "--method nft does not know generators of two experts.* prfl, refl, rwr or sft"),
+    "--method grpo": (True, "--method grpo does not know"),
     "--trajectory_part early": (True, "leaves the early part of the trajectory without a step of the --exp"),
 }
 

@@ -28,7 +28,7 @@ from formats import weights as formats_weights
 from formats.weights import save_module
 from pavrm import PAVRM
 from scale import lora, plan
-from study import candidates, cost, node, parts, reproduce, why
+from study import candidates, cost, node, parts, reproduce, samples, why
 from world import clips, pretrain
 from world.vae import VideoVAE
 
@@ -48,6 +48,11 @@ ACTS = {"train_align": {
     "trajectory_part": ("prfl", "--trajectory_part late"),
     "frames_decoded": ("refl", "--frames_decoded all"),
     "decoder_checkpointing": ("refl", "--decoder_checkpointing"), "sft_updates": ("prfl", "--no-sft_updates"),
+    "group_size": ("nft", "--group_size 4"), "inner_updates": ("nft", "--inner_updates 1"),
+    "advantage_clip": ("nft", "--advantage_clip 0.5"), "nft_reward": ("nft", "--nft_reward probability"),
+    "nft_beta": ("nft", "--nft_beta 2"), "old_decay": ("nft", "--old_decay 0"),
+    "noise_level": ("grpo", "--noise_level 0.3"), "clip_range": ("grpo", "--clip_range 0.5"),
+    "kl_weight": ("grpo", "--kl_weight 0"),
     "context_dropout": ("sft", "--context_dropout 0.9"), "learning_rate": ("sft", "--learning_rate 1e-3"),
     "lr_scheduler": ("sft", "--lr_scheduler linear"),
     "weight_decay": ("sft", "--weight_decay 9"), "max_train_steps": ("sft", "--max_train_steps 1"),
@@ -197,7 +202,7 @@ SCRIPTS = {"train_align": (train_align, "Config"), "train_reward": (train_reward
            "formats.wan": (wan, "Export"), "study.reproduce": (reproduce, "Config"),
            "study.cost": (cost, "Config"),
            "study.node": (node, "Config"), "study.why": (why, "Config"),
-           "study.candidates": (candidates, "Config")}
+           "study.candidates": (candidates, "Config"), "study.samples": (samples, "Config")}
 FIELDS = {(script, field.name): field for script, (module, name) in SCRIPTS.items()
           for field in dataclasses.fields(getattr(module, name))}
 

@@ -12,7 +12,7 @@ ROOMS = ("world", "formats", "scale", "study")
 SCRIPTS = {"label", "train_reward", "train_align", "sample", "evaluate", "world.pretrain", "study.reproduce",
            "study.cost",
            "study.node", "study.dit", "study.why", "study.candidates"}
-METHOD = ("experts", "flow", "model", "pavrm", "prfl", "refl_baseline", "rwr_baseline", "search")
+METHOD = ("experts", "flow", "model", "pavrm", "prfl", "refl_baseline", "rl_baselines", "search")
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path
          for folder in (".", *ROOMS) for path in (ROOT / folder).glob("*.py") if path.stem != "__init__"}
 

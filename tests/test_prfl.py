@@ -1,15 +1,12 @@
-"""prfl.py and rwr_baseline.py against Algorithm 1 written out by hand, finite differences, and the formulas
-of its losses."""
+"""prfl.py against Algorithm 1 written out by hand, finite differences, and the formulas of its losses."""
 import math
 from collections import Counter
 
 import pytest
 import torch
 
-import common
 import flow
 import prfl
-import rwr_baseline
 from common import InputError
 from model import VideoDiT
 from pavrm import PAVRM
@@ -209,20 +206,7 @@ def test_a_part_without_steps():
     assert {prfl.draw_step(0, i, 1) for i in range(9)} == {1}
 
 
-# ---- the other updates
-def test_rwr_weights():
-    rewards = torch.tensor([-2.0, 0.0, 1.0, 3.0])
-    weights, effective = rwr_baseline.rwr_weights(rewards)
-    wanted = rewards.double().exp() / rewards.double().exp().mean()
-    torch.testing.assert_close(weights, wanted.float())
-    assert weights.mean().item() == pytest.approx(1)
-    assert effective == pytest.approx((wanted.sum() ** 2 / (wanted ** 2).sum() / 4).item())
-    constant, effective = rwr_baseline.rwr_weights(torch.full((7,), 1.3))
-    assert torch.equal(constant, torch.ones(7)) and effective == pytest.approx(1)
-    large, effective = rwr_baseline.rwr_weights(torch.tensor([1000.0, 0.0]))     # exp(1000) is no number
-    assert torch.equal(large, torch.tensor([2.0, 0.0])) and effective == pytest.approx(0.5)
-
-
+# ---- the SFT update
 def test_sft_loss_is_flow_matching(models):
     policy, _ = models
     g = torch.Generator().manual_seed(2)
@@ -239,49 +223,3 @@ def test_sft_loss_is_flow_matching(models):
     assert plain.item() == pytest.approx(errors.mean().item(), rel=1e-5)
     assert weighted.item() == pytest.approx((weight * errors).mean().item(), rel=1e-5)
     assert close(gradients(policy, weighted), gradients(policy, (weight * errors).mean()))
-
-
-def test_rwr_samples_are_made_in_batches_and_shared_by_ranks(monkeypatch):
-    """11 samples in batches of 4, on one rank and on two that gather: each made where it belongs, in the
-    prompts' order."""
-    made, parts = [], []
-    monkeypatch.setattr(rwr_baseline.flow, "sample", lambda policy, shape, context, seed, indices, *a,
-                        **k: made.append(list(indices))
-                        or context[:, :1, :1, None, None].expand(-1, *shape).clone())
-    context = torch.arange(11.).view(11, 1, 1)
-    reward = lambda x, t, context: x.flatten(1)[:, 0] / 10
-
-    def samples(rank, world_size):
-        runtime = common.Runtime(rank, world_size, torch.device("cpu"), torch.float32)
-        return rwr_baseline.weighted_samples(None, reward, (1, 1, 1, 1), context, 0, 2, 4, runtime)
-
-    x0, weights = samples(0, 1)
-    assert made == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 0]] and x0.flatten().tolist() == list(range(11))
-    torch.testing.assert_close(weights, rwr_baseline.rwr_weights(torch.arange(11.) / 10)[0])
-    monkeypatch.setattr(common, "gather", lambda value: parts.append(value) or [value])
-    for rank in (0, 1):
-        with pytest.raises(KeyError):                           # alone, a rank has its share only
-            samples(rank, 2)
-    # as many rounds on each rank
-    assert made[3:] == [[0, 1, 2, 3], [8, 9, 10, 0], [4, 5, 6, 7], [1, 2, 3, 4]]
-    monkeypatch.setattr(common, "gather", lambda value: parts)
-    assert torch.equal(samples(1, 2)[0], x0)
-
-
-def test_rwr_judges_as_it_samples_in_the_dtype_of_autocast_and_without_gradients(monkeypatch):
-    asked = []
-    monkeypatch.setattr(rwr_baseline.flow, "sample", lambda *a, autocast, shift, batch_size, **k:
-                        asked.append((autocast, shift, batch_size)) or torch.zeros(3, 1, 1, 1, 1))
-    weight = torch.ones(1, requires_grad=True)
-
-    def reward(x, t, context):
-        asked.append((torch.is_autocast_enabled("cpu"), torch.is_grad_enabled(), t.tolist()))
-        return context[:, 0, 0] * weight
-
-    runtime = common.Runtime(0, 1, torch.device("cpu"), torch.bfloat16)
-    _, weights = rwr_baseline.weighted_samples(None, reward, (1, 1, 1, 1), torch.arange(3.).view(3, 1, 1), 0,
-                                               2, 3, runtime, 5.0)
-    assert asked == [(runtime.autocast, 5.0, 3), (True, False, [0, 0, 0])] and not weights.requires_grad
-    with pytest.raises(FloatingPointError, match="the reward is nan"):
-        rwr_baseline.weighted_samples(None, reward, (1, 1, 1, 1), torch.full((3, 1, 1), torch.nan), 0, 2, 3,
-                                      runtime, 5.0)

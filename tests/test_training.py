@@ -214,7 +214,7 @@ def test_defaults_are_the_papers_where_the_model_is_wans_size(monkeypatch):
 
 
 def test_updates_and_what_they_move(folder, one_rank):
-    updates_per_iteration = {"prfl": 2, "steady": 2, "refl": 2, "sft": 1, "rwr": 1}
+    updates_per_iteration = {"prfl": 2, "steady": 2, "refl": 2, "sft": 1, "rwr": 1, "nft": 3, "grpo": 3}
     for name, updates in updates_per_iteration.items():
         state = torch.load(folder / f"one-{name}/checkpoint-000005/train_state.pt", weights_only=True)
         assert state["step"] == STEPS and state["optimizer"]["state"][0]["step"] == STEPS * updates
@@ -233,7 +233,7 @@ def test_updates_and_what_they_move(folder, one_rank):
                                           "prompt_auc"}
 
 
-@pytest.mark.parametrize("name", ["prfl", "refl", "rwr"])
+@pytest.mark.parametrize("name", ["prfl", "refl", "rwr", "nft", "grpo"])
 def test_accumulation_and_checkpointing_change_nothing(folder, one_rank, name):
     wanted = weights(folder, name, f"one-{name}")
     moved = apart(wanted, generator().state_dict())
@@ -287,6 +287,7 @@ def test_smoke_image_to_video(folder):
     for name in ("reward", "reward_rgb"):
         run(*command(folder, name, f"i2v-{name}", "--model", str(folder / "i2v"), "--max_train_steps", "1"))
     for name, reward, *flags in (("prfl", "i2v-reward"), ("rwr", "i2v-reward"),
+                                 ("nft", "i2v-reward"), ("grpo", "i2v-reward"),
                                  ("refl", "i2v-reward_rgb", "--frames_decoded", "all")):
         run(*command(folder, name, f"i2v-{name}", "--model", str(folder / "i2v"), "--max_train_steps", "1",
                      "--reward", str(folder / reward / "reward"), *flags))

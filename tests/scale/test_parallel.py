@@ -69,20 +69,21 @@ def torchrun(folder, code, *argv):
 def runs(folder):
     """one-*: one process, batch 8. two-*: two FSDP ranks. one-to-two-*: its last iteration, on two FSDP
     ranks. killed-prfl: two FSDP ranks, one killed while the second checkpoint was written, and resumed."""
-    for name, more in (("prfl", []), ("steady", []), ("reward", []), ("lora", LORA)):
-        kind = "prfl" if name == "lora" else name
-        run(*command(folder, kind, f"one-{name}", *more))
+    for name in ("prfl", "steady", "nft", "grpo", "reward"):
+        run(*command(folder, name, f"one-{name}"))
+    for kind, name in (("prfl", "lora"), ("nft", "nft-lora")):
+        run(*command(folder, kind, f"one-{name}", *LORA))
     fsdp = lambda kind, output, *more, b: command(folder, kind, output, "--parallel", "fsdp", *more,
                                                   batch_size=b)
     killed = fsdp("prfl", "killed-prfl", *MICRO, b=2)
     done = torchrun(folder, KILLED, *killed[1])
     assert done.returncode == 1 and "Signal 9 (SIGKILL)" in done.stderr, done.stderr[-3000:]
     assert [step for step, _ in list_checkpoints(folder / "killed-prfl")] == [2]
-    jobs = [*(fsdp(name, f"two-{name}", *MICRO, b=2) for name in ("prfl", "steady")),
+    jobs = [*(fsdp(name, f"two-{name}", *MICRO, b=2) for name in ("prfl", "steady", "nft", "grpo")),
             fsdp("reward", "two-reward", "--gradient_checkpointing", b=4),
-            fsdp("prfl", "two-lora", *LORA, b=4),
+            fsdp("prfl", "two-lora", *LORA, b=4), fsdp("nft", "two-nft-lora", *LORA, b=4),
             (killed[0], [*killed[1], "--resume", "latest"])]
-    for name in ("prfl", "reward"):
+    for name in ("prfl", "nft", "reward"):
         jobs.append(fsdp(name, f"one-to-two-{name}", "--resume", f"{folder}/one-{name}/checkpoint-000004",
                          b=4))
     done = torchrun(folder, DRIVER, json.dumps(jobs))
@@ -96,7 +97,7 @@ def start_of(name):
     return PAVRM.from_generator(generator(), 2).state_dict()
 
 
-@pytest.mark.parametrize("name", ["prfl", "steady", "reward"])
+@pytest.mark.parametrize("name", ["prfl", "steady", "nft", "grpo", "reward"])
 def test_two_fsdp_ranks_are_one_process_with_twice_the_batch(folder, runs, name):
     alone, together = (weights(folder, name, f"{ranks}-{name}") for ranks in ("one", "two"))
     assert apart(alone, together) < 0.005 * apart(alone, start_of(name))
@@ -116,11 +117,12 @@ def test_each_rank_holds_half(folder, runs):
     assert load_state(folder / "two-prfl/checkpoint-000005") == {"step": STEPS}
 
 
-def test_adapters_train_alike_on_two_fsdp_ranks(folder, runs):
-    alone, together = (load_file(folder / f"{ranks}-lora" / FILE) for ranks in ("one", "two"))
+@pytest.mark.parametrize("name", ["lora", "nft-lora"])
+def test_adapters_train_alike_on_two_fsdp_ranks(folder, runs, name):
+    alone, together = (load_file(folder / f"{ranks}-{name}" / FILE) for ranks in ("one", "two"))
     size = max(x.abs().max().item() for name, x in alone.items() if "lora_B" in name)          # from zero
     assert distance(alone, together) < 0.005 * size
-    stored = dcp.FileSystemReader(folder / "two-lora/checkpoint-000005" / parallel.PIECES).read_metadata()
+    stored = dcp.FileSystemReader(folder / f"two-{name}/checkpoint-000005" / parallel.PIECES).read_metadata()
     assert all(".lora_" in name for name in stored.state_dict_metadata)
 
 
@@ -132,9 +134,9 @@ def test_export_loads_strictly(folder, runs):
 
 
 # ---- resume
-@pytest.mark.parametrize("name", ["prfl", "reward"])
+@pytest.mark.parametrize("name", ["prfl", "nft", "reward"])
 def test_resume_on_another_number_of_ranks(folder, runs, name):
-    kind = {"prfl": "transformer", "reward": "reward"}[name]
+    kind = {"reward": "reward"}.get(name, "transformer")
     run(*command(folder, name, f"two-to-one-{name}", "--resume", f"{folder}/two-{name}/checkpoint-000004"))
     whole = weights(folder, name, f"one-{name}")
     before = load_file(folder / f"one-{name}/checkpoint-000004/{kind}/diffusion_pytorch_model.safetensors")

@@ -78,7 +78,7 @@ def runs(folder):
     dit = generator(num_heads=4)
     export_transformer(dit, folder / "four/transformer")
     save_module(PAVRM.from_generator(dit, 1), folder / "four/reward")
-    flags = {"prfl": [*STEADY, "--gradient_checkpointing"], "reward": [], "rwr": []}
+    flags = {"prfl": [*STEADY, "--gradient_checkpointing"], "reward": [], "rwr": [], "grpo": []}
     shared = lambda name, output, *more: command(folder, name, output, "--model", str(folder / "four"),
                                                  *flags[name],
                                                  "--sequence_parallel", "2", *more, batch_size=4)
@@ -86,7 +86,7 @@ def runs(folder):
         run(*command(folder, name, f"one-{name}", "--model", str(folder / "four"), *flags[name]))
     jobs = [shared("prfl", "shared-prfl", "--parallel", "fsdp"),
             shared("reward", "shared-reward", "--parallel", "fsdp"),
-            shared("rwr", "shared-rwr")]
+            shared("rwr", "shared-rwr"), shared("grpo", "shared-grpo")]
     jobs += [shared("prfl", "one-to-shared-prfl", "--parallel", "fsdp", "--resume",
                     f"{folder}/one-prfl/checkpoint-000004")]
     (folder / "driver.py").write_text(DRIVER)
@@ -97,7 +97,7 @@ def runs(folder):
                  f"{folder}/shared-prfl/checkpoint-000004"))
 
 
-@pytest.mark.parametrize("name", ["prfl", "reward", "rwr"])
+@pytest.mark.parametrize("name", ["prfl", "reward", "rwr", "grpo"])
 def test_four_ranks_in_pairs_are_one_process(folder, runs, name):
     alone, together = (weights(folder, name, f"{kind}-{name}") for kind in ("one", "shared"))
     torch.manual_seed(0)

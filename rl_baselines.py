@@ -1,0 +1,383 @@
+"""What PRFL is compared with that takes no gradient through the reward: RWR, DiffusionNFT and Flow-GRPO.
+
+All three let PAVRM judge finished latents of the generator, at t = 0, and decode nothing.
+
+RWR   flow matching on samples of the untrained generator, each weighted by exp(reward). This is the simplest
+      way to use a reward, and the weakest in results/table1.md: it can only prefer some of what the untrained
+      generator already makes.
+NFT   DiffusionNFT (arXiv 2509.16117): flow matching on samples of an old policy, towards the good ones and
+      away from the bad ones. The old policy follows the generator as a moving average.
+GRPO  Flow-GRPO (arXiv 2505.05470): a few steps of the rollout are stochastic, so that their results have a
+      probability. Steps that led to a better video than the others of its prompt become more probable.
+
+An iteration of NFT or GRPO makes a batch of samples, `group_size` of each prompt, and then `inner_updates`
+updates on them; train_align.py makes an SFT update before it, as for PRFL.
+
+    NFT    x_T --rollout of the old policy--> x_0 --PAVRM--> r;   x_0 --noised to t--> x_t --> v_theta, v_old
+    GRPO   x_T --Euler steps--> x_t --stochastic steps--> x_s --Euler steps--> x_0 --PAVRM--> r
+
+Axes: b batch, c channels, f frames, h height, w width, l text tokens, m samples of all ranks.
+"""
+import math
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+import common
+import flow
+from common import InputError, arg
+from model import pin
+
+
+@dataclass
+class Flags:
+    """Flags of train_align.py for NFT and GRPO."""
+    group_size: int = arg(8, "samples of a prompt in a batch, which are compared with each other", at_least=1,
+                          only="method nft grpo")
+    inner_updates: int = arg(2, "updates on each batch of samples; grpo: also how many steps of the rollout "
+                             "are stochastic, as each makes one update", above=0, only="method nft grpo")
+    advantage_clip: float = arg(5.0, "advantages, in standard deviations, are clipped at this value",
+                                above=0, only="method nft grpo")
+    nft_reward: str = arg("advantage", "how good a sample is, from 0 to 1: its advantage in its group, "
+                          "scaled by --advantage_clip, or the probability that PAVRM gives it",
+                          choices=("advantage", "probability"), only="method nft")
+    nft_beta: float = arg(1.0, "how far the implicit policies lie from the old one; a smaller value lets the "
+                          "generator move further", above=0, only="method nft")
+    old_decay: float = arg(0.5, "how much of the old policy stays in each iteration; 0: it is the generator",
+                           at_least=0, below=1, only="method nft")
+    noise_level: float = arg(0.7, "a, the noise of the stochastic steps", above=0, only="method grpo")
+    clip_range: float = arg(1e-4, "how far the ratio of probabilities may move from 1", above=0,
+                            only="method grpo")
+    kl_weight: float = arg(0.04, "weight of the divergence from the generator as it started; 0: none",
+                           at_least=0, only="method grpo")
+
+
+# ---- RWR
+def rwr_weights(rewards):
+    """-> (weights [m], the effective sample size as a share of m)
+
+    rewards [m]: logits. The weights are exp(reward), scaled to mean 1. With a constant reward RWR is SFT on
+    own samples.
+    """
+    # The largest reward is subtracted so that exp cannot overflow.
+    weights = torch.exp(rewards.double() - rewards.max().double())
+    weights = weights / weights.mean()
+    return weights.float(), (weights.sum() ** 2 / weights.square().sum() / len(weights)).item()
+
+
+def weighted_samples(policy, pavrm, latent_shape, context, seed, num_steps, batch_size, runtime, shift=1.0,
+                     **conditions):
+    """Samples of the untrained policy and their weights: x0 [m, c, f, h, w] and `rwr_weights` [m].
+
+    context [m, l, d_text]: one prompt per sample. conditions: y and clip_tokens [m, ...] of an image-to-video
+    policy. The ranks share the samples and make batch_size at a time. Raises FloatingPointError if a reward
+    is not finite.
+    """
+    m, made = len(context), {}
+    at_once = runtime.indices(batch_size, 1)[0] - runtime.indices(batch_size, 0)[0]     # samples of all ranks
+    for i in common.progress(range(math.ceil(m / at_once)), f"rwr samples (x{at_once})"):
+        # The last turn is filled up with the first samples: under fsdp all ranks must call the model equally
+        # often.
+        j = [place % m for place in runtime.indices(batch_size, i)]
+        given = {name: z[j] for name, z in conditions.items()}
+        x0 = flow.sample(policy, latent_shape, context[j], seed, j, num_steps, shift=shift,
+                         batch_size=batch_size, autocast=runtime.autocast, **given)
+        with torch.no_grad(), runtime.autocast():
+            reward = pavrm(x0, torch.zeros(len(j), device=context.device), context[j], **given)
+        made |= dict(zip(j, zip(x0.cpu(), reward.float().cpu())))
+    for of_rank in common.gather(made):
+        made |= of_rank
+    x0 = torch.stack([made[place][0] for place in range(m)]).to(context.device)
+    rewards = torch.stack([made[place][1] for place in range(m)]).to(context.device)
+    common.check_finite(rewards.sum(), "the reward", 0)
+    weights, effective = rwr_weights(rewards)
+    if runtime.rank == 0:
+        print(f"rwr: {m} own samples, effective sample size {effective:.0%}")
+    return x0, weights
+
+
+# ---- what NFT and GRPO share
+def advantages(rewards, group_size, clip, by_group=True):
+    """How much better each sample is than the others of its prompt, in standard deviations -> [m].
+
+    rewards [m]: logits; the samples of a prompt are group_size neighbours. A = (r - mean) / std, clipped at
+    +-clip. The mean is the group's. The standard deviation is the group's, too, or that of all m samples.
+    """
+    groups = rewards.view(-1, group_size)                                                   # [prompts, group]
+    std = groups.std(1, correction=0, keepdim=True) if by_group else rewards.std(correction=0)
+    return ((groups - groups.mean(1, keepdim=True)) / (std + 1e-4)).clamp(-clip, clip).flatten()
+
+
+@torch.no_grad()
+def swap(weights, others):
+    """Exchanges the values of two lists of tensors, in place."""
+    for p, q in zip(weights, others):
+        kept = p.clone()
+        p.copy_(q)
+        q.copy_(kept)
+    torch.clear_autocast_cache()                        # autocast would go on with its copies of the weights
+
+
+@contextmanager
+def in_place_of(weights, others):
+    """Within it the trained weights have the values of `others`. Afterwards all are as before, bit for
+    bit."""
+    swap(weights, others)
+    try:
+        yield
+    finally:
+        swap(weights, others)
+
+
+def check(config, global_batch):
+    """Raises InputError for flags of NFT and GRPO that cannot work with a global batch of this size."""
+    if config.method not in LEARNERS:
+        return
+    if global_batch % config.group_size:
+        raise InputError(f"--group_size {config.group_size} does not divide the {global_batch} videos per "
+                         "update (--batch_size times --gradient_accumulation_steps, on all GPUs)")
+    if config.group_size == 1 and config.nft_reward == "advantage":
+        raise InputError("--group_size 1: a sample is compared with the others of its prompt: give 2 or "
+                         "more")
+    if config.method == "grpo" and config.inner_updates >= config.num_inference_steps:
+        raise InputError(f"--inner_updates {config.inner_updates}: so many steps of a rollout are "
+                         f"stochastic, and --num_inference_steps {config.num_inference_steps} is not more")
+
+
+class Learner:
+    """Makes a batch of samples in each iteration and the losses of the updates on them.
+
+    prompts(iteration, indices) -> (context [b, l, d_text], conditions of an image-to-video policy). indices
+    are places in the global batch; those of a group are neighbours and have the same prompt.
+    """
+
+    def __init__(self, policy, pavrm, optimizer, config, runtime, prompts, latent_shape, global_batch):
+        self.policy, self.pavrm, self.optimizer = policy, pavrm, optimizer
+        self.config, self.runtime, self.prompts = config, runtime, prompts
+        self.latent_shape, self.global_batch = latent_shape, global_batch
+        self.trained = [p for p in policy.parameters() if p.requires_grad]
+        self.batches, self.weights = {}, None
+
+    def collect(self, iteration):
+        """Makes and judges this iteration's samples, a batch at a time, and compares them over all ranks ->
+        metrics."""
+        clock, cpu_clock = time.perf_counter(), time.process_time()
+        self.batches, rewards = {}, {}
+        self.begin(iteration)
+        for micro in range(self.config.gradient_accumulation_steps):
+            indices = self.runtime.indices(self.config.batch_size, micro)
+            context, conditions = self.prompts(iteration, indices)
+            with torch.no_grad(), self.runtime.autocast():
+                batch = self.sample(iteration, indices, context, conditions)
+                t = torch.zeros(len(indices), device=context.device)
+                r = self.pavrm(batch["x0"], t, context, **conditions)
+            self.batches[indices[0]] = batch | {"context": context, "conditions": conditions}
+            rewards |= dict(zip(indices, r.tolist()))
+        for of_rank in common.gather(rewards):
+            rewards |= of_rank
+        r = torch.tensor([rewards[i] for i in range(self.global_batch)])                                # [m]
+        common.check_finite(r.sum(), "the reward", iteration + 1)
+        self.weights = self.weigh(r).to(self.runtime.device)
+        return {"reward": r.mean().item(), "sampling_seconds": time.perf_counter() - clock,
+                "sampling_cpu_seconds": time.process_time() - cpu_clock}
+
+    def noise(self, purpose, iteration, indices):
+        x = common.noise(self.latent_shape, self.config.seed, purpose, iteration, indices)
+        return x.to(self.runtime.device)
+
+    def loss(self, k, iteration, indices):
+        """lambda times the loss of update k on these samples -> (a scalar to call backward on, {what is
+        logged})."""
+        with self.runtime.autocast():
+            loss, logged = self.loss_of(k, self.weights[indices], **self.batches[indices[0]])
+        return self.config.reward_weight * loss, logged
+
+    def begin(self, iteration):
+        """What comes before the samples of an iteration are made."""
+
+
+# ---- NFT
+def nft_loss(v, v_old, x0, x1, r, beta, given=0):
+    """DiffusionNFT's objective (arXiv 2509.16117, Theorem 3.2) -> a scalar.
+
+        r |v+ - (x_1 - x_0)|^2 + (1 - r) |v- - (x_1 - x_0)|^2
+        v+ = (1 - beta) v_old + beta v,   v- = (1 + beta) v_old - beta v
+
+    v and v_old [b, c, f, h, w]: velocities of the generator and of the old policy at x_t, without gradients
+    in the latter. r [b] in [0, 1]: how good x_0 is. given: as in flow_matching_loss. The implicit positive
+    policy v+ learns from good samples and the implicit negative one, v-, from bad ones. The minimum is at
+    v = v_old + (2 / beta) E[r (x_1 - x_0 - v_old)].
+    """
+    positive = (1 - beta) * v_old + beta * v
+    negative = (1 + beta) * v_old - beta * v
+    return (flow.flow_matching_loss(positive, x0, x1, r, given)
+            + flow.flow_matching_loss(negative, x0, x1, 1 - r, given))
+
+
+class NFT(Learner):
+    """DiffusionNFT, Algorithm 1 of arXiv 2509.16117.
+
+    Where this differs, on purpose: the loss is of velocities at t ~ U(0, 1), not of x_0 with weights that
+    adapt; the share of the old policy that stays is constant, not rising; there is no divergence from the
+    start beside it.
+    """
+
+    def __init__(self, policy, pavrm, optimizer, *more):
+        super().__init__(policy, pavrm, optimizer, *more)
+        for p in self.trained:                          # beside AdamW's moments, so that checkpoints hold it
+            optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p),
+                                  "exp_avg_sq": torch.zeros_like(p), "old": p.detach().clone()}
+
+    @torch.no_grad()
+    def begin(self, iteration):
+        """The old policy follows: old <- decay old + (1 - decay) theta."""
+        self.old = [self.optimizer.state[p]["old"] for p in self.trained]
+        for p, old in zip(self.trained, self.old):
+            old.lerp_(p, 1 - self.config.old_decay)
+
+    def sample(self, iteration, indices, context, conditions):
+        """-> x0 [b, c, f, h, w] of the old policy and, for each update, a time [b], noise x1 and the old
+        policy's velocity at x_t."""
+        c, draws = self.config, []
+        with in_place_of(self.trained, self.old):
+            x0 = flow.rollout(self.policy, self.noise("x_T", iteration, indices), context,
+                              c.num_inference_steps, passes=c.rollout_passes, shift=c.shift, **conditions)
+            for k in range(c.inner_updates):
+                t = common.uniform(c.seed, f"nft t {k}", iteration, indices).to(x0.device)
+                x1 = self.noise(f"nft x1 {k}", iteration, indices)
+                draws.append((t, x1, self.policy(flow.add_noise(x0, x1, t), t, context, **conditions)))
+        return {"x0": x0, "draws": draws}
+
+    def weigh(self, r):
+        """r [m] in [0, 1] of logits [m]: 1/2 + A / 2 with the advantage A scaled to [-1, 1], or their
+        sigmoid."""
+        if self.config.nft_reward == "probability":
+            return torch.sigmoid(r)
+        clip = self.config.advantage_clip
+        return 0.5 + advantages(r, self.config.group_size, clip, by_group=False) / clip / 2
+
+    def loss_of(self, k, r, x0, draws, context, conditions):
+        t, x1, v_old = draws[k]
+        v = self.policy(flow.add_noise(x0, x1, t), t, context, **conditions)
+        return nft_loss(v, v_old, x0, x1, r, self.config.nft_beta, flow.given_frames(conditions)), {}
+
+
+# ---- GRPO
+def sde_step(x, v, t, t_next, noise_level):
+    """Flow-GRPO's stochastic step (arXiv 2505.05470, Sec. 4.2) from t [b] to t_next [b] -> mean [b, c, f, h,
+    w] and standard deviation [b, 1, 1, 1, 1] of x_{t - dt}.
+
+        x_{t-dt} = x_t - (v + sigma^2 / (2 t) (x_t + (1 - t) v)) dt + sigma sqrt(dt) eps,  dt = t - t_next
+        sigma = a sqrt(t / (1 - t)),  a = noise_level
+
+    In the limit of small steps x_t has the same distribution at every t as by Euler's steps, but for the
+    first one: at t = 1 sigma has no bound, so that of t_next is used, and there sigma^2 dt is a^2 however
+    small dt is. The variance gets too large by a^4 / 4 of it.
+    """
+    t, t_next = (z.float().view(-1, *[1] * (x.ndim - 1)) for z in (t, t_next))
+    at = torch.where(t < 1, t, t_next)
+    sigma, dt = noise_level * (at / (1 - at)).sqrt(), t - t_next
+    drift = v + sigma.square() / (2 * t) * (x + (1 - t) * v)
+    return x - drift * dt, sigma * dt.sqrt()
+
+
+def log_prob(x, mean, std):
+    """[b]: the log density of x under N(mean, std^2), as the mean over its elements and not their sum.
+
+    The published code takes the mean as well: a ratio of densities of whole videos would be 0 or infinite.
+    """
+    z = (x - mean) / std
+    return (-z.square() / 2 - std.log() - math.log(2 * math.pi) / 2).flatten(1).mean(1)
+
+
+def grpo_loss(x, mean, std, old_log_prob, advantage, clip_range):
+    """-min(ratio A, clip(ratio, 1 - eps, 1 + eps) A), mean over the batch -> (a scalar, the share that is
+    clipped).
+
+    x [b, c, f, h, w]: what a stochastic step led to. mean, std: of the generator's step now. old_log_prob
+    [b]: of x when it was sampled. advantage A [b]; clip_range: eps.
+    """
+    ratio = (log_prob(x, mean, std) - old_log_prob).exp()                                               # [b]
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    loss = -torch.minimum(ratio * advantage, clipped * advantage)
+    return loss.mean(), (clipped * advantage < ratio * advantage).float().mean()
+
+
+def kl_of_steps(mean, other, std):
+    """KL(N(mean, std^2) || N(other, std^2)) [b], as the mean over the elements."""
+    return ((mean - other) / std).square().flatten(1).mean(1) / 2
+
+
+class GRPO(Learner):
+    """Flow-GRPO, with few stochastic steps as in its authors' later "Fast" variant.
+
+    The samples of a group share their noise and all steps before the first stochastic one, where they part.
+    So the rewards of a group differ through these steps alone, which is what the updates can change.
+
+    Where this differs, on purpose: which neighbouring steps are stochastic is drawn anew in each iteration,
+    from the whole trajectory; each makes an update of its own, so that the ratios of the later ones are not
+    1.
+    """
+
+    def __init__(self, policy, pavrm, optimizer, config, *more):
+        super().__init__(policy, pavrm, optimizer, config, *more)
+        # a checkpoint is read into the weights only later, so this is the start also on a resume
+        self.start = [p.detach().clone() for p in self.trained] if config.kl_weight else None
+
+    def first_step(self, iteration):
+        """How many steps come before the stochastic ones, the same on all ranks."""
+        generator = common.random_generator(self.config.seed, "stochastic steps", iteration)
+        last = self.config.num_inference_steps - self.config.inner_updates
+        return int(torch.randint(last + 1, (1,), generator=generator))
+
+    def sample(self, iteration, indices, context, conditions):
+        """-> x0 [b, c, f, h, w] and, for each stochastic step, where it starts, its times [b], where it led,
+        the log-probability of that [b] and the mean of the start's step."""
+        c, N, first = self.config, self.config.num_inference_steps, self.first_step(iteration)
+        how = dict(passes=c.rollout_passes, shift=c.shift)
+        groups = [i // c.group_size for i in indices]
+        heads = list(dict.fromkeys(groups))             # one rollout for each group, up to where it parts
+        rows = [groups.index(group) for group in heads]
+        given = {name: z[rows] for name, z in conditions.items()}
+        x = flow.rollout(self.policy, self.noise("x_T", iteration, heads), context[rows], N, stop=first,
+                         **how, **given)
+        x = x[[heads.index(group) for group in groups]]                                     # [b, c, f, h, w]
+        times, steps = flow.schedule(N, c.shift, x.device), []
+        frame, start = conditions.get("first_frame"), flow.given_frames(conditions)
+        for k in range(c.inner_updates):
+            t, t_next = (times[first + k + j].expand(len(x)) for j in (0, 1))
+            mean, std = sde_step(x, self.policy(x, t, context, **conditions), t, t_next, c.noise_level)
+            x_next = pin(mean + std * self.noise(f"sde {k}", iteration, indices), frame)
+            steps.append((x, t, t_next, x_next, log_prob(x_next[:, :, start:], mean[:, :, start:], std)))
+            x = x_next
+        x0 = flow.rollout(self.policy, x, context, N, start=first + c.inner_updates, **how, **conditions)
+        means = [None] * len(steps)
+        if self.start:
+            with in_place_of(self.trained, self.start):
+                for k, (x, t, t_next, *_) in enumerate(steps):
+                    v = self.policy(x, t, context, **conditions)
+                    means[k], _ = sde_step(x, v, t, t_next, c.noise_level)
+        return {"x0": x0, "steps": steps, "means": means}
+
+    def weigh(self, r):
+        """The advantage of each sample in its group: A = (r - mean) / std."""
+        return advantages(r, self.config.group_size, self.config.advantage_clip)
+
+    def loss_of(self, k, advantage, x0, steps, means, context, conditions):
+        """Of stochastic step k: -min(ratio A, clip(ratio) A) + kl_weight KL."""
+        x, t, t_next, x_next, old_log_prob = steps[k]
+        start = flow.given_frames(conditions)
+        v = self.policy(x, t, context, **conditions)
+        mean, std = sde_step(x, v, t, t_next, self.config.noise_level)
+        mean, x_next = mean[:, :, start:], x_next[:, :, start:]
+        loss, clipped = grpo_loss(x_next, mean, std, old_log_prob, advantage, self.config.clip_range)
+        logged = {"grpo_clipped": clipped}
+        if self.start:
+            kl = kl_of_steps(mean, means[k][:, :, start:], std).mean()
+            loss, logged["grpo_kl"] = loss + self.config.kl_weight * kl, kl.detach()
+        return loss, logged
+
+
+LEARNERS = {"nft": NFT, "grpo": GRPO}

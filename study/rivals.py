@@ -1,0 +1,200 @@
+"""`python -m study.reproduce rivals`: why not reinforcement learning? PRFL beside DiffusionNFT and Flow-GRPO.
+
+All of them have the same reward model, which judges latents, the same prompts and the same curated clips, and
+an SFT update in each iteration where their row says so. PRFL gets the reward's gradient; the rivals get its
+value. What counts is the qualified rate at equal CPU seconds of training: an iteration of a rival takes
+longer, because its videos are sampled to the end. The reward models' own training and the validations are not
+counted.
+
+A finished run is kept in results/rivals_runs.json, as those of study/endurance.py are in their file.
+"""
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from report import confidence_interval, plot, show, summary, table, verdict
+from study.endurance import PANEL, TESTED, VALIDATED, finished, test_values
+from study.parts import reward_folder
+from study.steady import seconds_to
+
+FILE = "rivals_runs.json"
+LEVELS = (0.60, 0.70, 0.80, 0.90)                               # of the validation videos
+PRFL = "PRFL, steady recipe"
+
+
+class Rival(NamedTuple):
+    """One run, but for its seed. length, every: iterations, and those between validations."""
+    row: str
+    flags: tuple
+    length: int
+    every: int
+    recipe: str = "rival"
+
+    def name(self, seed):
+        return f"{self.row}, {self.length}, seed {seed}"
+
+    def reward_flags(self):
+        """Flags of train_reward.py."""
+        return "--mismatched", 0.25
+
+
+# A rival's settings are the best that were tried on seed 0. The lengths give all about the CPU seconds of
+# PRFL's 480 iterations.
+FULL = (Rival(PRFL, ("--method", "prfl"), 480, 40),
+          Rival("DiffusionNFT", ("--method", "nft"), 200, 20),
+          Rival("Flow-GRPO", ("--method", "grpo"), 200, 20),
+          Rival("SFT", ("--method", "sft", "--learning_rate", 3e-4), 1440, 120))
+
+
+# ---- one run
+def rivals_of(work):
+    """FULL, or with --preset quick the same half as long."""
+    shorter = 2 if work.config.preset == "quick" else 1
+    return [rival._replace(length=rival.length // shorter, every=rival.every // shorter) for rival in FULL]
+
+
+def part_of_rival(work, seed, rival):
+    """(folder, file that it ends with, script, *flags), as Work.run takes them."""
+    words = rival.name(seed).replace(", ", "_").replace(" ", "-")
+    reward = ()
+    if rival.row != "SFT":
+        reward = "--reward", reward_folder(work, seed, rival.reward_flags()) / "reward"
+    return (work.folder / f"seed-{seed}" / f"rivals-{words}", "transformer/config.json", "train_align.py",
+            *rival.flags, "--seed", seed, "--curated_dir", work.folder / f"seed-{seed}" / "curated", *reward,
+            "--max_train_steps", rival.length, "--validation_steps", rival.every, "--num_validation",
+            VALIDATED)
+
+
+def passes(flags, N=16):
+    """Passes of a batch through the generator, or through PAVRM, in a mean iteration -> (forward, backward).
+
+    flags: of train_align.py. N: Euler steps of a rollout. GRPO's rollout up to where a group parts is one for
+    the whole group.
+    """
+    given = lambda name, default: flags[flags.index(name) + 1] if name in flags else default
+    method, k, group = flags[1], given("--inner_updates", 2), given("--group_size", 8)
+    sft = 0 if "--no-sft_updates" in flags else 1
+    if method == "sft":
+        return 1, 1
+    at_most = given("--rollout_passes", 4 if method == "prfl" else 0)
+    stride = math.ceil(N / at_most) if at_most else 1
+    rollout = lambda steps: math.ceil(steps / stride)
+    if method == "prfl":                                        # a step with gradients, and PAVRM
+        return sft + float(np.mean([rollout(step - 1) for step in range(1, N + 1)])) + 2, sft + 2
+    if method == "nft":                                         # velocities of the old policy and of the new
+        return sft + rollout(N) + 1 + 2 * k, sft + k
+    sampled = np.mean([rollout(first) / group + k + rollout(N - first - k) for first in range(N - k + 1)])
+    start = k if given("--kl_weight", 0.04) else 0
+    return sft + float(sampled) + 1 + start + k, sft + k
+
+
+# ---- what they say
+def curve_of_seconds(part):
+    """A kept run -> [(CPU seconds of all updates until then, qualified rate)] at each validation."""
+    return [(row["cpu_seconds"], row["qualified"]) for row in part["curve"].values()]
+
+
+def rate_at(part, seconds):
+    """The qualified rate at the first validation after so many CPU seconds, or at the last one: a run gets at
+    least these seconds, or all that it has."""
+    curve = curve_of_seconds(part)
+    return next((rate for spent, rate in curve if spent >= seconds), curve[-1][1])
+
+
+def as_values(rates):
+    """Rates of the seeds -> [seeds, validation videos]: as many ones as videos were qualified. Which ones is
+    not kept, so differences of these are not paired."""
+    return np.array([np.arange(VALIDATED) < round(rate * VALIDATED) for rate in rates], float)
+
+
+def comparison(what, better, worse):
+    """Rates of the seeds -> the row of a table: whether the first are above the others, and the numbers."""
+    low, high = confidence_interval(as_values(better), as_values(worse))
+    difference = float(np.mean(better) - np.mean(worse))
+    return {"claim": what, "difference": difference, "interval": [low, high],
+            "seeds": [a - b for a, b in zip(better, worse)], "verdict": verdict(low, high)}
+
+
+def comparisons(row, parts, prfl, steps):
+    """A rival beside PRFL, at equal CPU seconds and where each was at its best, and beside the base. parts,
+    prfl: kept runs of the same seeds. steps: PRFL's iterations whose CPU seconds the rival gets too."""
+    best = lambda parts: [max(rate for _, rate in curve_of_seconds(part)) for part in parts]
+    found = []
+    for step in steps:
+        rates = [mine["curve"][str(step)]["qualified"] for mine in prfl]
+        seconds = [mine["curve"][str(step)]["cpu_seconds"] for mine in prfl]
+        others = [rate_at(part, spent) for part, spent in zip(parts, seconds)]
+        found.append(comparison(f"after the CPU seconds of {step} iterations of PRFL, PRFL above {row}",
+                                rates, others))
+    base = [part["curve"]["0"]["qualified"] for part in parts]
+    return [*found, comparison(f"each at its best validation, PRFL above {row}", best(prfl), best(parts)),
+            comparison(f"{row} at its best validation above the base", best(parts), base)]
+
+
+def rivals(work):
+    wanted = [(seed, rival) for seed in work.seeds for rival in rivals_of(work)]
+    report(work, finished(work, wanted, FILE, part_of_rival))
+
+
+def report(work, kept):
+    """Writes the table and the curves of the runs that are kept: of each method those seeds of which PRFL's
+    run is kept too."""
+    curves, cells, rows, compared, made = {}, [], {}, [], 0
+    methods = rivals_of(work)
+    for rival in methods:
+        row = rival.row
+        seeds = [seed for seed in work.seeds if {methods[0].name(seed), rival.name(seed)} <= kept.keys()]
+        if not seeds:
+            continue
+        parts, prfl = ([kept[r.name(seed)] for seed in seeds] for r in (rival, methods[0]))
+        made += len(parts)
+        if row != PRFL:
+            compared += comparisons(row, parts, prfl, (methods[0].length // 4, methods[0].length))
+        found = [curve_of_seconds(part) for part in parts]
+        grid = sorted({seconds for seed in found for seconds, _ in seed})
+        curves[row] = grid, np.mean([np.interp(grid, *zip(*seed)) for seed in found], 0).tolist()
+        reached = {level: [seconds_to(level, seed) for seed in found] for level in LEVELS}
+        last = [list(part["curve"].values())[-1] for part in parts]
+        test = summary(test_values(parts, "test, firm"))
+        means = dict(zip(PANEL, np.mean([part["test"]["test means"] for part in parts], 0).tolist()))
+        adherent = float(test_values(parts, "test, firm", "adherent").mean())
+        rewards = [point["reward"] for point in last if "reward" in point]
+        ends = {name: [point[name] for point in last] for name in ("qualified", "cpu_seconds")}
+        rows[row] = {"qualified": test, "adherent": {"mean": adherent}, "seconds": reached,
+                     "best": [max(rate for _, rate in seed) for seed in found],
+                     "cpu_seconds": ends["cpu_seconds"], "reward": rewards,
+                     "passes": passes(rival.flags),
+                     **{name: {"mean": mean} for name, mean in means.items()}}
+        cells.append([row, len(parts), "{:.1f} + {}".format(*passes(rival.flags)),
+                      *(seconds_cell(reached[level]) for level in LEVELS),
+                      f"{np.mean(rows[row]['best']):.3f}", f"{np.mean(ends['qualified']):.3f}",
+                      f"{np.mean(ends['cpu_seconds']):.0f}", show(**test), f"{adherent:.3f}",
+                      *(f"{mean:.3f}" for mean in means.values()),
+                      f"{np.mean(rewards):.1f}" if rewards else ""])
+    lines = [f"CPU seconds of training, one thread, until a validation ({VALIDATED} videos) first reached a "
+             "rate, mean over the seeds that did; the best and the last validation, and the CPU seconds of "
+             f"the whole run. Then {TESTED} test videos at the end, what the annotator sees there, and the "
+             "reward that the method itself last saw. Passes: forward and backward ones of a batch "
+             "through the generator or PAVRM, in a mean iteration.", "",
+             *table(["", "seeds", "passes", *(f"{level:.2f}" for level in LEVELS), "best", "last",
+                     "CPU seconds", "test videos", "adherent", *PANEL, "reward"], cells)]
+    lines += ["PRFL beside each, on the validation videos:", "", *table(
+        ["claim", "difference", "by seed", "verdict"],
+        [[found["claim"], show(found["difference"], found["interval"], "+"),
+          " ".join(f"{x:+.3f}" for x in found["seeds"]), found["verdict"]] for found in compared])]
+    wanted = len(methods) * len(work.seeds)
+    if made < wanted:
+        lines += [f"{made} of {wanted} runs are made. The command below makes the others.", ""]
+    if curves:
+        plot(work.results / "rivals.png",
+             {"qualified of the validation videos": ("CPU seconds of training", curves)})
+    work.write("rivals", "Rivals from reinforcement learning, with the same latent reward", lines,
+               {"rows": rows, "claims": compared})
+
+
+def seconds_cell(found):
+    """CPU seconds of the seeds that reached a level, None of the others -> a cell."""
+    reached = [seconds for seconds in found if seconds is not None]
+    share = f" ({len(reached)} of {len(found)})" * (len(reached) < len(found))
+    return f"{np.mean(reached):.0f}{share}" if reached else "never"

@@ -1,0 +1,94 @@
+"""study/rivals.py: the commands of its runs, rates at equal CPU seconds, and the table of what is kept."""
+import json
+
+import numpy as np
+import pytest
+
+from report import confidence_interval
+from study import endurance, parts, reproduce, rivals
+
+
+def work_in(tmp_path, preset="full"):
+    return parts.Work(reproduce.Config("rivals", preset, output_dir=str(tmp_path / "parts"),
+                                       results_dir=str(tmp_path / "results")))
+
+
+def test_the_commands_of_runs(tmp_path):
+    work, seed = work_in(tmp_path), f"{tmp_path}/parts/full/seed-1"
+    of = {rival.row: " ".join(map(str, rivals.part_of_rival(work, 1, rival)))
+          for rival in rivals.rivals_of(work)}
+    assert of[rivals.PRFL] == (
+        f"{seed}/rivals-PRFL_steady-recipe_480_seed-1 transformer/config.json train_align.py --method prfl "
+        f"--seed 1 --curated_dir {seed}/curated --reward {seed}/reward-mismatched-0.25/reward "
+        f"--max_train_steps 480 --validation_steps 40 --num_validation 256")
+    assert "--method nft" in of["DiffusionNFT"] and "--method grpo" in of["Flow-GRPO"]
+    assert "--reward" not in of["SFT"].split()
+    quick = rivals.rivals_of(work_in(tmp_path, "quick"))
+    assert [rival.length for rival in quick] == [rival.length // 2 for rival in rivals.FULL]
+    for prfl in (quick[0], rivals.FULL[0]):                     # looked at after a quarter of its run
+        assert prfl.length // 4 % prfl.every == 0
+
+
+def run_of(rates, seconds, good, length):
+    """What is kept of a run with validations at these rates and CPU seconds."""
+    steps = np.linspace(0, length, len(rates)).round().astype(int)
+    curve = {str(step): {"qualified": rate, "cpu_seconds": spent, "reward": 2.0}
+             for step, rate, spent in zip(steps, rates, seconds)}
+    bits = "1" * good + "0" * (endurance.TESTED - good)
+    verdicts = dict.fromkeys(("qualified", "physical", "deformity", "adherent"), bits)
+    return {"command": "x", "commit": "y", "minutes": 1.0, "curve": curve,
+            "test": {"test, firm": verdicts, "test means": [0.05, 0.2, 0.1]}}
+
+
+def test_passes_by_hand():
+    assert rivals.passes(("--method", "sft")) == (1, 1)
+    # N = 4, every step: 0, 1, 2 or 3 before the one with gradients, then PAVRM; an SFT update beside
+    assert rivals.passes(("--method", "prfl", "--rollout_passes", 0), N=4) == (1 + 1.5 + 2, 3)
+    assert rivals.passes(("--method", "nft", "--inner_updates", 3, "--no-sft_updates"), N=4) == (4 + 1 + 6, 3)
+    # 2 stochastic steps of N = 3: 0 or 1 before them for each of two groups of 2 in a batch, 1 or 0 after
+    flags = ("--method", "grpo", "--group_size", 2, "--no-sft_updates")
+    assert rivals.passes(flags, N=3) == ((2 + 1 + 0.5 + 2) / 2 + 1 + 2 + 2, 2)
+    assert rivals.passes((*flags, "--kl_weight", 0, "--rollout_passes", 1), N=3)[0] == (
+        (0 + 2 + 1) + (0.5 + 2 + 0)) / 2 + 1 + 2
+
+
+def test_a_rival_gets_at_least_prfls_seconds():
+    part = run_of([0.3, 0.5, 0.6, 0.55], [0.0, 40.0, 80.0, 120.0], 0, 30)
+    assert [rivals.rate_at(part, seconds) for seconds in (0, 30, 40, 41, 500)] == [0.3, 0.5, 0.5, 0.6, 0.55]
+
+
+def test_a_comparison_by_hand():
+    found = rivals.comparison("a above b", [0.75, 0.5], [0.25, 0.5])
+    ones = lambda rate: np.arange(endurance.VALIDATED) < rate * endurance.VALIDATED
+    wanted = confidence_interval(np.stack([ones(0.75), ones(0.5)]), np.stack([ones(0.25), ones(0.5)]))
+    assert found["interval"] == wanted and found["seeds"] == [0.5, 0.0]
+    assert found["difference"] == 0.25 and found["verdict"] == "cannot be told"
+    assert rivals.comparison("a above b", [0.9, 0.9], [0.3, 0.3])["verdict"] == "holds"
+
+
+def test_what_is_kept_makes_the_table(tmp_path, monkeypatch):
+    """Two seeds of three, and a method whose second seed is missing."""
+    work = work_in(tmp_path)
+    prfl, nft, grpo, _ = rivals.rivals_of(work)
+    kept = {}
+    for seed in (0, 1):
+        kept[prfl.name(seed)] = run_of([0.3, 0.9, 0.95, 0.95, 0.96], [0.0, 50, 100, 150, 200], 480,
+                                       prfl.length)
+        kept[nft.name(seed)] = run_of([0.3, 0.5, 0.65, 0.75, 0.7], [0.0, 60, 110, 160, 210], 360, nft.length)
+    kept[grpo.name(0)] = run_of([0.3, 0.4, 0.5, 0.55, 0.5], [0.0, 40, 80, 120, 160], 250, grpo.length)
+    monkeypatch.setattr(rivals, "plot", lambda path, panels: None)
+    rivals.report(work, kept)
+    found, text = (work.results / "rivals.json").read_text(), (work.results / "rivals.md").read_text()
+    found = json.loads(found)
+    nft_passes = "{:.1f} + {}".format(*rivals.passes(nft.flags))
+    assert found["rows"]["DiffusionNFT"]["qualified"]["mean"] == pytest.approx(360 / 512)
+    assert found["rows"]["DiffusionNFT"]["seconds"]["0.7"] == [160, 160]
+    assert found["rows"]["Flow-GRPO"]["seconds"]["0.6"] == [None] and "SFT" not in found["rows"]
+    claims = {claim["claim"]: claim for claim in found["claims"]}
+    at = claims["after the CPU seconds of 120 iterations of PRFL, PRFL above DiffusionNFT"]
+    assert at["difference"] == pytest.approx(0.9 - 0.5) and at["verdict"] == "holds"
+    at = claims["after the CPU seconds of 480 iterations of PRFL, PRFL above Flow-GRPO"]
+    assert at["seeds"] == pytest.approx([0.96 - 0.5])           # it ended earlier: its last validation
+    assert claims["Flow-GRPO at its best validation above the base"]["difference"] == pytest.approx(0.25)
+    assert f"| DiffusionNFT | 2 | {nft_passes} | 110 | 160 | never | never | 0.750 | 0.700 | 210 |" in text
+    assert "5 of 12 runs are made." in text

@@ -1,0 +1,428 @@
+"""rl_baselines.py against closed forms: a Gaussian target, whose velocity is known; the densities of
+torch.distributions; minima of quadratics; and whole iterations written out by hand."""
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_training import one_line
+from tiny import command, distance, metrics, run, weights
+
+import common
+import data
+import flow
+import rl_baselines
+from common import InputError
+from formats import runs
+from model import VideoDiT, load_transformer
+from pavrm import PAVRM, load_pavrm
+
+F64 = torch.float64
+
+
+# ---- RWR
+def test_rwr_weights():
+    rewards = torch.tensor([-2.0, 0.0, 1.0, 3.0])
+    weights, effective = rl_baselines.rwr_weights(rewards)
+    wanted = rewards.double().exp() / rewards.double().exp().mean()
+    torch.testing.assert_close(weights, wanted.float())
+    assert weights.mean().item() == pytest.approx(1)
+    assert effective == pytest.approx((wanted.sum() ** 2 / (wanted ** 2).sum() / 4).item())
+    constant, effective = rl_baselines.rwr_weights(torch.full((7,), 1.3))
+    assert torch.equal(constant, torch.ones(7)) and effective == pytest.approx(1)
+    large, effective = rl_baselines.rwr_weights(torch.tensor([1000.0, 0.0]))     # exp(1000) is no number
+    assert torch.equal(large, torch.tensor([2.0, 0.0])) and effective == pytest.approx(0.5)
+
+
+def test_rwr_samples_are_made_in_batches_and_shared_by_ranks(monkeypatch):
+    """11 samples in batches of 4, on one rank and on two that gather: each made where it belongs, in the
+    prompts' order."""
+    made, parts = [], []
+    monkeypatch.setattr(rl_baselines.flow, "sample", lambda policy, shape, context, seed, indices, *a,
+                        **k: made.append(list(indices))
+                        or context[:, :1, :1, None, None].expand(-1, *shape).clone())
+    context = torch.arange(11.).view(11, 1, 1)
+    reward = lambda x, t, context: x.flatten(1)[:, 0] / 10
+
+    def samples(rank, world_size):
+        runtime = common.Runtime(rank, world_size, torch.device("cpu"), torch.float32)
+        return rl_baselines.weighted_samples(None, reward, (1, 1, 1, 1), context, 0, 2, 4, runtime)
+
+    x0, weights = samples(0, 1)
+    assert made == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 0]] and x0.flatten().tolist() == list(range(11))
+    torch.testing.assert_close(weights, rl_baselines.rwr_weights(torch.arange(11.) / 10)[0])
+    monkeypatch.setattr(common, "gather", lambda value: parts.append(value) or [value])
+    for rank in (0, 1):
+        with pytest.raises(KeyError):                           # alone, a rank has its share only
+            samples(rank, 2)
+    # as many rounds on each rank
+    assert made[3:] == [[0, 1, 2, 3], [8, 9, 10, 0], [4, 5, 6, 7], [1, 2, 3, 4]]
+    monkeypatch.setattr(common, "gather", lambda value: parts)
+    assert torch.equal(samples(1, 2)[0], x0)
+
+
+def test_rwr_judges_as_it_samples_in_the_dtype_of_autocast_and_without_gradients(monkeypatch):
+    asked = []
+    monkeypatch.setattr(rl_baselines.flow, "sample", lambda *a, autocast, shift, batch_size, **k:
+                        asked.append((autocast, shift, batch_size)) or torch.zeros(3, 1, 1, 1, 1))
+    weight = torch.ones(1, requires_grad=True)
+
+    def reward(x, t, context):
+        asked.append((torch.is_autocast_enabled("cpu"), torch.is_grad_enabled(), t.tolist()))
+        return context[:, 0, 0] * weight
+
+    runtime = common.Runtime(0, 1, torch.device("cpu"), torch.bfloat16)
+    _, weights = rl_baselines.weighted_samples(None, reward, (1, 1, 1, 1), torch.arange(3.).view(3, 1, 1), 0,
+                                               2, 3, runtime, 5.0)
+    assert asked == [(runtime.autocast, 5.0, 3), (True, False, [0, 0, 0])] and not weights.requires_grad
+    with pytest.raises(FloatingPointError, match="the reward is nan"):
+        rl_baselines.weighted_samples(None, reward, (1, 1, 1, 1), torch.full((3, 1, 1), torch.nan), 0, 2, 3,
+                                      runtime, 5.0)
+
+
+# ---- advantages
+def test_advantages_by_hand():
+    r = torch.tensor([1.0, 3.0, 2.0, 2.0, -40.0, 0.0])
+    by_group = rl_baselines.advantages(r, 2, 5.0)
+    torch.testing.assert_close(by_group, torch.tensor([-1.0, 1, 0, 0, -1, 1]), atol=1e-3, rtol=0)
+    std = r.double().sub(r.double().mean()).square().mean().sqrt().item()
+    of_all = rl_baselines.advantages(r, 2, 1.0, by_group=False)
+    wanted = [-1 / std, 1 / std, 0, 0, -1, 1]                                       # -20 and 20 are clipped
+    torch.testing.assert_close(of_all, torch.tensor(wanted), atol=1e-3, rtol=0)
+    assert torch.equal(rl_baselines.advantages(torch.full((6,), 0.7), 3, 5.0), torch.zeros(6))
+
+
+def test_r_of_nft_lies_between_0_and_1():
+    r = torch.tensor([-2.0, 0.0, 1.0, 9.0])
+    learner = lambda **how: SimpleNamespace(config=SimpleNamespace(group_size=2, **how))
+    found = rl_baselines.NFT.weigh(learner(nft_reward="advantage", advantage_clip=0.5), r)
+    std = r.std(correction=0).item()
+    wanted = [0.5 - min(1, 1 / std / 0.5) / 2, 0.5 + min(1, 1 / std / 0.5) / 2, 0.0, 1.0]
+    torch.testing.assert_close(found, torch.tensor(wanted), atol=1e-3, rtol=0)
+    found = rl_baselines.NFT.weigh(learner(nft_reward="probability", advantage_clip=5.0), r)
+    torch.testing.assert_close(found, 1 / (1 + torch.exp(-r)))
+
+
+# ---- the stochastic steps
+MEAN, STD = 1.7, 0.6                                            # of a Gaussian x_0 in one dimension
+
+
+def gaussian_velocity(x, t):
+    """E[x_1 - x_0 | x_t = x] where x_0 ~ N(MEAN, STD^2) and x_1 ~ N(0, 1)."""
+    variance = (1 - t) ** 2 * STD ** 2 + t ** 2
+    centred = x - (1 - t) * MEAN
+    return t * centred / variance - (MEAN + (1 - t) * STD ** 2 * centred / variance)
+
+
+def marginals(num_steps, noise_level, start=0.8):
+    """The exact mean and variance of x at each time of the chain of stochastic steps, from the right ones at
+    time `start` -> [(t, mean, variance)]. A step is linear in x, so two points tell what it does to a
+    distribution."""
+    times = torch.linspace(start, 0, num_steps + 1, dtype=F64)
+    mean, variance, found = (1 - start) * MEAN, (1 - start) ** 2 * STD ** 2 + start ** 2, []
+    for t, t_next in zip(times, times[1:]):
+        x = torch.tensor([0.0, 1.0], dtype=F64).view(2, 1, 1, 1, 1)
+        led, std = rl_baselines.sde_step(x, gaussian_velocity(x, t), t.expand(2), t_next.expand(2),
+                                         noise_level)
+        offset, slope = led[0].item(), (led[1] - led[0]).item()
+        mean, variance = offset + slope * mean, slope ** 2 * variance + std[0].item() ** 2
+        found.append((t_next.item(), mean, variance))
+    return found
+
+
+@pytest.mark.parametrize("noise_level", [0.3, 0.7, 1.5])
+def test_stochastic_steps_have_the_marginals_of_the_flow(noise_level):
+    """x_t ~ N((1 - t) MEAN, (1 - t)^2 STD^2 + t^2), up to an error in proportion to the step."""
+    def errors(num_steps):
+        found = marginals(num_steps, noise_level)
+        return (max(abs(mean - (1 - t) * MEAN) for t, mean, _ in found),
+                max(abs(variance - (1 - t) ** 2 * STD ** 2 - t ** 2) for t, _, variance in found))
+
+    (mean, coarse), (_, fine) = errors(100), errors(800)
+    assert mean < 1e-5 and coarse < 0.06 and fine == pytest.approx(coarse / 8, rel=0.2)
+
+
+def test_the_first_stochastic_step_is_too_noisy_however_small_it_is():
+    """At t = 1 its variance is (1 - a^2 / 2)^2 + a^2 = 1 + a^4 / 4, as sigma^2 dt does not vanish."""
+    x = torch.tensor([0.0, 1.0], dtype=F64).view(2, 1, 1, 1, 1)
+    for dt in (1e-2, 1e-3):
+        led, std = rl_baselines.sde_step(x, torch.zeros_like(x), torch.ones(2), torch.full((2,), 1 - dt), 0.7)
+        variance = (led[1] - led[0]).item() ** 2 + std[0].item() ** 2
+        assert variance == pytest.approx(1 + 0.7 ** 4 / 4, abs=2 * dt)
+
+
+def test_a_stochastic_step_by_hand():
+    """At t = .75 with a = .7: sigma = .7 sqrt(3). At t = 1 sigma is that of the next time. Without noise it
+    is Euler's."""
+    x, v = torch.full((1, 1, 1, 1, 1), 0.4, dtype=F64), torch.full((1, 1, 1, 1, 1), -1.2, dtype=F64)
+    at = lambda t: torch.tensor([t])
+    mean, std = rl_baselines.sde_step(x, v, at(0.75), at(0.5), 0.7)
+    sigma = 0.7 * math.sqrt(3)
+    assert mean.item() == pytest.approx(
+        0.4 - 0.25 * (-1.2 + sigma ** 2 / 1.5 * (0.4 + 0.25 * -1.2)))
+    assert std.item() == pytest.approx(sigma * 0.5)
+    mean, std = rl_baselines.sde_step(x, v, at(1.0), at(0.75), 0.7)
+    assert mean.item() == pytest.approx(0.4 - 0.25 * (-1.2 + sigma ** 2 / 2 * 0.4))
+    assert std.item() == pytest.approx(sigma * 0.5)
+    mean, _ = rl_baselines.sde_step(x, v, at(0.75), at(0.5), 1e-9)
+    torch.testing.assert_close(mean, flow.euler_step(x, v, at(0.75), at(0.5)))
+
+
+def test_log_probabilities_and_divergence_are_those_of_normal_distributions():
+    x, mean, other = torch.randn(3, 2, 4, 1, 3, 2, dtype=F64)
+    std = torch.tensor([0.3, 2.0], dtype=F64).view(2, 1, 1, 1, 1)
+    normal = torch.distributions.Normal
+    torch.testing.assert_close(rl_baselines.log_prob(x, mean, std),
+                               normal(mean, std).log_prob(x).flatten(1).mean(1))
+    kl = torch.distributions.kl_divergence(normal(mean, std), normal(other, std)).flatten(1).mean(1)
+    torch.testing.assert_close(rl_baselines.kl_of_steps(mean, other, std), kl)
+
+
+def test_the_divergence_is_the_published_one_of_velocities():
+    """dt / 2 (sigma (1 - t) / (2 t) + 1 / sigma)^2 |v - v_ref|^2"""
+    x, v, v_ref = torch.randn(3, 2, 4, 1, 3, 2, dtype=F64)
+    t, t_next = torch.tensor([0.6, 0.3]), torch.tensor([0.5, 0.1])
+    steps = [rl_baselines.sde_step(x, z, t, t_next, 0.7) for z in (v, v_ref)]
+    found = rl_baselines.kl_of_steps(steps[0][0], steps[1][0], steps[0][1])
+    t, t_next = t.double(), t_next.double()
+    sigma = 0.7 * (t / (1 - t)).sqrt()
+    factor = (t - t_next) / 2 * (sigma * (1 - t) / (2 * t) + 1 / sigma) ** 2
+    torch.testing.assert_close(found, factor * (v - v_ref).square().flatten(1).mean(1), rtol=1e-5, atol=0)
+
+
+def test_the_first_gradient_of_grpo_is_the_policy_gradient():
+    """At ratio 1: -A grad log p, whatever the clip."""
+    x, mean = torch.randn(2, 3, 2, 1, 2, 2, dtype=F64)
+    mean.requires_grad_(True)
+    std, advantage = torch.full((3, 1, 1, 1, 1), 0.4, dtype=F64), torch.tensor([1.5, -0.5, 0.0], dtype=F64)
+    before = rl_baselines.log_prob(x, mean, std).detach()
+    loss, clipped = rl_baselines.grpo_loss(x, mean, std, before, advantage, 1e-4)
+    found, = torch.autograd.grad(loss, mean)
+    wanted, = torch.autograd.grad(-(advantage * rl_baselines.log_prob(x, mean, std)).mean(), mean)
+    torch.testing.assert_close(found, wanted)
+    assert loss.item() == pytest.approx(-1 / 3) and clipped == 0
+
+
+def test_the_clip_of_grpo_by_hand():
+    """It holds what has already become more probable and is good, or less probable and is bad."""
+    ratio = torch.tensor([1.3, 1.3, 0.8, 0.8, 1.05], dtype=F64)
+    advantage = torch.tensor([1.0, -1, 1, -1, 1], dtype=F64)
+    mean = torch.zeros(5, 1, 1, 1, 2, dtype=F64, requires_grad=True)
+    x, std = torch.ones(5, 1, 1, 1, 2, dtype=F64), torch.ones(5, 1, 1, 1, 1, dtype=F64)
+    old = rl_baselines.log_prob(x, mean, std).detach() - ratio.log()
+    loss, clipped = rl_baselines.grpo_loss(x, mean, std, old, advantage, 0.1)
+    assert loss.item() == pytest.approx(-(1.1 - 1.3 + 0.8 - 0.9 + 1.05) / 5)
+    assert clipped.item() == pytest.approx(2 / 5)
+    grad, = torch.autograd.grad(loss, mean)
+    moves = grad.flatten(1).abs().sum(1) > 0
+    assert moves.tolist() == [False, True, True, False, True]
+
+
+# ---- the objective of NFT
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+def test_the_minimum_of_nft_is_the_published_one(beta):
+    """v = v_old + (2 / beta) E[r (x_1 - x_0 - v_old)], where v_old is the mean velocity of all samples."""
+    x0, x1 = torch.randn(2, 64, 2, 1, 2, 2, dtype=F64)
+    r, v_old = torch.rand(64, dtype=F64), (x1 - x0).mean(0, keepdim=True)
+    best = v_old + 2 / beta * (r.view(-1, 1, 1, 1, 1) * (x1 - x0 - v_old)).mean(0, keepdim=True)
+    loss = lambda v: rl_baselines.nft_loss(v.expand_as(x0), v_old.expand_as(x0), x0, x1, r, beta)
+    best.requires_grad_(True)
+    grad, = torch.autograd.grad(loss(best), best)
+    assert grad.abs().max() < 1e-7                              # the loss is float32
+    for _ in range(9):                                          # it is quadratic: any way from there is worse
+        assert loss(best + torch.randn_like(best)) > loss(best)
+
+
+def test_nft_is_flow_matching_where_all_is_good_and_its_mirror_where_all_is_bad():
+    v, v_old, x0, x1 = torch.randn(4, 3, 2, 2, 2, 2)
+    ones = torch.ones(3)
+    good = rl_baselines.nft_loss(v, v_old, x0, x1, ones, 1.0)
+    torch.testing.assert_close(good, flow.flow_matching_loss(v, x0, x1))
+    bad = rl_baselines.nft_loss(v, v_old, x0, x1, 0 * ones, 1.0)
+    torch.testing.assert_close(bad, flow.flow_matching_loss(2 * v_old - v, x0, x1))
+    v[:, :, 0] += 7                                             # a given frame counts nowhere
+    torch.testing.assert_close(rl_baselines.nft_loss(v, v_old, x0, x1, ones, 1.0, given=1),
+                               flow.flow_matching_loss(v[:, :, 1:], x0[:, :, 1:], x1[:, :, 1:]))
+
+
+# ---- weights in place of others
+def test_the_weights_are_as_before_also_after_an_error():
+    trained = [torch.nn.Parameter(torch.randn(3, 2)), torch.nn.Parameter(torch.randn(4))]
+    others = [torch.randn(3, 2), torch.randn(4)]
+    before, kept = ([x.detach().clone() for x in values] for values in (trained, others))
+    with pytest.raises(RuntimeError, match="inside"):
+        with rl_baselines.in_place_of(trained, others):
+            assert all(torch.equal(p, q) for p, q in zip(trained, kept))
+            raise RuntimeError("inside")
+    assert all(torch.equal(p, q) for p, q in zip(trained, before))
+    assert all(torch.equal(p, q) for p, q in zip(others, kept))
+
+
+# ---- iterations by hand
+SHAPE = (16, 2, 4, 4)
+G, EIGHT = 4, range(8)
+
+
+class ByHand:
+    """The policy, its reward model, and plain AdamW updates."""
+
+    def __init__(self, folder):
+        self.policy = load_transformer(folder / "generator")
+        self.pavrm = load_pavrm(folder / "generator/reward")
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-4, weight_decay=0)
+        shards = data.Shards(folder / "data")
+        good = (shards.labels != 0).nonzero()[:, 0]
+        rows = data.order(len(good), 1, 0, [i // G for i in EIGHT], 2)              # two prompts, four each
+        self.context = shards.batch(good[rows])["context"]
+        self.reward = lambda x0: self.pavrm(x0, torch.zeros(len(x0)), self.context)
+
+    def update(self, loss):
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = torch.stack([p.grad.norm() for p in self.policy.parameters()]).norm()
+        for p in self.policy.parameters():
+            p.grad.mul_(min(1.0, 1.0 / norm.item()))
+        self.optimizer.step()
+
+    def euler(self, x, context, first, last, N=4):
+        for i in range(first, last):
+            x = x - self.policy(x, torch.full((len(x),), 1 - i / N), context) / N
+        return x
+
+
+def normalized(r, by_group):
+    groups = r.view(2, G)
+    std = groups.std(1, correction=0, keepdim=True) if by_group else r.std(correction=0)
+    return ((groups - groups.mean(1, keepdim=True)) / (std + 1e-4)).flatten()
+
+
+@pytest.mark.usefixtures("cpu")
+def test_one_iteration_of_nft_by_hand(folder):
+    run(*command(folder, "nft", "hand-nft", "--max_train_steps", "1", "--group_size", str(G),
+                 "--nft_beta", "0.5", "--reward_weight", "7", "--no-sft_updates"))
+    hand, beta = ByHand(folder), 0.5
+    with torch.no_grad():
+        x0 = hand.euler(common.noise(SHAPE, 0, "x_T", 0, EIGHT), hand.context, 0, 4)
+        reward = hand.reward(x0)
+        r = 0.5 + normalized(reward, by_group=False) / 10
+        old = {name: p.clone() for name, p in hand.policy.named_parameters()}
+    for k in range(2):
+        t, x1 = common.uniform(0, f"nft t {k}", 0, EIGHT), common.noise(SHAPE, 0, f"nft x1 {k}", 0, EIGHT)
+        t_ = t.view(-1, 1, 1, 1, 1)
+        x_t = (1 - t_) * x0 + t_ * x1
+        with torch.no_grad():
+            v_old = torch.func.functional_call(hand.policy, old, (x_t, t, hand.context))
+        v, target = hand.policy(x_t, t, hand.context), x1 - x0
+        positive = ((1 - beta) * v_old + beta * v - target).square().flatten(1).mean(1)
+        negative = ((1 + beta) * v_old - beta * v - target).square().flatten(1).mean(1)
+        loss = 7 * (r * positive + (1 - r) * negative).mean()
+        hand.update(loss)
+    row, = metrics(folder, "hand-nft")
+    assert row["reward"] == pytest.approx(reward.mean().item(), rel=1e-4)
+    assert row["nft_loss"] == pytest.approx(loss.item(), rel=1e-4)                  # of the last update
+    start = load_transformer(folder / "generator").state_dict()
+    moved = distance(weights(folder, "nft", "hand-nft"), start)
+    assert moved > 1e-4
+    assert distance(weights(folder, "nft", "hand-nft"), hand.policy.state_dict()) < 0.02 * moved
+
+
+@pytest.mark.usefixtures("cpu")
+def test_one_iteration_of_grpo_by_hand(folder):
+    run(*command(folder, "grpo", "hand-grpo", "--max_train_steps", "1", "--group_size", str(G),
+                 "--kl_weight", "3", "--clip_range", "0.01", "--no-sft_updates"))
+    hand, N, steps = ByHand(folder), 4, []
+    first = int(torch.randint(3, (1,), generator=common.random_generator(0, "stochastic steps", 0)))
+    normal = torch.distributions.Normal
+
+    def step_of(x, i):
+        """A normal distribution of x_{t - dt}."""
+        t, at = 1 - i / N, 1 - max(i, 1) / N
+        sigma, v = 0.7 * math.sqrt(at / (1 - at)), hand.policy(x, torch.full((8,), t), hand.context)
+        mean = x - (v + sigma ** 2 / (2 * t) * (x + (1 - t) * v)) / N
+        return normal(mean, sigma * math.sqrt(1 / N))
+
+    with torch.no_grad():
+        x = hand.euler(common.noise(SHAPE, 0, "x_T", 0, (0, 1)), hand.context[[0, G]], 0, first)
+        x = x.repeat_interleave(G, 0)                           # the groups part here
+        for k in range(2):
+            step = step_of(x, first + k)
+            led = step.mean + step.stddev * common.noise(SHAPE, 0, f"sde {k}", 0, EIGHT)
+            steps.append((x, led, step))
+            x = led
+        reward = hand.reward(hand.euler(x, hand.context, first + 2, N))
+    advantage = normalized(reward, by_group=True)
+    for k, (x, led, before) in enumerate(steps):
+        now = step_of(x, first + k)
+        mean = lambda z: z.flatten(1).mean(1)
+        ratio = (mean(now.log_prob(led)) - mean(before.log_prob(led))).exp()
+        kl = mean(torch.distributions.kl_divergence(now, before)).mean()
+        loss = -torch.minimum(ratio * advantage, ratio.clamp(0.99, 1.01) * advantage).mean() + 3 * kl
+        hand.update(loss)
+    row, = metrics(folder, "hand-grpo")
+    assert row["reward"] == pytest.approx(reward.mean().item(), rel=1e-4)
+    assert row["grpo_kl"] == pytest.approx(kl.item(), rel=1e-3) and kl > 0
+    assert row["grpo_loss"] == pytest.approx(loss.item(), rel=1e-3, abs=1e-6)
+    start = load_transformer(folder / "generator").state_dict()
+    moved = distance(weights(folder, "grpo", "hand-grpo"), start)
+    assert moved > 1e-4
+    assert distance(weights(folder, "grpo", "hand-grpo"), hand.policy.state_dict()) < 0.02 * moved
+
+
+@pytest.mark.usefixtures("cpu")
+def test_the_old_policy_is_a_moving_average_that_checkpoints_hold(folder):
+    run(*command(folder, "nft", "average", "--max_train_steps", "3", "--checkpointing_steps", "1",
+                 "--keep", "3", "--old_decay", "0.7", "--no-sft_updates"))
+    states = [runs.load_state(folder / f"average/checkpoint-{step:06d}") for step in (1, 2, 3)]
+    names = [name for name, _ in load_transformer(folder / "generator").named_parameters()]
+    start = load_transformer(folder / "generator").state_dict()
+    for i, name in enumerate(names):
+        old = [state["optimizer"]["state"][i]["old"] for state in states]
+        assert torch.equal(old[0], start[name])
+        for before, after, state in zip(old, old[1:], states):
+            wanted = 0.7 * before + 0.3 * state["model"][name]
+            torch.testing.assert_close(after, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_a_given_first_frame_is_kept_and_has_no_probability():
+    torch.manual_seed(0)
+    policy = VideoDiT(model_type="i2v", in_dim=4, out_dim=4, dim=24, ffn_dim=32, num_heads=2, num_layers=2,
+                      freq_dim=16, text_dim=8, text_len=3)
+    torch.nn.init.normal_(policy.head.head.weight, std=0.2)
+    pavrm = PAVRM.from_generator(policy, 1).freeze()
+    first_frame, context = torch.randn(1, 4, 1, 2, 2).expand(4, -1, -1, -1, -1), torch.randn(1, 3, 8)
+    config = SimpleNamespace(seed=0, num_inference_steps=5, inner_updates=2, rollout_passes=0, shift=1.0,
+                             group_size=4, noise_level=0.7, kl_weight=0.1, advantage_clip=5.0,
+                             reward_weight=1, clip_range=1e-4, batch_size=4, gradient_accumulation_steps=1)
+    learner = rl_baselines.GRPO(policy, pavrm, None, config, common.setup(), lambda *_: (
+        context.expand(4, -1, -1), {"first_frame": first_frame}), (4, 3, 2, 2), 4)
+    learner.collect(0)
+    batch = learner.batches[0]
+    assert torch.equal(batch["x0"][:, :, :1], first_frame)
+    for x, _, _, x_next, _ in batch["steps"]:
+        assert torch.equal(x_next[:, :, :1], first_frame) and torch.equal(x[:, :, :1], first_frame)
+    loss, _ = learner.loss(0, 0, [0, 1, 2, 3])
+    assert loss.item() == pytest.approx(-learner.weights.mean().item(), abs=1e-5)   # the ratio is 1
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in policy.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--group_size 3", "--group_size 3 does not divide the 8 videos per update"),
+    ("--group_size 1", "--group_size 1: a sample is compared with the others"),
+    ("--method grpo --inner_updates 4", "--inner_updates 4: so many steps of a rollout are stochastic, and "
+     "--num_inference_steps 4 is not more")])
+@pytest.mark.usefixtures("cpu")
+def test_what_cannot_work_is_refused_in_one_line(folder, capsys, flags, words):
+    with pytest.raises(SystemExit) as stop:
+        run(*command(folder, "nft" if "grpo" not in flags else "sft", "refused", *flags.split(),
+                     *(("--num_inference_steps", "4") if "grpo" in flags else ())))
+    stderr = capsys.readouterr().err
+    assert stop.value.code == 2 and one_line(stderr) and words in stderr, stderr
+    assert not (folder / "refused").exists()
+
+
+def test_one_sample_of_a_prompt_is_enough_for_a_probability():
+    config = SimpleNamespace(method="nft", nft_reward="probability", group_size=1)
+    assert rl_baselines.check(config, 7) is None
+    with pytest.raises(InputError, match="compared"):
+        rl_baselines.check(SimpleNamespace(method="grpo", nft_reward="advantage", group_size=1), 7)
