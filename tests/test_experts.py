@@ -355,7 +355,8 @@ REFUSED = {
 @pytest.mark.parametrize("words", REFUSED)
 def test_flags_that_mean_nothing(folder, model, capsys, words):
     two, reason = REFUSED[words]
-    _, flags = command(folder, "prfl", "refused", "--model", str(model if two else folder / "generator"))
+    name = "sft" if "--method" in words else "prfl"
+    _, flags = command(folder, name, "refused", "--model", str(model if two else folder / "generator"))
     if "--num_validation" in words:
         del flags[flags.index("--num_validation"):][:2]
     capsys.readouterr()
