@@ -56,6 +56,7 @@ class Family:
     half: bool = False                      # sampled in bf16 where the machine is fast at it
     # ---- training: flags of train_align.py and train_reward.py
     align: dict = field(default_factory=dict)
+    steady: dict = field(default_factory=dict)          # align's, where PRFL trains by the steady recipe
     reward: dict = field(default_factory=dict)
     videos_per_update: int | None = None  # of all GPUs, which gradient accumulation makes up; None: one batch
 
@@ -73,6 +74,7 @@ _TINY = Family(
     fps=float(scene.FPS),
     align={"learning_rate": 1e-4, "batch_size": 32, "gradient_accumulation_steps": 1, "max_train_steps": 120,
            "num_inference_steps": 16},
+    steady={"learning_rate": 2e-4, "max_train_steps": 480},                         # results/endurance.md
     reward={"learning_rate": 2e-3, "trunk_learning_rate": 1e-3, "batch_size": 64})
 _SMALL = replace(
     _TINY, name="embedded world, small", world="small",

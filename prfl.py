@@ -10,8 +10,9 @@ the generator. There is no VAE.
 
 With the recipe "paper" this is Algorithm 1 to the letter. The recipe "steady", which is ours, changes two
 lines: the rollout without gradients takes at most four long Euler steps, and the loss is -log sigmoid(r),
-which stops pushing where the reward is already sure that the video is good. results/why.md compares the two
-in its rows "step per batch", and results/endurance.md has longer runs.
+which stops pushing where the reward is already sure that the video is good. Its learning rate falls to zero
+over the run (train_align.py). results/why.md compares the two in its rows "step per batch", and
+results/endurance.md has longer runs.
 
 Deliberate differences from the released code:
 1. The loss is -lambda * r on the raw logit. The released 0.1 * relu(2 - sigmoid(r)) is "sigmoid_hinge" below:
@@ -32,8 +33,8 @@ from common import InputError, random_generator
 from flow import add_noise, euler_step, flow_matching_loss, given_frames, rollout, schedule
 
 RECIPES = {  # what these flags of train_align.py are when they are not given
-    "paper": {"rollout_passes": 0, "reward_loss": "linear"},            # Alg. 1
-    "steady": {"rollout_passes": 4, "reward_loss": "logsigmoid"},
+    "paper": {"rollout_passes": 0, "reward_loss": "linear", "lr_scheduler": "constant"},        # Alg. 1
+    "steady": {"rollout_passes": 4, "reward_loss": "logsigmoid", "lr_scheduler": "linear"},
 }
 
 REWARD_LOSSES = {  # from logits r [b] to losses [b]

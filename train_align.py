@@ -2,7 +2,7 @@
 
     python train_align.py                                           PRFL, embedded world, the steady recipe
     python train_align.py --recipe paper --max_train_steps 100      Algorithm 1 to the letter, stopped in time
-    python train_align.py --method sft --learning_rate 3e-4 --max_train_steps 240     as many updates as PRFL
+    python train_align.py --method sft --learning_rate 3e-4 --max_train_steps 960     as many updates as PRFL
     python train_align.py --method refl --frames_decoded first --reward runs/reward_rgb/reward
     python train_align.py --method nft                              or grpo: reinforcement learning
     torchrun --nproc_per_node=8 train_align.py --data encoded --reward runs/reward/reward --parallel fsdp
@@ -62,9 +62,9 @@ class Config(rl_baselines.Flags, runs.Flags, validation.Flags, lora.Flags, paral
     task: str | None = arg(None, "t2v, or i2v (image-to-video): without --model, which shipped generator; "
                            "with a --model that can do both, which task; default: t2v", choices=TASKS)
     model: str | None = arg(None, "another generator: a folder with transformer/, vae/ and text_encoder/")
-    reward: str | None = arg(None, "folder of the reward model; default: reward/ in the generator's folder "
-                             "(the shipped one was trained without mismatched prompts), or with --method "
-                             "refl reward_rgb_first/ or reward_rgb_all/ there (none is shipped)",
+    reward: str | None = arg(None, "folder of the reward model; default: reward/ in the generator's folder, "
+                             "or with --method refl reward_rgb_first/ or reward_rgb_all/ there (none is "
+                             "shipped)",
                              only="!method sft")
     expert: str | None = arg(None, "which of two experts trains (Wan2.2 A14B); the other one is frozen and "
                              "takes part in rollouts. The low-noise expert makes the details and the final "
@@ -87,9 +87,9 @@ class Config(rl_baselines.Flags, runs.Flags, validation.Flags, lora.Flags, paral
     reward_weight: float = arg(1.0, "lambda of Alg. 1, a factor of the loss; in prfl and refl Adam and "
                                "clipping leave it little effect", above=0, only="method prfl refl nft grpo")
     recipe: str | None = arg(None, "paper: Alg. 1 to the letter, to be stopped in time; steady: ours, which "
-                             "holds for longer (results/endurance.md). It sets --rollout_passes and "
-                             "--reward_loss unless they are given; default: steady for prfl, paper for "
-                             "refl", choices=tuple(prfl.RECIPES), only="method prfl refl")
+                             "holds for longer (results/endurance.md). It sets --rollout_passes, "
+                             "--reward_loss and --lr_scheduler unless they are given; default: steady for "
+                             "prfl, paper for refl", choices=tuple(prfl.RECIPES), only="method prfl refl")
     rollout_passes: int | None = arg(None, "the rollout without gradients takes at most this many long Euler "
                                      "steps, each over several of the N; 0 takes each of the N steps (Alg. "
                                      "1); default: the recipe's (paper 0, steady 4), nft and grpo: 0",
@@ -111,13 +111,15 @@ class Config(rl_baselines.Flags, runs.Flags, validation.Flags, lora.Flags, paral
                                  "prompt, so that guidance stays usable", at_least=0, below=1,
                                  only="method sft or method prfl refl nft grpo, sft_updates")
     learning_rate: float | None = arg(None, "AdamW's learning rate; for sft 3e-4 is better in the embedded "
-                                      "world (results/table1.md); default: 1e-4, Wan: the paper's 5e-6",
-                                      above=0)
-    lr_scheduler: str = arg("constant", "constant: the learning rate stays; linear: it falls to 0 at "
-                            "--max_train_steps", choices=("constant", "linear"))
+                                      "world (results/table1.md); default: 1e-4, by the steady recipe 2e-4, "
+                                      "Wan: the paper's 5e-6", above=0)
+    lr_scheduler: str | None = arg(None, "constant: the learning rate stays; linear: it falls to 0 at "
+                                   "--max_train_steps; default: the recipe's (paper constant, steady "
+                                   "linear), constant for the other methods", choices=("constant", "linear"))
     weight_decay: float = arg(0.0, "AdamW's weight decay", at_least=0)
     max_train_steps: int | None = arg(None, "iterations (two updates each in prfl and refl, more in nft "
-                                      "and grpo); default: 120, Wan: 800", above=0)
+                                      "and grpo); default: 120, by the steady recipe 480, Wan: "
+                                      "the paper's 800", above=0)
     batch_size: int | None = arg(None, "videos (in a reward update: prompts) in a batch of one GPU, or of "
                                  "one --sequence_parallel group; default: 32, Wan: 1", above=0)
     gradient_accumulation_steps: int | None = arg(None, "batches per update; default: 1, Wan: as many as "
@@ -149,6 +151,9 @@ def resolve(config):
         sources[f"--method {config.method}"] = {"recipe": recipe,
                                                 "trajectory_part": "late" if is_refl else "full"}
         sources[f"the {recipe} recipe"] = prfl.RECIPES[recipe]
+        if recipe == "steady" and not is_refl:
+            family = of_config(dit_config)
+            sources[f"the steady recipe, {family.name}"] = family.steady
     if config.method in rl_baselines.LEARNERS:
         sources[f"--method {config.method}"] = {"rollout_passes": 0}
     if config.method != "sft":
@@ -160,6 +165,7 @@ def resolve(config):
     sources[of_config(dit_config).name] = (
         sampling_defaults(dit_config, video_size(dit_config, latent_shape))
         | training_defaults(dit_config, "align", config.batch_size, config.sequence_parallel))
+    sources["our default"] = {"lr_scheduler": "constant"}
     settings, origin = common.settle(config, sources)
     validation.check_flags(config, settings.num_validation)
     if settings.trajectory_part:
