@@ -79,23 +79,27 @@ def sft_loss(policy, x0, x1, t, context, weight=None, **conditions):
     return flow_matching_loss(v, x0, x1, weight, given_frames(conditions))
 
 
-def steps_of(part, num_steps):
-    """-> (skipped, last): this part of the trajectory has the steps skipped + 1 to last.
+def steps_of(part, num_steps, among=None):
+    """-> (skipped, last): this part of the trajectory has the steps skipped + 1 to last. among: (skipped,
+    last) of the steps that count, such as those of one expert of two; default: all.
 
     Raises InputError if it has no steps.
     """
     skipped, last = (num_steps * third // 3 for third in THIRDS[part])
+    if among:
+        skipped, last = max(skipped, among[0]), min(last, among[1])
     if last <= skipped:
         raise InputError(f"--num_inference_steps {num_steps} leaves the {part} part of the trajectory "
-                         "without a step")
+                         f"without a step{' of the --expert that trains' * bool(among)}")
     return skipped, last
 
 
-def draw_step(seed, iteration, num_steps, part="full"):
-    """The rewarded step of an iteration, from 1 to num_steps, uniform over a part of the trajectory (Alg. 1).
+def draw_step(seed, iteration, num_steps, part="full", among=None):
+    """The rewarded step of an iteration, from 1 to num_steps, uniform over a part of the trajectory (Alg. 1)
+    and, with `among`, over the steps that count.
 
     It depends only on (seed, iteration), so it is the same on every rank and after a resume.
     """
-    skipped, last = steps_of(part, num_steps)
+    skipped, last = steps_of(part, num_steps, among)
     generator = random_generator(seed, "reward step", iteration)
     return int(torch.randint(skipped + 1, last + 1, (1,), generator=generator))
