@@ -33,8 +33,9 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 import common
 from common import InputError, arg
+from experts import Experts, parts
 from formats import runs
-from formats.weights import WeightFiles, read_config
+from formats.weights import EXPERTS, WeightFiles, read_config
 from scale import groups, offload, sequence
 
 KINDS = ("ddp", "fsdp")
@@ -88,15 +89,20 @@ def check(flags):
 
 
 def shard(model, runtime, flags):
-    """Puts a VideoDiT or a PAVRM, in place, on this rank's device: whole (ddp) or its piece (fsdp) -> model,
-    which runs as `flags` say. One on the meta device, from load_transformer(load_now=False), gets its weights
-    here.
+    """Puts a VideoDiT, two Experts or a PAVRM, in place, on this rank's device: whole (ddp) or its piece
+    (fsdp) -> model, which runs as `flags` say. One on the meta device, from load_transformer(load_now=False),
+    gets its weights here.
 
     Call it before the optimizer is made. For fsdp give the model on meta or on the CPU, so that one block at
     a time is whole on the device; every rank must hold the same weights. Raises InputError without processes.
     """
-    lay_out(model, runtime, flags)
-    fill(model, runtime.device)
+    for part in parts(model):
+        lay_out(part, runtime, flags)
+    if isinstance(model, Experts) and flags.parallel == "ddp":
+        model.resting = len(model.trained()) == 1               # the frozen one waits on the host
+    for part in parts(model):
+        waits = getattr(model, "resting", False) and not any(p.requires_grad for p in part.parameters())
+        fill(part, "cpu" if waits else runtime.device)
     return model
 
 
@@ -147,11 +153,14 @@ def apply_fsdp(model, dit, runtime, fsdp_group_size):
 
 
 def whole(model, dtype):
-    """Gives a VideoDiT or a PAVRM from load_transformer or load_pavrm(load_now=False), frozen, its weights on
-    the CPU, to sample with -> model. They are cast (cast_matrices) while they are read, so that a process
-    never holds a float32 copy of a generator that it uses in bfloat16."""
-    cast_matrices(getattr(model, "trunk", model), dtype)
-    fill(model, torch.device("cpu"))
+    """Gives a generator or a PAVRM from load_transformer or load_pavrm(load_now=False), frozen, its weights
+    on the CPU, to sample with -> model. They are cast (cast_matrices) while they are read, so that a process
+    never holds a float32 copy of a generator that it uses in bfloat16. One of two experts rests."""
+    for part in parts(model):
+        cast_matrices(getattr(part, "trunk", part), dtype)
+        fill(part, torch.device("cpu"))
+    if isinstance(model, Experts):
+        model.resting = True
     return model
 
 
@@ -249,8 +258,24 @@ def save_checkpoint(output_dir, step, folders, model, optimizer, config, keep=2,
 
 
 def is_of(model, config):
-    """Whether a config.json is that of a model, but for notes (`_class_name`)."""
-    return {key: x for key, x in config.items() if key[0] != "_"} == json.loads(json.dumps(model.config))
+    """Whether a config.json is that of a model, or of an expert of it, but for notes (`_class_name`)."""
+    mine = parts(model)[0].config
+    return {key: x for key, x in config.items() if key[0] != "_"} == json.loads(json.dumps(mine))
+
+
+def stored_weights(path, model):
+    """{name of a weight: (the WeightFiles in checkpoint folder `path` that hold it, its name there)}. Raises
+    InputError if they are damaged."""
+    if isinstance(model, Experts):
+        folders = [(f"{name}.", Path(path) / EXPERTS[name][0]) for name in model.trained()]
+    else:
+        folders = [("", config.parent) for config in Path(path).glob("*/config.json")]
+    found = {}
+    for prefix, folder in folders:
+        if folder.is_dir():
+            files = WeightFiles(folder)
+            found |= {prefix + name: (files, name) for name in files.handle}
+    return found
 
 
 @torch.no_grad()
@@ -277,22 +302,22 @@ def load_state(path, state, model, optimizer):
                      dcp.FileSystemReader(pieces).read_metadata().state_dict_metadata.items()}
         except Exception as e:                                  # whatever unpickling a damaged file raises
             raise InputError(f"{pieces} is truncated or damaged ({type(e).__name__})") from None
-    folders, files = [config.parent for config in Path(path).glob("*/config.json")], None
-    if folders and all("/" in name for name in sizes):          # weights lie in a folder of their own
-        files = WeightFiles(folders[0])
-        sizes |= {name: files.shape(name) for name in weights if name in files.handle}
+    folders, stored = [config.parent for config in Path(path).glob("*/config.json")], {}
+    if all("/" in name for name in sizes):                      # weights lie in folders of their own
+        stored = stored_weights(path, model)
+        sizes |= {name: stored[name][0].shape(stored[name][1]) for name in weights if name in stored}
     # a weight that never had a gradient has no optimizer state: it starts at zero
     mine = {name: x for name, x in mine.items() if name in sizes or "/" not in name}
     # frozen weights are not among them, so a model of another task could have the same
     others = [folder for folder in folders if not is_of(model, read_config(folder))]
     if others or sizes != {name: x.shape for name, x in mine.items()}:
         raise InputError(f"--resume_from_checkpoint {path}: not a checkpoint of this script with the same "
-                         "--task, --model, --depth, --pooling, --lora_rank")
+                         "--task, --model, --expert, --depth, --pooling, --lora_rank")
     if not any("/" in name for name in sizes):  # it would go on, with fresh moments and without a word
         raise InputError(f"--resume_from_checkpoint {path}: holds no optimizer state, so it is damaged")
-    if files:
-        for name in weights:
-            read_rows(mine.pop(name), files, name)
+    for name, (files, there) in stored.items():
+        if name in weights:
+            read_rows(mine.pop(name), files, there)
     if saved:
         for name, x in mine.items():
             y = saved[name]

@@ -24,6 +24,7 @@ from einops import rearrange
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from common import InputError
+from experts import parts
 from scale import groups
 
 try:
@@ -91,7 +92,7 @@ def divisors(*numbers):
 
 
 def spread(dit, runtime):
-    """A VideoDiT whose forward calls share their tokens among runtime.sequence_parallel ranks; every rank
+    """A generator whose forward calls share their tokens among runtime.sequence_parallel ranks; every rank
     must call it.
 
     Raises InputError if they do not divide its heads.
@@ -103,4 +104,5 @@ def spread(dit, runtime):
                          f"one of {divisors(heads, runtime.world_size)}")
     if ranks > 1:
         group = groups.neighbours(dist.group.WORLD, ranks)[0]
-        dit.sequence = lambda n: Sequence(group, n)
+        for part in parts(dit):
+            part.sequence = lambda n: Sequence(group, n)
