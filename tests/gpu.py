@@ -90,7 +90,9 @@ def check_bfloat16(device):
 
 def check_convolutions(device):
     """float32 means float32, as latents are to be those of a CPU: no TF32."""
+    torch.backends.cudnn.allow_tf32 = True                      # as it is unless somebody says otherwise
     common.setup("no")
+    assert not torch.backends.cudnn.allow_tf32
     g = torch.Generator().manual_seed(1)
     x, w = torch.randn(1, 96, 3, 32, 32, generator=g), torch.randn(96, 96, 3, 3, 3, generator=g)
     assert far(F.conv3d(x.to(device), w.to(device)), F.conv3d(x, w)) < 1e-5
