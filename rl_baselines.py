@@ -36,10 +36,10 @@ class Flags:
     """Flags of train_align.py for NFT and GRPO."""
     group_size: int = arg(8, "samples of a prompt in a batch, which are compared with each other", at_least=1,
                           only="method nft grpo")
-    inner_updates: int = arg(2, "updates on each batch of samples; grpo: also how many steps of the rollout "
+    inner_updates: int = arg(4, "updates on each batch of samples; grpo: also how many steps of the rollout "
                              "are stochastic, as each makes one update", above=0, only="method nft grpo")
-    advantage_clip: float = arg(5.0, "advantages, in standard deviations, are clipped at this value",
-                                above=0, only="method nft grpo")
+    advantage_clip: float | None = arg(None, "advantages, in standard deviations, are clipped at this value; "
+                                       "default: nft 1, grpo 5", above=0, only="method nft grpo")
     nft_reward: str = arg("advantage", "how good a sample is, from 0 to 1: its advantage in its group, "
                           "scaled by --advantage_clip, or the probability that PAVRM gives it",
                           choices=("advantage", "probability"), only="method nft")
@@ -52,6 +52,12 @@ class Flags:
                             only="method grpo")
     kl_weight: float = arg(0.04, "weight of the divergence from the generator as it started; 0: none",
                            at_least=0, only="method grpo")
+
+
+DEFAULTS = {  # what these flags of train_align.py are when they are not given, as published
+    "nft": {"rollout_passes": 10, "advantage_clip": 1.0},               # Algorithm 1; 10 steps: Sec. 4.1
+    "grpo": {"rollout_passes": 10, "advantage_clip": 5.0},              # Sec. 4.3; 5: the released code
+}
 
 
 # ---- RWR
@@ -100,7 +106,8 @@ def weighted_samples(policy, pavrm, latent_shape, context, seed, num_steps, batc
 
 # ---- what NFT and GRPO share
 def advantages(rewards, group_size, clip, by_group=True):
-    """How much better each sample is than the others of its prompt, in standard deviations -> [m].
+    """How much better each sample is than the others of its prompt, in standard deviations (arXiv 2505.05470,
+    Eq. 4) -> [m].
 
     rewards [m]: logits; the samples of a prompt are group_size neighbours. A = (r - mean) / std, clipped at
     +-clip. The mean is the group's. The standard deviation is the group's, too, or that of all m samples.
@@ -200,7 +207,7 @@ class Learner:
 
 # ---- NFT
 def nft_loss(v, v_old, x0, x1, r, beta, given=0):
-    """DiffusionNFT's objective (arXiv 2509.16117, Theorem 3.2) -> a scalar.
+    """DiffusionNFT's objective (arXiv 2509.16117, Eq. 5) -> a scalar.
 
         r |v+ - (x_1 - x_0)|^2 + (1 - r) |v- - (x_1 - x_0)|^2
         v+ = (1 - beta) v_old + beta v,   v- = (1 + beta) v_old - beta v
@@ -208,7 +215,7 @@ def nft_loss(v, v_old, x0, x1, r, beta, given=0):
     v and v_old [b, c, f, h, w]: velocities of the generator and of the old policy at x_t, without gradients
     in the latter. r [b] in [0, 1]: how good x_0 is. given: as in flow_matching_loss. The implicit positive
     policy v+ learns from good samples and the implicit negative one, v-, from bad ones. The minimum is at
-    v = v_old + (2 / beta) E[r (x_1 - x_0 - v_old)].
+    v = v_old + (2 / beta) E[r (x_1 - x_0 - v_old)] (Eq. 6).
     """
     positive = (1 - beta) * v_old + beta * v
     negative = (1 + beta) * v_old - beta * v
@@ -251,8 +258,8 @@ class NFT(Learner):
         return {"x0": x0, "draws": draws}
 
     def weigh(self, r):
-        """r [m] in [0, 1] of logits [m]: 1/2 + A / 2 with the advantage A scaled to [-1, 1], or their
-        sigmoid."""
+        """r [m] in [0, 1] of logits [m]: 1/2 + A / 2 with the advantage A clipped and scaled to [-1, 1], as
+        in Algorithm 1; or their sigmoid."""
         if self.config.nft_reward == "probability":
             return torch.sigmoid(r)
         clip = self.config.advantage_clip
@@ -266,8 +273,8 @@ class NFT(Learner):
 
 # ---- GRPO
 def sde_step(x, v, t, t_next, noise_level):
-    """Flow-GRPO's stochastic step (arXiv 2505.05470, Sec. 4.2) from t [b] to t_next [b] -> mean [b, c, f, h,
-    w] and standard deviation [b, 1, 1, 1, 1] of x_{t - dt}.
+    """Flow-GRPO's stochastic step (arXiv 2505.05470, Eq. 9) from t [b] to t_next [b] -> mean [b, c, f, h, w]
+    and standard deviation [b, 1, 1, 1, 1] of x_{t - dt}.
 
         x_{t-dt} = x_t - (v + sigma^2 / (2 t) (x_t + (1 - t) v)) dt + sigma sqrt(dt) eps,  dt = t - t_next
         sigma = a sqrt(t / (1 - t)),  a = noise_level
@@ -293,8 +300,8 @@ def log_prob(x, mean, std):
 
 
 def grpo_loss(x, mean, std, old_log_prob, advantage, clip_range):
-    """-min(ratio A, clip(ratio, 1 - eps, 1 + eps) A), mean over the batch -> (a scalar, the share that is
-    clipped).
+    """-min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) (arXiv 2505.05470, Eq. 5), mean over the batch ->
+    (a scalar, the share that is clipped).
 
     x [b, c, f, h, w]: what a stochastic step led to. mean, std: of the generator's step now. old_log_prob
     [b]: of x when it was sampled. advantage A [b]; clip_range: eps.

@@ -92,7 +92,7 @@ class Config(rl_baselines.Flags, runs.Flags, validation.Flags, lora.Flags, paral
                              "prfl, paper for refl", choices=tuple(prfl.RECIPES), only="method prfl refl")
     rollout_passes: int | None = arg(None, "the rollout without gradients takes at most this many long Euler "
                                      "steps, each over several of the N; 0 takes each of the N steps (Alg. "
-                                     "1); default: the recipe's (paper 0, steady 4), nft and grpo: 0",
+                                     "1); default: the recipe's (paper 0, steady 4), nft and grpo: 10",
                                      at_least=0, only="method prfl refl nft grpo")
     reward_loss: str | None = arg(None, "loss of a logit r: linear is -lambda r (Alg. 1), logsigmoid is -log "
                                   "sigmoid(r), sigmoid_hinge is the released code's; default: the recipe's "
@@ -155,7 +155,7 @@ def resolve(config):
             family = of_config(dit_config)
             sources[f"the steady recipe, {family.name}"] = family.steady
     if config.method in rl_baselines.LEARNERS:
-        sources[f"--method {config.method}"] = {"rollout_passes": 0}
+        sources[f"--method {config.method}"] = rl_baselines.DEFAULTS[config.method]
     if config.method != "sft":
         name = f"reward_rgb_{config.frames_decoded}" if config.method == "refl" else "reward"
         sources["the generator's folder"] = {"reward": f"{model}/{name}"}

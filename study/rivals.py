@@ -6,7 +6,8 @@ value. What counts is the qualified rate at equal CPU seconds of training: an it
 longer, because its videos are sampled to the end. The reward models' own training and the validations are not
 counted.
 
-A finished run is kept in results/rivals_runs.json, as those of study/endurance.py are in their file.
+A finished run is kept in results/rivals_runs.json, as those of study/endurance.py are in their file. The runs
+by which the rivals' settings were chosen are in results/rivals_trials.json.
 """
 import math
 from typing import NamedTuple
@@ -14,11 +15,11 @@ from typing import NamedTuple
 import numpy as np
 
 from report import confidence_interval, plot, show, summary, table, verdict
-from study.endurance import PANEL, TESTED, VALIDATED, finished, test_values
-from study.parts import reward_folder
+from study.endurance import PANEL, TESTED, VALIDATED, finished, read_kept, test_values
+from study.parts import HOME, reward_folder
 from study.steady import seconds_to
 
-FILE = "rivals_runs.json"
+FILE, TRIALS = "rivals_runs.json", "rivals_trials.json"
 LEVELS = (0.60, 0.70, 0.80, 0.90)                               # of the validation videos
 PRFL = "PRFL, steady recipe"
 
@@ -42,8 +43,8 @@ class Rival(NamedTuple):
 # A rival's settings are the best that were tried on seed 0. The lengths give all about the CPU seconds of
 # PRFL's 480 iterations.
 FULL = (Rival(PRFL, ("--method", "prfl"), 480, 40),
-          Rival("DiffusionNFT", ("--method", "nft"), 200, 20),
-          Rival("Flow-GRPO", ("--method", "grpo"), 200, 20),
+          Rival("DiffusionNFT", ("--method", "nft", "--no-sft_updates", "--learning_rate", 3e-4), 160, 20),
+          Rival("Flow-GRPO", ("--method", "grpo", "--no-sft_updates", "--learning_rate", 3e-4), 160, 20),
           Rival("SFT", ("--method", "sft", "--learning_rate", 3e-4), 1440, 120))
 
 
@@ -73,11 +74,11 @@ def passes(flags, N=16):
     the whole group.
     """
     given = lambda name, default: flags[flags.index(name) + 1] if name in flags else default
-    method, k, group = flags[1], given("--inner_updates", 2), given("--group_size", 8)
+    method, k, group = flags[1], given("--inner_updates", 4), given("--group_size", 8)
     sft = 0 if "--no-sft_updates" in flags else 1
     if method == "sft":
         return 1, 1
-    at_most = given("--rollout_passes", 4 if method == "prfl" else 0)
+    at_most = given("--rollout_passes", 4 if method == "prfl" else 10)
     stride = math.ceil(N / at_most) if at_most else 1
     rollout = lambda steps: math.ceil(steps / stride)
     if method == "prfl":                                        # a step with gradients, and PAVRM
@@ -130,6 +131,48 @@ def comparisons(row, parts, prfl, steps):
     base = [part["curve"]["0"]["qualified"] for part in parts]
     return [*found, comparison(f"each at its best validation, PRFL above {row}", best(prfl), best(parts)),
             comparison(f"{row} at its best validation above the base", best(parts), base)]
+
+
+# ---- what was tried
+def trial_rows(trials):
+    """The runs of results/rivals_trials.json, of which the first is PRFL's -> (numbers, rows of a table).
+
+    Each: the rate at every validation, the best one with its interval, and how far PRFL's last one lies above
+    the first one after as many CPU seconds, or above the last one of a shorter run. All validations are of
+    the same videos, so the difference is paired.
+    """
+    bits = lambda point: np.array([[float(bit) for bit in point["qualified"]]])             # [1, videos]
+    prfl = list(trials[0]["validations"].values())[-1]
+    numbers, rows = [], []
+    for trial in trials:
+        points = {step: point for step, point in trial["validations"].items() if int(step)}
+        rates = {step: float(bits(point).mean()) for step, point in points.items()}
+        said = ", ".join(f"{rates[step]:.3f} ({step}, {point['cpu_seconds']:.0f} s)"
+                         for step, point in points.items())
+        best = points[max(rates, key=rates.get)]
+        after = next((point for point in points.values() if point["cpu_seconds"] >= prfl["cpu_seconds"]),
+                     list(points.values())[-1])
+        pair = bits(prfl) - bits(after)
+        numbers.append({"flags": trial["flags"], "rates": rates, "best": summary(bits(best)),
+                        "prfl_above": summary(pair), "seconds": after["cpu_seconds"]})
+        rows.append([f"`{trial['flags']}`", said, show(**numbers[-1]["best"]),
+                     show(**numbers[-1]["prfl_above"], sign="+") if trial is not trials[0] else ""])
+    return numbers, rows
+
+
+def trial_lines():
+    """-> (numbers, lines about what was tried)"""
+    kept = read_kept(HOME / "results" / TRIALS)
+    if not kept:
+        return [], []
+    numbers, rows = trial_rows(kept["runs"])
+    count = len(kept["runs"][0]["validations"]["0"]["qualified"])
+    return numbers, [
+        f"What was tried for the rivals, on seed {kept['seed']} with the shipped reward model, by {count} "
+        "validation videos: the qualified rate (after so many iterations and CPU seconds), the best one, and "
+        "how far PRFL's last one lies above the first one that had its CPU seconds (one seed: intervals are "
+        "over videos alone).", "",
+        *table(["flags of train_align.py", "qualified", "best", "PRFL above it"], rows)]
 
 
 def rivals(work):
@@ -189,8 +232,9 @@ def report(work, kept):
     if curves:
         plot(work.results / "rivals.png",
              {"qualified of the validation videos": ("CPU seconds of training", curves)})
-    work.write("rivals", "Rivals from reinforcement learning, with the same latent reward", lines,
-               {"rows": rows, "claims": compared})
+    trials, more = trial_lines()
+    work.write("rivals", "Rivals from reinforcement learning, with the same latent reward", [*lines, *more],
+               {"rows": rows, "claims": compared, "trials": trials})
 
 
 def seconds_cell(found):

@@ -51,7 +51,7 @@ ACTS = {"train_align": {
     "group_size": ("nft", "--group_size 4"), "inner_updates": ("nft", "--inner_updates 1"),
     "advantage_clip": ("nft", "--advantage_clip 0.5"), "nft_reward": ("nft", "--nft_reward probability"),
     "nft_beta": ("nft", "--nft_beta 2"), "old_decay": ("nft", "--old_decay 0"),
-    "noise_level": ("grpo", "--noise_level 0.3"), "clip_range": ("grpo", "--clip_range 0.5"),
+    "noise_level": ("grpo", "--noise_level 0.3"), "clip_range": ("grpo", "--clip_range 1e-9"),
     "kl_weight": ("grpo", "--kl_weight 0"),
     "context_dropout": ("sft", "--context_dropout 0.9"), "learning_rate": ("sft", "--learning_rate 1e-3"),
     "lr_scheduler": ("sft", "--lr_scheduler linear"),

@@ -304,7 +304,7 @@ def test_one_iteration_of_nft_by_hand(folder):
     with torch.no_grad():
         x0 = hand.euler(common.noise(SHAPE, 0, "x_T", 0, EIGHT), hand.context, 0, 4)
         reward = hand.reward(x0)
-        r = 0.5 + normalized(reward, by_group=False) / 10
+        r = 0.5 + normalized(reward, by_group=False).clamp(-1, 1) / 2
         old = {name: p.clone() for name, p in hand.policy.named_parameters()}
     for k in range(2):
         t, x1 = common.uniform(0, f"nft t {k}", 0, EIGHT), common.noise(SHAPE, 0, f"nft x1 {k}", 0, EIGHT)

@@ -29,8 +29,8 @@ RUNS = {name: (script, part, flags.split()) for name, script, part, flags in (  
     ("refl", "train_align", "transformer", "--method refl --recipe paper"),
     ("sft", "train_align", "transformer", "--method sft"),
     ("rwr", "train_align", "transformer", "--method rwr --num_samples 24"),
-    ("nft", "train_align", "transformer", "--method nft --group_size 2 --nft_beta 0.5"),
-    ("grpo", "train_align", "transformer", "--method grpo --group_size 4"))}
+    ("nft", "train_align", "transformer", "--method nft --group_size 2 --nft_beta 0.5 --inner_updates 2"),
+    ("grpo", "train_align", "transformer", "--method grpo --group_size 4 --inner_updates 2"))}
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 
 

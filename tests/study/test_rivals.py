@@ -44,9 +44,10 @@ def test_passes_by_hand():
     assert rivals.passes(("--method", "sft")) == (1, 1)
     # N = 4, every step: 0, 1, 2 or 3 before the one with gradients, then PAVRM; an SFT update beside
     assert rivals.passes(("--method", "prfl", "--rollout_passes", 0), N=4) == (1 + 1.5 + 2, 3)
-    assert rivals.passes(("--method", "nft", "--inner_updates", 3, "--no-sft_updates"), N=4) == (4 + 1 + 6, 3)
+    flags = ("--method", "nft", "--inner_updates", 3, "--no-sft_updates")
+    assert rivals.passes(flags, N=4) == (4 + 1 + 6, 3) and rivals.passes(flags, N=16) == (8 + 1 + 6, 3)
     # 2 stochastic steps of N = 3: 0 or 1 before them for each of two groups of 2 in a batch, 1 or 0 after
-    flags = ("--method", "grpo", "--group_size", 2, "--no-sft_updates")
+    flags = ("--method", "grpo", "--group_size", 2, "--inner_updates", 2, "--no-sft_updates")
     assert rivals.passes(flags, N=3) == ((2 + 1 + 0.5 + 2) / 2 + 1 + 2 + 2, 2)
     assert rivals.passes((*flags, "--kl_weight", 0, "--rollout_passes", 1), N=3)[0] == (
         (0 + 2 + 1) + (0.5 + 2 + 0)) / 2 + 1 + 2
@@ -64,6 +65,17 @@ def test_a_comparison_by_hand():
     assert found["interval"] == wanted and found["seeds"] == [0.5, 0.0]
     assert found["difference"] == 0.25 and found["verdict"] == "cannot be told"
     assert rivals.comparison("a above b", [0.9, 0.9], [0.3, 0.3])["verdict"] == "holds"
+
+
+def test_what_was_tried_by_hand():
+    point = lambda seconds, bits: {"cpu_seconds": seconds, "qualified": bits}
+    trials = [{"flags": "--method prfl", "validations": {"0": point(0, "0001"), "4": point(10, "1111")}},
+              {"flags": "--method nft", "validations": {"0": point(0, "0001"), "2": point(9, "0111"),
+                                                        "4": point(18, "0011"), "6": point(27, "0001")}}]
+    numbers, rows = rivals.trial_rows(trials)
+    assert numbers[1]["rates"] == {"2": 0.75, "4": 0.5, "6": 0.25} and numbers[1]["best"]["mean"] == 0.75
+    assert numbers[1]["prfl_above"]["mean"] == 0.5 and numbers[1]["seconds"] == 18
+    assert rows[1][1] == "0.750 (2, 9 s), 0.500 (4, 18 s), 0.250 (6, 27 s)" and rows[0][-1] == ""
 
 
 def test_what_is_kept_makes_the_table(tmp_path, monkeypatch):
