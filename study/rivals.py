@@ -44,7 +44,8 @@ class Rival(NamedTuple):
 # PRFL's 480 iterations.
 FULL = (Rival(PRFL, ("--method", "prfl"), 480, 40),
           Rival("DiffusionNFT", ("--method", "nft", "--no-sft_updates", "--learning_rate", 3e-4), 160, 20),
-          Rival("Flow-GRPO", ("--method", "grpo", "--no-sft_updates", "--learning_rate", 3e-4), 160, 20),
+          Rival("Flow-GRPO", ("--method", "grpo", "--inner_updates", 1, "--learning_rate", 3e-4,
+                              "--reward_weight", 5.0), 240, 30),
           Rival("SFT", ("--method", "sft", "--learning_rate", 3e-4), 1440, 120))
 
 
