@@ -10,7 +10,6 @@ DEMO := runs/demo
 demo: .venv/core
 	$(BIN)/python train_reward.py --output_dir $(DEMO)/reward --num_samples 4096 --max_train_steps 500
 	$(BIN)/python train_align.py --method prfl --max_train_steps 160 --num_validation 0 \
-		--learning_rate 2e-4 --lr_scheduler linear \
 		--reward $(DEMO)/reward/reward --curated_dir $(DEMO)/curated --output_dir $(DEMO)/prfl
 	$(BIN)/python train_align.py --method sft --max_train_steps 320 --learning_rate 3e-4 --num_validation 0 \
 		--curated_dir $(DEMO)/curated --output_dir $(DEMO)/sft

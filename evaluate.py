@@ -55,6 +55,7 @@ import torch.nn.functional as F
 
 import common
 import data
+import experts
 import families
 import flow
 import search
@@ -117,6 +118,9 @@ class Config(search.Flags):
                                           above=0, only="!clips")
     guidance_scale: float | None = arg(None, "classifier-free guidance, 1 is none; default: the model's",
                                        at_least=0, only="!clips")
+    guidance_scale_2: float | None = arg(None, "the same for the low-noise one of two experts; default: "
+                                         "--guidance_scale if that is given, or the model's", at_least=0,
+                                         only="prompts")
     shift: float | None = arg(None, "moves times towards noise; default: the model's", above=0, at_most=100,
                               only="prompts")
     split: str = arg("test", "which held-out sentences: test, to report on; validation, to choose on; "
@@ -405,6 +409,9 @@ def own_prompts(config, named, runtime):
     defaults = families.sampling_defaults(dit_config)
     size = data.parse_size(config, families.of_config(dit_config).side) or defaults["size"]
     negative = defaults["negative_prompt"]
+    experts.check_flags(config, dit_config)
+    if "boundary_ratio" in dit_config:
+        families.fill_in(config, {"guidance_scale_2": config.guidance_scale})
     families.fill_in(config, families.sampling_defaults(dit_config, size))
     for row in rows:
         if (row["image"] is not None) != (dit_config["model_type"] == "i2v"):
@@ -442,7 +449,8 @@ def own_prompts(config, named, runtime):
             with encoders.on(dit, device), encoders.on(pavrm, device):
                 x, spent["passes"] = search.best_of(                                        # [b, c, f, h, w]
                     dit, pavrm, shape, context, seed, group, config.num_inference_steps, drops,
-                    shift=config.shift, guidance_scale=config.guidance_scale, null=null,
+                    shift=config.shift, null=null,
+                    guidance_scale=experts.guidance(dit, config.guidance_scale, config.guidance_scale_2),
                     batch_size=batch_size, autocast=runtime.autocast, **image)
             values = {}
             for kind, reward in rewards.items():

@@ -8,6 +8,7 @@ FAMILIES.
     embedded world      the small models in checkpoints/, whose VAE and text encoder are in world/
     Wan2.1              text-to-video and image-to-video, whose encoders formats/wan.py reads
     Wan2.2 TI2V-5B      one generator for both tasks, with a VAE of its own
+    Wan2.2 A14B         text-to-video and image-to-video, two experts each (experts.py), with Wan2.1's VAE
 """
 import os
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from common import InputError
 from formats.encoders import condition_latents, encode_texts, load_saved, on
 from formats.video import CHANNELS, SPACE, TIME, from_pixels, read_clip
-from formats.weights import TI2V_CHANNELS, read_config, stream_tensors
+from formats.weights import BOUNDARIES, TI2V_CHANNELS, read_config, stream_tensors
 from model import PRESETS, image_inputs, is_pinned
 from world import scene
 from world.text_encoder import TextEncoder
@@ -42,6 +43,7 @@ class Family:
     image_tokens: bool = False              # CLIP tokens of the first frame
     blank_frames: bool = False              # i2v: the VAE encodes the first frame with blank ones behind it
     pinned: bool = False                    # i2v: latent frame 0 is given clean, in its place in x
+    boundary: float | None = None           # the time from which on the first of two experts works
     negative_prompt: str | None = None      # what guidance leads away from; None: an all-zero context
     # ---- sampling
     sizes: tuple = ()                       # published ones; the first is the default
@@ -49,10 +51,12 @@ class Family:
     fps: float = 16.0
     steps: int = 40                         # Euler steps from noise to video
     guidance: float = 1.0
+    guidance_2: float | None = None         # of the second expert
     shifts: tuple = ((0, 1.0),)             # (shorter side in pixels from which it holds, shift), ascending
     half: bool = False                      # sampled in bf16 where the machine is fast at it
     # ---- training: flags of train_align.py and train_reward.py
     align: dict = field(default_factory=dict)
+    steady: dict = field(default_factory=dict)          # align's, where PRFL trains by the steady recipe
     reward: dict = field(default_factory=dict)
     videos_per_update: int | None = None  # of all GPUs, which gradient accumulation makes up; None: one batch
 
@@ -70,6 +74,7 @@ _TINY = Family(
     fps=float(scene.FPS),
     align={"learning_rate": 1e-4, "batch_size": 32, "gradient_accumulation_steps": 1, "max_train_steps": 120,
            "num_inference_steps": 16},
+    steady={"learning_rate": 2e-4, "max_train_steps": 480},                         # results/endurance.md
     reward={"learning_rate": 2e-3, "trunk_learning_rate": 1e-3, "batch_size": 64})
 _SMALL = replace(
     _TINY, name="embedded world, small", world="small",
@@ -92,6 +97,11 @@ _TI2V_5B = replace(
     _WAN21, name="Wan2.2 TI2V-5B text-to-video",
     source="Wan-Video/Wan2.2; the paper for training, which is of Wan2.1", channels=TI2V_CHANNELS, space=16,
     side=32, sizes=((1280, 704), (704, 1280)), frames=121, fps=24.0, steps=50, shifts=((0, 5.0),))
+# Published use: wan/configs/wan_t2v_A14B.py and wan_i2v_A14B.py. Training: as Wan2.1's.
+_A14B = replace(
+    _WAN21, name="Wan2.2 A14B text-to-video",
+    source="Wan-Video/Wan2.2; the paper for training, which is of Wan2.1", boundary=BOUNDARIES["t2v"],
+    guidance=4.0, guidance_2=3.0, shifts=((0, 12.0),))
 
 FAMILIES = (
     _TINY,
@@ -102,13 +112,16 @@ FAMILIES = (
     replace(_WAN21, name="Wan2.1 image-to-video", task="i2v", image_tokens=True, blank_frames=True),
     _TI2V_5B,
     replace(_TI2V_5B, name="Wan2.2 TI2V-5B image-to-video", task="i2v", pinned=True),
+    _A14B,
+    replace(_A14B, name="Wan2.2 A14B image-to-video", task="i2v", boundary=BOUNDARIES["i2v"],
+            blank_frames=True, guidance=3.5, guidance_2=3.5, shifts=((0, 5.0),)),
 )
 UMT5_TOKENS = PRESETS["wan2.1-t2v-1.3b"]["text_len"]  # a context of all of Wan's generators has this length
 
 
 def of_config(dit_config):
-    """The Family of the generator with this config, which is a VideoDiT's. Raises InputError if it is none of
-    the table's.
+    """The Family of the generator with this config, which is a VideoDiT's, and `boundary_ratio` with it if
+    there are two. Raises InputError if it is none of the table's.
 
     A context as long as UMT5's makes it one of Wan's. What is not Wan's is the embedded world's, tiny or
     small by its width.
@@ -118,15 +131,16 @@ def of_config(dit_config):
         return next(row for row in FAMILIES if (row.world, row.task) == (world, dit_config["model_type"]))
     task, channels = dit_config["model_type"], dit_config["out_dim"]
     image_tokens, pinned = bool(dit_config.get("image_dim")), is_pinned(dit_config)
-    found = task, channels, image_tokens, pinned
+    two = "boundary_ratio" in dit_config
+    found = task, channels, image_tokens, pinned, two
     for row in FAMILIES:
-        if row.world is None and (row.task, row.channels, row.image_tokens, row.pinned) == found:
+        known = row.task, row.channels, row.image_tokens, row.pinned, row.boundary is not None
+        if row.world is None and known == found:
             return row
     known = "; ".join(row.name for row in FAMILIES if row.world is None)
-    raise InputError(f"a generator for {task} with latents of {channels} channels and "
-                     f"{'with' if image_tokens else 'without'} "
-                     f"CLIP tokens is of a family that is not supported, perhaps Wan2.2 A14B; supported are "
-                     f"{known}")
+    raise InputError(f"a generator {'of two experts ' * two}for {task} with latents of {channels} channels "
+                     f"and {'with' if image_tokens else 'without'} CLIP tokens is of a family that is not "
+                     f"supported, or half of one of two experts; supported are {known}")
 
 
 # ---- flags that are left open
@@ -139,12 +153,13 @@ def fill_in(config, values):
 
 def sampling_defaults(dit_config, size=None):
     """How a generator of this config is used where nobody says otherwise: {"size" (W, H), "frames", "fps",
-    "num_inference_steps", "guidance_scale", "shift", "negative_prompt"}. size: of the video, if not the
-    default."""
+    "num_inference_steps", "guidance_scale", "shift", "negative_prompt"}, of two experts also
+    "guidance_scale_2". size: of the video, if not the default."""
     row = of_config(dit_config)
-    return {"size": row.sizes[0], "frames": row.frames, "fps": row.fps, "num_inference_steps": row.steps,
+    found = {"size": row.sizes[0], "frames": row.frames, "fps": row.fps, "num_inference_steps": row.steps,
             "guidance_scale": row.guidance, "shift": row.shift(size or row.sizes[0]),
             "negative_prompt": row.negative_prompt}
+    return found if row.guidance_2 is None else found | {"guidance_scale_2": row.guidance_2}
 
 
 def training_defaults(dit_config, stage, batch_size=None, sequence_parallel=1):

@@ -71,14 +71,16 @@ def guided_velocity(dit, x, t, context, guidance_scale=1.0, null=None, **conditi
     switches it off.
 
     null [l, d_text]: the context of the null prompt, for Wan the encoded negative prompt. None means all
-    zeros, with which the embedded world's generators were trained.
+    zeros, with which the embedded world's generators were trained. guidance_scale: a number, or a function of
+    t that gives it, as for a generator of two experts.
     """
     v = dit(x, t, context, **conditions)
     if guidance_scale == 1.0:
         return v
     null_context = torch.zeros_like(context) if null is None else null.expand(len(x), -1, -1)
     v_null = dit(x, t, null_context, **conditions)
-    return v_null + guidance_scale * (v - v_null)
+    scale = guidance_scale(t) if callable(guidance_scale) else guidance_scale
+    return v_null + scale * (v - v_null)
 
 
 @torch.no_grad()

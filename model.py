@@ -30,7 +30,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common import InputError
-from formats.weights import WeightFiles, diffusers_config, diffusers_name, transformer_folder, write_folder
+from experts import Experts
+from formats.weights import (
+    WeightFiles,
+    diffusers_config,
+    diffusers_name,
+    expert_folders,
+    read_transformer,
+    transformer_folder,
+    write_folder,
+)
 
 _tiny = dict(model_type="t2v", patch_size=(1, 2, 2), in_dim=16, out_dim=16, dim=192, ffn_dim=768, num_heads=6,
              num_layers=8, freq_dim=64, text_dim=128, text_len=8)
@@ -435,7 +444,8 @@ def image_inputs(config, batch, device):
 
 # ---------------------------------------- folders
 def load_transformer(path, dtype=torch.float32, load_now=True, task=None):
-    """VideoDiT from our folder, an official Wan2.1 or diffusers one, or a folder that holds `transformer/`.
+    """VideoDiT from our folder, an official Wan2.1 or diffusers one, or a folder that holds `transformer/`;
+    or Experts, two of them, if the folder holds or belongs to such a generator.
 
     dtype of the parameters: float32 master weights, or None for each as stored. The model remembers the
     stored dtypes (not with load_now=False), and `export_transformer` writes them. load_now=False: a model on
@@ -443,7 +453,16 @@ def load_transformer(path, dtype=torch.float32, load_now=True, task=None):
     task: "t2v" or "i2v" of a model that can do both. Raises InputError (one line, naming the file) for
     anything missing or unexpected.
     """
-    path, config, rename, ignore = transformer_folder(path, task)
+    found, pair = transformer_folder(path, task), expert_folders(path)
+    if pair is None:
+        return load_one(*found, dtype, load_now)
+    folders = {"high": pair.high, "low": pair.low}
+    high, low = (load_one(*read_transformer(folder), dtype, load_now) for folder in folders.values())
+    return Experts(high, low, pair.boundary, folders)
+
+
+def load_one(path, config, rename, ignore, dtype, load_now):
+    """load_transformer of one transformer; the first four as from transformer_folder."""
     try:
         with torch.device("meta"):
             dit = VideoDiT(**config | {"eps": float(config.get("eps", 1e-6))})
@@ -463,16 +482,16 @@ def load_transformer(path, dtype=torch.float32, load_now=True, task=None):
     return dit
 
 
-def export_transformer(dit, path, layout="wan", dtype=None, state=None):
+def export_transformer(dit, path, layout="wan", dtype=None, state=None, notes=None):
     """Write dit as an official Wan2.1 folder ("wan") or a diffusers WanTransformer3DModel one ("diffusers").
 
     Each weight goes back in the dtype it was loaded from, or in `dtype`. state: written in place of dit's.
-    Every rank calls it.
+    notes: what config.json says beside the shape, as of an expert (Experts.notes). Every rank calls it.
     """
     if layout not in ("wan", "diffusers"):
         raise InputError(f"layout is {layout!r}; choose wan or diffusers")
     named, config = (diffusers_name, diffusers_config(dit.config)) if layout == "diffusers" else \
         (str, {"_class_name": "WanModel"} | dit.config)
     stored = {named(name): x for name, x in getattr(dit, "stored_dtypes", {}).items()}
-    write_folder(path, config, {named(name): p for name, p in (state or dit.state_dict()).items()},
-                 dtype or stored)
+    write_folder(path, config | (notes or {}),
+                 {named(name): p for name, p in (state or dit.state_dict()).items()}, dtype or stored)

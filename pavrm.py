@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import InputError
+from experts import trunk_of
 from formats.weights import load_weights, read_config, unkept
 from model import VideoDiT
 
@@ -167,7 +168,7 @@ def load_pavrm(path, generator=None, load_now=True):
 def require_trunk_of(generator, trunk, path):
     """Raises InputError unless the config `trunk` is that of the generator's first blocks."""
     differences = []
-    for key, value in generator.config.items():
+    for key, value in trunk_of(generator).config.items():
         if key != "num_layers" and trunk.get(key) != value:
             differences.append(f"{key} {trunk.get(key)} instead of {value}")
     if trunk["num_layers"] > generator.config["num_layers"]:

@@ -10,8 +10,9 @@ the generator. There is no VAE.
 
 With the recipe "paper" this is Algorithm 1 to the letter. The recipe "steady", which is ours, changes two
 lines: the rollout without gradients takes at most four long Euler steps, and the loss is -log sigmoid(r),
-which stops pushing where the reward is already sure that the video is good. results/why.md compares the two
-in its rows "step per batch", and results/endurance.md has longer runs.
+which stops pushing where the reward is already sure that the video is good. Its learning rate falls to zero
+over the run (train_align.py). results/why.md compares the two in its rows "step per batch", and
+results/endurance.md has longer runs.
 
 Deliberate differences from the released code:
 1. The loss is -lambda * r on the raw logit. The released 0.1 * relu(2 - sigmoid(r)) is "sigmoid_hinge" below:
@@ -32,8 +33,8 @@ from common import InputError, random_generator
 from flow import add_noise, euler_step, flow_matching_loss, given_frames, rollout, schedule
 
 RECIPES = {  # what these flags of train_align.py are when they are not given
-    "paper": {"rollout_passes": 0, "reward_loss": "linear"},            # Alg. 1
-    "steady": {"rollout_passes": 4, "reward_loss": "logsigmoid"},
+    "paper": {"rollout_passes": 0, "reward_loss": "linear", "lr_scheduler": "constant"},        # Alg. 1
+    "steady": {"rollout_passes": 4, "reward_loss": "logsigmoid", "lr_scheduler": "linear"},
 }
 
 REWARD_LOSSES = {  # from logits r [b] to losses [b]
@@ -78,23 +79,27 @@ def sft_loss(policy, x0, x1, t, context, weight=None, **conditions):
     return flow_matching_loss(v, x0, x1, weight, given_frames(conditions))
 
 
-def steps_of(part, num_steps):
-    """-> (skipped, last): this part of the trajectory has the steps skipped + 1 to last.
+def steps_of(part, num_steps, among=None):
+    """-> (skipped, last): this part of the trajectory has the steps skipped + 1 to last. among: (skipped,
+    last) of the steps that count, such as those of one expert of two; default: all.
 
     Raises InputError if it has no steps.
     """
     skipped, last = (num_steps * third // 3 for third in THIRDS[part])
+    if among:
+        skipped, last = max(skipped, among[0]), min(last, among[1])
     if last <= skipped:
         raise InputError(f"--num_inference_steps {num_steps} leaves the {part} part of the trajectory "
-                         "without a step")
+                         f"without a step{' of the --expert that trains' * bool(among)}")
     return skipped, last
 
 
-def draw_step(seed, iteration, num_steps, part="full"):
-    """The rewarded step of an iteration, from 1 to num_steps, uniform over a part of the trajectory (Alg. 1).
+def draw_step(seed, iteration, num_steps, part="full", among=None):
+    """The rewarded step of an iteration, from 1 to num_steps, uniform over a part of the trajectory (Alg. 1)
+    and, with `among`, over the steps that count.
 
     It depends only on (seed, iteration), so it is the same on every rank and after a resume.
     """
-    skipped, last = steps_of(part, num_steps)
+    skipped, last = steps_of(part, num_steps, among)
     generator = random_generator(seed, "reward step", iteration)
     return int(torch.randint(skipped + 1, last + 1, (1,), generator=generator))

@@ -21,8 +21,9 @@ same bytes on the same machine, whichever other rows are given with it (with bf1
 Flags that are not given have the model's defaults. Embedded world: 32*32, 9 frames at 8 fps, 32 steps, no
 guidance, shift 1. Wan2.1: 832*480, 81 frames at 16 fps, guidance 5, shift 3 (5 from 720P on) and the negative
 prompt as published, and the paper's 40 steps. Wan2.2 TI2V-5B: 1280*704, 121 frames at 24 fps, 50 steps,
-guidance 5, shift 5; --task i2v gives it a first frame. Text encoder, generator and VAE are on the GPU one
-after another.
+guidance 5, shift 5; --task i2v gives it a first frame. Wan2.2 A14B: as Wan2.1, but with shift 12, guidance 4
+and, of its low-noise expert, 3; for image-to-video shift 5 and guidance 3.5 of both. Text encoder, generator
+and VAE are on the GPU one after another, and so are two experts.
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 """
@@ -38,6 +39,7 @@ import torch
 
 import common
 import data
+import experts
 import families
 import search
 from common import InputError, arg
@@ -68,7 +70,9 @@ class Config(search.Flags):
     model: str | None = arg(None, "another folder with transformer/, text_encoder/, vae/ (and "
                             "image_encoder/), such as Wan2.1's")
     transformer: str | None = arg(None, "another generator, such as runs/align/transformer")
-    lora: str | None = arg(None, "LoRA file to add to the generator, with diffusers' or ComfyUI's names")
+    lora: str | None = arg(None, "LoRA file to add to the generator, with diffusers' or ComfyUI's names; of "
+                           "two experts (Wan2.2 A14B), to the high-noise one")
+    lora_2: str | None = arg(None, "the same for the low-noise one of two experts")
     image: str | None = arg(None, "first frame (png, jpg, or a video's first frame), for image-to-video "
                             "models")
     size: str | None = arg(None, "W*H of the video; default: the model's")
@@ -79,6 +83,8 @@ class Config(search.Flags):
                                           above=0)
     guidance_scale: float | None = arg(None, "classifier-free guidance, 1 is none; default: the model's",
                                        at_least=0)
+    guidance_scale_2: float | None = arg(None, "the same for the low-noise one of two experts; default: "
+                                         "--guidance_scale if that is given, or the model's", at_least=0)
     negative_prompt: str | None = arg(None, "what guidance leads away from; default: Wan2.1's own, or an "
                                       "all-zero context")
     shift: float | None = arg(None, "moves times towards noise, 1 leaves them uniform; default: the model's",
@@ -154,12 +160,12 @@ def take_settings(config, rows):
         changed.append("num_videos")
     keep = set(samples.FLAGS) - set(given)
     if {"task", "model"} & set(changed):  # another model: what belonged to the recorded one goes with it
-        keep -= {"task", "model", "transformer", "lora", "reward"}
+        keep -= {"task", "model", "transformer", "lora", "lora_2", "guidance_scale_2", "reward"}
     elif "transformer" in changed:
-        keep -= {"lora"}
+        keep -= {"lora", "lora_2"}
     if "best_of" in changed:
         keep -= {"drops"}
-    if config.guidance_scale == 1:
+    if config.guidance_scale == 1 == (config.guidance_scale_2 or 1):
         keep -= {"negative_prompt"}
     for name in keep:
         setattr(config, name, getattr(then, name))
@@ -180,8 +186,11 @@ def settle(config, dit_config):
     negative = config.negative_prompt
     size = data.parse_size(config, families.of_config(dit_config).side)
     size = size or families.sampling_defaults(dit_config)["size"]
+    experts.check_flags(config, dit_config)
+    if "boundary_ratio" in dit_config:
+        families.fill_in(config, {"guidance_scale_2": config.guidance_scale})
     families.fill_in(config, families.sampling_defaults(dit_config, size))
-    if negative is not None and config.guidance_scale == 1:
+    if negative is not None and config.guidance_scale == 1 == (config.guidance_scale_2 or 1):
         raise InputError("--negative_prompt means nothing with --guidance_scale 1: leave it out, or give a "
                          "larger one")
     config.size = f"{size[0]}*{size[1]}"
@@ -331,7 +340,7 @@ def main(config):
     videos, before = list_videos(config)
     model = resolve_model(config, config.transformer)
     # each rank reads its own; LoRA needs whole weights
-    pieces = config.parallel == "fsdp" and not config.lora
+    pieces = config.parallel == "fsdp" and not (config.lora or config.lora_2)
     dit = load_transformer(config.transformer or model, dtype=None, load_now=not pieces, task=config.task)
     dit.eval().requires_grad_(False)
     half = families.of_config(dit.config).half
@@ -339,8 +348,8 @@ def main(config):
     runtime = common.setup(config.mixed_precision, config.seed, config.sequence_parallel)
     parallel.check(parallel.Flags(parallel=config.parallel, sequence_parallel=config.sequence_parallel))
     size, device = settle(config, dit.config), runtime.device
-    if config.lora:
-        lora.attach(dit, config.lora)
+    for expert, adapters in experts.with_adapters(dit, config):
+        lora.attach(expert, adapters)
     check_images(videos, dit.config, size)
     drops = search.parse_drops(config.best_of, config.drops)
     pavrm = load_pavrm(config.reward or f"{model}/reward", dit) if config.best_of > 1 else None
@@ -369,6 +378,7 @@ def main(config):
 
     vae = families.load_vae(f"{model}/vae")
     image_encoder = families.load_image_encoder(f"{model}/image_encoder") if dit.config["image_dim"] else None
+    guidance = experts.guidance(dit, config.guidance_scale, config.guidance_scale_2)
     negative = [] if config.negative_prompt is None else [config.negative_prompt]
     prompts = [video.prompt for batch, _ in mine for video in batch] + negative
     contexts = families.encode_prompts(f"{model}/text_encoder", prompts, device, dit.config["text_dim"])
@@ -388,8 +398,8 @@ def main(config):
         with on_device(), encoders.on(pavrm, device):
             latents, passes = search.best_of(                                                # [b, c, f, h, w]
                 dit, pavrm, shape, context, batch[0].seed, [video.index for video in batch],
-                config.num_inference_steps, drops, shift=config.shift, guidance_scale=config.guidance_scale,
-                null=null, batch_size=config.batch_size, max_rows=largest, autocast=runtime.autocast,
+                config.num_inference_steps, drops, shift=config.shift, guidance_scale=guidance, null=null,
+                batch_size=config.batch_size, max_rows=largest, autocast=runtime.autocast,
                 **conditions)
         if not keep:
             continue

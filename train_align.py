@@ -2,11 +2,12 @@
 
     python train_align.py                                           PRFL, embedded world, the steady recipe
     python train_align.py --recipe paper --max_train_steps 100      Algorithm 1 to the letter, stopped in time
-    python train_align.py --method sft --learning_rate 3e-4 --max_train_steps 240     as many updates as PRFL
+    python train_align.py --method sft --learning_rate 3e-4 --max_train_steps 960     as many updates as PRFL
     python train_align.py --method refl --frames_decoded first --reward runs/reward_rgb/reward
     python train_align.py --method nft                              or grpo: reinforcement learning
     torchrun --nproc_per_node=8 train_align.py --data encoded --reward runs/reward/reward --parallel fsdp
     python train_align.py --task i2v --reward runs/reward_i2v/reward
+    python train_align.py --model Wan2.2-A14B --expert low --data encoded --reward runs/reward/reward
     python train_align.py --resume latest
 
 What an iteration makes:
@@ -38,6 +39,8 @@ import torch
 
 import common
 import data
+import experts
+import flow
 import prfl
 import refl_baseline
 import rl_baselines
@@ -59,10 +62,14 @@ class Config(rl_baselines.Flags, runs.Flags, validation.Flags, lora.Flags, paral
     task: str | None = arg(None, "t2v, or i2v (image-to-video): without --model, which shipped generator; "
                            "with a --model that can do both, which task; default: t2v", choices=TASKS)
     model: str | None = arg(None, "another generator: a folder with transformer/, vae/ and text_encoder/")
-    reward: str | None = arg(None, "folder of the reward model; default: reward/ in the generator's folder "
-                             "(the shipped one was trained without mismatched prompts), or with --method "
-                             "refl reward_rgb_first/ or reward_rgb_all/ there (none is shipped)",
+    reward: str | None = arg(None, "folder of the reward model; default: reward/ in the generator's folder, "
+                             "or with --method refl reward_rgb_first/ or reward_rgb_all/ there (none is "
+                             "shipped)",
                              only="!method sft")
+    expert: str | None = arg(None, "which of two experts trains (Wan2.2 A14B); the other one is frozen and "
+                             "takes part in rollouts. The low-noise expert makes the details and the final "
+                             "motion, which a reward is about, and the reward model is made of it; default: "
+                             "low", choices=experts.CHOICES)
     data: str | None = arg(None, "curated shards from `data.py encode`; default: clean clips of the embedded "
                            "world")
     output_dir: str = arg("runs/align", "run folder")
@@ -75,14 +82,14 @@ class Config(rl_baselines.Flags, runs.Flags, validation.Flags, lora.Flags, paral
     num_inference_steps: int | None = arg(None, "N, Euler steps of a rollout; default: 16, Wan: the paper's "
                                           "40", above=0, only="!method sft or !num_validation 0")
     shift: float | None = arg(None, "moves times towards noise; default: 1 (evenly spaced), Wan2.1: 3, or 5 "
-                              "from 720P on, Wan2.2 TI2V-5B: 5", above=0, at_most=100,
+                              "from 720P on, Wan2.2 TI2V-5B: 5, A14B: 12, or 5 for i2v", above=0, at_most=100,
                               only="!method sft or !num_validation 0")
     reward_weight: float = arg(1.0, "lambda of Alg. 1, a factor of the loss; in prfl and refl Adam and "
                                "clipping leave it little effect", above=0, only="method prfl refl nft grpo")
     recipe: str | None = arg(None, "paper: Alg. 1 to the letter, to be stopped in time; steady: ours, which "
-                             "holds for longer (results/endurance.md). It sets --rollout_passes and "
-                             "--reward_loss unless they are given; default: steady for prfl, paper for "
-                             "refl", choices=tuple(prfl.RECIPES), only="method prfl refl")
+                             "holds for longer (results/endurance.md). It sets --rollout_passes, "
+                             "--reward_loss and --lr_scheduler unless they are given; default: steady for "
+                             "prfl, paper for refl", choices=tuple(prfl.RECIPES), only="method prfl refl")
     rollout_passes: int | None = arg(None, "the rollout without gradients takes at most this many long Euler "
                                      "steps, each over several of the N; 0 takes each of the N steps (Alg. "
                                      "1); default: the recipe's (paper 0, steady 4), nft and grpo: 10",
@@ -104,13 +111,15 @@ class Config(rl_baselines.Flags, runs.Flags, validation.Flags, lora.Flags, paral
                                  "prompt, so that guidance stays usable", at_least=0, below=1,
                                  only="method sft or method prfl refl nft grpo, sft_updates")
     learning_rate: float | None = arg(None, "AdamW's learning rate; for sft 3e-4 is better in the embedded "
-                                      "world (results/table1.md); default: 1e-4, Wan: the paper's 5e-6",
-                                      above=0)
-    lr_scheduler: str = arg("constant", "constant: the learning rate stays; linear: it falls to 0 at "
-                            "--max_train_steps", choices=("constant", "linear"))
+                                      "world (results/table1.md); default: 1e-4, by the steady recipe 2e-4, "
+                                      "Wan: the paper's 5e-6", above=0)
+    lr_scheduler: str | None = arg(None, "constant: the learning rate stays; linear: it falls to 0 at "
+                                   "--max_train_steps; default: the recipe's (paper constant, steady "
+                                   "linear), constant for the other methods", choices=("constant", "linear"))
     weight_decay: float = arg(0.0, "AdamW's weight decay", at_least=0)
     max_train_steps: int | None = arg(None, "iterations (two updates each in prfl and refl, more in nft "
-                                      "and grpo); default: 120, Wan: 800", above=0)
+                                      "and grpo); default: 120, by the steady recipe 480, Wan: "
+                                      "the paper's 800", above=0)
     batch_size: int | None = arg(None, "videos (in a reward update: prompts) in a batch of one GPU, or of "
                                  "one --sequence_parallel group; default: 32, Wan: 1", above=0)
     gradient_accumulation_steps: int | None = arg(None, "batches per update; default: 1, Wan: as many as "
@@ -129,6 +138,10 @@ def resolve(config):
     filled = dataclasses.replace(config)
     model = resolve_model(filled)                               # it also fills in filled.task
     dit_config = transformer_folder(model, filled.task)[1]
+    experts.check_flags(config, dit_config)
+    if "boundary_ratio" in dit_config and config.method in rl_baselines.LEARNERS:
+        raise InputError(f"--method {config.method} does not know generators of two experts, as {model} has: "
+                         "choose prfl, refl, rwr or sft")
     shards = data.Shards(config.data).relabel() if config.data else None
     latent_shape = shards.latent_shape if shards else scene.LATENT_SHAPES[config.world]
     sources = {"the shipped generator": {"model": model, "task": filled.task}}
@@ -138,20 +151,35 @@ def resolve(config):
         sources[f"--method {config.method}"] = {"recipe": recipe,
                                                 "trajectory_part": "late" if is_refl else "full"}
         sources[f"the {recipe} recipe"] = prfl.RECIPES[recipe]
+        if recipe == "steady" and not is_refl:
+            family = of_config(dit_config)
+            sources[f"the steady recipe, {family.name}"] = family.steady
     if config.method in rl_baselines.LEARNERS:
         sources[f"--method {config.method}"] = rl_baselines.DEFAULTS[config.method]
     if config.method != "sft":
         name = f"reward_rgb_{config.frames_decoded}" if config.method == "refl" else "reward"
         sources["the generator's folder"] = {"reward": f"{model}/{name}"}
+    if "boundary_ratio" in dit_config:
+        sources["two experts"] = {"expert": "low", "guidance_scale_2": config.guidance_scale}
     sources["the number of clips"] = {"num_validation": validation.default_number(shards)}
     sources[of_config(dit_config).name] = (
         sampling_defaults(dit_config, video_size(dit_config, latent_shape))
         | training_defaults(dit_config, "align", config.batch_size, config.sequence_parallel))
+    sources["our default"] = {"lr_scheduler": "constant"}
     settings, origin = common.settle(config, sources)
     validation.check_flags(config, settings.num_validation)
     if settings.trajectory_part:
-        prfl.steps_of(settings.trajectory_part, settings.num_inference_steps)
+        prfl.steps_of(settings.trajectory_part, settings.num_inference_steps,
+                      trained_steps(settings, dit_config))
     return settings, origin, shards
+
+
+def trained_steps(config, dit_config):
+    """(skipped, last) of the Euler steps that the --expert which trains makes; None without experts."""
+    if not config.expert:
+        return None
+    times = flow.schedule(config.num_inference_steps, config.shift)
+    return experts.steps_of(config.expert, times, dit_config["boundary_ratio"])
 
 
 def split_curated(config, shards):
@@ -170,7 +198,8 @@ def main(config):
     runtime = common.setup(config.mixed_precision, config.seed, config.sequence_parallel)
     config, origin, shards = resolve(config)
     policy = load_transformer(config.model, load_now=False, task=config.task).train()
-    lora.add(policy, config.lora_rank, config.lora_alpha, config.seed, config.lora)
+    for dit, adapters in experts.to_train(policy, config):
+        lora.add(dit, config.lora_rank, config.lora_alpha, config.seed, adapters)
     parallel.shard(policy, runtime, config)
     if config.method == "refl":
         pixel_reward, vae = refl_baseline.load_reward_and_decoder(config, policy, runtime)
@@ -189,7 +218,7 @@ def main(config):
     if runtime.rank == 0:
         print(f"{global_batch} videos per update: {runtime.world_size // config.sequence_parallel} x "
               f"--batch_size {config.batch_size} x --gradient_accumulation_steps {accumulation}", flush=True)
-    N = config.num_inference_steps
+    N, among = config.num_inference_steps, trained_steps(config, policy.config)
     empty = None
     if config.context_dropout:
         empty = null_context(policy.config, "empty", config.data, config.model, runtime.device)
@@ -224,6 +253,8 @@ def main(config):
     # ---- the losses: each -> (loss, {what is logged beside it}); indices are places in the global batch
     def flow_loss(iteration, indices, x0, context, weight=None, **conditions):
         t = common.uniform(config.seed, "sft t", iteration, indices).to(runtime.device)
+        if config.expert:
+            t = experts.times_of(config.expert, t, policy.boundary, config.seed, iteration)
         x1 = common.noise(x0.shape[1:], config.seed, "sft x1", iteration, indices).to(runtime.device)
         with runtime.autocast():
             return prfl.sft_loss(policy, x0, x1, t, context, weight, **conditions), {}
@@ -246,7 +277,7 @@ def main(config):
         # seed + 1: other clips than those of the same iteration's SFT update
         _, context, conditions = curated_batch(config.seed + 1, iteration, indices)
         x_T = common.noise(shards.latent_shape, config.seed, "x_T", iteration, indices).to(runtime.device)
-        step = prfl.draw_step(config.seed, iteration, N, config.trajectory_part)           # one for all ranks
+        step = prfl.draw_step(config.seed, iteration, N, config.trajectory_part, among)    # one for all ranks
         how = dict(rollout_passes=config.rollout_passes, shift=config.shift,
                    reward_weight=config.reward_weight, loss=config.reward_loss, **conditions)
         with runtime.autocast():
@@ -327,7 +358,7 @@ def main(config):
     bar.close()
     wrote = export(Path(config.output_dir) / "transformer")
     if runtime.rank == 0:
-        print(f"wrote {wrote}")
+        print(f"wrote {' and '.join(map(str, wrote))}")
     common.teardown()
 
 

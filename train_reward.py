@@ -35,6 +35,7 @@ import torch
 
 import common
 import data
+import experts
 import flow
 import refl_baseline
 from common import InputError, arg
@@ -163,7 +164,7 @@ def main(config):
 
     torch.manual_seed(config.seed)
     if config.space == "latent":
-        reward = PAVRM.from_generator(dit, config.depth, config.pooling)
+        reward = PAVRM.from_generator(experts.trunk_of(dit), config.depth, config.pooling)
         parallel.shard(reward, runtime, config)
         reward_fn = reward                                      # (x_t, t, context, **image) -> logits [b]
         groups = reward.parameter_groups(config.trunk_learning_rate, config.learning_rate)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import common
 import data
+import experts
 import families
 import flow
 from common import InputError, arg, noise, uniform
@@ -112,6 +113,9 @@ class Flags:
                                          ".jsonl, .csv)", only="data, !num_validation 0")
     guidance_scale: float | None = arg(None, "guidance of the validation samples; default: the model's own",
                                        at_least=0, only="!num_validation 0")
+    guidance_scale_2: float | None = arg(None, "the same for the low-noise one of two experts; default: "
+                                         "--guidance_scale if that is given, or the model's own", at_least=0,
+                                         only="!num_validation 0")
     judge: str | None = arg(None, "second reward model, never trained against; it scores the validation "
                             "samples and so chooses best/", only="!num_validation 0")
     patience: int | None = arg(None, "stop after this many validations without a new best of the judge's or "
@@ -133,12 +137,13 @@ def check_flags(config, num_validation):
     config: as the flags were given. num_validation: what that setting came to.
     """
     if not num_validation:
-        names = ("validation_steps", "validation_prompts", "guidance_scale", "judge", "patience")
+        names = ("validation_steps", "validation_prompts", "guidance_scale", "guidance_scale_2", "judge",
+                 "patience")
         why = "without validation, as no fifth of the clips can be held out (--num_validation)"
         common.refuse(config, names, why)
     if config.patience and config.data and not config.judge:
         raise InputError("--patience needs scores of the samples: name a second reward model with --judge")
-    if config.export == "lora" and not (config.lora or config.lora_rank):
+    if config.export == "lora" and not (config.lora or config.lora_2 or config.lora_rank):
         raise InputError("--export lora writes adapters: give --lora_rank or --lora too, or leave it out")
 
 
@@ -240,8 +245,9 @@ def make_validation(config, runtime, policy, shards=None, held_out=None, export=
         j = torch.tensor(group)
         context = encoders.stack_contexts([contexts[i] for i in group]).to(device)
         given = {name: x[j].to(device) for name, x in image.items()}
+        guidance = experts.guidance(policy, config.guidance_scale, config.guidance_scale_2)
         x = flow.sample(policy, shape, context, SEED, group, config.num_inference_steps, shift=config.shift,
-                        guidance_scale=config.guidance_scale, null=null, max_rows=largest,
+                        guidance_scale=guidance, null=null, max_rows=largest,
                         autocast=runtime.autocast, **given)
         if not judge:
             return x, {}

@@ -28,6 +28,9 @@ from formats.metadata import from_json
 from formats.weights import diffusers_name, stream_tensors
 
 FILE = "pytorch_lora_weights.safetensors"
+# What the adapters of a transformer's folder are written as, beside it. The second is that of the low-noise
+# one of two experts: its names are the same, and diffusers is told with load_into_transformer_2=True.
+FILES = {"transformer": FILE, "transformer_2": "pytorch_lora_weights_2.safetensors"}
 LAYOUTS = ("diffusers", "wan")
 LAYERS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o",
           "cross_attn.q", "cross_attn.k", "cross_attn.v", "cross_attn.o", "cross_attn.k_img",

@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from common import InputError
 from formats.metadata import from_json, replace_text
-from formats.weights import WeightFiles, read_config, transformer_folder
+from formats.weights import WeightFiles, expert_folders, read_config, transformer_folder
 
 # Bytes: weight files up to WHOLE are read whole; in larger ones, SAMPLE of each tensor is read at three
 # places.
@@ -102,14 +102,20 @@ def of_weights(path):
 
     They depend on its config, and on the name, the shape and some of the values of every weight.
     """
-    folder = Path(path)
-    if (folder / "transformer").is_dir():
-        folder = transformer_folder(path)[0]
-    weights, digest = WeightFiles(folder), hashlib.blake2b(digest_size=8)
-    digest.update(json.dumps(read_config(folder), sort_keys=True).encode())
-    for name in sorted(weights.handle):
-        row = weights.handle[name].get_slice(name)
-        digest.update(repr((name, row.get_shape(), row[:1].flatten()[:64].tolist())).encode())
+    folder, pair, digest = Path(path), expert_folders(path), hashlib.blake2b(digest_size=8)
+    if pair:
+        folders = (pair.high, pair.low)
+    else:
+        folders = (transformer_folder(path)[0] if (folder / "transformer").is_dir() else folder,)
+    for folder in folders:
+        weights, config = WeightFiles(folder), read_config(folder)
+        config.pop("_other", None)                              # the place of the other expert
+        digest.update(json.dumps(config, sort_keys=True).encode())
+        for name in sorted(weights.handle):
+            row = weights.handle[name].get_slice(name)
+            digest.update(repr((name, row.get_shape(), row[:1].flatten()[:64].tolist())).encode())
+    if pair:
+        digest.update(repr(pair.boundary).encode())
     return digest.hexdigest()
 
 

@@ -46,7 +46,8 @@ MAY_CHANGE = {"max_train_steps", "learning_rate", "trunk_learning_rate", "weight
               "gradient_accumulation_steps", "max_grad_norm", "mixed_precision", "gradient_checkpointing",
               "decoder_checkpointing", "parallel", "sequence_parallel", "fsdp_group_size",
               "offload_activations", "compile", "checkpointing_steps", "keep", "export",
-              "validation_steps", "validation_prompts", "guidance_scale", "judge", "patience"}
+              "validation_steps", "validation_prompts", "guidance_scale", "guidance_scale_2", "judge",
+              "patience"}
 # What these hold is compared, as their folders may move.
 BY_CONTENT = {"model", "reward", "data", "labels", "samples_dir", "curated_dir"}
 NOT_COMPARED = {"output_dir", "resume_from_checkpoint"}
@@ -54,7 +55,8 @@ NOT_COMPARED = {"output_dir", "resume_from_checkpoint"}
 RENAMED = {"shard_size": "fsdp_group_size"}
 
 # What the scripts make in a run folder: it is set aside together. A folder with a writer of its own stays.
-WEIGHTS = ("best", "transformer", "reward", "vae", "text_encoder", "pytorch_lora_weights.safetensors")
+WEIGHTS = ("best", "transformer", "transformer_2", "reward", "vae", "text_encoder",
+           "pytorch_lora_weights.safetensors", "pytorch_lora_weights_2.safetensors")
 MADE = ("args.json", "metrics.jsonl", "report.json", "events.out.tfevents.*", "checkpoint-*",
         "sharded_state.tmp", "samples", "earlier-*-checkpoint-*", *WEIGHTS,
         *(f"{name}.tmp*" for name in WEIGHTS), *(f"{name}{disk.REPLACED}" for name in WEIGHTS))

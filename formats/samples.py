@@ -16,10 +16,10 @@ from formats import fingerprint
 from formats.metadata import not_text
 from formats.weights import SHIPPED, TASKS, does_both, transformer_folder
 
-FLAGS = ("task", "model", "transformer", "lora", "size", "frames", "fps", "num_inference_steps",
-         "guidance_scale", "negative_prompt", "shift", "batch_size", "mixed_precision", "best_of", "drops",
-         "reward")
-PATHS = ("model", "transformer", "lora", "reward")
+FLAGS = ("task", "model", "transformer", "lora", "lora_2", "size", "frames", "fps", "num_inference_steps",
+         "guidance_scale", "guidance_scale_2", "negative_prompt", "shift", "batch_size", "mixed_precision",
+         "best_of", "drops", "reward")
+PATHS = ("model", "transformer", "lora", "lora_2", "reward")
 OF_A_VIDEO = ("index", "batch", "place")
 
 
@@ -44,9 +44,10 @@ def of_weights(flags):
     for role in ("vae", "text_encoder", "image_encoder"):
         if (model / role).is_dir():
             digest.update(fingerprint.of_encoder(model / role, role).encode())
-    if flags.get("lora"):
-        with open(flags["lora"], "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    for name in ("lora", "lora_2"):
+        if flags.get(name):
+            with open(flags[name], "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
     if (flags.get("best_of") or 1) > 1:
         digest.update(fingerprint.of_weights(flags.get("reward") or model / "reward").encode())
     return digest.hexdigest()
@@ -63,7 +64,7 @@ def describe(flags, folder):
     tasks = [task for task in TASKS if same_path(found["model"], SHIPPED[task])]
     if not does_both(transformer_folder(found.get("transformer", found["model"]))[1]):
         found.pop("task", None)
-    if found.get("guidance_scale") == 1:
+    if found.get("guidance_scale") == 1 == found.get("guidance_scale_2", 1):
         found.pop("negative_prompt", None)
     if tasks:
         del found["model"]

@@ -4,6 +4,7 @@ way back: an aligned transformer as diffusers loads it. Nobody needs this file t
     pip install -r requirements-wan.txt
     python data.py encode clips --vae Wan2.1/vae --text_encoder Wan2.1/text_encoder ...
     python -m formats.wan runs/align/transformer --out aligned
+    python -m formats.wan runs/align --out aligned          of two experts: aligned/transformer_2, or both
     python -m formats.wan runs/align/pytorch_lora_weights.safetensors --out comfyui.safetensors --layout wan
     >>> transformer = WanTransformer3DModel.from_pretrained("aligned", torch_dtype=torch.bfloat16)
     >>> pipeline = WanPipeline.from_pretrained("Wan2.1", transformer=transformer)
@@ -22,8 +23,8 @@ from torch import nn
 
 import common
 from common import InputError, arg
-from formats.adapters import FILE, LAYOUTS, read_adapters, share_kept, write_adapters
-from formats.weights import does_both
+from formats.adapters import FILE, FILES, LAYOUTS, read_adapters, share_kept, write_adapters
+from formats.weights import EXPERTS, does_both, expert_folders, pipeline_of
 
 TEXT_LEN = 512  # tokens of Wan2.1's context
 
@@ -153,7 +154,7 @@ class WanImageEncoder(nn.Module):
 
 @dataclass
 class Export:
-    transformer: str = arg(..., "folder of an aligned transformer, or a LoRA file (.safetensors)",
+    transformer: str = arg(..., "folder of an aligned transformer, or of two, or a LoRA file (.safetensors)",
                            positional=True)
     out: str = arg(..., "folder, or LoRA file, to write")
     layout: str = arg("diffusers", "whose names: diffusers', or the official Wan2.1's, which ComfyUI reads",
@@ -173,11 +174,25 @@ def export(config, load_transformer, export_transformer):
         write_adapters(config.out, adapters, config.layout)
     else:
         dit = load_transformer(config.transformer)
-        if does_both(dit.config):                               # the authors' own word for it
-            dit.config["model_type"] = "ti2v"
-        export_transformer(dit, config.out, config.layout, dtype)
-        tell_what_rounding_takes(dit.state_dict(), config.transformer, dtype)
+        for one, source, out, notes in to_write(dit, config):
+            if does_both(one.config):                           # the authors' own word for it
+                one.config["model_type"] = "ti2v"
+            export_transformer(one, out, config.layout, dtype, notes=notes)
+            tell_what_rounding_takes(one.state_dict(), source, dtype)
     print(f"wrote {config.out}")
+
+
+def to_write(dit, config):
+    """[(VideoDiT, the folder it is from, the folder to write, notes for its config.json)] of a generator: of
+    one transformer; or of those of two experts that lie in --transformer, each in a folder of --out."""
+    out, pair = Path(config.out), expert_folders(config.transformer)
+    if pair is None:
+        return [(dit, config.transformer, out, None)]
+    home = pipeline_of(config.transformer).resolve()
+    here = {name: getattr(pair, name) for name in EXPERTS
+            if home in (getattr(pair, name).resolve(), getattr(pair, name).resolve().parent)}
+    return [(getattr(dit, name), folder, out / EXPERTS[name][LAYOUTS.index(config.layout)],
+             dit.notes(name, here)) for name, folder in here.items()]
 
 
 def tell_what_rounding_takes(state, folder, dtype):
@@ -186,7 +201,7 @@ def tell_what_rounding_takes(state, folder, dtype):
     folder = Path(folder)
     if (folder / "transformer").is_dir():
         folder = folder / "transformer"
-    file = folder.parent / FILE
+    file = folder.parent / FILES.get(folder.name, FILE)
     if not file.is_file():
         return
     adapters = read_adapters(file)

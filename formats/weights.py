@@ -227,54 +227,117 @@ def load_weights(module, path, load_now=True):
 
 # ---- which folders are read
 PIPELINES = ("WanPipeline", "WanVideoToVideoPipeline", "WanImageToVideoPipeline")       # of diffusers
-PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "image_encoder", "image_processor", "scheduler")
+PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "image_encoder", "image_processor", "scheduler",
+         "expand_timesteps", "transformer_2", "boundary_ratio")
 TRANSFORMERS = ("WanModel", "WanTransformer3DModel")
-A14B = {"transformer_2": "Wan2.2 A14B", "boundary_ratio": "Wan2.2 A14B"}
+SUPPORTED = "a folder of Wan2.1, Wan2.2 TI2V-5B or Wan2.2 A14B"
 TI2V_CHANNELS = 48      # of the latents of Wan2.2 TI2V-5B, whose one generator is for both tasks
-EXPERTS = ("high_noise_model", "low_noise_model")               # of Wan2.2 A14B in its authors' layout
+# Wan2.2 A14B is a generator of two experts: each one's folder, by diffusers and by its authors.
+EXPERTS = {"high": ("transformer", "high_noise_model"), "low": ("transformer_2", "low_noise_model")}
+BOUNDARIES = {"t2v": 0.875, "i2v": 0.9}         # of A14B, for the authors' folders, which do not say theirs
 
 
 def require_known(path):
-    """Raises InputError if a generator's folder, or the pipeline that it is a part of, holds a part that
+    """Raises InputError if the pipeline that a generator's folder is, or is a part of, holds a part that
     nothing here reads.
 
     Without that part the generator would do something else than its authors meant, and no error would say so.
     """
+    index = pipeline_of(path) / "model_index.json"
+    if index.is_file():
+        require_known_index(index)
+
+
+def pipeline_of(path):
+    """The folder itself, or its parent if it is the transformer's or an expert's folder in a pipeline."""
     path = Path(path)
-    parent = path.resolve().parent
-    for folder in (path, parent) if path.resolve().name in EXPERTS else (path,):
-        if all((folder / name).is_dir() for name in EXPERTS):
-            raise InputError(f"{folder}: holds {EXPERTS[0]}/ and {EXPERTS[1]}/ (Wan2.2 A14B), and one of the "
-                             "two alone is only half a generator: not supported, give a folder of Wan2.1")
-    pipeline = parent if path.resolve().name.startswith("transformer") else path
-    if pipeline.joinpath("model_index.json").is_file():
-        require_known_index(pipeline / "model_index.json")
-    if pipeline.joinpath("transformer_2").is_dir():
-        raise InputError(f"{pipeline}: holds transformer_2/ ({A14B['transformer_2']}), which nothing here "
-                         "reads: not supported, give a folder of Wan2.1 or Wan2.2 TI2V-5B")
+    name = path.resolve().name
+    return path.resolve().parent if name in EXPERTS["high"] + EXPERTS["low"] else path
 
 
 def require_known_index(file):
     """Raises InputError if a diffusers pipeline's model_index.json names a pipeline or a part that nothing
     here reads."""
+    index = read_index(file.parent)
+    kind = index.get("_class_name")
+    if kind not in PIPELINES:
+        raise InputError(f"{file}: is of a {kind}: not supported, give {SUPPORTED}: {' or '.join(PIPELINES)}")
+    for name, value in index.items():
+        empty = value in (None, False) or value == [None, None]
+        if not empty and not name.startswith("_") and name not in PARTS:
+            raise InputError(f"{file}: names {name}, which nothing here reads: not supported, give "
+                             f"{SUPPORTED}")
+    if index.get("expand_timesteps"):
+        require_known_times(file)
+
+
+def read_index(folder):
+    """The dict in folder/model_index.json, {} if there is none. Raises InputError."""
+    file = Path(folder) / "model_index.json"
+    if not file.is_file():
+        return {}
     try:
         index = from_json(file.read_text())
     except ValueError as error:
         raise InputError(f"{file} is not JSON: {error}") from None
     if not isinstance(index, dict):
         raise InputError(f"{file} holds no JSON object")
-    kind = index.get("_class_name")
-    if kind not in PIPELINES:
-        raise InputError(f"{file}: is of a {kind}: not supported, give a folder of Wan2.1 or Wan2.2 TI2V-5B: "
-                         f"{' or '.join(PIPELINES)}")
-    for name, value in index.items():
-        empty = value in (None, False) or value == [None, None]
-        if not empty and not name.startswith("_") and name not in (*PARTS, "expand_timesteps"):
-            family = f" ({A14B[name]})" if name in A14B else ""
-            raise InputError(f"{file}: names {name}{family}, which nothing here reads: not supported, give a "
-                             "folder of Wan2.1 or Wan2.2 TI2V-5B")
-    if index.get("expand_timesteps"):
-        require_known_times(file)
+    return index
+
+
+class Pair(NamedTuple):
+    """A generator of two experts on disk."""
+    high: Path                  # folder of the one for times from `boundary` on
+    low: Path                   # folder of the one for the times below it
+    boundary: float
+
+
+def expert_folders(path):
+    """The Pair that a folder holds or is a half of, or None if its generator is one transformer.
+
+    The folder is a diffusers pipeline with transformer/ and transformer_2/, the authors' with
+    high_noise_model/ and low_noise_model/, what a run wrote, or one expert's own folder in any of these.
+    Where a run trained one expert alone, that one's config.json says where the other is. Raises InputError if
+    the second half is not there, as one half makes no videos.
+    """
+    path = Path(path)
+    home, found = pipeline_of(path), {}
+    for name, folders in EXPERTS.items():
+        for folder in folders:
+            if (home / folder).is_dir():
+                found[name] = home / folder
+    notes = notes_of(path)
+    if notes.get("_expert") in EXPERTS:                         # also under another name
+        found[notes["_expert"]] = path
+    for folder in found.values():
+        notes = notes_of(folder) | notes
+    index = read_index(home)
+    boundary = index.get("boundary_ratio") or notes.get("_boundary_ratio")
+    of_authors = any((home / folders[1]).is_dir() for folders in EXPERTS.values())
+    names_two = index.get("transformer_2") not in (None, [None, None])
+    if not (boundary or names_two or of_authors or "low" in found):
+        return None
+    for name, folders in EXPERTS.items():
+        if name not in found and Path(notes.get("_other", "")).joinpath("config.json").is_file():
+            found[name] = Path(notes["_other"])
+        if name not in found:
+            place = home / folders[of_authors]
+            raise InputError(f"{path}: is half of a generator of two experts (Wan2.2 A14B): the {name}-noise "
+                             f"one, {notes.get('_other', place)}, is missing: put it, or a link to it, at "
+                             f"{place}")
+    if of_authors and not boundary:
+        boundary = BOUNDARIES.get(read_config(found["low"]).get("model_type"))
+    if type(boundary) is not float or not 0 < boundary < 1:
+        raise InputError(f"{home}: holds two experts (Wan2.2 A14B), and its model_index.json does not say "
+                         f"from which time on the first is used: boundary_ratio is {boundary}")
+    return Pair(found["high"], found["low"], boundary)
+
+
+def notes_of(folder):
+    """What a transformer's config.json says beside its shape: the keys with _ in front."""
+    if not (Path(folder) / "config.json").is_file():
+        return {}
+    return {key: value for key, value in read_config(folder).items() if key.startswith("_")}
 
 
 def require_known_times(index):
@@ -294,8 +357,7 @@ def require_known_transformer(config):
     does more."""
     kind, task = config.get("_class_name", TRANSFORMERS[0]), config.get("model_type", TASKS[0])
     if kind not in TRANSFORMERS:
-        raise InputError(f"is of a {kind}: not supported, give a transformer of Wan2.1 or Wan2.2 TI2V-5B: "
-                         f"{' or '.join(TRANSFORMERS)}")
+        raise InputError(f"is of a {kind}: not supported, give {SUPPORTED}: {' or '.join(TRANSFORMERS)}")
     if task == "ti2v" and does_both(config):
         return
     if task not in TASKS:
@@ -419,12 +481,25 @@ def transformer_folder(path, task=None):
     function from our parameter names to its own, and words of names in it that no model reads. Raises
     InputError.
 
+    Of a generator of two experts these are the low-noise one's, and the config has `boundary_ratio` too.
     task: what a generator for both tasks is to do; default: what it was trained to do here, else t2v.
     """
     path = Path(path)
     require_known(path)
+    pair = expert_folders(path)
+    if pair:
+        high, low = (read_transformer(folder) for folder in (pair.high, pair.low))
+        if high[1] != low[1]:
+            raise InputError(f"{pair.high} and {pair.low} are no two experts of one generator: their "
+                             "config.json are of other shapes")
+        return low[0], low[1] | {"boundary_ratio": pair.boundary}, *low[2:]
     if not (path / "config.json").exists() and (path / "transformer").is_dir():
         path = path / "transformer"
+    return read_transformer(path, task)
+
+
+def read_transformer(path, task=None):
+    """`transformer_folder` of the very folder that holds one transformer's config.json."""
     theirs = read_config(path)
     try:
         require_known_transformer(theirs)

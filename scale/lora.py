@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import InputError, arg, random_generator, rank
-from formats.adapters import FILE, read_adapters, write_adapters
-from formats.weights import Later, full_tensor
+from experts import Experts
+from formats.adapters import FILE, FILES, read_adapters, write_adapters
+from formats.weights import EXPERTS, Later, full_tensor
 from model import export_transformer
 
 
@@ -27,7 +28,9 @@ class Flags:
     lora_alpha: float | None = arg(None, "adapters are scaled by lora_alpha / lora_rank; default: lora_rank, "
                                    "so by 1",
                                    above=0, only="lora_rank")
-    lora: str | None = arg(None, "LoRA file with the adapters that training starts from")
+    lora: str | None = arg(None, "LoRA file with the adapters that training starts from; of two experts, of "
+                           "the high-noise one")
+    lora_2: str | None = arg(None, "the same for the low-noise one of two experts (Wan2.2 A14B)")
     export: str = arg("merged", "what a run with adapters writes: the merged weights and the adapters, or "
                                 "only the adapters (lora)", choices=("merged", "lora"))
 
@@ -120,25 +123,38 @@ def attach(dit, path):
     dit.requires_grad_(False)
 
 
-def save(adapters, folder, layout="diffusers"):
+def save(adapters, folder, layout="diffusers", file=FILE):
     """Writes adapters, as from `scaled`, if there are any, as folder/pytorch_lora_weights.safetensors."""
     if adapters and rank() == 0:
-        write_adapters(Path(folder) / FILE, {layer: (A.cpu(), B.cpu()) for layer, (A, B) in adapters.items()},
+        write_adapters(Path(folder) / file, {layer: (A.cpu(), B.cpu()) for layer, (A, B) in adapters.items()},
                        layout)
 
 
 @torch.no_grad()
 def export(dit, path, alpha=None, kind="merged"):
     """Writes the weights of `dit`, with adapters merged in, to folder `path`, and the adapters, if it has
-    any, beside it; kind "lora": the adapters alone -> the path of what it wrote last, the folder or the
-    adapters' file. Every rank must call it; rank
-    0 writes."""
-    state = dit.state_dict()
-    adapters = scaled(state, alpha)
-    save(adapters, path.parent)
-    if kind == "merged":
-        export_transformer(dit, path, dtype=torch.float32, state=merge(state, adapters))
-        return path
+    any, beside it; kind "lora": the adapters alone -> [path of each folder or adapters' file that is to be
+    read]. Every rank must call it; rank 0 writes.
+
+    Of two Experts those that train are written, each to a folder with its name beside `path`.
+    """
+    if isinstance(dit, Experts):
+        trained = dit.trained()
+        wrote = [export_one(part, path.with_name(EXPERTS[name][0]), alpha, kind, dit.notes(name, trained))
+                 for name, part in trained.items()]
+    else:
+        wrote = [export_one(dit, path, alpha, kind)]
     if rank() == 0 and path.is_dir() and not any(path.iterdir()):
         path.rmdir()                                            # made for weights that are left out
-    return path.parent / FILE
+    return wrote
+
+
+def export_one(dit, path, alpha, kind, notes=None):
+    """`export` of one VideoDiT; notes: as in model.export_transformer."""
+    state, file = dit.state_dict(), FILES[path.name]
+    adapters = scaled(state, alpha)
+    save(adapters, path.parent, file=file)
+    if kind == "lora":
+        return path.parent / file
+    export_transformer(dit, path, dtype=torch.float32, state=merge(state, adapters), notes=notes)
+    return path

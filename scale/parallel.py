@@ -31,6 +31,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 import common
 from common import InputError, arg
+from experts import Experts, parts
 from formats import runs
 from formats.weights import read_config
 from scale import sequence
@@ -76,15 +77,20 @@ def check(flags):
 
 
 def shard(model, runtime, flags):
-    """Puts a VideoDiT or a PAVRM, in place, on this rank's device: whole (ddp) or its piece (fsdp) -> model,
-    which runs as `flags` say. One on the meta device, from load_transformer(load_now=False), gets its weights
-    here.
+    """Puts a VideoDiT, two Experts or a PAVRM, in place, on this rank's device: whole (ddp) or its piece
+    (fsdp) -> model, which runs as `flags` say. One on the meta device, from load_transformer(load_now=False),
+    gets its weights here.
 
     Call it before the optimizer is made. For fsdp give the model on meta or on the CPU, so that one block at
     a time is whole on the device; every rank must hold the same weights. Raises InputError without processes.
     """
-    lay_out(model, runtime, flags)
-    fill(model, runtime.device)
+    for part in parts(model):
+        lay_out(part, runtime, flags)
+    if isinstance(model, Experts) and flags.parallel == "ddp":
+        model.resting = len(model.trained()) == 1               # the frozen one waits on the host
+    for part in parts(model):
+        waits = getattr(model, "resting", False) and not any(p.requires_grad for p in part.parameters())
+        fill(part, "cpu" if waits else runtime.device)
     return model
 
 
@@ -181,16 +187,18 @@ def offload(dit):
 
 
 def cast_matrices(dit, dtype):
-    """Stores the matrices of a VideoDiT's blocks in the dtype of autocast and the rest in float32, in place,
+    """Stores the matrices of a generator's blocks in the dtype of autocast and the rest in float32, in place,
     to sample with -> dit. Autocast would cast the same matrices at each call: results are the same, in half
-    the memory."""
+    the memory. One of two experts rests."""
     matrices = set()
-    for layer in dit.blocks.modules():
+    for layer in (layer for part in parts(dit) for layer in part.blocks.modules()):
         weight = getattr(layer, "weight", None)
         if weight is not None and weight.dim() == 2:  # of a linear layer, perhaps with adapters beside it
             matrices |= {weight, layer.bias}
     for p in dit.parameters():  # one at a time: never all of a half-precision model in float32
         p.data = p.data.to(dtype if p in matrices else torch.float32)
+    if isinstance(dit, Experts):
+        dit.resting = True
     return dit
 
 
@@ -231,8 +239,9 @@ def save_checkpoint(output_dir, step, folders, model, optimizer, config, keep=2)
 
 
 def is_of(model, config):
-    """Whether a config.json is that of a model, but for notes (`_class_name`)."""
-    return {key: x for key, x in config.items() if key[0] != "_"} == json.loads(json.dumps(model.config))
+    """Whether a config.json is that of a model, or of an expert of it, but for notes (`_class_name`)."""
+    mine = parts(model)[0].config
+    return {key: x for key, x in config.items() if key[0] != "_"} == json.loads(json.dumps(mine))
 
 
 @torch.no_grad()
@@ -266,7 +275,7 @@ def load_state(path, state, model, optimizer):
               if not is_of(model, read_config(config.parent))]
     if others or sizes != {name: x.shape for name, x in mine.items()}:
         raise InputError(f"--resume_from_checkpoint {path}: not a checkpoint of this script with the same "
-                         "--task, --model, --depth, --pooling, --lora_rank")
+                         "--task, --model, --expert, --depth, --pooling, --lora_rank")
     if not any("/" in name for name in sizes):  # it would go on, with fresh moments and without a word
         raise InputError(f"--resume_from_checkpoint {path}: holds no optimizer state, so it is damaged")
     if saved:

@@ -27,14 +27,18 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import common
+import experts
 from common import InputError, arg
-from formats.weights import TI2V_CHANNELS
+from families import of_config
+from flow import schedule
+from formats.weights import BOUNDARIES, TI2V_CHANNELS
 from model import PRESETS
-from prfl import RECIPES
+from prfl import RECIPES, steps_of
 
 IMAGE_TOKENS = 257      # CLIP ViT-H/14 at 224 pixels: 16 x 16 patches and a class token
 METHODS = ("prfl", "refl", "sft", "rwr", "reward", "sample")
 STEADY_PASSES = RECIPES["steady"]["rollout_passes"]
+GENERATORS = PRESETS | {"wan2.2-a14b": PRESETS["wan2.1-t2v-14b"] | {"boundary_ratio": BOUNDARIES["t2v"]}}
 
 
 class Vae(NamedTuple):
@@ -82,7 +86,8 @@ REWARD_EVERY, ALIGN_EVERY, KEPT = 200, 40, 2
 
 @dataclass
 class Config:
-    preset: str = arg(..., f"the generator: {', '.join(PRESETS)}", choices=tuple(PRESETS), positional=True)
+    preset: str = arg(..., f"the generator: {', '.join(GENERATORS)}", choices=tuple(GENERATORS),
+                      positional=True)
     method: str = arg("prfl", "what to train with", choices=METHODS)
     frames: int = arg(81, "video frames, 4 k + 1", above=0)
     size: str = arg("832*480", "width*height in pixels (832x480 is read too), each divisible by 16 (Wan2.2 "
@@ -126,6 +131,8 @@ class Config:
     max_train_steps: int = arg(120, "--clips: iterations of train_align.py", above=0)
     fp32_tflops: float = arg(67.0, "--clips: the GPU's peak in fp32, in which the VAE encodes; an H100 has "
                                    "67", above=0)
+    expert: str = arg("low", "which of two experts trains", choices=experts.CHOICES,
+                      only="preset wan2.2-a14b")
 
 
 # ---- counts
@@ -318,7 +325,10 @@ def costs(config, c):
         refl * config.pixel_reward_parameters
     lora = lora_parameters(c, config.lora_rank)
     trained = lora or (reward - count["embeddings"] - count["image"] if stage1 else count["total"])
-    trained = 0 if sampling else trained
+    updated = trained = 0 if sampling else trained              # updated: by one update
+    # Of two experts both are there; without fsdp one waits on the host, unless both train.
+    two = "boundary_ratio" in c and not stage1
+    trained *= 2 if two and config.expert == "both" else 1
     L = K if stage1 else L                      # blocks with gradients
     fsdp = config.parallel == "fsdp" and world > 1
     parts = (config.fsdp_group_size or world) if fsdp else 1
@@ -328,14 +338,16 @@ def costs(config, c):
     if config.offload_activations and not config.gradient_checkpointing:
         raise InputError("--offload_activations moves what gradient checkpointing keeps: leave "
                          "--no-gradient_checkpointing out")
+    held = 2 if two and (fsdp or trained > updated) else 1
     one = dict(n=n, m=m, f=f, h=h, w=w, parameters=count, reward_parameters=reward, trained=trained,
-               parts=parts,
+               updated=updated, held=held, waiting_weights=4 * count["total"] * (1 + two - held), parts=parts,
                groups=world // ranks)
 
     # bytes that stay
-    one["weights"] = 4 * (reward if stage1 else count["total"] + lora) / parts
+    adapters = lora * (2 if lora and trained > updated else 1)
+    one["weights"] = 4 * (reward if stage1 else held * count["total"] + adapters) / parts
     one["optimizer"] = 8 * trained / parts
-    one["gradients"] = 4 * trained / parts
+    one["gradients"] = 4 * updated / parts
     one["reward_weights"] = 2 * reward if refl else 0 if stage1 else 4 * reward / parts
     one["decoder_weights"] = (2 * refl + 4 * sampling) * vae.decoder_parameters
     one["static"] = sum(one[k] for k in ("weights", "optimizer", "reward_weights", "decoder_weights"))
@@ -367,7 +379,7 @@ def costs(config, c):
         waiting = min(L, here) * edge if checkpointing else layers(L, block, copy)
         moments = {"generator": layers(L, block, copy) + passing + gathered,
                    "gradients": one["gradients"] - not_yet + block + copy + passing + gathered,
-                   "optimizer": one["gradients"] + 4 * trained / parts}
+                   "optimizer": one["gradients"] + 4 * updated / parts}
         if prfl:  # behind the generator's head (3 edges) and under the reward's pooling
             rewarded = min(K, here) * edge if checkpointing else layers(K, frozen, copy)
             if ranks > 1:  # tokens of all ranks, two gradients of them and the sum of these
@@ -392,10 +404,11 @@ def costs(config, c):
     one |= dict(forward=forward, reward_forward=reward_forward, rollout_steps=0, reward_flops=0)
     one["update_flops"] = update_flops(reward_forward if stage1 else forward, trained=not lora,
                                        checkpointing=recompute)
-    first = 2 * N // 3 if refl else 0           # the rewarded step is uniform on 1 .. N, or on the last third
     stride = math.ceil(N / STEADY_PASSES) if config.recipe == "steady" else 1
     if prfl or refl:
-        one["rollout_steps"] = rollout_passes(first, N, stride)
+        # the rewarded step is uniform on 1 .. N or on the last third, and among those of what trains
+        among = experts_steps(config, c) if two else None
+        one["rollout_steps"] = rollout_passes(*steps_of("late" if refl else "full", N, among), stride)
     if prfl:
         one["reward_flops"] = update_flops(reward_forward, trained=False, checkpointing=recompute)
     if refl:
@@ -417,6 +430,12 @@ def costs(config, c):
     return one
 
 
+def experts_steps(config, c):
+    """(skipped, last) of the steps that --expert makes, at the shift that its generator has at --size."""
+    shift = of_config(c).shift(tuple(int(side) for side in config.size.replace("x", "*").split("*")))
+    return experts.steps_of(config.expert, schedule(config.num_inference_steps, shift), c["boundary_ratio"])
+
+
 def network(config, c, one):
     """Bytes that an iteration sends out of each node. fsdp over all GPUs: each forward and each backward pass
     gathers every block in bf16 and the rest in fp32, and each update sums gradients in fp32, as ddp does. In
@@ -434,7 +453,7 @@ def network(config, c, one):
     world = config.gpus * config.nodes
     gathered *= one["parts"] > config.gpus                          # else inside a node
     # twice: every copy of a weight gets them
-    summed = 4 * one["trained"] * (1 + two) * (2 if one["parts"] < world else 1)
+    summed = 4 * one["updated"] * (1 + two) * (2 if one["parts"] < world else 1)
     ring = world // one["parts"] if 1 < one["parts"] < world else world
     return {"gathers": gathers, "network_weights": gathered, "network_gradients": summed, "ring": ring,
             "network": (config.nodes > 1) * (ring - 1) / ring * (gathered + summed)}
@@ -448,6 +467,7 @@ def way(config, c):
     stage2 = costs(config, c)
     i2v, f, h, w = c["model_type"] == "i2v", stage2["f"], stage2["h"], stage2["w"]
     P, R = stage2["parameters"]["total"], stage1["reward_parameters"]
+    P *= stage2["trained"] // stage2["updated"]                 # of two experts what trained is written
     T1, T2 = stage1["trained"], stage2["trained"]
     one = {"clip": 4 * (c["out_dim"] * f * h * w * (2 if i2v else 1) + c["text_len"] * c["text_dim"]
                         + IMAGE_TOKENS * (c.get("image_dim") or 0))}
@@ -466,7 +486,8 @@ def way(config, c):
     one["export"] = 2 * P
     one["disk"] = sum(one[k] for k in ("shards", "disk1", "disk2", "adapters", "export"))
     d = c["dim"]
-    one["host"] = config.gpus * (4 * max(6 * d * d, d * c["ffn_dim"], d * c["text_dim"]) + 1e9)  # of a node
+    one["host"] = config.gpus * (4 * max(6 * d * d, d * c["ffn_dim"], d * c["text_dim"]) + 1e9
+                                 + stage2["waiting_weights"])                                    # of a node
     one["encoder_flops"] = encoder_flops(f, h, w, vae_of(c)) * (2 if i2v else 1)
     one["encode_seconds"] = config.clips * one["encoder_flops"] / (config.gpus * config.mfu
                                                                    * config.fp32_tflops * 1e12)
@@ -531,7 +552,8 @@ def report(config, c):
     if ranks > 1:
         line("of one GPU, m", f"{one['m']:,}", f"n / {ranks}, rounded up")
     line("a block", big(count["block"]), f"{10 if image else 8} d^2 + 2 d F + {24 if image else 21} d + F")
-    line("generator P", big(count["total"]), f"L x {big(count['block'])} + "
+    two = "boundary_ratio" in c
+    line("an expert P" if two else "generator P", big(count["total"]), f"L x {big(count['block'])} + "
          f"{big(count['total'] - count['blocks'])} (embeddings, head{', image' if image else ''})")
     if prfl or rwr or stage1:
         line("reward model R", big(one["reward_parameters"]),
@@ -544,9 +566,17 @@ def report(config, c):
     line("trained T", big(one["trained"]), f"L x 8 x 2 x {config.lora_rank} d (adapters on q, k, v, o, twice "
                                            "a block)"
          if lora else "all of R but the embeddings" if stage1 else "all of P")
+    if two and not stage1:
+        both = config.expert == "both"
+        line("experts that train", "2" if both else "1",
+             "T in all, one at each update" if both else f"the {config.expert}-noise one")
 
     print("\nbytes on each GPU that stay")
-    row("weights", one["weights"], f"4 (P + T){cut}" if lora else f"4 R{cut}" if stage1 else f"4 T{cut}")
+    P = "2 P" if one["held"] == 2 else "P"
+    row("weights", one["weights"], f"4 R{cut}" if stage1 else f"4 ({P} + T){cut}" if lora else
+        f"4 x {P}{cut}" if two else f"4 T{cut}")
+    if one["waiting_weights"]:
+        row("frozen expert, on the host", one["waiting_weights"], "4 P, of each GPU")
     row("AdamW's two moments", one["optimizer"], f"8 T{cut}")
     if prfl or rwr:
         row("reward model", one["reward_weights"], f"4 R{cut}")
@@ -555,7 +585,7 @@ def report(config, c):
     row("together", one["static"], "")
 
     print("\nbytes on each GPU that come and go")
-    row("gradients", one["gradients"], f"4 T{cut}")
+    row("gradients", one["gradients"], f"4 T{cut}" + " / 2" * (one["trained"] > one["updated"]))
     m, mine = ("m", one["m"]) if ranks > 1 else ("n", n)
     row("input of a block", one["edge"], f"4 b {m} d = 4 x {b} x {mine} x {d}")
     per = {part: round(size / (b * mine * d)) for part, size in one["block_parts"].items()}
@@ -639,6 +669,8 @@ def report(config, c):
     if prfl or refl:
         if config.recipe == "steady":
             mean = f"at most {STEADY_PASSES}, each of {math.ceil(N / STEADY_PASSES)} steps"
+        elif two:
+            mean = "to the steps of what trains"
         else:
             mean = "(N - 1) / 2" if prfl else "a step of the last third"
         work("rollout", one["rollout_flops"], f"{one['rollout_steps']:.4g} forward passes on average: "
@@ -669,7 +701,7 @@ def report_sampling(config, c, one, line, row, work):
     """What sample.py takes: memory of generator and decoder, not of the text encoder, which can be gone by
     then."""
     print("\nbytes on each GPU")
-    row("together", one["static"], "4 P + 4 D: weights of generator and decoder "
+    row("together", one["static"], f"{4 * one['held']} P + 4 D: weights of generator and decoder "
                                    f"({vae_of(c).decoder_parameters / 1e6:.0f} M)")
     row("generator's forward", one["with"]["moments"]["generator"], "25 b n d + a block's bf16 copy")
     row("decoder's forward", one["with"]["moments"]["decoder"],
@@ -741,9 +773,11 @@ def report_simulated(config, c):
 
 
 def main(config):
-    report(config, PRESETS[config.preset])
+    if config.simulate and "boundary_ratio" in GENERATORS[config.preset]:
+        raise InputError(f"--simulate runs one transformer: leave it out with {config.preset}")
+    report(config, GENERATORS[config.preset])
     if config.simulate:
-        report_simulated(config, PRESETS[config.preset])
+        report_simulated(config, GENERATORS[config.preset])
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from torch.distributed._functional_collectives import all_gather_single_autograd
 from torch.distributed.device_mesh import init_device_mesh
 
 from common import InputError
+from experts import parts
 
 
 class Sequence:
@@ -93,7 +94,7 @@ def group_of(world, ranks, device):
 
 
 def spread(dit, runtime):
-    """A VideoDiT whose forward calls share their tokens among runtime.sequence_parallel ranks; every rank
+    """A generator whose forward calls share their tokens among runtime.sequence_parallel ranks; every rank
     must call it.
 
     Raises InputError if they do not divide its heads.
@@ -105,4 +106,5 @@ def spread(dit, runtime):
                          f"one of {divisors(heads, runtime.world_size)}")
     if ranks > 1:
         group = group_of(dist.group.WORLD, ranks, runtime.device.type)
-        dit.sequence = lambda n: Sequence(group, n)
+        for part in parts(dit):
+            part.sequence = lambda n: Sequence(group, n)

@@ -71,8 +71,9 @@ def part_of_run(work, seed, run):
     curated = work.folder / f"seed-{seed}" / named("curated", base_of(run.flags))
     reward = () if method == "sft" else ("--reward",
         reward_folder(work, seed, reward_flags(method, run.flags)) / "reward")
-    default = {"--learning_rate": TUNED[method], "--max_train_steps": length(work),
-               "--validation_steps": EVERY, "--num_validation": work.preset["videos"] // 2}
+    default = {"--learning_rate": TUNED[method], "--lr_scheduler": "constant",
+               "--max_train_steps": length(work), "--validation_steps": EVERY,
+               "--num_validation": work.preset["videos"] // 2}
     added = [word for flag, value in default.items() if flag not in run.flags for word in (flag, value)]
     return (folder_of(work, seed, run), "transformer/config.json", *script, "--seed", seed, "--curated_dir",
             curated, *reward, *added, *run.flags)

@@ -34,8 +34,9 @@ def train(work):
             run_folder(work, seed), "transformer/config.json", "train_align.py", "--seed", seed,
             "--curated_dir", work.folder / f"seed-{seed}" / "curated",
             "--reward", reward_folder(work, seed) / "reward", "--judge", judge, *PAPER,
-            "--learning_rate", TUNED["prfl"], "--max_train_steps", 2 * work.preset["iterations"],
-            "--validation_steps", EVERY, "--num_validation", work.preset["videos"] // 2))
+            "--learning_rate", TUNED["prfl"], "--lr_scheduler", "constant",
+            "--max_train_steps", 2 * work.preset["iterations"], "--validation_steps", EVERY,
+            "--num_validation", work.preset["videos"] // 2))
     work.run(wanted)
 
 

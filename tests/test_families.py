@@ -2,6 +2,8 @@
 whom."""
 import itertools
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +20,8 @@ from common import InputError
 from formats.weights import (
     SHIPPED,
     WAN_KEYS,
+    expert_folders,
     read_config,
-    require_known,
     resolve_model,
     transformer_folder,
 )
@@ -91,10 +93,11 @@ def test_a_narrow_wan_is_wans():
 @pytest.mark.parametrize("more, words", [
     ({"out_dim": 24, "in_dim": 24}, "24 channels"), ({"model_type": "i2v", "in_dim": 36}, "without CLIP"),
     ({"image_dim": 1280}, "t2v .* with CLIP"), ({"model_type": "i2v"}, "i2v .* 16 channels and without CLIP"),
-    ({"model_type": "i2v", "in_dim": 100, "out_dim": 48}, "i2v .* 48 channels and without CLIP")])
+    ({"model_type": "i2v", "in_dim": 100, "out_dim": 48}, "i2v .* 48 channels and without CLIP"),
+    ({"boundary_ratio": 0.9, "in_dim": 48, "out_dim": 48}, "of two experts for t2v .* 48 channels")])
 def test_a_config_of_no_family(more, words):
-    """Wan2.2 A14B's image-to-video and some that nobody has published."""
-    with pytest.raises(InputError, match=f"{words}.* not supported, perhaps Wan2.2 A14B"):
+    """Half of Wan2.2 A14B's image-to-video and some that nobody has published."""
+    with pytest.raises(InputError, match=f"{words}.* not supported, or half of one of two experts"):
         families.of_config(WAN | more)
 
 
@@ -162,16 +165,24 @@ def pipeline(**more):
 
 
 EXPERT = ["diffusers", "WanTransformer3DModel"]
+SECOND = {"transformer_2/config.json": CONFIG}
 REFUSED = {
-    "a14b": (pipeline(transformer_2=EXPERT, boundary_ratio=0.875),
-             "transformer_2|boundary_ratio .Wan2.2 A14B"),
-    "a14b, one half not downloaded": (pipeline(transformer_2=EXPERT),
-                                      "names transformer_2 .Wan2.2 A14B.*nothing here reads"),
-    "a14b, nothing but the boundary": (pipeline(boundary_ratio=0.9), "names boundary_ratio .Wan2.2 A14B"),
-    "a14b without an index": ({"transformer/config.json": CONFIG, "transformer_2/config.json": CONFIG},
-                              "holds transformer_2/"),
-    "a14b of its authors": ({"high_noise_model/config.json": CONFIG, "low_noise_model/config.json": CONFIG},
-                            "half a generator"),
+    "half of a14b": (pipeline(transformer_2=EXPERT, boundary_ratio=0.875),
+                     "half of a generator of two experts .Wan2.2 A14B.: the low-noise one, .*_2, is missing"),
+    "half without a boundary": (pipeline(transformer_2=EXPERT), "half .* the low-noise one"),
+    "half by its boundary alone": (pipeline(boundary_ratio=0.9), "half .* the low-noise one"),
+    "the other half": (SECOND | {"model_index.json": INDEX | {"boundary_ratio": 0.9}},
+                       "half .* the high-noise one, .*transformer, is missing"),
+    "half of its authors": ({"high_noise_model/config.json": CONFIG},
+                            "half .* the low-noise one, .*low_noise_model, is missing"),
+    "half of a run": ({"transformer_2/config.json": CONFIG | {"_expert": "low", "_boundary_ratio": 0.9,
+                                                               "_other": "/nowhere"}},
+                      "half .* the high-noise one, /nowhere, is missing: put it, or a link to it, at .*er$"),
+    "no boundary": ({"transformer/config.json": CONFIG} | SECOND, "does not say .* boundary_ratio is None"),
+    "a wrong boundary": (pipeline(transformer_2=EXPERT, boundary_ratio=[0.9]) | SECOND,
+                         "boundary_ratio is .0.9"),
+    "no experts of one generator": (pipeline(transformer_2=EXPERT, boundary_ratio=0.9) | {
+        "transformer_2/config.json": CONFIG | {"num_layers": 3}}, "no two experts of one generator"),
     "times of 16 channels": (pipeline(expand_timesteps=True), "names expand_timesteps .Wan2.2 TI2V-5B"),
     "vace": (pipeline(_class_name="WanVACEPipeline"), "WanVACEPipeline: not supported"),
     "animate": (pipeline(_class_name="WanAnimatePipeline"), "WanAnimatePipeline: not supported"),
@@ -209,15 +220,51 @@ def test_a_folder_with_a_part_that_nothing_reads(tmp_path, kind):
         assert "\n" not in str(error.value) and "model" in str(error.value)
 
 
-@pytest.mark.parametrize("part", ["transformer", "transformer_2", "high_noise_model", "low_noise_model"])
-def test_one_expert_alone_is_refused_too(tmp_path, part):
-    kind = "a14b of its authors" if part.endswith("noise_model") else "a14b"
-    folder = write(tmp_path, {"transformer_2/config.json": CONFIG} | REFUSED[kind][0])
-    with pytest.raises(InputError, match="not supported"):
-        load_transformer(folder / part)
-    (tmp_path / "elsewhere").symlink_to(folder / part)
-    with pytest.raises(InputError, match="not supported"):
-        require_known(tmp_path / "elsewhere")
+WAN_CONFIG = {key: value for key, value in WAN.items() if key != "image_dim"} | {"_class_name": "WanModel"}
+PAIRS = {
+    "diffusers": (pipeline(transformer_2=EXPERT, boundary_ratio=0.75) | SECOND, "transformer",
+                  "transformer_2", 0.75),
+    "its authors, t2v": ({f"{name}_noise_model/config.json": WAN_CONFIG | {"image_dim": None}
+                          for name in ("high", "low")}, "high_noise_model", "low_noise_model", 0.875),
+    "its authors, i2v": ({f"{name}_noise_model/config.json": WAN_CONFIG | {
+        "model_type": "i2v", "in_dim": 36, "image_dim": None} for name in ("high", "low")},
+                         "high_noise_model", "low_noise_model", 0.9),
+    "a run": ({f"transformer{end}/config.json": CONFIG | {"_boundary_ratio": 0.8} for end in ("", "_2")},
+              "transformer", "transformer_2", 0.8)}
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_one_expert_alone_is_the_pair(tmp_path, kind):
+    """Whichever of the folders is named, also by a link: the generator is both."""
+    files, high, low, boundary = PAIRS[kind]
+    write(tmp_path / "model", files)
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "model" / low)
+    for folder in (tmp_path / "model", tmp_path / "model" / high, tmp_path / "model" / low,
+                   tmp_path / "elsewhere"):
+        pair = expert_folders(folder)
+        assert (pair.high.name, pair.low.name, pair.boundary) == (high, low, boundary)
+        config = transformer_folder(folder)[1]
+        assert config["boundary_ratio"] == boundary
+        assert families.of_config(config).name.startswith("Wan2.2 A14B")
+
+
+def test_a_run_that_trained_one_expert_says_where_the_other_is(tmp_path):
+    write(tmp_path / "base", PAIRS["diffusers"][0])
+    for name, other, folder in (("low", "high", "transformer_2"), ("high", "low", "transformer")):
+        notes = {"_expert": name, "_boundary_ratio": 0.6,
+                 "_other": str(tmp_path / "base" / {"high": "transformer", "low": "transformer_2"}[other])}
+        write(tmp_path / name, {f"{folder}/config.json": CONFIG | notes})
+        write(tmp_path / "moved" / name, {"config.json": CONFIG | notes})
+        for path, own in ((tmp_path / name, tmp_path / name / folder),
+                          (tmp_path / name / folder, tmp_path / name / folder),
+                          (tmp_path / "moved" / name, tmp_path / "moved" / name)):
+            pair = expert_folders(path)
+            assert (getattr(pair, name), str(getattr(pair, other))) == (own, notes["_other"])
+            assert pair.boundary == 0.6
+        # a copy beside it comes first
+        copy = Path(notes["_other"]).name
+        here = write(tmp_path / name, {f"{copy}/config.json": CONFIG})
+        assert getattr(expert_folders(here), other) == here / copy
 
 
 @pytest.mark.parametrize("more",
@@ -244,8 +291,10 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("kind", ["a14b", "times of 16 channels"])
+@pytest.mark.parametrize("command, kind", [
+    (command, kind) for command in COMMANDS for kind in ("half of a14b", "times of 16 channels")
+    # only the encoders of that folder are used
+    if kind != "half of a14b" or command not in ("sample's encoders", "evaluate's model")])
 def test_every_command_refuses_it_in_one_line(tmp_path, capsys, kind, command):
     write(tmp_path / "model", REFUSED[kind][0])
     write(tmp_path, CLIP)
@@ -257,7 +306,7 @@ def test_every_command_refuses_it_in_one_line(tmp_path, capsys, kind, command):
         common.cli(main, Config, "", words)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert end.value.code == 2 and len(lines) == 1
-    assert "not supported" in lines[0] and str(tmp_path / "model") in lines[0]
+    assert re.search(REFUSED[kind][1], lines[0]) and str(tmp_path / "model") in lines[0]
     assert not list(tmp_path.glob("out*"))
 
 

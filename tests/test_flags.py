@@ -73,6 +73,8 @@ ACTS = {"train_align": {
     "gradient_checkpointing": ("sft", "--gradient_checkpointing"), "parallel": ("sft", "--parallel fsdp"),
     "sequence_parallel": ("sft", "--sequence_parallel 2"), "fsdp_group_size": ("sft", "--fsdp_group_size 2"),
     "offload_activations": ("sft", "--offload_activations"), "compile": None,       # tested in tests/scale/
+    # tested in tests/test_experts.py
+    "expert": None, "lora_2": None, "guidance_scale_2": None,
 }, "train_reward": {
     "task": ("reward", "--task i2v"), "model": ("reward", "--model {folder}/other/model"),
     "space": ("reward", "--space rgb"),

@@ -12,7 +12,7 @@ ROOMS = ("world", "formats", "scale", "study")
 SCRIPTS = {"label", "train_reward", "train_align", "sample", "evaluate", "world.pretrain", "study.reproduce",
            "study.cost",
            "study.node", "study.dit", "study.why", "study.candidates"}
-METHOD = ("flow", "model", "pavrm", "prfl", "refl_baseline", "rl_baselines", "search")
+METHOD = ("experts", "flow", "model", "pavrm", "prfl", "refl_baseline", "rl_baselines", "search")
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path
          for folder in (".", *ROOMS) for path in (ROOT / folder).glob("*.py") if path.stem != "__init__"}
 
@@ -58,7 +58,7 @@ def test_the_method_imports_only_itself_and_what_is_below():
 def test_rooms_look_downwards():
     may = {"world": {"world", "formats", "families", "data", *METHOD, "common"},
            # pavrm and prfl for scale/simulate.py
-           "scale": {"scale", "formats", "families", "model", "pavrm", "prfl", "common"},
+           "scale": {"scale", "formats", "families", "experts", "flow", "model", "pavrm", "prfl", "common"},
            "formats": {"formats", "common"}}
     for name, uses in GRAPH.items():
         room = name.split(".")[0]

@@ -125,8 +125,9 @@ def test_steady_by_hand(models, batch, N, passes, step, route):
 
 
 def test_the_recipes_are_algorithm_1_and_the_steady_one():
-    assert prfl.RECIPES == {"paper": {"rollout_passes": 0, "reward_loss": "linear"},
-                            "steady": {"rollout_passes": 4, "reward_loss": "logsigmoid"}}
+    assert prfl.RECIPES == {
+        "paper": {"rollout_passes": 0, "reward_loss": "linear", "lr_scheduler": "constant"},
+        "steady": {"rollout_passes": 4, "reward_loss": "logsigmoid", "lr_scheduler": "linear"}}
 
 
 def test_the_reward_model_stays_bit_for_bit_and_every_block_learns(models, batch):

@@ -152,13 +152,14 @@ def test_three_steps_of_the_reward_model_by_hand(folder, fixed_t):
     assert distance(weights(folder, "reward", "hand-reward"), pavrm.state_dict()) < 0.02 * moved
 
 
-def test_a_recipe_is_its_two_flags(folder):
+def test_a_recipe_is_its_three_flags(folder):
     """Bit for bit; a flag that is given goes before the recipe's; args.json holds what they came to."""
-    spelled = {"paper": "--rollout_passes 0 --reward_loss linear",
-               "steady": "--rollout_passes 4 --reward_loss logsigmoid"}
+    spelled = {"paper": "--rollout_passes 0 --reward_loss linear --lr_scheduler constant",
+               "steady": "--rollout_passes 4 --reward_loss logsigmoid --lr_scheduler linear"}
     other = {"paper": "steady", "steady": "paper"}
     for recipe, flags in spelled.items():
-        method = ["--method", "prfl", "--num_inference_steps", "7", "--max_train_steps", "2", "--recipe"]
+        method = ["--method", "prfl", "--num_inference_steps", "7", "--max_train_steps", "2",
+                  "--learning_rate", "1e-4", "--recipe"]
         run(*command(folder, "sft", f"named-{recipe}", *method, recipe))
         run(*command(folder, "sft", f"spelled-{recipe}", *method, other[recipe], *flags.split()))
         named, spelled_out = (metrics(folder, f"{kind}-{recipe}") for kind in ("named", "spelled"))

@@ -80,6 +80,23 @@ def write_ti2v(folder):
     return folder
 
 
+def write_a14b(folder):
+    """folder/t2v and i2v: whole pipelines of Wan2.2 A14B's kind, of two experts, tiny and random -> folder"""
+    torch.manual_seed(0)
+    shared = dict(
+        tokenizer=tokenizer(), text_encoder=text_encoder(),
+        vae=random_weights(diffusers.AutoencoderKLWan(base_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1)),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))     # so is the published one
+    for task, cls, boundary in (("t2v", diffusers.WanPipeline, 0.875),
+                                ("i2v", diffusers.WanImageToVideoPipeline, 0.9)):
+        more = {"image_encoder": None, "image_processor": None} if task == "i2v" else {}
+        high, low = (random_weights(diffusers.WanTransformer3DModel(**TINY | dict(
+            in_channels=36 if task == "i2v" else 16))) for _ in range(2))
+        cls(transformer=high, transformer_2=low, boundary_ratio=boundary, **shared,
+            **more).save_pretrained(folder / task)
+    return folder
+
+
 def write_pipelines(folder):
     """folder/t2v and i2v: whole pipelines as diffusers writes them, tiny and random -> folder"""
     torch.manual_seed(0)

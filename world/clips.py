@@ -24,7 +24,7 @@ from families import load_text_encoder, load_vae
 from formats import fingerprint, lock, runs
 from formats.metadata import from_json, write_rows
 from formats.video import from_pixels, to_pixels, write_video
-from formats.weights import read_config, transformer_folder
+from formats.weights import expert_folders, read_config, transformer_folder
 from model import first_frame_condition
 from world import scene
 from world.annotator import annotate
@@ -57,8 +57,11 @@ def own_samples(folder, generator, model, count, num_steps, size, seed, runtime,
     require_world(model)
     settings["encoders"] = {role: fingerprint.of_encoder(f"{model}/{role}", role)
                             for role in ("vae", "text_encoder")}
-    settings["generator"] = fingerprint.of_encoder(transformer_folder(transformer or model)[0],
-                                                    "transformer")
+    if expert_folders(transformer or model):
+        settings["generator"] = fingerprint.of_weights(transformer or model)
+    else:
+        settings["generator"] = fingerprint.of_encoder(transformer_folder(transformer or model)[0],
+                                                        "transformer")
     if (Path(folder) / "shards.json").exists():
         shards = data.Shards(folder)
         made_with = shards.settings or {}

@@ -237,8 +237,8 @@ def test_adapters_alone_leave_no_empty_folder_behind(tmp_path):
         (tmp_path / "transformer").mkdir()
         if kept:
             (tmp_path / "transformer/config.json").touch()
-        assert lora.export(dit, tmp_path / "transformer",
-                           kind="lora").is_file() and (tmp_path / "transformer").is_dir() == kept
+        assert lora.export(dit, tmp_path / "transformer", kind="lora") == [tmp_path / lora.FILE]
+        assert (tmp_path / lora.FILE).is_file() and (tmp_path / "transformer").is_dir() == kept
 
 
 def test_adapters_start_as_a_linear_layer_of_theirs_would():

@@ -152,6 +152,36 @@ def test_tokens_of_wans_sizes():
         costs(five, size="1280*720")
 
 
+def test_two_experts():
+    """Beside one transformer of the same shape: under fsdp both are there; alone, one waits on the host. An
+    update is of one of them, and the rollout goes on to the steps of what trains."""
+    one, two = PRESETS["wan2.1-t2v-14b"], plan.GENERATORS["wan2.2-a14b"]
+    P = plan.parameters(one)["total"]
+    for flags in (dict(gpus=8), dict(gpus=8, lora_rank=16), {}, dict(lora_rank=16), dict(method="sample")):
+        of_one, low = costs(one, **flags), costs(two, **flags)
+        both = costs(two, expert="both", **flags)
+        parts, trains = of_one["parts"], flags.get("method") != "sample"
+        more = 4 * P / parts if parts > 1 else 0                # the frozen one
+        assert low["weights"] - of_one["weights"] == pytest.approx(more)
+        assert low["waiting_weights"] == (0 if more else 4 * P)
+        assert (low["trained"], low["optimizer"]) == (of_one["trained"], of_one["optimizer"])
+        if trains:
+            assert (both["trained"], both["gradients"]) == (2 * of_one["trained"], of_one["gradients"])
+            assert both["optimizer"] == 2 * of_one["optimizer"] and both["waiting_weights"] == 0
+            twice = 4 * (2 * P + (both["trained"] if "lora_rank" in flags else 0)) / parts
+            assert both["weights"] == pytest.approx(twice)
+            assert low["with"]["peak"] - of_one["with"]["peak"] == pytest.approx(more)
+            assert low["update_flops"] == both["update_flops"] == of_one["update_flops"]
+    # shift 12, N = 40: t = 12 u / (1 + 11 u) >= .875 for u >= .3684, which are 26 of the steps' starts
+    found = {name: costs(two, expert=name)["rollout_steps"] for name in ("high", "low", "both")}
+    assert found == {"high": 12.5, "low": 32.5, "both": 19.5}
+    written = {name: plan.way(plan.Config("wan2.2-a14b", expert=name, clips=1), two)["export"] / P
+               for name in ("high", "both")}
+    assert written == {"high": 2, "both": 4}
+    with pytest.raises(common.InputError, match="late part of the trajectory .* of the --expert that trains"):
+        costs(two, expert="high", method="refl")
+
+
 # ---- bytes
 @pytest.mark.parametrize("trained", ["all", "lora", "none"])
 @pytest.mark.parametrize("config, batch, grid", [(WAN, 1, (21, 60, 104)), (IMAGE, 2, (5, 60, 104))])
@@ -479,7 +509,7 @@ def test_table_4():
 
 # ---- what is printed
 def printed(capsys, *flags):
-    common.cli(lambda config: plan.report(config, PRESETS[config.preset]), plan.Config, plan.__doc__,
+    common.cli(lambda config: plan.report(config, plan.GENERATORS[config.preset]), plan.Config, plan.__doc__,
                [str(flag) for flag in flags])
     return capsys.readouterr().out
 
@@ -497,7 +527,8 @@ def printed(capsys, *flags):
                                                          "--recipe", "steady"),
     ("wan2.1-i2v-14b", "--gpus", 8, "--sequence_parallel", 4, "--size", "1280*720"),
     ("wan2.1-t2v-1.3b", "--gpus", 4, "--sequence_parallel", 4, "--method", "refl"),
-    ("wan2.1-t2v-1.3b", "--method", "sample"),
+    ("wan2.1-t2v-1.3b", "--method", "sample"), ("wan2.2-a14b", "--method", "sample"),
+    ("wan2.2-a14b", "--gpus", 8, "--expert", "both"), ("wan2.2-a14b", "--lora_rank", 8, "--clips", 9),
     ("wan2.1-t2v-14b", "--gpus", 8, "--nodes", 2, "--fsdp_group_size", 8, "--offload_activations")])
 def test_printed_sums_add_up(capsys, flags):
     """Peak = what stays + the largest moment, and both are printed."""

@@ -22,24 +22,26 @@ def test_the_commands_of_parts(tmp_path):
     of = lambda run: " ".join(map(str, steady.part_of_run(work, 1, run)))
     train = ("transformer/config.json train_align.py --method prfl --seed 1 "
              f"--curated_dir {seed}/curated --reward {seed}/reward/reward")
-    checks = "--validation_steps 40 --num_validation 256"
+    constant, checks = "--lr_scheduler constant", "--validation_steps 40 --num_validation 256"
     name = STEADY.replace("--", "").replace(" ", "-")
     assert of(steady.Run(steady.STEADY)) == (
-        f"{seed}/steady-{name} {train} --learning_rate 0.0001 --max_train_steps 480 {checks} {STEADY}")
+        f"{seed}/steady-{name} {train} --learning_rate 0.0001 {constant} --max_train_steps 480 "
+        f"{checks} {STEADY}")
     assert of(steady.Run(("--learning_rate", 3e-5, *steady.STEADY))) == (
-        f"{seed}/steady-learning_rate-3e-05-{name} {train} --max_train_steps 480 {checks} --learning_rate "
-        f"3e-05 {STEADY}")
+        f"{seed}/steady-learning_rate-3e-05-{name} {train} {constant} --max_train_steps 480 {checks} "
+        f"--learning_rate 3e-05 {STEADY}")
     assert of(steady.Run((*parts.I2V, *steady.STEADY))).split("--learning")[0] == (
         f"{seed}/steady-task-i2v-{name} transformer/config.json train_align.py --method prfl --seed 1 "
         f"--curated_dir {seed}/curated-task-i2v --reward {seed}/reward-task-i2v/reward ")
     assert of(steady.Run(("--variant", "pull"), "why")) == (f"{seed}/why-variant-pull "
         f"transformer/config.json -m study.why --seed 1 --curated_dir {seed}/curated --reward "
-        f"{seed}/reward/reward --learning_rate 0.0001 --max_train_steps 480 {checks} --variant pull")
+        f"{seed}/reward/reward --learning_rate 0.0001 {constant} --max_train_steps 480 {checks} "
+        "--variant pull")
     refl, sft = (steady.racers(work)[row] for row in ("RGB ReFL, all frames, steady recipe", "SFT"))
     reward = f"{seed}/reward-space-rgb-frames_decoded-all/reward"
     assert f"--method refl --seed 1 --curated_dir {seed}/curated --reward {reward}" in of(refl)
     assert "--method sft" in of(sft) and "--reward" not in of(sft)
-    assert "--learning_rate 0.0003 --num_validation 256" in of(sft)
+    assert "--learning_rate 0.0003 --num_validation 256" in of(sft).replace(f"{constant} ", "")
 
 
 def test_every_comparison_differs_in_what_its_row_says(tmp_path):

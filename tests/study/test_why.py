@@ -37,6 +37,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("flags", ["--rollout_passes 4 --reward_loss logsigmoid --lr_scheduler linear",
                                    "--rollout_passes 0 --reward_loss linear --max_grad_norm .1"])
 def test_without_a_variant_it_is_train_align(folder, cpu, flags):
+    flags += " --learning_rate 1e-4" + " --lr_scheduler constant" * ("scheduler" not in flags)
     ours, theirs = (run(script, folder, f"same-{script.__name__}", *flags.split())
                     for script in (why, train_align))
     assert same(ours, theirs)

@@ -1,0 +1,147 @@
+"""A generator of two experts (Wan2.2 A14B): one VideoDiT for the noisy times from the boundary on, another
+for the times below it.
+
+What samples or trains a generator calls the two as one model, and the times decide which of them answers:
+
+    t = 1, noise  -- high: t >= boundary --|-- low: t < boundary -->  t = 0, video
+
+A step of a rollout has one time for all videos, so one of the two makes it. Training goes on in the same way:
+each update trains one expert, the same on all processes, as sharded weights are gathered by all at once.
+
+Axes: b batch, c channels, f frames, h height, w width, l text tokens.
+"""
+import torch
+from torch import nn
+
+from common import InputError, refuse, uniform
+
+NAMES = ("high", "low")                                         # in the order in which a sample meets them
+CHOICES = ("low", "high", "both")                               # of --expert
+FLAGS = ("expert", "lora_2", "guidance_scale_2")                # that mean nothing to other generators
+
+
+class Experts(nn.Module):
+    """Two VideoDiTs of one shape, which are called as one is. folders: {"high", "low": where they are from}.
+
+    `resting`: the one that is not called waits in the host's memory, as most GPUs cannot hold both.
+    """
+
+    def __init__(self, high, low, boundary, folders=None):
+        super().__init__()
+        self.high, self.low, self.boundary, self.folders = high, low, boundary, folders
+        self.resting = False
+
+    @property
+    def config(self):
+        return self.low.config | {"boundary_ratio": self.boundary}
+
+    @property
+    def blocks(self):
+        """Those that one forward call runs through."""
+        return self.low.blocks
+
+    def forward(self, x, t, context, **conditions):
+        """The velocity [b, c, f, h, w], as of a VideoDiT. Times t [b] on both sides of the boundary make two
+        calls; where the experts are sharded, all ranks must make the same ones."""
+        above = t >= self.boundary                                                              # [b]
+        rows = [side.nonzero()[:, 0] for side in (above, ~above)]
+        found = [self.awake(name, x.device)(x[j], t[j], context[j], **{key: z[j] for key, z in
+                                                                       conditions.items()})
+                 for name, j in zip(NAMES, rows) if len(j)]
+        return torch.cat(found)[torch.cat(rows).argsort()]                      # in the order of the batch
+
+    def awake(self, name, device):
+        """The expert of this name, on the device where it is called."""
+        expert, other = (self.high, self.low) if name == "high" else (self.low, self.high)
+        if self.resting and next(expert.parameters()).device != device:
+            other.cpu()
+            expert.to(device)
+        return expert
+
+    def to(self, *args, **kwargs):
+        """Both to a device; or neither where they rest, as each comes there when it is called."""
+        return self if self.resting else super().to(*args, **kwargs)
+
+    def trained(self):
+        """{name: VideoDiT} of those that train."""
+        return {name: getattr(self, name) for name in NAMES
+                if any(p.requires_grad for p in getattr(self, name).parameters())}
+
+    def notes(self, name, written):
+        """What the config.json of an expert that is written says beside its shape, so that nobody takes it
+        for a whole generator. written: the names of all that are written there; another one stays where it
+        is."""
+        found = {"_expert": name, "_boundary_ratio": self.boundary}
+        for other in NAMES:
+            if other not in written and self.folders:
+                found["_other"] = str(self.folders[other].resolve())
+        return found
+
+
+def parts(model):
+    """The VideoDiTs of a generator: two experts, or itself. A reward model is one part."""
+    return [model.high, model.low] if isinstance(model, Experts) else [model]
+
+
+def trunk_of(generator):
+    """The VideoDiT whose first blocks are a reward model's trunk. Of two experts it is the low-noise one, as
+    the reward is about videos; the reward model learns all times from it."""
+    return parts(generator)[-1]
+
+
+# ---- flags
+def check_flags(config, dit_config):
+    """Raises InputError for a flag about two experts where the generator with this config has none, and for
+    files of adapters that do not fit what train_align.py is to train."""
+    if "boundary_ratio" not in dit_config:
+        refuse(config, FLAGS, "to a generator of one expert")
+    elif hasattr(config, "expert"):
+        for name, flag in (("high", "lora"), ("low", "lora_2")):
+            if getattr(config, flag) and (config.expert or "low") not in (name, "both"):
+                raise InputError(f"--{flag} {getattr(config, flag)}: is of the {name}-noise expert, which "
+                                 f"does not train: leave it out, or give --expert {name} or both")
+        if config.expert == "both" and bool(config.lora) != bool(config.lora_2) and not config.lora_rank:
+            raise InputError("--expert both with adapters of one expert alone would train all weights of the "
+                             "other: give --lora and --lora_2, or --lora_rank for new ones")
+
+
+def to_train(generator, config):
+    """Freezes the expert that --expert leaves out -> [(VideoDiT, LoRA file that it starts from or None)] of
+    what trains."""
+    if not isinstance(generator, Experts):
+        return [(generator, config.lora)]
+    pairs = {"high": (generator.high, config.lora), "low": (generator.low, config.lora_2)}
+    for name in NAMES:
+        if config.expert not in (name, "both"):
+            pairs.pop(name)[0].requires_grad_(False)
+    return list(pairs.values())
+
+
+def with_adapters(generator, config):
+    """[(VideoDiT, LoRA file)] of --lora and --lora_2, to sample with."""
+    return [(dit, path) for dit, path in zip(parts(generator), (config.lora, config.lora_2)) if path]
+
+
+def guidance(generator, scale, scale_2):
+    """What flow.rollout takes as guidance_scale: a number; or, of two experts with two scales, a function of
+    the time. scale_2: of the low-noise one, None: as of the other."""
+    if not isinstance(generator, Experts) or scale_2 in (None, scale):
+        return scale
+    return lambda t: torch.where(t >= generator.boundary, scale, scale_2).view(-1, 1, 1, 1, 1)
+
+
+# ---- the times of what trains
+def steps_of(expert, times, boundary):
+    """The Euler steps of a schedule that this expert makes (or both) -> (skipped, last), for the steps
+    skipped + 1 .. last. times: as from flow.schedule, from 1 to 0."""
+    skipped = int((times[:-1] >= boundary).sum())               # by the time at which a step starts
+    last = len(times) - 1
+    return {"high": (0, skipped), "low": (skipped, last), "both": (0, last)}[expert]
+
+
+def times_of(expert, u, boundary, seed, iteration):
+    """Times for an SFT update from u [b], uniform in [0, 1): the same, moved to the side of the expert that
+    trains. With both each update draws a side, as often as a uniform time would lie there."""
+    if expert == "both":
+        expert = "low" if uniform(seed, "expert", iteration, [0]).item() < boundary else "high"
+    return boundary * u if expert == "low" else boundary + (1 - boundary) * u
