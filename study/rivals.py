@@ -44,7 +44,8 @@ class Rival(NamedTuple):
 # PRFL's 480 iterations.
 FULL = (Rival(PRFL, ("--method", "prfl"), 480, 40),
           Rival("DiffusionNFT", ("--method", "nft", "--no-sft_updates", "--learning_rate", 3e-4), 160, 20),
-          Rival("Flow-GRPO", ("--method", "grpo", "--no-sft_updates", "--learning_rate", 3e-4), 160, 20),
+          Rival("Flow-GRPO", ("--method", "grpo", "--inner_updates", 1, "--learning_rate", 3e-4,
+                              "--reward_weight", 5.0), 240, 30),
           Rival("SFT", ("--method", "sft", "--learning_rate", 3e-4), 1440, 120))
 
 
@@ -138,8 +139,8 @@ def trial_rows(trials):
     """The runs of results/rivals_trials.json, of which the first is PRFL's -> (numbers, rows of a table).
 
     Each: the rate at every validation, the best one with its interval, and how far PRFL's last one lies above
-    the first one after as many CPU seconds, or above the last one of a shorter run. All validations are of
-    the same videos, so the difference is paired.
+    the first one after as many CPU seconds, if the run was that long. All validations are of the same videos,
+    so the difference is paired.
     """
     bits = lambda point: np.array([[float(bit) for bit in point["qualified"]]])             # [1, videos]
     prfl = list(trials[0]["validations"].values())[-1]
@@ -150,13 +151,14 @@ def trial_rows(trials):
         said = ", ".join(f"{rates[step]:.3f} ({step}, {point['cpu_seconds']:.0f} s)"
                          for step, point in points.items())
         best = points[max(rates, key=rates.get)]
-        after = next((point for point in points.values() if point["cpu_seconds"] >= prfl["cpu_seconds"]),
-                     list(points.values())[-1])
-        pair = bits(prfl) - bits(after)
+        after = [point for point in points.values() if point["cpu_seconds"] >= prfl["cpu_seconds"]]
+        above = summary(bits(prfl) - bits(after[0])) if after and trial is not trials[0] else None
         numbers.append({"flags": trial["flags"], "rates": rates, "best": summary(bits(best)),
-                        "prfl_above": summary(pair), "seconds": after["cpu_seconds"]})
+                        "spent": {step: point["cpu_seconds"] for step, point in points.items()},
+                        "reward": {step: point.get("reward") for step, point in points.items()},
+                        "prfl_above": above})
         rows.append([f"`{trial['flags']}`", said, show(**numbers[-1]["best"]),
-                     show(**numbers[-1]["prfl_above"], sign="+") if trial is not trials[0] else ""])
+                     show(**above, sign="+") if above else ""])
     return numbers, rows
 
 
@@ -164,14 +166,15 @@ def trial_lines():
     """-> (numbers, lines about what was tried)"""
     kept = read_kept(HOME / "results" / TRIALS)
     if not kept:
-        return [], []
+        return {}, []
     numbers, rows = trial_rows(kept["runs"])
-    count = len(kept["runs"][0]["validations"]["0"]["qualified"])
-    return numbers, [
+    base = [float(bit) for bit in kept["runs"][0]["validations"]["0"]["qualified"]]
+    count = len(base)
+    return {"trials": numbers, "base": summary([base])}, [
         f"What was tried for the rivals, on seed {kept['seed']} with the shipped reward model, by {count} "
         "validation videos: the qualified rate (after so many iterations and CPU seconds), the best one, and "
         "how far PRFL's last one lies above the first one that had its CPU seconds (one seed: intervals are "
-        "over videos alone).", "",
+        "over videos alone). Some runs were stopped before that.", "",
         *table(["flags of train_align.py", "qualified", "best", "PRFL above it"], rows)]
 
 
@@ -215,6 +218,20 @@ def report(work, kept):
                       f"{np.mean(ends['cpu_seconds']):.0f}", show(**test), f"{adherent:.3f}",
                       *(f"{mean:.3f}" for mean in means.values()),
                       f"{np.mean(rewards):.1f}" if rewards else ""])
+    wanted, lines = len(methods) * len(work.seeds), []
+    if made < wanted:
+        lines = [f"{made} of {wanted} runs are made. The command below makes the others.", ""]
+    if made:
+        lines += run_lines(cells, compared)
+        plot(work.results / "rivals.png",
+             {"qualified of the validation videos": ("CPU seconds of training", curves)})
+    trials, more = trial_lines()
+    work.write("rivals", "Rivals from reinforcement learning, with the same latent reward", [*lines, *more],
+               {"rows": rows, "claims": compared, **trials})
+
+
+def run_lines(cells, compared):
+    """The tables of the runs: rows of the first, and what `comparisons` gave."""
     lines = [f"CPU seconds of training, one thread, until a validation ({VALIDATED} videos) first reached a "
              "rate, mean over the seeds that did; the best and the last validation, and the CPU seconds of "
              f"the whole run. Then {TESTED} test videos at the end, what the annotator sees there, and the "
@@ -222,19 +239,10 @@ def report(work, kept):
              "through the generator or PAVRM, in a mean iteration.", "",
              *table(["", "seeds", "passes", *(f"{level:.2f}" for level in LEVELS), "best", "last",
                      "CPU seconds", "test videos", "adherent", *PANEL, "reward"], cells)]
-    lines += ["PRFL beside each, on the validation videos:", "", *table(
+    return [*lines, "PRFL beside each, on the validation videos:", "", *table(
         ["claim", "difference", "by seed", "verdict"],
         [[found["claim"], show(found["difference"], found["interval"], "+"),
           " ".join(f"{x:+.3f}" for x in found["seeds"]), found["verdict"]] for found in compared])]
-    wanted = len(methods) * len(work.seeds)
-    if made < wanted:
-        lines += [f"{made} of {wanted} runs are made. The command below makes the others.", ""]
-    if curves:
-        plot(work.results / "rivals.png",
-             {"qualified of the validation videos": ("CPU seconds of training", curves)})
-    trials, more = trial_lines()
-    work.write("rivals", "Rivals from reinforcement learning, with the same latent reward", [*lines, *more],
-               {"rows": rows, "claims": compared, "trials": trials})
 
 
 def seconds_cell(found):

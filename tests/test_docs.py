@@ -432,6 +432,39 @@ def claims():
         + flops[refl["first frame", "paper's"]]]
     assert slow["ratio_at_.90"] < 1 / 3
 
+    trials = load("rivals")["trials"]
+    prfl, *others = trials
+    best = {method: max((trial for trial in others if f"--method {method} " in trial["flags"] + " "),
+                        key=lambda trial: trial["best"]["mean"]) for method in ("nft", "grpo")}
+    tried = lambda flags: next(trial for trial in others if trial["flags"] == flags)
+    rate = lambda trial, step: number(trial["rates"][step])
+    spent = lambda trial, step: f"{trial['spent'][step]:.0f} CPU seconds"
+    step_of_best = lambda trial: max(trial["rates"], key=trial["rates"].get)
+    without = tried("--method nft --rollout_passes 8 --no-sft_updates --inner_updates 4 --advantage_clip 1 "
+                    "--learning_rate 3e-4")
+    with_sft = tried("--method nft --rollout_passes 8 --inner_updates 4 --learning_rate 3e-4 "
+                     "--advantage_clip 1")
+    four_steps = tried("--method grpo --rollout_passes 8 --no-sft_updates --inner_updates 4 "
+                       "--learning_rate 3e-4")
+    one_step = tried("--method grpo --rollout_passes 8 --no-sft_updates --inner_updates 1 "
+                     "--learning_rate 3e-4 --kl_weight 0")
+    said["## Rivals from reinforcement learning"] = [
+        f"These are the {len(others)} runs", f"the base has {with_interval(load('rivals')['base'])}",
+        f"has {rate(prfl, '40')} after {spent(prfl, '40')} and {with_interval(prfl['best'])} after "
+        f"{spent(prfl, '120')}",
+        *(f"best run of {name} has {with_interval(best[key]['best'])} after "
+          f"{spent(best[key], step_of_best(best[key]))}" for key, name in (("nft", "DiffusionNFT"),
+                                                                         ("grpo", "Flow-GRPO"))),
+        f"{rate(without, '20')} after {spent(without, '20')}, and then",
+        f"it reaches {rate(four_steps, '60')} after {spent(four_steps, '60')}",
+        *(f"above {name} by {with_interval(best[key]['prfl_above'], sign='+')}"
+          for key, name in (("nft", "DiffusionNFT"), ("grpo", "Flow-GRPO"))),
+        f"{rate(with_sft, '40')} with SFT updates and {rate(without, '40')} without",
+        f"from {rate(one_step, '50')} after 50 iterations to {rate(one_step, '100')} after 100",
+        f"rewards of its samples rise to {one_step['reward']['100']:.1f}"]
+    assert min(best[key]["best"]["interval"][0] for key in best) > load("rivals")["base"]["interval"][1]
+    assert min(best[key]["prfl_above"]["interval"][0] for key in best) > 0
+
     lost = {key: number(max(one[key] for one in load("stopping")["found"].values()))
             for key in ("lost", "lost_by_opinion", "lost_at_end")}
     said["## Stopping without an annotator"] = [f"up to {lost['lost_by_opinion']} worse",

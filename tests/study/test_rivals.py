@@ -74,7 +74,7 @@ def test_what_was_tried_by_hand():
                                                         "4": point(18, "0011"), "6": point(27, "0001")}}]
     numbers, rows = rivals.trial_rows(trials)
     assert numbers[1]["rates"] == {"2": 0.75, "4": 0.5, "6": 0.25} and numbers[1]["best"]["mean"] == 0.75
-    assert numbers[1]["prfl_above"]["mean"] == 0.5 and numbers[1]["seconds"] == 18
+    assert numbers[1]["prfl_above"]["mean"] == 0.5 and numbers[0]["prfl_above"] is None
     assert rows[1][1] == "0.750 (2, 9 s), 0.500 (4, 18 s), 0.250 (6, 27 s)" and rows[0][-1] == ""
 
 
