@@ -271,7 +271,8 @@ def report(work, kept, cases):
         curves[case] = (steps, mean.tolist())
     panels = {}
     for title, mismatched in (("a quarter of the prompts mismatched", 0.25), ("the paper's reward", 0)):
-        shown = {f"{case.recipe}, {case.schedule} {case.rate:g}": curve for case, curve in curves.items()
+        shown = {f"{case.recipe}, {case.schedule} {case.rate:g}, {case.length}": curve
+                 for case, curve in curves.items()
                  if case.mismatched == mismatched and case.length >= 480}
         if shown:
             panels[title] = ("iteration", shown)
