@@ -244,6 +244,9 @@ def cli(main, Config, doc, argv=None, prog=None):
 
 
 # ---- processes and random draws
+TIMEOUT = datetime.timedelta(hours=1)   # how long a process waits for the others, as while one writes 57 GB
+
+
 @dataclasses.dataclass(frozen=True)
 class Runtime:
     rank: int
@@ -267,8 +270,10 @@ def setup(mixed_precision="no", seed=0, sequence_parallel=1):
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
+    # float32 means float32, also in convolutions: with TF32, cuDNN's default, latents differ from a CPU's
+    torch.backends.cudnn.allow_tf32 = False
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=1))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
     torch.manual_seed(seed)         # the same on every rank, so that modules start from the same weights
     dtype = {"no": torch.float32, "bf16": torch.bfloat16}[mixed_precision]
     return Runtime(rank(), int(os.environ.get("WORLD_SIZE", 1)), device, dtype, sequence_parallel)

@@ -290,9 +290,11 @@ def check_models(named, task, *rewards):
 def open_generator(folder, runtime, task, **rewards):
     """-> (the generator in `folder`, {name: its reward model} of rewards {name: path or None}), ready to
     sample."""
-    dit = load_transformer(folder, dtype=None, task=task).eval().requires_grad_(False)
-    pavrms = {name: load_pavrm(path, dit) for name, path in rewards.items() if path}
-    return parallel.cast_matrices(dit, runtime.dtype), pavrms
+    dit = load_transformer(folder, load_now=False, task=task).eval().requires_grad_(False)
+    pavrms = {name: load_pavrm(path, dit, load_now=False) for name, path in rewards.items() if path}
+    for model in (dit, *pavrms.values()):
+        parallel.whole(model, runtime.dtype)
+    return dit, pavrms
 
 
 def searched(config, passes):
@@ -518,7 +520,8 @@ def existing_clips(config, runtime):
         raise InputError("--clips scores clips that exist: give no checkpoints")
     if not config.reward:
         raise InputError("--clips needs a reward model: name one with --reward")
-    pavrm, source, folder = load_pavrm(config.reward), Path(config.clips), Path(config.output_dir)
+    pavrm = parallel.whole(load_pavrm(config.reward, load_now=False), runtime.dtype)
+    source, folder = Path(config.clips), Path(config.output_dir)
     encoded = (source / "shards.json").exists()
     model = config.model
     if model is None and families.of_config(pavrm.trunk.config).world:

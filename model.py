@@ -89,7 +89,11 @@ def rope_table(grid, head_dim, device, dtype):
 
 
 def apply_rope(x, table):
-    """Rotate adjacent channel pairs of x [b, n, k, e]; a complex product takes half the time of real ones."""
+    """Rotate adjacent channel pairs of x [b, n, k, e]; a complex product takes half the time of real ones,
+    except in compiled blocks, where only real ones are fused with what stands beside them."""
+    if torch.compiler.is_compiling():
+        (a, b), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), torch.view_as_real(table).unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
     return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * table).flatten(-2)
 
 
@@ -104,6 +108,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         x = x.to(wide(x.dtype))
+        if not x.is_cpu:
+            return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
         # F.rms_norm has no kernel of its own on CPU; a norm reads x once and its backward is short
         square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
         return x * (square + self.eps).rsqrt() * self.weight.to(x.dtype)
@@ -238,7 +244,8 @@ class VideoDiT(nn.Module):
     patch embedding (16, or 36 in i2v: 16 noisy + 20 of `y`); out_dim; dim; ffn_dim; freq_dim of the sinusoid;
     text_dim and text_len of the context; num_heads; num_layers; eps of the norms; image_dim of CLIP tokens
     or None. An i2v model with in_dim = out_dim takes its first frame as `first_frame`, see `is_pinned`.
-    Set `dit.gradient_checkpointing = True` to recompute each block in the backward pass. `sequence`: None, or
+    Set `dit.gradient_checkpointing = True` to recompute each block in the backward pass, but for what
+    `dit.checkpoint_options`, of torch's checkpoint, let it keep. `sequence`: None, or
     how n tokens lie over several GPUs (scale/sequence.py); every one of them is given, and gives, the whole
     video.
     """
@@ -258,7 +265,8 @@ class VideoDiT(nn.Module):
                            out_dim=out_dim, dim=dim, ffn_dim=ffn_dim, freq_dim=freq_dim, text_dim=text_dim,
                            text_len=text_len, num_heads=num_heads, num_layers=num_layers, eps=eps,
                            image_dim=image_dim)
-        self.gradient_checkpointing, self.sequence, self.weight_files = False, None, None
+        self.gradient_checkpointing, self.checkpoint_options = False, {}
+        self.sequence, self.weight_files = None, None
         patch = self.config["patch_size"]
         self.patch_embedding = nn.Conv3d(in_dim, dim, kernel_size=patch, stride=patch)
         self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"),
@@ -341,7 +349,7 @@ class VideoDiT(nn.Module):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 # no dropout inside, so there is no random state to preserve
                 tokens = checkpoint(block, tokens, time, context, image_tokens, rope, sequence, given,
-                                    use_reentrant=False, preserve_rng_state=False)
+                                    use_reentrant=False, preserve_rng_state=False, **self.checkpoint_options)
             else:
                 tokens = block(tokens, time, context, image_tokens, rope, sequence, given)
         return tokens, time_embedding, grid, sequence, given

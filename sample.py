@@ -308,13 +308,18 @@ def start_folder(config, videos, weights=None):
     return folder_lock
 
 
-def memory_warning(config, dit_config, runtime, memory):
-    """The planner's one line if a GPU of `memory` bytes is too small, else None."""
+def memory_warning(config, dit_config, runtime, memory, pavrm=None):
+    """The planner's one line if a GPU of `memory` bytes is too small, else None. pavrm: the reward model that
+    searches beside the generator."""
     flags = plan.Config("wan2.1-t2v-14b", method="sample", frames=config.frames, size=config.size,
                         gpus=runtime.world_size, parallel=config.parallel,
                         sequence_parallel=config.sequence_parallel, batch_size=config.batch_size,
                         num_inference_steps=config.num_inference_steps)
-    peak = plan.costs(flags, dit_config)["with"]["peak"]
+    one = plan.costs(flags, dit_config)
+    sampling, decoding = (one["static"] + one["with"]["moments"][name] for name in ("generator", "decoder"))
+    if pavrm:
+        sampling += sum(p.nbytes for p in pavrm.parameters())
+    peak = max(sampling, decoding)
     if peak <= memory:
         return None
     return (f"likely out of memory: this needs {peak / 1e9:.0f} GB of a GPU's {memory / 1e9:.0f}: lower "
@@ -339,9 +344,7 @@ def main(config):
     check_flags(config)
     videos, before = list_videos(config)
     model = resolve_model(config, config.transformer)
-    # each rank reads its own; LoRA needs whole weights
-    pieces = config.parallel == "fsdp" and not (config.lora or config.lora_2)
-    dit = load_transformer(config.transformer or model, dtype=None, load_now=not pieces, task=config.task)
+    dit = load_transformer(config.transformer or model, load_now=False, task=config.task)
     dit.eval().requires_grad_(False)
     half = families.of_config(dit.config).half
     config.mixed_precision = config.mixed_precision or (runs.fast_precision() if half else "no")
@@ -352,7 +355,10 @@ def main(config):
         lora.attach(expert, adapters)
     check_images(videos, dit.config, size)
     drops = search.parse_drops(config.best_of, config.drops)
-    pavrm = load_pavrm(config.reward or f"{model}/reward", dit) if config.best_of > 1 else None
+    pavrm = None
+    if config.best_of > 1:
+        pavrm = parallel.whole(load_pavrm(config.reward or f"{model}/reward", dit, load_now=False),
+                               runtime.dtype)
     place_videos(videos, config.batch_size)
     todo = batches(videos)
     if config.output_dir:
@@ -370,7 +376,7 @@ def main(config):
         todo = common.gather([batch for batch in todo if not is_done(batch)])[0]
     if device.type == "cuda" and runtime.rank == 0:
         memory = torch.cuda.get_device_properties(device).total_memory
-        if line := memory_warning(config, dit.config, runtime, memory):
+        if line := memory_warning(config, dit.config, runtime, memory, pavrm):
             print(line, flush=True)
     shape = families.latent_shape(dit.config, size, config.frames)
     mine, shown = parallel.work_of_rank(todo, runtime, config.parallel), []
@@ -384,11 +390,11 @@ def main(config):
     contexts = families.encode_prompts(f"{model}/text_encoder", prompts, device, dit.config["text_dim"])
     null = contexts[negative[0]].to(device) if negative else None                                   # [l, d]
     if config.parallel == "fsdp":
-        sharded = parallel.shard(dit.float(), runtime, parallel.Flags(parallel="fsdp"))
+        sharded = parallel.shard(dit, runtime, parallel.Flags(parallel="fsdp"))
         on_device = partial(nullcontext, sharded)
     else:
         sequence.spread(dit, runtime)
-        on_device = partial(encoders.on, parallel.cast_matrices(dit, runtime.dtype), device)
+        on_device = partial(encoders.on, parallel.whole(dit, runtime.dtype), device)
 
     for batch, keep in common.progress(mine, f"videos (x{config.batch_size * runtime.world_size})"):
         context = encoders.stack_contexts([contexts[video.prompt] for video in batch]).to(device)  # [b, l, d]

@@ -45,7 +45,7 @@ from formats.video import read_clip
 MAY_CHANGE = {"max_train_steps", "learning_rate", "trunk_learning_rate", "weight_decay", "batch_size",
               "gradient_accumulation_steps", "max_grad_norm", "mixed_precision", "gradient_checkpointing",
               "decoder_checkpointing", "parallel", "sequence_parallel", "fsdp_group_size",
-              "offload_activations", "compile", "checkpointing_steps", "keep", "export",
+              "offload_activations", "keep_attention", "compile", "checkpointing_steps", "keep", "export",
               "validation_steps", "validation_prompts", "guidance_scale", "guidance_scale_2", "judge",
               "patience"}
 # What these hold is compared, as their folders may move.

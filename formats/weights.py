@@ -168,6 +168,10 @@ class WeightFiles:
         name = self.rename(name)
         return self.handle[name].get_tensor(name)
 
+    def shape(self, name):
+        name = self.rename(name)
+        return torch.Size(self.handle[name].get_slice(name).get_shape())
+
     def rows(self, name, start, stop):
         """Rows start .. stop - 1 of a tensor; of the file, no more than these is read."""
         name = self.rename(name)

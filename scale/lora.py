@@ -7,6 +7,7 @@ files. `merge` gives plain weights again.
 Axes: d model width, r rank.
 """
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -152,6 +153,9 @@ def export(dit, path, alpha=None, kind="merged"):
 def export_one(dit, path, alpha, kind, notes=None):
     """`export` of one VideoDiT; notes: as in model.export_transformer."""
     state, file = dit.state_dict(), FILES[path.name]
+    for name, p in state.items():
+        if dit.weight_files and p.dtype != torch.float32:       # cast to train with: as the base has it
+            state[name] = Later(p.shape, torch.float32, partial(dit.weight_files.tensor, name))
     adapters = scaled(state, alpha)
     save(adapters, path.parent, file=file)
     if kind == "lora":

@@ -11,33 +11,36 @@ fsdp: every rank holds 1 / ranks of each weight, gradient and optimizer state, i
 What differs under fsdp: with bf16, a block's norms and modulation are bf16 too while it runs (autocast
 reads them in float32); and each forward call gathers, so all ranks must make the same ones.
 
-A checkpoint of either kind resumes under either kind, on any number of ranks: ddp's train_state.pt holds
-whole tensors, fsdp's sharded_state/ the ranks' pieces. (PyTorch unpickles sharded_state/.metadata: resume
-from what you wrote yourself.)
+A checkpoint of either kind resumes under either kind, on any number of ranks. Its weights are those of its
+transformer/ or reward/, of which each rank reads its rows. AdamW's moments are in ddp's train_state.pt as
+whole tensors, in fsdp's sharded_state/ as the ranks' pieces. (PyTorch unpickles sharded_state/.metadata:
+resume from what you wrote yourself.)
 """
 import json
 import shutil
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 import common
 from common import InputError, arg
 from experts import Experts, parts
 from formats import runs
-from formats.weights import read_config
-from scale import sequence
+from formats.weights import EXPERTS, WeightFiles, read_config
+from scale import groups, offload, sequence
 
 KINDS = ("ddp", "fsdp")
-OFFLOADED_FROM = 2 ** 22  # elements; smaller tensors are not worth moving
+ATTENTION = tuple(getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default for kind in (
+    "flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu"))
 PIECES = "sharded_state"  # of torch.distributed.checkpoint, inside a checkpoint folder of fsdp
 
 
@@ -45,6 +48,9 @@ PIECES = "sharded_state"  # of torch.distributed.checkpoint, inside a checkpoint
 class Flags:
     """Flags of both training scripts for several GPUs or little memory."""
     gradient_checkpointing: bool = arg(False, "recompute each block in the backward pass")
+    keep_attention: bool = arg(False, "with --gradient_checkpointing, keep the result of self-attention, so "
+                                      "that the backward pass does not compute it twice: less time, more "
+                                      "memory")
     parallel: str = arg("ddp", "under torchrun: ddp keeps a full copy of the trained model (16 bytes per "
                         "weight: weight, gradient, Adam) and of the reward model on every GPU; fsdp splits "
                         "them",
@@ -74,6 +80,12 @@ def check(flags):
     if flags.offload_activations and not flags.gradient_checkpointing:
         raise InputError("--offload_activations moves the block inputs that --gradient_checkpointing keeps: "
                          "give both")
+    if flags.keep_attention and not flags.gradient_checkpointing:
+        raise InputError("--keep_attention keeps what --gradient_checkpointing would compute again: give "
+                         "both")
+    if flags.keep_attention and flags.compile:
+        raise InputError("--keep_attention does not see into the blocks that --compile compiles: give one of "
+                         "the two")
 
 
 def shard(model, runtime, flags):
@@ -99,9 +111,13 @@ def lay_out(model, runtime, flags):
     check(flags)
     dit = getattr(model, "trunk", model)
     sequence.spread(dit, runtime)
+    if runtime.device.type != "cpu":
+        cast_matrices(dit, runtime.dtype)
     dit.gradient_checkpointing = flags.gradient_checkpointing
+    if flags.keep_attention:
+        dit.checkpoint_options = KEEP_ATTENTION
     if flags.offload_activations:
-        offload(dit)
+        offload.offload(dit)
     if flags.compile:
         for block in dit.blocks:
             block.compile()
@@ -109,15 +125,23 @@ def lay_out(model, runtime, flags):
         apply_fsdp(model, dit, runtime, flags.fsdp_group_size)
 
 
+def kept(context, operation, *args, **kwargs):
+    """Whether checkpointing keeps what an operation made: that of self-attention, which has as many keys as
+    queries. Its other inputs and results are computed again."""
+    if operation in ATTENTION and args[0].shape == args[1].shape:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+KEEP_ATTENTION = {"context_fn": partial(create_selective_checkpoint_contexts, kept)}
+
+
 def apply_fsdp(model, dit, runtime, fsdp_group_size):
     """Fully shards a model over all ranks, or over groups of fsdp_group_size neighbours, each of which has it
     whole."""
     # PAVRM's logits are a view; no caller writes into them
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-    mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
-    if fsdp_group_size:
-        mesh = init_device_mesh(runtime.device.type, (runtime.world_size // fsdp_group_size, fsdp_group_size),
-                                mesh_dim_names=("replicate", "shard"))
+    mesh = groups.mesh(dist.group.WORLD, runtime.device.type, fsdp_group_size)
     # inputs are not cast: the residual stream stays float32, and the model casts where it multiplies
     half = MixedPrecisionPolicy(runtime.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in dit.blocks:
@@ -128,6 +152,18 @@ def apply_fsdp(model, dit, runtime, fsdp_group_size):
                 mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
 
 
+def whole(model, dtype):
+    """Gives a generator or a PAVRM from load_transformer or load_pavrm(load_now=False), frozen, its weights
+    on the CPU, to sample with -> model. They are cast (cast_matrices) while they are read, so that a process
+    never holds a float32 copy of a generator that it uses in bfloat16. One of two experts rests."""
+    for part in parts(model):
+        cast_matrices(getattr(part, "trunk", part), dtype)
+        fill(part, torch.device("cpu"))
+    if isinstance(model, Experts):
+        model.resting = True
+    return model
+
+
 @torch.no_grad()
 def fill(model, device):
     """Gives what is on meta memory on `device` and, one weight at a time, what the model's files hold of it:
@@ -136,11 +172,16 @@ def fill(model, device):
     model._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x.to(device))
     for name, p in model.named_parameters():
         if name in waiting:
-            mine, first = (p.to_local(), first_row(p)) if isinstance(p, DTensor) else (p, 0)
-            if len(mine):
-                mine.copy_(model.weight_files.rows(name, first, first + len(mine)))
-    if waiting:
-        model.weight_files = None                                     # closes the files
+            read_rows(p, model.weight_files, name)
+    if waiting and all(p.dtype == torch.float32 for p in model.parameters()):
+        model.weight_files = None       # closes the files; what was cast is read again where it is exported
+
+
+def read_rows(p, files, name):
+    """Fills a weight, or this rank's rows of it, from files."""
+    mine, first = (p.to_local(), first_row(p)) if isinstance(p, DTensor) else (p, 0)
+    if len(mine):
+        mine.copy_(files.rows(name, first, first + len(mine)))
 
 
 def first_row(p):
@@ -162,43 +203,18 @@ def work_of_rank(work, runtime, kind):
     return [(item, counts and place == 0) for item, counts in common.equal_turns(mine, count, spare)]
 
 
-def offload(dit):
-    """Block inputs that wait for the backward pass of a VideoDiT do so in pinned host memory.
-
-    Under checkpointing they are all that the blocks keep; smaller tensors, such as the prompt's, stay where
-    they are.
-    """
-    run_blocks = dit.run_blocks
-
-    def pack(x):
-        if x.numel() < OFFLOADED_FROM or x.is_complex():        # RoPE's table is one for all blocks
-            return x
-        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
-        return x.device, host.copy_(x, non_blocking=True)       # what comes back waits in the same stream
-
-    def unpack(kept):
-        return kept if isinstance(kept, torch.Tensor) else kept[1].to(kept[0], non_blocking=True)
-
-    def run_offloaded(*args):
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            return run_blocks(*args)
-
-    dit.run_blocks = run_offloaded
-
-
 def cast_matrices(dit, dtype):
-    """Stores the matrices of a generator's blocks in the dtype of autocast and the rest in float32, in place,
-    to sample with -> dit. Autocast would cast the same matrices at each call: results are the same, in half
-    the memory. One of two experts rests."""
+    """Stores the frozen matrices of a VideoDiT's blocks in the dtype of autocast, in place -> dit. The rest
+    is float32. Autocast would cast the same matrices at each call: results are the same, in half the memory.
+    (In training only off the CPU: a block that casts its input once adds up the gradients of q, k and v in
+    that dtype, which would change the last bits of what a CPU has trained.)"""
     matrices = set()
-    for layer in (layer for part in parts(dit) for layer in part.blocks.modules()):
+    for layer in dit.blocks.modules():
         weight = getattr(layer, "weight", None)
-        if weight is not None and weight.dim() == 2:  # of a linear layer, perhaps with adapters beside it
+        if weight is not None and weight.dim() == 2 and not weight.requires_grad:   # of a linear layer
             matrices |= {weight, layer.bias}
     for p in dit.parameters():  # one at a time: never all of a half-precision model in float32
         p.data = p.data.to(dtype if p in matrices else torch.float32)
-    if isinstance(dit, Experts):
-        dit.resting = True
     return dit
 
 
@@ -207,19 +223,22 @@ def trained(model):
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def named_state(model, optimizer):
-    """{name: weight, name/exp_avg: ...}: the tensors of the training state themselves, whole or pieces."""
+def moments(model, optimizer):
+    """{name/exp_avg: ...}: the tensors of AdamW's state themselves, whole or pieces."""
     name_of = {p: name for name, p in model.named_parameters()}
-    return trained(model) | {f"{name_of[p]}/{key}": x for p, values in optimizer.state.items()
-                             for key, x in values.items()}
+    return {f"{name_of[p]}/{key}": x for p, values in optimizer.state.items() for key, x in values.items()}
 
 
-def save_checkpoint(output_dir, step, folders, model, optimizer, config, keep=2):
+def save_checkpoint(output_dir, step, folders, model, optimizer, config, keep=2, with_weights=False):
     """runs.save_checkpoint of a model in training. Every rank must call it; under fsdp each writes its
-    pieces."""
-    state, folders = {}, dict(folders)
+    pieces. The weights that train are written once, to the folder that one of `folders` makes, in float32 and
+    as anybody reads them. with_weights: the state has them too, as that folder holds others, such as their
+    average. Adapters, which are merged there, are always in the state."""
+    state, folders, weights = {}, dict(folders), {}
+    if with_weights or any(".lora_" in name for name in trained(model)):
+        weights = trained(model)
     if not any(isinstance(p, DTensor) for p in model.parameters()):
-        state = {"model": trained(model), "optimizer": optimizer.state_dict()}
+        state = {"model": weights, "optimizer": optimizer.state_dict()}
     else:
         pieces = Path(output_dir) / f"{PIECES}.tmp"
         if common.rank() == 0:
@@ -227,7 +246,7 @@ def save_checkpoint(output_dir, step, folders, model, optimizer, config, keep=2)
         common.gather(None)                                     # a killed run's pieces are gone
         try:
             # formats/disk.py flushes the pieces, as it bears with disks that cannot
-            dcp.save(named_state(model, optimizer),
+            dcp.save(weights | moments(model, optimizer),
                      storage_writer=dcp.FileSystemWriter(pieces, sync_files=False))
         except dcp.api.CheckpointException as e:                # no Exception: what went wrong, rank by rank
             common.gather(None)                                 # nobody writes any more
@@ -244,6 +263,21 @@ def is_of(model, config):
     return {key: x for key, x in config.items() if key[0] != "_"} == json.loads(json.dumps(mine))
 
 
+def stored_weights(path, model):
+    """{name of a weight: (the WeightFiles in checkpoint folder `path` that hold it, its name there)}. Raises
+    InputError if they are damaged."""
+    if isinstance(model, Experts):
+        folders = [(f"{name}.", Path(path) / EXPERTS[name][0]) for name in model.trained()]
+    else:
+        folders = [("", config.parent) for config in Path(path).glob("*/config.json")]
+    found = {}
+    for prefix, folder in folders:
+        if folder.is_dir():
+            files = WeightFiles(folder)
+            found |= {prefix + name: (files, name) for name in files.handle}
+    return found
+
+
 @torch.no_grad()
 def load_state(path, state, model, optimizer):
     """Fills a model and its fresh AdamW from checkpoint folder `path`; state: runs.load_state(path).
@@ -254,8 +288,8 @@ def load_state(path, state, model, optimizer):
     for p in params:
         optimizer.state[p] |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p),
                                "exp_avg_sq": torch.zeros_like(p)}
-    mine, pieces = named_state(model, optimizer), Path(path) / PIECES
-    saved, sizes = {}, {}
+    weights, pieces = trained(model), Path(path) / PIECES
+    mine, saved, sizes = weights | moments(model, optimizer), {}, {}
     if "model" in state:                                        # whole tensors; the optimizer numbers its own
         name_of = {p: name for name, p in model.named_parameters()}
         names = {i: name_of[p] for i, p in enumerate(params)}
@@ -268,16 +302,22 @@ def load_state(path, state, model, optimizer):
                      dcp.FileSystemReader(pieces).read_metadata().state_dict_metadata.items()}
         except Exception as e:                                  # whatever unpickling a damaged file raises
             raise InputError(f"{pieces} is truncated or damaged ({type(e).__name__})") from None
+    folders, stored = [config.parent for config in Path(path).glob("*/config.json")], {}
+    if all("/" in name for name in sizes):                      # weights lie in folders of their own
+        stored = stored_weights(path, model)
+        sizes |= {name: stored[name][0].shape(stored[name][1]) for name in weights if name in stored}
     # a weight that never had a gradient has no optimizer state: it starts at zero
     mine = {name: x for name, x in mine.items() if name in sizes or "/" not in name}
     # frozen weights are not among them, so a model of another task could have the same
-    others = [config for config in Path(path).glob("*/config.json")
-              if not is_of(model, read_config(config.parent))]
+    others = [folder for folder in folders if not is_of(model, read_config(folder))]
     if others or sizes != {name: x.shape for name, x in mine.items()}:
         raise InputError(f"--resume_from_checkpoint {path}: not a checkpoint of this script with the same "
                          "--task, --model, --expert, --depth, --pooling, --lora_rank")
     if not any("/" in name for name in sizes):  # it would go on, with fresh moments and without a word
         raise InputError(f"--resume_from_checkpoint {path}: holds no optimizer state, so it is damaged")
+    for name, (files, there) in stored.items():
+        if name in weights:
+            read_rows(mine.pop(name), files, there)
     if saved:
         for name, x in mine.items():
             y = saved[name]

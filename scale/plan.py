@@ -11,6 +11,9 @@ AdamW moments of the trained model, bf16 autocast, what the backward pass keeps 
 layer, the reward model and the decoder. It does not count the CUDA context (about 1 GB) and the allocator's
 unused pieces (up to a tenth). GB is 1e9 bytes.
 
+Frozen weights (the reward model, the base of adapters, a generator that samples) are float32 but for the
+matrices of their blocks, which are bf16.
+
 The numbers come from functions of plain integers, and only the `report` functions print. Under --parallel
 fsdp weights, gradients and moments are split into --gpus parts, and a block is gathered before its use. The
 text encoder and the VAE's encoder work once, when clips are encoded, so they cost an update nothing.
@@ -114,6 +117,7 @@ class Config:
     pixel_reward_parameters: int = arg(986_000_000, "parameters of refl's reward model, in bf16; PickScore's "
                                                     "CLIP ViT-H has 986 M", above=0)
     gradient_checkpointing: bool = arg(True, "recompute each block in the backward pass")
+    keep_attention: bool = arg(False, "with checkpointing, keep the result of self-attention")
     num_samples: int = arg(2048, "own samples that rwr draws and weights once", above=0)
     mfu: float = arg(0.4, "share of --tflops that the work reaches; recomputed products count as work",
                      above=0,
@@ -181,6 +185,13 @@ def reward_parameters(c, depth):
     return trunk + (d + 2 * d * d) + 2 * (d * d + d) + d + 1
 
 
+def matrix_parameters(c):
+    """Parameters of the matrices of one block, and of their biases: what is bf16 where it is frozen
+    (parallel.cast_matrices)."""
+    d, F, image = c["dim"], c["ffn_dim"], bool(c.get("image_dim"))
+    return (10 if image else 8) * d * d + 2 * d * F + (11 if image else 9) * d + F
+
+
 def lora_parameters(c, rank):
     """Adapters d x rank and rank x d on q, k, v, o of both attentions of every block."""
     return c["num_layers"] * 8 * 2 * rank * c["dim"]
@@ -205,13 +216,13 @@ def forward_flops(c, n, layers, batch=1, ends=True, ranks=1):
     return batch * (layers * block + outside), batch * layers * attention
 
 
-def update_flops(forward, trained=True, checkpointing=True):
+def update_flops(forward, trained=True, checkpointing=True, kept=0):
     """One forward and backward pass. Backward: two products for each linear one, or one where weights are
     frozen; five for the two of attention, as flash attention computes its scores again. Checkpointing:
-    forward once more."""
+    forward once more, but for `kept` FLOPs of attention."""
     linear, attention = forward
     passes = 2 if checkpointing else 1
-    return linear * (passes + (2 if trained else 1)) + attention * (passes + 2.5)
+    return linear * (passes + (2 if trained else 1)) + attention * (passes + 2.5) - kept
 
 
 def rollout_passes(skipped, last, stride=1):
@@ -338,19 +349,31 @@ def costs(config, c):
     if config.offload_activations and not config.gradient_checkpointing:
         raise InputError("--offload_activations moves what gradient checkpointing keeps: leave "
                          "--no-gradient_checkpointing out")
+    if config.keep_attention and not config.gradient_checkpointing:
+        raise InputError("--keep_attention keeps a part of what gradient checkpointing computes again: leave "
+                         "--no-gradient_checkpointing out")
     held = 2 if two and (fsdp or trained > updated) else 1
     one = dict(n=n, m=m, f=f, h=h, w=w, parameters=count, reward_parameters=reward, trained=trained,
-               updated=updated, held=held, waiting_weights=4 * count["total"] * (1 + two - held), parts=parts,
+               updated=updated, held=held, parts=parts,
                groups=world // ranks)
 
     # bytes that stay
+    # frozen: the matrices of the blocks in bf16
+    frozen_policy = 4 * count["total"] - 2 * c["num_layers"] * matrix_parameters(c)
+    frozen_reward = 4 * reward - 2 * K * matrix_parameters(c)
     adapters = lora * (2 if lora and trained > updated else 1)
-    one["weights"] = 4 * (reward if stage1 else held * count["total"] + adapters) / parts
+    # generators that are frozen
+    still = held if lora or sampling else 0 if trained > updated else held - 1
+    one["still"], one["waiting_weights"] = still, frozen_policy * (1 + two - held)
+    one["weights"] = 4 * (reward if stage1 else (held - still) * count["total"] + adapters) / parts
+    one["weights"] += still * frozen_policy / parts
     one["optimizer"] = 8 * trained / parts
     one["gradients"] = 4 * updated / parts
-    one["reward_weights"] = 2 * reward if refl else 0 if stage1 else 4 * reward / parts
+    one["reward_weights"] = 2 * reward if refl else 0 if stage1 or not reward else frozen_reward / parts
     one["decoder_weights"] = (2 * refl + 4 * sampling) * vae.decoder_parameters
     one["static"] = sum(one[k] for k in ("weights", "optimizer", "reward_weights", "decoder_weights"))
+    if sampling:                                # the decoder comes when the generator, if it is whole, goes
+        one["static"] = fsdp * one["weights"]
     # bytes of the backward pass
     how = "lora" if lora else "all"
     edge = 4 * b * m * d                                                        # a block's input
@@ -362,6 +385,8 @@ def costs(config, c):
     copy = 2 * ((10 if c.get("image_dim") else 8) * d * d + 2 * d * c["ffn_dim"])
     # embeddings and head, in fp32
     ends = 4 * (reward - K * count["block"] if stage1 else count["total"] - count["blocks"])
+    copy_trained = 0 if lora and not fsdp else copy             # autocast has none of what is bf16 already
+    copy_frozen = fsdp * copy
     # next block; whole gradients of this one
     gathered = copy + 4 * count["block"] * (not lora) + ends if fsdp else 0
     # the same of the reward model, frozen
@@ -372,45 +397,49 @@ def costs(config, c):
                       decoder_costs(f, h, w, config.frames_decoded == "first", vae).items()} if refl else None
     here = 2 if config.offload_activations else L + K  # inputs: one that leaves, one that returns
     one["offloaded"] = 4 * b * m * d * (L + prfl * K) * config.offload_activations
+    # self-attention's result in bf16, and the sums of its softmax
+    attended = b * m * (2 * d + 4 * c["num_heads"]) * config.keep_attention
     for checkpointing in (True, False):
         layers = lambda count, each, copy: (                                    # what `count` blocks keep
-            min(count, here) * edge + each - edge + copy if checkpointing else
+            min(count, here) * edge + (count - 1) * attended + each - edge + copy if checkpointing else
             count * (each + (0 if fsdp else copy)) + fsdp * copy)
-        waiting = min(L, here) * edge if checkpointing else layers(L, block, copy)
-        moments = {"generator": layers(L, block, copy) + passing + gathered,
-                   "gradients": one["gradients"] - not_yet + block + copy + passing + gathered,
+        waiting = min(L, here) * edge + L * attended if checkpointing else layers(L, block, copy_trained)
+        moments = {"generator": layers(L, block, copy_trained) + passing + gathered,
+                   "gradients": one["gradients"] - not_yet + block + copy_trained + passing + gathered,
                    "optimizer": one["gradients"] + 4 * updated / parts}
         if prfl:  # behind the generator's head (3 edges) and under the reward's pooling
-            rewarded = min(K, here) * edge if checkpointing else layers(K, frozen, copy)
+            rewarded = min(K, here) * edge + K * attended if checkpointing else layers(K, frozen, copy_frozen)
             if ranks > 1:  # tokens of all ranks, two gradients of them and the sum of these
                 moments["pooling"] = waiting + 3 * edge + rewarded + 4 * pooled
-            moments["reward"] = waiting + 6 * edge + hidden + layers(K, frozen, copy) + rewarding
+            moments["reward"] = waiting + 6 * edge + hidden + layers(K, frozen, copy_frozen) + rewarding
         if refl:
             moments["decoder"] = waiting + 3 * edge + one["decoder"]["kept"] + one["decoder"]["passing"]
-        # attention's tensors in a forward pass, its bf16 copies; then pixels, twice, and a last stage
+        # attention's tensors in a forward pass; then pixels, twice, and a last stage
         if sampling:
-            moments = {"generator": 25 * b * m * d + copy, "decoder": decoding(f, h, w, vae) * b}
+            at_work = fsdp * (copy + ends) or one["weights"]
+            moments = {"generator": at_work + 28 * b * m * d,
+                       "decoder": one["decoder_weights"] + decoding(f, h, w, vae) * b}
         worst = max(moments, key=moments.get)
         one["with" if checkpointing else "without"] = dict(
             waiting=waiting, moments=moments, worst=worst, peak=one["static"] + moments[worst])
     one |= dict(edge=edge, block=block, block_parts=block_bytes(c, m, how, b), frozen=frozen, hidden=hidden,
-                pooled=pooled,
-                passing=passing, copy=copy, gathered=gathered, rewarding=rewarding)
+                pooled=pooled, attended=attended, passing=passing, copy=copy, copy_trained=copy_trained,
+                gathered=gathered, rewarding=rewarding)
 
     # FLOPs
     forward, reward_forward = forward_flops(c, n, L, b,
                                      ranks=ranks), forward_flops(c, n, K, b, ends=False, ranks=ranks)
     N, recompute = config.num_inference_steps, config.gradient_checkpointing
     one |= dict(forward=forward, reward_forward=reward_forward, rollout_steps=0, reward_flops=0)
-    one["update_flops"] = update_flops(reward_forward if stage1 else forward, trained=not lora,
-                                       checkpointing=recompute)
+    again = 4 * b * m * n * d * config.keep_attention           # self-attention of a block, not made again
+    one["update_flops"] = update_flops(reward_forward if stage1 else forward, not lora, recompute, L * again)
     stride = math.ceil(N / STEADY_PASSES) if config.recipe == "steady" else 1
     if prfl or refl:
         # the rewarded step is uniform on 1 .. N or on the last third, and among those of what trains
         among = experts_steps(config, c) if two else None
         one["rollout_steps"] = rollout_passes(*steps_of("late" if refl else "full", N, among), stride)
     if prfl:
-        one["reward_flops"] = update_flops(reward_forward, trained=False, checkpointing=recompute)
+        one["reward_flops"] = update_flops(reward_forward, False, recompute, K * again)
     if refl:
         one["reward_flops"] = 2 * one["decoder"]["flops"]       # frozen: backward costs as much as forward
     one["rollout_flops"] = one["rollout_steps"] * sum(forward)
@@ -476,7 +505,9 @@ def way(config, c):
     stages = [("1", stage1, 4 * R, T1, config.reward_steps, REWARD_EVERY),
               ("2", stage2, 4 * P, T2, config.max_train_steps, ALIGN_EVERY)]
     for name, stage, weights, trained, steps, every in stages:
-        one["checkpoint" + name] = weights + 12 * trained  # weights as others read them; weights and moments
+        # weights as others read them, and moments; adapters, which are merged there, once more by themselves
+        adapters = 4 * lora_parameters(c, config.lora_rank) if name == "2" else 0
+        one["checkpoint" + name] = weights + 8 * trained + adapters
         one["number" + name] = min(KEPT + 1, math.ceil(steps / every))
         # and what is written last
         one["disk" + name] = one["number" + name] * one["checkpoint" + name] + weights
@@ -503,7 +534,7 @@ def way(config, c):
 # ---- paper
 ELSEWHERE = {       # flags that mean nothing with a method
     "sample": ("depth", "recipe", "lora_rank", "frames_decoded", "pixel_reward_parameters", "num_samples",
-               "gradient_checkpointing"),
+               "gradient_checkpointing", "keep_attention"),
     "prfl": ("frames_decoded", "pixel_reward_parameters", "num_samples"), "refl": ("depth", "num_samples"),
     "sft": ("depth", "recipe", "num_inference_steps", "frames_decoded", "pixel_reward_parameters",
             "num_samples"),
@@ -553,6 +584,10 @@ def report(config, c):
         line("of one GPU, m", f"{one['m']:,}", f"n / {ranks}, rounded up")
     line("a block", big(count["block"]), f"{10 if image else 8} d^2 + 2 d F + {24 if image else 21} d + F")
     two = "boundary_ratio" in c
+    if lora or sampling or prfl or rwr or two:
+        line("its matrices, M", big(matrix_parameters(c)),
+             f"{10 if image else 8} d^2 + 2 d F + {11 if image else 9} d + F, with their biases: bf16 where "
+             "they are frozen")
     line("an expert P" if two else "generator P", big(count["total"]), f"L x {big(count['block'])} + "
          f"{big(count['total'] - count['blocks'])} (embeddings, head{', image' if image else ''})")
     if prfl or rwr or stage1:
@@ -572,14 +607,14 @@ def report(config, c):
              "T in all, one at each update" if both else f"the {config.expert}-noise one")
 
     print("\nbytes on each GPU that stay")
-    P = "2 P" if one["held"] == 2 else "P"
-    row("weights", one["weights"], f"4 R{cut}" if stage1 else f"4 ({P} + T){cut}" if lora else
-        f"4 x {P}{cut}" if two else f"4 T{cut}")
+    frozen = f"{one['still']} x " * (one["still"] > 1) + "(4 P - 2 L M)"
+    summed = f"({frozen} + 4 T)" if one["still"] else "4 T"
+    row("weights", one["weights"], f"4 R{cut}" if stage1 else f"{summed}{cut}")
     if one["waiting_weights"]:
-        row("frozen expert, on the host", one["waiting_weights"], "4 P, of each GPU")
+        row("frozen expert, on the host", one["waiting_weights"], "4 P - 2 L M, of each GPU")
     row("AdamW's two moments", one["optimizer"], f"8 T{cut}")
     if prfl or rwr:
-        row("reward model", one["reward_weights"], f"4 R{cut}")
+        row("reward model", one["reward_weights"], f"(4 R - 2 K M){cut}")
     if refl:
         row("pixel reward, decoder", one["reward_weights"] + one["decoder_weights"], "2 R + 2 D")
     row("together", one["static"], "")
@@ -605,6 +640,8 @@ def report(config, c):
         row("gathered by fsdp", one["gathered"],
             "the next block's bf16 copy, " + "whole fp32 gradients of this one, " * (not lora)
             + "embeddings and head")
+    if config.keep_attention:
+        row("attention, kept", one["attended"], f"b {m} (2 d + 4 k), of each block")
     if config.offload_activations:
         behind = "(L + K)" if prfl else "K" if stage1 else "L"
         row("inputs on the host", one["offloaded"], f"{gb(one['edge'])} x {behind}, of each GPU")
@@ -622,24 +659,30 @@ def report(config, c):
     for key in ("with", "without"):
         found, kept = one[key], key == "without"
         print(f"\npeak {key} checkpointing: what stays + the largest of")
-        copies = " + copy" if parts > 1 else f" + {L_} copies"
+        copy = " + copy" * (one["copy_trained"] > 0)
+        copies = " + copy" if parts > 1 else f" + {L_} copies" * (one["copy_trained"] > 0)
         L_in, K_in = ("2", "2") if config.offload_activations else (L_, "K")
         before = lambda count: "1" if count == "2" else f"({count} - 1)"
-        waiting = f"{L_} ({gb(one['block'])})" + copies if kept else f"{L_in} x {gb(one['edge'])}"
-        rewarding = f"K x {gb(one['frozen'])}" + (" + copy" if parts > 1 else " + K copies") if kept else \
-            f"{before(K_in)} x {gb(one['edge'])} + {gb(one['frozen'])} + copy"
+        attended = lambda count: f" + {count} x {gb(one['attended'])}" * config.keep_attention
+        waiting = f"{L_} ({gb(one['block'])})" + copies if kept else \
+            f"{L_in} x {gb(one['edge'])}{attended(L_)}"
+        rewarding = f"K x {gb(one['frozen'])}" if kept else \
+            f"{before(K_in)} x {gb(one['edge'])}{attended('(K - 1)')} + {gb(one['frozen'])}"
+        in_pieces = " + copy" * (parts > 1)
         formulas = {
             "pooling": f"{waiting} + 3 x {gb(one['edge'])} + {'K' if kept else K_in} x "
-                       f"{gb(one['frozen' if kept else 'edge'])}"
-            f"{' + copy' * kept} + 4 x {gb(one['pooled'])} (tokens, two gradients, their sum)",
-            "reward": f"{waiting} + 6 x {gb(one['edge'])} + {gb(one['hidden'])} + {rewarding}{fsdp_reward}",
+                       f"{gb(one['frozen' if kept else 'edge'])}{in_pieces * kept}"
+                       f"{'' if kept else attended('K')} + 4 x {gb(one['pooled'])} "
+                       "(tokens, two gradients, their sum)",
+            "reward": f"{waiting} + 6 x {gb(one['edge'])} + {gb(one['hidden'])} + {rewarding}{in_pieces}"
+                      f"{fsdp_reward}",
             "decoder": f"{waiting} + 3 x {gb(one['edge'])} + decoder" if refl else "",
-            "generator": (waiting if kept else f"{before(L_in)} x {gb(one['edge'])} + {gb(one['block'])} + "
-                                               "copy")
-            + f" + passing{fsdp_own}",
-            "gradients": f"gradients, but the first block's and the embeddings' + {gb(one['block'])} + copy "
-                         "+ passing"
-            + fsdp_own,
+            "generator": (waiting if kept else
+                          f"{before(L_in)} x {gb(one['edge'])}{attended(f'({L_} - 1)')} + "
+                          f"{gb(one['block'])}{copy}")
+                         + f" + passing{fsdp_own}",
+            "gradients": f"gradients, but the first block's and the embeddings' + {gb(one['block'])}{copy} "
+                         f"+ passing{fsdp_own}",
             "optimizer": f"gradients + 4 T{cut} (square roots)"}
         for name in ("pooling", "reward", "decoder", "generator", "gradients", "optimizer"):
             if name in found["moments"]:
@@ -664,7 +707,8 @@ def report(config, c):
     passes = 2 if config.gradient_checkpointing else 1
     work("forward and backward", one["update_flops"],
          f"{passes + (1 if lora else 2)} x linear + {passes + 2.5} x attention "
-         f"(forward {'twice' if passes == 2 else 'once'})")
+         f"(forward {'twice' if passes == 2 else 'once'})"
+         + " - 4 b n^2 d L, self-attention not made again" * config.keep_attention)
     total = "as above" if not (prfl or refl) else "SFT update + rollout + step with gradients + reward"
     if prfl or refl:
         if config.recipe == "steady":
@@ -678,7 +722,8 @@ def report(config, c):
     if prfl:
         work("reward model", one["reward_flops"],
              f"{passes + 1} x {tera(one['reward_forward'][0])} + {passes + 2.5} x "
-             f"{tera(one['reward_forward'][1])} (K blocks, frozen)")
+             f"{tera(one['reward_forward'][1])} (K blocks, frozen)"
+             + " - self-attention once" * config.keep_attention)
     if refl:
         work("decoder", one["reward_flops"], "2 x forward; the pixel reward is not counted")
     work("one iteration", one["iteration_flops"], total)
@@ -698,14 +743,19 @@ def verdict(config, one, found):
 
 
 def report_sampling(config, c, one, line, row, work):
-    """What sample.py takes: memory of generator and decoder, not of the text encoder, which can be gone by
-    then."""
+    """What sample.py takes: memory of the generator, then of the decoder; text encoder and, unless it is in
+    pieces, generator are gone when the next one comes."""
     print("\nbytes on each GPU")
-    row("together", one["static"], f"{4 * one['held']} P + 4 D: weights of generator and decoder "
-                                   f"({vae_of(c).decoder_parameters / 1e6:.0f} M)")
-    row("generator's forward", one["with"]["moments"]["generator"], "25 b n d + a block's bf16 copy")
+    pieces, n = one["parts"] > 1, "m" if config.sequence_parallel > 1 else "n"
+    row("weights", one["weights"], f"{one['held']} x " * (one["held"] > 1) + "(4 P - 2 L M)"
+        + f" / {one['parts']}" * pieces)
+    row("together", one["static"], "these stay" if pieces else "nothing: the generator goes before the "
+        "decoder comes")
+    row("generator's forward", one["with"]["moments"]["generator"],
+        ("a block's bf16 copy, embeddings and head" if pieces else "weights") + f" + 28 b {n} d")
     row("decoder's forward", one["with"]["moments"]["decoder"],
-        "pixels twice, two frames a convolution, a stage of four")
+        f"4 D ({vae_of(c).decoder_parameters / 1e6:.0f} M), pixels twice, two frames a convolution, a stage "
+        "of four")
     row("PEAK", one["with"]["peak"], verdict(config, one, one["with"]))
     print("\nFLOPs of one GPU")
     work("all steps", one["iteration_flops"], f"N = {config.num_inference_steps} forward passes without "
@@ -727,8 +777,9 @@ def report_way(config, c):
     row("shards", one["shards"], f"{config.clips:,} x {one['clip'] / 1e6:.1f} MB: 4 ({c['out_dim']} f h "
                                  f"w{' x 2' * i2v} + l x {c['text_dim']}{tokens})")
     row("reward model's runs", one["disk1"],
-        f"{one['number1']} checkpoints of 4 R + 12 T = {gb(one['checkpoint1'])}, and 4 R")
-    row("alignment's runs", one["disk2"] + one["adapters"], f"{one['number2']} checkpoints of 4 P + 12 T = "
+        f"{one['number1']} checkpoints of 4 R + 8 T = {gb(one['checkpoint1'])}, and 4 R")
+    row("alignment's runs", one["disk2"] + one["adapters"], f"{one['number2']} checkpoints of 4 P + "
+        f"{12 if config.lora_rank else 8} T = "
         f"{gb(one['checkpoint2'])}, and 4 P{'; adapters' * bool(config.lora_rank)}")
     row("export", one["export"], "2 P, bf16")
     row("DISK", one["disk"], "the third checkpoint is written before the first one goes")

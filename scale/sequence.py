@@ -17,17 +17,22 @@ equal losses, and the average over all ranks, which ddp and fsdp take anyway, is
 Axes: b batch, n video tokens, m = ceil(n / ranks), d model width, k heads, e channels of one head, p ranks of
       a group.
 """
-from functools import lru_cache
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from torch.distributed._functional_collectives import all_gather_single_autograd, all_to_all_single_autograd
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from common import InputError
 from experts import parts
+from scale import groups
+
+try:
+    from torch.distributed._functional_collectives import all_gather_single_autograd
+except ImportError:                                             # its name before torch 2.13
+    from torch.distributed._functional_collectives import (
+        all_gather_tensor_autograd as all_gather_single_autograd,
+    )
 
 
 class Sequence:
@@ -86,13 +91,6 @@ def divisors(*numbers):
     return ", ".join(str(i) for i in range(1, min(numbers) + 1) if not any(x % i for x in numbers))
 
 
-@lru_cache(maxsize=1)
-def group_of(world, ranks, device):
-    """The process group of the `ranks` neighbours that this rank shares its clips with."""
-    return init_device_mesh(device, (world.size() // ranks, ranks),
-                            mesh_dim_names=("data", "sequence"))["sequence"].get_group()
-
-
 def spread(dit, runtime):
     """A generator whose forward calls share their tokens among runtime.sequence_parallel ranks; every rank
     must call it.
@@ -105,6 +103,6 @@ def spread(dit, runtime):
         raise InputError(f"--sequence_parallel {ranks} does not divide the generator's {heads} heads: choose "
                          f"one of {divisors(heads, runtime.world_size)}")
     if ranks > 1:
-        group = group_of(dist.group.WORLD, ranks, runtime.device.type)
+        group = groups.neighbours(dist.group.WORLD, ranks)[0]
         for part in parts(dit):
             part.sequence = lambda n: Sequence(group, n)

@@ -26,7 +26,7 @@ import model
 import prfl
 from common import Runtime
 from pavrm import PAVRM
-from scale import lora, parallel, sequence
+from scale import groups, lora, parallel
 
 
 def gpu_attend(q, k, v, sequence=None):
@@ -86,8 +86,8 @@ def simulate(config, c, grid):
     config: the planner's flags. c: a VideoDiT's config. grid: its latent (f, h, w). Raises InputError."""
     world = config.gpus * config.nodes
     runtime = Runtime(0, world, torch.device("cpu"), torch.bfloat16, config.sequence_parallel)
-    flags = parallel.Flags(config.gradient_checkpointing, config.parallel if world > 1 else "ddp",
-                           config.sequence_parallel,
+    flags = parallel.Flags(config.gradient_checkpointing, config.keep_attention,
+                           config.parallel if world > 1 else "ddp", config.sequence_parallel,
                            config.fsdp_group_size, config.offload_activations)
     if world > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
@@ -99,13 +99,14 @@ def simulate(config, c, grid):
             pavrm = PAVRM(policy.config | {"num_layers": config.depth}).freeze()
         lora.add(policy, config.lora_rank)
         for one in (policy, pavrm):
+            parallel.cast_matrices(getattr(one, "trunk", one), runtime.dtype)               # as on a GPU
             parallel.lay_out(one, runtime, flags)
         with FakeTensorMode(allow_non_fake_inputs=True):         # the models on meta
             return iterate(config, c, grid, policy, pavrm, runtime)
     finally:
         model.attend = attend
         model.rope_table.cache_clear()
-        sequence.group_of.cache_clear()
+        groups.forget()
         if world > 1:
             dist.destroy_process_group()
 

@@ -7,6 +7,11 @@
         On GPUs: 81 frames of 832*480 and of 1280*720, every weight trains, with ddp, with fsdp, and with
         clips that several GPUs share. Writes gpu.md.
     python -m study.node --model wan2.1-t2v-14b --layouts fsdp:8 fsdp:8:4
+    python -m study.node --model wan2.1-t2v-14b --layers 4 --profile
+        The true width, but only four blocks, which takes seconds; and which kernels take the time.
+    python -m study.node --first_hour
+        What a GPU should be asked first, in 13 minutes, in the order of what is worth knowing (FIRST below).
+        Each answer is in results/gpu.md as soon as it is there.
     torchrun --nproc_per_node=2 -m study.node --update prfl --parallel fsdp
         A single row, printed as JSON.
 
@@ -16,11 +21,14 @@ An update is a loss, its backward pass, clipping and an AdamW step. The losses:
   or ours.
 - refl_first, refl_all: a rollout without gradients, then with gradients a step to x_0, the VAE decoder (of
   the first frame or of all) and a reward model of pixels.
+- vae: no update, but Wan2.1's VAE in float32, which encodes and decodes one clip, as data.py and sample.py
+  do.
 
-Weights are float32, drawn once; every process reads what it needs of them. Autocast is bf16, and activation
-checkpointing is on. The decoder is Wan2.1's, from diffusers, with random weights in bf16. Without diffusers
-the rows that need it only say so. The rewarded step is the middle one of those that training draws from, all
-for prfl and the last third for refl, so a row's seconds are those of an average update.
+Weights are drawn once and kept in bf16. Every process reads what it needs of them, to float32 where they
+train. Autocast is bf16, and activation checkpointing is on. The decoder of refl is Wan2.1's, from diffusers,
+with random weights in bf16. Without diffusers the rows that need it only say so. The rewarded step is the
+middle one of those that training draws from, all for prfl and the last third for refl, so a row's seconds are
+those of an average update.
 
 peak: the most bytes that PyTorch had allocated at one time, in the process that had the most. On a CPU they
 come from the profiler's record of every allocation. planned: what scale/plan.py predicts. MFU: FLOPs per
@@ -57,7 +65,8 @@ from model import PRESETS, VideoDiT, export_transformer, load_transformer
 from pavrm import PAVRM, load_pavrm
 from scale import lora, parallel, plan
 
-UPDATES = ("sft", "prfl", "prfl_steady", "refl_first", "refl_all")
+UPDATES = ("sft", "prfl", "prfl_steady", "refl_first", "refl_all", "vae")
+DRAWN = 4_194_301                                       # a prime, so that no rows of a matrix are alike
 RESIDENT = ("resident: the most memory that a process held, including libraries and cached files. The "
             "seconds only show that it runs: they say nothing about a GPU.")
 TOKENS = "tokens/s: the tokens of all clips / the seconds of the whole update, including the rollout."
@@ -69,8 +78,10 @@ class Config(parallel.Flags):
     frames: int | None = arg(None, "video frames, 4 k + 1; default: 81 on a GPU, 9 on a CPU", above=0)
     size: tuple[str, ...] = arg((), "one or several width*height; default: 832*480 and 1280*720 on a GPU, "
                                     "64*64 on a CPU")
-    updates: tuple[str, ...] = arg((), "which updates to measure; default: all on a GPU, all but refl_all on "
-                                       "a CPU",
+    layers: int | None = arg(None, "measure a generator of this many blocks, at its true width; default: all "
+                                   "of them", above=0)
+    updates: tuple[str, ...] = arg((), "which updates to measure; default: all on a GPU, all but refl_all "
+                                       "and vae on a CPU",
                                    choices=UPDATES)
     layouts: tuple[str, ...] = arg((), "each parallel:processes or parallel:processes:processes that share a "
                                        "clip, such as ddp:1 fsdp:8 fsdp:8:4; default: ddp:1 and, on GPUs, "
@@ -83,15 +94,22 @@ class Config(parallel.Flags):
     num_inference_steps: int | None = arg(None, "N, Euler steps of a rollout; default: 40 on a GPU, 8 on a "
                                                 "CPU",
                                           above=2)
-    depth: int = arg(8, "K, blocks of the reward model", above=0)
+    depth: int | None = arg(None, "K, blocks of the reward model; default: 8, or all if there are fewer",
+                            above=0)
     rounds: int | None = arg(None, "updates per row; if there are several, the first warms up and the row "
                                    "has the median of the others. Default: 4 on a GPU, 1 on a CPU", above=0)
     gradient_checkpointing: bool = arg(True, "recompute each block in the backward pass")
+    profile: bool = arg(False, "make one more update, and list the kernels that take the time and the kind "
+                               "of attention")
+    first_hour: bool = arg(False, "answer what a GPU should be asked first, in --minutes; other flags "
+                                  "replace those of every part")
+    minutes: float = arg(13.0, "when --first_hour stops", above=0, only="first_hour")
     matmul: int | None = arg(None, "side of the square matrices whose product is timed; default: 8192 on a "
                                    "GPU, 1024 on a CPU", above=0)
-    weights_dir: str = arg("runs/node/weights", "folder in which the random weights are kept; 4 bytes per "
+    weights_dir: str = arg("runs/node/weights", "folder in which the random weights are kept; 2 bytes per "
                                                 "weight")
-    output_dir: str = arg("runs/node", "folder for the table and the JSON")
+    output_dir: str | None = arg(None, "folder for the table and the JSON; default: runs/node, or results "
+                                       "with --first_hour")
     update: str | None = arg(None, "measure only this update, in the processes that torchrun "
                                    "started", choices=UPDATES)
     seed: int = arg(0, "seed of weights and noise", at_least=0)
@@ -99,8 +117,27 @@ class Config(parallel.Flags):
 
 ON_GPUS = dict(frames=81, size=("832*480", "1280*720"), updates=UPDATES, lora_rank=0, num_inference_steps=40,
                rounds=4, matmul=8192)                           # what flags are if they are not given
-ON_A_CPU = dict(frames=9, size=("64*64",), updates=UPDATES[:-1], lora_rank=16, num_inference_steps=8,
+ON_A_CPU = dict(frames=9, size=("64*64",), updates=UPDATES[:4], lora_rank=16, num_inference_steps=8,
                 rounds=1, matmul=1024)
+# --first_hour: (what is asked, seconds at most, flags). The tests come first: a wrong number needs no timing.
+SMALL, LARGE = dict(model="wan2.1-t2v-1.3b"), dict(model="wan2.1-t2v-14b", layers=4)
+AT_480P, AT_720P = dict(size=("832*480",)), dict(size=("1280*720",))
+FIRST = (
+    ("Does a GPU compute what a CPU does? (tests/gpu.py)", 200, None),
+    ("Four blocks of 14B at 480P: is the planner right, which attention is it, where does time go?", 100,
+     LARGE | AT_480P | dict(updates=("sft", "prfl_steady"), profile=True)),
+    ("1.3B at 480P: how long is an iteration?", 150,
+     SMALL | AT_480P | dict(updates=("sft", "prfl_steady"), rounds=3)),
+    ("The VAE at 480P", 90, SMALL | AT_480P | dict(updates=("vae",))),
+    ("Four blocks of 14B at 480P, compiled: is it worth the wait?", 120,
+     LARGE | AT_480P | dict(updates=("sft",), compile=True)),
+    ("Four blocks of 14B at 480P, inputs on the host: do the copies hide behind the work?", 60,
+     LARGE | AT_480P | dict(updates=("sft",), offload_activations=True)),
+    ("Four blocks of 14B at 480P, attention kept: is it an eighth faster?", 60,
+     LARGE | AT_480P | dict(updates=("sft",), keep_attention=True)),
+    ("Four blocks of 14B at 720P", 90, LARGE | AT_720P | dict(updates=("sft", "prfl_steady"), rounds=2)),
+    ("1.3B at 480P by RGB ReFL", 120, SMALL | AT_480P | dict(updates=("refl_first", "refl_all"), rounds=2)),
+)
 
 
 # ---- what an update needs
@@ -109,7 +146,7 @@ def random_weights(folder, c, depth, seed):
     two paths.
 
     A folder that is missing is written, one weight at a time. Matrices have variance 1 / columns, norms are
-    1, biases 0.
+    1, biases 0. The numbers of a large matrix repeat after DRAWN, which takes seconds in place of minutes.
     """
     generator, reward = Path(folder) / "transformer", Path(folder) / f"reward-{depth}"
     with torch.device("meta"):
@@ -119,11 +156,13 @@ def random_weights(folder, c, depth, seed):
     def draw(name, p):
         if p.dim() == 1:
             return torch.full(p.shape, float(name.endswith("weight")))
-        return torch.randn(p.shape, generator=common.random_generator(seed, name)) / p[0].numel() ** 0.5
+        few = torch.randn(min(p.numel(), DRAWN), generator=common.random_generator(seed, name))
+        few = few.repeat(math.ceil(p.numel() / len(few)))[:p.numel()]
+        return few.view(p.shape) / p[0].numel() ** 0.5
 
     def drawn(model):
         weights = model.state_dict().items()
-        return {name: Later(p.shape, torch.float32, partial(draw, name, p)) for name, p in weights}
+        return {name: Later(p.shape, torch.bfloat16, partial(draw, name, p)) for name, p in weights}
 
     if not generator.exists():
         export_transformer(dit, generator, state=drawn(dit))
@@ -205,6 +244,53 @@ def peak_of(device, models):
     peak.append(most)
 
 
+def kernels_of(update, device, count=12):
+    """What `update`, a function, spends its time with -> {"attention": names of the fused kernels that ran,
+    "kernels": [[name, milliseconds, calls]], the longest first}. On a CPU operations stand for kernels."""
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as record:
+        update()
+        synchronize(device)
+    events, rows = record.key_averages(), []
+    for event in events:
+        on_device = event.device_type != torch.autograd.DeviceType.CPU
+        if on_device == (device.type == "cuda"):
+            time = event.self_device_time_total if on_device else event.self_cpu_time_total
+            rows.append([event.key, time / 1000, event.count])
+    attention = sorted({event.key.removeprefix("aten::") for event in events
+                        if event.key.startswith("aten::_scaled_dot_product_")})
+    return {"attention": attention, "kernels": sorted(rows, key=lambda row: -row[1])[:count]}
+
+
+@torch.no_grad()
+def measure_vae(config, runtime):
+    """Seconds and peak memory of Wan2.1's VAE, with random weights, for one clip -> a row with a note."""
+    from diffusers import AutoencoderKLWan
+    device = runtime.device
+    vae = AutoencoderKLWan().to(device).eval()
+    f, h, w = plan.latent_grid(config.frames, config.size[0])
+    video = torch.rand(1, 3, config.frames, 8 * h, 8 * w, device=device) * 2 - 1
+    said, flops = [], {"encode": plan.encoder_flops(f, h, w), "decode": plan.decoder_costs(f, h, w)["flops"]}
+    for name in flops:
+        seconds = []
+        with peak_of(device, [vae]) as peak:
+            for _ in range(min(config.rounds, 2)):
+                synchronize(device)
+                start = time.perf_counter()
+                if name == "encode":
+                    latents = vae.encode(video).latent_dist.mode()
+                else:
+                    vae.decode(latents)
+                synchronize(device)
+                seconds.append(time.perf_counter() - start)
+        said.append(f"{name} {seconds[-1]:.2f} s ({flops[name] / seconds[-1] / 1e12:.3g} TFLOP/s), peak "
+                    f"{peak[0] / 1e9:.2f} GB")
+    return {"update": "vae", "size": config.size[0], "parallel": config.parallel, "processes": 1,
+            "sequence_parallel": 1, "note": "; ".join(said)}
+
+
 def measure(config, c, runtime, paths, speed):
     """Measures config.update -> a row of the table, {"update", "seconds", "peak_gb", ...}.
 
@@ -222,11 +308,12 @@ def measure(config, c, runtime, paths, speed):
         pixel_reward.requires_grad_(False).eval()
     policy = load_transformer(paths[0], load_now=False).train()
     lora.add(policy, config.lora_rank, seed=config.seed)
-    parallel.shard(policy, runtime, config)
+    parallel.shard(parallel.cast_matrices(policy, runtime.dtype), runtime, config)          # as on a GPU
     models = [policy]
     if method == "prfl":
-        pavrm = parallel.shard(load_pavrm(paths[1], policy, load_now=False), runtime, config)
-        models.append(pavrm)
+        pavrm = load_pavrm(paths[1], policy, load_now=False)
+        parallel.cast_matrices(pavrm.trunk, runtime.dtype)
+        models.append(parallel.shard(pavrm, runtime, config))
     elif method == "refl":
         models += [pixel_reward, decoder.vae]
     trained = [p for p in policy.parameters() if p.requires_grad]
@@ -235,7 +322,7 @@ def measure(config, c, runtime, paths, speed):
         config.model, method, config.frames, config.size[0], recipe_name,
         parallel=config.parallel, sequence_parallel=config.sequence_parallel,
         fsdp_group_size=config.fsdp_group_size, offload_activations=config.offload_activations,
-        lora_rank=config.lora_rank,
+        keep_attention=config.keep_attention, lora_rank=config.lora_rank,
         gradient_checkpointing=config.gradient_checkpointing,
         gpus=runtime.world_size, batch_size=b, num_inference_steps=N, depth=config.depth)
     if method == "refl":
@@ -261,19 +348,23 @@ def measure(config, c, runtime, paths, speed):
             update_loss = refl_baseline.refl_update_loss
             return update_loss(policy, pixel_reward, decoder, x1, context, step, N, **how)[0]
 
+    def make_update():
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        common.average_and_clip_gradients(trained, 1.0)
+        optimizer.step()
+        common.check_finite(value.detach(), f"the {config.update} loss", 0)
+
     seconds = []
     with peak_of(device, models) as peak:
-        for i in range(config.rounds):
+        for _ in range(config.rounds):
             synchronize(device)
             start = time.perf_counter()
-            optimizer.zero_grad()
-            value = loss()
-            value.backward()
-            common.average_and_clip_gradients(trained, 1.0, i)
-            optimizer.step()
+            make_update()
             synchronize(device)
             seconds.append(time.perf_counter() - start)
-            common.check_finite(value.detach(), f"the {config.update} loss", i)
+    found = kernels_of(make_update, device) if config.profile else {}
     timed = seconds[1:] or seconds                          # the first of several warms up
     passes = 0
     if method != "sft":
@@ -290,7 +381,7 @@ def measure(config, c, runtime, paths, speed):
             "peak_gb": max(common.gather(peak[0])) / 1e9, "planned_gb": memory["peak"] / 1e9,
             "resident_gb": max(common.gather(resident)) / 1e9,
             "rewarded_step": step, "forward_passes": passes, "tokens": planned["n"] * b * planned["groups"],
-            "flops": flops, "matmul_tflops": speed / 1e12}
+            "flops": flops, "matmul_tflops": speed / 1e12} | found
 
 
 # ---- one process for each row
@@ -338,16 +429,22 @@ def flags_of(config):
     return flags
 
 
-def measured_apart(config, kind, processes, shared):
-    """The row of config.update, measured by processes of its own. If they fail, the row has a note that says
-    why."""
-    config = dataclasses.replace(config, parallel=kind, sequence_parallel=shared, layouts=(), updates=())
+def measured_apart(config, kind, processes, shared, patience=None):
+    """The row of config.update, measured by processes of its own. If they fail, or take more than `patience`
+    seconds, the row has a note that says why."""
+    config = dataclasses.replace(config, parallel=kind, sequence_parallel=shared, layouts=(), updates=(),
+                                 first_hour=False, minutes=Config.minutes)
+    row = {"update": config.update, "size": config.size[0], "parallel": kind, "processes": processes,
+           "sequence_parallel": shared}
     command, environment = [sys.executable], None
     if processes > 1 or kind == "fsdp":
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         environment = {"OMP_NUM_THREADS": "1"} | os.environ
     command += ["-m", "study.node", *flags_of(config)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=patience)
+    except subprocess.TimeoutExpired:
+        return row | {"note": f"not done after {patience:.0f} s"}
     rows = [line for line in done.stdout.splitlines() if line.startswith('{"update"')]
     if rows:
         return json.loads(rows[-1])
@@ -359,21 +456,25 @@ def measured_apart(config, kind, processes, shared):
         note = " ".join(errors)
     else:
         note = f"exit code {done.returncode}"
-    return {"update": config.update, "size": config.size[0], "parallel": kind, "processes": processes,
-            "sequence_parallel": shared, "note": note}
+    return row | {"note": note}
 
 
 def table(config, rows, machine, gpus):
     """The Markdown page. Only GPUs get columns of speed: a CPU emulates bf16, so its speed says nothing about
     them."""
+    lines = [f"# One update of {config.model} on this machine", "", settings_of(config), "",
+             f"{machine['device']}, torch {machine['torch']}.", "", f"`{machine['command']}`", ""]
+    return "\n".join([*lines, *grid(rows, gpus), "", TOKENS if gpus else RESIDENT, ""])
+
+
+def grid(rows, gpus):
+    """The lines of a table of rows, and behind it the kernels of those that were profiled."""
     columns = ["update", "size", "processes", "seconds", "peak GB", "planned GB", "apart", "rollout passes"]
     if gpus:
         columns += ["tokens/s", "TFLOP/s of one", "matrix product", "MFU"]
     else:
         columns.append("resident GB")
-    lines = [f"# One update of {config.model} on this machine", "", settings_of(config), "",
-             f"{machine['device']}, torch {machine['torch']}.", "", f"`{machine['command']}`", "",
-             "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:
         processes = f"{row['processes']} {row['parallel']}"
         if row["sequence_parallel"] > 1:
@@ -392,12 +493,20 @@ def table(config, rows, machine, gpus):
                 cells.append(f"{row['resident_gb']:.2f}")
         cells += [""] * (len(columns) - len(cells))
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", TOKENS if gpus else RESIDENT, ""])
+    for row in rows:
+        if "kernels" in row:
+            lines += ["", f"{row['update']}, {row['size']}: attention by "
+                      f"{', '.join(row['attention']) or 'no fused kernel'}.", "",
+                      "| kernel | ms | calls |", "|---|---|---|"]
+            lines += [f"| `{name[:100].replace('|', '/')}` | {time:.2f} | {calls} |"
+                      for name, time, calls in row["kernels"]]
+    return lines
 
 
 def settings_of(config):
     """What all rows have in common, in a sentence."""
-    said = [f"{config.frames} frames", f"{config.batch_size} videos per process or group"]
+    blocks = f", {config.layers} blocks" if config.layers else ""
+    said = [f"{config.frames} frames{blocks}", f"{config.batch_size} videos per process or group"]
     if config.batch_size == 1:
         said[1] = "1 video per process or group"
     if config.lora_rank:
@@ -405,13 +514,15 @@ def settings_of(config):
     else:
         said.append("every weight trains")
     said += [f"N = {config.num_inference_steps}", f"K = {config.depth}",
-             "random float32 weights", "bf16 autocast"]
+             "random weights", "bf16 autocast"]
     if config.gradient_checkpointing:
         said.append("checkpointing on")
     else:
         said.append("checkpointing off")
     if config.offload_activations:
         said.append("inputs of blocks offloaded")
+    if config.keep_attention:
+        said.append("attention kept")
     if config.compile:
         said.append("blocks compiled")
     if config.rounds > 1:
@@ -438,35 +549,108 @@ def described(gpus):
             f"average at the start: {load}")
 
 
-def main(config):
-    if not config.update:
-        common.refuse(config, ("parallel", "sequence_parallel"), "without --update: give --layouts")
-    c = PRESETS[config.model]
-    gpus, defaults = 0, ON_A_CPU
-    if torch.cuda.is_available():
-        gpus, defaults = torch.cuda.device_count(), ON_GPUS
+def generator_of(config):
+    """The config of the VideoDiT to measure."""
+    c = dict(PRESETS[config.model])
+    if config.layers:
+        c["num_layers"] = config.layers
+    return c
+
+
+def settled(config, defaults):
+    """A copy of config without open flags. Raises InputError."""
     missing = {name: value for name, value in defaults.items() if getattr(config, name) in (None, ())}
     config = dataclasses.replace(config, **missing)
-    for size in config.size:
-        plan.latent_grid(config.frames, size, plan.vae_of(c).space)
+    c, most = generator_of(config), PRESETS[config.model]["num_layers"]
+    if c["num_layers"] > most:
+        raise InputError(f"--layers {config.layers}: {config.model} has {most}")
+    config.depth = config.depth or min(8, c["num_layers"])
     if config.depth > c["num_layers"]:
         raise InputError(f"--depth must be 1 to {c['num_layers']}, the generator's blocks; got "
                          f"{config.depth}")
-    folder = Path(config.weights_dir) / config.model
+    for size in config.size:
+        plan.latent_grid(config.frames, size, plan.vae_of(c).space)
+    return config, c
+
+
+def weights_folder(config):
+    """Where the random weights of this generator are kept."""
+    return Path(config.weights_dir) / (config.model + f"-{config.layers}-blocks" * bool(config.layers))
+
+
+def first_hour(config, defaults, gpus, machine):
+    """The parts of FIRST, in their order, as far as --minutes go. The page is written anew after each."""
+    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)
+             if getattr(config, field.name) != field.default}
+    out, parts = Path(config.output_dir or "results"), []
+    out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + 60 * config.minutes
+    title = f"# The first {config.minutes:g} minutes on {machine['device']}"
+    lines = [title, "", f"torch {machine['torch']}, `{machine['command']}`", "", TOKENS if gpus else RESIDENT]
+    for asked, patience, flags in FIRST:
+        start, rows = time.monotonic(), []
+        if flags is None:
+            lines += ["", f"## {asked}", "", *run_tests(min(patience, end - start))]
+        else:
+            one, c = settled(dataclasses.replace(config, **flags | given), defaults)
+            lines += ["", f"## {asked}", "", f"{one.model}, {settings_of(one)}", ""]
+            for update in one.updates:
+                left = end - time.monotonic()
+                if left < 1:
+                    rows.append({"update": update, "size": one.size[0], "parallel": "ddp", "processes": 1,
+                                 "sequence_parallel": 1, "note": "no time was left"})
+                    continue
+                if update != "vae":
+                    random_weights(weights_folder(one), c, one.depth, one.seed)
+                one.update = update
+                rows.append(measured_apart(one, "ddp", 1, 1, min(patience, left)))
+            lines += grid(rows, gpus)
+        parts.append({"asked": asked, "seconds": time.monotonic() - start, "rows": rows})
+        runs.write_json(out / "gpu.json", machine | {"parts": parts})
+        (out / "gpu.md").write_text("\n".join([*lines, ""]))
+        print(f"{asked} {parts[-1]['seconds']:.0f} s", flush=True)
+    print(f"wrote {out}/gpu.md and gpu.json")
+
+
+def run_tests(patience):
+    """Runs tests/gpu.py -> lines that say how it went."""
+    tests = Path(__file__).resolve().parents[1] / "tests/gpu.py"
+    command = [sys.executable, "-m", "pytest", "-v", "--no-header", "-rfEsp", str(tests)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=patience)
+    except subprocess.TimeoutExpired:
+        return [f"Not done after {patience:.0f} s."]
+    words = ("E ", "FAILED", "ERROR", "SKIPPED", "PASSED", " passed", " failed", " skipped")
+    said = [line for line in done.stdout.splitlines() if any(word in line for word in words)]
+    return ["```", *said, "```"]
+
+
+def main(config):
+    if not config.update:
+        common.refuse(config, ("parallel", "sequence_parallel"), "without --update: give --layouts")
+    gpus, defaults = 0, ON_A_CPU
+    if torch.cuda.is_available():
+        gpus, defaults = torch.cuda.device_count(), ON_GPUS
+    machine = {"command": " ".join(["python -m study.node", *sys.argv[1:]]), "torch": torch.__version__,
+               "device": described(gpus)}
+    if config.first_hour:
+        return first_hour(config, defaults, gpus, machine)
+    config, c = settled(config, defaults)
+    folder = weights_folder(config)
     if config.update:
         runtime = common.setup("bf16", config.seed, config.sequence_parallel)
-        speed = matmul_speed(runtime.device, config.matmul)
-        paths = random_weights(folder, c, config.depth, config.seed)
-        row = measure(config, c, runtime, paths, speed)
+        if config.update == "vae":
+            row = measure_vae(config, runtime)
+        else:
+            speed = matmul_speed(runtime.device, config.matmul)
+            row = measure(config, c, runtime, random_weights(folder, c, config.depth, config.seed), speed)
         if runtime.rank == 0:
             print(json.dumps(row), flush=True)
         return common.teardown()
     layouts = layouts_of(config, gpus, c["num_heads"])
-    machine = {"command": " ".join(["python -m study.node", *sys.argv[1:]]), "torch": torch.__version__,
-               "device": described(gpus)}
     random_weights(folder, c, config.depth, config.seed)
     name = "gpu" if gpus else "node"
-    out = Path(config.output_dir)
+    out = Path(config.output_dir or "runs/node")
     out.mkdir(parents=True, exist_ok=True)
     rows, page = [], ""
     cases = list(itertools.product(config.size, layouts, config.updates))

@@ -256,7 +256,7 @@ def main(config):
         bar.update()
         if done % config.checkpointing_steps == 0 or done == config.max_train_steps:
             parallel.save_checkpoint(config.output_dir, done, {"transformer": export}, policy, optimizer,
-                                     config)
+                                     config, with_weights=average is not policy)
     bar.close()
     export(Path(config.output_dir) / "transformer")
     print(f"wrote {Path(config.output_dir) / 'transformer'}")

@@ -101,7 +101,7 @@ def test_a_rollout_by_hand(scale, scale_2):
 def test_the_one_that_is_not_called_rests(monkeypatch):
     """Where `resting`, an expert comes to the device of its input, and the other one leaves it first. To move
     both at once moves neither."""
-    both = parallel.cast_matrices(pair(), torch.float32)        # for sample.py and evaluate.py
+    both = parallel.whole(pair(), torch.float32)                # for sample.py and evaluate.py
     assert both.resting and both.to("meta") is both and not any(p.is_meta for p in both.parameters())
     both, moves = pair(), []
     for name in experts.NAMES:

@@ -72,7 +72,8 @@ ACTS = {"train_align": {
     "resume_from_checkpoint": ("sft", "--resume {folder}/nowhere"), "seed": ("sft", "--seed 1"),
     "gradient_checkpointing": ("sft", "--gradient_checkpointing"), "parallel": ("sft", "--parallel fsdp"),
     "sequence_parallel": ("sft", "--sequence_parallel 2"), "fsdp_group_size": ("sft", "--fsdp_group_size 2"),
-    "offload_activations": ("sft", "--offload_activations"), "compile": None,       # tested in tests/scale/
+    "offload_activations": ("sft", "--offload_activations"), "keep_attention": ("sft", "--keep_attention"),
+    "compile": None,                                                                # tested in tests/scale/
     # tested in tests/test_experts.py
     "expert": None, "lora_2": None, "guidance_scale_2": None,
 }, "train_reward": {
@@ -102,7 +103,8 @@ ACTS = {"train_align": {
     "parallel": ("reward", "--parallel fsdp"),
     "sequence_parallel": ("reward", "--sequence_parallel 2"),
     "fsdp_group_size": ("reward", "--fsdp_group_size 2"),
-    "offload_activations": ("reward", "--offload_activations"), "compile": None,   # tested in tests/scale/
+    "offload_activations": ("reward", "--offload_activations"),
+    "keep_attention": ("reward", "--keep_attention"), "compile": None,             # tested in tests/scale/
 }}
 FLAGS = [(script, flag) for script, module in (("train_align", train_align), ("train_reward", train_reward))
          for flag in (field.name for field in dataclasses.fields(module.Config))

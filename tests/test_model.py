@@ -449,6 +449,20 @@ def test_positions_matter(axis, monkeypatch):
         assert relative(moved, out) < 1e-5
 
 
+def test_a_gpus_norm_and_a_compiled_blocks_rotation_are_ours(monkeypatch):
+    """F.rms_norm, which has a kernel of its own there, and real products in place of complex ones."""
+    x, table = torch.randn(2, 24, 2, 12), rope_table((2, 3, 4), 12, torch.device("cpu"), torch.float32)
+    rotated, dit = apply_rope(x, table), make_dit()
+    velocity = dit(**inputs())
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    ours = dit(**inputs())
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(apply_rope(x, table), rotated)
+    torch.testing.assert_close(ours, velocity, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(ours, velocity)                      # another way
+
+
+
 def test_rope_is_relative_and_in_closed_form():
     q, k = torch.randn(2, 1, 1, 1, 12, dtype=torch.float64).unbind()
     table = rope_table((6, 5, 4), 12, q.device, q.dtype).view(6, 5, 4, 1, 6)

@@ -20,6 +20,7 @@ from formats.prompts import read_prompts
 from formats.video import read_video, write_png
 from formats.weights import SHIPPED
 from model import PRESETS
+from pavrm import PAVRM
 from scale import parallel
 from world import annotator
 
@@ -420,7 +421,14 @@ def test_what_does_not_fit_is_told_before():
     told = lambda preset, memory: sample.memory_warning(config, PRESETS[preset], one, memory)
     assert told("wan2.1-t2v-14b", 80e9) is None and told("wan2.1-t2v-1.3b", 24e9) is None
     line = told("wan2.1-t2v-14b", 24e9)
-    assert line.startswith("likely out of memory: ") and "of a GPU's 24" in line and "\n" not in line
+    assert line.startswith("likely out of memory: this needs 34 GB of a GPU's 24") and "\n" not in line
+    # 29 GB of weights are in bf16, and the decoder comes when they have gone; a reward model lies beside them
+    assert told("wan2.1-t2v-14b", 36e9) is None
+    with torch.device("meta"):
+        pavrm = PAVRM(PRESETS["wan2.1-t2v-14b"] | {"num_layers": 8}).freeze()
+    parallel.cast_matrices(pavrm.trunk, torch.bfloat16)
+    line = sample.memory_warning(config, PRESETS["wan2.1-t2v-14b"], one, 36e9, pavrm)
+    assert "this needs 41 GB of a GPU's 36" in line
 
 
 def test_what_is_no_text_or_does_nothing_is_refused(tmp_path, capsys):

@@ -219,6 +219,7 @@ def test_updates_and_what_they_move(folder, one_rank):
     for name, updates in updates_per_iteration.items():
         state = torch.load(folder / f"one-{name}/checkpoint-000005/train_state.pt", weights_only=True)
         assert state["step"] == STEPS and state["optimizer"]["state"][0]["step"] == STEPS * updates
+        assert state["model"] == {}                             # the weights are written once, here:
         saved = load_file(folder / f"one-{name}/checkpoint-000005/transformer" / WEIGHTS)
         assert distance(saved, weights(folder, name, f"one-{name}")) == 0
         assert [row["step"] for row in metrics(folder, f"one-{name}")] == [1, 2, 3, 4, 5]

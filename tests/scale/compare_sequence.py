@@ -3,6 +3,7 @@ several of them. Prints one JSON object a case: the largest relative difference 
 import copy
 import itertools
 import json
+from functools import partialmethod
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ CASES += [ORDINARY | dict(pooling=name) for name in ("mean", "max", "multihead")
 CASES += [ORDINARY | dict(image="pinned")]  # 6 of the 18 tokens: ranks have 5 and 1 of them, or none
 OTHERS = [ORDINARY | dict(offload_activations=True), ORDINARY | dict(fsdp_group_size=2),
           ORDINARY | dict(fsdp_group_size=2, rank=2)]
+COMPILED = [ORDINARY | dict(compile=True)]
 
 
 def far(a, b):
@@ -81,10 +83,15 @@ def compare(runtime, kind, image, checkpointing, rank, pooling, **more):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    parallel.OFFLOADED_FROM = 400  # the tokens of these models, not their prompts
+    # --compile traces and differentiates; the C++ that would come of it takes minutes, so graphs run op by op
+    torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend="aot_eager")
     for ranks in (2, 4):
         runtime = common.setup("no", 0, ranks)
-        for case in CASES if ranks == 4 or dist.get_world_size() == 2 else CASES[4:6] + OTHERS:
+        if dist.get_world_size() == 2:
+            cases = CASES + COMPILED
+        else:
+            cases = CASES if ranks == 4 else CASES[4:6] + OTHERS
+        for case in cases:
             found = compare(runtime, **case)
             if runtime.rank == 0:
                 print(json.dumps(case | {"ranks": ranks, "found": found}), flush=True)

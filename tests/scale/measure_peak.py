@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 import model
 import pavrm
 import prfl
-from scale import lora, plan
+from scale import lora, parallel, plan
 from scale.simulate import gpu_attend, simulate
 
 WIDTH = model.PRESETS["wan2.1-t2v-1.3b"] | dict(dim=256, ffn_dim=1280, num_heads=4, text_len=64, text_dim=128,
@@ -36,9 +36,11 @@ def update(method, checkpointing, rank, config, found):
         trained = model.VideoDiT(**config)
         trained.gradient_checkpointing = checkpointing
         lora.add(trained, rank)
+        parallel.cast_matrices(trained, torch.bfloat16)         # as on a GPU
     if method == "prfl":
         judge = pavrm.PAVRM(config | dict(num_layers=2)).freeze()
         judge.trunk.gradient_checkpointing = checkpointing
+        parallel.cast_matrices(judge.trunk, torch.bfloat16)
     # as on a GPU
     optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], foreach=True)
     for p in optimizer.param_groups[0]["params"]:

@@ -36,7 +36,7 @@ import prfl
 from formats.runs import list_checkpoints, load_state
 from model import load_transformer
 from pavrm import PAVRM
-from scale import parallel
+from scale import lora, parallel
 from scale.lora import FILE
 
 MICRO = ["--gradient_accumulation_steps", "2", "--gradient_checkpointing"]
@@ -107,9 +107,12 @@ def test_two_fsdp_ranks_are_one_process_with_twice_the_batch(folder, runs, name)
 
 def test_each_rank_holds_half(folder, runs):
     for output, *names in (
-            ("two-prfl", "blocks.0.ffn.0.weight", "head.head.weight", "blocks.1.ffn.2.bias/exp_avg"),
-            ("two-reward", "trunk.blocks.1.ffn.0.weight", "mlp.0.weight", "pool.w_k.weight/exp_avg")):
+            ("two-prfl", "blocks.0.ffn.0.weight/exp_avg", "head.head.weight/exp_avg_sq",
+             "blocks.1.ffn.2.bias/exp_avg"),
+            ("two-reward", "trunk.blocks.1.ffn.0.weight/exp_avg", "mlp.0.weight/exp_avg",
+             "pool.w_k.weight/exp_avg")):
         pieces = dcp.FileSystemReader(folder / output / "checkpoint-000005" / parallel.PIECES)
+        assert all("/" in name for name in pieces.read_metadata().state_dict_metadata)  # weights are in files
         for name in names:
             whole = pieces.read_metadata().state_dict_metadata[name]
             half = [whole.size[0] // 2, *whole.size[1:]]
@@ -156,7 +159,7 @@ def test_a_rank_killed_while_it_wrote_a_checkpoint(folder, runs):
     (lambda pieces: (pieces / ".metadata").write_bytes(b"cut"), "is truncated or damaged"),
     (lambda pieces: (pieces / "__1_0.distcp").write_bytes(b"cut"), "is truncated or damaged"),
     (lambda pieces: (pieces / "__1_0.distcp").unlink(), "is truncated or damaged"),
-    (shutil.rmtree, "not a checkpoint of this script"),
+    (shutil.rmtree, "holds no optimizer state"),
 ])
 def test_damaged_pieces_are_one_line(folder, runs, tmp_path, capsys, damage, words):
     shutil.copytree(folder / "two-prfl/checkpoint-000004", tmp_path / "checkpoint-000004")
@@ -234,6 +237,29 @@ def test_blocks_run_in_bfloat16_from_float32_pieces(group):
     ddp, fsdp = (torch.cat([g.flatten() for g in found]) for found in
                  (gradients[0], [g.full_tensor() for g in gradients[1]]))
     assert fsdp.dtype == f32 and (fsdp - ddp).norm() < 0.03 * ddp.norm()
+
+
+def test_frozen_matrices_of_bfloat16_are_split_too(group):
+    """fsdp over a base that was cast, whose adapters train in float32, and a frozen reward model: the
+    gradients are those of ddp over float32."""
+    torch.manual_seed(3)
+    x_T, context, gradients = torch.randn(8, 16, 2, 4, 4), torch.randn(8, 3, 8), []
+    for kind in parallel.KINDS:
+        policy, pavrm = generator(), PAVRM.from_generator(generator(), 1).freeze()
+        torch.nn.init.normal_(pavrm.mlp[-1].weight, generator=torch.Generator().manual_seed(4))
+        lora.add(policy, 2, seed=1)
+        if kind == "fsdp":
+            for dit in (policy, pavrm.trunk):
+                parallel.cast_matrices(dit, torch.bfloat16)
+        for model in (policy, pavrm):
+            parallel.shard(model, group, parallel.Flags(parallel=kind))
+        assert (policy.blocks[1].ffn[0].weight.dtype == torch.bfloat16) == (kind == "fsdp")
+        with group.autocast():
+            prfl.reward_update_loss(policy, pavrm, x_T, context, 3, 4)[0].backward()
+        gradients.append([p.grad for p in policy.parameters() if p.requires_grad])
+    ddp, fsdp = (torch.cat([g.flatten() for g in found]) for found in
+                 (gradients[0], [g.full_tensor() for g in gradients[1]]))
+    assert fsdp.dtype == torch.float32 and (fsdp - ddp).norm() < 0.03 * ddp.norm() > 0
 
 
 @pytest.mark.parametrize("kind", parallel.KINDS)

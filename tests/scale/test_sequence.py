@@ -25,10 +25,10 @@ def torchrun(ranks, script, *argv):
                           capture_output=True, text=True, timeout=600)
 
 
-@pytest.mark.parametrize("ranks, cases", [(2, 14), (4, 19)])
+@pytest.mark.parametrize("ranks, cases", [(2, 15), (4, 19)])
 def test_a_shared_clip_is_a_whole_one(ranks, cases):
     """Loss, reward, samples, gradients and weights after AdamW; t2v, i2v and a pinned first frame;
-    checkpointing, adapters, poolings, fsdp."""
+    checkpointing, adapters, poolings, fsdp, compiled blocks."""
     done = torchrun(ranks, ROOT / "tests/scale/compare_sequence.py")
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert done.returncode == 0 and len(rows) == cases, done.stderr[-3000:]
