@@ -181,7 +181,7 @@ def trial_lines():
 def rivals(work):
     prfl, *others = rivals_of(work)
     kept = {}
-    for methods in ([prfl], others):                            # PRFL's run of a seed renders the curated clips
+    for methods in ([prfl], others):                        # PRFL's run of a seed renders the curated clips
         wanted = [(seed, rival) for rival in methods for seed in work.seeds]
         kept |= finished(work, wanted, FILE, part_of_rival)
     report(work, kept)
