@@ -179,8 +179,12 @@ def trial_lines():
 
 
 def rivals(work):
-    wanted = [(seed, rival) for seed in work.seeds for rival in rivals_of(work)]
-    report(work, finished(work, wanted, FILE, part_of_rival))
+    prfl, *others = rivals_of(work)
+    kept = {}
+    for methods in ([prfl], others):                        # PRFL's run of a seed renders the curated clips
+        wanted = [(seed, rival) for rival in methods for seed in work.seeds]
+        kept |= finished(work, wanted, FILE, part_of_rival)
+    report(work, kept)
 
 
 def report(work, kept):
