@@ -171,10 +171,10 @@ def trial_lines():
     base = [float(bit) for bit in kept["runs"][0]["validations"]["0"]["qualified"]]
     count = len(base)
     return {"trials": numbers, "base": summary([base])}, [
-        f"What was tried for the rivals, on seed {kept['seed']} with the shipped reward model, by {count} "
-        "validation videos: the qualified rate (after so many iterations and CPU seconds), the best one, and "
-        "how far PRFL's last one lies above the first one that had its CPU seconds (one seed: intervals are "
-        "over videos alone). Some runs were stopped before that.", "",
+        f"What was tried for the rivals, on seed {kept['seed']} with a reward model that saw no mismatched "
+        f"prompts, by {count} validation videos: the qualified rate (after so many iterations and CPU "
+        "seconds), the best one, and how far PRFL's last one lies above the first one that had its CPU "
+        "seconds (one seed: intervals are over videos alone). Some runs were stopped before that.", "",
         *table(["flags of train_align.py", "qualified", "best", "PRFL above it"], rows)]
 
 
