@@ -494,8 +494,9 @@ def own_prompts(config, named, runtime):
         tables += table([f"above {first}", *(WATCHED[metric] for metric in metrics)],
                         [[name, *(show(**row[metric], sign="+") for metric in metrics)]
                          for name, row in against.items()])
+        second = f" and {config.guidance_scale_2:g}" if config.guidance_scale_2 is not None else ""
         line = (f"{len(rows)} prompts, same noise, {config.num_inference_steps} Euler steps, guidance "
-                f"{config.guidance_scale:g}; ")
+                f"{config.guidance_scale:g}{second}; ")
         write_results(config, line + searched(config, spent["passes"]), tables, means, against, found, 5)
         few = range(min(6, len(rows)))
         videos = {name: torch.stack([films[name][i] for i in few]) for name in named}

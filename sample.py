@@ -165,7 +165,10 @@ def take_settings(config, rows):
         keep -= {"lora", "lora_2"}
     if "best_of" in changed:
         keep -= {"drops"}
-    if config.guidance_scale == 1 == (config.guidance_scale_2 or 1):
+    if "guidance_scale" in changed:
+        keep -= {"guidance_scale_2"}                            # it follows the first one
+    scale_2 = then.guidance_scale_2 if "guidance_scale_2" in keep else config.guidance_scale_2
+    if config.guidance_scale == 1 == (scale_2 or 1):
         keep -= {"negative_prompt"}
     for name in keep:
         setattr(config, name, getattr(then, name))
@@ -422,7 +425,7 @@ def main(config):
     if runtime.rank == 0:
         if pavrm is not None and mine:
             print(search.cost_in_words(config.best_of, passes, config.num_inference_steps,
-                                       config.guidance_scale))
+                                       guidance))
         if config.output_dir:
             write_metadata(config.output_dir, videos, settings)
             print(f"wrote {len(videos)} videos and metadata.jsonl in {config.output_dir}")

@@ -111,14 +111,14 @@ class Config(rl_baselines.Flags, runs.Flags, validation.Flags, lora.Flags, paral
                                  "prompt, so that guidance stays usable", at_least=0, below=1,
                                  only="method sft or method prfl refl nft grpo, sft_updates")
     learning_rate: float | None = arg(None, "AdamW's learning rate; for sft 3e-4 is better in the embedded "
-                                      "world (results/table1.md); default: 1e-4, by the steady recipe 2e-4, "
-                                      "Wan: the paper's 5e-6", above=0)
+                                      "world (results/table1.md); default: 1e-4, for prfl by the steady "
+                                      "recipe 2e-4, Wan: the paper's 5e-6", above=0)
     lr_scheduler: str | None = arg(None, "constant: the learning rate stays; linear: it falls to 0 at "
                                    "--max_train_steps; default: the recipe's (paper constant, steady "
                                    "linear), constant for the other methods", choices=("constant", "linear"))
     weight_decay: float = arg(0.0, "AdamW's weight decay", at_least=0)
     max_train_steps: int | None = arg(None, "iterations (two updates each in prfl and refl, more in nft "
-                                      "and grpo); default: 120, by the steady recipe 480, Wan: "
+                                      "and grpo); default: 120, for prfl by the steady recipe 480, Wan: "
                                       "the paper's 800", above=0)
     batch_size: int | None = arg(None, "videos (in a reward update: prompts) in a batch of one GPU, or of "
                                  "one --sequence_parallel group; default: 32, Wan: 1", above=0)

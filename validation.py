@@ -226,7 +226,7 @@ def make_validation(config, runtime, policy, shards=None, held_out=None, export=
     vae = families.load_vae(f"{config.model}/vae").to(device)
     prompts, contexts, image, shape = held_out_prompts(config, dit_config, shards, held_out, vae, device)
     null = None
-    if config.guidance_scale != 1:
+    if {config.guidance_scale, config.guidance_scale_2} - {1, None}:
         null = families.null_context(dit_config, "negative", config.data, config.model, device)
     judge = load_pavrm(config.judge, policy, load_now=False) if config.judge else None
     if judge and config.reward:

@@ -173,7 +173,9 @@ def export(config, load_transformer, export_transformer):
         Path(config.out).parent.mkdir(parents=True, exist_ok=True)
         write_adapters(config.out, adapters, config.layout)
     else:
-        dit = load_transformer(config.transformer)
+        # of two experts only one may be written: the other one need not be widened
+        dtype_now = torch.float32 if expert_folders(config.transformer) is None else None
+        dit = load_transformer(config.transformer, dtype=dtype_now)
         for one, source, out, notes in to_write(dit, config):
             if does_both(one.config):                           # the authors' own word for it
                 one.config["model_type"] = "ti2v"

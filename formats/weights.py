@@ -322,12 +322,13 @@ def expert_folders(path):
     if not (boundary or names_two or of_authors or "low" in found):
         return None
     for name, folders in EXPERTS.items():
-        if name not in found and Path(notes.get("_other", "")).joinpath("config.json").is_file():
-            found[name] = Path(notes["_other"])
+        other = notes.get("_other")
+        if name not in found and isinstance(other, str) and (Path(other) / "config.json").is_file():
+            found[name] = Path(other)
         if name not in found:
             place = home / folders[of_authors]
             raise InputError(f"{path}: is half of a generator of two experts (Wan2.2 A14B): the {name}-noise "
-                             f"one, {notes.get('_other', place)}, is missing: put it, or a link to it, at "
+                             f"one, {other or place}, is missing: put it, or a link to it, at "
                              f"{place}")
     if of_authors and not boundary:
         boundary = BOUNDARIES.get(read_config(found["low"]).get("model_type"))

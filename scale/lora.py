@@ -54,9 +54,9 @@ def read_for(dit, path):
     adapters, shapes = read_adapters(path), {name: tuple(p.shape) for name, p in dit.named_parameters()}
     for layer, (A, B) in adapters.items():
         if shapes.get(f"{layer}.weight") != (len(B), A.shape[1]):
-            raise InputError(f"--lora {path}: is of another model: {layer} changes a weight of "
-                             f"{[len(B), A.shape[1]]}, "
-                             f"this one has {list(shapes.get(f'{layer}.weight', []))}")
+            raise InputError(f"{path}: its adapters are of another model: {layer} changes a weight of "
+                             f"{[len(B), A.shape[1]]}, this one has "
+                             f"{list(shapes.get(f'{layer}.weight', []))}")
     return adapters
 
 
@@ -109,7 +109,8 @@ def merge(state, adapters):
     merged = {name: x for name, x in state.items() if ".lora_" not in name}
     for layer, (A, B) in adapters.items():
         W = merged[f"{layer}.weight"]
-        make = lambda W=W, A=A, B=B: full_tensor(W).float() + B @ A
+        # a frozen W is read from its file again, on the CPU, where it waits in bfloat16 on a GPU
+        make = lambda W=W, A=A, B=B: full_tensor(W).to(A.device, torch.float32) + B @ A
         merged[f"{layer}.weight"] = Later(W.shape, torch.float32, make)
     return merged
 

@@ -364,7 +364,10 @@ def costs(config, c):
     adapters = lora * (2 if lora and trained > updated else 1)
     # generators that are frozen
     still = held if lora or sampling else 0 if trained > updated else held - 1
-    one["still"], one["waiting_weights"] = still, frozen_policy * (1 + two - held)
+    one["still"] = still
+    # Without fsdp two experts change places on a GPU. In between both are on the host.
+    one["waiting_weights"] = (two and held == 1) * (
+        frozen_policy + (frozen_policy if lora or sampling else 4 * count["total"]))
     one["weights"] = 4 * (reward if stage1 else (held - still) * count["total"] + adapters) / parts
     one["weights"] += still * frozen_policy / parts
     one["optimizer"] = 8 * trained / parts
@@ -534,13 +537,13 @@ def way(config, c):
 # ---- paper
 ELSEWHERE = {       # flags that mean nothing with a method
     "sample": ("depth", "recipe", "lora_rank", "frames_decoded", "pixel_reward_parameters", "num_samples",
-               "gradient_checkpointing", "keep_attention"),
+               "gradient_checkpointing", "keep_attention", "expert"),
     "prfl": ("frames_decoded", "pixel_reward_parameters", "num_samples"), "refl": ("depth", "num_samples"),
     "sft": ("depth", "recipe", "num_inference_steps", "frames_decoded", "pixel_reward_parameters",
             "num_samples"),
     "rwr": ("recipe", "frames_decoded", "pixel_reward_parameters"),
     "reward": ("recipe", "num_inference_steps", "lora_rank", "frames_decoded", "pixel_reward_parameters",
-               "num_samples")}
+               "num_samples", "expert")}
 OF_CLIPS = ("reward_steps", "reward_batch_size", "holdout", "max_train_steps", "fp32_tflops")
 
 
@@ -611,7 +614,7 @@ def report(config, c):
     summed = f"({frozen} + 4 T)" if one["still"] else "4 T"
     row("weights", one["weights"], f"4 R{cut}" if stage1 else f"{summed}{cut}")
     if one["waiting_weights"]:
-        row("frozen expert, on the host", one["waiting_weights"], "4 P - 2 L M, of each GPU")
+        row("experts, on the host", one["waiting_weights"], "both, while they change places, of each GPU")
     row("AdamW's two moments", one["optimizer"], f"8 T{cut}")
     if prfl or rwr:
         row("reward model", one["reward_weights"], f"(4 R - 2 K M){cut}")

@@ -175,6 +175,9 @@ def finished(work, wanted, file="endurance_runs.json", part_of_run=part_of_case)
     train_reward_models(work, reward_models(work, missing))
     for i in range(0, len(missing), work.jobs):                 # kept as soon as they are there
         together = missing[i:i + work.jobs]
+        # The first run of a seed renders the curated clips of all, so those of the same seed come after it.
+        first = {seed: part_of_run(work, seed, case) for seed, case in reversed(together)}
+        work.run(list(first.values()))
         work.run([part_of_run(work, seed, case) for seed, case in together])
         for seed, case in together:
             folder = part_of_run(work, seed, case)[0]

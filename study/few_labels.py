@@ -19,14 +19,19 @@ HEAD = ["labels", "mismatched", "seeds", "held-out accuracy, clean", "40", "120"
         "last quarter minus best quarter", "test videos", "by seed", "adherent"]
 
 
+def cases_of(work):
+    """CASES without those that have fewer than 50 samples of the preset's."""
+    return [case for case in CASES if work.preset["samples"] // case.parts >= 50]
+
+
 def few_labels(work):
-    report(work, finished(work, [(seed, case) for case in CASES for seed in work.seeds]))
+    report(work, finished(work, [(seed, case) for case in cases_of(work) for seed in work.seeds]))
 
 
 def report(work, kept):
     """Writes the table and the curve of those runs that are kept."""
     rows, cells, curves, made = {}, [], {}, 0
-    for case in CASES:
+    for case in cases_of(work):
         parts = [kept[case.name(seed)] for seed in work.seeds if case.name(seed) in kept]
         if not parts:
             continue
@@ -47,16 +52,17 @@ def report(work, kept):
                       " ".join(f"{value:.3f}" for value in test["seeds"]),
                       f"{numbers['adherent']['mean']:.3f}"])
         steps, means = curves.setdefault(f"{case.mismatched:g} mismatched", ([], []))
-        steps.append(str(16384 // case.parts))
+        steps.append(str(work.preset["samples"] // case.parts))
         means.append(test["mean"])
     plot(work.results / "few_labels.png",
          {"qualified test videos": ("samples that were graded", curves)})
     lines = ["The generator after 480 iterations of the steady recipe (2e-4, falling to 0), by how many "
              "labelled samples its reward model had. A fifth of them, at most 400, were held out: the "
-             "accuracy on few is uncertain. Samples whose grade lies between good and bad have no label: of "
-             "16,384 graded ones about 12,900 count. Mismatched: the share of each batch that got another "
-             "video's prompt and the label bad.", "", *table(HEAD, cells)]
-    if made < len(CASES) * len(work.seeds):
-        lines += [f"{made} of {len(CASES) * len(work.seeds)} runs are made. The command below makes the "
+             "accuracy on few is uncertain. Samples whose grade lies between good and bad have no label: "
+             f"about a fifth of the {work.preset['samples']:,} graded ones. Mismatched: the share of each "
+             "batch that got another video's prompt and the label bad.", "", *table(HEAD, cells)]
+    wanted = len(cases_of(work)) * len(work.seeds)
+    if made < wanted:
+        lines += [f"{made} of {wanted} runs are made. The command below makes the "
                   "others.", ""]
     work.write("few_labels", "How many labels does it take?", lines, {"rows": rows})

@@ -580,6 +580,7 @@ def weights_folder(config):
 
 def first_hour(config, defaults, gpus, machine):
     """The parts of FIRST, in their order, as far as --minutes go. The page is written anew after each."""
+    common.refuse(config, ("layouts", "update"), "with --first_hour, which measures one GPU")
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)
              if getattr(config, field.name) != field.default}
     out, parts = Path(config.output_dir or "results"), []

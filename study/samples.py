@@ -31,7 +31,9 @@ def main(config):
     dit = load_transformer(config.transformer or base).eval().to(runtime.device)
     shards = clips.own_samples(config.output_dir, dit, base, config.count, config.num_inference_steps, "tiny",
                                config.seed, runtime, transformer=config.transformer)
-    print(f"{shards.label_note}\nwrote {config.output_dir}")
+    if runtime.rank == 0:
+        print(f"{shards.label_note}\nwrote {config.output_dir}")
+    common.teardown()
 
 
 if __name__ == "__main__":

@@ -40,7 +40,9 @@ def finished(work, wanted):
     found = read_kept(HOME / "results/search_mismatched_runs.json") | read_kept(path)
     missing = [(seed, row) for seed, row in wanted if f"{row}, seed {seed}" not in found]
     train_reward_models(work, reward_models(work, [(seed, CASES[row]) for seed, row in missing]))
-    work.run([part_of_case(work, seed, CASES[row]) for seed, row in missing if row != BASE])
+    aligned = [(seed, part_of_case(work, seed, CASES[row])) for seed, row in missing if row != BASE]
+    work.run(list(dict(reversed(aligned)).values()))            # the first of a seed renders its clips
+    work.run([part for _, part in aligned])
     for seed, row in missing:
         part = candidates_part(work, seed, row)
         work.run([part])

@@ -164,7 +164,7 @@ def main(config):
                          f"--variant {config.variant}")
     config.model, config.world = str(BASE), "tiny"            # what make_validation asks for beside the flags
     config.data, config.judge, config.parallel = None, None, "ddp"
-    config.shift, config.guidance_scale = 1.0, 1.0
+    config.shift, config.guidance_scale, config.guidance_scale_2 = 1.0, 1.0, None
     runtime = common.setup(config.mixed_precision, config.seed)
     if runtime.world_size > 1:
         raise InputError("study.why runs in one process: start it without torchrun")

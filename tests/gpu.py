@@ -125,8 +125,10 @@ def check_attention(device):
         try:
             with sdpa_kernel(backend):
                 out = F.scaled_dot_product_attention(q, k, v)
-        except RuntimeError:                                    # this machine has none
-            continue
+        except RuntimeError as error:
+            if "No available kernel" not in str(error):
+                raise
+            continue                                            # this machine has none of this kind
         gradient, = torch.autograd.grad(out, q, slope)
         assert far(out[:, :, :few], wanted) < 0.01, backend
         assert far(gradient[:, :, :few], exact[:, :, :few]) < 0.02, backend

@@ -520,8 +520,9 @@ def test_the_walk_says_what_labels_brought():
     few, table = load("few_labels")["rows"], load("table1")["rows"]
     some, every = few["0.25 mismatched, 1 of 20"], few["0.25 mismatched, 1 of 1"]
     rate = lambda row: number(row["qualified"]["mean"])
-    said = (f"{some['labels']} labels brought the generator to {rate(some)} of the test videos, one of all "
-            f"{every['labels']:,} labels to {rate(every)}; SFT, which needs no label, ends at "
+    said = (f"{some['labels']} labels brought the generator to {rate(some)} of the test videos (one seed), "
+            f"one of all {every['labels']:,} labels to {rate(every)} (three seeds); SFT, which needs no "
+            f"label, ends at "
             f"{rate(table['SFT, equal time'])}, and the base has {rate(table['base'])}")
     assert said in " ".join((ROOT / "docs/your_model.md").read_text().split())
 

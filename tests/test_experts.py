@@ -14,6 +14,7 @@ from tiny import DRIVER, apart, command, generator, metrics, one_line, run, torc
 
 import common
 import experts
+import families
 import flow
 import prfl
 import sample
@@ -302,7 +303,7 @@ def test_sharded_training_state_is_of_what_trains(folder, model, two_ranks):
     assert apart(weights(folder, "from-fsdp"), wanted) < 0.005 * apart(wanted, start(model, wanted))
 
 
-def test_validation_samples_with_both(folder, model):
+def test_validation_samples_with_both(folder, model, monkeypatch):
     """best/ has what trained, and is a whole generator."""
     _, flags = job(folder, model, "low", "watched", "--judge", str(folder / "judge"), "--validation_steps",
                    "2")
@@ -320,6 +321,10 @@ def test_validation_samples_with_both(folder, model):
         run("train_align", [*flags, "--guidance_scale", *guidance, "--max_train_steps", "1"])
         found.append(metrics(folder, "watched")[0]["validation_judge"])
     assert len(set(found)) == 4                                 # each of the two guidances counts
+    asked, null_context = [], families.null_context             # guided by one alone: by the negative prompt
+    monkeypatch.setattr(families, "null_context", lambda *how: asked.append(how[1]) or null_context(*how))
+    run("train_align", [*flags, "--guidance_scale", "1", "--guidance_scale_2", "2", "--max_train_steps", "1"])
+    assert asked == ["negative"]
 
 
 def test_training_starts_from_the_adapters_of_an_expert(folder, model, alone):

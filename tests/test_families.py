@@ -178,6 +178,8 @@ REFUSED = {
     "half of a run": ({"transformer_2/config.json": CONFIG | {"_expert": "low", "_boundary_ratio": 0.9,
                                                                "_other": "/nowhere"}},
                       "half .* the high-noise one, /nowhere, is missing: put it, or a link to it, at .*er$"),
+    "half of a run, with no path": ({"transformer_2/config.json": CONFIG | {
+        "_expert": "low", "_boundary_ratio": 0.9, "_other": 3}}, "half .* the high-noise one"),
     "no boundary": ({"transformer/config.json": CONFIG} | SECOND, "does not say .* boundary_ratio is None"),
     "a wrong boundary": (pipeline(transformer_2=EXPERT, boundary_ratio=[0.9]) | SECOND,
                          "boundary_ratio is .0.9"),
@@ -210,9 +212,10 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_a_folder_with_a_part_that_nothing_reads(tmp_path, kind):
+def test_a_folder_with_a_part_that_nothing_reads(tmp_path, kind, monkeypatch):
     files, words = REFUSED[kind]
     folder = write(tmp_path / "model", files)
+    monkeypatch.chdir(write(tmp_path / "here", {"config.json": CONFIG}))    # whoever stands here
     for use in (load_transformer, transformer_folder,
                 lambda path: resolve_model(train_align.Config(model=str(path)))):
         with pytest.raises(InputError, match=words) as error:

@@ -143,6 +143,10 @@ def test_a_row_of_a_folder_makes_its_video_again(pipelines, tmp_path):
     run(sample, "--prompts", tmp_path / "a/metadata.jsonl", "--output_dir", tmp_path / "b")
     a, b = ((tmp_path / name / "000000.mp4").read_bytes() for name in "ab")
     assert a == b and len(read_metadata(tmp_path / "b")) == 1
+    run(sample, "--prompts", tmp_path / "a/metadata.jsonl", "--guidance_scale", 5, "--output_dir",
+        tmp_path / "c")
+    settings = json.loads((tmp_path / "c/metadata.jsonl").read_text())["settings"]
+    assert (settings["guidance_scale"], settings["guidance_scale_2"]) == (5, 5)         # it follows the first
 
 
 # ---- from a folder of clips to diffusers

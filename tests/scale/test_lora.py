@@ -15,7 +15,7 @@ from tiny import (
 from common import InputError
 from formats import runs, wan
 from formats.adapters import LAYOUTS, read_adapters
-from formats.weights import full_tensor
+from formats.weights import Later, full_tensor
 from model import VideoDiT, export_transformer, load_transformer
 from scale import lora
 
@@ -248,3 +248,11 @@ def test_adapters_start_as_a_linear_layer_of_theirs_would():
     A = torch.cat([p.flatten() for name, p in dit.named_parameters() if name.endswith("lora_A.weight")])
     assert A.abs().max() <= dit.config["dim"] ** -0.5 < 1.01 * A.abs().max()
     assert not any(p.any() for name, p in dit.named_parameters() if name.endswith("lora_B.weight"))
+
+
+def test_a_merged_weight_is_made_where_the_adapters_are():
+    """On a GPU a frozen weight waits in bfloat16, and is read again from its file, on the CPU."""
+    A, B = torch.randn(2, 4, device="meta"), torch.randn(4, 2, device="meta")
+    W = Later((4, 4), torch.float32, lambda: torch.ones(4, 4, dtype=torch.bfloat16))
+    made = lora.merge({"x.weight": W}, {"x": (A, B)})["x.weight"].make()
+    assert made.is_meta and made.dtype == torch.float32

@@ -24,9 +24,22 @@ N = 6
 def run(script, folder, output, *flags):
     common.cli(script.main, script.Config, "",
                [*flags, "--curated_dir", str(folder / "curated"), "--num_curated", "16", "--batch_size", "4",
-                "--max_train_steps", "2", "--num_validation", "0", "--checkpointing_steps", "1",
-                "--output_dir", str(folder / output)])
+                "--max_train_steps", "2", "--checkpointing_steps", "1",
+                "--output_dir", str(folder / output),
+                *([] if "--num_validation" in flags else ["--num_validation", "0"])])
     return load_file(folder / output / "transformer" / WEIGHTS)
+
+
+def test_it_validates_as_train_align_does(folder, cpu):
+    flags = ("--num_validation", "2", "--validation_steps", "1", "--learning_rate", "1e-4",
+             "--rollout_passes", "4", "--reward_loss", "logsigmoid", "--lr_scheduler", "constant")
+    found = []
+    for script in (why, train_align):
+        run(script, folder, f"seen-{script.__name__}", *flags)
+        lines = (folder / f"seen-{script.__name__}/metrics.jsonl").read_text().splitlines()
+        found.append([json.loads(line)[f"validation_{name}"] for line in lines
+                      for name in ("qualified", "speed")])
+    assert found[0] == found[1] and len(found[0]) == 6
 
 
 @pytest.fixture(scope="module")
