@@ -465,6 +465,17 @@ def claims():
         f"{rate(with_sft, '40')} with SFT updates and {rate(without, '40')} without",
         f"from {rate(one_step, '50')} after 50 iterations to {rate(one_step, '100')} after 100",
         f"rewards of its samples rise to {one_step['reward']['100']:.1f}"]
+    found = load("rivals")
+    longer, at_best = found["rows"], {claim["claim"]: claim for claim in found["claims"]}
+    assert len(longer["DiffusionNFT"]["best"]) == 1
+    said["## Rivals from reinforcement learning"] += [
+        f"rises to {number(longer['DiffusionNFT']['best'][0])} of the validation videos and then falls, to "
+        f"{with_interval(longer['DiffusionNFT']['qualified'])}",
+        f"rises to {number(longer['Flow-GRPO']['best'][0])} and ends at "
+        f"{with_interval(longer['Flow-GRPO']['qualified'])}",
+        "Each at its best validation, PRFL is above DiffusionNFT by {} and above Flow-GRPO by {}".format(*(
+            with_interval(at_best[f"each at its best validation, PRFL above {name}"], sign="+",
+                          key="difference") for name in ("DiffusionNFT", "Flow-GRPO")))]
     assert min(best[key]["best"]["interval"][0] for key in best) > load("rivals")["base"]["interval"][1]
     assert min(best[key]["prfl_above"]["interval"][0] for key in best) > 0
 
