@@ -372,14 +372,16 @@ def test_one_iteration_of_grpo_by_hand(folder):
 def test_the_old_policy_is_a_moving_average_that_checkpoints_hold(folder):
     run(*command(folder, "nft", "average", "--max_train_steps", "3", "--checkpointing_steps", "1",
                  "--keep", "3", "--old_decay", "0.7", "--no-sft_updates"))
-    states = [runs.load_state(folder / f"average/checkpoint-{step:06d}") for step in (1, 2, 3)]
+    folders = [folder / f"average/checkpoint-{step:06d}" for step in (1, 2, 3)]
+    states = [runs.load_state(checkpoint) for checkpoint in folders]
+    made = [load_transformer(checkpoint).state_dict() for checkpoint in folders]
     names = [name for name, _ in load_transformer(folder / "generator").named_parameters()]
     start = load_transformer(folder / "generator").state_dict()
     for i, name in enumerate(names):
         old = [state["optimizer"]["state"][i]["old"] for state in states]
         assert torch.equal(old[0], start[name])
-        for before, after, state in zip(old, old[1:], states):
-            wanted = 0.7 * before + 0.3 * state["model"][name]
+        for before, after, weights_then in zip(old, old[1:], made):
+            wanted = 0.7 * before + 0.3 * weights_then[name]
             torch.testing.assert_close(after, wanted, rtol=1e-5, atol=1e-7)
 
 
