@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import (
     DRIVER,
     ENV,
@@ -233,6 +233,19 @@ def test_updates_and_what_they_move(folder, one_rank):
         assert (report["trained_on"], report["held_out"], len(report["accuracy"])) == (24, 8, 5)
         assert report["clean"].keys() == {"accuracy", "balanced_accuracy", "auc", "prompt_accuracy",
                                           "prompt_auc"}
+
+
+def test_an_older_checkpoint_goes_on(folder, one_rank):
+    """It holds the weights in its state too, and in its folder with the digits of the dtype that they were
+    loaded in."""
+    older = folder / "older-sft/checkpoint-000004"
+    shutil.copytree(folder / "one-sft/checkpoint-000004", older)
+    exact = load_file(older / "transformer" / WEIGHTS)
+    save_file({name: x.bfloat16() for name, x in exact.items()}, older / "transformer" / WEIGHTS)
+    state = torch.load(older / "train_state.pt", weights_only=True)
+    torch.save(state | {"model": exact}, older / "train_state.pt")
+    run(*command(folder, "sft", "older-sft", "--resume", "latest"))
+    assert distance(weights(folder, "sft", "older-sft"), weights(folder, "sft", "one-sft")) == 0
 
 
 @pytest.mark.parametrize("name", ["prfl", "refl", "rwr", "nft", "grpo"])
