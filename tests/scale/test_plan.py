@@ -153,8 +153,8 @@ def test_tokens_of_wans_sizes():
 
 
 def test_two_experts():
-XX
-    update is of one of them, and the rollout goes on to the steps of what trains."""
+    """Beside one transformer of the same shape: under fsdp both are there; alone, they change places with the
+    host. An update is of one of them, and the rollout goes on to the steps of what trains."""
     one, two = PRESETS["wan2.1-t2v-14b"], plan.GENERATORS["wan2.2-a14b"]
     P = plan.parameters(one)["total"]
     frozen = 4 * P - 2 * one["num_layers"] * plan.matrix_parameters(one)            # matrices in bf16
