@@ -257,8 +257,8 @@ def measure_all(names, open_source, runtime):
     """-> ({name: {metric: [n]}}, {name: {number: video uint8 [f, h, w, 3]} of the first SHOWN}), the same on
     every rank.
 
-    The ranks take the groups in turn. A group is computed alike wherever it is, so n ranks give what one
-    gives.
+    The ranks take the groups in turn. A group's numbers do not depend on the rank that computes it, so n
+    ranks give the same result as one.
     """
     found, films = {}, {}
     for name in names:

@@ -1,9 +1,9 @@
 """Families of generators: one table of how each is used and trained unless flags say otherwise, and the
 loaders of their encoders.
 
-Nothing else in this repository asks which family a generator is of. `of_config` tells it by the generator's
-config.json, and formats/weights.py refuses folders of families that are not here. To add one, add a row to
-FAMILIES.
+Nothing else in this repository asks which family a generator is of. `of_config` finds the family from the
+generator's config.json, and formats/weights.py refuses folders of families that are not in this table. To add
+one, add a row to FAMILIES.
 
     embedded world      the small models in checkpoints/, whose VAE and text encoder are in world/
     Wan2.1              text-to-video and image-to-video, whose encoders formats/wan.py reads

@@ -36,8 +36,9 @@ class Flags:
     """Flags of train_align.py for NFT and GRPO."""
     group_size: int = arg(8, "samples of a prompt in a batch, which are compared with each other", at_least=1,
                           only="method nft grpo")
-    inner_updates: int = arg(4, "updates on each batch of samples; grpo: also how many steps of the rollout "
-                             "are stochastic, as each makes one update", above=0, only="method nft grpo")
+    inner_updates: int = arg(4, "updates on each batch of samples; with grpo it is also the number of "
+                             "stochastic steps in a rollout, because each gets one update", above=0,
+                             only="method nft grpo")
     advantage_clip: float | None = arg(None, "advantages, in standard deviations, are clipped at this value; "
                                        "default: nft 1, grpo 5", above=0, only="method nft grpo")
     nft_reward: str = arg("advantage", "how good a sample is, from 0 to 1: its advantage in its group, "
@@ -342,8 +343,9 @@ class GRPO(Learner):
         return int(torch.randint(last + 1, (1,), generator=generator))
 
     def sample(self, iteration, indices, context, conditions):
-        """-> x0 [b, c, f, h, w] and, for each stochastic step, where it starts, its times [b], where it led,
-        the log-probability of that [b] and the mean of the start's step."""
+        """-> a dict. x0 [b, c, f, h, w]. steps: for each stochastic step the latents before it, its times t
+        and t_next [b], the latents after it, and their log-probability [b]. means: for each, the mean of the
+        same step under the untrained policy; none without kl_weight."""
         c, N, first = self.config, self.config.num_inference_steps, self.first_step(iteration)
         how = dict(passes=c.rollout_passes, shift=c.shift)
         groups = [i // c.group_size for i in indices]

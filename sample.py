@@ -95,8 +95,8 @@ class Config(search.Flags):
     batch_size: int | None = arg(None, "videos of one seed that are sampled together; default: by their "
                                  "size, 1 for Wan2.1's. Rows of a metadata.jsonl keep the batches that they "
                                  "were made in", above=0)
-    mixed_precision: str | None = arg(None, "autocast dtype; default: no, and for Wan2.1 bf16 if the "
-                                      "machine has it", choices=("no", "bf16"))
+    mixed_precision: str | None = arg(None, "autocast dtype; default: bf16 for Wan2.1 and Wan2.2 where the "
+                                      "machine is fast at it, else no", choices=("no", "bf16"))
     parallel: str = arg("ddp", "under torchrun: each GPU holds the whole generator (ddp) or its part of it "
                         "(fsdp)", choices=parallel.KINDS)
     sequence_parallel: int = arg(1, "neighbouring GPUs that share a video's tokens, for long videos", above=0)

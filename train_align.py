@@ -103,7 +103,8 @@ class Config(rl_baselines.Flags, runs.Flags, validation.Flags, lora.Flags, paral
                                       only="method prfl refl")
     frames_decoded: str = arg("first", "frames that are decoded and judged", choices=refl_baseline.FRAMES,
                               only="method refl")
-    decoder_checkpointing: bool = arg(False, "save memory: decode in chunks, and again in the backward pass",
+    decoder_checkpointing: bool = arg(False, "save memory: decode in chunks, and decode each chunk anew in "
+                                      "the backward pass",
                                       only="method refl")
     sft_updates: bool = arg(True, "make the SFT update that keeps the reward from being exploited (Alg. 1)",
                             only="method prfl refl nft grpo")
@@ -111,15 +112,15 @@ class Config(rl_baselines.Flags, runs.Flags, validation.Flags, lora.Flags, paral
                                  "prompt, so that guidance stays usable", at_least=0, below=1,
                                  only="method sft or method prfl refl nft grpo, sft_updates")
     learning_rate: float | None = arg(None, "AdamW's learning rate; for sft 3e-4 is better in the embedded "
-                                      "world (results/table1.md); default: 1e-4, for prfl by the steady "
-                                      "recipe 2e-4, Wan: the paper's 5e-6", above=0)
+                                      "world (results/table1.md); default: Wan: the paper's 5e-6; embedded "
+                                      "world: 2e-4 for prfl by the steady recipe, else 1e-4", above=0)
     lr_scheduler: str | None = arg(None, "constant: the learning rate stays; linear: it falls to 0 at "
                                    "--max_train_steps; default: the recipe's (paper constant, steady "
                                    "linear), constant for the other methods", choices=("constant", "linear"))
     weight_decay: float = arg(0.0, "AdamW's weight decay", at_least=0)
     max_train_steps: int | None = arg(None, "iterations (two updates each in prfl and refl, more in nft "
-                                      "and grpo); default: 120, for prfl by the steady recipe 480, Wan: "
-                                      "the paper's 800", above=0)
+                                      "and grpo); default: Wan: the paper's 800; embedded world: 480 for "
+                                      "prfl by the steady recipe, else 120", above=0)
     batch_size: int | None = arg(None, "videos (in a reward update: prompts) in a batch of one GPU, or of "
                                  "one --sequence_parallel group; default: 32, Wan: 1", above=0)
     gradient_accumulation_steps: int | None = arg(None, "batches per update; default: 1, Wan: as many as "
@@ -170,11 +171,11 @@ def resolve(config):
     validation.check_flags(config, settings.num_validation)
     if settings.trajectory_part:
         prfl.steps_of(settings.trajectory_part, settings.num_inference_steps,
-                      trained_steps(settings, dit_config))
+                      steps_of_experts(settings, dit_config))
     return settings, origin, shards
 
 
-def trained_steps(config, dit_config):
+def steps_of_experts(config, dit_config):
     """(skipped, last) of the Euler steps that the --expert which trains makes; None without experts."""
     if not config.expert:
         return None
@@ -218,7 +219,7 @@ def main(config):
     if runtime.rank == 0:
         print(f"{global_batch} videos per update: {runtime.world_size // config.sequence_parallel} x "
               f"--batch_size {config.batch_size} x --gradient_accumulation_steps {accumulation}", flush=True)
-    N, among = config.num_inference_steps, trained_steps(config, policy.config)
+    N, among = config.num_inference_steps, steps_of_experts(config, policy.config)
     empty = None
     if config.context_dropout:
         empty = null_context(policy.config, "empty", config.data, config.model, runtime.device)

@@ -4,8 +4,9 @@ usable.
     runs/align/
         args.json                        the flags, as they were resolved
         metrics.jsonl                    one line per step
-        checkpoint-000040/               transformer/ (or reward/), args.json, train_state.pt; with fsdp
-                                         sharded_state/; with adapters pytorch_lora_weights.safetensors
+        checkpoint-000040/               transformer/, transformer_2/ or reward/ (the weights), args.json,
+                                         train_state.pt (step, AdamW's numbers); with fsdp sharded_state/;
+                                         with adapters pytorch_lora_weights.safetensors
         samples/  best/  transformer/    what the script makes
         earlier-20261129-204500/         a run that was here before: all of the above, to be resumed
 

@@ -95,7 +95,7 @@ def spread(dit, runtime):
     """A generator whose forward calls share their tokens among runtime.sequence_parallel ranks; every rank
     must call it.
 
-    Raises InputError if they do not divide its heads.
+    Raises InputError if runtime.sequence_parallel does not divide the number of the generator's heads.
     """
     ranks, heads = runtime.sequence_parallel, dit.config["num_heads"]
     check(ranks)

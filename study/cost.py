@@ -61,7 +61,7 @@ class Config:
     depth: int = arg(8, "K, blocks of the generator in PRFL's reward model", above=0,
                      only="command times or method prfl prfl_steady")
     rounds: int = arg(8, "timed iterations of each method, after one that warms up", above=0)
-    decoder_checkpointing: bool = arg(False, "refl: save memory: decode in chunks, and again in the backward "
+    decoder_checkpointing: bool = arg(False, "refl: save memory: decode in chunks, and anew in the backward "
                                              "pass",
                                       only="command times or method refl_first refl_all")
     sft_updates: bool = arg(True, "make the SFT update of each iteration",

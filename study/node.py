@@ -27,8 +27,8 @@ An update is a loss, its backward pass, clipping and an AdamW step. The losses:
 Weights are drawn once and kept in bf16. Every process reads what it needs of them, to float32 where they
 train. Autocast is bf16, and activation checkpointing is on. The decoder of refl is Wan2.1's, from diffusers,
 with random weights in bf16. Without diffusers the rows that need it only say so. The rewarded step is the
-middle one of those that training draws from, all for prfl and the last third for refl, so a row's seconds are
-those of an average update.
+middle one of those that training draws from (all N steps for prfl, the last third for refl). So a row's
+seconds are those of an average update.
 
 peak: the most bytes that PyTorch had allocated at one time, in the process that had the most. On a CPU they
 come from the profiler's record of every allocation. planned: what scale/plan.py predicts. MFU: FLOPs per

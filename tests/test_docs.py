@@ -273,7 +273,8 @@ def claims():
         gap(differ, f"steady, {end}, by another seed's reward above steady, {end}"),
         f"lifts the base to {with_interval(guided)}.",
         f"lifts best of 4 by {gap(differ, f'base, guided, scale 16, {end} above base, {end}')}",
-        f"costs {times(guided['passes'])} the passes. For about as many, best of 4 without guidance reaches "
+        f"costs {times(guided['passes'])} the passes. With about as many passes, best of 4 without guidance "
+        "reaches "
         f"{m('base', four)}",
         f"falls by {gap(differ, f'base, guided, scale 64, {end} above base, {end}', flip=True)}, and "
         f"brightness is {bright} where "
