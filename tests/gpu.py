@@ -126,9 +126,10 @@ def check_attention(device):
             with sdpa_kernel(backend):
                 out = F.scaled_dot_product_attention(q, k, v)
         except RuntimeError as error:
-            if "No available kernel" not in str(error):
+            # what CUDA says, and the CPU, where a machine has none of this kind
+            if not any(said in str(error) for said in ("No available kernel", "No viable backend")):
                 raise
-            continue                                            # this machine has none of this kind
+            continue
         gradient, = torch.autograd.grad(out, q, slope)
         assert far(out[:, :, :few], wanted) < 0.01, backend
         assert far(gradient[:, :, :few], exact[:, :, :few]) < 0.02, backend
