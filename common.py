@@ -182,6 +182,11 @@ def refuse(config, names, why):
             raise InputError(f"--{field.name} means nothing {why}: leave it out")
 
 
+def divisors(*numbers):
+    """What divides all of them, as words."""
+    return ", ".join(str(i) for i in range(1, min(numbers) + 1) if not any(x % i for x in numbers))
+
+
 def settle(config, sources):
     """Flags in, settings out: -> (a copy of config with its open flags filled in, {flag: where its value
     comes from}).

@@ -80,25 +80,26 @@ def sft_loss(policy, x0, x1, t, context, weight=None, **conditions):
 
 
 def steps_of(part, num_steps, among=None):
-    """-> (skipped, last): this part of the trajectory has the steps skipped + 1 to last. among: (skipped,
-    last) of the steps that count, such as those of one expert of two; default: all.
+    """-> (skipped, last): this part of the trajectory has the steps skipped + 1 to last.
 
-    Raises InputError if it has no steps.
+    among: of a generator of two experts, the same two numbers for the steps of the expert that trains. Then
+    only steps of both count. Raises InputError if no step is left.
     """
-    skipped, last = (num_steps * third // 3 for third in THIRDS[part])
+    first_third, last_third = THIRDS[part]
+    skipped, last, whose = num_steps * first_third // 3, num_steps * last_third // 3, ""
     if among:
-        skipped, last = max(skipped, among[0]), min(last, among[1])
+        skipped, last, whose = max(skipped, among[0]), min(last, among[1]), " of the --expert that trains"
     if last <= skipped:
         raise InputError(f"--num_inference_steps {num_steps} leaves the {part} part of the trajectory "
-                         f"without a step{' of the --expert that trains' * bool(among)}")
+                         f"without a step{whose}")
     return skipped, last
 
 
 def draw_step(seed, iteration, num_steps, part="full", among=None):
-    """The rewarded step of an iteration, from 1 to num_steps, uniform over a part of the trajectory (Alg. 1)
-    and, with `among`, over the steps that count.
+    """The rewarded step of an iteration, from 1 to num_steps, uniform over a part of the trajectory (Alg. 1).
 
-    It depends only on (seed, iteration), so it is the same on every rank and after a resume.
+    among: as in `steps_of`. The step depends only on (seed, iteration), so it is the same on every rank and
+    after a resume.
     """
     skipped, last = steps_of(part, num_steps, among)
     generator = random_generator(seed, "reward step", iteration)

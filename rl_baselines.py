@@ -144,10 +144,9 @@ def check(config, global_batch):
     if config.method not in LEARNERS:
         return
     if global_batch % config.group_size:
-        fits = ", ".join(str(n) for n in range(1, global_batch + 1) if global_batch % n == 0)
         raise InputError(f"--group_size {config.group_size} does not divide the {global_batch} videos per "
                          "update (--batch_size times --gradient_accumulation_steps, on all GPUs): choose one "
-                         f"of {fits}, or another --gradient_accumulation_steps")
+                         f"of {common.divisors(global_batch)}, or another --gradient_accumulation_steps")
     if config.group_size == 1 and config.nft_reward == "advantage":
         raise InputError("--group_size 1: a sample is compared with the others of its prompt: give 2 or "
                          "more")

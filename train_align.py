@@ -234,8 +234,8 @@ def main(config):
         return x0, context, image_inputs(policy.config, batch, runtime.device)
 
     if config.method == "rwr":
-        # The untrained policy makes the samples, also on a resume: before parallel.load_state reads trained
-        # weights.
+        # The untrained policy makes the samples, on a resume too. So this comes before parallel.load_state
+        # reads trained weights.
         _, sampled_context, sampled_conditions = curated_batch(config.seed + 1, 0, range(config.num_samples))
         sampled_x0, sample_weights = rl_baselines.weighted_samples(policy, pavrm, shards.latent_shape,
             sampled_context, config.seed + 2, N, config.batch_size, runtime, config.shift,

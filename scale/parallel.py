@@ -76,7 +76,7 @@ def check(flags):
     if flags.fsdp_group_size and dist.get_world_size() % flags.fsdp_group_size:
         raise InputError(f"--fsdp_group_size {flags.fsdp_group_size} does not divide the "
                          f"{dist.get_world_size()} "
-                         f"processes: choose one of {sequence.divisors(dist.get_world_size())}")
+                         f"processes: choose one of {common.divisors(dist.get_world_size())}")
     if flags.offload_activations and not flags.gradient_checkpointing:
         raise InputError("--offload_activations moves the block inputs that --gradient_checkpointing keeps: "
                          "give both")

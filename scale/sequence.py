@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
+import common
 from common import InputError
 from experts import parts
 from scale import groups
@@ -83,12 +84,7 @@ def check(ranks):
     if dist.is_initialized() and dist.get_world_size() % ranks:
         world = dist.get_world_size()
         raise InputError(f"--sequence_parallel {ranks} does not divide the {world} processes: choose one of "
-                         f"{divisors(world)}")
-
-
-def divisors(*numbers):
-    """What divides all of them, as words."""
-    return ", ".join(str(i) for i in range(1, min(numbers) + 1) if not any(x % i for x in numbers))
+                         f"{common.divisors(world)}")
 
 
 def spread(dit, runtime):
@@ -101,7 +97,7 @@ def spread(dit, runtime):
     check(ranks)
     if heads % ranks:
         raise InputError(f"--sequence_parallel {ranks} does not divide the generator's {heads} heads: choose "
-                         f"one of {divisors(heads, runtime.world_size)}")
+                         f"one of {common.divisors(heads, runtime.world_size)}")
     if ranks > 1:
         group = groups.neighbours(dist.group.WORLD, ranks)[0]
         for part in parts(dit):

@@ -13,7 +13,6 @@ The whole study is 61 runs, most of 50 minutes of a core. So a finished run is k
 results/endurance_runs.json, as its curves and its verdicts on the test videos, and is not made again. Remove
 its entry there to make it anew. results/endurance.md says how many are made.
 """
-import json
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +28,7 @@ from formats.video import to_pixels
 from formats.weights import SHIPPED
 from model import load_transformer
 from report import confidence_interval, plot, show, summary, table
-from study.parts import HOME, part_of, reward_folder, train_reward_models
+from study.parts import HOME, part_of, read_metrics, reward_folder, train_reward_models
 from validation import OTHER_PROMPT
 from world import annotator, scene
 
@@ -111,11 +110,6 @@ def reward_models(work, wanted):
     return list(dict.fromkeys(both))
 
 
-def read_metrics(folder):
-    """Of a run folder -> its rows."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def curve_of(rows):
     """Rows of a metrics.jsonl -> {iteration: {"qualified", "cpu_seconds" of all updates until then, and the
     panel}}"""
@@ -167,10 +161,19 @@ def read_kept(path):
         raise InputError(f"{path} is damaged ({error}): restore or remove it") from None
 
 
+def kept_in(work, file):
+    """What is kept in results/`file`, of the repository and of --results_dir -> {name: what is kept}"""
+    return read_kept(HOME / "results" / file) | read_kept(work.results / file)
+
+
+def keep(work, file, kept):
+    work.results.mkdir(parents=True, exist_ok=True)
+    runs.write_json(work.results / file, kept)
+
+
 def finished(work, wanted, file="endurance_runs.json", part_of_run=part_of_case):
     """Makes those of [(seed, case)] that are not kept in `file` -> {name of the run: what is kept of it}"""
-    path = work.results / file
-    kept = read_kept(HOME / "results" / file) | read_kept(path)
+    kept = kept_in(work, file)
     missing = [(seed, case) for seed, case in wanted if case.name(seed) not in kept]
     train_reward_models(work, reward_models(work, missing))
     for i in range(0, len(missing), work.jobs):                 # kept as soon as they are there
@@ -188,8 +191,7 @@ def finished(work, wanted, file="endurance_runs.json", part_of_run=part_of_case)
                                      "reward": from_json(report.read_text()),
                                      "curve": curve_of(read_metrics(folder)),
                                      "test": test_verdicts(folder / "transformer")}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        runs.write_json(path, kept)
+        keep(work, file, kept)
     return {case.name(seed): kept[case.name(seed)] for seed, case in wanted}
 
 

@@ -141,6 +141,11 @@ def part_of(folder):
         raise InputError(f"{path} is damaged ({error}): remove its folder") from None
 
 
+def read_metrics(folder):
+    """The rows of a run folder's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def check_part(folder, words, finished):
     """A folder is known by its name; scripts' defaults and presets are not in it."""
     kept = part_of(folder).get("command", "an unknown command" if finished else None)

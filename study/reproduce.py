@@ -86,6 +86,7 @@ from study.parts import (
     base_of,
     evaluations,
     named,
+    read_metrics,
     reward_folder,
     train_aligned,
     train_rewards,
@@ -172,8 +173,7 @@ def iteration_in_sft_updates(work, method, flags=(), seed=0):
     An iteration is an SFT update and a reward update. The seconds of both come from the same run, so whatever
     else the machine did slowed both alike.
     """
-    lines = (align_folder(work, seed, method, flags) / "metrics.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if "reward" in row]
+    rows = [row for row in read_metrics(align_folder(work, seed, method, flags)) if "reward" in row]
     sft = np.array([row["sft_seconds"] for row in rows])
     reward = np.array([row["reward_seconds"] for row in rows])
     return 1 + reward.sum() / sft.sum()
@@ -387,10 +387,7 @@ def hacking(work):
     panel = ("qualified", "speed", "brightness", "saturation")
     curves, ends = {}, {}
     for label, flags in variants.items():
-        runs = []
-        for seed in work.seeds:
-            lines = (folder(seed, flags) / "metrics.jsonl").read_text().splitlines()
-            runs.append([json.loads(line) for line in lines])
+        runs = [read_metrics(folder(seed, flags)) for seed in work.seeds]
         validated = [[row for row in rows if "validation_qualified" in row] for rows in runs]
         at = [row["step"] for row in validated[0]]
         curves[label] = {}

@@ -9,13 +9,13 @@ Axes: m videos, n candidates.
 import numpy as np
 from safetensors.torch import load_file
 
-from formats import runs
 from report import claim_verdicts, claims_table, plot, show, summary, table
 from search import parse_drops
-from study.endurance import TESTED, Case, bits, part_of_case, read_kept, reward_models
-from study.parts import HOME, part_of, reward_folder, train_reward_models
+from study.endurance import TESTED, Case, bits, keep, kept_in, part_of_case, reward_models
+from study.parts import part_of, reward_folder, train_reward_models
 from study.search import HOW, ONE, PANEL, STEPS, kept, label, passes_of
 
+FILE = "search_mismatched_runs.json"
 BASE, STEADY, PAPER = "base", "PRFL, steady, 480 iterations", "PRFL, the paper's recipe, 480 iterations"
 CASES = {BASE: Case("steady", "linear", rate=2e-4, length=480),       # only its reward model is used
          STEADY: Case("steady", "linear", rate=2e-4, length=480), PAPER: Case("paper", length=480)}
@@ -36,8 +36,7 @@ def candidates_part(work, seed, row):
 
 def finished(work, wanted):
     """Makes those of [(seed, row)] that are not kept -> {(seed, row): {plan: {name of PANEL: [m]}}}"""
-    path = work.results / "search_mismatched_runs.json"
-    found = read_kept(HOME / "results/search_mismatched_runs.json") | read_kept(path)
+    found = kept_in(work, FILE)
     missing = [(seed, row) for seed, row in wanted if f"{row}, seed {seed}" not in found]
     train_reward_models(work, reward_models(work, [(seed, CASES[row]) for seed, row in missing]))
     aligned = [(seed, part_of_case(work, seed, CASES[row])) for seed, row in missing if row != BASE]
@@ -54,8 +53,7 @@ def finished(work, wanted):
             entry["plans"][plan] = {what: bits(panel[what][0]) for what in PANEL[:4]} | {
                 what: round(float(panel[what].mean()), 5) for what in PANEL[4:]}
         found[f"{row}, seed {seed}"] = entry
-        path.parent.mkdir(parents=True, exist_ok=True)
-        runs.write_json(path, found)
+        keep(work, FILE, found)
     return {(seed, row): found[f"{row}, seed {seed}"]["plans"] for seed, row in wanted}
 
 

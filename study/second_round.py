@@ -7,12 +7,12 @@ Finished parts are kept in results/second_round_runs.json and are not made again
 """
 import numpy as np
 
-from formats import runs
 from formats.metadata import from_json
 from report import claim_verdicts, claims_table, show, summary, table
-from study.endurance import EVERY, RECIPES, VALIDATED, curve_of, read_kept, read_metrics, test_verdicts
-from study.parts import HOME, commit
+from study.endurance import EVERY, RECIPES, VALIDATED, curve_of, keep, kept_in, test_verdicts
+from study.parts import commit, read_metrics
 
+FILE = "second_round_runs.json"
 SAMPLES, REWARD_STEPS, LENGTH, RATE = 1024, 800, 480, 2e-4
 FIRST, MORE, ALIGNED = "first round", "and as many of the base", "and as many of the aligned generator"
 ROWS = (FIRST, MORE, ALIGNED)
@@ -39,8 +39,7 @@ def parts_of(work, seed, row):
 
 def finished(work, wanted):
     """Makes those of [(seed, row)] that are not kept -> {(seed, row): what is kept of it}"""
-    path = work.results / "second_round_runs.json"
-    kept = read_kept(HOME / "results/second_round_runs.json") | read_kept(path)
+    kept = kept_in(work, FILE)
     for seed, row in wanted:
         name = f"{row}, seed {seed}"
         if name in kept:
@@ -51,8 +50,7 @@ def finished(work, wanted):
         (_, (reward, *_), (align, *_)) = parts_of(work, seed, row)
         kept[name] = {"commit": commit(), "reward": from_json((reward / "report.json").read_text()),
                       "curve": curve_of(read_metrics(align)), "test": test_verdicts(align / "transformer")}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        runs.write_json(path, kept)
+        keep(work, FILE, kept)
     return {(seed, row): kept[f"{row}, seed {seed}"] for seed, row in wanted}
 
 

@@ -5,7 +5,6 @@ takes to a quality.
 Unlike table1's, these runs are validated as they train, so their curated clips are the world's own, rendered
 for each seed.
 """
-import json
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +21,7 @@ from study.parts import (
     base_of,
     evaluations,
     named,
+    read_metrics,
     reward_flags,
     reward_folder,
     train_reward_models,
@@ -103,8 +103,7 @@ def train_recipes(work):
 
 
 def metrics_of(work, seed, run):
-    return [json.loads(line)
-            for line in (folder_of(work, seed, run) / "metrics.jsonl").read_text().splitlines()]
+    return read_metrics(folder_of(work, seed, run))
 
 
 def curve(work, seed, run):
@@ -116,8 +115,7 @@ def curve(work, seed, run):
 def stopped_at_its_best(folder):
     """The checkpoint that did best on the validation videos, the earliest of equals: where somebody who
     watches would stop."""
-    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    validated = {row["step"]: row["validation_qualified"] for row in rows if row["step"]
+    validated = {row["step"]: row["validation_qualified"] for row in read_metrics(folder) if row["step"]
                  and "validation_qualified" in row}
     return dict(runs.list_checkpoints(folder))[max(validated, key=validated.get)]
 

@@ -5,12 +5,10 @@ annotator?
 and from another seed: here it is the reward model of the next seed. The annotator grades the same validation
 videos, but its grades choose nothing.
 """
-import json
-
 import numpy as np
 
 from report import plot, table
-from study.parts import TUNED, Work, reward_folder, train_rewards
+from study.parts import TUNED, Work, read_metrics, reward_folder, train_rewards
 from study.steady import EVERY, PAPER
 from validation import OTHER_PROMPT, judges_score
 
@@ -64,8 +62,7 @@ def stopping(work):
     train(work)
     found, panels, rows = {}, {}, []
     for seed in work.seeds:
-        lines = (run_folder(work, seed) / "metrics.jsonl").read_text().splitlines()
-        one = found[f"seed {seed}"] = choice(map(json.loads, lines))
+        one = found[f"seed {seed}"] = choice(read_metrics(run_folder(work, seed)))
         curves = {who: (one["steps"], values) for who, values in one["curves"].items()}
         panels[f"seed {seed}"] = ("iteration", curves)
         rows.append([f"seed {seed}", f"{one['best']}", f"{one['chosen']}", f"{one['lost']:.3f}",

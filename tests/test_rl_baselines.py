@@ -267,6 +267,7 @@ class ByHand:
     """The policy, its reward model, and plain AdamW updates."""
 
     def __init__(self, folder):
+        self.folder = folder
         self.policy = load_transformer(folder / "generator")
         self.pavrm = load_pavrm(folder / "generator/reward")
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=1e-4, weight_decay=0)
@@ -275,6 +276,13 @@ class ByHand:
         rows = data.order(len(good), 1, 0, [i // G for i in EIGHT], 2)              # two prompts, four each
         self.context = shards.batch(good[rows])["context"]
         self.reward = lambda x0: self.pavrm(x0, torch.zeros(len(x0)), self.context)
+
+    def require_moved_alike(self, method):
+        """The weights that the run hand-<method> wrote are these, up to rounding."""
+        written = weights(self.folder, method, f"hand-{method}")
+        moved = distance(written, load_transformer(self.folder / "generator").state_dict())
+        assert moved > 1e-4
+        assert distance(written, self.policy.state_dict()) < 0.02 * moved
 
     def update(self, loss):
         self.optimizer.zero_grad()
@@ -320,10 +328,7 @@ def test_one_iteration_of_nft_by_hand(folder):
     row, = metrics(folder, "hand-nft")
     assert row["reward"] == pytest.approx(reward.mean().item(), rel=1e-4)
     assert row["nft_loss"] == pytest.approx(loss.item(), rel=1e-4)                  # of the last update
-    start = load_transformer(folder / "generator").state_dict()
-    moved = distance(weights(folder, "nft", "hand-nft"), start)
-    assert moved > 1e-4
-    assert distance(weights(folder, "nft", "hand-nft"), hand.policy.state_dict()) < 0.02 * moved
+    hand.require_moved_alike("nft")
 
 
 @pytest.mark.usefixtures("cpu")
@@ -362,10 +367,7 @@ def test_one_iteration_of_grpo_by_hand(folder):
     assert row["reward"] == pytest.approx(reward.mean().item(), rel=1e-4)
     assert row["grpo_kl"] == pytest.approx(kl.item(), rel=1e-3) and kl > 0
     assert row["grpo_loss"] == pytest.approx(loss.item(), rel=1e-3, abs=1e-6)
-    start = load_transformer(folder / "generator").state_dict()
-    moved = distance(weights(folder, "grpo", "hand-grpo"), start)
-    assert moved > 1e-4
-    assert distance(weights(folder, "grpo", "hand-grpo"), hand.policy.state_dict()) < 0.02 * moved
+    hand.require_moved_alike("grpo")
 
 
 @pytest.mark.usefixtures("cpu")

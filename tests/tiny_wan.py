@@ -9,7 +9,8 @@ import transformers
 
 import common
 import data
-from formats import video, wan
+import sample
+from formats import encoders, video, wan
 from model import export_transformer, load_transformer
 
 WORDS = "a red circle moves to the right blue square falls &".split()
@@ -116,3 +117,28 @@ def write_pipelines(folder):
     diffusers.WanImageToVideoPipeline(transformer=dit, image_encoder=image, image_processor=processor,
                                       **shared).save_pretrained(folder / "i2v")
     return folder
+
+
+def write_picture(path, height, width):
+    """A first frame of noise."""
+    draws = torch.Generator().manual_seed(3)
+    video.write_png(path, torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=draws))
+    return path
+
+
+class Uniform(diffusers.FlowMatchEulerDiscreteScheduler):
+    """diffusers' Euler scheduler at flow.schedule's times: N + 1 of them, evenly from 1 to 0, then shifted
+    once."""
+
+    def set_timesteps(self, num_inference_steps=None, device=None, **_):
+        super().set_timesteps(device=device, sigmas=np.linspace(1, 1 / num_inference_steps,
+                                                                num_inference_steps))
+
+
+def sampled(monkeypatch, *argv):
+    """-> latents [b, c, f, h, w] of sample.py's videos, in order"""
+    found, decode = [], encoders.decode_pixels
+    with monkeypatch.context() as patch:
+        patch.setattr(encoders, "decode_pixels", lambda vae, x: found.append(x.clone()) or decode(vae, x))
+        run(sample, *argv)
+    return torch.cat(found)

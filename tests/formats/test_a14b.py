@@ -3,7 +3,6 @@ text-to-video and for image-to-video.
 """
 import json
 
-import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -15,7 +14,7 @@ import sample
 import train_align
 import train_reward
 from families import of_config
-from formats import encoders, fingerprint, video
+from formats import fingerprint, video
 from formats.metadata import read_metadata
 from formats.weights import transformer_folder
 from model import load_transformer
@@ -23,7 +22,16 @@ from pavrm import load_pavrm
 
 diffusers = pytest.importorskip("diffusers", reason="needs requirements-wan.txt")
 pytest.importorskip("transformers", reason="needs requirements-wan.txt")
-from tiny_wan import SHORT, export, run, write_a14b, write_clips  # noqa: E402   it imports both
+from tiny_wan import (  # noqa: E402   it imports both
+    SHORT,
+    Uniform,
+    export,
+    run,
+    sampled,
+    write_a14b,
+    write_clips,
+    write_picture,
+)
 
 TASKS = ("t2v", "i2v")
 FLAGS = ["--size", "48*32", "--frames", "9", "--fps", "24"]
@@ -37,10 +45,7 @@ def pipelines(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory):
-    path = tmp_path_factory.mktemp("picture") / "first.png"
-    pixels = torch.randint(0, 256, (32, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
-    video.write_png(path, pixels)
-    return path
+    return write_picture(tmp_path_factory.mktemp("picture") / "first.png", 32, 48)
 
 
 @pytest.fixture(scope="module")
@@ -57,24 +62,6 @@ def encoded(clips, pipelines, tmp_path_factory):
         run(data, clips, "--model", pipelines / task, *FLAGS, command="check")
         run(data, clips, "--out", out / task, "--model", pipelines / task, *FLAGS, command="encode")
     return out
-
-
-class Uniform(diffusers.FlowMatchEulerDiscreteScheduler):
-    """diffusers' Euler scheduler at flow.schedule's times: N + 1 of them, evenly from 1 to 0, then shifted
-    once."""
-
-    def set_timesteps(self, num_inference_steps=None, device=None, **_):
-        super().set_timesteps(device=device, sigmas=np.linspace(1, 1 / num_inference_steps,
-                                                                num_inference_steps))
-
-
-def latents_of(monkeypatch, *argv):
-    """What sample.py makes with these flags, before it is decoded."""
-    found, decode = [], encoders.decode_pixels
-    with monkeypatch.context() as patch:
-        patch.setattr(encoders, "decode_pixels", lambda vae, x: found.append(x.clone()) or decode(vae, x))
-        run(sample, *argv)
-    return torch.cat(found)
 
 
 def theirs(pipeline, task, picture, shift, seed, *, change=None, **more):
@@ -103,7 +90,7 @@ def test_samples_are_the_pipelines_own(pipelines, picture, tmp_path, monkeypatch
     """Noise, shift, the expert of every Euler step, two guidances: the latents of diffusers' pipeline."""
     pipeline = pipelines / task
     flags = ["--shift", shift, "--guidance_scale", 4, "--guidance_scale_2", 3]
-    ours = latents_of(monkeypatch, *prompt_flags(pipeline, task, picture, tmp_path, *flags))
+    ours = sampled(monkeypatch, *prompt_flags(pipeline, task, picture, tmp_path, *flags))
     wanted = theirs(pipeline, task, picture, shift, 5, guidance_scale=4.0, guidance_scale_2=3.0)
     assert ours.abs().mean() > 0.1
     torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
@@ -116,7 +103,7 @@ def test_samples_are_the_pipelines_own(pipelines, picture, tmp_path, monkeypatch
 
     swapped = theirs(pipeline, task, picture, shift, 5, guidance_scale=4.0, guidance_scale_2=3.0, change=swap)
     assert (ours - swapped).abs().max() > 1e-2                  # and so does each expert
-    one = latents_of(monkeypatch, *prompt_flags(pipeline, task, picture, tmp_path, "--shift", shift,
+    one = sampled(monkeypatch, *prompt_flags(pipeline, task, picture, tmp_path, "--shift", shift,
                                                 "--guidance_scale", 4))
     torch.testing.assert_close(one, theirs(pipeline, task, picture, shift, 5, guidance_scale=4.0), rtol=1e-4,
                                atol=1e-4)                       # given alone, it is both, as in diffusers
@@ -221,7 +208,7 @@ def test_clips_to_an_aligned_expert_in_diffusers(pipelines, encoded, rewards, pi
         pipe.transformer_2 = diffusers.WanTransformer3DModel.from_pretrained(folder)
 
     flags, how = ["--transformer", run_folder], dict(guidance_scale=scale, guidance_scale_2=scale_2)
-    ours = latents_of(monkeypatch, *prompt_flags(pipeline, task, picture, tmp_path, *flags))
+    ours = sampled(monkeypatch, *prompt_flags(pipeline, task, picture, tmp_path, *flags))
     wanted = theirs(pipeline, task, picture, shift, 5, change=put, **how)
     torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
     assert (ours - theirs(pipeline, task, picture, shift, 5, **how)).abs().max() > 1e-3     # it was trained
@@ -256,7 +243,7 @@ def test_adapters_of_both_experts_in_diffusers(pipelines, encoded, rewards, pict
                                load_into_transformer_2=True)
 
     how = dict(guidance_scale=4.0, guidance_scale_2=3.0)
-    ours = latents_of(monkeypatch, *prompt_flags(pipeline, "t2v", picture, tmp_path, "--lora", files[0],
+    ours = sampled(monkeypatch, *prompt_flags(pipeline, "t2v", picture, tmp_path, "--lora", files[0],
                                                  "--lora_2", files[1]))
     wanted = theirs(pipeline, "t2v", picture, 12.0, 5, change=load, **how)
     torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)

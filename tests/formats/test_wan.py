@@ -6,7 +6,6 @@ import json
 import shutil
 import sys
 
-import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -28,7 +27,16 @@ from pavrm import PAVRM
 
 diffusers = pytest.importorskip("diffusers", reason="needs requirements-wan.txt")
 pytest.importorskip("transformers", reason="needs requirements-wan.txt")
-from tiny_wan import SHORT, WORDS, export, run, write_clips, write_pipelines  # noqa: E402   it imports both
+from tiny_wan import (  # noqa: E402   it imports both
+    SHORT,
+    WORDS,
+    Uniform,
+    export,
+    run,
+    sampled,
+    write_clips,
+    write_pipelines,
+)
 
 FLAGS = ["--size", "48*32", "--frames", "9", "--fps", "16"]
 
@@ -273,24 +281,6 @@ def test_export_never_replaces_a_folder(pipelines, tmp_path):
 
 
 # ---- sample.py
-class Uniform(diffusers.FlowMatchEulerDiscreteScheduler):
-    """diffusers' Euler scheduler at flow.schedule's times: N + 1 of them, evenly from 1 to 0, then shifted
-    once."""
-
-    def set_timesteps(self, num_inference_steps=None, device=None, **_):
-        super().set_timesteps(device=device, sigmas=np.linspace(1, 1 / num_inference_steps,
-                                                                num_inference_steps))
-
-
-def sampled(monkeypatch, *argv):
-    """-> latents [b, c, f, h, w] of sample.py's videos, in order"""
-    found, decode = [], encoders.decode_pixels
-    with monkeypatch.context() as patch:
-        patch.setattr(encoders, "decode_pixels", lambda vae, x: found.append(x.clone()) or decode(vae, x))
-        run(sample, *argv)
-    return torch.cat(found)
-
-
 @pytest.mark.parametrize("kind", ["t2v", "i2v"])
 def test_samples_are_the_pipelines_own(pipelines, tmp_path, monkeypatch, kind):
     """Noise, shift, guidance against the negative prompt, first frame, every Euler step: the latents of

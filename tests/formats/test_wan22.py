@@ -3,7 +3,6 @@ first latent frame that is given clean, for image-to-video.
 """
 import json
 
-import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -23,7 +22,15 @@ from model import image_inputs, load_transformer
 
 diffusers = pytest.importorskip("diffusers", reason="needs requirements-wan.txt")
 pytest.importorskip("transformers", reason="needs requirements-wan.txt")
-from tiny_wan import SHORT, export, run, write_clips, write_ti2v  # noqa: E402   it imports both
+from tiny_wan import (  # noqa: E402   it imports both
+    SHORT,
+    Uniform,
+    export,
+    run,
+    write_clips,
+    write_picture,
+    write_ti2v,
+)
 
 FLAGS = ["--size", "96*64", "--frames", "9", "--fps", "24"]
 
@@ -41,10 +48,7 @@ def clips(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory):
-    path = tmp_path_factory.mktemp("picture") / "first.png"
-    pixels = torch.randint(0, 256, (64, 96, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
-    video.write_png(path, pixels)
-    return path
+    return write_picture(tmp_path_factory.mktemp("picture") / "first.png", 64, 96)
 
 
 @pytest.fixture(scope="module")
@@ -61,15 +65,6 @@ def refused(capsys, module, *argv, command=None):
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert end.value.code == 2 and len(lines) == 1
     return lines[0]
-
-
-class Uniform(diffusers.FlowMatchEulerDiscreteScheduler):
-    """diffusers' Euler scheduler at flow.schedule's times: N + 1 of them, evenly from 1 to 0, then shifted
-    once."""
-
-    def set_timesteps(self, num_inference_steps=None, device=None, **_):
-        super().set_timesteps(device=device, sigmas=np.linspace(1, 1 / num_inference_steps,
-                                                                num_inference_steps))
 
 
 # ---- sampling

@@ -67,7 +67,7 @@ def test_the_parts_of_a_second_round(tmp_path, monkeypatch):
             (folder / last).write_text(json.dumps(
                 {"trained_on": 600, "held_out": 100, "clean": {"accuracy": 0.8}}))
     good = kept_run(480, [0.9] * 12)
-    monkeypatch.setattr(second_round, "HOME", tmp_path)
+    monkeypatch.setattr(endurance, "HOME", tmp_path)
     monkeypatch.setattr(parts.Work, "run", run)
     monkeypatch.setattr(second_round, "read_metrics", lambda folder: [])
     monkeypatch.setattr(second_round, "curve_of", lambda rows: good["curve"])

@@ -14,7 +14,7 @@ import flow
 import report
 import search as best_of_n
 from pavrm import PAVRM
-from study import candidates, parts, search_mismatched
+from study import candidates, endurance, parts, search_mismatched
 from study import search as study
 from world import annotator
 
@@ -102,7 +102,7 @@ def test_tables_of_the_search(work, tmp_path):
 def test_the_search_by_rewards_that_saw_mismatched_prompts(work, tmp_path, monkeypatch):
     """Each part is kept as soon as it is made, and what is kept is not made again."""
     again = search_mismatched
-    monkeypatch.setattr(again, "HOME", tmp_path)
+    monkeypatch.setattr(endurance, "HOME", tmp_path)
     monkeypatch.setattr(again, "train_reward_models", lambda work, wanted: None)
     monkeypatch.setattr(again, "TESTED", 40)
     made, run = [], parts.Work.run
