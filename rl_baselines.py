@@ -18,17 +18,21 @@ updates on them; train_align.py makes an SFT update before it, as for PRFL.
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens, m samples of all ranks.
 """
+import hashlib
 import math
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 import common
 import flow
 from common import InputError, arg
-from model import pin
+from formats import lock, runs
+from formats.shards import Shards, write_shards
+from model import image_inputs, pin
 
 
 @dataclass
@@ -55,6 +59,7 @@ class Flags:
                            at_least=0, only="method grpo")
 
 
+SHARD_BYTES = 2 ** 27           # of a shard of RWR's own samples, as data.py has it
 DEFAULTS = {  # what these flags of train_align.py are when they are not given, as published
     "nft": {"rollout_passes": 10, "advantage_clip": 1.0},               # Algorithm 1; 10 steps: Sec. 4.1
     "grpo": {"rollout_passes": 10, "advantage_clip": 5.0},              # Sec. 4.3; 5: the released code
@@ -74,35 +79,97 @@ def rwr_weights(rewards):
     return weights.float(), (weights.sum() ** 2 / weights.square().sum() / len(weights)).item()
 
 
-def weighted_samples(policy, pavrm, latent_shape, context, seed, num_steps, batch_size, runtime, shift=1.0,
-                     **conditions):
-    """Samples of the untrained policy and their weights: x0 [m, c, f, h, w] and `rwr_weights` [m].
+def own_samples(folder, policy, pavrm, shards, rows, config, runtime):
+    """Samples of the untrained policy -> (their Shards, their `rwr_weights` [m] on the CPU).
 
-    context [m, l, d_text]: one prompt per sample. conditions: y and clip_tokens [m, ...] of an image-to-video
-    policy. The ranks share the samples and make batch_size at a time. Raises FloatingPointError if a reward
-    is not finite.
+    They are made once and kept in `folder`, each with its reward. After a kill, the whole shards that are
+    there stay, and only what they lack is made. rows int64 [m]: the clips of `shards` whose prompts the
+    samples have, and whose first frames if the policy is image-to-video. config: train_align.py's. The ranks
+    make config.batch_size samples at a time and rank 0 writes them, so that the folder is the same for any
+    number of ranks. Raises InputError if `folder` was made with other settings, and FloatingPointError if a
+    reward is not finite.
     """
-    m, made = len(context), {}
-    at_once = runtime.indices(batch_size, 1)[0] - runtime.indices(batch_size, 0)[0]     # samples of all ranks
-    for i in common.progress(range(math.ceil(m / at_once)), f"rwr samples (x{at_once})"):
+    m, b, done = len(rows), config.batch_size, 0
+    if runtime.rank == 0:
+        lock.require_ours(folder, "shards", ("shards.json",))
+        folder_lock = lock.hold(folder, "shards")               # until all samples are there
+        settings = settings_of_samples(config, shards, rows)
+        done = count_samples(folder, settings)
+    done = written = common.gather(done)[0]
+    at_once = runtime.indices(b, 1)[0] - runtime.indices(b, 0)[0]                       # samples of all ranks
+    turns = range(math.ceil((m - done) / at_once))
+    sends, waiting = runtime.rank % runtime.sequence_parallel == 0, []
+    for i in common.progress(turns, f"rwr samples (x{at_once})") if turns else ():
         # The last turn is filled up with the first samples: under fsdp all ranks must call the model equally
         # often.
-        j = [place % m for place in runtime.indices(batch_size, i)]
-        given = {name: z[j] for name, z in conditions.items()}
-        x0 = flow.sample(policy, latent_shape, context[j], seed, j, num_steps, shift=shift,
-                         batch_size=batch_size, autocast=runtime.autocast, **given)
+        j = [(done + place) % m for place in runtime.indices(b, i)]
+        batch = shards.batch(rows[j])
+        context = batch["context"].to(runtime.device)                                           # [b, l, d]
+        given = image_inputs(policy.config, batch, runtime.device)
+        x0 = flow.sample(policy, shards.latent_shape, context, config.seed + 2, j, config.num_inference_steps,
+                         shift=config.shift, batch_size=b, autocast=runtime.autocast, **given)
         with torch.no_grad(), runtime.autocast():
-            reward = pavrm(x0, torch.zeros(len(j), device=context.device), context[j], **given)
-        made |= dict(zip(j, zip(x0.cpu(), reward.float().cpu())))
-    for of_rank in common.gather(made):
-        made |= of_rank
-    x0 = torch.stack([made[place][0] for place in range(m)]).to(context.device)
-    rewards = torch.stack([made[place][1] for place in range(m)]).to(context.device)
-    common.check_finite(rewards.sum(), "the reward", 0)
-    weights, effective = rwr_weights(rewards)
+            reward = pavrm(x0, torch.zeros(b, device=runtime.device), context, **given).float()     # [b]
+        common.check_finite(reward.sum(), "the reward", 0)
+        made = {"latents": x0, "context": context, "reward": reward}
+        if "y" in given:
+            made["condition"] = given["y"][:, 4:]               # image_inputs makes the same y of it
+        if "clip_tokens" in given:
+            made["clip_fea"] = given["clip_tokens"]
+        part = [batch["prompt"], {name: x.cpu() for name, x in made.items()}] if sends else [[], {}]
+        for prompts, columns in common.gather(part, to=0):      # on rank 0; nothing on the others
+            samples = [dict(zip(columns, values)) for values in zip(*columns.values())]
+            waiting += zip(prompts, samples)
+        del waiting[m - written:]                               # what filled up the last turn
+        while waiting:
+            # whole batches, so that a run that goes on after a kill makes the same ones
+            count = max(1, SHARD_BYTES // (b * sum(x.nbytes for x in waiting[0][1].values()))) * b
+            if len(waiting) < min(count, m - written):
+                break
+            write_samples(folder, waiting[:count], shards.fps, settings)
+            written += len(waiting[:count])
+            del waiting[:count]
     if runtime.rank == 0:
-        print(f"rwr: {m} own samples, effective sample size {effective:.0%}")
-    return x0, weights
+        folder_lock.close()
+    common.gather(None)                                         # the other ranks wait for the shards
+    own = Shards(folder)
+    weights, effective = rwr_weights(own.batch(range(m), ["reward"])["reward"])
+    if runtime.rank == 0:
+        print(f"rwr: {m} own samples in {folder}, effective sample size {effective:.0%}")
+    return own, weights
+
+
+def settings_of_samples(config, shards, rows):
+    """What own samples depend on, as shards.json has it. Not how they are rounded: --mixed_precision and
+    --batch_size may change when a run goes on."""
+    names = ("task", "num_samples", "num_inference_steps", "shift", "seed")
+    clips = hashlib.blake2b(repr(rows.tolist()).encode(), digest_size=8).hexdigest()
+    return {name: getattr(config, name) for name in names} | runs.contents(config, shards) | {"clips": clips}
+
+
+def count_samples(folder, settings):
+    """How many samples lie in the whole shards of `folder`. Raises InputError if they were made with other
+    settings."""
+    if not (Path(folder) / "shards.json").exists():
+        return 0
+    try:
+        found = Shards(folder)
+    except InputError as error:
+        raise InputError(f"{folder}: RWR's own samples are damaged ({error}): remove this folder, and they "
+                         "are made again") from None
+    changed = [name for name in settings if found.settings.get(name) != settings[name]]
+    if changed:
+        raise InputError(f"{folder}: RWR's own samples were made with other {', '.join(changed)}: remove "
+                         "this folder, or name another --output_dir")
+    return len(found)
+
+
+def write_samples(folder, samples, fps, settings):
+    """One more shard. samples: [(prompt, {name: tensor})]"""
+    prompts, values = zip(*samples)
+    columns = {name: torch.stack([value[name] for value in values]) for name in values[0]}
+    write_shards(folder, columns.pop("latents"), columns.pop("context"), [None] * len(prompts), prompts,
+                 fps=fps, settings=settings, append=True, **columns)
 
 
 # ---- what NFT and GRPO share

@@ -15,7 +15,8 @@ What an iteration makes:
     prfl    an SFT update on curated videos, then a reward update at a random step of a rollout
     refl    the same, but the reward judges decoded pixels of the clean video that is predicted at a late step
     sft     one flow-matching update on curated videos (Eq. 10)
-    rwr     one flow-matching update on the generator's own samples, each weighted by exp(reward)
+    rwr     one flow-matching update on the generator's own samples, each weighted by exp(reward); they are
+            made before the first iteration and kept in <output_dir>/own_samples
     nft     an SFT update, then own samples, groups of them of the same prompt, and --inner_updates updates on
             them: DiffusionNFT
     grpo    the same with the updates of Flow-GRPO
@@ -234,12 +235,11 @@ def main(config):
         return x0, context, image_inputs(policy.config, batch, runtime.device)
 
     if config.method == "rwr":
-        # The untrained policy makes the samples, on a resume too. So this comes before parallel.load_state
-        # reads trained weights.
-        _, sampled_context, sampled_conditions = curated_batch(config.seed + 1, 0, range(config.num_samples))
-        sampled_x0, sample_weights = rl_baselines.weighted_samples(policy, pavrm, shards.latent_shape,
-            sampled_context, config.seed + 2, N, config.batch_size, runtime, config.shift,
-            **sampled_conditions)
+        # The untrained policy makes the samples. So this comes before parallel.load_state reads trained
+        # weights.
+        rows = data.order(len(curated), config.seed + 1, 0, range(config.num_samples), global_batch)
+        own, own_weights = rl_baselines.own_samples(Path(config.output_dir) / "own_samples", policy, pavrm,
+                                                    shards, curated[rows], config, runtime)
     # One AdamW serves both updates, as in Alg. 1: their gradients never mix, its moments average over both.
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -268,10 +268,11 @@ def main(config):
 
     def rwr_loss(iteration, indices):
         """Eq. 10 on own samples, each weighted by exp(reward)."""
-        j = data.order(len(sampled_x0), config.seed, iteration, indices, global_batch).to(runtime.device)
-        conditions = {name: z[j] for name, z in sampled_conditions.items()}
-        weight = sample_weights.to(runtime.device)[j]
-        return flow_loss(iteration, indices, sampled_x0[j], sampled_context[j], weight, **conditions)
+        j = data.order(len(own), config.seed, iteration, indices, global_batch)
+        batch = own.batch(j)
+        x0, context = batch["latents"].to(runtime.device), batch["context"].to(runtime.device)
+        conditions = image_inputs(policy.config, batch, runtime.device)
+        return flow_loss(iteration, indices, x0, context, own_weights[j].to(runtime.device), **conditions)
 
     def reward_loss(iteration, indices):
         """Alg. 1's reward update, or ReFL's, on the prompts of the curated set."""

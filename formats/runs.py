@@ -19,8 +19,8 @@ then it calls start_run. Only that changes the folder, and it prints what it cha
     --resume, a checkpoint of another folder  sets aside the run that is there; the other folder is only read
     a run that is refused                     changes nothing
 
-Clips and samples that a script rendered for itself (curated/, samples/shards.json) stay where they are in all
-cases: the next run uses them again, or refuses them if it would have made others."""
+Clips and samples that a script rendered for itself (curated/, samples/shards.json, own_samples/) stay where
+they are in all cases: the next run uses them again, or refuses them if it would have made others."""
 import dataclasses
 import errno
 import fnmatch
@@ -181,7 +181,7 @@ def require_ours(config):
                          "over: name another folder")
     if not (folder / "args.json").is_file():
         # signs of a run that ended while it made its data, and of a note by study/parts.py
-        ours = ["samples/.lock", "curated/.lock", "part.json"]
+        ours = ["samples/.lock", "curated/.lock", "own_samples/.lock", "part.json"]
         lock.require_ours(folder, "run", ours + [path.name for _, path in list_checkpoints(folder)])
         return
     known = {field.name for field in dataclasses.fields(config)} | {"made_from"}

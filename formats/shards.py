@@ -3,7 +3,8 @@
     clips_encoded/
         shards.json                     shapes, settings, and the file, count and contents of each shard
         metadata.jsonl                  file_name, prompt and label of each clip
-        shard-00000.safetensors         latents, context, label; of image-to-video also clip_fea and condition
+        shard-00000.safetensors         latents, context, label; of image-to-video also clip_fea and
+                                        condition; of RWR's own samples also reward
 
 Axes: n clips of a shard, b batch, c latent channels, f h w latent frames, height, width, l text tokens, d
 text width, m CLIP image tokens, d' their width. """
@@ -29,10 +30,10 @@ def write_shards(folder, latents, contexts, labels, prompts, file_names=None, fp
     """Writes one shard: latents [n, c, f, h, w] and contexts [n, l, d] as float32, labels (0, 1, None or -1),
     prompts.
 
-    extra: for image-to-video, clip_fea [n, m, d'] and condition [n, c, f, h, w]. append: after the shards
-    that are there; default: in their place. clips: the folder of the clips, for `Shards.relabel`. contents:
-    of each clip's file (formats/fingerprint.py). A kill at any moment leaves complete shards. Raises
-    InputError if the folder is not ours or holds shards of another shape. """
+    extra: for image-to-video, clip_fea [n, m, d'] and condition [n, c, f, h, w]; of RWR's own samples, reward
+    [n]. append: after the shards that are there; default: in their place. clips: the folder of the clips, for
+    `Shards.relabel`. contents: of each clip's file (formats/fingerprint.py). A kill at any moment leaves
+    complete shards. Raises InputError if the folder is not ours or holds shards of another shape. """
     folder = Path(folder)
     lock.require_ours(folder, "shards", ("shards.json",))
     folder.mkdir(parents=True, exist_ok=True)
@@ -169,11 +170,12 @@ class Shards:
         self.labels, self.label_note = common.gather((self.labels, note))[0]
         return self
 
-    def batch(self, indices):
+    def batch(self, indices, names=None):
         """-> {latents [b, c, f, h, w], context [b, l, d], label int8 [b] (-1: none), prompt: list of b}, and
-        in shards of image-to-video clip_fea [b, m, d'] and condition [b, c, f, h, w]."""
+        in shards of image-to-video clip_fea [b, m, d'] and condition [b, c, f, h, w], in those of RWR's own
+        samples reward [b]. names: of the tensors to read; default: all."""
         indices = [int(i) for i in indices]
-        batch = {name: torch.empty(len(indices), *shape) for name, shape in self.shapes.items()}
+        batch = {name: torch.empty(len(indices), *self.shapes[name]) for name in names or self.shapes}
         for path in {self.where[i][0] for i in indices}:
             with safe_open(path, "pt") as file:             # closed again: pages of an open map stay resident
                 for name, rows in batch.items():

@@ -192,6 +192,20 @@ def matrix_parameters(c):
     return (10 if image else 8) * d * d + 2 * d * F + (11 if image else 9) * d + F
 
 
+def clip_bytes(c, f, h, w):
+    """Bytes of a clip, or of one of RWR's own samples, in a shard: latents, context and, of image-to-video,
+    the given first frame and CLIP tokens, in fp32."""
+    i2v = c["model_type"] == "i2v"
+    return 4 * (c["out_dim"] * f * h * w * (2 if i2v else 1) + c["text_len"] * c["text_dim"]
+                + IMAGE_TOKENS * (c.get("image_dim") or 0))
+
+
+def clip_formula(c):
+    """`clip_bytes`, in symbols."""
+    i2v, tokens = c["model_type"] == "i2v", f" + m x {c['image_dim']}" if c.get("image_dim") else ""
+    return f"4 ({c['out_dim']} f h w{' x 2' * i2v} + l x {c['text_dim']}{tokens})"
+
+
 def lora_parameters(c, rank):
     """Adapters d x rank and rank x d on q, k, v, o of both attentions of every block."""
     return c["num_layers"] * 8 * 2 * rank * c["dim"]
@@ -453,8 +467,9 @@ def costs(config, c):
         one["iteration_flops"] = one["update_flops"] = N * sum(forward)
     speed = config.mfu * config.tflops * 1e12
     one["seconds"] = one["iteration_flops"] / speed
-    one["sampling_flops"] = 0
+    one["sampling_flops"] = one["own_samples"] = 0
     if config.method == "rwr":
+        one["own_samples"] = config.num_samples * clip_bytes(c, f, h, w)                # on disk
         one["sampling_flops"] = config.num_samples / one["groups"] * (N * sum(forward)
                                                                       + sum(reward_forward)) / b
     one["sampling_seconds"] = one["sampling_flops"] / speed
@@ -501,8 +516,7 @@ def way(config, c):
     P, R = stage2["parameters"]["total"], stage1["reward_parameters"]
     P *= stage2["trained"] // stage2["updated"]                 # of two experts what trained is written
     T1, T2 = stage1["trained"], stage2["trained"]
-    one = {"clip": 4 * (c["out_dim"] * f * h * w * (2 if i2v else 1) + c["text_len"] * c["text_dim"]
-                        + IMAGE_TOKENS * (c.get("image_dim") or 0))}
+    one = {"clip": clip_bytes(c, f, h, w)}
     one["shards"] = config.clips * one["clip"]
     one["held"] = config.holdout * one["clip"]                  # stays on every GPU
     stages = [("1", stage1, 4 * R, T1, config.reward_steps, REWARD_EVERY),
@@ -735,6 +749,8 @@ def report(config, c):
     if rwr:
         line("and once, own samples", f"{one['sampling_seconds'] / 3600:,.1f} h",
              f"{config.num_samples} / {one['groups']} x (N forward passes + reward model)")
+        row("their shards, on disk", one["own_samples"],
+            f"{config.num_samples:,} x {clip_formula(c)}; training reads them batch by batch")
     if config.clips:
         report_way(config, c)
 
@@ -770,15 +786,13 @@ def report_sampling(config, c, one, line, row, work):
 def report_way(config, c):
     """Print `way` with one worked formula a line."""
     one = way(config, c)
-    i2v, image = c["model_type"] == "i2v", bool(c.get("image_dim"))
+    i2v = c["model_type"] == "i2v"
     gb = lambda x: f"{x / 1e9:,.2f}"
     line = lambda name, value, formula: print(f"  {name:25} {value:>12}  {formula}")
     row = lambda name, value, formula: line(name, gb(value) + " GB", formula)
     hours = lambda name, value, formula: line(name, f"{value / 3600:,.1f} h", formula)
-    tokens = f" + m x {c['image_dim']}" if image else ""
     print(f"\nall stages from {config.clips:,} clips, on disk")
-    row("shards", one["shards"], f"{config.clips:,} x {one['clip'] / 1e6:.1f} MB: 4 ({c['out_dim']} f h "
-                                 f"w{' x 2' * i2v} + l x {c['text_dim']}{tokens})")
+    row("shards", one["shards"], f"{config.clips:,} x {one['clip'] / 1e6:.1f} MB: {clip_formula(c)}")
     row("reward model's runs", one["disk1"],
         f"{one['number1']} checkpoints of 4 R + 8 T = {gb(one['checkpoint1'])}, and 4 R")
     row("alignment's runs", one["disk2"] + one["adapters"], f"{one['number2']} checkpoints of 4 P + "

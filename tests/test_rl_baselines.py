@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_training import one_line
-from tiny import command, distance, metrics, run, weights
+from tiny import command, distance, metrics, run, weights, write_data
 
 import common
 import data
@@ -14,6 +14,7 @@ import flow
 import rl_baselines
 from common import InputError
 from formats import runs
+from formats.shards import Shards
 from model import VideoDiT, load_transformer
 from pavrm import PAVRM, load_pavrm
 
@@ -34,50 +35,109 @@ def test_rwr_weights():
     assert torch.equal(large, torch.tensor([2.0, 0.0])) and effective == pytest.approx(0.5)
 
 
-def test_rwr_samples_are_made_in_batches_and_shared_by_ranks(monkeypatch):
-    """11 samples in batches of 4, on one rank and on two that gather: each made where it belongs, in the
-    prompts' order."""
-    made, parts = [], []
-    monkeypatch.setattr(rl_baselines.flow, "sample", lambda policy, shape, context, seed, indices, *a,
-                        **k: made.append(list(indices))
-                        or context[:, :1, :1, None, None].expand(-1, *shape).clone())
-    context = torch.arange(11.).view(11, 1, 1)
-    reward = lambda x, t, context: x.flatten(1)[:, 0] / 10
+class Made:
+    """RWR's own samples of `run` on shards of 32 clips, with a sampler that returns each sample's index and a
+    reward that is a tenth of it. `asked`: the indices of each batch that was made."""
 
-    def samples(rank, world_size):
-        runtime = common.Runtime(rank, world_size, torch.device("cpu"), torch.float32)
-        return rl_baselines.weighted_samples(None, reward, (1, 1, 1, 1), context, 0, 2, 4, runtime)
+    def __init__(self, tmp_path, monkeypatch):
+        self.asked, self.path = [], tmp_path
+        write_data(tmp_path / "data")
+        self.shards = Shards(tmp_path / "data")
+        self.policy = SimpleNamespace(config={"model_type": "t2v"})
+        monkeypatch.setattr(rl_baselines.flow, "sample", self.sample)
 
-    x0, weights = samples(0, 1)
-    assert made == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 0]] and x0.flatten().tolist() == list(range(11))
+    def sample(self, policy, shape, context, seed, indices, num_steps, *, shift, batch_size, autocast):
+        assert (seed, num_steps, shift, batch_size) == (2, 4, 5.0, len(indices)) and autocast
+        assert torch.equal(context, self.shards.batch(self.rows[indices])["context"])
+        self.asked.append(list(indices))
+        return torch.tensor(indices).float().view(-1, 1, 1, 1, 1).expand(-1, *shape).clone()
+
+    def run(self, name, m=11, rank=0, ranks=1, batch_size=4, seed=0, dtype=torch.float32, reward=None):
+        self.rows, self.asked = torch.arange(m).flip(0), []
+        config = SimpleNamespace(task="t2v", num_samples=m, num_inference_steps=4, shift=5.0, seed=seed,
+                                 batch_size=batch_size)
+        runtime = common.Runtime(rank, ranks, torch.device("cpu"), dtype)
+        return rl_baselines.own_samples(self.path / name, self.policy,
+                                        reward or (lambda x, t, context: x.flatten(1)[:, 0] / 10),
+                                        self.shards, self.rows, config, runtime)
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    return Made(tmp_path, monkeypatch)
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+def test_rwr_samples_are_made_once_and_read_from_shards(made):
+    """11 samples in batches of 4: each with the prompt of its own row and its reward, and found again."""
+    for batches in ([[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 0]], []):
+        own, weights = made.run("own")
+        assert made.asked == batches and len(own) == 11
+    batch = own.batch(range(11))
+    assert batch["latents"].flatten(1).mean(1).tolist() == list(range(11))
+    assert torch.equal(batch["context"], made.shards.batch(made.rows)["context"])
+    assert batch["prompt"] == [f"prompt {i}" for i in range(10, -1, -1)]
     torch.testing.assert_close(weights, rl_baselines.rwr_weights(torch.arange(11.) / 10)[0])
-    monkeypatch.setattr(common, "gather", lambda value: parts.append(value) or [value])
-    for rank in (0, 1):
-        with pytest.raises(KeyError):                           # alone, a rank has its share only
-            samples(rank, 2)
-    # as many rounds on each rank
-    assert made[3:] == [[0, 1, 2, 3], [8, 9, 10, 0], [4, 5, 6, 7], [1, 2, 3, 4]]
-    monkeypatch.setattr(common, "gather", lambda value: parts)
-    assert torch.equal(samples(1, 2)[0], x0)
+    with pytest.raises(InputError, match="own: RWR's own samples were made with other seed: remove"):
+        made.run("own", seed=1)
+    (made.path / "own/shard-00000.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="own samples are damaged .*: remove this folder, and they"):
+        made.run("own")
 
 
-def test_rwr_judges_as_it_samples_in_the_dtype_of_autocast_and_without_gradients(monkeypatch):
-    asked = []
-    monkeypatch.setattr(rl_baselines.flow, "sample", lambda *a, autocast, shift, batch_size, **k:
-                        asked.append((autocast, shift, batch_size)) or torch.zeros(3, 1, 1, 1, 1))
-    weight = torch.ones(1, requires_grad=True)
+def test_rwr_samples_of_two_ranks_are_those_of_one(made, monkeypatch):
+    """Byte for byte, in shards of two batches."""
+    monkeypatch.setattr(rl_baselines, "SHARD_BYTES", 8 * 4 * (512 + 24 + 1))
+    made.run("one", 19)
+    sent = []
+    monkeypatch.setattr(common, "gather", lambda value, to=None: sent.append(value) or [value][to == 0:])
+    made.run("one", 19, rank=1, ranks=2)                        # which then finds what the one rank has made
+    assert made.asked == [[4, 5, 6, 7], [12, 13, 14, 15], [1, 2, 3, 4]]
+    other = iter([part for part in sent if isinstance(part, list)])
+    monkeypatch.setattr(common, "gather", lambda value, to=None: [value, next(other)] if to == 0 else [value])
+    made.run("two", 19, ranks=2)
+    assert made.asked == [[0, 1, 2, 3], [8, 9, 10, 11], [16, 17, 18, 0]]            # as many on each rank
+    assert files_of(made.path / "one") == files_of(made.path / "two")
+    assert [entry["count"] for entry in Shards(made.path / "one").index["shards"]] == [8, 8, 3]
+
+
+def test_rwr_goes_on_after_a_kill_while_the_samples_are_made(made, monkeypatch):
+    """With the whole shards that are there; the folder is then as if nothing had happened."""
+    monkeypatch.setattr(rl_baselines, "SHARD_BYTES", 8 * 4 * (512 + 24 + 1))
+    made.run("whole", 19)
+    write, written = rl_baselines.write_samples, []
+
+    def killed(folder, samples, *more):
+        written.append(len(samples))
+        if len(written) == 2:                       # half of the second shard is there, and nothing names it
+            (folder / "shard-00001.safetensors").write_bytes(b"half")
+            raise KeyboardInterrupt
+        write(folder, samples, *more)
+
+    monkeypatch.setattr(rl_baselines, "write_samples", killed)
+    with pytest.raises(KeyboardInterrupt):
+        made.run("killed", 19)
+    assert written == [8, 8] and len(Shards(made.path / "killed")) == 8
+    made.run("killed", 19)
+    assert made.asked == [[8, 9, 10, 11], [12, 13, 14, 15], [16, 17, 18, 0]]
+    assert files_of(made.path / "killed") == files_of(made.path / "whole")
+
+
+def test_rwr_judges_in_the_dtype_of_autocast_and_without_gradients(made):
+    weight, asked = torch.ones(1, requires_grad=True), []
 
     def reward(x, t, context):
         asked.append((torch.is_autocast_enabled("cpu"), torch.is_grad_enabled(), t.tolist()))
         return context[:, 0, 0] * weight
 
-    runtime = common.Runtime(0, 1, torch.device("cpu"), torch.bfloat16)
-    _, weights = rl_baselines.weighted_samples(None, reward, (1, 1, 1, 1), torch.arange(3.).view(3, 1, 1), 0,
-                                               2, 3, runtime, 5.0)
-    assert asked == [(runtime.autocast, 5.0, 3), (True, False, [0, 0, 0])] and not weights.requires_grad
+    _, weights = made.run("own", 3, batch_size=3, dtype=torch.bfloat16, reward=reward)
+    assert asked == [(True, False, [0, 0, 0])] and not weights.requires_grad
     with pytest.raises(FloatingPointError, match="the reward is nan"):
-        rl_baselines.weighted_samples(None, reward, (1, 1, 1, 1), torch.full((3, 1, 1), torch.nan), 0, 2, 3,
-                                      runtime, 5.0)
+        made.run("nan", 3, batch_size=3, reward=lambda x, t, context: torch.full((3,), torch.nan))
+    assert not (made.path / "nan/shards.json").exists()
 
 
 # ---- advantages

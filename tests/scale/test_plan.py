@@ -457,6 +457,8 @@ def test_disk_is_that_of_the_files(tmp_path):
                       torch.zeros(3, config["text_len"], config["text_dim"]), [0, 1, None], ["a"] * 3)
     assert (tmp_path / "shards/shard-00000.safetensors").stat().st_size == pytest.approx(
         found["shards"], abs=1000)                               # its header
+    own = plan.Config("tiny-t2v", "rwr", frames=9, size="32*32", depth=4, num_samples=3)
+    assert plan.costs(own, config)["own_samples"] == found["shards"]
 
 
 def test_what_the_scripts_do_by_default():
