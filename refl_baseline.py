@@ -22,8 +22,9 @@ Where this differs, on purpose, from the paper:
    reward model has only seen finished videos, so the prediction must be close to one; but from the very last
    step the generator could change little. train_reward.py reports the accuracy on predictions from every t
    (Fig. 3a), and --trajectory_part draws the steps from another third.
-3. With bf16, the decoder works in bf16 here and where the reward model of pixels is trained, which halves its
-   memory. Validation and sample.py decode in float32, as Wan does.
+3. The decoder works in the dtype of --mixed_precision, which args.json records, both where the reward model
+   of pixels is trained and where it is used. With bf16 it takes half of float32's memory, and RGB ReFL's rows
+   in results/table1.md were made with bf16. Validation and sample.py decode in float32, as Wan does.
 
 Axes: b batch, c channels, f latent frames, h w latents, F video frames (4 (f - 1) + 1), H W pixels, l text
 tokens.

@@ -84,7 +84,8 @@ def precision_flag(more=""):
 @dataclasses.dataclass
 class Flags:
     """The flags of every training run."""
-    mixed_precision: str = precision_flag(" (weights, optimizer and rollout state are fp32)")
+    mixed_precision: str = precision_flag(", in which RGB ReFL decodes too (weights, optimizer and rollout "
+                                          "state are fp32)")
     resume_from_checkpoint: str | None = arg(None, "go on from a checkpoint: its folder, a run folder (its "
                                              "last checkpoint), or 'latest' (the last one in --output_dir; "
                                              "if there is none, the run starts afresh)", alias="resume")

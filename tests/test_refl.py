@@ -6,6 +6,7 @@ import torch.nn.functional as F
 import flow
 import refl_baseline as R
 from common import InputError
+from formats.encoders import decode_pixels
 from formats.video import CHANNELS
 from formats.weights import save_module
 from model import VideoDiT
@@ -188,6 +189,21 @@ def test_the_clean_video_is_predicted_in_one_step(models, batch):
         torch.testing.assert_close(found, wanted)
     finished = R.predicted_reward(rewards["all"], vae, None, x0, torch.zeros(3), context)
     torch.testing.assert_close(finished, wanted)
+
+
+def test_pixels_are_decoded_in_the_dtype_of_autocast():
+    """In ReFL and where its reward is trained; validation has no autocast around its decoder."""
+    torch.manual_seed(3)
+    vae, reward = VideoVAE(dim=8, num_blocks=1), R.PixelReward("all", 8, width=4)
+    x, context, seen = torch.randn(1, 16, 2, 2, 2), torch.randn(1, 3, 8), []
+    for module in vae.modules():
+        if isinstance(module, torch.nn.Conv3d):
+            module.register_forward_hook(lambda module, inputs, out: seen.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        R.predicted_reward(reward, vae, None, x, torch.zeros(1), context)
+    in_refl, seen[:] = set(seen), []
+    decode_pixels(vae, x)
+    assert (in_refl, set(seen)) == ({torch.bfloat16}, {torch.float32})
 
 
 @pytest.mark.parametrize("frames", R.FRAMES)
