@@ -249,6 +249,7 @@ def cli(main, Config, doc, argv=None, prog=None):
 
 
 # ---- processes and random draws
+BUCKET_BYTES = 2 ** 26  # of gradients that are summed over the ranks at a time
 TIMEOUT = datetime.timedelta(hours=1)   # how long a process waits for the others, as while one writes 57 GB
 
 
@@ -319,12 +320,33 @@ def uniform(seed, purpose, step, indices):
                       for i in indices])
 
 
+def buckets(tensors, most):
+    """[[tensor, ...], ...]: neighbours of one dtype, together of at most `most` bytes. A larger tensor is
+    alone."""
+    found, room = [], 0
+    for x in tensors:
+        if not found or x.nbytes > room or x.dtype != found[-1][0].dtype:
+            found.append([])
+            room = most
+        found[-1].append(x)
+        room -= x.nbytes
+    return found
+
+
 def all_reduce_mean_(tensors):
-    """Mean over ranks, in place, of a list of tensors, e.g. of losses before they are logged."""
-    if tensors and dist.is_initialized() and dist.get_world_size() > 1:
-        for work in [dist.all_reduce(x, async_op=True) for x in tensors]:
-            work.wait()
-        torch._foreach_div_(tensors, dist.get_world_size())
+    """Mean over ranks, in place, of a list of tensors, e.g. of losses before they are logged. Small ones are
+    summed together, as each sum waits for all ranks; beside the tensors there is one copy of a bucket."""
+    if not tensors or not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    for bucket in buckets(tensors, BUCKET_BYTES):
+        if len(bucket) == 1 and bucket[0].is_contiguous():
+            dist.all_reduce(bucket[0])
+            continue
+        flat = torch.cat([x.flatten() for x in bucket])
+        dist.all_reduce(flat)
+        pieces = flat.split([x.numel() for x in bucket])
+        torch._foreach_copy_(bucket, [piece.view(x.shape) for piece, x in zip(pieces, bucket)])
+    torch._foreach_div_(tensors, dist.get_world_size())
 
 
 def gather(value, to=None):

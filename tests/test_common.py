@@ -231,8 +231,13 @@ def test_two_processes_average_gradients_as_one_with_both_halves(tmp_path):
             norms.append(common.average_and_clip_gradients(model.parameters(), 0.5, step))
             optimizer.step(); optimizer.zero_grad()
         value = torch.tensor(float(runtime.rank)); common.all_reduce_mean_([value])
+        common.BUCKET_BYTES = 64        # three together, one alone, one alone that is not contiguous, float64
+        mixed = [torch.full((2,), 1.0), torch.arange(6.).view(2, 3).T, torch.ones(1), torch.arange(20.),
+                 torch.arange(20.).view(4, 5).T, torch.ones(3, dtype=torch.float64)]
+        mixed = [x.mul_(runtime.rank + 1) for x in mixed]
+        common.all_reduce_mean_(mixed)
         if runtime.rank == 0:
-            torch.save([[p.detach() for p in model.parameters()], norms, value], sys.argv[1])
+            torch.save([[p.detach() for p in model.parameters()], norms, value, mixed], sys.argv[1])
         common.teardown()
     """))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -243,10 +248,19 @@ def test_two_processes_average_gradients_as_one_with_both_halves(tmp_path):
     assert done.returncode == 0, done.stderr
     one, two = torch.load(tmp_path / "1.pt"), torch.load(tmp_path / "2.pt")
     torch.testing.assert_close(one[:2], two[:2])
+    assert all(torch.equal(1.5 * x, y) for x, y in zip(one[3], two[3], strict=True))
     assert one[2] == 0 and two[2] == 0.5
 
 
 # ---- gradients
+def test_buckets_hold_neighbours_of_a_dtype_up_to_their_size():
+    sizes = [3, 4, 3, 30, 1, 2, 2]
+    tensors = [torch.zeros(n, dtype=torch.float64 if i == 5 else torch.float32) for i, n in enumerate(sizes)]
+    found = common.buckets(tensors, 28)
+    assert [[x.numel() for x in bucket] for bucket in found] == [[3, 4], [3], [30], [1], [2], [2]]
+    assert common.buckets([], 28) == []
+
+
 def test_average_and_clip_gradients_returns_the_norm_before_and_scales_to_the_limit():
     p = torch.nn.Parameter(torch.zeros(2))
     p.grad = torch.tensor([3.0, 4.0])
