@@ -11,7 +11,10 @@
         The true width, but only four blocks, which takes seconds; and which kernels take the time.
     python -m study.node --first_hour
         What a GPU should be asked first, in 13 minutes, in the order of what is worth knowing (FIRST below).
-        Each answer is in results/gpu.md as soon as it is there.
+        Each answer is printed, and is in results/gpu.md, as soon as it is there. A part that fails, runs out
+        of memory or takes too long says so, and the next one begins.
+    python -m study.node --first_hour --parts 1 5 --minutes 5
+        Only these parts of it.
     torchrun --nproc_per_node=2 -m study.node --update prfl --parallel fsdp
         A single row, printed as JSON.
 
@@ -43,9 +46,11 @@ import math
 import os
 import platform
 import resource
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -60,6 +65,7 @@ import prfl
 import refl_baseline
 from common import InputError, arg
 from formats import runs
+from formats.metadata import replace_text
 from formats.weights import Later, write_folder
 from model import PRESETS, VideoDiT, export_transformer, load_transformer
 from pavrm import PAVRM, load_pavrm
@@ -104,6 +110,8 @@ class Config(parallel.Flags):
     first_hour: bool = arg(False, "answer what a GPU should be asked first, in --minutes; other flags "
                                   "replace those of every part")
     minutes: float = arg(13.0, "when --first_hour stops", above=0, only="first_hour")
+    parts: tuple[int, ...] = arg((), "parts of --first_hour, by number; default: all of them", above=0,
+                                 only="first_hour")
     matmul: int | None = arg(None, "side of the square matrices whose product is timed; default: 8192 on a "
                                    "GPU, 1024 on a CPU", above=0)
     weights_dir: str = arg("runs/node/weights", "folder in which the random weights are kept; 2 bytes per "
@@ -287,8 +295,10 @@ def measure_vae(config, runtime):
                 seconds.append(time.perf_counter() - start)
         said.append(f"{name} {seconds[-1]:.2f} s ({flops[name] / seconds[-1] / 1e12:.3g} TFLOP/s), peak "
                     f"{peak[0] / 1e9:.2f} GB")
-    return {"update": "vae", "size": config.size[0], "parallel": config.parallel, "processes": 1,
-            "sequence_parallel": 1, "note": "; ".join(said)}
+        row = {"update": "vae", "size": config.size[0], "parallel": config.parallel, "processes": 1,
+               "sequence_parallel": 1, "note": "; ".join(said)}
+        say(row, runtime)                                       # decoding can be out of memory
+    return row
 
 
 def measure(config, c, runtime, paths, speed):
@@ -364,7 +374,6 @@ def measure(config, c, runtime, paths, speed):
             make_update()
             synchronize(device)
             seconds.append(time.perf_counter() - start)
-    found = kernels_of(make_update, device) if config.profile else {}
     timed = seconds[1:] or seconds                          # the first of several warms up
     passes = 0
     if method != "sft":
@@ -375,13 +384,23 @@ def measure(config, c, runtime, paths, speed):
     flops = planned["update_flops"] + passes * sum(planned["forward"]) + planned["reward_flops"]
     memory = planned["with" if config.gradient_checkpointing else "without"]
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"update": config.update, "size": config.size[0], "parallel": config.parallel,
+    row = {"update": config.update, "size": config.size[0], "parallel": config.parallel,
             "processes": runtime.world_size, "sequence_parallel": config.sequence_parallel,
             "seconds": statistics.median(timed), "seconds_all": seconds,
             "peak_gb": max(common.gather(peak[0])) / 1e9, "planned_gb": memory["peak"] / 1e9,
             "resident_gb": max(common.gather(resident)) / 1e9,
             "rewarded_step": step, "forward_passes": passes, "tokens": planned["n"] * b * planned["groups"],
-            "flops": flops, "matmul_tflops": speed / 1e12} | found
+            "flops": flops, "matmul_tflops": speed / 1e12}
+    if config.profile:
+        say(row, runtime)                                       # a profiler that fails must not lose it
+        row |= kernels_of(make_update, device)
+    return row
+
+
+def say(row, runtime):
+    """Prints a row on rank 0, for `measured_apart`, which takes the last one."""
+    if runtime.rank == 0:
+        print(json.dumps(row), flush=True)
 
 
 # ---- one process for each row
@@ -429,34 +448,57 @@ def flags_of(config):
     return flags
 
 
+def run_apart(command, patience=None, environment=None):
+    """Runs a command -> (its exit code; what it wrote to stdout; what it wrote to stderr). If it is not done
+    after `patience` seconds, it is ended with all that it has started, and its code is None."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        # files, as a pipe stays open while anything that the command started still runs
+        process = subprocess.Popen(command, stdout=out, stderr=err, env=environment, process_group=0)
+        code = None
+        try:
+            code = process.wait(patience)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            if code is None:
+                os.killpg(process.pid, signal.SIGTERM)          # on which torchrun ends its own processes
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(5)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        for file in (out, err):
+            file.seek(0)
+        return code, out.read(), err.read()
+
+
 def measured_apart(config, kind, processes, shared, patience=None):
     """The row of config.update, measured by processes of its own. If they fail, or take more than `patience`
-    seconds, the row has a note that says why."""
+    seconds, the row has a note that says why, beside what it had measured by then."""
     config = dataclasses.replace(config, parallel=kind, sequence_parallel=shared, layouts=(), updates=(),
-                                 first_hour=False, minutes=Config.minutes)
-    row = {"update": config.update, "size": config.size[0], "parallel": kind, "processes": processes,
-           "sequence_parallel": shared}
+                                 first_hour=False, minutes=Config.minutes, parts=())
     command, environment = [sys.executable], None
     if processes > 1 or kind == "fsdp":
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         environment = {"OMP_NUM_THREADS": "1"} | os.environ
     command += ["-m", "study.node", *flags_of(config)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=patience)
-    except subprocess.TimeoutExpired:
-        return row | {"note": f"not done after {patience:.0f} s"}
-    rows = [line for line in done.stdout.splitlines() if line.startswith('{"update"')]
+    code, printed, said = run_apart(command, patience, environment)
+    rows = [line for line in printed.splitlines() if line.startswith('{"update"') and line.endswith("}")]
+    row = {"update": config.update, "size": config.size[0], "parallel": kind, "processes": processes,
+           "sequence_parallel": shared}
     if rows:
-        return json.loads(rows[-1])
-    said = done.stderr.splitlines()
-    errors = [line for line in said if line.startswith("error:")] or said[-1:]
-    if "out of memory" in done.stderr or "SIGKILL" in done.stderr or done.returncode == -9:
+        row = json.loads(rows[-1])
+    if rows and code == 0:
+        return row
+    lines = said.splitlines()
+    errors = [line for line in lines if line.startswith("error:")] or lines[-1:]
+    if code is None:
+        note = f"not done after {patience:.0f} s"
+    elif "out of memory" in said or "SIGKILL" in said or code == -signal.SIGKILL:
         note = "out of memory"
-    elif errors:
-        note = " ".join(errors)
     else:
-        note = f"exit code {done.returncode}"
-    return row | {"note": note}
+        note = " ".join(errors) or f"exit code {code}"
+    return row | {"then" if rows else "note": note}
 
 
 def table(config, rows, machine, gpus):
@@ -493,6 +535,7 @@ def grid(rows, gpus):
                 cells.append(f"{row['resident_gb']:.2f}")
         cells += [""] * (len(columns) - len(cells))
         lines.append("| " + " | ".join(cells) + " |")
+    lines += [f"\n{row['update']}, {row['size']}, after that: {row['then']}" for row in rows if "then" in row]
     for row in rows:
         if "kernels" in row:
             lines += ["", f"{row['update']}, {row['size']}: attention by "
@@ -579,50 +622,79 @@ def weights_folder(config):
 
 
 def first_hour(config, defaults, gpus, machine):
-    """The parts of FIRST, in their order, as far as --minutes go. The page is written anew after each."""
+    """The parts of FIRST, in their order, as far as --minutes go. What goes wrong in one loses no other: the
+    page is written anew after each row."""
     common.refuse(config, ("layouts", "update"), "with --first_hour, which measures one GPU")
+    if wrong := [number for number in config.parts if number > len(FIRST)]:
+        raise InputError(f"--parts {wrong[0]}: --first_hour has parts 1 to {len(FIRST)}")
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)
              if getattr(config, field.name) != field.default}
-    out, parts = Path(config.output_dir or "results"), []
+    work = []                                                   # flags that cannot be are refused before it
+    for number, (asked, patience, flags) in enumerate(FIRST, 1):
+        if not config.parts or number in config.parts:
+            how = None if flags is None else settled(dataclasses.replace(config, **flags | given), defaults)
+            work.append((f"{number}. {asked}", patience, how))
+    out, parts, end = Path(config.output_dir or "results"), [], time.monotonic() + 60 * config.minutes
     out.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + 60 * config.minutes
-    title = f"# The first {config.minutes:g} minutes on {machine['device']}"
-    lines = [title, "", f"torch {machine['torch']}, `{machine['command']}`", "", TOKENS if gpus else RESIDENT]
-    for asked, patience, flags in FIRST:
-        start, rows = time.monotonic(), []
-        if flags is None:
-            lines += ["", f"## {asked}", "", *run_tests(min(patience, end - start))]
-        else:
-            one, c = settled(dataclasses.replace(config, **flags | given), defaults)
-            lines += ["", f"## {asked}", "", f"{one.model}, {settings_of(one)}", ""]
-            for update in one.updates:
-                left = end - time.monotonic()
-                if left < 1:
-                    rows.append({"update": update, "size": one.size[0], "parallel": "ddp", "processes": 1,
-                                 "sequence_parallel": 1, "note": "no time was left"})
-                    continue
-                if update != "vae":
-                    random_weights(weights_folder(one), c, one.depth, one.seed)
-                one.update = update
-                rows.append(measured_apart(one, "ddp", 1, 1, min(patience, left)))
-            lines += grid(rows, gpus)
-        parts.append({"asked": asked, "seconds": time.monotonic() - start, "rows": rows})
+    head = [f"# The first {config.minutes:g} minutes on {machine['device']}", "",
+            f"torch {machine['torch']}, `{machine['command']}`", "", TOKENS if gpus else RESIDENT]
+
+    def page_of(parts):
+        lines = []
+        for part in parts:
+            lines += ["", f"## {part['asked']}", "", *part["said"]]
+            lines += ["", *grid(part["rows"], gpus)] if part["rows"] else []
+        return lines
+
+    def write():
         runs.write_json(out / "gpu.json", machine | {"parts": parts})
-        (out / "gpu.md").write_text("\n".join([*lines, ""]))
-        print(f"{asked} {parts[-1]['seconds']:.0f} s", flush=True)
+        replace_text(out / "gpu.md", "\n".join([*head, *page_of(parts), ""]))
+
+    for asked, patience, how in work:
+        start = time.monotonic()
+        parts.append({"asked": asked, "seconds": 0.0, "said": [], "rows": []})
+        if how is None:
+            parts[-1]["said"] = run_tests(min(patience, end - start))
+        else:
+            parts[-1]["said"] = [f"{how[0].model}, {settings_of(how[0])}"]
+        for update in how[0].updates if how else ():
+            one = dataclasses.replace(how[0], update=update)
+            parts[-1]["rows"].append(answer(one, how[1], patience, end))
+            write()
+        parts[-1]["seconds"] = time.monotonic() - start
+        write()
+        print("\n".join(page_of(parts[-1:])), f"\n{parts[-1]['seconds']:.0f} s", flush=True)
     print(f"wrote {out}/gpu.md and gpu.json")
+
+
+def answer(one, c, patience, end):
+    """The row of one update of --first_hour, which ends at `end`; with a note if it could not be measured."""
+    nothing = {"update": one.update, "size": one.size[0], "parallel": "ddp", "processes": 1,
+               "sequence_parallel": 1}
+    try:
+        if one.update != "vae" and time.monotonic() < end:
+            random_weights(weights_folder(one), c, one.depth, one.seed)
+        left = end - time.monotonic()
+        if left < 1:
+            return nothing | {"note": "no time was left"}
+        return measured_apart(one, "ddp", 1, 1, min(patience, left))
+    except Exception as error:                                  # such as a full disk: the other parts go on
+        return nothing | {"note": " ".join(f"{type(error).__name__}: {error}".split())}
 
 
 def run_tests(patience):
     """Runs tests/gpu.py -> lines that say how it went."""
+    if patience < 1:
+        return ["No time was left."]
     tests = Path(__file__).resolve().parents[1] / "tests/gpu.py"
-    command = [sys.executable, "-m", "pytest", "-v", "--no-header", "-rfEsp", str(tests)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=patience)
-    except subprocess.TimeoutExpired:
-        return [f"Not done after {patience:.0f} s."]
+    command = [sys.executable, "-u", "-m", "pytest", "-v", "--no-header", "-rfEsp", str(tests)]
+    code, out, err = run_apart(command, patience)
     words = ("E ", "FAILED", "ERROR", "SKIPPED", "PASSED", " passed", " failed", " skipped")
-    said = [line for line in done.stdout.splitlines() if any(word in line for word in words)]
+    said = [line for line in out.splitlines() if any(word in line for word in words)]
+    if code is None:
+        said += [*out.splitlines()[-1:], f"not done after {patience:.0f} s"]
+    elif not said:                                              # such as: No module named pytest
+        said = err.splitlines()[-1:] or [f"exit code {code}"]
     return ["```", *said, "```"]
 
 
@@ -645,8 +717,7 @@ def main(config):
         else:
             speed = matmul_speed(runtime.device, config.matmul)
             row = measure(config, c, runtime, random_weights(folder, c, config.depth, config.seed), speed)
-        if runtime.rank == 0:
-            print(json.dumps(row), flush=True)
+        say(row, runtime)
         return common.teardown()
     layouts = layouts_of(config, gpus, c["num_heads"])
     random_weights(folder, c, config.depth, config.seed)

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -83,6 +84,53 @@ def test_the_first_hour_writes_each_answer_at_once(tmp_path, monkeypatch, capsys
     assert [len(part["rows"]) for part in found] == [0, 1, 1, 2] and found[1]["rows"][0]["seconds"] > 0
 
 
+def test_what_fails_in_the_first_hour_loses_nothing_else(tmp_path, monkeypatch, capsys):
+    """A full disk, a row that fails after it was measured, memory that runs out; and only the parts asked
+    for."""
+    row = json.dumps({"update": "prfl", "size": "16*16", "parallel": "ddp", "processes": 1,
+                      "sequence_parallel": 1, "seconds": 1.0, "peak_gb": 2.0, "planned_gb": 2.0,
+                      "forward_passes": 3, "resident_gb": 4.0})
+    ends = {"sft": (1, "", "Traceback\nerror: CUDA out of memory. Tried to allocate\n"), "vae": (3, "", ""),
+            "prfl": (None, f'{row}\n{{"update": "prf', ""), "prfl_steady": (1, f"{row}\n", "Kineto failed\n"),
+            "refl_first": (-9, "", "said")}
+
+    def weights(folder, *more):
+        if "14b" in str(folder):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(node, "random_weights", weights)
+    monkeypatch.setattr(node, "run_apart", lambda command, patience, environment=None: (
+        (1, "", "No module named pytest\n") if "pytest" in command else
+        ends[command[command.index("--update") + 1]]))
+    monkeypatch.setattr(node, "FIRST", (
+        ("Right?", 9, None), ("Left out?", 9, None),
+        ("Disk?", 9, dict(model="wan2.1-t2v-14b", updates=("sft",))),
+        ("All?", 9, dict(model="tiny-t2v", updates=tuple(ends)))))
+    common.cli(node.main, node.Config, "", [str(flag) for flag in (
+        "--first_hour", "--size", "16*16", "--frames", 5, "--parts", 1, 3, 4, "--output_dir", tmp_path)])
+    text, printed = (tmp_path / "gpu.md").read_text(), capsys.readouterr().out
+    for said in ("## 1. Right?\n\n```\nNo module named pytest\n```", "| OSError: [Errno 28] No space left on",
+                 "| sft | 16*16 | 1 ddp | out of memory |", "| vae | 16*16 | 1 ddp | exit code 3 |",
+                 "| prfl | 16*16 | 1 ddp | 1.000 | 2.00 | 2.00 | +0.0% | 3 | 4.00 |",
+                 "prfl, 16*16, after that: not done after 9 s", "after that: Kineto failed",
+                 "| refl_first | 16*16 | 1 ddp | out of memory |"):
+        assert said in text and said in printed, said
+    assert "Left out?" not in text
+    found = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert [len(part["rows"]) for part in found] == [0, 1, 5]
+
+
+def test_what_takes_too_long_is_ended_with_all_that_it_started(tmp_path):
+    """And what it had printed stays, although what it started still holds the file."""
+    script = f"(sleep 2; touch {tmp_path}/late) & echo started; echo oh >&2; sleep 60"
+    start = time.monotonic()
+    assert node.run_apart(["sh", "-c", script], 0.5) == (None, "started\n", "oh\n")
+    assert time.monotonic() - start < 10
+    assert node.run_apart(["sh", "-c", "echo yes; exit 3"]) == (3, "yes\n", "")
+    time.sleep(2)
+    assert not (tmp_path / "late").exists()
+
+
 def test_what_is_asked_first_fits_a_gpu():
     """Every part of the first hour has flags that go together and fits 80 GB, as far as the planner knows."""
     assert sum(patience for _, patience, _ in node.FIRST[:5]) <= 13 * 60
@@ -114,6 +162,8 @@ def test_speeds_of_a_gpu():
 @pytest.mark.parametrize("flags, words", [(("--frames", 80), "--frames 80"),
                           (("--layers", 31), "wan2.1-t2v-1.3b has 30"),
                           (("--minutes", 3), "--minutes means nothing"),
+                          (("--first_hour", "--parts", 99), "--parts 99: --first_hour has parts 1 to 9"),
+                          (("--first_hour", "--layers", 31), "wan2.1-t2v-1.3b has 30"),
                           (("--model", "tiny-t2v", "--depth", 9), "--depth"), (("--updates", "ppo"), "ppo"),
                           (("--layouts", "fsdp"), "--layouts fsdp: wants"),
                           (("--parallel", "fsdp"), "--parallel means nothing without --update")])
