@@ -1,0 +1,218 @@
+"""`python -m study.reproduce wan22`: what Wan2.2's two ways of building a generator come to in the embedded
+world, where a result can be measured.
+
+two experts     A14B's way. The base is tuned twice, each time only on one side of a boundary: a high-noise
+                expert for t >= boundary, a low-noise one below. PRFL then trains the low-noise expert, the
+                high-noise one, or both, for as many iterations as it trains the base itself.
+trunk           Two reward models learn from the same samples of the two experts. The trunk of one is made of
+                the low-noise expert, as train_reward.py makes it, that of the other of the base.
+pinned frame    TI2V-5B's way to image-to-video. The text-to-video base is tuned to take the first latent
+                frame clean, in its place and at time 0. Then come a reward model, SFT and PRFL.
+
+PRFL is the steady recipe at its default rate. All alignments of two experts and of the base train against the
+shipped reward model. Every finished section is kept in results/wan22_runs.json and is not made again.
+"""
+import numpy as np
+import torch
+
+import data
+from formats import runs
+from formats.metadata import from_json
+from formats.weights import SHIPPED
+from pavrm import load_pavrm
+from report import claim_verdicts, claims_table, show, summary, table
+from study.endurance import bits, keep, kept_in
+from study.parts import METRICS, commit
+from validation import T_BINS, logits_by_t
+
+FILE = "wan22_runs.json"
+BASE = SHIPPED["t2v"]
+BOUNDARY = 0.5              # of 16 even steps the low-noise expert makes 7; A14B's makes 14 of 40 by default
+ITERATIONS, TESTED, SAMPLES, REWARD_STEPS = 120, 512, 3072, 400
+TUNE = ("-m", "world.pretrain", "dit", "--init", BASE / "transformer", "--warmup_steps", 20, "--ema", 0.99,
+        "--muon_learning_rate", 0.005, "--adam_learning_rate", 3e-4, "--timestep_shift", 1,
+        "--validation_steps", 100)
+EXPERT = ("--clips", 8192, "--batch_size", 64, "--max_train_steps", 200, "--decay_steps", 180)
+PINNED = ("--clips", 8192, "--batch_size", 64, "--max_train_steps", 500, "--decay_steps", 480)
+GRADES = ("qualified", "physical_qualified", "deformity_qualified", "adherent")
+ONE, START = "the base, PRFL", "two experts"
+LOW, HIGH, BOTH = (f"{START}, PRFL on {name}" for name in ("the low-noise one", "the high-noise one", "both"))
+TRUNKS = {"trunk of the low-noise expert": "experts", "trunk of the base": "base"}
+INTERVALS = [f"({k / T_BINS:.1f}, {(k + 1) / T_BINS:.1f}]" for k in range(T_BINS)]
+
+
+# ---- the parts of one seed
+def generator(folder, index=None, **parts):
+    """A generator's folder of links: to the shipped encoders, and to parts {name: folder}. index: its
+    model_index.json. -> folder"""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, target in ({name: BASE / name for name in ("vae", "text_encoder")} | parts).items():
+        if not (folder / name).exists():
+            (folder / name).symlink_to(target.resolve())
+    if index:
+        runs.write_json(folder / "model_index.json", index)
+    return folder
+
+
+def made(work, seed, name, last, *command):
+    """The folder of a part, which is run now unless it is finished."""
+    folder = work.folder / f"seed-{seed}" / f"wan22-{name}"
+    work.run([(folder, last, *command, "--seed", seed)])
+    return folder
+
+
+def pair(work, seed):
+    """The folder of the two experts."""
+    high, low = (made(work, seed, name, "transformer/config.json", *TUNE, *EXPERT, "--expert", name,
+                      "--boundary", BOUNDARY) / "transformer" for name in ("high", "low"))
+    index = {"_class_name": "WanPipeline", "boundary_ratio": BOUNDARY}
+    return generator(high.parents[1] / "wan22-experts", index, transformer=high, transformer_2=low)
+
+
+def aligned(work, seed, name, reward=BASE / "reward", method="prfl", updates=1, expert=None, **flags):
+    """The run folder of an alignment; flags: more of train_align.py's."""
+    words = [word for flag, value in flags.items() for word in (f"--{flag}", value)]
+    if method != "sft":
+        words += ["--reward", reward]
+    if expert:
+        words += ["--expert", expert]
+    last = "transformer_2/config.json" if expert in ("low", "both") else "transformer/config.json"
+    return made(work, seed, name, last, "train_align.py", "--method", method, "--num_validation", 0,
+                "--max_train_steps", updates * ITERATIONS, "--curated_dir",
+                work.folder / f"seed-{seed}" / "curated", *words)
+
+
+def evaluated(work, seed, name, rows):
+    """rows {row: generator's folder} -> {row: {grade: bits of the test videos, and their mean "speed"}}"""
+    named = {f"g{i}": row for i, row in enumerate(rows)}
+    folder = work.folder / f"seed-{seed}" / f"wan22-evaluation-{name}"
+    work.run([(folder, "per_video.json", "evaluate.py",
+               *(f"{short}={rows[row]}" for short, row in named.items()), "--num_videos", TESTED)])
+    found = from_json((folder / "per_video.json").read_text())
+    return {row: {grade: bits(found[short][grade]) for grade in GRADES}
+            | {"speed": round(float(np.mean(found[short]["speed"])), 5)} for short, row in named.items()}
+
+
+def two_experts(work, seed):
+    start = pair(work, seed)
+    rows = {"base": BASE, ONE: aligned(work, seed, "one"), START: start}
+    for row, expert in ((LOW, "low"), (HIGH, "high"), (BOTH, "both")):
+        rows[row] = aligned(work, seed, f"prfl-{expert}", expert=expert, model=start)
+    return evaluated(work, seed, "experts", rows)
+
+
+def pinned(work, seed):
+    tuned = made(work, seed, "pinned", "transformer/config.json", *TUNE, *PINNED, "--preset",
+                 "tiny-i2v-pinned")
+    model = generator(tuned.parent / "wan22-pinned-base", transformer=tuned / "transformer")
+    reward = made(work, seed, "pinned-reward", "report.json", "train_reward.py", "--model", model,
+                  "--num_samples", SAMPLES, "--max_train_steps", REWARD_STEPS)
+    rows = {"base": model,
+            "SFT": aligned(work, seed, "pinned-sft", method="sft", updates=2, model=model,
+                           learning_rate=3e-4),
+            "PRFL": aligned(work, seed, "pinned-prfl", reward / "reward", model=model)}
+    return evaluated(work, seed, "pinned", rows)
+
+
+@torch.no_grad()
+def right(reward, shards):
+    """{interval of t: bits, 1 where the reward model in a folder tells the label of a video}"""
+    known = (shards.labels >= 0).nonzero()[:, 0]
+    batch = shards.batch(known)
+    logits = logits_by_t(load_pavrm(reward), batch["latents"], batch["context"])                # [5, m]
+    return {t: bits((row >= 0) == (batch["label"] == 1)) for t, row in zip(INTERVALS, logits)}
+
+
+def trunk(work, seed):
+    start = pair(work, seed)
+    samples = {}
+    for kind, count in (("training", SAMPLES), ("test", 2048)):
+        samples[kind] = made(work, seed + 100 * (kind == "test"), f"samples-{kind}", "shards.json", "-m",
+                             "study.samples", "--transformer", start, "--count", count)
+    found = {}
+    for row, kind in TRUNKS.items():
+        reward = made(work, seed, f"trunk-{kind}", "report.json", "train_reward.py", "--model",
+                      {"experts": start, "base": BASE}[kind], "--data", samples["training"],
+                      "--max_train_steps", REWARD_STEPS)
+        found[row] = right(reward / "reward", data.Shards(samples["test"]))
+    return found
+
+
+SECTIONS = {"two experts": two_experts, "pinned frame": pinned, "trunk": trunk}
+
+
+# ---- the study
+def finished(work):
+    """Makes what is not kept -> {(seed, section): {row: what is kept of it}}"""
+    kept = kept_in(work, FILE)
+    for section, make in SECTIONS.items():
+        for seed in work.seeds:
+            if f"{section}, seed {seed}" not in kept:
+                kept[f"{section}, seed {seed}"] = {"commit": commit(), "rows": make(work, seed)}
+                keep(work, FILE, kept)
+    return {(seed, section): kept[f"{section}, seed {seed}"]["rows"] for section in SECTIONS
+            for seed in work.seeds}
+
+
+def wan22(work):
+    report(work, finished(work))
+
+
+def values_of(parts, row, what):
+    """Kept rows of the seeds -> [seeds, videos]"""
+    return np.array([[float(bit) for bit in part[row][what]] for part in parts])
+
+
+def of_generators(parts, claims):
+    """The table of generators of the kept rows of each seed -> ({row: numbers}, claims with verdicts,
+    lines)"""
+    rows, cells, qualified = {}, [], {}
+    for row in parts[0]:
+        grades = {grade: summary(values_of(parts, row, grade)) for grade in GRADES}
+        speed = float(np.mean([part[row]["speed"] for part in parts]))
+        qualified[row] = values_of(parts, row, "qualified")
+        rows[row] = grades | {"speed": {"mean": speed}}
+        cells.append([row, show(**grades["qualified"]), *(f"{grades[grade]['mean']:.3f}"
+                                                          for grade in GRADES[1:]), f"{speed:.3f}"])
+    if LOW in qualified:                # does the low-noise expert alone bring most of what both bring?
+        qualified["gain of the low-noise one alone"] = qualified[LOW] - qualified[START]
+        qualified["half of the gain of both"] = (qualified[BOTH] - qualified[START]) / 2
+    claims = claim_verdicts([(*claim, "not in it") for claim in claims], qualified)
+    head = ["", *(METRICS[grade] for grade in GRADES), "speed"]
+    return rows, claims, [*table(head, cells), *claims_table(claims)]
+
+
+def report(work, kept):
+    """Writes the tables of {(seed, section): kept rows}."""
+    values, lines = {}, []
+    of = lambda section: [kept[seed, section] for seed in work.seeds]
+    rows, claims, said = of_generators(of("two experts"), [
+        (LOW, START), (BOTH, LOW), (LOW, HIGH), (LOW, ONE), (BOTH, ONE),
+        ("gain of the low-noise one alone", "half of the gain of both")])
+    values["two experts"] = {"rows": rows, "claims": claims}
+    lines += ["## Two experts", "", f"The boundary is {BOUNDARY}: the high-noise expert makes 9 of the 16 "
+              "steps of a rollout, the low-noise one 7.", "", *said]
+    rows, claims, said = of_generators(of("pinned frame"), [("PRFL", "base"), ("PRFL", "SFT"),
+                                                            ("SFT", "base")])
+    values["pinned frame"] = {"rows": rows, "claims": claims}
+    lines += ["## A pinned first frame", "", "Image-to-video. The given frames are of clean renders.", "",
+              *said]
+    parts, cells, rows, found = of("trunk"), [], {}, {}
+    for row in TRUNKS:
+        by_t = {t: values_of(parts, row, t) for t in INTERVALS}
+        found[row] = np.mean(list(by_t.values()), 0)
+        rows[row] = {t: summary(right) for t, right in by_t.items()} | {"average": summary(found[row])}
+        cells.append([row, *(f"{rows[row][t]['mean']:.3f}" for t in INTERVALS), show(**rows[row]["average"])])
+    low, base = TRUNKS
+    claims = claim_verdicts([(low, base, "not in it")], found)
+    values["trunk"] = {"rows": rows, "claims": claims, "videos": int(found[low].shape[1])}
+    lines += ["## The trunk of the reward model", "",
+              f"Accuracy on {found[low].shape[1]} labelled samples of the two experts that "
+              "neither reward model has seen, by t.", "",
+              *table(["", *INTERVALS, "average"], cells), *claims_table(claims)]
+    work.write("wan22", "Wan2.2's two experts and its pinned frame, in the embedded world", [
+        f"{TESTED} test videos, the same noise in every row ({work.said_seeds()}). PRFL is the steady recipe "
+        f"for {ITERATIONS} iterations; SFT makes as many updates. Each expert is the base, tuned on its side "
+        f"of the boundary for {EXPERT[5]} updates of {EXPERT[3]} clips of the base's own mixture. The "
+        f"generator with a pinned frame is the base, tuned for {PINNED[5]} updates of {PINNED[3]} clips.", "",
+        *lines], values)
