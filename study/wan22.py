@@ -4,8 +4,6 @@ world, where a result can be measured.
 two experts     A14B's way. The base is tuned twice, each time only on one side of a boundary: a high-noise
                 expert for t >= boundary, a low-noise one below. PRFL then trains the low-noise expert, the
                 high-noise one, or both, for as many iterations as it trains the base itself.
-trunk           Two reward models learn from the same samples of the two experts. The trunk of one is made of
-                the low-noise expert, as train_reward.py makes it, that of the other of the base.
 pinned frame    TI2V-5B's way to image-to-video. The text-to-video base is tuned to take the first latent
                 frame clean, in its place and at time 0. Then come a reward model, SFT and PRFL.
 
@@ -13,32 +11,26 @@ PRFL is the steady recipe at its default rate. All alignments of two experts and
 shipped reward model. Every finished section is kept in results/wan22_runs.json and is not made again.
 """
 import numpy as np
-import torch
 
-import data
 from formats import runs
 from formats.metadata import from_json
 from formats.weights import SHIPPED
-from pavrm import load_pavrm
 from report import claim_verdicts, claims_table, show, summary, table
 from study.endurance import bits, keep, kept_in
 from study.parts import METRICS, commit
-from validation import T_BINS, logits_by_t
 
 FILE = "wan22_runs.json"
 BASE = SHIPPED["t2v"]
 BOUNDARY = 0.5              # of 16 even steps the low-noise expert makes 7; A14B's makes 14 of 40 by default
-ITERATIONS, TESTED, SAMPLES, REWARD_STEPS = 120, 512, 3072, 400
+ITERATIONS, TESTED, SAMPLES, REWARD_STEPS = 80, 512, 2048, 300
 TUNE = ("-m", "world.pretrain", "dit", "--init", BASE / "transformer", "--warmup_steps", 20, "--ema", 0.99,
         "--muon_learning_rate", 0.005, "--adam_learning_rate", 3e-4, "--timestep_shift", 1,
         "--validation_steps", 100)
-EXPERT = ("--clips", 8192, "--batch_size", 64, "--max_train_steps", 200, "--decay_steps", 180)
-PINNED = ("--clips", 8192, "--batch_size", 64, "--max_train_steps", 500, "--decay_steps", 480)
+EXPERT = ("--clips", 4096, "--batch_size", 64, "--max_train_steps", 100, "--decay_steps", 80)
+PINNED = ("--clips", 4096, "--batch_size", 64, "--max_train_steps", 300, "--decay_steps", 280)
 GRADES = ("qualified", "physical_qualified", "deformity_qualified", "adherent")
 ONE, START = "the base, PRFL", "two experts"
 LOW, HIGH, BOTH = (f"{START}, PRFL on {name}" for name in ("the low-noise one", "the high-noise one", "both"))
-TRUNKS = {"trunk of the low-noise expert": "experts", "trunk of the base": "base"}
-INTERVALS = [f"({k / T_BINS:.1f}, {(k + 1) / T_BINS:.1f}]" for k in range(T_BINS)]
 
 
 # ---- the parts of one seed
@@ -114,31 +106,7 @@ def pinned(work, seed):
     return evaluated(work, seed, "pinned", rows)
 
 
-@torch.no_grad()
-def right(reward, shards):
-    """{interval of t: bits, 1 where the reward model in a folder tells the label of a video}"""
-    known = (shards.labels >= 0).nonzero()[:, 0]
-    batch = shards.batch(known)
-    logits = logits_by_t(load_pavrm(reward), batch["latents"], batch["context"])                # [5, m]
-    return {t: bits((row >= 0) == (batch["label"] == 1)) for t, row in zip(INTERVALS, logits)}
-
-
-def trunk(work, seed):
-    start = pair(work, seed)
-    samples = {}
-    for kind, count in (("training", SAMPLES), ("test", 2048)):
-        samples[kind] = made(work, seed + 100 * (kind == "test"), f"samples-{kind}", "shards.json", "-m",
-                             "study.samples", "--transformer", start, "--count", count)
-    found = {}
-    for row, kind in TRUNKS.items():
-        reward = made(work, seed, f"trunk-{kind}", "report.json", "train_reward.py", "--model",
-                      {"experts": start, "base": BASE}[kind], "--data", samples["training"],
-                      "--max_train_steps", REWARD_STEPS)
-        found[row] = right(reward / "reward", data.Shards(samples["test"]))
-    return found
-
-
-SECTIONS = {"two experts": two_experts, "pinned frame": pinned, "trunk": trunk}
+SECTIONS = {"two experts": two_experts, "pinned frame": pinned}
 
 
 # ---- the study
@@ -197,19 +165,6 @@ def report(work, kept):
     values["pinned frame"] = {"rows": rows, "claims": claims}
     lines += ["## A pinned first frame", "", "Image-to-video. The given frames are of clean renders.", "",
               *said]
-    parts, cells, rows, found = of("trunk"), [], {}, {}
-    for row in TRUNKS:
-        by_t = {t: values_of(parts, row, t) for t in INTERVALS}
-        found[row] = np.mean(list(by_t.values()), 0)
-        rows[row] = {t: summary(right) for t, right in by_t.items()} | {"average": summary(found[row])}
-        cells.append([row, *(f"{rows[row][t]['mean']:.3f}" for t in INTERVALS), show(**rows[row]["average"])])
-    low, base = TRUNKS
-    claims = claim_verdicts([(low, base, "not in it")], found)
-    values["trunk"] = {"rows": rows, "claims": claims, "videos": int(found[low].shape[1])}
-    lines += ["## The trunk of the reward model", "",
-              f"Accuracy on {found[low].shape[1]} labelled samples of the two experts that "
-              "neither reward model has seen, by t.", "",
-              *table(["", *INTERVALS, "average"], cells), *claims_table(claims)]
     work.write("wan22", "Wan2.2's two experts and its pinned frame, in the embedded world", [
         f"{TESTED} test videos, the same noise in every row ({work.said_seeds()}). PRFL is the steady recipe "
         f"for {ITERATIONS} iterations; SFT makes as many updates. Each expert is the base, tuned on its side "
