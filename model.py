@@ -50,7 +50,6 @@ _wan_14b = _wan | dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 PRESETS = {
     "tiny-t2v": _tiny,
     "tiny-i2v": _tiny | dict(model_type="i2v", in_dim=36),  # 16 noisy + 4 mask + 16 first frame
-    "tiny-i2v-pinned": _tiny | dict(model_type="i2v"),      # the first frame in its place, see is_pinned
     "small-t2v": _tiny | dict(dim=384, ffn_dim=1536, num_heads=6, num_layers=10),
     "wan2.1-t2v-1.3b": _wan | dict(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
     "wan2.1-t2v-14b": _wan_14b,

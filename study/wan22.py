@@ -136,12 +136,12 @@ def of_generators(parts, claims):
     lines)"""
     rows, cells, qualified = {}, [], {}
     for row in parts[0]:
-        grades = {grade: summary(values_of(parts, row, grade)) for grade in GRADES}
-        speed = float(np.mean([part[row]["speed"] for part in parts]))
         qualified[row] = values_of(parts, row, "qualified")
-        rows[row] = grades | {"speed": {"mean": speed}}
-        cells.append([row, show(**grades["qualified"]), *(f"{grades[grade]['mean']:.3f}"
-                                                          for grade in GRADES[1:]), f"{speed:.3f}"])
+        means = {grade: float(values_of(parts, row, grade).mean()) for grade in GRADES[1:]}
+        means["speed"] = float(np.mean([part[row]["speed"] for part in parts]))
+        rows[row] = {"qualified": summary(qualified[row])} | {name: {"mean": mean}
+                                                              for name, mean in means.items()}
+        cells.append([row, show(**rows[row]["qualified"]), *(f"{mean:.3f}" for mean in means.values())])
     if LOW in qualified:                # does the low-noise expert alone bring most of what both bring?
         qualified["gain of the low-noise one alone"] = qualified[LOW] - qualified[START]
         qualified["half of the gain of both"] = (qualified[BOTH] - qualified[START]) / 2

@@ -672,10 +672,11 @@ def walk(model):
 
 
 def make_own():
-    """The commands of `make own` -> [[script, words]], without those of tests/own.py that only prepare."""
+    """The commands of `make own-Wan2.1` -> [[script, words]], without those of tests/own.py that only
+    prepare."""
     text = (ROOT / "Makefile").read_text().replace("\\\n", " ")
     values = dict(re.findall(r"^(\w+) := (.*)$", text, re.M)) | {"RUN": "python"}
-    recipe = re.search(r"^own: .*\n((?:\t.*\n)+)", text, re.M)[1]
+    recipe = re.search(r"^own-Wan2.1: .*\n((?:\t.*\n)+)", text, re.M)[1]
     while "$(" in recipe:
         recipe = re.sub(r"\$\((\w+)\)", lambda name: values[name[1]], recipe)
     found = []

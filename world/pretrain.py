@@ -51,6 +51,9 @@ from world import annotator, scene
 from world.text_encoder import TextEncoder
 from world.vae import VideoVAE
 
+GENERATORS = {name: config for name, config in PRESETS.items() if "wan" not in name}
+GENERATORS["tiny-i2v-pinned"] = PRESETS["tiny-t2v"] | {"model_type": "i2v"}     # see model.is_pinned
+
 
 @dataclass
 class Config:
@@ -60,10 +63,10 @@ class Config:
     vae: str = arg(str(SHIPPED["t2v"] / "vae"), "folder of the VAE", only="stage dit")
     text_encoder: str = arg(str(SHIPPED["t2v"] / "text_encoder"), "folder of the text encoder",
                             only="stage dit")
-    init: str | None = arg(None, "transformer folder to start from; tiny-i2v can also start from a text-"
-                           "to-video one. Default: random weights", only="stage dit")
+    init: str | None = arg(None, "transformer folder to start from; those for image-to-video can also start "
+                           "from a text-to-video one. Default: random weights", only="stage dit")
     preset: str = arg("tiny-t2v", "size and task of the generator; the text encoder makes contexts for it",
-                      choices=tuple(name for name in PRESETS if "wan" not in name), only="stage text dit")
+                      choices=tuple(GENERATORS), only="stage text dit")
     world: str = arg("tiny", "size of the clips, of world/scene.py's SIZES", choices=tuple(scene.SIZES),
                      only="stage vae dit")
     clips: int = arg(131072, "number of clips, rendered once and used in every epoch; vae: at most 16384",
@@ -298,7 +301,7 @@ def words_of(prompt):
 
 def train_text(config, runtime):
     """A linear head on the context says which words the caption has. The head is not saved."""
-    preset = PRESETS[config.preset]
+    preset = GENERATORS[config.preset]
     text = TextEncoder(text_len=preset["text_len"], text_dim=preset["text_dim"]).to(runtime.device)
     prompts = [*itertools.chain(*scene.all_prompts("train").values())]
     held_out = [*itertools.chain(*scene.all_prompts("validation").values())]
@@ -379,7 +382,7 @@ def train_dit(config, runtime):
     """Flow matching, Eq. 2, on latents of the mixture."""
     vae = load_vae(config.vae).to(runtime.device)
     latents, prompts = world_latents(config, vae, runtime)
-    preset = PRESETS[config.preset]
+    preset = GENERATORS[config.preset]
     dit = VideoDiT(**preset).to(runtime.device)
     if config.init:
         try:
