@@ -3,7 +3,9 @@ world, where a result can be measured.
 
 two experts     A14B's way. The base is tuned twice, each time only on one side of a boundary: a high-noise
                 expert for t >= boundary, a low-noise one below. PRFL then trains the low-noise expert, the
-                high-noise one, or both, for as many iterations as it trains the base itself.
+                high-noise one, or both, for as many iterations as it trains the base itself. Where the
+                low-noise one trains alone, the frozen expert makes long steps that it never learned. So a
+                further run makes every step of its rollouts.
 pinned frame    TI2V-5B's way to image-to-video. The text-to-video base is tuned to take the first latent
                 frame clean, in its place and at time 0. Then come a reward model, SFT and PRFL.
 
@@ -31,6 +33,7 @@ PINNED = ("--clips", 4096, "--batch_size", 64, "--max_train_steps", 300, "--deca
 GRADES = ("qualified", "physical_qualified", "deformity_qualified", "adherent")
 ONE, START = "the base, PRFL", "two experts"
 LOW, HIGH, BOTH = (f"{START}, PRFL on {name}" for name in ("the low-noise one", "the high-noise one", "both"))
+EVERY_STEP = f"{LOW}, every step of its rollouts"               # in place of at most four long ones
 
 
 # ---- the parts of one seed
@@ -90,6 +93,7 @@ def two_experts(work, seed):
     rows = {"base": BASE, ONE: aligned(work, seed, "one"), START: start}
     for row, expert in ((LOW, "low"), (HIGH, "high"), (BOTH, "both")):
         rows[row] = aligned(work, seed, f"prfl-{expert}", expert=expert, model=start)
+    rows[EVERY_STEP] = aligned(work, seed, "prfl-low-every-step", expert="low", model=start, rollout_passes=0)
     return evaluated(work, seed, "experts", rows)
 
 
@@ -150,7 +154,8 @@ def of_generators(parts, claims):
     return rows, claims, [*table(head, cells), *claims_table(claims)]
 
 
-CLAIMS = {"two experts": [(LOW, START), (BOTH, LOW), (LOW, HIGH), (LOW, ONE), (BOTH, ONE),
+CLAIMS = {"two experts": [(LOW, START), (BOTH, LOW), (HIGH, LOW), (BOTH, HIGH), (EVERY_STEP, LOW),
+                          (HIGH, EVERY_STEP), (BOTH, ONE),
                           ("gain of the low-noise one alone", "half of the gain of both")],
           "pinned frame": [("PRFL", "base"), ("PRFL", "SFT"), ("SFT", "base")]}
 ABOUT = {"two experts": f"The boundary is {BOUNDARY}: the high-noise expert makes 9 of the 16 steps of a "

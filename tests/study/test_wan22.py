@@ -29,7 +29,8 @@ def test_the_parts_and_the_tables(tmp_path, monkeypatch):
         made[folder.name] = " ".join(map(str, words)).replace(f"{work.folder}/seed-0/", "")
         (folder / last).parent.mkdir(parents=True, exist_ok=True)
         asked = [word.split("=")[0] for word in map(str, words) if word.startswith("g")]        # evaluate.py
-        names = ["base", wan22.ONE, wan22.START, wan22.LOW, wan22.HIGH, wan22.BOTH]
+        names = ["base", wan22.ONE, wan22.START, wan22.LOW, wan22.HIGH, wan22.BOTH,
+                 wan22.EVERY_STEP]
         names = names if len(asked) == len(names) else ["base", "SFT", "PRFL"]
         (folder / last).write_text(json.dumps({
             short: dict.fromkeys(wan22.GRADES, [float(i < 100 * share.get(name, 0.3)) for i in range(100)])
@@ -41,13 +42,14 @@ def test_the_parts_and_the_tables(tmp_path, monkeypatch):
     assert " --expert low --boundary 0.5 --seed 0" in made["wan22-low"]
     assert "--expert high --seed 0" in made["wan22-prfl-high"]
     assert "--model wan22-experts" in made["wan22-prfl-both"] and "--model" not in made["wan22-one"]
+    assert "--rollout_passes 0" in made["wan22-prfl-low-every-step"]
     assert f"--reward {SHIPPED['t2v']}/reward" in made["wan22-one"]
     assert "--reward wan22-pinned-reward/reward" in made["wan22-pinned-prfl"]
     assert "--reward" not in made["wan22-pinned-sft"]
     count = len(made)
     made.clear()
     wan22.finished(work)
-    assert count == 12 and not made                             # nothing is made twice
+    assert count == 13 and not made                             # nothing is made twice
     found = json.loads((tmp_path / "results/wan22.json").read_text())
     low = found["two experts"]["rows"][wan22.LOW]
     assert low["qualified"]["mean"] == 0.7 and low["speed"]["mean"] == 0.05
