@@ -2,7 +2,8 @@
 #   make demo   base model -> reward model -> SFT and PRFL -> table, interval and picture in runs/demo
 #   make test   every test
 #   make lint   ruff, with the rules of pyproject.toml
-#   make own    the walk of docs/your_model.md, on a tiny random Wan2.1 and clips of the embedded world
+#   make own    the walk of docs/your_model.md, on a tiny random Wan2.1 and clips of the embedded world; then a
+#               short one on Wan2.2 TI2V-5B and A14B. `make own-Wan2.1` or `make own-Wan2.2-A14B` is one of them
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
@@ -28,9 +29,14 @@ REWARD := --depth 1 --holdout 2 --max_train_steps 4 --batch_size 4 --mixed_preci
 ALIGN := --batch_size 2 --max_train_steps 4 --mixed_precision no --num_validation 4 --checkpointing_steps 2 \
 	$(STEPS)
 
-own: .venv/test
+OWN_22 := own-Wan2.2-TI2V-5B own-Wan2.2-A14B
+own: own-Wan2.1 $(OWN_22)
+
+own-prepare: .venv/test
 	rm -rf $(OWN)
 	$(BIN)/python tests/own.py prepare $(OWN)
+
+own-Wan2.1: own-prepare
 	$(RUN) $(HERE)/data.py check clips $(SIZE) --model Wan2.1
 	$(RUN) $(HERE)/data.py encode clips --out clips_encoded $(SIZE) --model Wan2.1
 	$(RUN) $(HERE)/sample.py --model Wan2.1 --prompts prompts.txt --output_dir samples $(SIZE) $(STEPS)
@@ -67,6 +73,18 @@ own: .venv/test
 	$(BIN)/python tests/own.py best $(OWN)/runs/adapters
 	$(RUN) -m formats.wan runs/adapters/best/pytorch_lora_weights.safetensors --out comfyui.safetensors --layout wan
 
+$(OWN_22): own-%: own-prepare
+	$(RUN) $(HERE)/data.py encode clips --out runs/$*/clips_encoded $(SIZE) --model $*
+	$(RUN) $(HERE)/sample.py --model $* --prompts prompts.txt --output_dir runs/$*/samples $(SIZE) $(STEPS)
+	$(RUN) $(PEOPLE) $(HERE)/label.py runs/$*/samples --annotator ada
+	$(RUN) $(HERE)/data.py encode runs/$*/samples --out runs/$*/samples_encoded $(SIZE) --model $*
+	$(RUN) $(HERE)/train_reward.py --model $* --data runs/$*/samples_encoded --output_dir runs/$*/reward $(REWARD)
+	$(RUN) $(HERE)/train_align.py --model $* --data runs/$*/clips_encoded --reward runs/$*/reward/reward \
+		--output_dir runs/$*/align $(ALIGN)
+	$(RUN) $(HERE)/evaluate.py --model $* --prompts test.txt base=$* prfl=runs/$*/align \
+		--reward runs/$*/reward/reward --output_dir runs/$*/evaluate $(SIZE) $(STEPS)
+	$(RUN) -m formats.wan runs/$*/align --out runs/$*/aligned
+
 test: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(PYTEST_FLAGS) tests
 
@@ -82,4 +100,4 @@ lint: .venv/test
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	touch $@
 
-.PHONY: demo test lint own
+.PHONY: demo test lint own own-prepare own-Wan2.1 $(OWN_22)

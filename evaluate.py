@@ -68,7 +68,7 @@ from formats.picture import wall, write_gif
 from formats.prompts import read_prompts
 from formats.video import contact_sheet, from_pixels, read_clip, to_pixels, write_video
 from formats.weights import SHIPPED, TASKS, resolve_model, transformer_folder
-from model import first_frame_condition, image_inputs, load_transformer
+from model import image_inputs, load_transformer
 from pavrm import load_pavrm
 from report import confidence_interval, plot, show, table
 from scale import parallel
@@ -345,7 +345,6 @@ def embedded_world(config, named, runtime):
     text = families.load_text_encoder(f"{config.model}/text_encoder").to(device).eval()
     context = text.encode(prompts)                                                          # [n, l, d]
     given = vae.encode(from_pixels(clean.to(device)))                                       # [n, c, f, h, w]
-    y = first_frame_condition(given) if image_to_video else None                        # [n, 4 + c, f, h, w]
 
     def open_source(name):
         if name != CLEAN:
@@ -354,9 +353,9 @@ def embedded_world(config, named, runtime):
             pavrm = pavrms["pavrm"].to(device) if pavrms else None
 
         def measure_group(group):
-            image = {"y": y[group]} if image_to_video else {}
             latents = given[group]
             if name != CLEAN:
+                image = image_inputs(dit.config, {"latents": latents}, device)
                 latents, spent["passes"] = search.best_of(
                     dit, pavrm, given.shape[1:], context[group], seed, group, config.num_inference_steps,
                     drops, guidance_scale=config.guidance_scale, batch_size=WORLD_BATCH,

@@ -241,7 +241,7 @@ def image_conditions(dit_config, vae, image_encoder, first, frames):
     frames, as keywords: y [b, 4 + c, f, h, w], and clip_tokens [b, m, image_dim] if it has image tokens; or,
     where latent frame 0 is pinned, first_frame [b, c, 1, h, w]."""
     row = of_config(dit_config)
-    if row.pinned:
+    if is_pinned(dit_config):
         return {"first_frame": vae.encode(from_pixels(first[:, None]))}
     videos = first[:, None].expand(-1, frames, -1, -1, -1)  # [b, F, H, W, 3], one is read
     condition = condition_latents(vae, videos, row.blank_frames)                            # [b, c, f, h, w]

@@ -68,9 +68,9 @@ class Config(rl_baselines.Flags, runs.Flags, validation.Flags, lora.Flags, paral
                              "shipped)",
                              only="!method sft")
     expert: str | None = arg(None, "which of two experts trains (Wan2.2 A14B); the other one is frozen and "
-                             "takes part in rollouts. The low-noise expert makes the details and the final "
-                             "motion, which a reward is about, and the reward model is made of it; default: "
-                             "low", choices=experts.CHOICES)
+                             "takes part in rollouts. The reward model is made of the low-noise expert. In "
+                             "the embedded world the high-noise expert brings more (results/wan22.md); "
+                             "default: low", choices=experts.CHOICES)
     data: str | None = arg(None, "curated shards from `data.py encode`; default: clean clips of the embedded "
                            "world")
     output_dir: str = arg("runs/align", "run folder")

@@ -30,7 +30,7 @@ from formats import disk, encoders, fingerprint, runs
 from formats.metadata import from_json
 from formats.prompts import read_prompts
 from formats.video import contact_sheet, from_pixels, write_video
-from model import first_frame_condition, image_inputs
+from model import image_inputs
 from pavrm import load_pavrm
 from scale import parallel
 from world import annotator, scene
@@ -163,7 +163,7 @@ def hold_out(config, shards, curated):
 
 
 def held_out_prompts(config, dit_config, shards, held_out, vae, device):
-    """What is sampled: (prompts, contexts: m of [l, d], {y, clip}: [m, ...], latent shape).
+    """What is sampled: (prompts, contexts: m of [l, d], image conditions: [m, ...], latent shape).
 
     These are the embedded world's validation sentences, or --validation_prompts, or the prompts of the
     held-out clips.
@@ -173,8 +173,10 @@ def held_out_prompts(config, dit_config, shards, held_out, vae, device):
         clips, prompts, _ = scene.make(n, SEED, "clean", config.world, split="validation")
         text = families.load_text_encoder(f"{config.model}/text_encoder").to(device)
         contexts = list(text.encode(prompts).cpu())
-        y = first_frame_condition(vae.encode(from_pixels(clips.to(device)))) if i2v else None
-        return prompts, contexts, {"y": y.cpu()} if i2v else {}, scene.LATENT_SHAPES[config.world]
+        image = {}
+        if i2v:
+            image = image_inputs(dit_config, {"latents": vae.encode(from_pixels(clips.to(device)))}, "cpu")
+        return prompts, contexts, image, scene.LATENT_SHAPES[config.world]
     if not config.validation_prompts:
         batch = shards.batch(held_out)
         image = image_inputs(dit_config, batch, "cpu")

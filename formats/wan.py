@@ -173,14 +173,14 @@ def export(config, load_transformer, export_transformer):
         Path(config.out).parent.mkdir(parents=True, exist_ok=True)
         write_adapters(config.out, adapters, config.layout)
     else:
-        # of two experts only one may be written: the other one need not be widened
-        dtype_now = torch.float32 if expert_folders(config.transformer) is None else None
-        dit = load_transformer(config.transformer, dtype=dtype_now)
+        dit = load_transformer(config.transformer, load_now=False)
         for one, source, out, notes in to_write(dit, config):
             if does_both(one.config):                           # the authors' own word for it
                 one.config["model_type"] = "ti2v"
-            export_transformer(one, out, config.layout, dtype, notes=notes)
-            tell_what_rounding_takes(one.state_dict(), source, dtype)
+            # of two experts the one that is not written is not read
+            state = {name: one.weight_files.tensor(name) for name in one.state_dict()}
+            export_transformer(one, out, config.layout, dtype, state, notes)
+            tell_what_rounding_takes(state, source, dtype)
     print(f"wrote {config.out}")
 
 

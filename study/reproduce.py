@@ -30,6 +30,7 @@ hacking            reward, quality, speed and colours while aligning, with and w
 annotator          how often the annotator passes clean clips and fails flawed ones, after mp4 and VAE
 search             best of n by the latent reward while sampling: quality against forward passes
 search_mismatched  best of n again, by reward models that saw mismatched prompts
+wan22              two experts (A14B) and a pinned frame (TI2V-5B), in the embedded world
 fooled             the main results by a stricter and a looser annotator, and with wordings new to the world
 
 Every part is a plain call of one of this repository's scripts. The call is printed when it starts, and
@@ -98,6 +99,7 @@ from study.second_round import second_round
 from study.steady import speed, steady, why
 from study.stopping import stopping
 from study.table4 import table4
+from study.wan22 import wan22
 from validation import logits_by_t, metrics_by_t
 from world import clips, scene
 from world.annotator import annotate
@@ -711,7 +713,7 @@ def annotator(work):
 STUDIES = {study.__name__: study
            for study in (table1, table2, table3, table4, table5, table7, table8, table9, fig3, fig5, labels,
                          loss, endurance, few_labels, second_round, rivals, steady, mid, why, speed,
-                         stopping, hacking, annotator, search, search_mismatched, fooled)}
+                         stopping, hacking, annotator, search, search_mismatched, fooled, wan22)}
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """What `make own` needs beside the commands of docs/your_model.md: a model, prompts, clips, and people.
 
-    python tests/own.py prepare runs/own            a tiny random Wan2.1, prompts, clips of the embedded world
+    python tests/own.py prepare runs/own            tiny random models, prompts, clips of the embedded world
     python tests/own.py answer label.py samples     starts that command and answers every question of its page
     python tests/own.py best runs/align             makes runs/align/best if no validation was the best
 """
@@ -18,13 +18,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 def prepare(folder):
     """Everything that the walk begins with, in `folder`."""
-    from tiny_wan import write_pipelines
+    from tiny_wan import write_a14b, write_pipelines, write_ti2v
 
     from world import clips, scene
     folder = Path(folder)
-    write_pipelines(folder / "pipelines")
-    (folder / "pipelines/t2v").rename(folder / "Wan2.1")
-    shutil.rmtree(folder / "pipelines")
+    for name, write, part in (("Wan2.1", write_pipelines, "t2v"), ("Wan2.2-TI2V-5B", write_ti2v, "ti2v"),
+                              ("Wan2.2-A14B", write_a14b, "t2v")):
+        write(folder / "pipelines")
+        (folder / "pipelines" / part).rename(folder / name)
+        shutil.rmtree(folder / "pipelines")
     drawn = scene.draw_prompts(40, 5, split="train")
     lists = {"prompts": drawn[:20], "prompts2": drawn[20:], "test": scene.draw_prompts(4, 5, split="test")}
     for name, prompts in lists.items():

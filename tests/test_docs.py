@@ -11,6 +11,7 @@ import pytest
 
 import families
 from model import PRESETS
+from study import wan22
 from study.search import AIMS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -486,6 +487,30 @@ def claims():
                                                 f"within {lost['lost']} of",
                                                 f"loses up to {lost['lost_at_end']}"]
 
+    two, differ = load("wan22")["two experts"]["rows"], {
+        claim["claim"]: claim for part in ("two experts", "pinned frame")
+        for claim in load("wan22")[part]["claims"]}
+    rate = lambda row, rows=two: with_interval(rows[row]["qualified"])
+    start, low, high = wan22.START, wan22.LOW, wan22.HIGH
+    for name in ("gain of the low-noise one alone above half of the gain of both",
+                 f"{wan22.EVERY_STEP} above {low}"):
+        assert differ[name]["verdict"] == "does not hold"
+    assert min(claim["interval"][0] for name, claim in differ.items() if name in (
+        f"{high} above {low}", f"{wan22.BOTH} above {wan22.ONE}", "PRFL above SFT")) > 0
+    pinned = load("wan22")["pinned frame"]["rows"]
+    said["## Two experts, and a pinned first frame"] = [
+        f"The base has {number(two['base']['qualified']['mean'])}, and the two experts begin at "
+        f"{rate(start)}",
+        f"on the low-noise expert reaches {rate(low)}, on the high-noise expert {rate(high)}, and on both "
+        f"{rate(wan22.BOTH)}", f"one by {gap(differ, f'{high} above {low}')}: holds",
+        f"alone cannot be told: {gap(differ, f'{wan22.BOTH} above {high}')}",
+        f"half the size, reaches {rate(wan22.ONE)}. Both experts are above it by "
+        f"{gap(differ, f'{wan22.BOTH} above {wan22.ONE}')}: holds",
+        f"every step of its rollouts it reaches {rate(wan22.EVERY_STEP)}, which is below",
+        f"base has {rate('base', pinned)}",
+        f"SFT reaches {rate('SFT', pinned)}, PRFL {rate('PRFL', pinned)}",
+        f"above SFT by {gap(differ, 'PRFL above SFT')}: holds"]
+
     fig5 = load("fig5")
     share = lambda row, what: f"{fig5[row][what]['mean']:.0%}".replace("%", " %")
     said["## Figure 5: video by video"] = [
@@ -672,10 +697,11 @@ def walk(model):
 
 
 def make_own():
-    """The commands of `make own` -> [[script, words]], without those of tests/own.py that only prepare."""
+    """The commands of `make own-Wan2.1` -> [[script, words]], without those of tests/own.py that only
+    prepare."""
     text = (ROOT / "Makefile").read_text().replace("\\\n", " ")
     values = dict(re.findall(r"^(\w+) := (.*)$", text, re.M)) | {"RUN": "python"}
-    recipe = re.search(r"^own: .*\n((?:\t.*\n)+)", text, re.M)[1]
+    recipe = re.search(r"^own-Wan2.1: .*\n((?:\t.*\n)+)", text, re.M)[1]
     while "$(" in recipe:
         recipe = re.sub(r"\$\((\w+)\)", lambda name: values[name[1]], recipe)
     found = []

@@ -25,7 +25,7 @@ from formats import fingerprint, lock, runs
 from formats.metadata import from_json, write_rows
 from formats.video import from_pixels, to_pixels, write_video
 from formats.weights import expert_folders, read_config, transformer_folder
-from model import first_frame_condition
+from model import image_inputs
 from world import scene
 from world.annotator import annotate
 
@@ -44,8 +44,8 @@ def own_samples(folder, generator, model, count, num_steps, size, seed, runtime,
     `folder`.
 
     A sample's label is 1 if it is qualified, 0 if it is unqualified (see `annotate`), and missing in between.
-    Samples of an image-to-video generator start from the first frames of clean renders, and the shards hold
-    the latents of these frames as condition.
+    Samples of an image-to-video generator start from the first frames of clean renders. The shards hold the
+    latents of these frames as condition, unless they are in the samples' own.
 
     generator: the VideoDiT. model: the folder with its vae/ and text_encoder/. transformer: the generator's
     own folder, if that is not in `model`. num_steps, shift: of the sampler. size: one of scene.SIZES. Every
@@ -76,23 +76,25 @@ def own_samples(folder, generator, model, count, num_steps, size, seed, runtime,
     vae = load_vae(f"{model}/vae").to(runtime.device)
     text = load_text_encoder(f"{model}/text_encoder").to(runtime.device)
     prompts = scene.draw_prompts(count, seed + 11)
-    image_to_video = generator.config["model_type"] == "i2v"
-    first_frames = scene.make(count, seed + 10, "clean", size)[0] if image_to_video else None
+    first_frames = None
+    if generator.config["model_type"] == "i2v":
+        first_frames = scene.make(count, seed + 10, "clean", size)[0]
     mine = range(runtime.rank, count, runtime.world_size)
     made = []
     for i in common.progress(range(0, len(mine), 128), "own samples (x128)"):
         indices = list(mine[i:i + 128])
         asked = [prompts[j] for j in indices]
         context = text.encode(asked)                                                            # [b, l, d]
-        y = None
-        if image_to_video:
-            y = first_frame_condition(vae.encode(from_pixels(first_frames[indices]).to(runtime.device)))
+        image = {}
+        if first_frames is not None:
+            clean = vae.encode(from_pixels(first_frames[indices]).to(runtime.device))
+            image = image_inputs(generator.config, {"latents": clean}, runtime.device)
         x0 = flow.sample(generator, scene.LATENT_SHAPES[size], context, seed, indices, num_steps, shift=shift,
-                         y=y, autocast=runtime.autocast)                                # [b, c, f, h, w]
+                         autocast=runtime.autocast, **image)                            # [b, c, f, h, w]
         labels = labels_of(annotate(to_pixels(vae.decode(x0)).cpu(), asked))
         columns = [indices, x0.cpu(), context.cpu(), labels]
-        if image_to_video:
-            columns.append(y[:, 4:].cpu())                      # shows the given frame to the reward model
+        if "y" in image:                                        # a pinned frame is in the latents already
+            columns.append(image["y"][:, 4:].cpu())             # shows the given frame to the reward model
         made += zip(*columns)
     made = sorted(itertools.chain(*common.gather(made)), key=lambda row: row[0])
     if runtime.rank == 0:

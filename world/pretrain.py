@@ -13,6 +13,8 @@ There are three stages, in this order:
     python -m world.pretrain dit --output_dir runs/base \\
         --vae runs/vae/vae --text_encoder runs/text/text_encoder
     python -m world.pretrain dit --preset tiny-i2v --init runs/base/transformer --output_dir runs/base_i2v ...
+    python -m world.pretrain dit --preset tiny-i2v-pinned --init runs/base/transformer --output_dir ...
+    python -m world.pretrain dit --expert low --init runs/base/transformer --output_dir runs/low ...
     torchrun --nproc_per_node=8 -m world.pretrain dit --preset small-t2v --world small --vae ... ...
 
 checkpoints/README.md has the commands of the shipped weights. Every stage can be stopped at any time and
@@ -39,16 +41,20 @@ from safetensors.torch import load_file
 from torch import nn
 
 import common
+import experts
 import flow
 from common import InputError, arg
 from families import load_text_encoder, load_vae
 from formats import disk, runs
 from formats.video import from_pixels, to_pixels
 from formats.weights import SHIPPED, WEIGHTS, save_module, stream_tensors
-from model import PRESETS, VideoDiT, first_frame_condition, load_transformer
+from model import PRESETS, VideoDiT, image_inputs, load_transformer
 from world import annotator, scene
 from world.text_encoder import TextEncoder
 from world.vae import VideoVAE
+
+GENERATORS = {name: config for name, config in PRESETS.items() if "wan" not in name}
+GENERATORS["tiny-i2v-pinned"] = PRESETS["tiny-t2v"] | {"model_type": "i2v"}     # see model.is_pinned
 
 
 @dataclass
@@ -59,10 +65,10 @@ class Config:
     vae: str = arg(str(SHIPPED["t2v"] / "vae"), "folder of the VAE", only="stage dit")
     text_encoder: str = arg(str(SHIPPED["t2v"] / "text_encoder"), "folder of the text encoder",
                             only="stage dit")
-    init: str | None = arg(None, "transformer folder to start from; tiny-i2v can also start from a text-"
-                           "to-video one. Default: random weights", only="stage dit")
+    init: str | None = arg(None, "transformer folder to start from; those for image-to-video can also start "
+                           "from a text-to-video one. Default: random weights", only="stage dit")
     preset: str = arg("tiny-t2v", "size and task of the generator; the text encoder makes contexts for it",
-                      choices=tuple(name for name in PRESETS if "wan" not in name), only="stage text dit")
+                      choices=tuple(GENERATORS), only="stage text dit")
     world: str = arg("tiny", "size of the clips, of world/scene.py's SIZES", choices=tuple(scene.SIZES),
                      only="stage vae dit")
     clips: int = arg(131072, "number of clips, rendered once and used in every epoch; vae: at most 16384",
@@ -79,6 +85,11 @@ class Config:
                      at_least=0, at_most=1)
     timestep_shift: float = arg(3.0, "s in t = s u / (1 + (s - 1) u), u uniform in (0, 1); above 1, noisy "
                                 "times are drawn more often", above=0, only="stage dit")
+    expert: str | None = arg(None, "which of two experts this becomes; it learns only the times on its side "
+                             "of --boundary; default: one generator for all times",
+                             choices=experts.NAMES, only="stage dit")
+    boundary: float = arg(0.5, "the time from which on the high-noise expert works", above=0, below=1,
+                          only="stage dit, expert")
     text_dropout: float = arg(0.1, "share of examples that are trained without text, for guidance",
                               at_least=0, below=1, only="stage dit")
     vae_dim: int = arg(128, "width of the VAE", above=0, only="stage vae")
@@ -292,7 +303,7 @@ def words_of(prompt):
 
 def train_text(config, runtime):
     """A linear head on the context says which words the caption has. The head is not saved."""
-    preset = PRESETS[config.preset]
+    preset = GENERATORS[config.preset]
     text = TextEncoder(text_len=preset["text_len"], text_dim=preset["text_dim"]).to(runtime.device)
     prompts = [*itertools.chain(*scene.all_prompts("train").values())]
     held_out = [*itertools.chain(*scene.all_prompts("validation").values())]
@@ -373,7 +384,7 @@ def train_dit(config, runtime):
     """Flow matching, Eq. 2, on latents of the mixture."""
     vae = load_vae(config.vae).to(runtime.device)
     latents, prompts = world_latents(config, vae, runtime)
-    preset = PRESETS[config.preset]
+    preset = GENERATORS[config.preset]
     dit = VideoDiT(**preset).to(runtime.device)
     if config.init:
         try:
@@ -387,7 +398,6 @@ def train_dit(config, runtime):
             matrices.append(p)
         else:
             others.append(p)
-    image_to_video = preset["model_type"] == "i2v"
     global_batch = config.batch_size * runtime.world_size
     # `make` draws its prompts with its seed + 1, so both lines have the same prompts.
     held_out_prompts = scene.draw_prompts(256, config.seed + 5, split="validation")
@@ -410,23 +420,22 @@ def train_dit(config, runtime):
         x0 = latents[picked].float().to(runtime.device)                                     # [b, c, f, h, w]
         x1 = torch.randn(global_batch, *x0.shape[1:], generator=g)[indices].to(runtime.device)
         t = flow.shift_time(u, config.timestep_shift).to(runtime.device)
+        if config.expert:
+            t = experts.times_of(config.expert, t, config.boundary, config.seed, step)
         context = contexts[of_clip[picked].to(runtime.device)] * keep[:, None, None]            # [b, l, d]
-        y = None
-        if image_to_video:
-            y = first_frame_condition(x0)
+        image = image_inputs(dit.config, {"latents": x0}, runtime.device)
         with runtime.autocast():
-            v = dit(flow.add_noise(x0, x1, t), t, context, y=y)
-        return {"loss": flow.flow_matching_loss(v, x0, x1)}
+            v = dit(flow.add_noise(x0, x1, t), t, context, **image)
+        return {"loss": flow.flow_matching_loss(v, x0, x1, given=flow.given_frames(image))}
 
     @torch.no_grad()
     def validate(averaged):
-        y = None
         with runtime.autocast():
             context = text.encode(held_out_prompts).float()
-            if image_to_video:
-                y = first_frame_condition(vae.encode(from_pixels(held_out_clips.to(runtime.device))))
+            clean = vae.encode(from_pixels(held_out_clips.to(runtime.device)))
+            image = image_inputs(dit.config, {"latents": clean}, runtime.device)
             x1 = common.noise(latents.shape[1:], config.seed, "validation", 0, range(256)).to(runtime.device)
-            x0 = flow.rollout(averaged["transformer"], x1, context, 16, y=y)
+            x0 = flow.rollout(averaged["transformer"], x1, context, 16, **image)
             videos = to_pixels(vae.decode(x0)).cpu()
         annotations = annotator.annotate(videos, held_out_prompts)
         if runtime.rank == 0:

@@ -16,7 +16,7 @@ import train_reward
 from families import of_config
 from formats import fingerprint, video
 from formats.metadata import read_metadata
-from formats.weights import transformer_folder
+from formats.weights import WeightFiles, transformer_folder
 from model import load_transformer
 from pavrm import load_pavrm
 
@@ -215,14 +215,19 @@ def test_clips_to_an_aligned_expert_in_diffusers(pipelines, encoded, rewards, pi
 
 
 @pytest.mark.parametrize("expert", ["high", "both"])
-def test_the_other_choices_of_an_expert(pipelines, encoded, rewards, tmp_path, expert):
+def test_the_other_choices_of_an_expert(pipelines, encoded, rewards, tmp_path, monkeypatch, expert):
     align(pipelines, encoded, rewards, "t2v", tmp_path / "run", "--expert", expert, "--num_validation", 0,
           "--max_train_steps", 6)
     written = {path.name for path in (tmp_path / "run").iterdir() if path.name.startswith("transformer")}
     trained = {"high": {"high"}, "both": {"high", "low"}}[expert]
     assert written == {{"high": "transformer", "low": "transformer_2"}[name] for name in trained}
     assert differing(state(pipelines / "t2v"), state(tmp_path / "run")) == trained
-    export(str(tmp_path / "run"), out=str(tmp_path / "official"), layout="wan", dtype="fp32")
+    read, tensor = set(), WeightFiles.tensor
+    with monkeypatch.context() as patch:
+        patch.setattr(WeightFiles, "tensor",
+                      lambda files, name: read.add(files.path.resolve().parent) or tensor(files, name))
+        export(str(tmp_path / "run"), out=str(tmp_path / "official"), layout="wan", dtype="fp32")
+    assert read == {(tmp_path / "run").resolve()}               # nothing of an expert that did not train
     written = {path.name for path in (tmp_path / "official").iterdir()}
     assert written == {f"{name}_noise_model" for name in trained}
     assert not differing(state(tmp_path / "official"), state(tmp_path / "run"))
