@@ -16,8 +16,7 @@ from pavrm import PAVRM
 from scale import lora, parallel
 
 KINDS = {False: {}, True: dict(model_type="i2v", in_dim=36, image_dim=32), "pinned": dict(model_type="i2v")}
-ORDINARY = dict(kind="fsdp", image=False, checkpointing=True, rank=0, pooling="query_attention",
-                layers=2)
+ORDINARY = dict(kind="fsdp", image=False, checkpointing=True, rank=0, pooling="query_attention")
 # every layout; then adapters, and a pooling that a zero behind the last token would show in
 CASES = [ORDINARY | dict(zip(("kind", "image", "checkpointing"), case))
          for case in itertools.product(("ddp", "fsdp"), (False, True), (False, True))]
@@ -26,7 +25,7 @@ CASES += [ORDINARY | dict(pooling=name) for name in ("mean", "max", "multihead")
 CASES += [ORDINARY | dict(image="pinned")]  # 6 of the 18 tokens: ranks have 5 and 1 of them, or none
 OTHERS = [ORDINARY | dict(offload_activations=True), ORDINARY | dict(fsdp_group_size=2),
           ORDINARY | dict(fsdp_group_size=2, rank=2)]
-COMPILED = [ORDINARY | dict(compile=True, layers=1)]
+COMPILED = [ORDINARY | dict(compile=True)]
 
 
 def far(a, b):
@@ -39,10 +38,10 @@ def whole(tensors):
     return [(x.full_tensor() if hasattr(x, "full_tensor") else x).detach() for x in tensors]
 
 
-def compare(runtime, kind, image, checkpointing, rank, pooling, layers, **more):
+def compare(runtime, kind, image, checkpointing, rank, pooling, **more):
     """Rank 0 alone against all: {what: largest relative difference} on rank 0. 18 tokens, which 4 ranks do
     not divide; 4 heads."""
-    one = generator(num_heads=4, num_layers=layers, **KINDS[image])
+    one = generator(num_heads=4, **KINDS[image])
     judge = PAVRM.from_generator(one, 1, pooling).freeze()
     torch.nn.init.normal_(judge.mlp[-1].weight, generator=torch.Generator().manual_seed(4))
     lora.add(one, rank, seed=1)
