@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tiny import ENV, ROOT
+from launch import ENV, ROOT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import common

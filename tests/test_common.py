@@ -12,14 +12,14 @@ import textwrap
 import time
 from pathlib import Path
 
+import launch
 import pytest
 import torch
+from launch import ROOT
 
 import common
 from common import InputError, arg
 from formats import runs
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclasses.dataclass
@@ -136,12 +136,12 @@ def test_cli_exit_codes_and_one_line(tmp_path):
                     code = e.code
             print(json.dumps([code, err.getvalue()]))
     """))
-    done = subprocess.run([sys.executable, driver], capture_output=True, text=True, check=True)
+    done = launch.python(driver)
     assert list(map(json.loads, done.stdout.splitlines())) == [[code, text] for _, code, text in cases]
     # The real thing, once: exit status and streams of a process; and a bug keeps its traceback.
     done = subprocess.run([sys.executable, script, "--learning_rate", "nan"], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", cases[-1][2])
-    done = subprocess.run([sys.executable, script, "--raises", "bug"], capture_output=True, text=True)
+    done = launch.python(script, "--raises", "bug")
     assert done.returncode == 1 and "Traceback" in done.stderr
 
 
@@ -215,7 +215,7 @@ def test_two_ranks_cover_the_global_batch_of_one():
 
 
 def test_two_processes_average_gradients_as_one_with_both_halves(tmp_path):
-    """torchrun with two ranks of batch 4 gives the gradient norms and weights of one process of batch 8."""
+    """Two ranks of batch 4 give the gradient norms and weights of one process of batch 8."""
     worker = tmp_path / "worker.py"
     worker.write_text(textwrap.dedent(f"""
         import sys; sys.path.insert(0, {str(ROOT)!r})
@@ -240,12 +240,8 @@ def test_two_processes_average_gradients_as_one_with_both_halves(tmp_path):
             torch.save([[p.detach() for p in model.parameters()], norms, value, mixed], sys.argv[1])
         common.teardown()
     """))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, worker, tmp_path / "1.pt"], check=True, env=environment)
-    done = subprocess.run([*torchrun, worker, tmp_path / "2.pt"], capture_output=True, text=True,
-                          env=environment)
-    assert done.returncode == 0, done.stderr
+    for ranks in (1, 2):
+        launch.torchrun(ranks, worker, tmp_path / f"{ranks}.pt")
     one, two = torch.load(tmp_path / "1.pt"), torch.load(tmp_path / "2.pt")
     torch.testing.assert_close(one[:2], two[:2])
     assert all(torch.equal(1.5 * x, y) for x, y in zip(one[3], two[3], strict=True))
@@ -359,16 +355,13 @@ def test_kill_9_at_a_random_moment(tmp_path):
     """))
     for pause in (0.05, 0.13):
         folder = tmp_path / f"run-{pause}"               # of its own: the second kill, too, interrupts saving
-        process = subprocess.Popen([sys.executable, script, folder])
-        try:
-            deadline = time.time() + 120  # importing torch is slow on a busy machine
+        with launch.Launch(script, folder) as process:
+            deadline = time.time() + 120                 # a busy machine is slow
             while len(runs.list_checkpoints(folder)) < 2 and time.time() < deadline:
-                assert process.poll() is None, "the saver ended by itself"
+                assert process.running, "the saver ended by itself"
                 time.sleep(0.01)
             time.sleep(pause)
-        finally:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.signal(signal.SIGKILL)
         latest = runs.resolve_checkpoint(folder, "latest")
         step = runs.load_state(latest)["step"]
         assert (latest / "transformer/w.safetensors").read_bytes() == bytes([step]) * 20000

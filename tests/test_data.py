@@ -3,23 +3,21 @@ import json
 import os
 import shutil
 import struct
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import av
+import launch
 import numpy as np
 import pytest
 import torch
+from launch import ROOT
 
 import common
 import data
 from common import InputError
 from formats import metadata
 from formats.video import from_pixels, read_clip, read_video, to_pixels, write_video
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def clip(frames=9, height=32, width=32, seed=0):
@@ -536,8 +534,7 @@ def test_the_command_line_as_a_process(tmp_path):
     """The world's clips pass their own check; bad input ends with one line and code 2."""
     def run(*argv):
         command = ["-m", "world.clips"] if argv[:1] == ("clips",) else [ROOT / "data.py"]
-        done = subprocess.run([sys.executable, *command, *argv], capture_output=True, text=True, cwd=tmp_path,
-                              env=os.environ | {"PYTHONPATH": str(ROOT)})
+        done = launch.python(*command, *argv, cwd=tmp_path)
         return done.returncode, done.stdout, [x for x in done.stderr.splitlines() if x.startswith("error")]
 
     assert run("clips", "--count", "6", "--kind", "clean")[0] == 0

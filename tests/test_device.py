@@ -80,10 +80,10 @@ ALIGN = ["--num_validation", "2", "--validation_steps", "2"]
 
 
 @pytest.mark.parametrize("name, more", [
-    ("sft", ALIGN), ("prfl", ["--gradient_checkpointing"]), ("steady", ALIGN),
-    ("refl", []),
+    ("sft", ALIGN), ("steady", ALIGN), ("refl", []),
     ("refl", ["--frames_decoded", "all", "--decoder_checkpointing", "--recipe", "steady"]), ("rwr", []),
-    ("steady", ["--lora_rank", "2", "--context_dropout", "0.5", "--reward_loss", "sigmoid_hinge"]),
+    ("steady", ["--lora_rank", "2", "--context_dropout", "0.5", "--reward_loss", "sigmoid_hinge",
+                "--gradient_checkpointing"]),
     ("prfl", ["--gradient_checkpointing", "--offload_activations", "--gradient_accumulation_steps", "2"]),
     ("nft", []), ("grpo", ["--lora_rank", "2"]),
     ("reward", []), ("reward", ["--loss", "bt", "--pooling", "max", "--trunk_learning_rate", "0"]),
@@ -91,11 +91,11 @@ ALIGN = ["--num_validation", "2", "--validation_steps", "2"]
 def test_scripts_train_save_and_go_on(folder, other_device, monkeypatch, name, more):
     """Losses, updates, validation, checkpoints, and a run that goes on from one."""
     output = f"run-{name}-{len(more)}{more[0] if more else ''}"
-    run(*command(folder, name, output, *more, "--max_train_steps", "2"))
-    run(*command(folder, name, output, *more, "--max_train_steps", "3", "--resume", "latest"))
+    run(*command(folder, name, output, *more, "--max_train_steps", "1"))
+    run(*command(folder, name, output, *more, "--max_train_steps", "2", "--resume", "latest"))
     rows = [json.loads(line) for line in (folder / output / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if row["step"]] == [1, 2, 3]
-    assert (folder / output / "checkpoint-000003").is_dir()
+    assert [row["step"] for row in rows if row["step"]] == [1, 2]
+    assert (folder / output / "checkpoint-000002").is_dir()
 
 
 def test_samplers(other_device):

@@ -1,16 +1,16 @@
 """data.py encode under torchrun: the same folder, byte for byte, as of one process, for any number of ranks,
 killed or not."""
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
+import time
 
+import launch
 import numpy as np
 import pytest
-from tiny import ENV, ROOT
+from launch import ENV, ROOT, Launch
 
 import data
 from common import InputError
@@ -62,16 +62,12 @@ def folder(tmp_path_factory):
     return folder
 
 
-def command(folder, ranks, out, script=ROOT / "data.py", clips="clips"):
-    torchrun = ["-m", "torch.distributed.run", "--standalone",
-                f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    return [sys.executable, *torchrun, script, *["encode"] * (script.name == "data.py"), clips, "--out", out,
-            *FLAGS]
+def command(out, script=ROOT / "data.py", clips="clips"):
+    return [script, *["encode"] * (script.name == "data.py"), clips, "--out", out, *FLAGS]
 
 
-def encode(folder, *how, **more):
-    return subprocess.run(command(folder, *how, **more), cwd=folder, env=ENV, capture_output=True, text=True,
-                          timeout=300)
+def encode(folder, ranks, *how):
+    return launch.python(*command(*how), ranks=ranks if ranks > 1 else None, cwd=folder)
 
 
 def files(folder):
@@ -99,14 +95,11 @@ def test_any_number_of_ranks_makes_the_same_folder(folder, ranks):
 
 
 def test_killed_and_resumed_by_another_number_of_ranks(folder):
-    run = subprocess.Popen(command(folder, 2, "killed", folder / "stops.py"), cwd=folder, env=ENV,
-                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert "a shard\n" in iter(run.stdout.readline, "")
-    ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    assert len(ranks) == 2
-    for pid in (run.pid, *map(int, ranks)):
-        os.kill(pid, signal.SIGKILL)
-    run.wait()
+    with Launch(*command("killed", folder / "stops.py"), ranks=2, cwd=folder) as run:
+        while run.running and "a shard\n" not in run.texts()[0]:
+            time.sleep(0.01)
+        assert run.running
+        run.signal(signal.SIGKILL)
     assert 0 < len(data.Shards(folder / "killed")) < 16
     shutil.copytree(folder / "killed", folder / "killed too")
     for count, out in ((1, "killed"), (2, "killed too")):
@@ -125,10 +118,18 @@ def test_what_ends_one_rank_ends_all_with_one_line(folder, script, how, code, wa
                                                                                       '"a.mp4", "prompt": '
                                                                                       '"x"}\n')
     out, clips = how
-    done = encode(folder, 2, out, (ROOT if script == "data.py" else folder) / script, clips)
-    ours, summary = done.stderr.split("torch/distributed/elastic", 1)
+    words = command(out, (ROOT if script == "data.py" else folder) / script, clips)
+    if out == "none":                                           # once as a user starts it
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                               "--nproc_per_node=2", *words], cwd=folder, env=ENV, capture_output=True,
+                              text=True, timeout=300)
+        ours, summary = done.stderr.split("torch/distributed/elastic", 1)
+        assert f"exitcode  : {code} " in summary                # torchrun's own is always 1
+    else:
+        done = launch.python(*words, ranks=2, cwd=folder)
+        ours = done.stderr
+        assert done.returncode == code
     assert ours.count("error: ") == 1 and f"error: {wanted}" in ours and "Traceback" not in ours, done.stderr
-    assert f"exitcode  : {code} " in summary  # torchrun's own is always 1
 
 
 def test_check_is_one_process(folder, monkeypatch):

@@ -1,13 +1,12 @@
 """evaluate.py on prompts of one's own and on clips that exist."""
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import launch
 import numpy as np
 import pytest
 import torch
-from tiny import DRIVER, ENV
+from tiny import DRIVER
 
 import common
 import data
@@ -125,9 +124,7 @@ def test_two_ranks_write_what_one_writes(tmp_path, monkeypatch):
              "clips": ["--clips", str(tmp_path / "clips"), *reward]}
     jobs = [("evaluate", [*flags, "--output_dir", str(tmp_path / "two" / kind)]) for kind,
             flags in kinds.items()]
-    (tmp_path / "driver.py").write_text(driver)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                    tmp_path / "driver.py", json.dumps(jobs)], env=ENV, check=True, timeout=300)
+    launch.torchrun(2, "-c", driver, json.dumps(jobs))
     for kind, flags in kinds.items():
         run(*flags, "--output_dir", tmp_path / "one" / kind)
         one, two = results(tmp_path / "one" / kind), results(tmp_path / "two" / kind)

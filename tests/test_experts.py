@@ -9,8 +9,9 @@ from collections import Counter
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from launch import torchrun
 from safetensors.torch import load_file
-from tiny import DRIVER, apart, command, generator, metrics, one_line, run, torchrun
+from tiny import DRIVER, apart, command, generator, metrics, one_line, run
 
 import common
 import experts
@@ -275,12 +276,11 @@ TWO = [("ddp", "low"), ("ddp", "both"), ("fsdp", "low"), ("fsdp", "both"), ("fsd
 @pytest.fixture(scope="module")
 def two_ranks(folder, model):
     """The same runs under torchrun, 2 ranks with batch 4, ddp and fsdp."""
-    (folder / "driver.py").write_text(DRIVER)
     flags = {"ddp": ["--parallel", "ddp"], "fsdp": ["--parallel", "fsdp"],
              "shared": ["--sequence_parallel", "2"]}
     jobs = [job(folder, model, name, f"{kind}-{name}", *flags[kind], batch_size=8 if kind == "shared" else 4)
             for kind, name in TWO]
-    torchrun(2, folder / "driver.py", json.dumps(jobs))
+    torchrun(2, "-c", DRIVER, json.dumps(jobs))
 
 
 @pytest.mark.parametrize("kind, name", TWO)

@@ -2,13 +2,12 @@
 training is the same; on two ranks as on one, and killed and resumed as uninterrupted."""
 import json
 import shutil
-import subprocess
-import sys
 
+import launch
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import DRIVER, ENV, RUNS, apart, kill, run, same
+from tiny import DRIVER, RUNS, apart, kill, run, same
 
 from formats.weights import SHIPPED, WEIGHTS
 from model import load_transformer
@@ -43,12 +42,8 @@ def whole(tmp_path_factory):
 
 
 def test_two_ranks_in_fresh_folders_are_one(whole, tmp_path):
-    (tmp_path / "driver.py").write_text(DRIVER)
     jobs = [command(name, tmp_path / name, batch_size=4) for name in FRESH]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc_per_node=2", tmp_path / "driver.py", json.dumps(jobs)], env=ENV,
-                          capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch.torchrun(2, "-c", DRIVER, json.dumps(jobs))
     torch.manual_seed(0)
     base = load_transformer(SHIPPED["t2v"])
     start = {"prfl": base.state_dict(), "reward": PAVRM.from_generator(base, 2).state_dict()}

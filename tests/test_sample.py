@@ -3,14 +3,13 @@ of prompts."""
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import launch
 import pytest
 import torch
-from tiny import DRIVER, ENV, ROOT
+from tiny import DRIVER
 
 import common
 import sample
@@ -73,9 +72,7 @@ def test_three_processes_make_the_same_files(made, tmp_path):
     folders = [("ddp", 0), ("fsdp", 0), ("fsdp", 1), ("fsdp", 2)]
     runs = [(script, [*flags, "--output_dir", str(tmp_path / f"{kind}-{i}"), "--parallel", kind])
             for kind, i in folders for script, flags in runs[i:i + 1]]
-    (tmp_path / "driver.py").write_text(driver)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3",
-                    tmp_path / "driver.py", json.dumps(runs)], env=ENV, check=True, timeout=300)
+    launch.torchrun(3, "-c", driver, json.dumps(runs))
     assert files(tmp_path / "ddp-0") == files(tmp_path / "fsdp-0") == files(made / "one")
     assert films(tmp_path / "fsdp-2") == films(made / "one")
     run(*search, "--output_dir", tmp_path / "one")
@@ -318,13 +315,11 @@ def test_a_folder_of_before_continues(made, tmp_path):
 
 
 def test_killed_and_resumed_makes_the_same_files(made, tmp_path):
-    process = subprocess.Popen([sys.executable, ROOT / "sample.py", "--prompts", made / "prompts.txt",
-                                "--output_dir",
-                                tmp_path / "cut", *FAST], env=ENV, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list(tmp_path.glob("cut/*.mp4")):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with launch.Launch("sample.py", "--prompts", made / "prompts.txt", "--output_dir", tmp_path / "cut",
+                       *FAST) as process:
+        while process.running and not list(tmp_path.glob("cut/*.mp4")):
+            time.sleep(0.01)
+        process.signal(signal.SIGKILL)
     (tmp_path / "cut/000003.mp4").unlink(missing_ok=True)  # its neighbour in the batch is made again with it
     before = len(list(tmp_path.glob("cut/*.mp4")))
     run("--prompts", made / "prompts.txt", "--output_dir", tmp_path / "cut", *FAST)

@@ -1,8 +1,11 @@
 """sample.py, evaluate.py, pretrain.py and reproduce.py: what they write, compute and refuse."""
 import json
 import shutil
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
+import launch
 import numpy as np
 import pytest
 import torch
@@ -37,6 +40,12 @@ def refused(capsys, script, *flags):
     lines = capsys.readouterr().err.strip().splitlines()
     assert end.value.code == 2 and lines[-1].startswith("error:"), lines
     return lines[-1]
+
+
+@pytest.fixture
+def few_rounds(monkeypatch):
+    """For tests that need no precise interval: it is made of 300 resamplings."""
+    monkeypatch.setattr(report.confidence_interval, "__defaults__", (None, 300))
 
 
 def test_the_shipped_weights_fit_each_other_and_60_megabytes():
@@ -87,7 +96,7 @@ def test_sample_refuses(capsys, tmp_path, monkeypatch, flags, words):
     assert not list(tmp_path.iterdir())
 
 
-def test_evaluate_of_one_model_twice_is_a_tie(tmp_path, capsys):
+def test_evaluate_of_one_model_twice_is_a_tie(tmp_path, capsys, few_rounds):
     run(evaluate, f"a={SHIPPED}", f"b={SHIPPED}", "--num_videos", 16, "--num_inference_steps", 4,
         "--output_dir", tmp_path)
     table = json.loads((tmp_path / "table.json").read_text())
@@ -131,7 +140,8 @@ def test_orthogonalise_gives_singular_values_near_one():
         assert values.min() > 0.5 and values.max() < 1.4
 
 
-def test_pretraining_stages_run_and_resume_bit_for_bit(tmp_path, capsys):
+def test_pretraining_stages_run_and_resume_bit_for_bit(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pretrain, "VALIDATED", 16)
     few = ("--batch_size", 4, "--max_train_steps", 4, "--warmup_steps", 0, "--decay_steps", 4,
            "--validation_steps", 100, "--checkpointing_steps", 2, "--mixed_precision", "no")
     for stage, name, more in (("vae", "vae", ("--clips", 32, "--vae_dim", 16)), ("text", "text_encoder", ()),
@@ -266,7 +276,7 @@ def test_i2v_subject_is_the_likeness_to_the_given_frame():
     assert "i2v_subject" not in evaluate.measure(videos, prompts)
 
 
-def test_image_to_video_from_samples_to_evaluation(i2v, tmp_path, capsys, monkeypatch):
+def test_image_to_video_from_samples_to_evaluation(i2v, tmp_path, capsys, monkeypatch, few_rounds):
     """Every stage on the embedded world. The reward model's condition is that of the given first frame."""
     seen, forward = [], PAVRM.forward
 
@@ -315,7 +325,7 @@ def test_image_to_video_from_samples_to_evaluation(i2v, tmp_path, capsys, monkey
     assert "I2V subject" in (tmp_path / "evaluation/table.md").read_text()
 
 
-def test_the_shipped_image_to_video_weights(tmp_path, capsys):
+def test_the_shipped_image_to_video_weights(tmp_path, capsys, few_rounds):
     dit = load_transformer(f"{SHIPPED}/i2v")
     assert dit.config["model_type"] == "i2v"
     run(evaluate, "--task", "i2v", f"base={SHIPPED}/i2v", "--num_videos", 32, "--output_dir", tmp_path)
@@ -399,7 +409,7 @@ def test_auc_values_have_the_mean_and_the_spread_of_the_auc():
     assert report.confidence_interval(values[:, 0]) == pytest.approx(wanted, abs=0.005)
 
 
-def test_table9_of_a_reward_model_that_errs_on_other_generators_near_clean(tmp_path, monkeypatch):
+def test_table9_of_a_reward_model_that_errs_on_other_generators_near_clean(tmp_path, monkeypatch, few_rounds):
     """It is right on its own base, and on the others of a fifth of their videos it is not, where t < .2."""
     def test_set(work, folder=None, generator=None):
         n = 400 if folder is None else 300
@@ -425,7 +435,7 @@ def test_table9_of_a_reward_model_that_errs_on_other_generators_near_clean(tmp_p
     assert found["claims"][0]["difference"] == pytest.approx(0.04)
 
 
-def test_fig3_judges_each_panel_where_the_paper_does(tmp_path, monkeypatch):
+def test_fig3_judges_each_panel_where_the_paper_does(tmp_path, monkeypatch, few_rounds):
     """Pixels are right only where t < .5, so their verdicts swing. At t = .2 a probe of K of 8 blocks is
     right on K of 8 videos."""
     n = 600
@@ -505,9 +515,11 @@ def test_equal_time_is_that_of_the_updates_in_each_methods_own_run(tmp_path, mon
     assert list(variants)[-1] == "PRFL" and len(variants) == 9
 
 
-def test_reproduce_keeps_finished_parts_and_names_the_one_that_fails(tmp_path, capsys, monkeypatch):
-    tiny = {"seeds": 1, "samples": 640, "reward_steps": 2, "study_steps": 1, "tested": 128}
+def test_reproduce_keeps_finished_parts_and_names_the_one_that_fails(tmp_path, capsys, monkeypatch,
+                                                                     few_rounds):
+    tiny = {"seeds": 1, "samples": 96, "reward_steps": 2, "study_steps": 1, "tested": 32}
     monkeypatch.setitem(parts.PRESETS, "quick", tiny)
+    monkeypatch.setattr(parts, "subprocess", SimpleNamespace(run=subprocess.run, Popen=launch.Popen))
     argv = ["table7", "--preset", "quick", "--output_dir", str(tmp_path / "runs"),
             "--results_dir", str(tmp_path)]
     run = lambda: common.cli(reproduce.main, reproduce.Config, reproduce.__doc__, argv)
@@ -536,7 +548,7 @@ def test_reproduce_keeps_finished_parts_and_names_the_one_that_fails(tmp_path, c
     unknown.write_text(note)
     monkeypatch.setitem(tiny, "samples", 64)
     said = refused()
-    assert "was made by" in said and "--num_samples 640 " in said and "--num_samples 64 " in said
+    assert "was made by" in said and "--num_samples 96 " in said and "--num_samples 64 " in said
     # made anew: but the samples there are others
     shutil.rmtree(tmp_path / "runs/quick/seed-0/reward-max_train_steps-1")
     said = refused()
@@ -544,8 +556,8 @@ def test_reproduce_keeps_finished_parts_and_names_the_one_that_fails(tmp_path, c
 
 
 # ---- search
-def test_best_of_is_what_search_gives_and_lifts_the_base(tmp_path, capsys):
-    how = ("--num_videos", 64, "--num_inference_steps", 8, "--mixed_precision", "no")
+def test_best_of_is_what_search_gives_and_lifts_the_base(tmp_path, capsys, few_rounds):
+    how = ("--num_videos", 32, "--num_inference_steps", 8, "--mixed_precision", "no")
     run(evaluate, f"base={SHIPPED}", *how, "--output_dir", tmp_path / "one")
     run(evaluate, f"base={SHIPPED}", *how, "--best_of", 4, "--drops", ".5:1", "--output_dir",
         tmp_path / "four")

@@ -1,17 +1,10 @@
 """docs/toy.py runs, asserts what it shows, and draws it."""
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import av
-
-ROOT = Path(__file__).resolve().parents[1]
+import launch
 
 
 def test_the_toy_shows_what_it_says(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "docs.toy", "--output", str(tmp_path / "toy.png")], cwd=ROOT,
-                          text=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = launch.python("-m", "docs.toy", "--output", tmp_path / "toy.png")
     assert done.returncode == 0, done.stderr[-2000:]
     image = next(av.open(str(tmp_path / "toy.png")).decode()).to_ndarray(format="rgb24")
     assert image.shape == (240, 720, 3)

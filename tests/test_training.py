@@ -9,11 +9,10 @@ import sys
 
 import pytest
 import torch
+from launch import ENV, ROOT, torchrun
 from safetensors.torch import load_file, save_file
 from tiny import (
     DRIVER,
-    ENV,
-    ROOT,
     RUNS,
     STEPS,
     TINY,
@@ -26,7 +25,6 @@ from tiny import (
     one_line,
     run,
     same,
-    torchrun,
     weights,
     write_data,
 )
@@ -338,11 +336,11 @@ def test_image_to_video_resumes_bit_for_bit(folder, capsys, name):
 @pytest.fixture(scope="module")
 def two_ranks(folder):
     """The same runs under torchrun, 2 ranks with batch 4: PRFL as a user starts it, the others in one go."""
-    (folder / "driver.py").write_text(DRIVER)
     jobs = {name: command(folder, name, f"two-{name}", batch_size=4) for name in RUNS}
     script, argv = jobs.pop("prfl")
-    torchrun(2, ROOT / f"{script}.py", *argv)
-    torchrun(2, folder / "driver.py", json.dumps(list(jobs.values())))
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                    ROOT / f"{script}.py", *argv], env=ENV, check=True, timeout=600)
+    torchrun(2, "-c", DRIVER, json.dumps(list(jobs.values())))
     return "two-"
 
 
@@ -376,10 +374,9 @@ common.cli(train_align.main, train_align.Config, "", sys.argv[2:])
 
 def test_both_ranks_make_the_same_number_of_passes(folder):
     """Under FSDP they must, and so all ranks reward the same step."""
-    (folder / "counted.py").write_text(COUNTED)
     _, argv = command(folder, "prfl", "counted", "--recipe", "steady", "--num_inference_steps", "8",
                       "--no-sft_updates", "--checkpointing_steps", "9", batch_size=1)
-    torchrun(2, folder / "counted.py", folder / "passes", *argv)
+    torchrun(2, "-c", COUNTED, folder / "passes", *argv)
     passes = lambda step: -(-(step - 1) // 2) + 1               # strides of two, and one step with gradients
     needed = sum(passes(prfl.draw_step(0, i, 8)) for i in range(STEPS))
     assert [int((folder / f"passes-{rank}").read_text()) for rank in range(2)] == [needed, needed]

@@ -1,14 +1,13 @@
 """What is watched: the panel against known films, validations on own data by ranks and kinds, judge, best/,
 patience."""
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import launch
 import numpy as np
 import pytest
 import torch
-from tiny import DRIVER, ENV, STEPS, command, distance, generator, metrics, run, weights
+from tiny import DRIVER, STEPS, command, distance, generator, metrics, run, weights
 
 import common
 import data
@@ -156,9 +155,7 @@ def test_three_ranks_under_ddp_and_fsdp_see_what_one_sees(folder, watched, secon
                                "--learning_rate", "1e-9",
                                "--parallel", kind, "--patience", "1", batch_size=1)
         runs.append((script, argv))
-    (tmp_path / "driver.py").write_text(DRIVER)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3",
-                    tmp_path / "driver.py", json.dumps(runs)], env=ENV, check=True, timeout=300)
+    launch.torchrun(3, "-c", DRIVER, json.dumps(runs))
     one = json.loads((watched / "samples/step-000000.json").read_text())["values"]
     for kind in ("ddp", "fsdp"):
         found = json.loads((tmp_path / kind / "samples/step-000000.json").read_text())["values"]

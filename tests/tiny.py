@@ -1,11 +1,8 @@
 """A tiny random generator with its reward models, labelled shards, and runs of the training scripts on them.
 The fixture `folder` of conftest.py holds them on disk. Everything runs on the CPU."""
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import launch
 import torch
 from safetensors.torch import load_file
 
@@ -17,7 +14,6 @@ import train_reward
 from formats.weights import WEIGHTS
 from model import VideoDiT
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(in_dim=16, out_dim=16, dim=24, ffn_dim=48, num_heads=2, num_layers=2, freq_dim=16, text_dim=8,
             text_len=3)
 STEPS = 5                                                       # iterations of a run
@@ -31,7 +27,6 @@ RUNS = {name: (script, part, flags.split()) for name, script, part, flags in (  
     ("rwr", "train_align", "transformer", "--method rwr --num_samples 24"),
     ("nft", "train_align", "transformer", "--method nft --group_size 2 --nft_beta 0.5 --inner_updates 2"),
     ("grpo", "train_align", "transformer", "--method grpo --group_size 4 --inner_updates 2"))}
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 
 
 def generator(**changes):
@@ -94,13 +89,7 @@ def apart(a, b):
     return sum((a[name] - b[name]).double().square().sum().item() for name in a) ** 0.5
 
 
-def torchrun(ranks, script, *argv):
-    """Runs a script in so many processes; fails with the end of what they wrote to stderr."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    done = subprocess.run([*start, script, *argv], env=ENV, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
+# For `launch.torchrun(ranks, "-c", DRIVER, json.dumps([(script, flags), ...]))`.
 DRIVER = """
 import json, sys, common, train_align, train_reward
 leave, common.teardown = common.teardown, lambda: None          # one process group for all runs
@@ -123,7 +112,7 @@ def save_or_die(state, file):
 
 torch.save = save_or_die
 for script, argv in json.loads(sys.argv[1]):
-    child = os.fork()                                           # importing torch costs more than such a run
+    child = os.fork()
     if not child:
         common.cli(sys.modules[script].main, sys.modules[script].Config, "", argv)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
@@ -132,8 +121,7 @@ for script, argv in json.loads(sys.argv[1]):
 
 def kill(jobs):
     """Runs each of jobs [(script, flags)] until kill -9 ends it in the middle of its second checkpoint."""
-    done = subprocess.run([sys.executable, "-c", KILLER, json.dumps(jobs)], env=ENV, capture_output=True,
-                          text=True, timeout=600)
+    done = launch.python("-c", KILLER, json.dumps(jobs))
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -102,6 +102,9 @@ class Config:
     seed: int = arg(0, "seed of weights, clips and random draws", at_least=0)
 
 
+VALIDATED = 256     # clips of a validation
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum with an update that Newton-Schulz orthogonalises (Jordan et al., 2024), for weights of 2 or
     more axes.
@@ -248,7 +251,8 @@ def train_vae(config, runtime):
     """The loss is the squared error of pixels, in which the subject counts ten times, plus a KL
     divergence."""
     pool, prompts, _ = scene.make(min(config.clips, 16384), config.seed + 1000, "mixture", config.world)
-    clean, clean_prompts, _ = scene.make(256, config.seed + 7, "clean", config.world, split="validation")
+    clean, clean_prompts, _ = scene.make(VALIDATED, config.seed + 7, "clean", config.world,
+                                         split="validation")
     vae = VideoVAE(dim=config.vae_dim).to(runtime.device)
     kernels, others = [], []
     for p in vae.parameters():
@@ -400,8 +404,8 @@ def train_dit(config, runtime):
             others.append(p)
     global_batch = config.batch_size * runtime.world_size
     # `make` draws its prompts with its seed + 1, so both lines have the same prompts.
-    held_out_prompts = scene.draw_prompts(256, config.seed + 5, split="validation")
-    held_out_clips, _, _ = scene.make(256, config.seed + 4, "clean", config.world, split="validation")
+    held_out_prompts = scene.draw_prompts(VALIDATED, config.seed + 5, split="validation")
+    held_out_clips, _, _ = scene.make(VALIDATED, config.seed + 4, "clean", config.world, split="validation")
 
     distinct = sorted(set(prompts))
     number = {prompt: i for i, prompt in enumerate(distinct)}
@@ -434,8 +438,8 @@ def train_dit(config, runtime):
             context = text.encode(held_out_prompts).float()
             clean = vae.encode(from_pixels(held_out_clips.to(runtime.device)))
             image = image_inputs(dit.config, {"latents": clean}, runtime.device)
-            x1 = common.noise(latents.shape[1:], config.seed, "validation", 0, range(256)).to(runtime.device)
-            x0 = flow.rollout(averaged["transformer"], x1, context, 16, **image)
+            x1 = common.noise(latents.shape[1:], config.seed, "validation", 0, range(VALIDATED))
+            x0 = flow.rollout(averaged["transformer"], x1.to(runtime.device), context, 16, **image)
             videos = to_pixels(vae.decode(x0)).cpu()
         annotations = annotator.annotate(videos, held_out_prompts)
         if runtime.rank == 0:

@@ -10,14 +10,14 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import launch
 import numpy as np
 import pytest
 import torch
-from tiny import ENV, ROOT, command, run, same, weights
+from launch import ROOT
+from tiny import command, run, same, weights
 
 import common
 import data
@@ -124,10 +124,8 @@ def test_pieces_of_two_ranks_that_do_not_fit(folder):
     one."""
     run(*command(folder, "sft", "full", "--max_train_steps", "2"))
     script, argv = command(folder, "sft", "full", "--resume", "latest", "--max_train_steps", "4")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc_per_node=2", ROOT / f"{script}.py", *argv, "--batch_size", "4",
-                           "--parallel", "fsdp"], env=ENV, capture_output=True, text=True, timeout=600,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
+    done = launch.python(f"{script}.py", *argv, "--batch_size", "4", "--parallel", "fsdp", ranks=2,
+                         file_limit=20_000)
     lines = [line for line in done.stderr.splitlines() if "error: " in line]
     assert done.returncode and len(lines) == 1, done.stderr
     assert "checkpoint-000004 could not be written; the last whole one is " in lines[0]
@@ -443,10 +441,7 @@ def test_nodes_without_a_common_disk_are_told_before_they_work(folder, tmp_path)
              ["data", [str(tmp_path / "clips"), "--out", "latents"]],
              ["data", ["clips", "--out", str(tmp_path / "latents")]]]
     (tmp_path / "node-0/clips").mkdir()
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc_per_node=2", tmp_path / "driver.py", tmp_path, json.dumps(jobs)], env=ENV,
-                          capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch.torchrun(2, tmp_path / "driver.py", tmp_path, json.dumps(jobs))
     for node in ("node-0", "node-1"):
         said = json.loads((tmp_path / node / "said.json").read_text())
         assert all(unchanged for _, unchanged in said), said

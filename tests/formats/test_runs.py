@@ -4,18 +4,17 @@ import dataclasses
 import io
 import json
 import os
-import resource
 import shutil
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import av
+import launch
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import ENV, ROOT, command, metrics, one_line, run, same, weights, write_data
+from tiny import command, metrics, one_line, run, same, weights, write_data
 
 from common import InputError, arg
 from formats import disk, fingerprint, lock, runs
@@ -439,9 +438,7 @@ def test_a_disk_that_fails_is_one_line_and_the_last_checkpoint_whole(started):
         out = started / f"full-{name}"
         shutil.copytree(started / f"started-{name}", out)
         script, argv = command(started, name, out.name, "--resume", "latest")
-        limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-        done = subprocess.run([sys.executable, ROOT / f"{script}.py", *argv], env=ENV, capture_output=True,
-                              text=True, preexec_fn=limit)
+        done = launch.python(f"{script}.py", *argv, file_limit=20_000)
         last = done.stderr.splitlines()[-1]
         assert done.returncode == 1 and last.startswith(
                                                         "error: [Errno 27] File too large: "

@@ -6,10 +6,10 @@ batches of 8.
 """
 import json
 import shutil
-import subprocess
-import sys
+import signal
 from functools import partialmethod
 
+import launch
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,7 +17,6 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from tiny import (
     DRIVER,
-    ENV,
     STEPS,
     apart,
     command,
@@ -58,13 +57,6 @@ common.cli(train_align.main, train_align.Config, "", sys.argv[1:])
 """
 
 
-def torchrun(folder, code, *argv):
-    (folder / "driver.py").write_text(code)
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return subprocess.run([*start, folder / "driver.py", *argv], env=ENV, capture_output=True, text=True,
-                          timeout=600)
-
-
 @pytest.fixture(scope="module")
 def runs(folder):
     """one-*: one process, batch 8. two-*: two FSDP ranks. one-to-two-*: its last iteration, on two FSDP
@@ -76,8 +68,8 @@ def runs(folder):
     fsdp = lambda kind, output, *more, b: command(folder, kind, output, "--parallel", "fsdp", *more,
                                                   batch_size=b)
     killed = fsdp("prfl", "killed-prfl", *MICRO, b=2)
-    done = torchrun(folder, KILLED, *killed[1])
-    assert done.returncode == 1 and "Signal 9 (SIGKILL)" in done.stderr, done.stderr[-3000:]
+    done = launch.python("-c", KILLED, *killed[1], ranks=2)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     assert [step for step, _ in list_checkpoints(folder / "killed-prfl")] == [2]
     jobs = [*(fsdp(name, f"two-{name}", *MICRO, b=2) for name in ("prfl", "steady", "nft", "grpo")),
             fsdp("reward", "two-reward", "--gradient_checkpointing", b=4),
@@ -86,8 +78,7 @@ def runs(folder):
     for name in ("prfl", "nft", "reward"):
         jobs.append(fsdp(name, f"one-to-two-{name}", "--resume", f"{folder}/one-{name}/checkpoint-000004",
                          b=4))
-    done = torchrun(folder, DRIVER, json.dumps(jobs))
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch.torchrun(2, "-c", DRIVER, json.dumps(jobs))
 
 
 def start_of(name):

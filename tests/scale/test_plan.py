@@ -7,13 +7,11 @@ on the CPU too."""
 
 import inspect
 import json
-import os
 import re
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
+import launch
 import pytest
 import torch
 from torch import nn
@@ -280,9 +278,7 @@ def test_peak_of_live_tensors(width, layers, size, method, checkpointing):
 
 def test_peak_measured_by_the_allocator():
     """Small models on real tensors, in a process of their own."""
-    done = subprocess.run([sys.executable, ROOT / "tests/scale/measure_peak.py"], capture_output=True,
-                          text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = launch.python("tests/scale/measure_peak.py")
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert done.returncode == 0 and len(found) == 10, done.stderr[-3000:]
     for row in found:
@@ -595,6 +591,5 @@ def test_bad_input_is_one_line(capsys, flags, words):
 
 
 def test_the_planner_runs_as_a_module():
-    done = subprocess.run([sys.executable, "-m", "scale.plan", "tiny-t2v", "--size", "32*32"], cwd=ROOT,
-                          capture_output=True, text=True)
+    done = launch.python("-m", "scale.plan", "tiny-t2v", "--size", "32*32")
     assert done.returncode == 0 and "video tokens n" in done.stdout, done.stderr

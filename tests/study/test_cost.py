@@ -1,20 +1,15 @@
 """study/cost.py: what it times is what training draws, its memory is that of the update; table 4 says what it
 measured."""
 import json
-import subprocess
-import sys
-from pathlib import Path
 
+import launch
 import numpy as np
 import pytest
 
 import prfl
 from study import cost, parts, reproduce, table4
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-# Each cell is measured in a process of its own, which has imported torch already.
+# Each cell is measured in a process of its own.
 CELLS = """
 import json, os, sys, common
 from study import cost
@@ -30,8 +25,7 @@ for argv in json.loads(sys.argv[1]):
 def run(folder, cells):
     """-> what was measured of each of cells {name: flags}"""
     commands = [[*map(str, flags), "--output_dir", str(folder / name)] for name, flags in cells.items()]
-    done = subprocess.run([sys.executable, "-c", CELLS, json.dumps(commands)], cwd=ROOT, capture_output=True,
-                          text=True)
+    done = launch.python("-c", CELLS, json.dumps(commands))
     assert done.returncode == 0, done.stderr
     return {name: json.loads((folder / name / "measured.json").read_text()) for name in cells}
 

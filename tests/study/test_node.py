@@ -1,14 +1,14 @@
 """study/node.py at a small size: rows of processes of their own, in the table and the JSON."""
 import dataclasses
 import json
-import subprocess
 import sys
 import time
 
+import launch
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import ENV, ROOT, one_line
+from tiny import one_line
 
 import common
 from formats.weights import WEIGHTS
@@ -18,8 +18,7 @@ from study import node
 
 
 def run(*flags):
-    return subprocess.run([sys.executable, "-m", "study.node", *map(str, flags)], cwd=ROOT, env=ENV,
-                          capture_output=True, text=True)
+    return launch.python("-m", "study.node", *flags)
 
 
 def test_one_process_and_two(tmp_path):
