@@ -12,8 +12,8 @@ out those that are no longer listed.
 
 A data folder holds clips and metadata.jsonl (or .csv) with one row per clip: file_name (or video, file),
 prompt (or text, caption) and perhaps label (or reward). A label is 1 good or 0 bad; a missing one means
-unlabelled and is never read as 0. formats/metadata.py reads lists, formats/video.py clips, and
-formats/shards.py shards.
+unlabelled and is never read as 0. formats/metadata.py reads the lists, formats/video.py the
+clips, and formats/shards.py the shards.
 
 Axes: b batch, c latent channels, F video frames (4k + 1), f latent frames (k + 1), H W pixels, h w latents,
 l text tokens, d text width, n clips, m CLIP image tokens.
@@ -313,18 +313,18 @@ def describe_split(shards, train, held):
 @dataclass
 class Check:
     folder: str = arg(..., "folder with clips and metadata", positional=True)
-    size: str | None = arg(None, "W*H: clips are scaled to cover it and centre-cropped; default: the clips' "
-                                 "own size")
-    frames: int | None = arg(None, "frames of each clip, 4k + 1; default: all that the clip has",
+    size: str | None = arg(None, "W*H in pixels: clips are scaled until they cover it, then cropped at their "
+                           "centre; default: the clips' own size")
+    frames: int | None = arg(None, "number of frames of each clip, 4k + 1; default: as many as the clip has",
                              at_least=FEWEST)
-    fps: float | None = arg(None, "frames per second (16 for Wan2.1, 24 for Wan2.2 TI2V-5B); faster clips "
-                                  "drop frames, slower ones repeat them; default: the clip's own", above=0)
-    model: str | None = arg(None, "folder of the generator that the clips are for, with its vae/, "
-                            "text_encoder/ and, if it has one, image_encoder/; default: the shipped "
-                            "generator")
-    text_encoder: str | None = arg(None, "folder of a text encoder, or of transformers' UMT5 (with the "
-                                   "tokenizer in it or beside it); give it or --model; default: the shipped "
-                                   "text encoder")
+    fps: float | None = arg(None, "frames per second (16 for Wan2.1, 24 for Wan2.2 TI2V-5B). Faster clips "
+                            "lose frames, and frames of slower clips are repeated; default: the clips' own",
+                            above=0)
+    model: str | None = arg(None, "folder of the generator that will use the clips; its vae/, text_encoder/ "
+                            "and, if it has one, image_encoder/ are used. Default: the shipped generator")
+    text_encoder: str | None = arg(None, "folder of a text encoder, or of transformers' UMT5 (with its "
+                                   "tokenizer there or in the folder beside it), to use where --model is not "
+                                   "given; default: the shipped text encoder")
     multiple = 16       # of which width and height must be; `resolve_encoders` sets it
 
 
@@ -508,13 +508,16 @@ def check_command(config):
 class Encode(Check):
     out: str = arg("latents", "folder of the shards; a second run encodes only clips that are new or have "
                               "changed")
-    vae: str | None = arg(None, "folder of a VAE, or of diffusers' AutoencoderKLWan; give it or --model; "
-                          "default: the shipped VAE")
-    image_encoder: str | None = arg(None, "folder of transformers' CLIPVisionModel, for Wan2.1's "
-                                    "image-to-video models; give it or --model. The shards then also hold "
-                                    "CLIP tokens and the first frame as those models take it")
-    batch_size: int = arg(8, "clips encoded at once; fewer if they hold more than 16 million pixels", above=0)
-    clips_per_shard: int = arg(256, "clips per shard; fewer if they hold more than 128 MiB", above=0)
+    vae: str | None = arg(None, "folder of a VAE, or of diffusers' AutoencoderKLWan, to use where --model is "
+                          "not given; default: the shipped VAE")
+    image_encoder: str | None = arg(None, "folder of transformers' CLIPVisionModel, which Wan2.1's "
+                                    "image-to-video models need, to use where --model is not given. The "
+                                    "shards then also hold CLIP tokens, and the first frame in the form that "
+                                    "those models read")
+    batch_size: int = arg(8, "clips encoded at once, but fewer if together they hold more than 16 million "
+                          "pixels", above=0)
+    clips_per_shard: int = arg(256, "clips per shard, but fewer if together they hold more than 128 MiB",
+                               above=0)
 
 
 

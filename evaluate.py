@@ -13,35 +13,36 @@ intervals.
 
 All of these run under torchrun, too: the processes share the videos, and the results are the same.
 
-A checkpoint is a folder that is or holds transformer/; `name=folder` names it in the tables. The others are
-compared with the first one. Prompts and seeds are disjoint from all training. The embedded world's annotator,
-which sees pixels only, says how good the videos are. Written are table.md, table.json, per_video.json,
-videos.png (one row per prompt, the checkpoints from left to right, every other frame), and side_by_side.mp4
-and side_by_side.gif (the same in motion, each clip framed green or red by what the annotator says).
+A checkpoint is a transformer/ folder or a folder that holds one; `name=folder` names it in the tables. The
+others are compared with the first one. Prompts and seeds are disjoint from all training. The embedded world's
+annotator, which sees pixels only, says how good the videos are. The results are table.md, table.json,
+per_video.json, videos.png (one row per prompt, the checkpoints from left to right, every other frame), and
+side_by_side.mp4 and side_by_side.gif (the same in motion, with a green frame around clips that the annotator
+calls qualified and a red one around the others).
 
 The metrics are means over videos, with 95 % intervals from a bootstrap over videos:
-  qualified           share with physical motion, a subject that is not deformed, and what the prompt says
+  qualified           share that are physical, not deformed and adherent, all three
   physical            share whose motion is physical
   not deformed        share whose subject keeps its form
   adherent            share that show the colour, shape and direction that the prompt asks for
   motion smoothness   1 - mean absolute difference of odd frames from the mean of their neighbours
   dynamic degree      share that move at more than half of the world's slowest speed
   subject consistency cosine similarity of the subject's cut-out to that of the first and previous frame
-  I2V subject         its cosine similarity to the given first frame (image-to-video only)
+  I2V subject         cosine similarity of the cut-out to the given first frame (image-to-video only)
   PAVRM score         share that the reward model calls good at one random t
-  speed, brightness, saturation   these move when a reward is hacked; the last row has those of clean renders
+  speed, brightness, saturation   these change when a reward is hacked; the last row has clean renders'
 
 --prompts FILE compares any generators on your own prompts, which the annotator cannot grade. The table has
-the share of samples that the reward model calls good, and with --judge the share that a second one does (mean
-over five random t). It has the panel of validation.py, where dynamic degree is the share with more than half
-of the first checkpoint's median flow. And it has, for each metric, the difference from the first checkpoint,
-paired by prompt, with its interval. The videos and metadata.jsonl go to <output_dir>/<name>/, ready for
-`label.py --pairs`; sample.py --prompts makes the videos of such a metadata.jsonl again. Flags that are not
-given have sample.py's defaults.
+the share of samples that the reward model calls good, and with --judge the share that the judge calls good
+(both are means over five random t). It also has the panel of validation.py; dynamic degree is then the share
+of videos whose flow is above half of the first checkpoint's median. For each metric the table has the
+difference from the first checkpoint, paired by prompt, with its interval. The videos and metadata.jsonl go
+to <output_dir>/<name>/, ready for `label.py --pairs`; sample.py --prompts makes the videos of such a
+metadata.jsonl again. Flags that are not given have sample.py's defaults.
 
---clips DIR scores a folder of clips or of shards. scores.jsonl lists the clips, the worst first, with the
-probability of "good" that the reward model gives each at one random t in every fifth of (0, 1]. Where labels
-are known, accuracy and calibration are reported, too.
+--clips DIR scores a folder of clips or of shards. scores.jsonl lists the clips, the worst first, each with
+five probabilities of "good", which the reward model gives at one random t in every fifth of (0, 1]. Where
+labels are known, accuracy and calibration are reported, too.
 
 Axes: b batch, c channels, f frames, h height, w width, n videos, l text tokens.
 """
@@ -91,42 +92,46 @@ T_NAMES = [f"({k / 5:.1f}, {(k + 1) / 5:.1f}]" for k in range(validation.T_BINS)
 
 @dataclass
 class Config(search.Flags):
-    checkpoints: tuple[str, ...] = arg((), "folders, or name=folder; the first one is what the others are "
-                                       "compared with; default: the shipped base", positional=True)
+    checkpoints: tuple[str, ...] = arg((), "generators to compare, each given as folder or name=folder; the "
+                                       "others are compared with the first. Default: the shipped base",
+                                       positional=True)
     output_dir: str = arg("runs/evaluate", "folder for tables and pictures")
-    task: str | None = arg(None, "t2v, or i2v (image-to-video); default: the checkpoints' own", choices=TASKS,
-                           only="!clips")
-    model: str | None = arg(None, "folder with text_encoder/, vae/ and reward/; default: the shipped one of "
-                            "--task")
-    reward: str | None = arg(None, "reward model of the PAVRM score; default: <model>/reward if there is one")
+    task: str | None = arg(None, "t2v (text-to-video) or i2v (image-to-video); default: the checkpoints' own",
+                           choices=TASKS, only="!clips")
+    model: str | None = arg(None, "folder with text_encoder/, vae/ and reward/; default: the shipped model "
+                            "for --task")
+    reward: str | None = arg(None, "folder of the reward model that gives the PAVRM score; default: "
+                             "<model>/reward if there is one")
     prompts: str | None = arg(None, "file of prompts (.txt, .jsonl, .csv) to use instead of the embedded "
                               "world's", only="!clips")
-    clips: str | None = arg(None, "folder of clips, or of their shards, to score with --reward; give no "
-                            "checkpoints")
-    judge: str | None = arg(None, "second reward model, trained on other clips and from another seed",
-                            only="prompts")
-    world: str = arg("tiny", "size of the embedded world", choices=tuple(scene.SIZES),
-                     only="!prompts, !clips")
-    size: str | None = arg(None, "W*H; default: the model's, or the clips'", only="prompts or clips")
-    frames: int | None = arg(None, "frames, 4k + 1; default: the model's, or the clips'", at_least=5,
-                             only="prompts or clips")
-    fps: float | None = arg(None, "frames per second; default: the model's, or the clips'", above=0,
-                            only="prompts or clips")
-    num_videos: int | None = arg(None, "number of prompts, with one video each; default: 512 held-out "
-                                 "prompts, or all of --prompts", above=0, only="!clips")
-    num_inference_steps: int | None = arg(None, "Euler steps; default: 16, or with --prompts the model's",
-                                          above=0, only="!clips")
-    guidance_scale: float | None = arg(None, "classifier-free guidance, 1 is none; default: the model's",
-                                       at_least=0, only="!clips")
-    guidance_scale_2: float | None = arg(None, "the same for the low-noise one of two experts; default: "
-                                         "--guidance_scale if that is given, or the model's", at_least=0,
-                                         only="prompts")
-    shift: float | None = arg(None, "moves times towards noise; default: the model's", above=0, at_most=100,
-                              only="prompts")
-    split: str = arg("test", "which held-out sentences: test, to report on; validation, to choose on; "
-                     "reworded, with verbs, order and phrases that training never sees",
+    clips: str | None = arg(None, "folder of clips, or of their shards, that --reward scores; give no "
+                            "checkpoints then")
+    judge: str | None = arg(None, "folder of a second reward model, trained on other clips and from another "
+                            "seed, that scores the videos too", only="prompts")
+    world: str = arg("tiny", "size of the embedded world's clips: tiny is 32x32, mid is 48x48, small is "
+                     "64x64 pixels", choices=tuple(scene.SIZES), only="!prompts, !clips")
+    size: str | None = arg(None, "W*H of the videos in pixels; default: the model's, or with --clips the "
+                           "clips'", only="prompts or clips")
+    frames: int | None = arg(None, "number of frames, 4k + 1; default: the model's, or with --clips the "
+                             "clips'", at_least=5, only="prompts or clips")
+    fps: float | None = arg(None, "frames per second; default: the model's, or with --clips the clips'",
+                            above=0, only="prompts or clips")
+    num_videos: int | None = arg(None, "number of prompts, for each of which every checkpoint makes one "
+                                 "video; default: 512 held-out prompts, or all of --prompts", above=0,
+                                 only="!clips")
+    num_inference_steps: int | None = arg(None, "Euler steps per video; default: 16, or with --prompts the "
+                                          "model's", above=0, only="!clips")
+    guidance_scale: float | None = arg(None, "scale of classifier-free guidance; 1: no guidance. Default: "
+                                       "the model's", at_least=0, only="!clips")
+    guidance_scale_2: float | None = arg(None, "guidance scale of the low-noise one of two experts (Wan2.2 "
+                                         "A14B); default: --guidance_scale if that is given, else the "
+                                         "model's", at_least=0, only="prompts")
+    shift: float | None = arg(None, "moves the times of the Euler steps towards noise; default: the model's",
+                              above=0, at_most=100, only="prompts")
+    split: str = arg("test", "which held-out sentences are used: test is for reports, validation is for "
+                     "choices, reworded has verbs, word order and phrases that training never sees",
                      choices=("test", "validation", "reworded"), only="!prompts, !clips")
-    seed: int = arg(0, "seed of the noise and of the choice among the held-out prompts", at_least=0)
+    seed: int = arg(0, "seed of the noise, and of which held-out prompts are chosen", at_least=0)
     mixed_precision: str = runs.precision_flag()
 
 

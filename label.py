@@ -1,4 +1,4 @@
-"""People grade clips in a browser, with keys only: the labels that train_reward.py learns from (A.2.3, Table
+"""People grade clips in a browser, with keys only, and train_reward.py learns from their labels (A.2.3, Table
 6).
 
     pip install -r requirements-label.txt               once: Flask
@@ -10,18 +10,19 @@
                                                         which is on the left
     python label.py report samples_base                 how often its samples won, with 95 % intervals
 
-clips is a folder with metadata.jsonl or metadata.csv, as data.py and sample.py read and write it. Answers are
+clips is a folder with metadata.jsonl or metadata.csv, as data.py reads and sample.py writes it. Answers are
 lines of clips/labels.jsonl, or of pairs.jsonl in the first folder of a pair (formats/labels.py describes
 them). Each answer is on the disk before the next clip is shown, so you can stop at any moment; the same
 command continues. train_reward.py reads the answers there when it starts: nothing has to be exported or
-encoded again. Two grades make a label: good if both are qualified, bad if both are unqualified (--bad any: if
-one is; train_reward.py has the flag too), otherwise the clip is dropped. With several annotators the label
-that more than half of them give counts.
+encoded again. Each clip gets two grades, which make its label: good if both are qualified; bad if both are
+unqualified (with --bad any, if one is; train_reward.py has the flag too); otherwise the clip is dropped. If
+several annotators grade a clip, it gets the label that more than half of them give.
 
-The page shows what training reads: clips that browsers do not play, interlaced ones and HDR are shown as a
-converted copy.
+The page shows clips as training reads them: it shows a converted copy of a clip that browsers do not play, of
+an interlaced one, and of HDR.
 
-From another machine: `ssh -L 8765:127.0.0.1:8765 host`, then open the printed address here.
+To label on another machine than the one that runs this script, type `ssh -L 8765:127.0.0.1:8765 host` there,
+where `host` runs the script, and open the printed address there.
 """
 import contextlib
 import getpass
@@ -64,9 +65,9 @@ BAD_HELP = "both: bad is unqualified on both axes (A.2.3); any: unqualified on a
 @dataclass(kw_only=True)
 class Serve:
     annotator: str | None = arg(None, "name of the person whose answers these are; default: the login name")
-    port: int = arg(8765, "port of the page on 127.0.0.1; 0: any free one", at_least=0, at_most=65535)
-    seed: int = arg(0, "seed of the order of clips, the same for all annotators, and of which clip of a pair "
-                    "stands on the left", at_least=0)
+    port: int = arg(8765, "port of the page on 127.0.0.1; 0 chooses a free one", at_least=0, at_most=65535)
+    seed: int = arg(0, "seed of the order of the clips, which is the same for all annotators, and of which "
+                    "clip of a pair is on the left", at_least=0)
 
 
 @dataclass(kw_only=True)

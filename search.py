@@ -23,11 +23,11 @@ from common import InputError, arg
 @dataclass
 class Flags:
     """The flags of sample.py and evaluate.py about the search."""
-    best_of: int = arg(1, "candidates per video, of which the reward model keeps one", above=0)
-    drops: str | None = arg(None, "when candidates are dropped: time:number kept, separated by commas; "
-                            ".75:4,.56:2,.37:1 keeps 4 at t = .75, 2 at .56 and 1 at .37, and 0:1 compares "
-                            "finished videos only; default: half, a quarter and one are kept at these times",
-                            only="!best_of 1")
+    best_of: int = arg(1, "candidates made per video; the reward model keeps one of them", above=0)
+    drops: str | None = arg(None, "when candidates are dropped: a list of time:number kept. "
+                            ".75:4,.56:2,.37:1 keeps 4 at t = .75, 2 at .56 and 1 at .37; 0:1 compares "
+                            "finished videos only. Default: half are kept at .75, a quarter at .5625, one at "
+                            ".375", only="!best_of 1")
 
 
 def default_drops(n):

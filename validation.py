@@ -103,24 +103,26 @@ def dynamic_degree(fastest, real):
 @dataclass
 class Flags:
     """train_align.py's flags about validation, and about what a run keeps."""
-    keep: int = arg(2, "number of newest checkpoints that are kept; best/ is kept besides", above=0)
+    keep: int = arg(2, "how many of the newest checkpoints are kept; best/ is always kept", above=0)
     validation_steps: int = arg(40, "iterations between validations", above=0, only="!num_validation 0")
-    num_validation: int | None = arg(None, "number of held-out prompts that validations sample, 0 for none; "
-                                     "default: 128 sentences of the embedded world, or with --data the "
-                                     "prompts of 8 clips (at most a fifth), which are kept out of training",
-                                     at_least=0)
-    validation_prompts: str | None = arg(None, "file of other prompts to sample at validations (.txt, "
-                                         ".jsonl, .csv)", only="data, !num_validation 0")
-    guidance_scale: float | None = arg(None, "guidance of the validation samples; default: the model's own",
-                                       at_least=0, only="!num_validation 0")
-    guidance_scale_2: float | None = arg(None, "the same for the low-noise one of two experts; default: "
-                                         "--guidance_scale if that is given, or the model's own", at_least=0,
-                                         only="!num_validation 0")
-    judge: str | None = arg(None, "second reward model, never trained against; it scores the validation "
-                            "samples and so chooses best/", only="!num_validation 0")
-    patience: int | None = arg(None, "stop after this many validations without a new best of the judge's or "
-                               "annotator's score (with --data it needs --judge); default: never", above=0,
-                               only="!num_validation 0")
+    num_validation: int | None = arg(None, "number of held-out prompts to sample at each validation; 0: "
+                                     "none. Default: 128 sentences of the embedded world; with --data the "
+                                     "prompts of 8 clips (at most a fifth of all), which are kept out of "
+                                     "training", at_least=0)
+    validation_prompts: str | None = arg(None, "file of prompts (.txt, .jsonl, .csv) to sample at "
+                                         "validations instead of those of the held-out clips",
+                                         only="data, !num_validation 0")
+    guidance_scale: float | None = arg(None, "scale of classifier-free guidance for the validation samples; "
+                                       "default: the model's", at_least=0, only="!num_validation 0")
+    guidance_scale_2: float | None = arg(None, "guidance scale of the low-noise one of two experts (Wan2.2 "
+                                         "A14B); default: --guidance_scale if that is given, else the "
+                                         "model's", at_least=0, only="!num_validation 0")
+    judge: str | None = arg(None, "folder of a second reward model, which the generator is never trained "
+                            "against; it scores the validation samples, and best/ keeps the weights with the "
+                            "highest score", only="!num_validation 0")
+    patience: int | None = arg(None, "stop after this many validations without a new best score from the "
+                               "judge or the annotator; with --data this needs --judge. Default: never stop "
+                               "early", above=0, only="!num_validation 0")
 
 
 def default_number(shards):

@@ -85,9 +85,10 @@ def precision_flag(more=""):
 class Flags:
     """The flags of every training run."""
     mixed_precision: str = precision_flag(" (weights, optimizer and rollout state are fp32)")
-    resume_from_checkpoint: str | None = arg(None, "go on from a checkpoint: its folder, a run folder (its "
-                                             "last checkpoint), or 'latest' (the last one in --output_dir; "
-                                             "if there is none, the run starts afresh)", alias="resume")
+    resume_from_checkpoint: str | None = arg(None, "continue from a checkpoint: give its folder, a run "
+                                             "folder (its last checkpoint is used), or 'latest' (the last "
+                                             "checkpoint in --output_dir; if there is none, the run starts "
+                                             "afresh)", alias="resume")
 
 
 def write_json(path, value):

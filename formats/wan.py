@@ -1,5 +1,5 @@
-"""Wan's own VAEs, text encoder and image encoder, read from folders of diffusers and transformers, and the
-way back: an aligned transformer as diffusers loads it. Nobody needs this file to learn the method.
+"""Reads Wan's own VAEs, text encoder and image encoder from folders of diffusers and transformers, and writes
+an aligned transformer in the form that diffusers loads. Nobody needs this file to learn the method.
 
     pip install -r requirements-wan.txt
     python data.py encode clips --vae Wan2.1/vae --text_encoder Wan2.1/text_encoder ...
@@ -9,7 +9,7 @@ way back: an aligned transformer as diffusers loads it. Nobody needs this file t
     >>> transformer = WanTransformer3DModel.from_pretrained("aligned", torch_dtype=torch.bfloat16)
     >>> pipeline = WanPipeline.from_pretrained("Wan2.1", transformer=transformer)
 
-families.py comes here when a folder's config.json is of such a model.
+families.py calls these functions when the config.json of a folder is that of such a model.
 
 Axes: b batch, c latent channels, F video frames (4k + 1), f latent frames (k + 1), H W pixels, h w latents,
 l text tokens, d text width, m image tokens.
@@ -154,12 +154,12 @@ class WanImageEncoder(nn.Module):
 
 @dataclass
 class Export:
-    transformer: str = arg(..., "folder of an aligned transformer, or of two, or a LoRA file (.safetensors)",
-                           positional=True)
-    out: str = arg(..., "folder, or LoRA file, to write")
-    layout: str = arg("diffusers", "whose names: diffusers', or the official Wan2.1's, which ComfyUI reads",
-                      choices=LAYOUTS)
-    dtype: str = arg("bf16", "of the weights", choices=("bf16", "fp32"))
+    transformer: str = arg(..., "what to export: the folder of an aligned transformer, the folder of two, or "
+                           "a LoRA file (.safetensors)", positional=True)
+    out: str = arg(..., "folder or LoRA file to write, which must not exist yet")
+    layout: str = arg("diffusers", "whose names the weights get: those of diffusers, or those of the "
+                      "official Wan2.1, which ComfyUI reads", choices=LAYOUTS)
+    dtype: str = arg("bf16", "dtype of the written weights", choices=("bf16", "fp32"))
 
 
 def export(config, load_transformer, export_transformer):

@@ -25,15 +25,16 @@ from model import export_transformer
 class Flags:
     """Flags of train_align.py for adapters."""
     lora_rank: int = arg(0, "train adapters of this rank (such as 16) beside the frozen q, k, v, o of each "
-                         "attention, often with 10 times the learning rate; 0 trains all weights", at_least=0)
-    lora_alpha: float | None = arg(None, "adapters are scaled by lora_alpha / lora_rank; default: lora_rank, "
-                                   "so by 1",
-                                   above=0, only="lora_rank")
-    lora: str | None = arg(None, "LoRA file with the adapters that training starts from; of two experts, of "
-                           "the high-noise one")
-    lora_2: str | None = arg(None, "the same for the low-noise one of two experts (Wan2.2 A14B)")
-    export: str = arg("merged", "what a run with adapters writes: the merged weights and the adapters, or "
-                                "only the adapters (lora)", choices=("merged", "lora"))
+                         "attention; they often take 10 times the learning rate. 0 trains all weights",
+                         at_least=0)
+    lora_alpha: float | None = arg(None, "adapters are multiplied by lora_alpha / lora_rank; default: "
+                                   "lora_rank, so that the factor is 1", above=0, only="lora_rank")
+    lora: str | None = arg(None, "LoRA file whose adapters training starts from; for two experts, the file "
+                           "of the high-noise one")
+    lora_2: str | None = arg(None, "LoRA file whose adapters the low-noise one of two experts (Wan2.2 A14B) "
+                             "starts from")
+    export: str = arg("merged", "what a run with adapters writes: merged: the merged weights and the "
+                      "adapters; lora: the adapters only", choices=("merged", "lora"))
 
 
 class LoRALinear(nn.Module):

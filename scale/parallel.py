@@ -47,22 +47,22 @@ PIECES = "sharded_state"  # of torch.distributed.checkpoint, inside a checkpoint
 @dataclass
 class Flags:
     """Flags of both training scripts for several GPUs or little memory."""
-    gradient_checkpointing: bool = arg(False, "recompute each block in the backward pass")
-    keep_attention: bool = arg(False, "with --gradient_checkpointing, keep the result of self-attention, so "
-                                      "that the backward pass does not compute it twice: less time, more "
-                                      "memory")
-    parallel: str = arg("ddp", "under torchrun: ddp keeps a full copy of the trained model (16 bytes per "
-                        "weight: weight, gradient, Adam) and of the reward model on every GPU; fsdp splits "
-                        "them",
-                        choices=KINDS)
+    gradient_checkpointing: bool = arg(False, "save memory: recompute each block in the backward pass")
+    keep_attention: bool = arg(False, "with --gradient_checkpointing: keep the result of self-attention, so "
+                               "that the backward pass need not compute it again; this takes less time and "
+                               "more memory")
+    parallel: str = arg("ddp", "under torchrun: ddp keeps a full copy of the trained model and of the reward "
+                        "model on every GPU; fsdp splits both over the GPUs. Training takes 16 bytes per "
+                        "weight, for the weight, its gradient and Adam's two moments", choices=KINDS)
     sequence_parallel: int = arg(1, "number of neighbouring GPUs that share the tokens of each clip, for "
-                                    "clips that are too long for one GPU; the paper has 4", above=0)
-    fsdp_group_size: int = arg(0, "fsdp: split over groups of this many neighbouring GPUs, such as those of "
-                                  "a node, and keep a copy in each group; 0 splits over all GPUs", at_least=0)
-    offload_activations: bool = arg(False, "keep the inputs of the blocks in the host's memory until the "
-                                           "backward pass needs them")
-    compile: bool = arg(False, "compile each block with torch.compile, which takes minutes at the start and "
-                               "makes the steps faster")
+                                 "clips that are too long for one GPU; the paper uses 4", above=0)
+    fsdp_group_size: int = arg(0, "with --parallel fsdp: split over groups of this many neighbouring GPUs, "
+                               "for example those of one node; each group then holds a full copy. 0 splits "
+                               "over all GPUs", at_least=0)
+    offload_activations: bool = arg(False, "with --gradient_checkpointing: keep the inputs of the blocks in "
+                                    "the host's memory until the backward pass needs them")
+    compile: bool = arg(False, "compile each block with torch.compile; this takes minutes at the start and "
+                        "makes the steps faster")
 
 
 def check(flags):

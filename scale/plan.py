@@ -2,8 +2,8 @@
 
     python -m scale.plan wan2.1-t2v-14b --frames 81 --size 1280*720 --gpus 8 --method prfl
     python -m scale.plan wan2.1-t2v-1.3b --gpus 1 --lora_rank 32 --no-gradient_checkpointing
-    python -m scale.plan wan2.1-t2v-1.3b --gpus 8 --parallel ddp --clips 500    and all stages: disk, hours
-    python -m scale.plan wan2.1-t2v-14b --gpus 8 --simulate    and what PyTorch's tracker says
+    python -m scale.plan wan2.1-t2v-1.3b --gpus 8 --parallel ddp --clips 500    also all stages: disk, hours
+    python -m scale.plan wan2.1-t2v-14b --gpus 8 --simulate    also what PyTorch's tracker counts
 
 Every printed line shows its formula with the numbers in it. The planner counts fp32 weights, gradients and
 AdamW moments of the trained model, bf16 autocast, what the backward pass keeps of each block (term by term in
@@ -11,12 +11,12 @@ AdamW moments of the trained model, bf16 autocast, what the backward pass keeps 
 layer, the reward model and the decoder. It does not count the CUDA context (about 1 GB) and the allocator's
 unused pieces (up to a tenth). GB is 1e9 bytes.
 
-Frozen weights (the reward model, the base of adapters, a generator that samples) are float32 but for the
+Frozen weights (the reward model, the base of adapters, a generator that samples) are float32, except for the
 matrices of their blocks, which are bf16.
 
 The numbers come from functions of plain integers, and only the `report` functions print. Under --parallel
 fsdp weights, gradients and moments are split into --gpus parts, and a block is gathered before its use. The
-text encoder and the VAE's encoder work once, when clips are encoded, so they cost an update nothing.
+text encoder and the VAE's encoder work only once, when clips are encoded, so no update pays for them.
 `--method reward` plans train_reward.py, and the other methods plan train_align.py or, with `sample`,
 sample.py.
 
@@ -91,51 +91,54 @@ REWARD_EVERY, ALIGN_EVERY, KEPT = 200, 40, 2
 class Config:
     preset: str = arg(..., f"the generator: {', '.join(GENERATORS)}", choices=tuple(GENERATORS),
                       positional=True)
-    method: str = arg("prfl", "what to train with", choices=METHODS)
-    frames: int = arg(81, "video frames, 4 k + 1", above=0)
-    size: str = arg("832*480", "width*height in pixels (832x480 is read too), each divisible by 16 (Wan2.2 "
-                    "TI2V-5B: by 32)")
-    recipe: str = arg("paper", "prfl, refl: how the rollout reaches the rewarded step; paper takes every "
-                      f"step, steady at most {STEADY_PASSES} long ones",
+    method: str = arg("prfl", "what is planned: a method of train_align.py; reward: train_reward.py; sample: "
+                      "sample.py", choices=METHODS)
+    frames: int = arg(81, "number of video frames, 4k + 1", above=0)
+    size: str = arg("832*480", "width*height of the video in pixels (832x480 is read too), both divisible by "
+                    "16 (Wan2.2 TI2V-5B: by 32)")
+    recipe: str = arg("paper", f"for prfl and refl, how the rollout reaches the rewarded step: paper takes "
+                      f"every step, steady takes at most {STEADY_PASSES} long ones",
                       choices=("paper", "steady"))
-    gpus: int = arg(1, "GPUs of a node", above=0)
-    nodes: int = arg(1, "number of nodes; with several, also count the bytes that an update sends between "
-                        "them", above=0)
-    parallel: str = arg("fsdp", "ddp: a full copy of everything on every GPU; fsdp: split over all GPUs",
-                        choices=("ddp", "fsdp"))
-    sequence_parallel: int = arg(1, "GPUs that share a clip's tokens", above=0)
-    fsdp_group_size: int = arg(0, "fsdp: split over groups of this many GPUs; 0 splits over all", at_least=0)
+    gpus: int = arg(1, "number of GPUs in a node", above=0)
+    nodes: int = arg(1, "number of nodes; with several, the bytes that an update sends between them are "
+                     "counted too", above=0)
+    parallel: str = arg("fsdp", "ddp: every GPU has a full copy of everything; fsdp: everything is split "
+                        "over all GPUs", choices=("ddp", "fsdp"))
+    sequence_parallel: int = arg(1, "number of GPUs that share the tokens of each clip", above=0)
+    fsdp_group_size: int = arg(0, "with --parallel fsdp: split over groups of this many GPUs; 0 splits over "
+                               "all", at_least=0)
     offload_activations: bool = arg(False, "keep the inputs of the blocks in the host's memory until the "
                                            "backward pass needs them")
-    batch_size: int = arg(1, "videos per batch and GPU, or per group of GPUs that share them", above=0)
-    num_inference_steps: int = arg(40, "N, Euler steps of a rollout", above=0)
-    depth: int = arg(8, "K, blocks of the reward model (prfl, rwr, reward)", above=0)
-    lora_rank: int = arg(0, "train adapters of this rank on q, k, v, o of frozen weights; 0 trains all",
+    batch_size: int = arg(1, "videos per batch on each GPU, or on each group of --sequence_parallel GPUs",
+                          above=0)
+    num_inference_steps: int = arg(40, "N, the number of Euler steps in a rollout", above=0)
+    depth: int = arg(8, "K, the number of blocks in the reward model (for prfl, rwr and reward)", above=0)
+    lora_rank: int = arg(0, "train adapters of this rank beside frozen q, k, v, o; 0 trains all weights",
                          at_least=0)
-    frames_decoded: str = arg("first", "what refl decodes: the first latent frame, or all",
+    frames_decoded: str = arg("first", "what refl decodes: the first latent frame, or all of them",
                               choices=("first", "all"))
-    pixel_reward_parameters: int = arg(986_000_000, "parameters of refl's reward model, in bf16; PickScore's "
-                                                    "CLIP ViT-H has 986 M", above=0)
+    pixel_reward_parameters: int = arg(986_000_000, "number of parameters of refl's reward model, which is "
+                                       "in bf16; PickScore's CLIP ViT-H has 986 M", above=0)
     gradient_checkpointing: bool = arg(True, "recompute each block in the backward pass")
-    keep_attention: bool = arg(False, "with checkpointing, keep the result of self-attention")
-    num_samples: int = arg(2048, "own samples that rwr draws and weights once", above=0)
-    mfu: float = arg(0.4, "share of --tflops that the work reaches; recomputed products count as work",
-                     above=0,
-                     at_most=1)
-    tflops: float = arg(989.0, "the GPU's peak in bf16, TFLOP/s; an H100 or H200 has 989", above=0)
-    memory: float = arg(80.0, "memory of one GPU, GB", above=0)
-    simulate: bool = arg(False, "also run one iteration on tensors without data and count the bytes that "
-                                "live (scale/simulate.py)", only="method prfl")
-    clips: int = arg(0, "prfl: also the disk, memory and hours of all stages, for this many clips; 0: leave "
-                        "that out",
-                     at_least=0)
-    reward_steps: int = arg(1600, "--clips: steps of train_reward.py", above=0)
-    reward_batch_size: int = arg(2, "--clips: videos per step and GPU in train_reward.py", above=0)
-    holdout: int = arg(100, "--clips: labelled videos that train_reward.py keeps for its reports", above=0)
-    max_train_steps: int = arg(120, "--clips: iterations of train_align.py", above=0)
-    fp32_tflops: float = arg(67.0, "--clips: the GPU's peak in fp32, in which the VAE encodes; an H100 has "
-                                   "67", above=0)
-    expert: str = arg("low", "which of two experts trains", choices=experts.CHOICES,
+    keep_attention: bool = arg(False, "with --gradient_checkpointing: keep the result of self-attention")
+    num_samples: int = arg(2048, "number of samples that rwr draws and weights once, before training",
+                           above=0)
+    mfu: float = arg(0.4, "share of --tflops that is reached in practice; products that are computed again "
+                     "count as work", above=0, at_most=1)
+    tflops: float = arg(989.0, "the GPU's peak in bf16, in TFLOP/s; an H100 or H200 has 989", above=0)
+    memory: float = arg(80.0, "memory of one GPU in GB", above=0)
+    simulate: bool = arg(False, "also run one iteration on tensors without data, and count the bytes that it "
+                         "holds at its peak (scale/simulate.py)", only="method prfl")
+    clips: int = arg(0, "for prfl: number of clips, for which the disk, memory and hours of all stages are "
+                     "planned too; 0 leaves that out", at_least=0)
+    reward_steps: int = arg(1600, "with --clips: number of steps of train_reward.py", above=0)
+    reward_batch_size: int = arg(2, "with --clips: videos per step and GPU in train_reward.py", above=0)
+    holdout: int = arg(100, "with --clips: number of labelled videos that train_reward.py holds out for its "
+                       "reports", above=0)
+    max_train_steps: int = arg(120, "with --clips: number of iterations of train_align.py", above=0)
+    fp32_tflops: float = arg(67.0, "with --clips: the GPU's peak in fp32, in TFLOP/s, because the VAE "
+                             "encodes in fp32; an H100 has 67", above=0)
+    expert: str = arg("low", "which of the two experts is trained", choices=experts.CHOICES,
                       only="preset wan2.2-a14b")
 
 

@@ -17,7 +17,7 @@ fig3               where a reward can be read: pixels predicted in one step, fro
 fig5               wins, ties and losses of PRFL, as the annotator sees them
 labels             how many samples PAVRM learns from
 few_labels         how good the generator becomes, by how many labels the reward model had
-second_round       labels of the aligned generator against as many more of the base
+second_round       labels of the aligned generator's samples, against as many more of the base's
 loss               choices in PRFL: form of the loss, lambda, steps with gradients, SFT updates
 endurance          whether PRFL holds over many iterations: recipes, learning rates, and rewards
 rivals             PRFL beside DiffusionNFT, Flow-GRPO and SFT: quality over CPU seconds
@@ -25,12 +25,12 @@ steady             the steady recipe beside the paper's, and its learning rates
 mid                both recipes, and best of n, at a second size of the world: 48x48, 27 tokens
 why                what keeps the steady recipe from collapsing: its parts combined, and other changes
 speed              CPU seconds until a quality is reached: PRFL and RGB ReFL with both recipes, and SFT
-stopping           a second reward model as judge: what its choice of checkpoint loses beside the annotator's
+stopping           a second reward model as judge: how far its chosen checkpoint is from the annotator's
 hacking            reward, quality, speed and colours while aligning, with and without SFT updates
 annotator          how often the annotator passes clean clips and fails flawed ones, after mp4 and VAE
 search             best of n by the latent reward while sampling: quality against forward passes
 search_mismatched  best of n again, by reward models that saw mismatched prompts
-fooled             the main results by a stricter and a looser annotator, and with wordings new to the world
+fooled             the main results by a stricter and a looser annotator, and on wordings never trained on
 
 Every part is a plain call of one of this repository's scripts. The call is printed when it starts, and
 log.txt in the part's folder has what it printed. Writes <results_dir>/<name>.md and .json and, for curves, a
@@ -716,7 +716,8 @@ STUDIES = {study.__name__: study
 
 @dataclass
 class Config:
-    name: str = arg(..., "which comparison, see above", choices=(*STUDIES, "all"), positional=True)
+    name: str = arg(..., "which comparison to run, from the list above", choices=(*STUDIES, "all"),
+                    positional=True)
     preset: str = arg("full", "full: as in results/; quick: one seed, fewer videos and steps",
                       choices=tuple(parts.PRESETS))
     seeds: int | None = arg(None, "number of seeds; default: quick 1, full 3", above=0)
