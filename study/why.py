@@ -58,7 +58,7 @@ class Config:
     variant: str = arg("none", "what is changed in the reward update; the list above explains the variants",
                        choices=VARIANTS)
     strength: float | None = arg(None, "strength of noise, pull, ceiling or words, or factor of ema; "
-                                 f"default: {', '.join(f'{name} {value:g}' for name, value in STRENGTH.items())}",
+                                 "default: " + ", ".join(f"{name} {x:g}" for name, x in STRENGTH.items()),
                                  at_least=0)
     rewarded_step: str = arg("per_batch", "per_batch: one random step for the whole batch (Alg. 1); "
                              "per_video: one for each video, spread evenly over the trajectory",
