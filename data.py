@@ -44,9 +44,9 @@ from model import is_pinned
 from world.scene import meaning
 
 FEWEST = 5  # frames of a clip to train on: two latent frames
-# What encode holds in memory: clips decoded ahead, pixels of a batch, bytes of a shard, and bytes of a clip
-# if no flag gives its size and length. 81 frames of 832x480 are 97 MB, as float32 388 MB, and 17 MB in a
-# shard of Wan2.1.
+# Limits on what encode holds in memory: clips decoded ahead, pixels of a batch, bytes of a shard, and bytes
+# of a clip if no flag gives its size and length. 81 frames of 832x480 are 97 MB, as float32 388 MB, and 17 MB
+# in a shard of Wan2.1.
 AHEAD, BATCH_PIXELS, SHARD_BYTES, CLIP_BYTES = 2, 2 ** 24, 2 ** 27, 2 ** 27
 
 
@@ -150,8 +150,8 @@ FEWEST_PROMPTS, MOST_CLIPS = 10, 16
 
 
 def groups_to_keep(shards):
-    """-> [int64 [n], ...]: numbers of the groups of clips that a split should not part, the groups to try
-    first coming first.
+    """-> [int64 [n], ...]: for each clip the number of its group, which a split should keep together. The
+    grouping to try first comes first.
 
     Copies of a clip always belong together, and so do clips of one prompt where there are enough prompts. A
     generator's own samples come from no files, and their prompts are drawn again and again: of them, only
@@ -164,12 +164,12 @@ def groups_to_keep(shards):
 
 
 def take_fold(shards, fold):
-    """Shards of which all clips outside `fold` count as unlabelled; None: all clips.
+    """The shards, with all clips outside `fold` counted as unlabelled; fold None changes nothing.
 
-    "i/n" is the i-th of n random parts, which have no clip in common, no copy of one and, where there are
-    enough, no prompt. Parts do not depend on labels, so that labels which come later move no clip to another
-    part. There is one exception: a part with fewer than two clips of a label gets some of another part's.
-    With labels that few, train on all parts before more labels are given. Raises InputError. """
+    "i/n" is the i-th of n random parts. No two parts share a clip or a copy of it or, where there are enough
+    prompts, a prompt. Parts do not depend on labels, so labels that come later move no clip to another part.
+    There is one exception: a part with fewer than two clips of a label gets some from another part. With so
+    few labels, train on all parts before you add more labels. Raises InputError. """
     if fold is None:
         return shards
     i, n = (int(part) if part.isdecimal() else 0 for part in f"{fold}/x".split("/")[:2])
@@ -353,8 +353,8 @@ def parse_size(config, multiple=16):
 
 
 def list_clips(folder):
-    """-> ([Clip of each row of the folder's list], [notes to print]). Of rows that name one file, the upper
-    one counts."""
+    """-> ([Clip of each row of the folder's list], [notes to print]). If several rows name one file, the
+    first one counts."""
     listed, notes = read_listing(folder)
     clips, seen = [], set()
     for place, row, problem in listed:
@@ -564,8 +564,8 @@ def encode_batch(clips, models, image_to_video):
 
 
 def unchanged(before, clips, folder, contents):
-    """{index of a clip: its place in the shards `before`} for clips whose caption and file are as they were
-    encoded."""
+    """{index of a clip: its place in the shards `before`} for clips whose caption and file have not changed
+    since they were encoded."""
     places = {(row["file_name"], row["prompt"], content): i
               for i, (row, content) in enumerate(zip(before.all_rows, before.all_contents)) if content}
     names, found = {name for name, _, _ in places}, {}

@@ -171,7 +171,7 @@ def measure(videos, prompts, given=None):
         centers = annotator.annotate(given, prompts)["center"][:, :1]
         first = cutouts(given[:, :1], centers, side).flatten(2)
         found["i2v_subject"] = similarity(subjects, first).mean(1)
-    # What a person would rank by: axes first, then the prompt.
+    # What `compare` ranks by: two axes from 0 to 2 each, and 2 for a prompt that is shown.
     grade = grades["physical"] + grades["deformity"] + 2 * grades["adherent"].long()
     return {name: values.double().numpy() for name, values in found.items()} | {"grade": grade.numpy()}
 
@@ -249,7 +249,7 @@ def name_of_folder(part):
 
 def lock_output_dir(config, runtime):
     """Rank 0 becomes the one writer of --output_dir, if that is new, empty or an evaluation's -> the lock, to
-    keep. The other ranks wait: what they write there must not be found."""
+    keep. The other ranks wait, so that rank 0 does not find what they write there."""
     folder_lock = None
     if runtime.rank == 0:
         lock.require_ours(config.output_dir, "evaluation", ("per_video.json", "scores.jsonl", "part.json"))
@@ -293,8 +293,8 @@ def check_models(named, task, *rewards):
 
 
 def open_generator(folder, runtime, task, **rewards):
-    """-> (the generator in `folder`, {name: its reward model} of rewards {name: path or None}), ready to
-    sample."""
+    """Loads the generator in `folder` and its reward models, ready to sample -> (generator, {name: reward
+    model}). rewards: {name: path or None}."""
     dit = load_transformer(folder, load_now=False, task=task).eval().requires_grad_(False)
     pavrms = {name: load_pavrm(path, dit, load_now=False) for name, path in rewards.items() if path}
     for model in (dit, *pavrms.values()):
@@ -310,7 +310,7 @@ def searched(config, passes):
 
 
 def write_results(config, line, tables, rows, against, found, digits):
-    """table.md, table.json and per_video.json, for which values are rounded to so many digits."""
+    """table.md, table.json and per_video.json, with values rounded to `digits` digits in per_video.json."""
     folder = Path(config.output_dir)
     replace_text(folder / "table.md", f"{line}95 % bootstrap intervals.\n\n" + "\n".join(tables))
     runs.write_json(folder / "table.json", {"config": vars(config), "rows": rows, "against_first": against})
@@ -519,7 +519,7 @@ def own_prompts(config, named, runtime):
 
 # ---- clips that exist
 def existing_clips(config, runtime):
-    """`--clips`: what a reward model says of each clip, and how right it is where labels are known."""
+    """`--clips`: what a reward model says of each clip, and its accuracy where labels are known."""
     fit = ("size", "frames", "fps")
     common.refuse(config, ("best_of",), "with --clips")
     if config.checkpoints:
@@ -602,9 +602,9 @@ def existing_clips(config, runtime):
 
 
 def calibration(good, labels, bins=10):
-    """{interval of t: [{"predicted", "good", "count"}]}: the clips in ten equal steps of the probability [5,
-    n] given to them, empty steps left out; the mean of that probability, and the share that labels [n] call
-    good."""
+    """{interval of t: [{"predicted", "good", "count"}]} from the probabilities [5, n] given to n clips and
+    their labels [n]. Clips are sorted into ten equal steps of the probability. Each step that is not empty
+    has its mean probability, the share of its clips labelled good, and their number."""
     found = {}
     for interval, row in zip(T_NAMES, good):
         step = (row * bins).long().clamp(max=bins - 1)

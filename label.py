@@ -119,7 +119,7 @@ def clip_items(folder):
 
 def pair_items(folders, seed):
     """The first clip of a prompt in folder A is shown with its first clip in B, the second with the second,
-    and so on. The seed draws which one is left."""
+    and so on. The seed decides which one is on the left."""
     sides = []
     for folder in folders:
         found, count = {}, {}
@@ -145,8 +145,8 @@ def pair_items(folders, seed):
 
 
 class Session:
-    """One annotator's way through the shuffled items. Only answers are in the journal and last; skipped items
-    come again at the end, or after a restart."""
+    """One annotator's way through the shuffled items. Only answers are written to the journal and kept.
+    Skipped items come again at the end, or after a restart."""
 
     def __init__(self, kind, items, journal, annotator, seed=0, bad="both"):
         order = torch.randperm(len(items), generator=common.random_generator(seed, "label order"))
@@ -273,8 +273,8 @@ def clip_tables(answers, bad):
 
 
 def pair_tables(answers):
-    """How often A wins, ties and loses against each other folder: each pair's share of its annotators, then
-    the mean over pairs."""
+    """How often A wins, ties and loses against each other folder: for each pair the shares of its annotators,
+    then the mean over pairs."""
     rows = []
     for against in sorted({answer["against"] for answer in answers}):
         mine = [answer for answer in answers if answer["against"] == against]
@@ -344,7 +344,7 @@ def make_app(session, token, scratch):
 
     @app.before_request
     def only_who_was_told():
-        host = flask.request.host.rsplit(":", 1)[0]     # any other name for 127.0.0.1 is a site's trick
+        host = flask.request.host.rsplit(":", 1)[0]     # another name for 127.0.0.1 is a web site's trick
         given = (flask.request.view_args or {}).pop("token", "")
         known = secrets.compare_digest(given.encode(), token.encode())
         if host not in ("127.0.0.1", "localhost") or not known:
@@ -508,7 +508,7 @@ def describe_clips(folder, answers):
 
 def export_command(config):
     """Writes the majority's labels into the clips' metadata and changes no other byte. Clips without answers
-    keep their labels; a clip on which no label has more than half of the annotators loses its label."""
+    keep their labels; a clip loses its label if no label has more than half of its annotators."""
     folder = Path(config.folder)
     rows = read_metadata(folder)                                                # every row can be used
     answers, notes = labels.current_answers(folder / "labels.jsonl")

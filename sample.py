@@ -147,8 +147,8 @@ def check_flags(config):
 def take_settings(config, rows):
     """Fills in the flags that are not given with those that the rows of --prompts were made with.
 
-    -> the rows' settings if every one that decides a video's bytes is now as it was then, else None. Raises
-    InputError.
+    -> the rows' settings if all settings that decide a video's bytes are the same now as then, else None.
+    Raises InputError.
     """
     recorded = samples.shared_settings(config.prompts, rows)
     if not recorded:
@@ -165,7 +165,7 @@ def take_settings(config, rows):
     if config.num_videos > 1:
         changed.append("num_videos")
     keep = set(samples.FLAGS) - set(given)
-    if {"task", "model"} & set(changed):  # another model: what belonged to the recorded one goes with it
+    if {"task", "model"} & set(changed):  # another model: settings of the old one are dropped
         keep -= {"task", "model", "transformer", "lora", "lora_2", "guidance_scale_2", "reward"}
     elif "transformer" in changed:
         keep -= {"lora", "lora_2"}
@@ -191,7 +191,7 @@ def take_settings(config, rows):
 
 
 def settle(config, dit_config):
-    """What the flags leave open, as the model is used -> size (W, H)."""
+    """Fills in the flags that were left open, from the model's defaults -> size (W, H)."""
     negative = config.negative_prompt
     size = data.parse_size(config, families.of_config(dit_config).side)
     size = size or families.sampling_defaults(dit_config)["size"]
@@ -239,8 +239,8 @@ def list_videos(config):
 
 def place_videos(videos, batch_size):
     """Gives every Video without a batch its batch and place: neighbours in the list that have one seed go
-    together. Batches are the same whatever is done already and however many processes there are, as rounding,
-    and with it the bytes of a file, can depend on the size of a video's batch."""
+    together. Batches depend neither on what is done already nor on the number of processes, because the size
+    of a video's batch can change its rounding, and with it the bytes of its file."""
     free = [video for video in videos if video.batch is None]
     for _, same_seed in itertools.groupby(free, lambda video: video.seed):
         same_seed = list(same_seed)

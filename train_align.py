@@ -184,7 +184,8 @@ def resolve(config):
 
 
 def steps_of_experts(config, dit_config):
-    """(skipped, last) of the Euler steps that the --expert which trains makes; None without experts."""
+    """(skipped, last): the Euler steps of the --expert that trains, as experts.steps_of returns them; None
+    without experts."""
     if not config.expert:
         return None
     times = flow.schedule(config.num_inference_steps, config.shift)
@@ -192,8 +193,8 @@ def steps_of_experts(config, dit_config):
 
 
 def split_curated(config, shards):
-    """-> (indices of the clips to train on, indices of the clips held out to watch), none of them labelled
-    0."""
+    """-> (indices of the clips to train on, indices of those held out for validation). No clip in them is
+    labelled 0."""
     curated = (shards.labels != 0).nonzero()[:, 0]
     if not len(curated):
         raise InputError(f"{shards.folder}: every clip is labelled 0; alignment needs good ones")
@@ -248,7 +249,8 @@ def main(config):
         sampled_x0, sample_weights = rl_baselines.weighted_samples(policy, pavrm, shards.latent_shape,
             sampled_context, config.seed + 2, N, config.batch_size, runtime, config.shift,
             **sampled_conditions)
-    # One AdamW serves both updates, as in Alg. 1: their gradients never mix, its moments average over both.
+    # One AdamW serves both updates, as in Alg. 1: their gradients never mix, but AdamW's moments average over
+    # both.
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
     if config.method in rl_baselines.LEARNERS:
@@ -275,7 +277,7 @@ def main(config):
         return flow_loss(iteration, indices, x0, context, **conditions)
 
     def rwr_loss(iteration, indices):
-        """Eq. 10 on own samples, each weighted by exp(reward)."""
+        """Eq. 10 on the generator's own samples, each weighted by exp(reward)."""
         j = data.order(len(sampled_x0), config.seed, iteration, indices, global_batch).to(runtime.device)
         conditions = {name: z[j] for name, z in sampled_conditions.items()}
         weight = sample_weights.to(runtime.device)[j]
@@ -298,8 +300,8 @@ def main(config):
         return loss, {"reward": reward.mean(), "rewarded_step": torch.tensor(step, device=runtime.device)}
 
     def update(name, loss_fn, iteration):
-        """One optimizer update: backward passes of the accumulated batches, one clip, one step -> {metric:
-        number}"""
+        """One optimizer update: the backward passes of the accumulated batches, one clipping of the gradient,
+        one step of AdamW -> {metric: number}"""
         clock, cpu_clock = time.perf_counter(), time.process_time()
         optimizer.zero_grad()
         rows = []
@@ -348,7 +350,7 @@ def main(config):
             group["lr"] = learning_rate
         metrics = {"learning_rate": learning_rate}
         for part in parts:
-            for name, value in part(iteration).items():         # of updates alike: their seconds together
+            for name, value in part(iteration).items():         # seconds of updates of one kind add up
                 metrics[name] = value + (metrics.get(name, 0) if name.endswith("seconds") else 0)
 
         done = iteration + 1

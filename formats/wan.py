@@ -101,8 +101,7 @@ def load_tokenizer(path):
 
 
 def count_tokens(path, prompts):
-    """How many tokens each prompt has, without those that the encoder in folder `path` would cut off being
-    left out."""
+    """How many tokens each prompt has, including those that the encoder in folder `path` would cut off."""
     tokenizer = load_tokenizer(path)
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
     return [len(tokenizer(prompt_clean(prompt)).input_ids) for prompt in prompts]
@@ -163,7 +162,8 @@ class Export:
 
 
 def export(config, load_transformer, export_transformer):
-    """The two functions are model.py's. Raises InputError."""
+    """Writes what the command line asks for. load_transformer and export_transformer are model.py's. Raises
+    InputError."""
     if Path(config.out).exists():
         raise InputError(f"--out {config.out}: is there already; name a new one")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
@@ -177,7 +177,7 @@ def export(config, load_transformer, export_transformer):
         dtype_now = torch.float32 if expert_folders(config.transformer) is None else None
         dit = load_transformer(config.transformer, dtype=dtype_now)
         for one, source, out, notes in to_write(dit, config):
-            if does_both(one.config):                           # the authors' own word for it
+            if does_both(one.config):                           # the authors' own name for it
                 one.config["model_type"] = "ti2v"
             export_transformer(one, out, config.layout, dtype, notes=notes)
             tell_what_rounding_takes(one.state_dict(), source, dtype)
@@ -185,8 +185,9 @@ def export(config, load_transformer, export_transformer):
 
 
 def to_write(dit, config):
-    """[(VideoDiT, the folder it is from, the folder to write, notes for its config.json)] of a generator: of
-    one transformer; or of those of two experts that lie in --transformer, each in a folder of --out."""
+    """[(VideoDiT, the folder it is from, the folder to write, notes for its config.json)] for a generator of
+    one transformer; or for those of two experts that are in --transformer, where each is written to a folder
+    in --out."""
     out, pair = Path(config.out), expert_folders(config.transformer)
     if pair is None:
         return [(dit, config.transformer, out, None)]

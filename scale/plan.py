@@ -45,12 +45,13 @@ GENERATORS = PRESETS | {"wan2.2-a14b": PRESETS["wan2.1-t2v-14b"] | {"boundary_ra
 
 
 class Vae(NamedTuple):
-    """What a VAE of Wan's is made of. Its layers work at 1/1 to 1/8 of their own full resolution, which is
-    the video's, or half of it where blocks of 2x2 pixels are its channels."""
+    """What one of Wan's VAEs is made of. Its layers work at 1/1 to 1/8 of a full resolution. This is the
+    video's or, where blocks of 2x2 pixels become channels, half of the video's."""
     name: str
     space: int                  # pixels of a latent, per side
-    # The decoder by resolution: space, time (frames a later latent frame has become here), convolutions 3x3x3
-    # as (input channels, output channels, how many); each follows a norm and a SiLU.
+    # The decoder by resolution: space, time (how many frames each latent frame but the first has become
+    # here), convolutions 3x3x3 as (input channels, output channels, how many); each comes after a norm and a
+    # SiLU.
     decoder: tuple
     upsamplers: tuple           # in, out, doubles time; one after each stage
     decoder_parameters: int
@@ -83,7 +84,7 @@ TI2V_VAE = Vae(
      (2, 1, ((160, 320, 1), (320, 320, 3)), ((160, 320),), "time"),
      (4, 2, ((320, 640, 1), (640, 640, 3)), ((320, 640),), "time"),
      (8, 4, ((640, 640, 8), (640, 96, 1)), (), None)))
-# What the scripts do unless told otherwise: steps between checkpoints and reports; how many checkpoints stay.
+# Defaults of the scripts: steps between checkpoints and reports; how many checkpoints are kept.
 REWARD_EVERY, ALIGN_EVERY, KEPT = 200, 40, 2
 
 
@@ -189,7 +190,7 @@ def reward_parameters(c, depth):
 
 
 def matrix_parameters(c):
-    """Parameters of the matrices of one block, and of their biases: what is bf16 where it is frozen
+    """Parameters of the matrices of one block, and of their biases. These are bf16 if they are frozen
     (parallel.cast_matrices)."""
     d, F, image = c["dim"], c["ffn_dim"], bool(c.get("image_dim"))
     return (10 if image else 8) * d * d + 2 * d * F + (11 if image else 9) * d + F
@@ -204,9 +205,8 @@ def lora_parameters(c, rank):
 def forward_flops(c, n, layers, batch=1, ends=True, ranks=1):
     """(linear layers, attention) of one forward pass of `layers` blocks on n tokens; a multiply-add is two.
 
-    ranks: how many share the tokens; each still works on the whole prompt.
-    ends: also patch and text embeddings and head (a reward model has no head; its own is not counted, being
-    small).
+    ranks: how many share the tokens; each still works on the whole prompt. ends: also count the patch and
+    text embeddings and the head (False for a reward model, whose own head is too small to count).
     """
     d, l, patch = c["dim"], c["text_len"], math.prod(c["patch_size"])
     m = IMAGE_TOKENS if c.get("image_dim") else 0
@@ -220,9 +220,10 @@ def forward_flops(c, n, layers, batch=1, ends=True, ranks=1):
 
 
 def update_flops(forward, trained=True, checkpointing=True, kept=0):
-    """One forward and backward pass. Backward: two products for each linear one, or one where weights are
-    frozen; five for the two of attention, as flash attention computes its scores again. Checkpointing:
-    forward once more, but for `kept` FLOPs of attention."""
+    """One forward and backward pass. The backward pass makes two products for each product of a linear layer,
+    or one if the weights are frozen, and five for the two products of attention, because flash attention
+    computes its scores again. With checkpointing the forward pass is made once more, except for `kept` FLOPs
+    of attention."""
     linear, attention = forward
     passes = 2 if checkpointing else 1
     return linear * (passes + (2 if trained else 1)) + attention * (passes + 2.5) - kept
@@ -472,11 +473,12 @@ def experts_steps(config, c):
 
 
 def network(config, c, one):
-    """Bytes that an iteration sends out of each node. fsdp over all GPUs: each forward and each backward pass
-    gathers every block in bf16 and the rest in fp32, and each update sums gradients in fp32, as ddp does. In
-    a ring of G GPUs what is gathered, or summed in pieces, passes every edge (G - 1) / G times, and what is
-    summed everywhere twice that. With a node's --fsdp_group_size, G is the nodes: each sums its pieces with
-    the others' of the same place."""
+    """Bytes that an iteration sends out of each node. With fsdp over all GPUs, each forward and each backward
+    pass gathers every block in bf16 and the rest in fp32, and each update sums gradients in fp32, as ddp
+    does. In a ring of G GPUs, bytes that are gathered, or summed in pieces, pass every edge (G - 1) / G
+    times; bytes that are summed for all GPUs pass it twice as often. If --fsdp_group_size is a node's GPUs, G
+    is the number of nodes, because each GPU sums its pieces with those of the same place in the other
+    nodes."""
     count, two = one["parameters"], config.method in ("prfl", "refl")
     gathers = 2 * (1 + two) + one["rollout_steps"]
     outside = count["total"] - count["blocks"]
@@ -495,7 +497,7 @@ def network(config, c, one):
 
 
 def way(config, c):
-    """What all stages of docs/your_model.md take, by name: bytes on disk, seconds, bytes of each GPU and of
+    """What the stages of docs/your_model.md take, by name: bytes on disk, seconds, bytes of each GPU and of
     the host."""
     stage1 = costs(dataclasses.replace(config, method="reward", batch_size=config.reward_batch_size,
                                        lora_rank=0), c)
@@ -551,7 +553,7 @@ OF_CLIPS = ("reward_steps", "reward_batch_size", "holdout", "max_train_steps", "
 
 
 def report(config, c):
-    """Print `costs` with one worked formula a line."""
+    """Prints `costs`, one worked formula per line."""
     common.refuse(config, ELSEWHERE[config.method] + ("clips",) * (config.method != "prfl"),
                   f"with --method {config.method}")
     common.refuse(config, () if config.clips else OF_CLIPS, "without --clips")
@@ -749,8 +751,9 @@ def verdict(config, one, found):
 
 
 def report_sampling(config, c, one, line, row, work):
-    """What sample.py takes: memory of the generator, then of the decoder; text encoder and, unless it is in
-    pieces, generator are gone when the next one comes."""
+    """Prints what sample.py takes: the memory of the generator, then that of the decoder. The text encoder
+    leaves the GPU before the generator comes, and the generator, unless it is split, before the decoder
+    comes."""
     print("\nbytes on each GPU")
     pieces, n = one["parts"] > 1, "m" if config.sequence_parallel > 1 else "n"
     row("weights", one["weights"], f"{one['held']} x " * (one["held"] > 1) + "(4 P - 2 L M)"
@@ -771,7 +774,7 @@ def report_sampling(config, c, one, line, row, work):
 
 
 def report_way(config, c):
-    """Print `way` with one worked formula a line."""
+    """Prints `way`, one worked formula per line."""
     one = way(config, c)
     i2v, image = c["model_type"] == "i2v", bool(c.get("image_dim"))
     gb = lambda x: f"{x / 1e9:,.2f}"
@@ -807,7 +810,7 @@ def report_way(config, c):
 
 
 def report_simulated(config, c):
-    """Print the planner's bytes beside those of scale/simulate.py's tracker."""
+    """Prints the planner's bytes beside those that scale/simulate.py's tracker counts."""
     from scale.simulate import simulate  # it alone needs PyTorch's distributed internals
     one = costs(config, c)
     phases = simulate(config, c, (one["f"], one["h"], one["w"]))

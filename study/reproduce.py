@@ -210,8 +210,8 @@ def table1_variants(work):
 
 
 def reports_table(work, variants):
-    """A table of how right the reward models of variants {row: train_reward flags} are about their held-out
-    samples, mean over the seeds."""
+    """A table of the accuracy of reward models on their held-out samples, mean over the seeds. variants:
+    {row: train_reward flags}."""
     train_rewards(work, variants.values())
     rows = []
     for row, flags in variants.items():
@@ -450,7 +450,7 @@ def reward_fn_of(work, seed, flags):
 
 
 def accuracy_row(logits, labels):
-    """How right a reward model is in each of the five intervals of t.
+    """The accuracy of a reward model in each of the five intervals of t.
 
     logits [seeds, 5, m], labels [seeds, m] -> (right [seeds, 5, m], a dict: "average" is the accuracy over
     all t, as a summary; "intervals" (accuracy), "balanced", "auc" and "judged_good" (the share called good)
@@ -564,8 +564,8 @@ DEPTHS = [k for k in (1, 2, 4, 6, 8) if k <= TRUNK]
 
 
 def depth_flags(k):
-    """train_reward flags of a trunk of k blocks. All blocks are the default, and a run is known by its
-    flags."""
+    """train_reward flags of a trunk of k blocks. There are none for all blocks, which is the default, because
+    a run's folder is named by its flags."""
     return () if k == TRUNK else ("--depth", k)
 
 
@@ -673,7 +673,7 @@ def annotator(work):
 
     @torch.no_grad()
     def arrived(kind, n, seed):
-        """n clips after the way that anybody's clips go: written as mp4, read, encoded and decoded by the
+        """n clips after they went the way of a user's clips: written as mp4, read, encoded and decoded by the
         VAE. -> (videos, prompts)"""
         videos, prompts, _ = scene.make(n, seed, kind)
         with tempfile.TemporaryDirectory() as folder:

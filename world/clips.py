@@ -123,7 +123,7 @@ def labels_of(annotations):
 def clean_clips(folder, model, count, size, seed, runtime):
     """Shards of `count` clean clips of the embedded world. They are made once and kept in `folder`.
 
-    They go the same way as anybody's clips: rank 0 writes mp4 files, and `data.encode` encodes them, on all
+    They go the same way as a user's clips: rank 0 writes mp4 files, and `data.encode` encodes them, on all
     ranks, with the vae/ and text_encoder/ in `model`. Raises InputError if `folder` was made with other
     settings.
     """

@@ -363,8 +363,8 @@ def world_latents(config, vae, runtime):
 def widened(weights, in_dim):
     """Weights of a generator, with a patch embedding for `in_dim` channels.
 
-    An image-to-video generator can so start from a text-to-video one, as Wan2.1's did: the weights of the new
-    channels, those of the first frame, are zero, and at first both compute the same.
+    So an image-to-video generator can start from a text-to-video one, as Wan2.1's did. The weights of the new
+    channels, which hold the first frame, are zero, so that at first both generators compute the same.
     """
     patch = weights["patch_embedding.weight"]                                               # [d, c, *patch]
     missing = in_dim - patch.shape[1]
