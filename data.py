@@ -229,7 +229,7 @@ def labelled_split(shards, holdout, seed):
         why = "leaves nothing to train on" if holdout >= sum(counts) else "is too few or too many"
         raise InputError(f"--holdout {holdout} {why}: of {sum(counts)} labelled videos 2 to "
                          f"{sum(counts) - 2} can be held out, "
-                         f"as both parts need each label: try --holdout {max(2, sum(counts) // 5)}")
+                         f"because both parts need each label: try --holdout {max(2, sum(counts) // 5)}")
     bad = round(holdout * counts[0] / sum(counts))
     bad = min(max(bad, 1, holdout - counts[1] + 1), counts[0] - 1, holdout - 1)
     order = []

@@ -335,7 +335,7 @@ def metrics_table(columns, rows):
 def embedded_world(config, named, runtime):
     """Held-out prompts of the embedded world, with its annotator's grades; the last row has clean renders."""
     if any(families.of_config(transformer_folder(folder)[1]).world is None for folder in named.values()):
-        raise InputError("the embedded world's prompts and annotator mean nothing to Wan2.1's generators: "
+        raise InputError("the embedded world's prompts and annotator mean nothing to Wan's generators: "
                          "give --prompts FILE")
     families.fill_in(config, {"num_videos": 512, "num_inference_steps": 16, "guidance_scale": 1.0})
     drops = search.parse_drops(config.best_of, config.drops)
@@ -422,8 +422,8 @@ def own_prompts(config, named, runtime):
     families.fill_in(config, families.sampling_defaults(dit_config, size))
     for row in rows:
         if (row["image"] is not None) != (dit_config["model_type"] == "i2v"):
-            raise InputError(f"--prompts {config.prompts}: an image in each row is needed by image-to-video "
-                             f"models, and only by those; these are {dit_config['model_type']}")
+            raise InputError(f"--prompts {config.prompts}: every row needs an image for image-to-video "
+                             f"models, and none for others; these models are {dit_config['model_type']}")
         if row["image"]:
             read_clip(row["image"], size=size, frames=1)
     require_reward(config, config.reward)

@@ -282,8 +282,8 @@ def check_images(videos, dit_config, size):
             task = dit_config["model_type"]
             if does_both(dit_config):
                 task += " by --task, though its model can do both"
-            raise InputError("--image is needed by image-to-video models (or an image in each row of "
-                             f"--prompts), and only by those; this one is {task}")
+            raise InputError("--image is needed for image-to-video models (or an image in each row of "
+                             f"--prompts), and other models take none; this one is {task}")
         if image is not None:
             read_clip(image, size=size, frames=1)
 

@@ -497,7 +497,7 @@ def transformer_folder(path, task=None):
         high, low = (read_transformer(folder) for folder in (pair.high, pair.low))
         if high[1] != low[1]:
             raise InputError(f"{pair.high} and {pair.low} are no two experts of one generator: their "
-                             "config.json are of other shapes")
+                             "config.json give different shapes")
         return low[0], low[1] | {"boundary_ratio": pair.boundary}, *low[2:]
     if not (path / "config.json").exists() and (path / "transformer").is_dir():
         path = path / "transformer"

@@ -349,7 +349,7 @@ def costs(config, c):
     parts = (config.fsdp_group_size or world) if fsdp else 1
     if config.fsdp_group_size and (world % config.fsdp_group_size or not fsdp):
         raise InputError(f"--fsdp_group_size {config.fsdp_group_size} must divide {world} GPUs, and "
-                         "--parallel be fsdp")
+                         "needs --parallel fsdp")
     if config.offload_activations and not config.gradient_checkpointing:
         raise InputError("--offload_activations moves what gradient checkpointing keeps: leave "
                          "--no-gradient_checkpointing out")

@@ -147,8 +147,8 @@ def read_metrics(folder):
 
 
 def check_part(folder, words, finished):
-    """Raises InputError if a folder holds another part: its name does not contain the scripts' defaults and
-    presets."""
+    """Raises InputError if a folder holds another part. The folder's name cannot tell, because it does not
+    contain the scripts' defaults and presets."""
     kept = part_of(folder).get("command", "an unknown command" if finished else None)
     if kept not in (None, f"python {words}"):
         raise InputError(f"{folder} was made by `{kept}`, not by `python {words}`: remove it, or take "
