@@ -76,7 +76,7 @@ class Case(NamedTuple):
 # The long runs that are compared, and then shorter ones: a falling rate has one length.
 LONG = [Case(recipe, schedule, mismatched) for mismatched in (0.25, 0) for recipe in RECIPES
         for schedule in ("constant", "linear")]
-MORE = [Case("paper", length=480), Case("steady", "constant", length=1920),
+MORE = [Case("paper", length=480), Case("steady", "linear", rate=2e-4, length=1920),
         Case("steady", "linear", rate=2e-4),
         *(Case(recipe, "linear", length=length) for recipe in ("steady", "by video")
           for length in (120, 480)),

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 
 from report import claim_verdicts, claims_table, plot, show, summary, table
 from search import parse_drops
+from study import resampling
 from study.endurance import TESTED, Case, bits, keep, kept_in, part_of_case, reward_models
 from study.parts import part_of, reward_folder, train_reward_models
-from study.search import HOW, ONE, PANEL, STEPS, kept, label, passes_of
+from study.search import HOW, ONE, PANEL, STEPS, graded, kept, label, passes_of
 
 FILE = "search_mismatched_runs.json"
 BASE, STEADY, PAPER = "base", "PRFL, steady, 480 iterations", "PRFL, the paper's recipe, 480 iterations"
@@ -22,39 +23,60 @@ CASES = {BASE: Case("steady", "linear", rate=2e-4, length=480),       # only its
 COUNTS = (4, 8, 16)
 PLANS = {ONE: parse_drops(1)} | {label(n, how): parse_drops(n, text) for n in COUNTS
                                  for how, text in HOW.items() if how != "once, at t = .38"}
+RESAMPLED = {label(n, "resampled"): n for n in (4, 8)}          # by study/resampling.py
 
 
-def candidates_part(work, seed, row):
-    """The part, as Work.run takes it, that samples the candidates of the generator `row`."""
+def search_part(work, seed, row, n=None):
+    """The part, as Work.run takes it, that samples the candidates of the generator `row` to their end, or
+    with n the part that searches with n candidates by study/resampling.py."""
     generator, *_ = part_of_case(work, seed, CASES[row])
     transformer = () if row == BASE else ("--transformer", generator / "transformer")
     reward = reward_folder(work, seed, CASES[row].reward_flags()) / "reward"
-    name = "candidates-base-mismatched" if row == BASE else f"candidates-{generator.name}"
-    return (work.folder / f"seed-{seed}" / name, "candidates.safetensors", "-m", "study.candidates",
-            *transformer, "--reward", reward, "--seed", seed, "--num_videos", TESTED, "--count", max(COUNTS))
+    of = "base-mismatched" if row == BASE else generator.name
+    home = work.folder / f"seed-{seed}"
+    flags = (*transformer, "--reward", reward, "--seed", seed, "--num_videos", TESTED)
+    if n:
+        return (home / f"resampled-{n}-{of}", "resampled.safetensors", "-m", "study.resampling", *flags,
+                "--count", n)
+    return (home / f"candidates-{of}", "candidates.safetensors", "-m", "study.candidates", *flags, "--count",
+            max(COUNTS))
+
+
+def entry_of_panel(panel):
+    """{name of PANEL: [m]} -> the same as it is kept: verdicts as bits, the others as means."""
+    return {what: bits(panel[what]) for what in PANEL[:4]} | {
+        what: round(float(panel[what].mean()), 5) for what in PANEL[4:]}
 
 
 def finished(work, wanted):
-    """Makes those of [(seed, row)] that are not kept -> {(seed, row): {plan: {name of PANEL: [m]}}}"""
+    """Makes those plans of [(seed, row)] that are not kept -> {(seed, row): {plan: {name of PANEL: [m]}}}"""
     found = kept_in(work, FILE)
-    missing = [(seed, row) for seed, row in wanted if f"{row}, seed {seed}" not in found]
+    entries = {(seed, row): found.get(f"{row}, seed {seed}", {"plans": {}}) for seed, row in wanted}
+    missing = [key for key in wanted if {*PLANS, *RESAMPLED} - set(entries[key]["plans"])]
     train_reward_models(work, reward_models(work, [(seed, CASES[row]) for seed, row in missing]))
     aligned = [(seed, part_of_case(work, seed, CASES[row])) for seed, row in missing if row != BASE]
     work.run(list(dict(reversed(aligned)).values()))            # the first of a seed renders its clips
     work.run([part for _, part in aligned])
     for seed, row in missing:
-        part = candidates_part(work, seed, row)
-        work.run([part])
-        one = [load_file(part[0] / part[1])]
-        entry = {"command": part_of(part[0])["command"].replace(str(work.folder), "runs"),
-                 "commit": part_of(part[0])["commit"], "plans": {}}
-        for plan, cuts in PLANS.items():
-            panel = kept(one, cuts)
-            entry["plans"][plan] = {what: bits(panel[what][0]) for what in PANEL[:4]} | {
-                what: round(float(panel[what].mean()), 5) for what in PANEL[4:]}
+        entry = entries[seed, row]
+        if set(PLANS) - set(entry["plans"]):
+            part = search_part(work, seed, row)
+            work.run([part])
+            entry["command"] = part_of(part[0])["command"].replace(str(work.folder), "runs")
+            entry["commit"] = part_of(part[0])["commit"]
+            one = [load_file(part[0] / part[1])]
+            for plan, cuts in PLANS.items():
+                panel = kept(one, cuts)
+                entry["plans"][plan] = entry_of_panel({what: panel[what][0] for what in PANEL})
+        for plan, n in RESAMPLED.items():
+            if plan not in entry["plans"]:
+                part = search_part(work, seed, row, n)
+                work.run([part])
+                only = {what: values[:, 0] for what, values in load_file(part[0] / part[1]).items()}
+                entry["plans"][plan] = entry_of_panel(graded(only))
         found[f"{row}, seed {seed}"] = entry
         keep(work, FILE, found)
-    return {(seed, row): found[f"{row}, seed {seed}"]["plans"] for seed, row in wanted}
+    return {key: entries[key]["plans"] for key in wanted}
 
 
 def search_mismatched(work):
@@ -69,27 +91,35 @@ def report(work, found):
         if not seeds:
             continue
         curve = drawn.setdefault(row, ([], []))
-        for plan, cuts in PLANS.items():
+        passes = {plan: passes_of(cuts) for plan, cuts in PLANS.items()}
+        passes |= {plan: resampling.passes(n) for plan, n in RESAMPLED.items()}
+        for plan, cost in passes.items():
+            if any(plan not in found[seed, row] for seed in seeds):             # kept before the plan existed
+                continue
             panel = {what: np.array([[float(bit) for bit in found[seed, row][plan][what]] for seed in seeds])
                      for what in PANEL[:4]}
             qualified[f"{row}, {plan}"] = panel["qualified"]
             rows[f"{row}, {plan}"] = summary(panel["qualified"])
             watched = [np.mean([found[seed, row][plan][what] for seed in seeds]) for what in PANEL[4:]]
-            cells.append([row, plan, f"{passes_of(cuts):g}", len(seeds), show(**rows[f"{row}, {plan}"]),
+            cells.append([row, plan, f"{cost:g}", len(seeds), show(**rows[f"{row}, {plan}"]),
                           *(f"{panel[what].mean():.3f}" for what in PANEL[1:4]),
                           *(f"{value:.3f}" for value in watched)])
             if "chain" in plan or plan == ONE:
-                curve[0].append(passes_of(cuts))
+                curve[0].append(cost)
                 curve[1].append(rows[f"{row}, {plan}"]["mean"])
     pairs = [(f"{row}, {label(n, how)}", f"{row}, {ONE}") for row in drawn for n in COUNTS
              for how in ("in a chain", "at the end")]
+    pairs += [(f"{row}, {label(n, 'in a chain')}", f"{row}, {plan}") for row in drawn
+              for plan, n in RESAMPLED.items() if f"{row}, {plan}" in qualified]
     claims = claim_verdicts([(*pair, "not in it") for pair in pairs], qualified)
     plot(work.results / "search_mismatched.png",
          {"best of n in a chain": ("forward passes of a video", drawn)})
     lines = [f"{TESTED} held-out videos, {STEPS} Euler steps. The reward model that chooses is the one that "
              "the generator was aligned with; a quarter of its batches had another video's prompt and the "
              "label bad. A reward counts as a forward pass. In a chain: half of the candidates stay at t = "
-             ".75, a quarter at .56, one at .38.", "",
+             ".75, a quarter at .56, one at .38. Resampled: at t = .75 and .56 each place is filled anew by "
+             "one of the candidates, drawn by their rewards, and a copy gets new noise; one stays at .38 "
+             "(study/resampling.py, in the manner of LatSearch).", "",
              *table(["generator", "plan", "forward passes", "seeds", *PANEL], cells), *claims_table(claims)]
     work.write("search_mismatched", "Best of n by reward models that saw mismatched prompts", lines,
                {"rows": rows, "claims": claims})

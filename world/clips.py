@@ -68,7 +68,7 @@ def own_samples(folder, generator, model, count, num_steps, size, seed, runtime,
         for name in {*made_with, "shift"} - {"model"}:      # a model is known by its content, not by its path
             if made_with.get(name) != settings.get(name):
                 raise InputError(f"{folder}: was made with {made_with}; "
-                                 "use another --output_dir, or remove it")
+                                 "give another folder with --samples_dir, or remove this one")
         return shards
     if runtime.rank == 0:
         lock.require_ours(folder, "shards")
@@ -136,7 +136,8 @@ def clean_clips(folder, model, count, size, seed, runtime):
     except ValueError as error:
         made_with = f"settings that cannot be read ({mark.name}: {error})"
     if made_with != settings:
-        raise InputError(f"{folder}: was made with {made_with}; use another --output_dir, or remove it")
+        raise InputError(f"{folder}: was made with {made_with}; "
+                         "give another folder with --curated_dir, or remove this one")
     require_world(model)
     common.gather(None)                                         # until every rank has read the settings
     if runtime.rank == 0:
