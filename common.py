@@ -157,8 +157,8 @@ def _in_words(only, positionals=()):
 
 
 def _unmet(config, only):
-    """Why a flag with this rule has no effect here: the first unmet condition of each alternative; "" if it
-    has one."""
+    """Why a flag with this rule has no effect here: the first unmet condition of each alternative; "" if the
+    flag has an effect."""
     reasons = []
     for conditions in _conditions(only):
         reason = ""
@@ -183,7 +183,7 @@ def refuse(config, names, why):
 
 
 def divisors(*numbers):
-    """What divides all of them, as words."""
+    """The numbers that divide all of them, in words."""
     return ", ".join(str(i) for i in range(1, min(numbers) + 1) if not any(x % i for x in numbers))
 
 
@@ -191,9 +191,9 @@ def settle(config, sources):
     """Flags in, settings out: -> (a copy of config with its open flags filled in, {flag: where its value
     comes from}).
 
-    A flag that was given keeps its value. One that is open (None) takes that of the first of `sources` that
-    has one; sources: {where they come from, such as "the steady recipe": {flag: value}}. All others keep
-    their defaults."""
+    A flag that was given keeps its value. A flag that is open (None) takes its value from the first of
+    `sources` that has one for it. sources: {where the values come from, such as "the steady recipe": {flag:
+    value}}. All other flags keep their defaults."""
     values, origin = {}, {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -209,8 +209,8 @@ def settle(config, sources):
 
 
 def print_settings(config, origin):
-    """Prints the settings that are not defaults, on rank 0: a line for each place where they come from, first
-    what was given. config, origin: from `settle`."""
+    """Prints the settings that are not defaults, on rank 0: one line for each source, first the flags that
+    were given. config, origin: from `settle`."""
     if rank() > 0:
         return
     for source in ["given", *sorted(set(origin.values()) - {"given"})]:
@@ -224,7 +224,7 @@ def cli(main, Config, doc, argv=None, prog=None):
     unusable input, 1: the disk, non-finite numbers or out of memory, 130: interrupted. Any other exception is
     a bug and keeps its traceback."""
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")       # file names of others, on any terminal
+        sys.stdout.reconfigure(errors="backslashreplace")       # any file name can be printed on any terminal
     try:
         return main(parse(Config, doc, argv, prog))
     except (InputError, PermissionError, FileExistsError, NotADirectoryError) as e:
@@ -235,11 +235,11 @@ def cli(main, Config, doc, argv=None, prog=None):
         code, message = 130, "interrupted"
     except Exception:
         if "RANK" in os.environ:
-            # often the echo of another rank's end: meanwhile torchrun ends this one too
+            # often only a consequence of another rank's failure: while this one waits, torchrun ends it
             time.sleep(3)
         raise
     if rank() > 0:
-        # what fails on every rank is printed once: meanwhile torchrun ends the others
+        # a failure on every rank is printed by rank 0 only: while the others wait, torchrun ends them
         time.sleep(3)
     shown = ""
     for character in " ".join(message.split()):
@@ -250,7 +250,7 @@ def cli(main, Config, doc, argv=None, prog=None):
 
 # ---- processes and random draws
 BUCKET_BYTES = 2 ** 26  # of gradients that are summed over the ranks at a time
-TIMEOUT = datetime.timedelta(hours=1)   # how long a process waits for the others, as while one writes 57 GB
+TIMEOUT = datetime.timedelta(hours=1)   # how long processes wait, for example while one writes 57 GB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,7 +288,7 @@ def setup(mixed_precision="no", seed=0, sequence_parallel=1):
 def teardown():
     """The last call of a script; under torchrun it ends the process."""
     if dist.is_initialized():
-        dist.barrier()              # a rank that leaves while another still talks to it can abort that one
+        dist.barrier()              # if a rank leaves while another talks to it, the other one can abort
         leave(0)
 
 
@@ -363,12 +363,12 @@ def gather(value, to=None):
 
 
 def equal_turns(turns, count, spare=None):
-    """A rank's turns at a model, made as many as those of the busiest rank -> [(turn, whether its result
+    """Gives each rank as many turns at a model as the busiest rank has -> [(turn, whether its result
     counts)].
 
     Under FSDP every call of a model gathers its weights from all ranks, so all must call it equally often, or
-    they hang. turns: this rank's; count: those of the busiest rank. A rank with fewer takes `spare` (default:
-    its first turn) for the missing ones, and drops what comes of it.
+    they hang. turns: this rank's. count: how many the busiest rank has. A rank with fewer turns repeats
+    `spare` (default: its first turn) in place of the missing ones, and drops the results.
     """
     turns = list(turns)
     if spare is None and turns:
@@ -377,7 +377,7 @@ def equal_turns(turns, count, spare=None):
 
 
 def groups_of(n, size):
-    """0 .. n - 1 in lists of `size` neighbours, the last one of what is left."""
+    """0 .. n - 1 in lists of `size` neighbours; the last list can be shorter."""
     return [list(range(i, min(i + size, n))) for i in range(0, n, size)]
 
 

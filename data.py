@@ -12,8 +12,8 @@ out those that are no longer listed.
 
 A data folder holds clips and metadata.jsonl (or .csv) with one row per clip: file_name (or video, file),
 prompt (or text, caption) and perhaps label (or reward). A label is 1 good or 0 bad; a missing one means
-unlabelled and is never read as 0. formats/metadata.py reads lists, formats/video.py clips, and
-formats/shards.py shards.
+unlabelled and is never read as 0. formats/metadata.py reads the lists, formats/video.py the
+clips, and formats/shards.py the shards.
 
 Axes: b batch, c latent channels, F video frames (4k + 1), f latent frames (k + 1), H W pixels, h w latents,
 l text tokens, d text width, n clips, m CLIP image tokens.
@@ -44,9 +44,9 @@ from model import is_pinned
 from world.scene import meaning
 
 FEWEST = 5  # frames of a clip to train on: two latent frames
-# What encode holds in memory: clips decoded ahead, pixels of a batch, bytes of a shard, and bytes of a clip
-# if no flag gives its size and length. 81 frames of 832x480 are 97 MB, as float32 388 MB, and 17 MB in a
-# shard of Wan2.1.
+# Limits on what encode holds in memory: clips decoded ahead, pixels of a batch, bytes of a shard, and bytes
+# of a clip if no flag gives its size and length. 81 frames of 832x480 are 97 MB, as float32 388 MB, and 17 MB
+# in a shard of Wan2.1.
 AHEAD, BATCH_PIXELS, SHARD_BYTES, CLIP_BYTES = 2, 2 ** 24, 2 ** 27, 2 ** 27
 
 
@@ -150,8 +150,8 @@ FEWEST_PROMPTS, MOST_CLIPS = 10, 16
 
 
 def groups_to_keep(shards):
-    """-> [int64 [n], ...]: numbers of the groups of clips that a split should not part, the groups to try
-    first coming first.
+    """-> [int64 [n], ...]: for each clip the number of its group, which a split should keep together. The
+    grouping to try first comes first.
 
     Copies of a clip always belong together, and so do clips of one prompt where there are enough prompts. A
     generator's own samples come from no files, and their prompts are drawn again and again: of them, only
@@ -164,12 +164,12 @@ def groups_to_keep(shards):
 
 
 def take_fold(shards, fold):
-    """Shards of which all clips outside `fold` count as unlabelled; None: all clips.
+    """The shards, with all clips outside `fold` counted as unlabelled; fold None changes nothing.
 
-    "i/n" is the i-th of n random parts, which have no clip in common, no copy of one and, where there are
-    enough, no prompt. Parts do not depend on labels, so that labels which come later move no clip to another
-    part. There is one exception: a part with fewer than two clips of a label gets some of another part's.
-    With labels that few, train on all parts before more labels are given. Raises InputError. """
+    "i/n" is the i-th of n random parts. No two parts share a clip or a copy of it or, where there are enough
+    prompts, a prompt. Parts do not depend on labels, so labels that come later move no clip to another part.
+    There is one exception: a part with fewer than two clips of a label gets some from another part. With so
+    few labels, train on all parts before you add more labels. Raises InputError. """
     if fold is None:
         return shards
     i, n = (int(part) if part.isdecimal() else 0 for part in f"{fold}/x".split("/")[:2])
@@ -229,7 +229,7 @@ def labelled_split(shards, holdout, seed):
         why = "leaves nothing to train on" if holdout >= sum(counts) else "is too few or too many"
         raise InputError(f"--holdout {holdout} {why}: of {sum(counts)} labelled videos 2 to "
                          f"{sum(counts) - 2} can be held out, "
-                         f"as both parts need each label: try --holdout {max(2, sum(counts) // 5)}")
+                         f"because both parts need each label: try --holdout {max(2, sum(counts) // 5)}")
     bad = round(holdout * counts[0] / sum(counts))
     bad = min(max(bad, 1, holdout - counts[1] + 1), counts[0] - 1, holdout - 1)
     order = []
@@ -313,18 +313,18 @@ def describe_split(shards, train, held):
 @dataclass
 class Check:
     folder: str = arg(..., "folder with clips and metadata", positional=True)
-    size: str | None = arg(None, "W*H: clips are scaled to cover it and centre-cropped; default: the clips' "
-                                 "own size")
-    frames: int | None = arg(None, "frames of each clip, 4k + 1; default: all that the clip has",
+    size: str | None = arg(None, "W*H in pixels: clips are scaled until they cover it, then cropped at their "
+                           "centre; default: the clips' own size")
+    frames: int | None = arg(None, "number of frames of each clip, 4k + 1; default: as many as the clip has",
                              at_least=FEWEST)
-    fps: float | None = arg(None, "frames per second (16 for Wan2.1, 24 for Wan2.2 TI2V-5B); faster clips "
-                                  "drop frames, slower ones repeat them; default: the clip's own", above=0)
-    model: str | None = arg(None, "folder of the generator that the clips are for, with its vae/, "
-                            "text_encoder/ and, if it has one, image_encoder/; default: the shipped "
-                            "generator")
-    text_encoder: str | None = arg(None, "folder of a text encoder, or of transformers' UMT5 (with the "
-                                   "tokenizer in it or beside it); give it or --model; default: the shipped "
-                                   "text encoder")
+    fps: float | None = arg(None, "frames per second (16 for Wan2.1, 24 for Wan2.2 TI2V-5B). Faster clips "
+                            "lose frames, and frames of slower clips are repeated; default: the clips' own",
+                            above=0)
+    model: str | None = arg(None, "folder of the generator that will use the clips; its vae/, text_encoder/ "
+                            "and, if it has one, image_encoder/ are used. Default: the shipped generator")
+    text_encoder: str | None = arg(None, "folder of a text encoder, or of transformers' UMT5 (with its "
+                                   "tokenizer there or in the folder beside it), to use where --model is not "
+                                   "given; default: the shipped text encoder")
     multiple = 16       # of which width and height must be; `resolve_encoders` sets it
 
 
@@ -353,8 +353,8 @@ def parse_size(config, multiple=16):
 
 
 def list_clips(folder):
-    """-> ([Clip of each row of the folder's list], [notes to print]). Of rows that name one file, the upper
-    one counts."""
+    """-> ([Clip of each row of the folder's list], [notes to print]). If several rows name one file, the
+    first one counts."""
     listed, notes = read_listing(folder)
     clips, seen = [], set()
     for place, row, problem in listed:
@@ -508,13 +508,16 @@ def check_command(config):
 class Encode(Check):
     out: str = arg("latents", "folder of the shards; a second run encodes only clips that are new or have "
                               "changed")
-    vae: str | None = arg(None, "folder of a VAE, or of diffusers' AutoencoderKLWan; give it or --model; "
-                          "default: the shipped VAE")
-    image_encoder: str | None = arg(None, "folder of transformers' CLIPVisionModel, for Wan2.1's "
-                                    "image-to-video models; give it or --model. The shards then also hold "
-                                    "CLIP tokens and the first frame as those models take it")
-    batch_size: int = arg(8, "clips encoded at once; fewer if they hold more than 16 million pixels", above=0)
-    clips_per_shard: int = arg(256, "clips per shard; fewer if they hold more than 128 MiB", above=0)
+    vae: str | None = arg(None, "folder of a VAE, or of diffusers' AutoencoderKLWan, to use where --model is "
+                          "not given; default: the shipped VAE")
+    image_encoder: str | None = arg(None, "folder of transformers' CLIPVisionModel, which Wan2.1's "
+                                    "image-to-video models need, to use where --model is not given. The "
+                                    "shards then also hold CLIP tokens, and the first frame in the form that "
+                                    "those models read")
+    batch_size: int = arg(8, "clips encoded at once, but fewer if together they hold more than 16 million "
+                          "pixels", above=0)
+    clips_per_shard: int = arg(256, "clips per shard, but fewer if together they hold more than 128 MiB",
+                               above=0)
 
 
 
@@ -561,8 +564,8 @@ def encode_batch(clips, models, image_to_video):
 
 
 def unchanged(before, clips, folder, contents):
-    """{index of a clip: its place in the shards `before`} for clips whose caption and file are as they were
-    encoded."""
+    """{index of a clip: its place in the shards `before`} for clips whose caption and file have not changed
+    since they were encoded."""
     places = {(row["file_name"], row["prompt"], content): i
               for i, (row, content) in enumerate(zip(before.all_rows, before.all_contents)) if content}
     names, found = {name for name, _, _ in places}, {}

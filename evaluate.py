@@ -13,35 +13,36 @@ intervals.
 
 All of these run under torchrun, too: the processes share the videos, and the results are the same.
 
-A checkpoint is a folder that is or holds transformer/; `name=folder` names it in the tables. The others are
-compared with the first one. Prompts and seeds are disjoint from all training. The embedded world's annotator,
-which sees pixels only, says how good the videos are. Written are table.md, table.json, per_video.json,
-videos.png (one row per prompt, the checkpoints from left to right, every other frame), and side_by_side.mp4
-and side_by_side.gif (the same in motion, each clip framed green or red by what the annotator says).
+A checkpoint is a transformer/ folder or a folder that holds one; `name=folder` names it in the tables. The
+others are compared with the first one. Prompts and seeds are disjoint from all training. The embedded world's
+annotator, which sees pixels only, says how good the videos are. The results are table.md, table.json,
+per_video.json, videos.png (one row per prompt, the checkpoints from left to right, every other frame), and
+side_by_side.mp4 and side_by_side.gif (the same in motion, with a green frame around clips that the annotator
+calls qualified and a red one around the others).
 
 The metrics are means over videos, with 95 % intervals from a bootstrap over videos:
-  qualified           share with physical motion, a subject that is not deformed, and what the prompt says
+  qualified           share that are physical, not deformed and adherent, all three
   physical            share whose motion is physical
   not deformed        share whose subject keeps its form
   adherent            share that show the colour, shape and direction that the prompt asks for
   motion smoothness   1 - mean absolute difference of odd frames from the mean of their neighbours
   dynamic degree      share that move at more than half of the world's slowest speed
   subject consistency cosine similarity of the subject's cut-out to that of the first and previous frame
-  I2V subject         its cosine similarity to the given first frame (image-to-video only)
+  I2V subject         cosine similarity of the cut-out to the given first frame (image-to-video only)
   PAVRM score         share that the reward model calls good at one random t
-  speed, brightness, saturation   these move when a reward is hacked; the last row has those of clean renders
+  speed, brightness, saturation   these change when a reward is hacked; the last row has clean renders'
 
 --prompts FILE compares any generators on your own prompts, which the annotator cannot grade. The table has
-the share of samples that the reward model calls good, and with --judge the share that a second one does (mean
-over five random t). It has the panel of validation.py, where dynamic degree is the share with more than half
-of the first checkpoint's median flow. And it has, for each metric, the difference from the first checkpoint,
-paired by prompt, with its interval. The videos and metadata.jsonl go to <output_dir>/<name>/, ready for
-`label.py --pairs`; sample.py --prompts makes the videos of such a metadata.jsonl again. Flags that are not
-given have sample.py's defaults.
+the share of samples that the reward model calls good, and with --judge the share that the judge calls good
+(both are means over five random t). It also has the panel of validation.py; dynamic degree is then the share
+of videos whose flow is above half of the first checkpoint's median. For each metric the table has the
+difference from the first checkpoint, paired by prompt, with its interval. The videos and metadata.jsonl go
+to <output_dir>/<name>/, ready for `label.py --pairs`; sample.py --prompts makes the videos of such a
+metadata.jsonl again. Flags that are not given have sample.py's defaults.
 
---clips DIR scores a folder of clips or of shards. scores.jsonl lists the clips, the worst first, with the
-probability of "good" that the reward model gives each at one random t in every fifth of (0, 1]. Where labels
-are known, accuracy and calibration are reported, too.
+--clips DIR scores a folder of clips or of shards. scores.jsonl lists the clips, the worst first, each with
+five probabilities of "good", which the reward model gives at one random t in every fifth of (0, 1]. Where
+labels are known, accuracy and calibration are reported, too.
 
 Axes: b batch, c channels, f frames, h height, w width, n videos, l text tokens.
 """
@@ -91,42 +92,46 @@ T_NAMES = [f"({k / 5:.1f}, {(k + 1) / 5:.1f}]" for k in range(validation.T_BINS)
 
 @dataclass
 class Config(search.Flags):
-    checkpoints: tuple[str, ...] = arg((), "folders, or name=folder; the first one is what the others are "
-                                       "compared with; default: the shipped base", positional=True)
+    checkpoints: tuple[str, ...] = arg((), "generators to compare, each given as folder or name=folder; the "
+                                       "others are compared with the first. Default: the shipped base",
+                                       positional=True)
     output_dir: str = arg("runs/evaluate", "folder for tables and pictures")
-    task: str | None = arg(None, "t2v, or i2v (image-to-video); default: the checkpoints' own", choices=TASKS,
-                           only="!clips")
-    model: str | None = arg(None, "folder with text_encoder/, vae/ and reward/; default: the shipped one of "
-                            "--task")
-    reward: str | None = arg(None, "reward model of the PAVRM score; default: <model>/reward if there is one")
+    task: str | None = arg(None, "t2v (text-to-video) or i2v (image-to-video); default: the checkpoints' own",
+                           choices=TASKS, only="!clips")
+    model: str | None = arg(None, "folder with text_encoder/, vae/ and reward/; default: the shipped model "
+                            "for --task")
+    reward: str | None = arg(None, "folder of the reward model that gives the PAVRM score; default: "
+                             "<model>/reward if there is one")
     prompts: str | None = arg(None, "file of prompts (.txt, .jsonl, .csv) to use instead of the embedded "
                               "world's", only="!clips")
-    clips: str | None = arg(None, "folder of clips, or of their shards, to score with --reward; give no "
-                            "checkpoints")
-    judge: str | None = arg(None, "second reward model, trained on other clips and from another seed",
-                            only="prompts")
-    world: str = arg("tiny", "size of the embedded world", choices=tuple(scene.SIZES),
-                     only="!prompts, !clips")
-    size: str | None = arg(None, "W*H; default: the model's, or the clips'", only="prompts or clips")
-    frames: int | None = arg(None, "frames, 4k + 1; default: the model's, or the clips'", at_least=5,
-                             only="prompts or clips")
-    fps: float | None = arg(None, "frames per second; default: the model's, or the clips'", above=0,
-                            only="prompts or clips")
-    num_videos: int | None = arg(None, "number of prompts, with one video each; default: 512 held-out "
-                                 "prompts, or all of --prompts", above=0, only="!clips")
-    num_inference_steps: int | None = arg(None, "Euler steps; default: 16, or with --prompts the model's",
-                                          above=0, only="!clips")
-    guidance_scale: float | None = arg(None, "classifier-free guidance, 1 is none; default: the model's",
-                                       at_least=0, only="!clips")
-    guidance_scale_2: float | None = arg(None, "the same for the low-noise one of two experts; default: "
-                                         "--guidance_scale if that is given, or the model's", at_least=0,
-                                         only="prompts")
-    shift: float | None = arg(None, "moves times towards noise; default: the model's", above=0, at_most=100,
-                              only="prompts")
-    split: str = arg("test", "which held-out sentences: test, to report on; validation, to choose on; "
-                     "reworded, with verbs, order and phrases that training never sees",
+    clips: str | None = arg(None, "folder of clips, or of their shards, that --reward scores; give no "
+                            "checkpoints then")
+    judge: str | None = arg(None, "folder of a second reward model, trained on other clips and from another "
+                            "seed, that scores the videos too", only="prompts")
+    world: str = arg("tiny", "size of the embedded world's clips: tiny is 32x32, mid is 48x48, small is "
+                     "64x64 pixels", choices=tuple(scene.SIZES), only="!prompts, !clips")
+    size: str | None = arg(None, "W*H of the videos in pixels; default: the model's, or with --clips the "
+                           "clips'", only="prompts or clips")
+    frames: int | None = arg(None, "number of frames, 4k + 1; default: the model's, or with --clips the "
+                             "clips'", at_least=5, only="prompts or clips")
+    fps: float | None = arg(None, "frames per second; default: the model's, or with --clips the clips'",
+                            above=0, only="prompts or clips")
+    num_videos: int | None = arg(None, "number of prompts, for each of which every checkpoint makes one "
+                                 "video; default: 512 held-out prompts, or all of --prompts", above=0,
+                                 only="!clips")
+    num_inference_steps: int | None = arg(None, "Euler steps per video; default: 16, or with --prompts the "
+                                          "model's", above=0, only="!clips")
+    guidance_scale: float | None = arg(None, "scale of classifier-free guidance; 1: no guidance. Default: "
+                                       "the model's", at_least=0, only="!clips")
+    guidance_scale_2: float | None = arg(None, "guidance scale of the low-noise one of two experts (Wan2.2 "
+                                         "A14B); default: --guidance_scale if that is given, else the "
+                                         "model's", at_least=0, only="prompts")
+    shift: float | None = arg(None, "moves the times of the Euler steps towards noise; default: the model's",
+                              above=0, at_most=100, only="prompts")
+    split: str = arg("test", "which held-out sentences are used: test is for reports, validation is for "
+                     "choices, reworded has verbs, word order and phrases that training never sees",
                      choices=("test", "validation", "reworded"), only="!prompts, !clips")
-    seed: int = arg(0, "seed of the noise and of the choice among the held-out prompts", at_least=0)
+    seed: int = arg(0, "seed of the noise, and of which held-out prompts are chosen", at_least=0)
     mixed_precision: str = runs.precision_flag()
 
 
@@ -166,7 +171,7 @@ def measure(videos, prompts, given=None):
         centers = annotator.annotate(given, prompts)["center"][:, :1]
         first = cutouts(given[:, :1], centers, side).flatten(2)
         found["i2v_subject"] = similarity(subjects, first).mean(1)
-    # What a person would rank by: axes first, then the prompt.
+    # What `compare` ranks by: two axes from 0 to 2 each, and 2 for a prompt that is shown.
     grade = grades["physical"] + grades["deformity"] + 2 * grades["adherent"].long()
     return {name: values.double().numpy() for name, values in found.items()} | {"grade": grade.numpy()}
 
@@ -244,7 +249,7 @@ def name_of_folder(part):
 
 def lock_output_dir(config, runtime):
     """Rank 0 becomes the one writer of --output_dir, if that is new, empty or an evaluation's -> the lock, to
-    keep. The other ranks wait: what they write there must not be found."""
+    keep. The other ranks wait, so that rank 0 does not find what they write there."""
     folder_lock = None
     if runtime.rank == 0:
         lock.require_ours(config.output_dir, "evaluation", ("per_video.json", "scores.jsonl", "part.json"))
@@ -288,8 +293,8 @@ def check_models(named, task, *rewards):
 
 
 def open_generator(folder, runtime, task, **rewards):
-    """-> (the generator in `folder`, {name: its reward model} of rewards {name: path or None}), ready to
-    sample."""
+    """Loads the generator in `folder` and its reward models, ready to sample -> (generator, {name: reward
+    model}). rewards: {name: path or None}."""
     dit = load_transformer(folder, load_now=False, task=task).eval().requires_grad_(False)
     pavrms = {name: load_pavrm(path, dit, load_now=False) for name, path in rewards.items() if path}
     for model in (dit, *pavrms.values()):
@@ -305,7 +310,7 @@ def searched(config, passes):
 
 
 def write_results(config, line, tables, rows, against, found, digits):
-    """table.md, table.json and per_video.json, for which values are rounded to so many digits."""
+    """table.md, table.json and per_video.json, with values rounded to `digits` digits in per_video.json."""
     folder = Path(config.output_dir)
     replace_text(folder / "table.md", f"{line}95 % bootstrap intervals.\n\n" + "\n".join(tables))
     runs.write_json(folder / "table.json", {"config": vars(config), "rows": rows, "against_first": against})
@@ -330,7 +335,7 @@ def metrics_table(columns, rows):
 def embedded_world(config, named, runtime):
     """Held-out prompts of the embedded world, with its annotator's grades; the last row has clean renders."""
     if any(families.of_config(transformer_folder(folder)[1]).world is None for folder in named.values()):
-        raise InputError("the embedded world's prompts and annotator mean nothing to Wan2.1's generators: "
+        raise InputError("the embedded world's prompts and annotator mean nothing to Wan's generators: "
                          "give --prompts FILE")
     families.fill_in(config, {"num_videos": 512, "num_inference_steps": 16, "guidance_scale": 1.0})
     drops = search.parse_drops(config.best_of, config.drops)
@@ -416,8 +421,8 @@ def own_prompts(config, named, runtime):
     families.fill_in(config, families.sampling_defaults(dit_config, size))
     for row in rows:
         if (row["image"] is not None) != (dit_config["model_type"] == "i2v"):
-            raise InputError(f"--prompts {config.prompts}: an image in each row is needed by image-to-video "
-                             f"models, and only by those; these are {dit_config['model_type']}")
+            raise InputError(f"--prompts {config.prompts}: every row needs an image for image-to-video "
+                             f"models, and none for others; these models are {dit_config['model_type']}")
         if row["image"]:
             read_clip(row["image"], size=size, frames=1)
     require_reward(config, config.reward)
@@ -513,7 +518,7 @@ def own_prompts(config, named, runtime):
 
 # ---- clips that exist
 def existing_clips(config, runtime):
-    """`--clips`: what a reward model says of each clip, and how right it is where labels are known."""
+    """`--clips`: what a reward model says of each clip, and its accuracy where labels are known."""
     fit = ("size", "frames", "fps")
     common.refuse(config, ("best_of",), "with --clips")
     if config.checkpoints:
@@ -596,9 +601,9 @@ def existing_clips(config, runtime):
 
 
 def calibration(good, labels, bins=10):
-    """{interval of t: [{"predicted", "good", "count"}]}: the clips in ten equal steps of the probability [5,
-    n] given to them, empty steps left out; the mean of that probability, and the share that labels [n] call
-    good."""
+    """{interval of t: [{"predicted", "good", "count"}]} from the probabilities [5, n] given to n clips and
+    their labels [n]. Clips are sorted into ten equal steps of the probability. Each step that is not empty
+    has its mean probability, the share of its clips labelled good, and their number."""
     found = {}
     for interval, row in zip(T_NAMES, good):
         step = (row * bins).long().clamp(max=bins - 1)

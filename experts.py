@@ -1,12 +1,13 @@
 """A generator of two experts (Wan2.2 A14B): one VideoDiT for the noisy times from the boundary on, another
 for the times below it.
 
-What samples or trains a generator calls the two as one model, and the times decide which of them answers:
+Code that samples or trains a generator calls the two as one model, and the times decide which one answers:
 
     t = 1, noise  -- high: t >= boundary --|-- low: t < boundary -->  t = 0, video
 
-A step of a rollout has one time for all videos, so one of the two makes it. Training goes on in the same way:
-each update trains one expert, the same on all processes, as sharded weights are gathered by all at once.
+A step of a rollout has one time for all videos, so one of the two makes it. Training does the same: each
+update trains one expert, the same one on all processes, because all processes gather sharded weights at the
+same time.
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 """
@@ -21,7 +22,7 @@ FLAGS = ("expert", "lora_2", "guidance_scale_2")                # that mean noth
 
 
 class Experts(nn.Module):
-    """Two VideoDiTs of one shape, which are called as one is. folders: {"high", "low": where they are from}.
+    """Two VideoDiTs of one shape, called like one. folders: {"high", "low": the folders they are from}.
 
     `resting`: the one that is not called waits in the host's memory, as most GPUs cannot hold both.
     """
@@ -59,7 +60,7 @@ class Experts(nn.Module):
         return expert
 
     def to(self, *args, **kwargs):
-        """Both to a device; or neither where they rest, as each comes there when it is called."""
+        """Moves both to a device; or neither if they rest, because then each one comes when it is called."""
         return self if self.resting else super().to(*args, **kwargs)
 
     def trained(self):
@@ -68,9 +69,9 @@ class Experts(nn.Module):
                 if any(p.requires_grad for p in getattr(self, name).parameters())}
 
     def notes(self, name, written):
-        """What the config.json of an expert that is written says beside its shape, so that nobody takes it
-        for a whole generator. written: the names of all that are written there; another one stays where it
-        is."""
+        """What the config.json of a written expert says beside its shape, so that nobody takes the expert for
+        a whole generator. written: the names of all experts that are written there; any other one stays where
+        it is."""
         found = {"_expert": name, "_boundary_ratio": self.boundary}
         for other in NAMES:
             if other not in written and self.folders:
@@ -123,8 +124,8 @@ def with_adapters(generator, config):
 
 
 def guidance(generator, scale, scale_2):
-    """What flow.rollout takes as guidance_scale: a number; or, of two experts with two scales, a function of
-    the time. scale_2: of the low-noise one, None: as of the other."""
+    """What flow.rollout takes as guidance_scale: a number or, for two experts with two scales, a function of
+    the time. scale_2: the scale of the low-noise expert; None: that of the other one."""
     if not isinstance(generator, Experts) or scale_2 in (None, scale):
         return scale
     return lambda t: torch.where(t >= generator.boundary, scale, scale_2).view(-1, 1, 1, 1, 1)
@@ -140,8 +141,8 @@ def steps_of(expert, times, boundary):
 
 
 def times_of(expert, u, boundary, seed, iteration):
-    """Times for an SFT update from u [b], uniform in [0, 1): the same, moved to the side of the expert that
-    trains. With both each update draws a side, as often as a uniform time would lie there."""
+    """Times for an SFT update, made from u [b], uniform in [0, 1), by moving u to the side of the expert that
+    trains. With "both" each update draws a side, as often as a uniform time would lie on it."""
     if expert == "both":
         expert = "low" if uniform(seed, "expert", iteration, [0]).item() < boundary else "high"
     return boundary * u if expert == "low" else boundary + (1 - boundary) * u

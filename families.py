@@ -36,15 +36,15 @@ class Family:
     world: str | None = None  # which size of the embedded world it was trained on; None: it makes films
     # ---- its VAE
     channels: int = CHANNELS                # of a latent
-    time: int = TIME                        # frames of a latent frame, but for the first, which is one frame
+    time: int = TIME                        # frames per latent frame; the first latent frame is one frame
     space: int = SPACE                      # pixels of a latent, per side
     side: int = 16                          # width and height are multiples of this
     # ---- what it is given
     image_tokens: bool = False              # CLIP tokens of the first frame
     blank_frames: bool = False              # i2v: the VAE encodes the first frame with blank ones behind it
     pinned: bool = False                    # i2v: latent frame 0 is given clean, in its place in x
-    boundary: float | None = None           # the time from which on the first of two experts works
-    negative_prompt: str | None = None      # what guidance leads away from; None: an all-zero context
+    boundary: float | None = None           # two experts: the first one works at times t >= this
+    negative_prompt: str | None = None      # prompt that guidance leads away from; None: all-zero context
     # ---- sampling
     sizes: tuple = ()                       # published ones; the first is the default
     frames: int = 81
@@ -56,13 +56,13 @@ class Family:
     half: bool = False                      # sampled in bf16 where the machine is fast at it
     # ---- training: flags of train_align.py and train_reward.py
     align: dict = field(default_factory=dict)
-    steady: dict = field(default_factory=dict)          # align's, where PRFL trains by the steady recipe
+    steady: dict = field(default_factory=dict)          # of train_align.py, for PRFL with the steady recipe
     reward: dict = field(default_factory=dict)
-    videos_per_update: int | None = None  # of all GPUs, which gradient accumulation makes up; None: one batch
+    videos_per_update: int | None = None  # on all GPUs, by gradient accumulation; None: one batch
 
     def shift(self, size):
-        """The shift of times for a video of this size. The shorter side decides, so that portrait is as
-        landscape."""
+        """The shift of times for a video of this size. The shorter side decides, so that portrait and
+        landscape videos are treated alike."""
         return [shift for side, shift in self.shifts if min(size) >= side][-1]
 
 
@@ -120,8 +120,8 @@ UMT5_TOKENS = PRESETS["wan2.1-t2v-1.3b"]["text_len"]  # a context of all of Wan'
 
 
 def of_config(dit_config):
-    """The Family of the generator with this config, which is a VideoDiT's, and `boundary_ratio` with it if
-    there are two. Raises InputError if it is none of the table's.
+    """The Family of a generator. dit_config: the config of its VideoDiT, with `boundary_ratio` if it has two
+    experts. Raises InputError if it is none of the table's.
 
     A context as long as UMT5's makes it one of Wan's. What is not Wan's is the embedded world's, tiny or
     small by its width.
@@ -152,7 +152,7 @@ def fill_in(config, values):
 
 
 def sampling_defaults(dit_config, size=None):
-    """How a generator of this config is used where nobody says otherwise: {"size" (W, H), "frames", "fps",
+    """How a generator of this config is used unless flags say otherwise: {"size" (W, H), "frames", "fps",
     "num_inference_steps", "guidance_scale", "shift", "negative_prompt"}, of two experts also
     "guidance_scale_2". size: of the video, if not the default."""
     row = of_config(dit_config)
@@ -163,7 +163,8 @@ def sampling_defaults(dit_config, size=None):
 
 
 def training_defaults(dit_config, stage, batch_size=None, sequence_parallel=1):
-    """What train_align.py ("align") or train_reward.py ("reward") do where no flag says: {flag: value}.
+    """The defaults of train_align.py ("align") or train_reward.py ("reward") for this generator: {flag:
+    value}.
 
     dit_config: of the generator. batch_size, sequence_parallel: those flags' values. Where a family has a
     number of videos per update, align's gradient_accumulation_steps comes as near to it as these and the
@@ -209,7 +210,8 @@ def load_vae(path):
 
 
 def side_of_vae(path):
-    """What width and height of clips must be multiples of for the VAE in folder `path`: two latents."""
+    """The number of pixels that width and height of clips must be multiples of, for the VAE in folder `path`:
+    those of two latents."""
     space = read_config(path).get("scale_factor_spatial")
     return 2 * (space if isinstance(space, int) and space > 0 else SPACE)
 
@@ -279,8 +281,8 @@ NULL_CONTEXT = "null_context.safetensors"                       # beside shards
 
 
 def save_null_context(folder, text):
-    """Beside shards of Wan's contexts: those of the empty and of the negative prompt. The embedded world's
-    are all zeros."""
+    """Saves the contexts of the empty and of the negative prompt beside shards of Wan's contexts. The
+    embedded world's null context is all zeros, and nothing is saved."""
     if not isinstance(text, TextEncoder):
         empty, negative = text.encode(["", WAN_NEGATIVE]).float().cpu().contiguous()
         stream_tensors({"empty": empty.clone(), "negative": negative.clone()}, Path(folder) / NULL_CONTEXT)

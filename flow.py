@@ -46,8 +46,8 @@ def given_frames(conditions):
 def flow_matching_loss(v, x0, x1, weight=None, given=0):
     """Eq. 2 and 10: mean squared error between the predicted velocity v and x_1 - x_0.
 
-    weight: [b] per-example factors (RWR), mean 1; None weighs all alike. given: so many first latent
-    frames are left out of the loss, because they are given and not predicted. Returns a scalar.
+    weight: [b] per-example factors (RWR), mean 1; None weighs all alike. given: this many first latent frames
+    are left out of the loss, because they are given and not predicted. Returns a scalar.
     """
     if given:
         v, x0, x1 = v[:, :, given:], x0[:, :, given:], x1[:, :, given:]
@@ -89,11 +89,11 @@ def rollout(dit, x, context, num_steps, *, start=0, stop=None, passes=0, shift=1
     """Integrate Eq. 7 from noise towards data, without gradients.
 
     x [b, c, f, h, w] is the state at schedule(num_steps)[start]; the result is the state at
-    schedule(num_steps)[stop] (None: num_steps, the finished video). passes: 0 takes every step of the
-    schedule. n takes at most n long steps. Each covers ceil(num_steps / n) steps of the schedule, the last
-    one what is left of them. conditions: what an image-to-video model is given beside the prompt: y and
-    clip_tokens, or first_frame, a latent frame that stays in place of frame 0. The state stays float32
-    whatever autocast does.
+    schedule(num_steps)[stop] (None: num_steps, the finished video). passes: with 0 the rollout takes every
+    step of the schedule. With n it takes at most n long steps, each of which covers ceil(num_steps / n) steps
+    of the schedule; the last one covers what is left. conditions: what an image-to-video model is given
+    beside the prompt: y and clip_tokens, or first_frame, a latent frame that stays in place of frame 0. The
+    state stays float32 whatever autocast does.
     """
     x = pin(x, conditions.get("first_frame"))           # the velocity in frame 0 is 0, so no step moves it
     times = schedule(num_steps, shift, x.device)

@@ -1,4 +1,4 @@
-"""People grade clips in a browser, with keys only: the labels that train_reward.py learns from (A.2.3, Table
+"""People grade clips in a browser, with keys only, and train_reward.py learns from their labels (A.2.3, Table
 6).
 
     pip install -r requirements-label.txt               once: Flask
@@ -10,18 +10,19 @@
                                                         which is on the left
     python label.py report samples_base                 how often its samples won, with 95 % intervals
 
-clips is a folder with metadata.jsonl or metadata.csv, as data.py and sample.py read and write it. Answers are
+clips is a folder with metadata.jsonl or metadata.csv, as data.py reads and sample.py writes it. Answers are
 lines of clips/labels.jsonl, or of pairs.jsonl in the first folder of a pair (formats/labels.py describes
 them). Each answer is on the disk before the next clip is shown, so you can stop at any moment; the same
 command continues. train_reward.py reads the answers there when it starts: nothing has to be exported or
-encoded again. Two grades make a label: good if both are qualified, bad if both are unqualified (--bad any: if
-one is; train_reward.py has the flag too), otherwise the clip is dropped. With several annotators the label
-that more than half of them give counts.
+encoded again. Each clip gets two grades, which make its label: good if both are qualified; bad if both are
+unqualified (with --bad any, if one is; train_reward.py has the flag too); otherwise the clip is dropped. If
+several annotators grade a clip, it gets the label that more than half of them give.
 
-The page shows what training reads: clips that browsers do not play, interlaced ones and HDR are shown as a
-converted copy.
+The page shows clips as training reads them: it shows a converted copy of a clip that browsers do not play, of
+an interlaced one, and of HDR.
 
-From another machine: `ssh -L 8765:127.0.0.1:8765 host`, then open the printed address here.
+To label on another machine than the one that runs this script, type `ssh -L 8765:127.0.0.1:8765 host` there,
+where `host` runs the script, and open the printed address there.
 """
 import contextlib
 import getpass
@@ -64,9 +65,9 @@ BAD_HELP = "both: bad is unqualified on both axes (A.2.3); any: unqualified on a
 @dataclass(kw_only=True)
 class Serve:
     annotator: str | None = arg(None, "name of the person whose answers these are; default: the login name")
-    port: int = arg(8765, "port of the page on 127.0.0.1; 0: any free one", at_least=0, at_most=65535)
-    seed: int = arg(0, "seed of the order of clips, the same for all annotators, and of which clip of a pair "
-                    "stands on the left", at_least=0)
+    port: int = arg(8765, "port of the page on 127.0.0.1; 0 chooses a free one", at_least=0, at_most=65535)
+    seed: int = arg(0, "seed of the order of the clips, which is the same for all annotators, and of which "
+                    "clip of a pair is on the left", at_least=0)
 
 
 @dataclass(kw_only=True)
@@ -118,7 +119,7 @@ def clip_items(folder):
 
 def pair_items(folders, seed):
     """The first clip of a prompt in folder A is shown with its first clip in B, the second with the second,
-    and so on. The seed draws which one is left."""
+    and so on. The seed decides which one is on the left."""
     sides = []
     for folder in folders:
         found, count = {}, {}
@@ -144,8 +145,8 @@ def pair_items(folders, seed):
 
 
 class Session:
-    """One annotator's way through the shuffled items. Only answers are in the journal and last; skipped items
-    come again at the end, or after a restart."""
+    """One annotator's way through the shuffled items. Only answers are written to the journal and kept.
+    Skipped items come again at the end, or after a restart."""
 
     def __init__(self, kind, items, journal, annotator, seed=0, bad="both"):
         order = torch.randperm(len(items), generator=common.random_generator(seed, "label order"))
@@ -272,8 +273,8 @@ def clip_tables(answers, bad):
 
 
 def pair_tables(answers):
-    """How often A wins, ties and loses against each other folder: each pair's share of its annotators, then
-    the mean over pairs."""
+    """How often A wins, ties and loses against each other folder: for each pair the shares of its annotators,
+    then the mean over pairs."""
     rows = []
     for against in sorted({answer["against"] for answer in answers}):
         mine = [answer for answer in answers if answer["against"] == against]
@@ -343,7 +344,7 @@ def make_app(session, token, scratch):
 
     @app.before_request
     def only_who_was_told():
-        host = flask.request.host.rsplit(":", 1)[0]     # any other name for 127.0.0.1 is a site's trick
+        host = flask.request.host.rsplit(":", 1)[0]     # another name for 127.0.0.1 is a web site's trick
         given = (flask.request.view_args or {}).pop("token", "")
         known = secrets.compare_digest(given.encode(), token.encode())
         if host not in ("127.0.0.1", "localhost") or not known:
@@ -507,7 +508,7 @@ def describe_clips(folder, answers):
 
 def export_command(config):
     """Writes the majority's labels into the clips' metadata and changes no other byte. Clips without answers
-    keep their labels; a clip on which no label has more than half of the annotators loses its label."""
+    keep their labels; a clip loses its label if no label has more than half of its annotators."""
     folder = Path(config.folder)
     rows = read_metadata(folder)                                                # every row can be used
     answers, notes = labels.current_answers(folder / "labels.jsonl")

@@ -242,12 +242,11 @@ class VideoDiT(nn.Module):
 
     Config, in Wan's spelling: model_type "t2v" or "i2v"; patch_size (f, h, w); in_dim channels entering the
     patch embedding (16, or 36 in i2v: 16 noisy + 20 of `y`); out_dim; dim; ffn_dim; freq_dim of the sinusoid;
-    text_dim and text_len of the context; num_heads; num_layers; eps of the norms; image_dim of CLIP tokens
-    or None. An i2v model with in_dim = out_dim takes its first frame as `first_frame`, see `is_pinned`.
-    Set `dit.gradient_checkpointing = True` to recompute each block in the backward pass, but for what
-    `dit.checkpoint_options`, of torch's checkpoint, let it keep. `sequence`: None, or
-    how n tokens lie over several GPUs (scale/sequence.py); every one of them is given, and gives, the whole
-    video.
+    text_dim and text_len of the context; num_heads; num_layers; eps of the norms; image_dim of CLIP tokens or
+    None. An i2v model with in_dim = out_dim takes its first frame as `first_frame`, see `is_pinned`. Set
+    `dit.gradient_checkpointing = True` to recompute each block in the backward pass, except for what
+    `dit.checkpoint_options` (options of torch's checkpoint) keep. `sequence`: None, or how n tokens lie over
+    several GPUs (scale/sequence.py); each of these GPUs gets, and returns, the whole video.
     """
 
     def __init__(self, *, model_type="t2v", patch_size=(1, 2, 2), in_dim=16, out_dim=16, dim=1536,
@@ -322,8 +321,8 @@ class VideoDiT(nn.Module):
         first_frame. With one, the time embedding is [b, 2, d], of time 0 and of t, and the first `given`
         tokens have time 0.
 
-        The rule of dtypes: matrices multiply in theirs (or autocast's); the residual stream `tokens`, norms,
-        modulation and everything about time stay `wide`.
+        The rule of dtypes: matrices multiply in their own dtype (or autocast's); the residual stream
+        `tokens`, norms, modulation and everything about time stay `wide`.
         """
         if not 0 <= depth <= len(self.blocks):
             raise InputError(f"depth is {depth}; this model has 0 to {len(self.blocks)} blocks")
@@ -452,12 +451,12 @@ def image_inputs(config, batch, device):
 
 # ---------------------------------------- folders
 def load_transformer(path, dtype=torch.float32, load_now=True, task=None):
-    """VideoDiT from our folder, an official Wan2.1 or diffusers one, or a folder that holds `transformer/`;
-    or Experts, two of them, if the folder holds or belongs to such a generator.
+    """Loads a VideoDiT from a folder of ours, of Wan2.1's authors or of diffusers, or from a folder that
+    holds `transformer/`; or Experts, if the folder holds a generator of two experts or is a part of one.
 
-    dtype of the parameters: float32 master weights, or None for each as stored. The model remembers the
-    stored dtypes (not with load_now=False), and `export_transformer` writes them. load_now=False: a model on
-    the meta device, whose weights scale.parallel.shard reads from `dit.weight_files`, each rank its own.
+    dtype: of the parameters; float32 for master weights, None for the dtypes as stored. The model remembers
+    the stored dtypes (not with load_now=False), and `export_transformer` writes them. load_now=False: a model
+    on the meta device, whose weights scale.parallel.shard reads from `dit.weight_files`, each rank its own.
     task: "t2v" or "i2v" of a model that can do both. Raises InputError (one line, naming the file) for
     anything missing or unexpected.
     """
@@ -493,8 +492,9 @@ def load_one(path, config, rename, ignore, dtype, load_now):
 def export_transformer(dit, path, layout="wan", dtype=None, state=None, notes=None):
     """Write dit as an official Wan2.1 folder ("wan") or a diffusers WanTransformer3DModel one ("diffusers").
 
-    Each weight goes back in the dtype it was loaded from, or in `dtype`. state: written in place of dit's.
-    notes: what config.json says beside the shape, as of an expert (Experts.notes). Every rank calls it.
+    Each weight goes back in the dtype it was loaded from, or in `dtype`. state: a state_dict to write in
+    place of dit's own. notes: what config.json says beside the shape, for example of an expert
+    (Experts.notes). Every rank calls it.
     """
     if layout not in ("wan", "diffusers"):
         raise InputError(f"layout is {layout!r}; choose wan or diffusers")

@@ -151,8 +151,8 @@ def load_pavrm(path, generator=None, load_now=True):
                          f"the image-to-video generator) and name it with --reward")
     config = read_config(path)
     if set(config) != {"transformer", "pooling"}:
-        raise InputError(f"{path}/config.json is not a reward model's (wants transformer and pooling); "
-                         "make one with train_reward.py")
+        raise InputError(f"{path}/config.json is not a reward model's, which has transformer and "
+                         "pooling only; make one with train_reward.py")
     try:
         config["transformer"]["patch_size"] = tuple(config["transformer"]["patch_size"])
         if generator is not None:

@@ -72,8 +72,8 @@ def sft_loss(policy, x0, x1, t, context, weight=None, **conditions):
     """Alg. 1, the SFT update (Eq. 10): flow matching on curated latents -> a scalar.
 
     x0 [b, c, f, h, w]: the latents. x1: noise of the same shape. t [b]: times. context [b, l, d_text]: the
-    prompts. weight [b]: a factor for each video; RWR gives exp(reward), scaled to mean 1, with own samples as
-    x0.
+    prompts. weight [b]: a factor for each video; RWR gives exp(reward), scaled to mean 1, and the generator's
+    own samples as x0.
     """
     v = policy(add_noise(x0, x1, t), t, context, **conditions)
     return flow_matching_loss(v, x0, x1, weight, given_frames(conditions))
@@ -82,8 +82,8 @@ def sft_loss(policy, x0, x1, t, context, weight=None, **conditions):
 def steps_of(part, num_steps, among=None):
     """-> (skipped, last): this part of the trajectory has the steps skipped + 1 to last.
 
-    among: of a generator of two experts, the same two numbers for the steps of the expert that trains. Then
-    only steps of both count. Raises InputError if no step is left.
+    among: the same two numbers for the steps of the expert that trains, if the generator has two. Then only
+    steps that are in both ranges count. Raises InputError if no step is left.
     """
     first_third, last_third = THIRDS[part]
     skipped, last, whose = num_steps * first_third // 3, num_steps * last_third // 3, ""

@@ -73,8 +73,8 @@ def claims_table(found):
 
 
 def auc_values(logits, labels):
-    """logits [seeds, 5, m], labels [seeds, m] -> [seeds, 5, m], whose mean over videos is the AUC and whose
-    spread is what resampled videos would give it (the delta method)."""
+    """logits [seeds, 5, m], labels [seeds, m] -> [seeds, 5, m], whose mean over videos is the AUC, and whose
+    spread is that of the AUC over resampled videos (the delta method)."""
     values = np.zeros(logits.shape)
     for seed, (found, label) in enumerate(zip(logits.double().numpy(), labels.numpy())):
         good = label == 1
@@ -87,8 +87,8 @@ def auc_values(logits, labels):
 
 
 def balanced_values(right, labels):
-    """right [seeds, 5, m], labels [seeds, m] -> [seeds, 5, m], whose mean over videos is balanced accuracy
-    and whose spread is what resampled videos would give it (the delta method)."""
+    """right [seeds, 5, m], labels [seeds, m] -> [seeds, 5, m], whose mean over videos is balanced accuracy,
+    and whose spread is that of balanced accuracy over resampled videos (the delta method)."""
     values = np.zeros_like(right)
     for label in (0, 1):
         mine = (labels == label)[:, None].double().numpy()                                  # [seeds, 1, m]

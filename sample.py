@@ -1,4 +1,4 @@
-"""Sample videos, for one prompt or thousands, from every generator that training knows, to mp4.
+"""Samples videos as mp4, for one prompt or thousands, from every generator that can be trained here.
 
     python sample.py --prompt "a red circle moving to the right"
     python sample.py --prompt "a blue square moves up" --transformer runs/align/transformer --num_videos 4 \\
@@ -14,16 +14,16 @@ if wanted, image (a first frame) and seed. --output_dir gets one mp4 per video, 
 label.py and data.py read. Under torchrun the processes share the videos. A second run continues where a
 killed one stopped. The files are the same, byte for byte, on any number of processes.
 
-Each row of metadata.jsonl also says how its video was made. Such a row, given to --prompts again, makes the
-same bytes on the same machine, whichever other rows are given with it (with bf16, also with the same
---parallel). A flag that is given beside it replaces what the row says.
+Each row of metadata.jsonl also says how its video was made. If the row is given to --prompts again, it makes
+the same bytes on the same machine, whatever other rows are given with it. (With bf16 the --parallel must be
+the same, too.) A flag that is given as well replaces what the row says.
 
 Flags that are not given have the model's defaults. Embedded world: 32*32, 9 frames at 8 fps, 32 steps, no
 guidance, shift 1. Wan2.1: 832*480, 81 frames at 16 fps, guidance 5, shift 3 (5 from 720P on) and the negative
 prompt as published, and the paper's 40 steps. Wan2.2 TI2V-5B: 1280*704, 121 frames at 24 fps, 50 steps,
-guidance 5, shift 5; --task i2v gives it a first frame. Wan2.2 A14B: as Wan2.1, but with shift 12, guidance 4
-and, of its low-noise expert, 3; for image-to-video shift 5 and guidance 3.5 of both. Text encoder, generator
-and VAE are on the GPU one after another, and so are two experts.
+guidance 5, shift 5; --task i2v gives it a first frame. Wan2.2 A14B: as Wan2.1, but with shift 12 and guidance
+4 (its low-noise expert has guidance 3); for image-to-video, shift 5 and guidance 3.5 for both experts. The
+text encoder, the generator and the VAE take turns on the GPU, and so do two experts.
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 """
@@ -61,45 +61,51 @@ BATCH_LATENTS = 2 ** 12                                 # latent positions of a 
 class Config(search.Flags):
     prompt: str | None = arg(None, "what the video shows, in plain words; default for the shipped model: "
                              f"{EXAMPLE}")
-    prompts: str | None = arg(None, "file of many prompts; give --output_dir too")
+    prompts: str | None = arg(None, "file of many prompts (.txt, .jsonl, .csv); give --output_dir too")
     output: str = arg("sample.mp4", "mp4 file to write; several videos become sample-0.mp4, sample-1.mp4, "
                       "...", only="!prompts")
     output_dir: str | None = arg(None, "folder for the videos and metadata.jsonl", only="prompts")
-    task: str | None = arg(None, "t2v, or i2v (image-to-video): without --model, which shipped generator; "
-                           "with a --model that can do both, which task; default: t2v", choices=TASKS)
-    model: str | None = arg(None, "another folder with transformer/, text_encoder/, vae/ (and "
-                            "image_encoder/), such as Wan2.1's")
-    transformer: str | None = arg(None, "another generator, such as runs/align/transformer")
-    lora: str | None = arg(None, "LoRA file to add to the generator, with diffusers' or ComfyUI's names; of "
-                           "two experts (Wan2.2 A14B), to the high-noise one")
-    lora_2: str | None = arg(None, "the same for the low-noise one of two experts")
-    image: str | None = arg(None, "first frame (png, jpg, or a video's first frame), for image-to-video "
-                            "models")
-    size: str | None = arg(None, "W*H of the video; default: the model's")
-    frames: int | None = arg(None, "frames, 4k + 1; default: the model's", at_least=5)
+    task: str | None = arg(None, "t2v (text-to-video) or i2v (image-to-video). Without --model it chooses "
+                           "the shipped generator; with a --model that can do both, it chooses the task. "
+                           "Default: the --model's own task, else t2v", choices=TASKS)
+    model: str | None = arg(None, "folder of another model, with transformer/, text_encoder/, vae/ (and "
+                            "image_encoder/), such as Wan2.1's; default: the shipped one for --task")
+    transformer: str | None = arg(None, "folder of another transformer for this model, such as "
+                                  "runs/align/transformer")
+    lora: str | None = arg(None, "LoRA file to add to the generator, with the names of diffusers or ComfyUI; "
+                           "for two experts (Wan2.2 A14B), the file of the high-noise one")
+    lora_2: str | None = arg(None, "LoRA file to add to the low-noise one of two experts")
+    image: str | None = arg(None, "first frame, for image-to-video models: a png, a jpg, or a video whose "
+                            "first frame is taken")
+    size: str | None = arg(None, "W*H of the video in pixels; default: the model's")
+    frames: int | None = arg(None, "number of frames, 4k + 1; default: the model's", at_least=5)
     fps: float | None = arg(None, "frames per second of the file; default: the model's", above=0)
     num_videos: int = arg(1, "videos of each prompt", above=0)
     num_inference_steps: int | None = arg(None, "Euler steps from noise to video; default: the model's",
                                           above=0)
-    guidance_scale: float | None = arg(None, "classifier-free guidance, 1 is none; default: the model's",
-                                       at_least=0)
-    guidance_scale_2: float | None = arg(None, "the same for the low-noise one of two experts; default: "
-                                         "--guidance_scale if that is given, or the model's", at_least=0)
-    negative_prompt: str | None = arg(None, "what guidance leads away from; default: Wan2.1's own, or an "
-                                      "all-zero context")
-    shift: float | None = arg(None, "moves times towards noise, 1 leaves them uniform; default: the model's",
-                              above=0, at_most=100)
-    seed: int = arg(0, "seed of the noise; a row of --prompts may have its own", at_least=0)
-    reward: str | None = arg(None, "reward model of the search; default: <model>/reward", only="!best_of 1")
-    contact_sheet: str | None = arg(None, "also write all frames of all videos as one PNG", only="!prompts")
-    batch_size: int | None = arg(None, "videos of one seed that are sampled together; default: by their "
-                                 "size, 1 for Wan2.1's. Rows of a metadata.jsonl keep the batches that they "
-                                 "were made in", above=0)
-    mixed_precision: str | None = arg(None, "autocast dtype; default: bf16 for Wan2.1 and Wan2.2 where the "
-                                      "machine is fast at it, else no", choices=("no", "bf16"))
-    parallel: str = arg("ddp", "under torchrun: each GPU holds the whole generator (ddp) or its part of it "
+    guidance_scale: float | None = arg(None, "scale of classifier-free guidance; 1: no guidance. Default: "
+                                       "the model's", at_least=0)
+    guidance_scale_2: float | None = arg(None, "guidance scale of the low-noise one of two experts (Wan2.2 "
+                                         "A14B); default: --guidance_scale if that is given, else the "
+                                         "model's", at_least=0)
+    negative_prompt: str | None = arg(None, "prompt that guidance leads away from; default: for Wan its "
+                                      "published one, else an all-zero context")
+    shift: float | None = arg(None, "moves the times of the Euler steps towards noise; 1 spaces them evenly. "
+                              "Default: the model's", above=0, at_most=100)
+    seed: int = arg(0, "seed of the noise; a row of --prompts may have a seed of its own", at_least=0)
+    reward: str | None = arg(None, "folder of the reward model that chooses among the candidates; default: "
+                             "<model>/reward", only="!best_of 1")
+    contact_sheet: str | None = arg(None, "PNG file into which all frames of all videos are written too",
+                                    only="!prompts")
+    batch_size: int | None = arg(None, "how many videos of one seed are sampled together. Default: as many "
+                                 "as fit by their size, for Wan2.1 one; rows of a metadata.jsonl keep the "
+                                 "batches in which they were made", above=0)
+    mixed_precision: str | None = arg(None, "autocast dtype; default: bf16 for Wan2.1 and Wan2.2 on machines "
+                                      "that are fast at it, else no", choices=("no", "bf16"))
+    parallel: str = arg("ddp", "under torchrun: each GPU holds the whole generator (ddp) or a part of it "
                         "(fsdp)", choices=parallel.KINDS)
-    sequence_parallel: int = arg(1, "neighbouring GPUs that share a video's tokens, for long videos", above=0)
+    sequence_parallel: int = arg(1, "number of neighbouring GPUs that share the tokens of each video, for "
+                                 "long videos", above=0)
 
 
 @dataclass
@@ -141,8 +147,8 @@ def check_flags(config):
 def take_settings(config, rows):
     """Fills in the flags that are not given with those that the rows of --prompts were made with.
 
-    -> the rows' settings if every one that decides a video's bytes is now as it was then, else None. Raises
-    InputError.
+    -> the rows' settings if all settings that decide a video's bytes are the same now as then, else None.
+    Raises InputError.
     """
     recorded = samples.shared_settings(config.prompts, rows)
     if not recorded:
@@ -159,7 +165,7 @@ def take_settings(config, rows):
     if config.num_videos > 1:
         changed.append("num_videos")
     keep = set(samples.FLAGS) - set(given)
-    if {"task", "model"} & set(changed):  # another model: what belonged to the recorded one goes with it
+    if {"task", "model"} & set(changed):  # another model: settings of the old one are dropped
         keep -= {"task", "model", "transformer", "lora", "lora_2", "guidance_scale_2", "reward"}
     elif "transformer" in changed:
         keep -= {"lora", "lora_2"}
@@ -185,7 +191,7 @@ def take_settings(config, rows):
 
 
 def settle(config, dit_config):
-    """What the flags leave open, as the model is used -> size (W, H)."""
+    """Fills in the flags that were left open, from the model's defaults -> size (W, H)."""
     negative = config.negative_prompt
     size = data.parse_size(config, families.of_config(dit_config).side)
     size = size or families.sampling_defaults(dit_config)["size"]
@@ -233,8 +239,8 @@ def list_videos(config):
 
 def place_videos(videos, batch_size):
     """Gives every Video without a batch its batch and place: neighbours in the list that have one seed go
-    together. Batches are the same whatever is done already and however many processes there are, as rounding,
-    and with it the bytes of a file, can depend on the size of a video's batch."""
+    together. Batches depend neither on what is done already nor on the number of processes, because the size
+    of a video's batch can change its rounding, and with it the bytes of its file."""
     free = [video for video in videos if video.batch is None]
     for _, same_seed in itertools.groupby(free, lambda video: video.seed):
         same_seed = list(same_seed)
@@ -276,8 +282,8 @@ def check_images(videos, dit_config, size):
             task = dit_config["model_type"]
             if does_both(dit_config):
                 task += " by --task, though its model can do both"
-            raise InputError("--image is needed by image-to-video models (or an image in each row of "
-                             f"--prompts), and only by those; this one is {task}")
+            raise InputError("--image is needed for image-to-video models (or an image in each row of "
+                             f"--prompts), and other models take none; this one is {task}")
         if image is not None:
             read_clip(image, size=size, frames=1)
 

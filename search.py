@@ -1,4 +1,5 @@
-"""Best of n while sampling: candidates start from different noise, the latent reward drops them on the way.
+"""Best of n while sampling: candidates start from different noise, and the latent reward drops bad ones on
+the way.
 
 PAVRM predicts from a half-finished latent whether a good video will come of it. So a bad candidate need not
 be finished, and nothing has to be decoded. Every generator that has a reward model can be sampled like this,
@@ -23,11 +24,11 @@ from common import InputError, arg
 @dataclass
 class Flags:
     """The flags of sample.py and evaluate.py about the search."""
-    best_of: int = arg(1, "candidates per video, of which the reward model keeps one", above=0)
-    drops: str | None = arg(None, "when candidates are dropped: time:number kept, separated by commas; "
-                            ".75:4,.56:2,.37:1 keeps 4 at t = .75, 2 at .56 and 1 at .37, and 0:1 compares "
-                            "finished videos only; default: half, a quarter and one are kept at these times",
-                            only="!best_of 1")
+    best_of: int = arg(1, "candidates made per video; the reward model keeps one of them", above=0)
+    drops: str | None = arg(None, "when candidates are dropped: a list of time:number kept. "
+                            ".75:4,.56:2,.37:1 keeps 4 at t = .75, 2 at .56 and 1 at .37; 0:1 compares "
+                            "finished videos only. Default: half are kept at .75, a quarter at .5625, one at "
+                            ".375", only="!best_of 1")
 
 
 def default_drops(n):
@@ -81,11 +82,12 @@ def best_of(dit, pavrm, latent_shape, context, seed, indices, num_steps, drops, 
             guidance_scale=1.0, null=None, batch_size=128, max_rows=None, autocast=None, **image):
     """-> (the best candidates' latents [m, c, f, h, w], forward passes of dit per video).
 
-    A reward counts as the share of dit's blocks that it runs. The noise of a candidate depends only on (seed,
-    index, its number); number 0 is what flow.sample makes. drops: ((1, n), (t, keep), ..., (t, 1)) from
-    default_drops or parse_drops: of n candidates the reward keeps `keep` at the step nearest to t. With one
-    candidate this is flow.sample, and pavrm may be None. batch_size: candidates in one pass. max_rows: the
-    largest m of all ranks, for models that are sharded over them. The rest as in flow.sample.
+    A pass of the reward model counts as the share of dit's blocks that it runs. The noise of a candidate
+    depends only on (seed, index, its number); number 0 is what flow.sample makes. drops: ((1, n), (t, keep),
+    ..., (t, 1)) from default_drops or parse_drops: of n candidates the reward keeps `keep` at the step
+    nearest to t. With one candidate this is flow.sample, and pavrm may be None. batch_size: candidates in one
+    pass. max_rows: the largest m of all ranks, for models that are sharded over them. The rest as in
+    flow.sample.
     """
     m, n = len(indices), drops[0][1]
     times = flow.schedule(num_steps, shift)

@@ -17,15 +17,16 @@ What an iteration makes:
     sft     one flow-matching update on curated videos (Eq. 10)
     rwr     one flow-matching update on the generator's own samples, each weighted by exp(reward); they are
             made before the first iteration and kept in <output_dir>/own_samples
-    nft     an SFT update, then own samples, groups of them of the same prompt, and --inner_updates updates on
-            them: DiffusionNFT
-    grpo    the same with the updates of Flow-GRPO
+    nft     an SFT update, then a batch of the generator's own samples, several for each prompt, and
+            --inner_updates updates on this batch (DiffusionNFT)
+    grpo    as nft, but with the updates of Flow-GRPO
 
-Without --data the curated set is clean clips of the embedded world, written as mp4 and encoded like anybody's
-clips. With --data it is every clip of the shards that is not labelled 0, so unlabelled clips and
-those in between too.
-Writes <output_dir>/transformer, metrics.jsonl, samples/ (fixed prompts and noise, watched while training) and
-best/, the weights whose samples the annotator or --judge liked best.
+Without --data the curated videos are clean clips of the embedded world, which are written as mp4 and encoded
+like a user's clips. With --data they are all clips of the shards that are not labelled 0: unlabelled clips,
+and clips that are neither good nor bad, belong to them too.
+
+Writes transformer/ and metrics.jsonl to <output_dir>; samples/, which each validation makes from the same
+prompts and the same noise; and best/, the weights whose samples the annotator or --judge scored highest.
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 """
@@ -59,76 +60,83 @@ from world import clips, scene
 
 @dataclass
 class Config(rl_baselines.Flags, runs.Flags, validation.Flags, lora.Flags, parallel.Flags):
-    method: str = arg("prfl", "how to train", choices=("prfl", "refl", "sft", "rwr", "nft", "grpo"))
-    task: str | None = arg(None, "t2v, or i2v (image-to-video): without --model, which shipped generator; "
-                           "with a --model that can do both, which task; default: t2v", choices=TASKS)
-    model: str | None = arg(None, "another generator: a folder with transformer/, vae/ and text_encoder/")
-    reward: str | None = arg(None, "folder of the reward model; default: reward/ in the generator's folder, "
-                             "or with --method refl reward_rgb_first/ or reward_rgb_all/ there (none is "
-                             "shipped)",
-                             only="!method sft")
-    expert: str | None = arg(None, "which of two experts trains (Wan2.2 A14B); the other one is frozen and "
-                             "takes part in rollouts. The reward model is made of the low-noise expert. In "
-                             "the embedded world the high-noise expert brings more (results/wan22.md); "
-                             "default: low", choices=experts.CHOICES)
+    method: str = arg("prfl", "training method; the list above says what each one does",
+                      choices=("prfl", "refl", "sft", "rwr", "nft", "grpo"))
+    task: str | None = arg(None, "t2v (text-to-video) or i2v (image-to-video). Without --model it chooses "
+                           "the shipped generator; with a --model that can do both, it chooses the task. "
+                           "Default: the --model's own task, else t2v", choices=TASKS)
+    model: str | None = arg(None, "folder of another generator, with transformer/, vae/ and text_encoder/; "
+                            "default: the shipped one for --task")
+    reward: str | None = arg(None, "folder of the reward model. Default: reward/ in the generator's folder; "
+                             "for --method refl, reward_rgb_first/ or reward_rgb_all/ there, by "
+                             "--frames_decoded (neither is shipped)", only="!method sft")
+    expert: str | None = arg(None, "which of the two experts of Wan2.2 A14B is trained; one that is not "
+                             "trained still takes part in rollouts. The reward model is made from the "
+                             "low-noise expert. In the embedded world training the high-noise expert brings "
+                             "more (results/wan22.md). Default: low", choices=experts.CHOICES)
     data: str | None = arg(None, "curated shards from `data.py encode`; default: clean clips of the embedded "
                            "world")
     output_dir: str = arg("runs/align", "run folder")
-    world: str = arg("tiny", "size of the embedded world", choices=tuple(scene.SIZES), only="!data")
+    world: str = arg("tiny", "size of the embedded world's clips: tiny is 32x32, mid is 48x48, small is "
+                     "64x64 pixels", choices=tuple(scene.SIZES), only="!data")
     num_curated: int = arg(1024, "number of curated clips to render", above=0, only="!data")
     curated_dir: str | None = arg(None, "folder where rendered clips are kept, and used again if they are "
                                   "there; default: <output_dir>/curated", only="!data")
-    num_samples: int = arg(2048, "number of own samples that RWR makes and weighs", at_least=2,
-                           only="method rwr")
-    num_inference_steps: int | None = arg(None, "N, Euler steps of a rollout; default: 16, Wan: the paper's "
-                                          "40", above=0, only="!method sft or !num_validation 0")
-    shift: float | None = arg(None, "moves times towards noise; default: 1 (evenly spaced), Wan2.1: 3, or 5 "
-                              "from 720P on, Wan2.2 TI2V-5B: 5, A14B: 12, or 5 for i2v", above=0, at_most=100,
-                              only="!method sft or !num_validation 0")
-    reward_weight: float = arg(1.0, "lambda of Alg. 1, a factor of the loss; in prfl and refl Adam and "
-                               "clipping leave it little effect", above=0, only="method prfl refl nft grpo")
-    recipe: str | None = arg(None, "paper: Alg. 1 to the letter, to be stopped in time; steady: ours, which "
-                             "holds for longer (results/endurance.md). It sets --rollout_passes, "
-                             "--reward_loss and --lr_scheduler unless they are given; default: steady for "
-                             "prfl, paper for refl", choices=tuple(prfl.RECIPES), only="method prfl refl")
+    num_samples: int = arg(2048, "number of samples that RWR draws from the untrained generator and weights "
+                           "by reward", at_least=2, only="method rwr")
+    num_inference_steps: int | None = arg(None, "N, the number of Euler steps in a rollout; default: 16, or "
+                                          "for Wan the paper's 40", above=0,
+                                          only="!method sft or !num_validation 0")
+    shift: float | None = arg(None, "moves the times of the Euler steps towards noise; 1 spaces them evenly. "
+                              "Default: 1; Wan2.1: 3, or 5 from 720P on; Wan2.2 TI2V-5B: 5; Wan2.2 A14B: 12, "
+                              "or 5 for i2v", above=0, at_most=100, only="!method sft or !num_validation 0")
+    reward_weight: float = arg(1.0, "lambda of Alg. 1, the factor of the reward loss; in prfl and refl it "
+                               "has little effect, because clipping and Adam rescale the gradient", above=0,
+                               only="method prfl refl nft grpo")
+    recipe: str | None = arg(None, "paper: Alg. 1 to the letter, which has to be stopped in time; steady: "
+                             "ours, which stays good for longer (results/endurance.md). The recipe sets "
+                             "--rollout_passes, --reward_loss and --lr_scheduler unless they are given. "
+                             "Default: steady for prfl, paper for refl", choices=tuple(prfl.RECIPES),
+                             only="method prfl refl")
     rollout_passes: int | None = arg(None, "the rollout without gradients takes at most this many long Euler "
-                                     "steps, each over several of the N; 0 takes each of the N steps (Alg. "
-                                     "1); default: the recipe's (paper 0, steady 4), nft and grpo: 10",
-                                     at_least=0, only="method prfl refl nft grpo")
-    reward_loss: str | None = arg(None, "loss of a logit r: linear is -lambda r (Alg. 1), logsigmoid is -log "
-                                  "sigmoid(r), sigmoid_hinge is the released code's; default: the recipe's "
-                                  "(paper linear, steady logsigmoid)",
+                                     "steps, each of which replaces several of the N; 0: it takes the N "
+                                     "steps one by one (Alg. 1). Default: 0 with the paper recipe, 4 with "
+                                     "steady, 10 for nft and grpo", at_least=0,
+                                     only="method prfl refl nft grpo")
+    reward_loss: str | None = arg(None, "loss as a function of the reward's logit r: linear is -lambda r "
+                                  "(Alg. 1), logsigmoid is -log sigmoid(r), sigmoid_hinge is the released "
+                                  "code's. Default: linear with the paper recipe, logsigmoid with steady",
                                   choices=tuple(prfl.REWARD_LOSSES), only="method prfl refl")
-    trajectory_part: str | None = arg(None, "part of the trajectory whose steps can be rewarded (Table 3); "
-                                      "default: full, or late for refl", choices=tuple(prfl.THIRDS),
+    trajectory_part: str | None = arg(None, "part of the trajectory from which the rewarded step is drawn "
+                                      "(Table 3); default: full, for refl late", choices=tuple(prfl.THIRDS),
                                       only="method prfl refl")
-    frames_decoded: str = arg("first", "frames that are decoded and judged", choices=refl_baseline.FRAMES,
-                              only="method refl")
-    decoder_checkpointing: bool = arg(False, "save memory: decode in chunks, and decode each chunk anew in "
-                                      "the backward pass",
-                                      only="method refl")
-    sft_updates: bool = arg(True, "make the SFT update that keeps the reward from being exploited (Alg. 1)",
-                            only="method prfl refl nft grpo")
-    context_dropout: float = arg(0.0, "share of the SFT updates' prompts that are replaced by the empty "
+    frames_decoded: str = arg("first", "which frames are decoded and judged: the first, or all",
+                              choices=refl_baseline.FRAMES, only="method refl")
+    decoder_checkpointing: bool = arg(False, "save memory: decode in chunks, and decode each chunk again in "
+                                      "the backward pass", only="method refl")
+    sft_updates: bool = arg(True, "make the SFT update of each iteration, which keeps the generator from "
+                            "exploiting the reward (Alg. 1)", only="method prfl refl nft grpo")
+    context_dropout: float = arg(0.0, "share of the prompts in SFT updates that are replaced by the empty "
                                  "prompt, so that guidance stays usable", at_least=0, below=1,
                                  only="method sft or method prfl refl nft grpo, sft_updates")
-    learning_rate: float | None = arg(None, "AdamW's learning rate; for sft 3e-4 is better in the embedded "
-                                      "world (results/table1.md); default: Wan: the paper's 5e-6; embedded "
-                                      "world: 2e-4 for prfl by the steady recipe, else 1e-4", above=0)
-    lr_scheduler: str | None = arg(None, "constant: the learning rate stays; linear: it falls to 0 at "
-                                   "--max_train_steps; default: the recipe's (paper constant, steady "
-                                   "linear), constant for the other methods", choices=("constant", "linear"))
+    learning_rate: float | None = arg(None, "AdamW's learning rate. Default: for Wan the paper's 5e-6; in "
+                                      "the embedded world 2e-4 for prfl with the steady recipe, else 1e-4 "
+                                      "(for sft 3e-4 is better there: results/table1.md)", above=0)
+    lr_scheduler: str | None = arg(None, "constant keeps the learning rate; linear lets it fall to 0 at "
+                                   "--max_train_steps. Default: linear with the steady recipe, else constant",
+                                   choices=("constant", "linear"))
     weight_decay: float = arg(0.0, "AdamW's weight decay", at_least=0)
-    max_train_steps: int | None = arg(None, "iterations (two updates each in prfl and refl, more in nft "
-                                      "and grpo); default: Wan: the paper's 800; embedded world: 480 for "
-                                      "prfl by the steady recipe, else 120", above=0)
-    batch_size: int | None = arg(None, "videos (in a reward update: prompts) in a batch of one GPU, or of "
-                                 "one --sequence_parallel group; default: 32, Wan: 1", above=0)
-    gradient_accumulation_steps: int | None = arg(None, "batches per update; default: 1, Wan: as many as "
-                                                  "bring an update of all GPUs nearest to 30 videos", above=0)
+    max_train_steps: int | None = arg(None, "number of iterations; each makes two updates in prfl and refl, "
+                                      "and more in nft and grpo. Default: for Wan the paper's 800; in the "
+                                      "embedded world 480 for prfl with the steady recipe, else 120", above=0)
+    batch_size: int | None = arg(None, "videos (in a reward update: prompts) per batch on each GPU, or on "
+                                 "each group of --sequence_parallel GPUs; default: 32, for Wan 1", above=0)
+    gradient_accumulation_steps: int | None = arg(None, "batches per update. Default: 1; for Wan the number "
+                                                  "that brings one update on all GPUs together nearest to 30 "
+                                                  "videos", above=0)
     max_grad_norm: float = arg(1.0, "the gradient of each update is clipped to this norm", above=0)
     checkpointing_steps: int = arg(40, "iterations between checkpoints", above=0)
-    seed: int = arg(0, "seed of order, times, noise and rewarded steps", at_least=0)
+    seed: int = arg(0, "seed of the order of clips, times, noise and rewarded steps", at_least=0)
 
 
 def resolve(config):
@@ -177,7 +185,8 @@ def resolve(config):
 
 
 def steps_of_experts(config, dit_config):
-    """(skipped, last) of the Euler steps that the --expert which trains makes; None without experts."""
+    """(skipped, last): the Euler steps of the --expert that trains, as experts.steps_of returns them; None
+    without experts."""
     if not config.expert:
         return None
     times = flow.schedule(config.num_inference_steps, config.shift)
@@ -185,8 +194,8 @@ def steps_of_experts(config, dit_config):
 
 
 def split_curated(config, shards):
-    """-> (indices of the clips to train on, indices of the clips held out to watch), none of them labelled
-    0."""
+    """-> (indices of the clips to train on, indices of those held out for validation). No clip in them is
+    labelled 0."""
     curated = (shards.labels != 0).nonzero()[:, 0]
     if not len(curated):
         raise InputError(f"{shards.folder}: every clip is labelled 0; alignment needs good ones")
@@ -240,7 +249,8 @@ def main(config):
         rows = data.order(len(curated), config.seed + 1, 0, range(config.num_samples), global_batch)
         own, own_weights = rl_baselines.own_samples(Path(config.output_dir) / "own_samples", policy, pavrm,
                                                     shards, curated[rows], config, runtime)
-    # One AdamW serves both updates, as in Alg. 1: their gradients never mix, its moments average over both.
+    # One AdamW serves both updates, as in Alg. 1: their gradients never mix, but AdamW's moments average over
+    # both.
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
     if config.method in rl_baselines.LEARNERS:
@@ -267,7 +277,7 @@ def main(config):
         return flow_loss(iteration, indices, x0, context, **conditions)
 
     def rwr_loss(iteration, indices):
-        """Eq. 10 on own samples, each weighted by exp(reward)."""
+        """Eq. 10 on the generator's own samples, each weighted by exp(reward)."""
         j = data.order(len(own), config.seed, iteration, indices, global_batch)
         batch = own.batch(j)
         x0, context = batch["latents"].to(runtime.device), batch["context"].to(runtime.device)
@@ -291,8 +301,8 @@ def main(config):
         return loss, {"reward": reward.mean(), "rewarded_step": torch.tensor(step, device=runtime.device)}
 
     def update(name, loss_fn, iteration):
-        """One optimizer update: backward passes of the accumulated batches, one clip, one step -> {metric:
-        number}"""
+        """One optimizer update: the backward passes of the accumulated batches, one clipping of the gradient,
+        one step of AdamW -> {metric: number}"""
         clock, cpu_clock = time.perf_counter(), time.process_time()
         optimizer.zero_grad()
         rows = []
@@ -341,7 +351,7 @@ def main(config):
             group["lr"] = learning_rate
         metrics = {"learning_rate": learning_rate}
         for part in parts:
-            for name, value in part(iteration).items():         # of updates alike: their seconds together
+            for name, value in part(iteration).items():         # seconds of updates of one kind add up
                 metrics[name] = value + (metrics.get(name, 0) if name.endswith("seconds") else 0)
 
         done = iteration + 1

@@ -1,6 +1,6 @@
 """Stage 1: train PAVRM, the latent reward model, on labelled videos that are noised to random t (Eq. 4-6).
 
-    python train_reward.py                                      the embedded world: samples, labels, trains
+    python train_reward.py                                  embedded world: samples are made and labelled
     torchrun --nproc_per_node=8 train_reward.py --data clips_encoded --holdout 100
     python train_reward.py --data round1_encoded round2_encoded     two rounds of labels
     python train_reward.py --data clips_encoded --fold 1/2          half of the labels
@@ -11,17 +11,19 @@
     python train_reward.py --task i2v --output_dir runs/reward_i2v
     python train_reward.py --resume latest
 
-Without --data the base generator makes its own samples and the annotator labels them from pixels: good is
-qualified on both axes and true to the prompt, bad is unqualified on an axis or untrue to the prompt, and what
-lies in between is dropped. The samples stay in <output_dir>/samples. With --data the reward model learns from
-your shards. Their labels are those beside their clips: label.py's, or else the metadata's.
+Without --data the base generator makes samples, and the annotator labels them from their pixels. A sample is
+good if it is qualified on both axes (motion and form) and true to its prompt. It is bad if it is unqualified
+on an axis or untrue to its prompt. All others are dropped. The samples stay in <output_dir>/samples. With
+--data the reward model learns from your shards. Their labels are read beside the clips: from label.py's
+answers if there are any, else from the metadata.
 
-A share of each batch (--mismatched) is given another video's prompt and the label bad. This takes no further
+A share of each batch (--mismatched) is given another video's prompt and the label bad. This needs no further
 labels. Without it the generator can please the reward and lose its prompt.
 
-Writes <output_dir>/reward and metrics.jsonl, and report.json, which has the accuracy on held-out videos,
-clean and by t, and how well the reward tells good videos with their own prompt from the same videos with
-another's. At each t, a reward of pixels judges the clean video that is predicted from x_t.
+Writes reward/, metrics.jsonl and report.json to <output_dir>. The report has the accuracy on held-out videos,
+without noise and by t. It also says how well the reward tells good videos with their own prompt from the same
+videos with another video's prompt. With --space rgb the reward judges, at each t, the pixels of the clean
+video that is predicted from x_t.
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 """
@@ -53,54 +55,59 @@ from world import clips, scene
 
 @dataclass
 class Config(runs.Flags, parallel.Flags):
-    task: str | None = arg(None, "t2v, or i2v (image-to-video): without --model, which shipped generator; "
-                           "with a --model that can do both, which task; default: t2v", choices=TASKS)
-    model: str | None = arg(None, "another generator: a folder with transformer/, vae/ and text_encoder/")
-    space: str = arg("latent", "what the reward judges: noisy latents (PAVRM), or pixels (RGB ReFL)",
+    task: str | None = arg(None, "t2v (text-to-video) or i2v (image-to-video). Without --model it chooses "
+                           "the shipped generator; with a --model that can do both, it chooses the task. "
+                           "Default: the --model's own task, else t2v", choices=TASKS)
+    model: str | None = arg(None, "folder of another generator, with transformer/, vae/ and text_encoder/; "
+                            "default: the shipped one for --task")
+    space: str = arg("latent", "what the reward model judges: noisy latents (PAVRM) or pixels (RGB ReFL)",
                      choices=("latent", "rgb"))
-    frames_decoded: str = arg("first", "frames that are decoded and judged", choices=refl_baseline.FRAMES,
-                              only="space rgb")
-    data: tuple[str, ...] = arg((), "labelled shards from `data.py encode`; several folders, such as rounds "
-                                "of labels, count as one; default: the generator's own samples")
-    labels: str | None = arg(None, "a labels.jsonl in place of the one beside the clips", only="data")
-    bad: str = arg("both", "both: bad is unqualified on both axes (A.2.3); any: unqualified on at least one",
-                   choices=BAD, only="data")
+    frames_decoded: str = arg("first", "which frames are decoded and judged: the first, or all",
+                              choices=refl_baseline.FRAMES, only="space rgb")
+    data: tuple[str, ...] = arg((), "labelled shards from `data.py encode`; several folders, for example one "
+                                "for each round of labels, are used as one. Default: labelled samples of the "
+                                "generator")
+    labels: str | None = arg(None, "a labels.jsonl to use instead of the one beside the clips", only="data")
+    bad: str = arg("both", "which clips are bad: both: those unqualified on both axes, motion and form (the "
+                   "paper's A.2.3); any: those unqualified on at least one axis", choices=BAD, only="data")
     output_dir: str = arg("runs/reward", "run folder")
-    world: str = arg("tiny", "size of the embedded world", choices=tuple(scene.SIZES), only="!data")
-    num_samples: int = arg(16384, "number of own samples to make and label", above=0, only="!data")
-    samples_dir: str | None = arg(None, "folder where own samples are kept, and used again if they are "
-                                  "there; default: <output_dir>/samples", only="!data")
-    num_inference_steps: int = arg(16, "Euler steps of each own sample", above=0, only="!data")
-    shift: float = arg(1.0, "moves the times of own samples towards noise; 1 spaces them evenly", above=0,
-                       at_most=100, only="!data")
-    fold: str | None = arg(None, "i/n: use only the i-th of n parts of the labelled videos, such as 1/2 here "
-                           "and 2/2 for a judge; default: all")
-    holdout: int | None = arg(None, "number of labelled videos kept for the report; default: a fifth, but at "
-                              "most 400", above=0)
-    depth: int = arg(8, "K, blocks of the generator in the trunk (Table 8); the paper has 8 of 40, the "
-                     "shipped model 8 in all", above=0, only="space latent")
-    pooling: str = arg("query_attention", "how tokens become one vector (Eq. 5, Table 5)",
+    world: str = arg("tiny", "size of the embedded world's clips: tiny is 32x32, mid is 48x48, small is "
+                     "64x64 pixels", choices=tuple(scene.SIZES), only="!data")
+    num_samples: int = arg(16384, "number of samples that the generator makes and the annotator labels",
+                           above=0, only="!data")
+    samples_dir: str | None = arg(None, "folder for these samples; those that are there already are used "
+                                  "again. Default: <output_dir>/samples", only="!data")
+    num_inference_steps: int = arg(16, "Euler steps per sample of the generator", above=0, only="!data")
+    shift: float = arg(1.0, "moves the times of these Euler steps towards noise; 1 spaces them evenly",
+                       above=0, at_most=100, only="!data")
+    fold: str | None = arg(None, "i/n: use only the i-th of n parts of the labelled videos, for example 1/2 "
+                           "for the reward model and 2/2 for a judge; default: all")
+    holdout: int | None = arg(None, "number of labelled videos that are held out for the report; default: a "
+                              "fifth, but at most 400", above=0)
+    depth: int = arg(8, "K, how many of the generator's first blocks make the trunk (Table 8); the paper "
+                     "uses 8 of 40, the shipped generator has only 8", above=0, only="space latent")
+    pooling: str = arg("query_attention", "how the tokens are pooled into one vector (Eq. 5, Table 5)",
                        choices=tuple(POOLINGS), only="space latent")
-    loss: str = arg("bce", "cross-entropy (Eq. 6), or Bradley-Terry on the pairs of a batch (Table 7)",
-                    choices=tuple(CRITERIA))
-    mismatched: float | None = arg(None, "share of each batch that gets another video's prompt and the label "
-                                   "bad; 0 is the paper's; default: .25, or 0 if all prompts are alike",
+    loss: str = arg("bce", "bce: cross-entropy (Eq. 6); bt: Bradley-Terry on the pairs of good and bad "
+                    "videos in a batch (Table 7)", choices=tuple(CRITERIA))
+    mismatched: float | None = arg(None, "share of each batch that gets the prompt of another video and the "
+                                   "label bad; the paper has 0. Default: .25, or 0 if all prompts are alike",
                                    at_least=0, below=1)
-    fixed_t: float | None = arg(None, "train at this t (Fig. 3c); default: t ~ U(0, 1)", at_least=0, below=1,
-                                only="space latent")
-    learning_rate: float | None = arg(None, "AdamW's learning rate for query and head, which falls to 0; "
-                                      "default: 2e-3, Wan: 1e-5", above=0)
-    trunk_learning_rate: float | None = arg(None, "AdamW's learning rate for the trunk's blocks, which falls "
-                                            "to 0; 0 freezes them; default: 1e-3, Wan: 1e-6", at_least=0,
-                                            only="space latent")
+    fixed_t: float | None = arg(None, "train at this noise level only (Fig. 3c); default: t is drawn from "
+                                "U(0, 1)", at_least=0, below=1, only="space latent")
+    learning_rate: float | None = arg(None, "AdamW's learning rate for query and head at the start; it falls "
+                                      "to 0. Default: 2e-3, for Wan 1e-5", above=0)
+    trunk_learning_rate: float | None = arg(None, "AdamW's learning rate for the trunk's blocks at the "
+                                            "start; it falls to 0. With 0 they are frozen. Default: 1e-3, "
+                                            "for Wan 1e-6", at_least=0, only="space latent")
     weight_decay: float = arg(0.01, "AdamW's weight decay", at_least=0)
     max_train_steps: int = arg(1600, "optimizer steps", above=0)
-    batch_size: int | None = arg(None, "videos per step and GPU or group of GPUs; default: 64, Wan: 2",
-                                 above=0)
+    batch_size: int | None = arg(None, "videos per step on each GPU, or on each group of --sequence_parallel "
+                                 "GPUs; default: 64, for Wan 2", above=0)
     max_grad_norm: float = arg(1.0, "gradients are clipped to this norm", above=0)
     checkpointing_steps: int = arg(200, "steps between checkpoints", above=0)
     validation_steps: int = arg(200, "steps between reports on the held-out videos", above=0)
-    seed: int = arg(0, "seed of weights, samples, order, t and noise", at_least=0)
+    seed: int = arg(0, "seed of the weights, the samples, the order of videos, t and noise", at_least=0)
 
 
 def resolve(config):

@@ -2,10 +2,10 @@
 held-out prompts, always from the same noise.
 
 On the embedded world the annotator grades the samples. Nobody grades samples of your own data, so there are
-other measures: a panel (`panel`), each value beside that at step 0 and that of real clips; and, with --judge,
-a second reward model, which was trained on other clips and from another seed than the reward model and is
-never trained against. If its opinion falls while the reward still rises, the generator exploits the reward.
-best/ keeps the weights whose samples scored best.
+other measures. `panel` gives values that are shown beside those at step 0 and those of real clips. With
+--judge there is a second reward model, which was trained on other clips and from another seed than the first,
+and which the generator is never trained against. If the judge's probability falls while the reward still
+rises, the generator exploits the reward. best/ keeps the weights whose samples scored best.
 
 Axes: b batch, m held-out videos, c channels, f frames, h height, w width, F H W of pixels, l text tokens.
 """
@@ -40,9 +40,9 @@ SEED = 900                                              # of the samples' noise
 SHOWN = 8                                               # samples of each validation that are kept as mp4
 GROUP_LATENTS = 2 ** 11                                 # latent positions of a batch of samples
 # A judge's score: how likely it calls the samples good, minus this times how likely it calls them good for
-# another prompt. A judge of the same base model is fooled in the end as the reward model is: its opinion
-# alone keeps rising while an annotator sees worse videos. But it then likes a sample whatever the prompt was.
-# Chosen on the runs of three seeds: results/stopping.md.
+# another prompt. A judge made from the same base model is fooled in the end, as the reward model is: its
+# probability of "good" keeps rising while an annotator sees worse videos. But by then it also likes samples
+# with another prompt. Chosen on the runs of three seeds: results/stopping.md.
 OTHER_PROMPT = 0.5
 DEAF = 0.9                                              # prompt_auc below which a reward hardly reads prompts
 PANEL = ("speed", "flow", "brightness", "saturation", "sharpness")
@@ -103,24 +103,26 @@ def dynamic_degree(fastest, real):
 @dataclass
 class Flags:
     """train_align.py's flags about validation, and about what a run keeps."""
-    keep: int = arg(2, "number of newest checkpoints that are kept; best/ is kept besides", above=0)
+    keep: int = arg(2, "how many of the newest checkpoints are kept; best/ is always kept", above=0)
     validation_steps: int = arg(40, "iterations between validations", above=0, only="!num_validation 0")
-    num_validation: int | None = arg(None, "number of held-out prompts that validations sample, 0 for none; "
-                                     "default: 128 sentences of the embedded world, or with --data the "
-                                     "prompts of 8 clips (at most a fifth), which are kept out of training",
-                                     at_least=0)
-    validation_prompts: str | None = arg(None, "file of other prompts to sample at validations (.txt, "
-                                         ".jsonl, .csv)", only="data, !num_validation 0")
-    guidance_scale: float | None = arg(None, "guidance of the validation samples; default: the model's own",
-                                       at_least=0, only="!num_validation 0")
-    guidance_scale_2: float | None = arg(None, "the same for the low-noise one of two experts; default: "
-                                         "--guidance_scale if that is given, or the model's own", at_least=0,
-                                         only="!num_validation 0")
-    judge: str | None = arg(None, "second reward model, never trained against; it scores the validation "
-                            "samples and so chooses best/", only="!num_validation 0")
-    patience: int | None = arg(None, "stop after this many validations without a new best of the judge's or "
-                               "annotator's score (with --data it needs --judge); default: never", above=0,
-                               only="!num_validation 0")
+    num_validation: int | None = arg(None, "number of held-out prompts to sample at each validation; 0: "
+                                     "none. Default: 128 sentences of the embedded world; with --data the "
+                                     "prompts of 8 clips (at most a fifth of all), which are kept out of "
+                                     "training", at_least=0)
+    validation_prompts: str | None = arg(None, "file of prompts (.txt, .jsonl, .csv) to sample at "
+                                         "validations instead of those of the held-out clips",
+                                         only="data, !num_validation 0")
+    guidance_scale: float | None = arg(None, "scale of classifier-free guidance for the validation samples; "
+                                       "default: the model's", at_least=0, only="!num_validation 0")
+    guidance_scale_2: float | None = arg(None, "guidance scale of the low-noise one of two experts (Wan2.2 "
+                                         "A14B); default: --guidance_scale if that is given, else the "
+                                         "model's", at_least=0, only="!num_validation 0")
+    judge: str | None = arg(None, "folder of a second reward model, which the generator is never trained "
+                            "against; it scores the validation samples, and best/ keeps the weights with the "
+                            "highest score", only="!num_validation 0")
+    patience: int | None = arg(None, "stop after this many validations without a new best score from the "
+                               "judge or the annotator; with --data this needs --judge. Default: never stop "
+                               "early", above=0, only="!num_validation 0")
 
 
 def default_number(shards):
@@ -134,7 +136,7 @@ def default_number(shards):
 def check_flags(config, num_validation):
     """Raises InputError for flags of train_align.py about validation and export that cannot work.
 
-    config: as the flags were given. num_validation: what that setting came to.
+    config: as the flags were given. num_validation: the value of that setting, given or not.
     """
     if not num_validation:
         names = ("validation_steps", "validation_prompts", "guidance_scale", "guidance_scale_2", "judge",
@@ -206,8 +208,8 @@ def by_video(group, values):
 
 
 def gather_values(rows):
-    """What `by_video` gave on every rank -> {name: [value of video 0, 1, ...]}, on every rank. All must call
-    it."""
+    """What `by_video` gave on every rank -> {name: [value of video 0, 1, ...]}, on every rank. All ranks must
+    call it."""
     rows = [values for _, values in sorted(sum(common.gather(rows), []), key=lambda row: row[0])]
     return {name: [row[name] for row in rows] for name in rows[0]}
 
@@ -355,7 +357,7 @@ def strip(video, count=9, side=96):
 
 
 def show(step, means, real, folder):
-    """Prints the means; on the user's data each beside its value at step 0 and that of the real clips."""
+    """Prints the means; on the user's data also their values at step 0 and those of the real clips."""
     means = {name.removeprefix("validation_"): value for name, value in means.items()}
     if not real:
         cells = [f"{name} {value:.3f}" for name, value in means.items()]
@@ -383,8 +385,7 @@ def judges_score(means):
 
 
 def past_scores(output_dir):
-    """Scores of the validations in metrics.jsonl, which are those of the run that is resumed; the same on
-    every rank."""
+    """The scores in metrics.jsonl, from validations before the run was resumed; the same on every rank."""
     path, found = Path(output_dir) / "metrics.jsonl", []
     if common.rank() == 0 and path.exists():
         scores = [json.loads(line).get("validation_score") for _, line in runs.read_metrics(path)]
@@ -420,7 +421,8 @@ def logits_by_t(model, latents, context, seed=0, batch_size=256, max_rows=None, 
     """Section 4's test: logits [5, m] of m videos, each noised to one random t in every fifth of (0, 1].
 
     latents [m, c, f, h, w], context [m, l, d_text], image: y and clip [m, ...] (i2v). t and noise depend only
-    on seed, fifth and the video's number: indices [m], or its place. max_rows: as in flow.sample.
+    on seed, fifth and the video's number, which indices [m] give (default: its place). max_rows: as in
+    flow.sample.
     """
     rows, (device, m) = [], (latents.device, len(latents))
     indices = range(m) if indices is None else indices
@@ -451,10 +453,10 @@ def make_reward_report(reward_fn, batch, generator_config, config, runtime):
 
     reward_fn(x_t, t, context, **image) -> logits [b]; config: train_reward.py's; batch: held-out latents [m,
     c, f, h, w], context [m, l, d_text], label [m] and prompt. The report holds accuracy, balanced_accuracy
-    and auc: five numbers each, by t (metrics_by_t), and under "clean" one each, of the videos at t = 0.
-    prompt_accuracy and prompt_auc say whether the reward reads its prompt: how well it tells good videos with
-    their own prompt from the same videos with another one's. They are missing if all prompts are alike or no
-    video is good.
+    and auc: five numbers each, by t (metrics_by_t), and under "clean" one number each, for the videos at t =
+    0. prompt_accuracy and prompt_auc say whether the reward reads its prompt: how well it tells good videos
+    with their own prompt from the same videos with another one's. They are missing if all prompts are alike
+    or no video is good.
     """
     x0, context, labels = (batch[name].to(runtime.device) for name in ("latents", "context", "label"))
     image, at_once = image_inputs(generator_config, batch, runtime.device), 4 * config.batch_size

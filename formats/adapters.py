@@ -9,11 +9,10 @@ We also read files with lora_down, lora_up and alpha, names joined by underscore
 (lora_unet_blocks_0_self_attn_q, and VideoX-Fun's lora_unet__blocks_0_self_attn_q), and peft's own
 (base_model.model.blocks.0...).
 
-A layer changes by scale * B A. What others write leaves the scale to one of three places, and is read from
-the first that is there: a tensor `alpha` beside A and B; the settings of peft's LoraConfig, which diffusers
-puts into the file's header and peft into adapter_config.json beside it; or nowhere, and then the scale is 1.
-What we write has scale 1, because alpha / r is multiplied into B, so that every reader finds the same
-weights.
+A layer changes by scale * B A. Other programs put the scale into one of three places, and we read the first
+one that is there: a tensor `alpha` beside A and B; the settings of peft's LoraConfig, which diffusers puts
+into the file's header and peft into adapter_config.json beside it; or nowhere, and then the scale is 1. What
+we write has scale 1, because alpha / r is multiplied into B, so that every reader finds the same weights.
 
 Axes: d d' widths of a layer, r rank.
 """
@@ -28,8 +27,8 @@ from formats.metadata import from_json
 from formats.weights import diffusers_name, stream_tensors
 
 FILE = "pytorch_lora_weights.safetensors"
-# What the adapters of a transformer's folder are written as, beside it. The second is that of the low-noise
-# one of two experts: its names are the same, and diffusers is told with load_into_transformer_2=True.
+# The files of adapters, beside a transformer's folder. The second one is for the low-noise one of two
+# experts. The names in it are the same, so diffusers has to be told with load_into_transformer_2=True.
 FILES = {"transformer": FILE, "transformer_2": "pytorch_lora_weights_2.safetensors"}
 LAYOUTS = ("diffusers", "wan")
 LAYERS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o",
@@ -107,7 +106,7 @@ def read_adapters(path):
 # ---- the scale, as peft has it
 def read_settings(path, header):
     """The settings of peft's LoraConfig in a file's header, or in adapter_config.json beside it; {} if there
-    are none. Raises InputError if they cannot be read, as a guessed scale would be another adapter."""
+    are none. Raises InputError if they cannot be read, because a guessed scale would make another adapter."""
     place, text = f"{path}: {HEADER} in its header", header.get(HEADER)
     beside = Path(path).parent / BESIDE
     if text is None and Path(path).name.startswith("adapter_model") and beside.is_file():
@@ -132,7 +131,8 @@ def read_settings(path, header):
 
 
 def scale_of(settings, layer, r):
-    """alpha / r, or alpha / sqrt(r) with use_rslora, of a layer by peft's settings; 1 if there are none."""
+    """alpha / r, or alpha / sqrt(r) with use_rslora, of a layer, from peft's settings; 1 if there are
+    none."""
     if not settings:
         return 1.0
     alpha, name = settings.get("lora_alpha", 8), diffusers_layer(layer)  # 8 is peft's default
@@ -157,11 +157,12 @@ def write_adapters(path, adapters, layout="diffusers"):
 
 
 def share_kept(merged, adapters, dtype):
-    """The share of what adapters add that stays where the weights merged with them are stored in dtype.
+    """How much of what adapters add is still there, as a share, when the weights merged with them are stored
+    in dtype.
 
-    merged: {name: weight} with the adapters in it. adapters: as from `read_adapters`. The share is that of
-    the change in the direction of B A: the sum of (stored - base) * (B A) over that of (B A)^2, where base is
-    what dtype has without them.
+    merged: {name: weight} with the adapters in it. adapters: as from `read_adapters`. The share is the sum of
+    (stored - base) * (B A), divided by the sum of (B A)^2: the part of the change that points in the
+    direction of B A. base is the weight in dtype without adapters.
     """
     along = total = 0.0
     for layer, (A, B) in adapters.items():

@@ -1,9 +1,10 @@
 """Colours of films: how frames that are read become plain RGB, and how frames that are written are tagged.
 
-Reading: HLG, PQ and wide gamuts, which phones record, become RGB as a screen of BT.709 shows them, as zimg
-does it with a reference white of 203 cd/m2 (ITU-R BT.2408), every channel by itself: BT.2100's EOTF to light,
-light to BT.709's primaries, and BT.1886's gamma of 2.4. What is brighter than that white is clipped. Where a
-file does not name the matrix of its YCbCr, the number of its lines decides, as in players and browsers.
+Reading: HLG, PQ and wide gamuts, which phones record, become RGB for a screen of BT.709. This is done as in
+zimg with a reference white of 203 cd/m2 (ITU-R BT.2408), for every channel by itself: BT.2100's EOTF to
+light, light to BT.709's primaries, and BT.1886's gamma of 2.4. What is brighter than that white is clipped.
+Where a file does not name the matrix of its YCbCr, the number of its lines decides, as in players and
+browsers.
 
 Writing: a file gets the matrix that players take for its number of lines, and a tag that says so. Programs
 that read the tag and programs that count lines then show the same colours. """
@@ -43,7 +44,7 @@ def usual_matrix(lines):
 
 def tags_of(frame):
     """-> (transfer, primaries, matrix) of a frame of PyAV, in H.273's numbers. Pixels that are RGB, grey or
-    numbers in a palette need no matrix: theirs is RGB's."""
+    numbers in a palette need no matrix, and get RGB's."""
     has_matrix = not (frame.format.is_rgb or frame.format.has_palette or len(frame.format.components) < 3)
     return frame.color_trc, frame.color_primaries, frame.colorspace if has_matrix else RGB
 

@@ -1,9 +1,9 @@
 """What was written stays: after a kill, and after a power loss.
 
-A rename makes a file whole or not there at all, which is enough for a kill. After a power loss a disk may
-have kept the new name and lost the content, or lost the name. So content is flushed first, then renamed, and
-then the folder that holds the name is flushed. Some file systems cannot flush a folder, and some have no
-locks: that is said once, and work goes on."""
+With a rename a file is there whole or not at all, which is enough for a kill. But after a power loss a disk
+may have kept the new name and lost the content, or lost the name. So the content is flushed first, then the
+file is renamed, and then the folder that holds the name is flushed. Some file systems cannot flush a folder,
+and some have no locks: then a warning is printed once, and work continues."""
 import errno
 import os
 import secrets
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common import InputError, gather, rank
 
-# A flush that fails with one of UNSUPPORTED is tolerated; that of a folder with any error but FULL.
+# A flush that fails with one of UNSUPPORTED is tolerated. For a folder any error but FULL is tolerated.
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # end of the name of a folder while another takes its place

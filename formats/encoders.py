@@ -1,5 +1,5 @@
-"""The VAE, text encoder and image encoder beside a generator: where they stand in its folder, and work that
-all kinds share.
+"""The VAE, text encoder and image encoder beside a generator: where they are in its folder, and work that all
+kinds of them share.
 
 families.py loads them. Whatever the family, they have the same methods, come in eval mode and have no
 gradients on their weights:
@@ -44,7 +44,7 @@ def load_saved(cls, path):
 
 
 def count_long_captions(path, prompts):
-    """-> (how many of the prompts are longer than what the text encoder in folder `path` reads, that limit in
+    """-> (how many of the prompts are longer than the text encoder in folder `path` can read, this limit in
     words). Loads no weights."""
     config = read_config(path)
     if config.get("model_type") == "umt5":
@@ -66,8 +66,8 @@ def on(module, device):
 
 # ---- text
 def encode_texts(text, folder, prompts, device, width=None):
-    """{prompt: context [l, d] on the CPU}, without the zeros behind a prompt's tokens, which every generator
-    adds again.
+    """{prompt: context [l, d] on the CPU}, without the zeros after a prompt's tokens; every generator adds
+    these zeros again.
 
     text: the encoder that was loaded from `folder`. It reads one prompt at a time: in a batch a prompt's
     rounding, and with it the bytes of a video, would depend on its neighbours. width: the d that the
@@ -97,8 +97,8 @@ def stack_contexts(contexts):
 
 
 def drop_contexts(context, config, iteration, indices, null):
-    """context [b, l, d_text] of the examples `indices`, of which a share config.context_dropout is replaced
-    by the null context [l, d_text], or by zeros if null is None."""
+    """context [b, l, d_text] of the examples `indices`; a share config.context_dropout of them is replaced by
+    the null context [l, d_text], or by zeros if null is None."""
     dropped = uniform(config.seed, "context dropout", iteration, indices) < config.context_dropout
     if not dropped.any():
         return context
@@ -122,8 +122,8 @@ def condition_latents(vae, videos, blank_frames):
 
 
 def decode_pixels(vae, latents, pixels=2 ** 23):
-    """latents [b, c, f, h, w] -> uint8 videos [b, F, H, W, 3] on the CPU. As many videos are decoded at once
-    as have this many pixels together, and at least one."""
+    """latents [b, c, f, h, w] -> uint8 videos [b, F, H, W, 3] on the CPU. At least one video is decoded at a
+    time, or as many as have this many pixels together."""
     _, _, f, h, w = latents.shape
     at_once = max(1, pixels // (TIME * f * h * w * vae.space ** 2))
     return torch.cat([to_pixels(vae.decode(x)).cpu() for x in latents.split(at_once)])

@@ -26,8 +26,8 @@ def of_file(path):
 
 
 class Contents:
-    """`of_file`, which does not read a file again whose inode, size and times are those of the last look.
-    `file` remembers these; losing that file costs time and nothing else."""
+    """Like `of_file`, but a file is not read again if its inode, size and times are the same as at the last
+    look. `file` remembers them; if it is lost, this costs only time."""
 
     def __init__(self, file):
         self.file, self.fresh = Path(file), {}

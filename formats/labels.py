@@ -9,13 +9,12 @@ writes them).
                           "annotator": "ada", "contents": ["0f3c...", "9ab0..."], "time": ...}
 
 physical (plausibility) and deformity (of the subject) are graded 0 unqualified, 1 partially qualified, 2
-qualified (A.2.3, Table 6). Of one annotator's lines about a clip, or a pair, the last one stands. Undo adds a
-line with "retracted": true in place of the answer, so nothing that was said is ever lost. time: seconds since
-1970.
+qualified (A.2.3, Table 6). If an annotator has several lines about a clip or a pair, the last one counts.
+Undo adds a line with "retracted": true, so no answer is ever lost. time: seconds since 1970.
 
-contents: what the clip's file held, or those of a and b, when the answer was given (formats/fingerprint.py).
-When another film comes under the same name, the answers about the old one no longer count. Lines without
-contents always count.
+contents: fingerprints of the clip's file, or of those of a and b, when the answer was given
+(formats/fingerprint.py). If another film later gets the same name, the answers about the old one no longer
+count. Lines without contents always count.
 
 Axes: n clips, k categories, m annotators.
 """
@@ -77,7 +76,7 @@ class Journal:
         tail = content[content.rfind(b"\n") + 1:]
         if tail and _is_json(tail):
             self.file.write(b"\n")
-        elif tail:  # a kill or a full disk cut it short: nobody was told that it is saved
+        elif tail:  # a kill or a full disk cut it short, before anybody was told that it is saved
             self.file.truncate(len(content) - len(tail))
 
     def append(self, line):
@@ -150,8 +149,8 @@ def contents_beside(path, answer, content=fingerprint.of_file):
 
 
 def all_contents(path, answers):
-    """-> [`contents_beside` of each of the answers in the file `path`]. Files that a former look has read and
-    that have not changed are not read again: .contents.json beside them remembers."""
+    """-> [`contents_beside` of each of the answers in the file `path`]. Files that were read before and have
+    not changed are not read again: .contents.json beside them remembers their contents."""
     known = fingerprint.Contents(Path(path).parent / ".contents.json")
     found = [contents_beside(path, answer, known.content) for answer in answers]
     if known.fresh:
@@ -162,7 +161,8 @@ def all_contents(path, answers):
 
 
 def _is_current(given, now):
-    """Whether contents that an answer was given for are those of today; what is not known does not differ."""
+    """Whether the contents that an answer was given for are the same today. Unknown contents count as the
+    same."""
     return all(old == new or old is None or new is None for old, new in zip(given, now))
 
 

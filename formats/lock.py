@@ -1,7 +1,8 @@
 """One writer at a time in a folder. Readers take no lock and never wait.
 
-The lock is the system's (flock on FOLDER/.lock), so it goes when its process ends, however that ends: a file
-that was left behind locks nothing. The file holds the writer's process id, which a second writer is told."""
+The lock is the system's (flock on FOLDER/.lock), so it ends with its process, however that ends, and a file
+that was left behind locks nothing. The file holds the writer's process id; a second writer is told this
+id."""
 import fcntl
 import os
 import socket

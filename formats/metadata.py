@@ -374,9 +374,9 @@ def write_rows(path, rows):
 
 
 def update_rows(path, rows):
-    """As `write_rows`, for a list in which others may have written meanwhile: a row whose values are there
-    already keeps its line, with a label, other fields and spelling; rows of other files that are there follow
-    behind."""
+    """Like `write_rows`, for a list that others may have changed meanwhile. If the list already has a row
+    with the same values, its line stays as it is, with its label, other fields and spelling. Rows of other
+    files stay too, after these."""
     path, lines = Path(path), {}
     text = _read_text(path)[1] if path.exists() else ""
     for line in filter(str.strip, text.split("\n")):

@@ -38,9 +38,9 @@ def require_file(path):
 
 
 def other_spelling(path):
-    """The end of a message about a path that does not exist: where the same letters are on the disk in
-    another Unicode form, as macOS and Linux write accents and umlauts, a hint that says so; else an empty
-    string."""
+    """The end of a message about a path that does not exist. If the same letters are on the disk in another
+    Unicode form (macOS and Linux write accents and umlauts differently), it is a hint that says so; else it
+    is empty."""
     found = same_letters(path)
     if found is None:
         return ""

@@ -86,9 +86,10 @@ class Flags:
     """The flags of every training run."""
     mixed_precision: str = precision_flag(", in which RGB ReFL decodes too (weights, optimizer and rollout "
                                           "state are fp32)")
-    resume_from_checkpoint: str | None = arg(None, "go on from a checkpoint: its folder, a run folder (its "
-                                             "last checkpoint), or 'latest' (the last one in --output_dir; "
-                                             "if there is none, the run starts afresh)", alias="resume")
+    resume_from_checkpoint: str | None = arg(None, "continue from a checkpoint: give its folder, a run "
+                                             "folder (its last checkpoint is used), or 'latest' (the last "
+                                             "checkpoint in --output_dir; if there is none, the run starts "
+                                             "afresh)", alias="resume")
 
 
 def write_json(path, value):
@@ -211,8 +212,8 @@ def refuse_inputs_that_would_move(config):
 
 # ---- a run starts
 def open_checkpoint(config):
-    """-> (path, state) of the checkpoint that --resume_from_checkpoint names; (None, {"step": 0}) of a fresh
-    run, as also `latest` is where there is none. Changes nothing; every process must call it.
+    """-> (path, state) of the checkpoint that --resume_from_checkpoint names; (None, {"step": 0}) for a fresh
+    run, also if it names `latest` and there is none. Changes nothing; every process must call it.
 
     Raises InputError if the checkpoint is of another run, as far as the flags that were given tell, or past
     --max_train_steps; if the run folder is not ours to write in; or if the processes have no common disk
@@ -240,12 +241,12 @@ def open_checkpoint(config):
 
 
 def start_run(config, resume_step=None, shards=None):
-    """Rank 0 becomes the one writer of config.output_dir, does to the run that is there what the head of this
-    file says, and prints it, and writes args.json -> MetricsLog, which keeps the lock. Every process must
-    call it, after everything else that could fail. resume_step: of the checkpoint from open_checkpoint;
+    """Rank 0 becomes the one writer of config.output_dir, treats the run that is there as the top of this
+    file says, prints what it does, and writes args.json -> MetricsLog, which keeps the lock. Every process
+    must call it, after everything else that could fail. resume_step: of the checkpoint from open_checkpoint;
     default: a fresh run. shards: what it learns from.
 
-    Raises InputError if the run to resume is another by what it holds, or if another process writes in the
+    Raises InputError if the run to resume learned from other contents, or if another process writes in the
     folder."""
     folder, folder_lock, writer = Path(config.output_dir), None, None
     gather(None)                                                # all have read what may be moved now
@@ -287,8 +288,8 @@ def is_earlier(home, folder):
 
 # ---- a run is set aside, and comes back
 def made_in(folder):
-    """[path] of all that the run in `folder` made. Folders that have another writer stay out: rendered clips
-    and samples, which the next run uses again, and other runs."""
+    """[path] of all that the run in `folder` made. Folders that have a writer of their own are left out:
+    rendered clips and samples, which the next run uses again, and other runs."""
     found = []
     for path in sorted(Path(folder).glob("*")):
         signs = [lock.NAME, "shards.json"]                      # of another writer
@@ -394,7 +395,7 @@ def bring_back(folder, aside):
     if next(half.iterdir(), None) is None:
         half.rmdir()
     else:
-        # what has no place, such as clips that were rendered twice
+        # what has no place there, such as clips that were rendered twice
         os.rename(half, half.with_name(half.name.removesuffix(MOVING)))
 
 
@@ -456,9 +457,9 @@ def save_state(state, path):
 
 
 def resolve_checkpoint(output_dir, spec):
-    """-> the path of the checkpoint that `spec` names: a checkpoint folder; a run folder, whose last one it
-    is; the name of either inside output_dir; or "latest", the last one in output_dir, None if there is none.
-    Raises InputError."""
+    """-> the path of the checkpoint that `spec` names: a checkpoint folder; a run folder (its last
+    checkpoint); the name of one of these inside output_dir; or "latest", the last one in output_dir (None if
+    there is none). Raises InputError."""
     path = Path(spec)
     if spec == "latest":
         path = Path(output_dir)
@@ -519,8 +520,8 @@ def no_tensorboard(error):
 
 class MetricsLog:
     """metrics.jsonl, one flushed line per step (rank 0), and TensorBoard events if `writer`, its
-    SummaryWriter, is given. On resume, lines past resume_step and damaged ones are dropped; None: all lines
-    are. folder_lock: a lock to keep."""
+    SummaryWriter, is given. On resume, lines past resume_step and damaged lines are dropped; with resume_step
+    None, all lines are. folder_lock: a lock to keep."""
 
     def __init__(self, output_dir, resume_step=None, folder_lock=None, writer=None):
         path, self.folder_lock = Path(output_dir) / "metrics.jsonl", folder_lock

@@ -79,9 +79,9 @@ def row(folder, file_name, prompt, seed, image, settings):
 
 
 def shared_settings(path, rows):
-    """What the rows of prompts file `path`, as read_prompts returns them, say about their making -> {flag or
-    "weights": value}; {} if no row says anything. Raises InputError if two rows differ or a setting is not
-    known."""
+    """The settings with which the videos of these rows were made -> {flag or "weights": value}; rows: of the
+    prompts file `path`, as read_prompts returns them; {} if no row says anything. Raises InputError if two
+    rows differ or a setting is not known."""
     shared, first = None, None
     for number, given in enumerate((given.get("settings") for given in rows), 1):
         if given is None:

@@ -134,9 +134,10 @@ class Shards:
     def relabel(self, answers=None, bad="both"):
         """-> self, with today's labels, the same on every rank.
 
-        A clip's label is the people's in the labels.jsonl beside the clips (or in the file `answers`), given
-        for the very content that was encoded; without any, that of the clips' metadata; and without that, as
-        it was encoded. bad: see formats/labels.py. Raises InputError. """
+        A clip's label comes from people's answers in the labels.jsonl beside the clips (or in the file
+        `answers`), if these were given for the very content that was encoded. Without such answers it comes
+        from the clips' metadata, and without that it stays as it was encoded. bad: see formats/labels.py.
+        Raises InputError. """
         folder = self.index.get("clips") and Path(os.path.normpath(self.folder / self.index["clips"]))
         if answers and not Path(answers).is_file():
             raise InputError(f"--labels {answers}: there is no such file")
@@ -208,7 +209,7 @@ class Shards:
 
 
 def join(parts):
-    """Several Shards as one, in their order, such as the rounds of labels of a reward model.
+    """Joins several Shards, in their order, for example several rounds of labels for a reward model.
 
     -> the first of them, which then has the clips of all. Raises InputError naming a folder that does not fit
     the first.
@@ -230,7 +231,7 @@ def join(parts):
 
 
 def _labels_by_name(rows):
-    """{normal path: label} of rows; of two rows of one file, the upper one counts."""
+    """{normal path: label} of rows; if two rows have one file, the first one counts."""
     return {os.path.normpath(row["file_name"]): row["label"] for row in reversed(rows)}
 
 

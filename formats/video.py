@@ -37,8 +37,8 @@ def read_video(path):
 
 @dataclass
 class Facts:
-    """What a clip is, and what was done to its frames so that they fit: what a user wants to know before
-    training on them."""
+    """What a clip is, and what was done to its frames so that they fit. A user wants to know this before
+    training."""
     fps: float | None = None        # the file's own frames per second
     kept: float = 1.0               # share of the picture that the crop leaves
     repeated: int = 0               # images that only fill up the rate of a slower file
@@ -154,8 +154,8 @@ def _promised(container, stream, start):
 
 def _deinterlaced(path, timed, codec, facts):
     """Yields the (frame, time) pairs of `timed`, after FFmpeg's bwdif made one whole picture of each
-    interlaced frame. Interlaced is what is marked so, frame by frame or by the container. Other frames stay
-    as they are."""
+    interlaced frame. A frame counts as interlaced if it is marked so, by itself or by the container. Other
+    frames stay as they are."""
     graph, format, times = None, None, collections.deque()
     for i, (frame, time) in enumerate(timed):
         first_field = FIELDS.get(codec.field_order)

@@ -1,5 +1,5 @@
-"""Wan's own VAEs, text encoder and image encoder, read from folders of diffusers and transformers, and the
-way back: an aligned transformer as diffusers loads it. Nobody needs this file to learn the method.
+"""Reads Wan's own VAEs, text encoder and image encoder from folders of diffusers and transformers, and writes
+an aligned transformer in the form that diffusers loads. Nobody needs this file to learn the method.
 
     pip install -r requirements-wan.txt
     python data.py encode clips --vae Wan2.1/vae --text_encoder Wan2.1/text_encoder ...
@@ -9,7 +9,7 @@ way back: an aligned transformer as diffusers loads it. Nobody needs this file t
     >>> transformer = WanTransformer3DModel.from_pretrained("aligned", torch_dtype=torch.bfloat16)
     >>> pipeline = WanPipeline.from_pretrained("Wan2.1", transformer=transformer)
 
-families.py comes here when a folder's config.json is of such a model.
+families.py calls these functions when the config.json of a folder is that of such a model.
 
 Axes: b batch, c latent channels, F video frames (4k + 1), f latent frames (k + 1), H W pixels, h w latents,
 l text tokens, d text width, m image tokens.
@@ -101,8 +101,7 @@ def load_tokenizer(path):
 
 
 def count_tokens(path, prompts):
-    """How many tokens each prompt has, without those that the encoder in folder `path` would cut off being
-    left out."""
+    """How many tokens each prompt has, including those that the encoder in folder `path` would cut off."""
     tokenizer = load_tokenizer(path)
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
     return [len(tokenizer(prompt_clean(prompt)).input_ids) for prompt in prompts]
@@ -154,16 +153,17 @@ class WanImageEncoder(nn.Module):
 
 @dataclass
 class Export:
-    transformer: str = arg(..., "folder of an aligned transformer, or of two, or a LoRA file (.safetensors)",
-                           positional=True)
-    out: str = arg(..., "folder, or LoRA file, to write")
-    layout: str = arg("diffusers", "whose names: diffusers', or the official Wan2.1's, which ComfyUI reads",
-                      choices=LAYOUTS)
-    dtype: str = arg("bf16", "of the weights", choices=("bf16", "fp32"))
+    transformer: str = arg(..., "what to export: the folder of an aligned transformer, the folder of two, or "
+                           "a LoRA file (.safetensors)", positional=True)
+    out: str = arg(..., "folder or LoRA file to write, which must not exist yet")
+    layout: str = arg("diffusers", "whose names the weights get: those of diffusers, or those of the "
+                      "official Wan2.1, which ComfyUI reads", choices=LAYOUTS)
+    dtype: str = arg("bf16", "dtype of the written weights", choices=("bf16", "fp32"))
 
 
 def export(config, load_transformer, export_transformer):
-    """The two functions are model.py's. Raises InputError."""
+    """Writes what the command line asks for. load_transformer and export_transformer are model.py's. Raises
+    InputError."""
     if Path(config.out).exists():
         raise InputError(f"--out {config.out}: is there already; name a new one")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
@@ -175,7 +175,7 @@ def export(config, load_transformer, export_transformer):
     else:
         dit = load_transformer(config.transformer, load_now=False)
         for one, source, out, notes in to_write(dit, config):
-            if does_both(one.config):                           # the authors' own word for it
+            if does_both(one.config):                           # the authors' own name for it
                 one.config["model_type"] = "ti2v"
             # of two experts the one that is not written is not read
             state = {name: one.weight_files.tensor(name) for name in one.state_dict()}
@@ -185,8 +185,9 @@ def export(config, load_transformer, export_transformer):
 
 
 def to_write(dit, config):
-    """[(VideoDiT, the folder it is from, the folder to write, notes for its config.json)] of a generator: of
-    one transformer; or of those of two experts that lie in --transformer, each in a folder of --out."""
+    """[(VideoDiT, the folder it is from, the folder to write, notes for its config.json)] for a generator of
+    one transformer; or for those of two experts that are in --transformer, where each is written to a folder
+    in --out."""
     out, pair = Path(config.out), expert_folders(config.transformer)
     if pair is None:
         return [(dit, config.transformer, out, None)]

@@ -32,7 +32,7 @@ SHIPPED = {"t2v": CHECKPOINTS, "i2v": CHECKPOINTS / "i2v", "t2v mid": CHECKPOINT
 
 
 class Later(NamedTuple):
-    """A tensor that is made when its turn to be written comes."""
+    """A tensor that is made only when it is its turn to be written."""
     shape: tuple
     dtype: torch.dtype
     make: Callable
@@ -46,8 +46,8 @@ def full_tensor(x):
 
 
 def stream_tensors(tensors, path, dtype=None):
-    """A safetensors file, with one whole tensor in memory at a time. tensors: {name: tensor or Later}. dtype:
-    what they are cast to, or {name: dtype}, or None. Raises OSError that names the file; nothing of it
+    """Writes a safetensors file, with one whole tensor in memory at a time. tensors: {name: tensor or Later}.
+    dtype: what they are cast to, or {name: dtype}, or None. Raises OSError that names the file; nothing of it
     stays."""
     dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys(tensors, dtype) if dtype else {}
     words = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -173,14 +173,14 @@ class WeightFiles:
         return torch.Size(self.handle[name].get_slice(name).get_shape())
 
     def rows(self, name, start, stop):
-        """Rows start .. stop - 1 of a tensor; of the file, no more than these is read."""
+        """Rows start .. stop - 1 of a tensor; no others are read from the file."""
         name = self.rename(name)
         with safe_open(self.file[name], "pt") as file:  # anew: what was read of an open map stays resident
             return file.get_slice(name)[start:stop]
 
 
 class Unkept(TorchDispatchMode):
-    """What would start a weight on the meta device is drawn and thrown away."""
+    """Initial values for weights on the meta device are drawn and thrown away."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out, kwargs = func(*args, **kwargs or {}), kwargs or {}
@@ -192,7 +192,8 @@ class Unkept(TorchDispatchMode):
 
 @contextmanager
 def unkept(really=True):
-    """Modules made in here are on the meta device, and what is drawn after them is as if they were not."""
+    """Modules made in here are on the meta device; random draws after them are the same as if they were
+    not."""
     if really:
         with torch.device("meta"), Unkept():
             yield
@@ -242,8 +243,8 @@ BOUNDARIES = {"t2v": 0.875, "i2v": 0.9}         # of A14B, for the authors' fold
 
 
 def require_known(path):
-    """Raises InputError if the pipeline that a generator's folder is, or is a part of, holds a part that
-    nothing here reads.
+    """Raises InputError if a generator's folder is, or belongs to, a pipeline with a part that nothing here
+    reads.
 
     Without that part the generator would do something else than its authors meant, and no error would say so.
     """
@@ -459,8 +460,8 @@ def from_wan_config(theirs, path):
 
 
 def resolve_model(config, transformer=None):
-    """config.model, or the shipped generator of config.task and --world; model and task are filled in, the
-    former returned.
+    """Fills in config.model (default: the shipped generator for config.task and --world) and config.task ->
+    the model.
 
     transformer: the generator's folder where it is not config.model. Raises InputError if it is of another
     task, or if no generator of --world's size is shipped.
@@ -482,9 +483,9 @@ def resolve_model(config, transformer=None):
 
 
 def transformer_folder(path, task=None):
-    """What a transformer's folder (or a folder that holds `transformer/`) is: its path, our config, the
-    function from our parameter names to its own, and words of names in it that no model reads. Raises
-    InputError.
+    """Describes a transformer's folder (or a folder that holds `transformer/`) -> its path, our config, the
+    function from our parameter names to those in the folder, and words that mark names which no model reads.
+    Raises InputError.
 
     Of a generator of two experts these are the low-noise one's, and the config has `boundary_ratio` too.
     task: what a generator for both tasks is to do; default: what it was trained to do here, else t2v.
@@ -496,7 +497,7 @@ def transformer_folder(path, task=None):
         high, low = (read_transformer(folder) for folder in (pair.high, pair.low))
         if high[1] != low[1]:
             raise InputError(f"{pair.high} and {pair.low} are no two experts of one generator: their "
-                             "config.json are of other shapes")
+                             "config.json give different shapes")
         return low[0], low[1] | {"boundary_ratio": pair.boundary}, *low[2:]
     if not (path / "config.json").exists() and (path / "transformer").is_dir():
         path = path / "transformer"

@@ -1,8 +1,8 @@
 """LoRA: y = W x + b + alpha / r * B A x, with W and b frozen, on q, k, v, o of every attention of the policy.
 
-A [r, d] starts random and B [d, r] at zero, so training starts at the base model; or both start from a file,
-on the layers that it names. Only A and B have gradients and optimizer state. formats/adapters.py has the
-files. `merge` gives plain weights again.
+A [r, d] starts random and B [d, r] at zero, so training starts at the base model. Or both start from a file,
+on the layers that the file names. Only A and B have gradients and optimizer state. formats/adapters.py has
+the files. `merge` gives plain weights again.
 
 Axes: d model width, r rank.
 """
@@ -25,19 +25,20 @@ from model import export_transformer
 class Flags:
     """Flags of train_align.py for adapters."""
     lora_rank: int = arg(0, "train adapters of this rank (such as 16) beside the frozen q, k, v, o of each "
-                         "attention, often with 10 times the learning rate; 0 trains all weights", at_least=0)
-    lora_alpha: float | None = arg(None, "adapters are scaled by lora_alpha / lora_rank; default: lora_rank, "
-                                   "so by 1",
-                                   above=0, only="lora_rank")
-    lora: str | None = arg(None, "LoRA file with the adapters that training starts from; of two experts, of "
-                           "the high-noise one")
-    lora_2: str | None = arg(None, "the same for the low-noise one of two experts (Wan2.2 A14B)")
-    export: str = arg("merged", "what a run with adapters writes: the merged weights and the adapters, or "
-                                "only the adapters (lora)", choices=("merged", "lora"))
+                         "attention; they often take 10 times the learning rate. 0 trains all weights",
+                         at_least=0)
+    lora_alpha: float | None = arg(None, "adapters are multiplied by lora_alpha / lora_rank; default: "
+                                   "lora_rank, so that the factor is 1", above=0, only="lora_rank")
+    lora: str | None = arg(None, "LoRA file whose adapters training starts from; for two experts, the file "
+                           "of the high-noise one")
+    lora_2: str | None = arg(None, "LoRA file whose adapters the low-noise one of two experts (Wan2.2 A14B) "
+                             "starts from")
+    export: str = arg("merged", "what a run with adapters writes: merged: the merged weights and the "
+                      "adapters; lora: the adapters only", choices=("merged", "lora"))
 
 
 class LoRALinear(nn.Module):
-    """A frozen nn.Linear, under its own names, and beside it A and B."""
+    """A frozen nn.Linear, whose weights keep their names, with A and B beside it."""
 
     def __init__(self, linear, r, scale):
         super().__init__()
@@ -50,7 +51,8 @@ class LoRALinear(nn.Module):
 
 
 def read_for(dit, path):
-    """`read_adapters`, and they fit a VideoDiT. Raises InputError if they are of another model."""
+    """Reads adapters that fit a VideoDiT (`read_adapters`). Raises InputError if they are of another
+    model."""
     adapters, shapes = read_adapters(path), {name: tuple(p.shape) for name, p in dit.named_parameters()}
     for layer, (A, B) in adapters.items():
         if shapes.get(f"{layer}.weight") != (len(B), A.shape[1]):
@@ -104,8 +106,8 @@ def scaled(state, alpha):
 
 
 def merge(state, adapters):
-    """The state_dict of a plain VideoDiT, W + alpha / r * B A, each made as it is written. adapters: as from
-    `scaled`."""
+    """The state_dict of a plain VideoDiT, with weights W + alpha / r * B A, each made when it is written.
+    adapters: as from `scaled`."""
     merged = {name: x for name, x in state.items() if ".lora_" not in name}
     for layer, (A, B) in adapters.items():
         W = merged[f"{layer}.weight"]
@@ -119,7 +121,7 @@ def attach(dit, path):
     """Gives a VideoDiT the adapters in a LoRA file, in place, to sample with. Raises InputError if they do
     not fit.
 
-    They stay beside the weights: what adapters add is often less than bfloat16 can add to a weight.
+    The adapters are not merged: what they add is often too small for a weight in bfloat16.
     """
     add(dit, 0, path=path)
     dit.requires_grad_(False)
@@ -138,7 +140,7 @@ def export(dit, path, alpha=None, kind="merged"):
     any, beside it; kind "lora": the adapters alone -> [path of each folder or adapters' file that is to be
     read]. Every rank must call it; rank 0 writes.
 
-    Of two Experts those that train are written, each to a folder with its name beside `path`.
+    Of two Experts, those that train are written, each to a folder of its own name beside `path`.
     """
     if isinstance(dit, Experts):
         trained = dit.trained()

@@ -11,10 +11,10 @@ fsdp: every rank holds 1 / ranks of each weight, gradient and optimizer state, i
 What differs under fsdp: with bf16, a block's norms and modulation are bf16 too while it runs (autocast
 reads them in float32); and each forward call gathers, so all ranks must make the same ones.
 
-A checkpoint of either kind resumes under either kind, on any number of ranks. Its weights are those of its
-transformer/ or reward/, of which each rank reads its rows. AdamW's moments are in ddp's train_state.pt as
-whole tensors, in fsdp's sharded_state/ as the ranks' pieces. (PyTorch unpickles sharded_state/.metadata:
-resume from what you wrote yourself.)
+A checkpoint of either kind resumes under either kind, on any number of ranks. Its weights are in its
+transformer/ or reward/, and each rank reads its own rows from there. With ddp AdamW's moments are whole
+tensors in train_state.pt; with fsdp they are the ranks' pieces in sharded_state/. (PyTorch unpickles
+sharded_state/.metadata: resume from what you wrote yourself.)
 """
 import json
 import shutil
@@ -47,22 +47,22 @@ PIECES = "sharded_state"  # of torch.distributed.checkpoint, inside a checkpoint
 @dataclass
 class Flags:
     """Flags of both training scripts for several GPUs or little memory."""
-    gradient_checkpointing: bool = arg(False, "recompute each block in the backward pass")
-    keep_attention: bool = arg(False, "with --gradient_checkpointing, keep the result of self-attention, so "
-                                      "that the backward pass does not compute it twice: less time, more "
-                                      "memory")
-    parallel: str = arg("ddp", "under torchrun: ddp keeps a full copy of the trained model (16 bytes per "
-                        "weight: weight, gradient, Adam) and of the reward model on every GPU; fsdp splits "
-                        "them",
-                        choices=KINDS)
+    gradient_checkpointing: bool = arg(False, "save memory: recompute each block in the backward pass")
+    keep_attention: bool = arg(False, "with --gradient_checkpointing: keep the result of self-attention, so "
+                               "that the backward pass need not compute it again; this takes less time and "
+                               "more memory")
+    parallel: str = arg("ddp", "under torchrun: ddp keeps a full copy of the trained model and of the reward "
+                        "model on every GPU; fsdp splits both over the GPUs. Training takes 16 bytes per "
+                        "weight, for the weight, its gradient and Adam's two moments", choices=KINDS)
     sequence_parallel: int = arg(1, "number of neighbouring GPUs that share the tokens of each clip, for "
-                                    "clips that are too long for one GPU; the paper has 4", above=0)
-    fsdp_group_size: int = arg(0, "fsdp: split over groups of this many neighbouring GPUs, such as those of "
-                                  "a node, and keep a copy in each group; 0 splits over all GPUs", at_least=0)
-    offload_activations: bool = arg(False, "keep the inputs of the blocks in the host's memory until the "
-                                           "backward pass needs them")
-    compile: bool = arg(False, "compile each block with torch.compile, which takes minutes at the start and "
-                               "makes the steps faster")
+                                 "clips that are too long for one GPU; the paper uses 4", above=0)
+    fsdp_group_size: int = arg(0, "with --parallel fsdp: split over groups of this many neighbouring GPUs, "
+                               "for example those of one node; each group then holds a full copy. 0 splits "
+                               "over all GPUs", at_least=0)
+    offload_activations: bool = arg(False, "with --gradient_checkpointing: keep the inputs of the blocks in "
+                                    "the host's memory until the backward pass needs them")
+    compile: bool = arg(False, "compile each block with torch.compile; this takes minutes at the start and "
+                        "makes the steps faster")
 
 
 def check(flags):
@@ -107,7 +107,7 @@ def shard(model, runtime, flags):
 
 
 def lay_out(model, runtime, flags):
-    """All of `shard` but its last step: weights on the meta device stay without values."""
+    """Does all that `shard` does, except the last step: weights on the meta device get no values."""
     check(flags)
     dit = getattr(model, "trunk", model)
     sequence.spread(dit, runtime)
@@ -126,8 +126,8 @@ def lay_out(model, runtime, flags):
 
 
 def kept(context, operation, *args, **kwargs):
-    """Whether checkpointing keeps what an operation made: that of self-attention, which has as many keys as
-    queries. Its other inputs and results are computed again."""
+    """Whether checkpointing keeps the result of an operation. It keeps that of self-attention, which has as
+    many keys as queries; all others are computed again."""
     if operation in ATTENTION and args[0].shape == args[1].shape:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
@@ -137,8 +137,8 @@ KEEP_ATTENTION = {"context_fn": partial(create_selective_checkpoint_contexts, ke
 
 
 def apply_fsdp(model, dit, runtime, fsdp_group_size):
-    """Fully shards a model over all ranks, or over groups of fsdp_group_size neighbours, each of which has it
-    whole."""
+    """Fully shards a model over all ranks, or over the ranks of each group of fsdp_group_size neighbours, so
+    that each group has all of it."""
     # PAVRM's logits are a view; no caller writes into them
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     mesh = groups.mesh(dist.group.WORLD, runtime.device.type, fsdp_group_size)
@@ -153,9 +153,10 @@ def apply_fsdp(model, dit, runtime, fsdp_group_size):
 
 
 def whole(model, dtype):
-    """Gives a generator or a PAVRM from load_transformer or load_pavrm(load_now=False), frozen, its weights
-    on the CPU, to sample with -> model. They are cast (cast_matrices) while they are read, so that a process
-    never holds a float32 copy of a generator that it uses in bfloat16. One of two experts rests."""
+    """Reads the weights of a frozen generator or PAVRM, which load_transformer or load_pavrm made with
+    load_now=False, to the CPU, to sample with -> model. The weights are cast (cast_matrices) while they are
+    read, so that a process never holds a float32 copy of a generator that it uses in bfloat16. One of two
+    experts rests."""
     for part in parts(model):
         cast_matrices(getattr(part, "trunk", part), dtype)
         fill(part, torch.device("cpu"))
@@ -166,15 +167,15 @@ def whole(model, dtype):
 
 @torch.no_grad()
 def fill(model, device):
-    """Gives what is on meta memory on `device` and, one weight at a time, what the model's files hold of it:
-    all, or the rows of this rank. The rest of the model moves there."""
+    """Moves the model to `device`. Weights on the meta device are allocated there and read from the model's
+    files, one at a time: the whole weight, or only this rank's rows."""
     waiting = {name for name, p in model.named_parameters() if p.is_meta}
     model._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x.to(device))
     for name, p in model.named_parameters():
         if name in waiting:
             read_rows(p, model.weight_files, name)
     if waiting and all(p.dtype == torch.float32 for p in model.parameters()):
-        model.weight_files = None       # closes the files; what was cast is read again where it is exported
+        model.weight_files = None       # closes the files; weights that were cast are read again to export
 
 
 def read_rows(p, files, name):
@@ -192,7 +193,7 @@ def work_of_rank(work, runtime, kind):
     """This rank's share of `work`, a list: [(item, whether this rank keeps what comes of it)].
 
     Ranks that share a clip have the same items, and the first of them keeps. Under fsdp the lists are equally
-    long (common.equal_turns). If the model is called in batches, the size of the largest item goes on as
+    long (common.equal_turns). If the model is called in batches, pass the size of the largest item on as
     max_rows.
     """
     group, place = divmod(runtime.rank, runtime.sequence_parallel)
@@ -219,7 +220,7 @@ def cast_matrices(dit, dtype):
 
 
 def trained(model):
-    """{name: weight} of what trains: what is frozen comes from --model again."""
+    """{name: weight} of the weights that train. Frozen weights are read from --model again."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -231,9 +232,9 @@ def moments(model, optimizer):
 
 def save_checkpoint(output_dir, step, folders, model, optimizer, config, keep=2, with_weights=False):
     """runs.save_checkpoint of a model in training. Every rank must call it; under fsdp each writes its
-    pieces. The weights that train are written once, to the folder that one of `folders` makes, in float32 and
-    as anybody reads them. with_weights: the state has them too, as that folder holds others, such as their
-    average. Adapters, which are merged there, are always in the state."""
+    pieces. The trained weights are written once, in float32, to the folder that one of `folders` makes, in a
+    form that anybody can read. with_weights: the state holds them too, because that folder holds other
+    weights, such as their average. Adapters, which are merged there, are always in the state."""
     state, folders, weights = {}, dict(folders), {}
     if with_weights or any(".lora_" in name for name in trained(model)):
         weights = trained(model)
@@ -245,7 +246,7 @@ def save_checkpoint(output_dir, step, folders, model, optimizer, config, keep=2,
             shutil.rmtree(pieces, ignore_errors=True)
         common.gather(None)                                     # a killed run's pieces are gone
         try:
-            # formats/disk.py flushes the pieces, as it bears with disks that cannot
+            # formats/disk.py flushes the pieces, because it tolerates disks that cannot
             dcp.save(weights | moments(model, optimizer),
                      storage_writer=dcp.FileSystemWriter(pieces, sync_files=False))
         except dcp.api.CheckpointException as e:                # no Exception: what went wrong, rank by rank
@@ -258,7 +259,7 @@ def save_checkpoint(output_dir, step, folders, model, optimizer, config, keep=2,
 
 
 def is_of(model, config):
-    """Whether a config.json is that of a model, or of an expert of it, but for notes (`_class_name`)."""
+    """Whether a config.json is that of a model or of one of its experts, apart from notes (`_class_name`)."""
     mine = parts(model)[0].config
     return {key: x for key, x in config.items() if key[0] != "_"} == json.loads(json.dumps(mine))
 

@@ -2,8 +2,8 @@
 
     python -m scale.plan wan2.1-t2v-14b --frames 81 --size 1280*720 --gpus 8 --method prfl
     python -m scale.plan wan2.1-t2v-1.3b --gpus 1 --lora_rank 32 --no-gradient_checkpointing
-    python -m scale.plan wan2.1-t2v-1.3b --gpus 8 --parallel ddp --clips 500    and all stages: disk, hours
-    python -m scale.plan wan2.1-t2v-14b --gpus 8 --simulate    and what PyTorch's tracker says
+    python -m scale.plan wan2.1-t2v-1.3b --gpus 8 --parallel ddp --clips 500    also all stages: disk, hours
+    python -m scale.plan wan2.1-t2v-14b --gpus 8 --simulate    also what PyTorch's tracker counts
 
 Every printed line shows its formula with the numbers in it. The planner counts fp32 weights, gradients and
 AdamW moments of the trained model, bf16 autocast, what the backward pass keeps of each block (term by term in
@@ -11,12 +11,12 @@ AdamW moments of the trained model, bf16 autocast, what the backward pass keeps 
 layer, the reward model and the decoder. It does not count the CUDA context (about 1 GB) and the allocator's
 unused pieces (up to a tenth). GB is 1e9 bytes.
 
-Frozen weights (the reward model, the base of adapters, a generator that samples) are float32 but for the
+Frozen weights (the reward model, the base of adapters, a generator that samples) are float32, except for the
 matrices of their blocks, which are bf16.
 
 The numbers come from functions of plain integers, and only the `report` functions print. Under --parallel
 fsdp weights, gradients and moments are split into --gpus parts, and a block is gathered before its use. The
-text encoder and the VAE's encoder work once, when clips are encoded, so they cost an update nothing.
+text encoder and the VAE's encoder work only once, when clips are encoded, so no update pays for them.
 `--method reward` plans train_reward.py, and the other methods plan train_align.py or, with `sample`,
 sample.py.
 
@@ -45,12 +45,13 @@ GENERATORS = PRESETS | {"wan2.2-a14b": PRESETS["wan2.1-t2v-14b"] | {"boundary_ra
 
 
 class Vae(NamedTuple):
-    """What a VAE of Wan's is made of. Its layers work at 1/1 to 1/8 of their own full resolution, which is
-    the video's, or half of it where blocks of 2x2 pixels are its channels."""
+    """What one of Wan's VAEs is made of. Its layers work at 1/1 to 1/8 of a full resolution. This is the
+    video's or, where blocks of 2x2 pixels become channels, half of the video's."""
     name: str
     space: int                  # pixels of a latent, per side
-    # The decoder by resolution: space, time (frames a later latent frame has become here), convolutions 3x3x3
-    # as (input channels, output channels, how many); each follows a norm and a SiLU.
+    # The decoder by resolution: space, time (how many frames each latent frame but the first has become
+    # here), convolutions 3x3x3 as (input channels, output channels, how many); each comes after a norm and a
+    # SiLU.
     decoder: tuple
     upsamplers: tuple           # in, out, doubles time; one after each stage
     decoder_parameters: int
@@ -83,7 +84,7 @@ TI2V_VAE = Vae(
      (2, 1, ((160, 320, 1), (320, 320, 3)), ((160, 320),), "time"),
      (4, 2, ((320, 640, 1), (640, 640, 3)), ((320, 640),), "time"),
      (8, 4, ((640, 640, 8), (640, 96, 1)), (), None)))
-# What the scripts do unless told otherwise: steps between checkpoints and reports; how many checkpoints stay.
+# Defaults of the scripts: steps between checkpoints and reports; how many checkpoints are kept.
 REWARD_EVERY, ALIGN_EVERY, KEPT = 200, 40, 2
 
 
@@ -91,51 +92,54 @@ REWARD_EVERY, ALIGN_EVERY, KEPT = 200, 40, 2
 class Config:
     preset: str = arg(..., f"the generator: {', '.join(GENERATORS)}", choices=tuple(GENERATORS),
                       positional=True)
-    method: str = arg("prfl", "what to train with", choices=METHODS)
-    frames: int = arg(81, "video frames, 4 k + 1", above=0)
-    size: str = arg("832*480", "width*height in pixels (832x480 is read too), each divisible by 16 (Wan2.2 "
-                    "TI2V-5B: by 32)")
-    recipe: str = arg("paper", "prfl, refl: how the rollout reaches the rewarded step; paper takes every "
-                      f"step, steady at most {STEADY_PASSES} long ones",
+    method: str = arg("prfl", "what is planned: a method of train_align.py; reward: train_reward.py; sample: "
+                      "sample.py", choices=METHODS)
+    frames: int = arg(81, "number of video frames, 4k + 1", above=0)
+    size: str = arg("832*480", "width*height of the video in pixels (832x480 is read too), both divisible by "
+                    "16 (Wan2.2 TI2V-5B: by 32)")
+    recipe: str = arg("paper", f"for prfl and refl, how the rollout reaches the rewarded step: paper takes "
+                      f"every step, steady takes at most {STEADY_PASSES} long ones",
                       choices=("paper", "steady"))
-    gpus: int = arg(1, "GPUs of a node", above=0)
-    nodes: int = arg(1, "number of nodes; with several, also count the bytes that an update sends between "
-                        "them", above=0)
-    parallel: str = arg("fsdp", "ddp: a full copy of everything on every GPU; fsdp: split over all GPUs",
-                        choices=("ddp", "fsdp"))
-    sequence_parallel: int = arg(1, "GPUs that share a clip's tokens", above=0)
-    fsdp_group_size: int = arg(0, "fsdp: split over groups of this many GPUs; 0 splits over all", at_least=0)
+    gpus: int = arg(1, "number of GPUs in a node", above=0)
+    nodes: int = arg(1, "number of nodes; with several, the bytes that an update sends between them are "
+                     "counted too", above=0)
+    parallel: str = arg("fsdp", "ddp: every GPU has a full copy of everything; fsdp: everything is split "
+                        "over all GPUs", choices=("ddp", "fsdp"))
+    sequence_parallel: int = arg(1, "number of GPUs that share the tokens of each clip", above=0)
+    fsdp_group_size: int = arg(0, "with --parallel fsdp: split over groups of this many GPUs; 0 splits over "
+                               "all", at_least=0)
     offload_activations: bool = arg(False, "keep the inputs of the blocks in the host's memory until the "
                                            "backward pass needs them")
-    batch_size: int = arg(1, "videos per batch and GPU, or per group of GPUs that share them", above=0)
-    num_inference_steps: int = arg(40, "N, Euler steps of a rollout", above=0)
-    depth: int = arg(8, "K, blocks of the reward model (prfl, rwr, reward)", above=0)
-    lora_rank: int = arg(0, "train adapters of this rank on q, k, v, o of frozen weights; 0 trains all",
+    batch_size: int = arg(1, "videos per batch on each GPU, or on each group of --sequence_parallel GPUs",
+                          above=0)
+    num_inference_steps: int = arg(40, "N, the number of Euler steps in a rollout", above=0)
+    depth: int = arg(8, "K, the number of blocks in the reward model (for prfl, rwr and reward)", above=0)
+    lora_rank: int = arg(0, "train adapters of this rank beside frozen q, k, v, o; 0 trains all weights",
                          at_least=0)
-    frames_decoded: str = arg("first", "what refl decodes: the first latent frame, or all",
+    frames_decoded: str = arg("first", "what refl decodes: the first latent frame, or all of them",
                               choices=("first", "all"))
-    pixel_reward_parameters: int = arg(986_000_000, "parameters of refl's reward model, in bf16; PickScore's "
-                                                    "CLIP ViT-H has 986 M", above=0)
+    pixel_reward_parameters: int = arg(986_000_000, "number of parameters of refl's reward model, which is "
+                                       "in bf16; PickScore's CLIP ViT-H has 986 M", above=0)
     gradient_checkpointing: bool = arg(True, "recompute each block in the backward pass")
-    keep_attention: bool = arg(False, "with checkpointing, keep the result of self-attention")
-    num_samples: int = arg(2048, "own samples that rwr draws and weights once", above=0)
-    mfu: float = arg(0.4, "share of --tflops that the work reaches; recomputed products count as work",
-                     above=0,
-                     at_most=1)
-    tflops: float = arg(989.0, "the GPU's peak in bf16, TFLOP/s; an H100 or H200 has 989", above=0)
-    memory: float = arg(80.0, "memory of one GPU, GB", above=0)
-    simulate: bool = arg(False, "also run one iteration on tensors without data and count the bytes that "
-                                "live (scale/simulate.py)", only="method prfl")
-    clips: int = arg(0, "prfl: also the disk, memory and hours of all stages, for this many clips; 0: leave "
-                        "that out",
-                     at_least=0)
-    reward_steps: int = arg(1600, "--clips: steps of train_reward.py", above=0)
-    reward_batch_size: int = arg(2, "--clips: videos per step and GPU in train_reward.py", above=0)
-    holdout: int = arg(100, "--clips: labelled videos that train_reward.py keeps for its reports", above=0)
-    max_train_steps: int = arg(120, "--clips: iterations of train_align.py", above=0)
-    fp32_tflops: float = arg(67.0, "--clips: the GPU's peak in fp32, in which the VAE encodes; an H100 has "
-                                   "67", above=0)
-    expert: str = arg("low", "which of two experts trains", choices=experts.CHOICES,
+    keep_attention: bool = arg(False, "with --gradient_checkpointing: keep the result of self-attention")
+    num_samples: int = arg(2048, "number of samples that rwr draws and weights once, before training",
+                           above=0)
+    mfu: float = arg(0.4, "share of --tflops that is reached in practice; products that are computed again "
+                     "count as work", above=0, at_most=1)
+    tflops: float = arg(989.0, "the GPU's peak in bf16, in TFLOP/s; an H100 or H200 has 989", above=0)
+    memory: float = arg(80.0, "memory of one GPU in GB", above=0)
+    simulate: bool = arg(False, "also run one iteration on tensors without data, and count the bytes that it "
+                         "holds at its peak (scale/simulate.py)", only="method prfl")
+    clips: int = arg(0, "for prfl: number of clips, for which the disk, memory and hours of all stages are "
+                     "planned too; 0 leaves that out", at_least=0)
+    reward_steps: int = arg(1600, "with --clips: number of steps of train_reward.py", above=0)
+    reward_batch_size: int = arg(2, "with --clips: videos per step and GPU in train_reward.py", above=0)
+    holdout: int = arg(100, "with --clips: number of labelled videos that train_reward.py holds out for its "
+                       "reports", above=0)
+    max_train_steps: int = arg(120, "with --clips: number of iterations of train_align.py", above=0)
+    fp32_tflops: float = arg(67.0, "with --clips: the GPU's peak in fp32, in TFLOP/s, because the VAE "
+                             "encodes in fp32; an H100 has 67", above=0)
+    expert: str = arg("low", "which of the two experts is trained", choices=experts.CHOICES,
                       only="preset wan2.2-a14b")
 
 
@@ -186,7 +190,7 @@ def reward_parameters(c, depth):
 
 
 def matrix_parameters(c):
-    """Parameters of the matrices of one block, and of their biases: what is bf16 where it is frozen
+    """Parameters of the matrices of one block, and of their biases. These are bf16 if they are frozen
     (parallel.cast_matrices)."""
     d, F, image = c["dim"], c["ffn_dim"], bool(c.get("image_dim"))
     return (10 if image else 8) * d * d + 2 * d * F + (11 if image else 9) * d + F
@@ -215,9 +219,8 @@ def lora_parameters(c, rank):
 def forward_flops(c, n, layers, batch=1, ends=True, ranks=1):
     """(linear layers, attention) of one forward pass of `layers` blocks on n tokens; a multiply-add is two.
 
-    ranks: how many share the tokens; each still works on the whole prompt.
-    ends: also patch and text embeddings and head (a reward model has no head; its own is not counted, being
-    small).
+    ranks: how many share the tokens; each still works on the whole prompt. ends: also count the patch and
+    text embeddings and the head (False for a reward model, whose own head is too small to count).
     """
     d, l, patch = c["dim"], c["text_len"], math.prod(c["patch_size"])
     m = IMAGE_TOKENS if c.get("image_dim") else 0
@@ -231,9 +234,10 @@ def forward_flops(c, n, layers, batch=1, ends=True, ranks=1):
 
 
 def update_flops(forward, trained=True, checkpointing=True, kept=0):
-    """One forward and backward pass. Backward: two products for each linear one, or one where weights are
-    frozen; five for the two of attention, as flash attention computes its scores again. Checkpointing:
-    forward once more, but for `kept` FLOPs of attention."""
+    """One forward and backward pass. The backward pass makes two products for each product of a linear layer,
+    or one if the weights are frozen, and five for the two products of attention, because flash attention
+    computes its scores again. With checkpointing the forward pass is made once more, except for `kept` FLOPs
+    of attention."""
     linear, attention = forward
     passes = 2 if checkpointing else 1
     return linear * (passes + (2 if trained else 1)) + attention * (passes + 2.5) - kept
@@ -359,7 +363,7 @@ def costs(config, c):
     parts = (config.fsdp_group_size or world) if fsdp else 1
     if config.fsdp_group_size and (world % config.fsdp_group_size or not fsdp):
         raise InputError(f"--fsdp_group_size {config.fsdp_group_size} must divide {world} GPUs, and "
-                         "--parallel be fsdp")
+                         "needs --parallel fsdp")
     if config.offload_activations and not config.gradient_checkpointing:
         raise InputError("--offload_activations moves what gradient checkpointing keeps: leave "
                          "--no-gradient_checkpointing out")
@@ -484,11 +488,12 @@ def experts_steps(config, c):
 
 
 def network(config, c, one):
-    """Bytes that an iteration sends out of each node. fsdp over all GPUs: each forward and each backward pass
-    gathers every block in bf16 and the rest in fp32, and each update sums gradients in fp32, as ddp does. In
-    a ring of G GPUs what is gathered, or summed in pieces, passes every edge (G - 1) / G times, and what is
-    summed everywhere twice that. With a node's --fsdp_group_size, G is the nodes: each sums its pieces with
-    the others' of the same place."""
+    """Bytes that an iteration sends out of each node. With fsdp over all GPUs, each forward and each backward
+    pass gathers every block in bf16 and the rest in fp32, and each update sums gradients in fp32, as ddp
+    does. In a ring of G GPUs, bytes that are gathered, or summed in pieces, pass every edge (G - 1) / G
+    times; bytes that are summed for all GPUs pass it twice as often. If --fsdp_group_size is a node's GPUs, G
+    is the number of nodes, because each GPU sums its pieces with those of the same place in the other
+    nodes."""
     count, two = one["parameters"], config.method in ("prfl", "refl")
     gathers = 2 * (1 + two) + one["rollout_steps"]
     outside = count["total"] - count["blocks"]
@@ -507,7 +512,7 @@ def network(config, c, one):
 
 
 def way(config, c):
-    """What all stages of docs/your_model.md take, by name: bytes on disk, seconds, bytes of each GPU and of
+    """What the stages of docs/your_model.md take, by name: bytes on disk, seconds, bytes of each GPU and of
     the host."""
     stage1 = costs(dataclasses.replace(config, method="reward", batch_size=config.reward_batch_size,
                                        lora_rank=0), c)
@@ -562,7 +567,7 @@ OF_CLIPS = ("reward_steps", "reward_batch_size", "holdout", "max_train_steps", "
 
 
 def report(config, c):
-    """Print `costs` with one worked formula a line."""
+    """Prints `costs`, one worked formula per line."""
     common.refuse(config, ELSEWHERE[config.method] + ("clips",) * (config.method != "prfl"),
                   f"with --method {config.method}")
     common.refuse(config, () if config.clips else OF_CLIPS, "without --clips")
@@ -762,8 +767,9 @@ def verdict(config, one, found):
 
 
 def report_sampling(config, c, one, line, row, work):
-    """What sample.py takes: memory of the generator, then of the decoder; text encoder and, unless it is in
-    pieces, generator are gone when the next one comes."""
+    """Prints what sample.py takes: the memory of the generator, then that of the decoder. The text encoder
+    leaves the GPU before the generator comes, and the generator, unless it is split, before the decoder
+    comes."""
     print("\nbytes on each GPU")
     pieces, n = one["parts"] > 1, "m" if config.sequence_parallel > 1 else "n"
     row("weights", one["weights"], f"{one['held']} x " * (one["held"] > 1) + "(4 P - 2 L M)"
@@ -784,7 +790,7 @@ def report_sampling(config, c, one, line, row, work):
 
 
 def report_way(config, c):
-    """Print `way` with one worked formula a line."""
+    """Prints `way`, one worked formula per line."""
     one = way(config, c)
     i2v = c["model_type"] == "i2v"
     gb = lambda x: f"{x / 1e9:,.2f}"
@@ -818,7 +824,7 @@ def report_way(config, c):
 
 
 def report_simulated(config, c):
-    """Print the planner's bytes beside those of scale/simulate.py's tracker."""
+    """Prints the planner's bytes beside those that scale/simulate.py's tracker counts."""
     from scale.simulate import simulate  # it alone needs PyTorch's distributed internals
     one = costs(config, c)
     phases = simulate(config, c, (one["f"], one["h"], one["w"]))

@@ -1,10 +1,10 @@
-"""One clip over several GPUs: `--sequence_parallel n`, for clips whose tokens are too many for one.
+"""One clip over several GPUs: `--sequence_parallel n`, for clips with too many tokens for one GPU.
 
 The ranks of a group hold the same noise, prompt and weights, and each works on its own n-th of the video
-tokens: patch embedding, linear layers, norms, cross-attention to the whole prompt, head. Self-attention alone
-needs all tokens; it needs them head by head, so an all-to-all trades tokens for heads before it, and one back
-after it ("Ulysses"). The velocity, and the features that a reward model pools, are whole again on every rank
-of the group:
+tokens: patch embedding, linear layers, norms, cross-attention to the whole prompt, head. Only self-attention
+needs all tokens. It needs them head by head, so an all-to-all trades tokens for heads before it, and another
+one trades back after it ("Ulysses"). The velocity, and the features that a reward model pools, are whole
+again on every rank of the group:
 
     x --mine--> tokens [b, n / ranks, d] --blocks--> [b, n / ranks, d] --head--> --gather_tokens--> velocity
     q, k, v [b, n / ranks, k, e] --heads--> [b, n, k / ranks, e] --attention, tokens--> [b, n / ranks, d]
@@ -37,8 +37,8 @@ except ImportError:                                             # its name befor
 
 
 class Sequence:
-    """n tokens over the ranks of a process group; what `model.VideoDiT` asks where one rank does not hold
-    them all."""
+    """n tokens over the ranks of a process group. `model.VideoDiT` calls this where one rank does not hold
+    all tokens."""
 
     def __init__(self, group, n):
         self.group, self.n, self.ranks = group, n, dist.get_world_size(group)
@@ -88,8 +88,8 @@ def check(ranks):
 
 
 def spread(dit, runtime):
-    """A generator whose forward calls share their tokens among runtime.sequence_parallel ranks; every rank
-    must call it.
+    """Makes a generator share the tokens of each forward call among runtime.sequence_parallel ranks; every
+    rank must call it.
 
     Raises InputError if runtime.sequence_parallel does not divide the number of the generator's heads.
     """

@@ -1,15 +1,15 @@
 """A second opinion on the planner's bytes: one whole PRFL iteration at its true size, on tensors that hold
 nothing.
 
-The training code itself runs, VideoDiT, PAVRM, fully_shard, shared clips, AdamW, in a process group of --gpus
-ranks that does not exist, on tensors of FakeTensorMode, which have shapes, dtypes and storage sizes but no
-data; PyTorch's own MemTracker counts the storages that live. So 14B at 81 frames takes minutes of one core
-and no memory. What it cannot see: the CUDA context, the allocator's unused pieces, what kernels take inside
-themselves, and clipping (a few numbers).
+The training code itself runs: VideoDiT, PAVRM, fully_shard, shared clips and AdamW. The process group of
+--gpus ranks is fake, and so are the tensors: under FakeTensorMode they have shapes, dtypes and storage sizes
+but no data. PyTorch's own MemTracker counts the storages that are alive. So 14B at 81 frames takes minutes of
+one core and no memory. The simulation cannot see: the CUDA context, the allocator's unused pieces, what
+kernels take inside themselves, and clipping (a few numbers).
 
-Under fsdp the mesh must be there before FakeTensorMode is, and the models are cut while they are on meta. The
-tracker's module hooks expect one forward call of a module, where a rollout makes many, and hold gradients
-that the program lets go: it counts without them, by phases instead.
+Under fsdp the mesh must be made before FakeTensorMode starts, and the models are split while they are on
+meta. The tracker's module hooks are not used: they expect one forward call of a module, but a rollout makes
+many, and they hold gradients that the program frees. Bytes are counted by phases instead.
 """
 from contextlib import contextmanager
 from unittest.mock import MagicMock, patch
@@ -30,7 +30,7 @@ from scale import groups, lora, parallel
 
 
 def gpu_attend(q, k, v, sequence=None):
-    """`model.attend` as it is off the CPU, whose fused kernel keeps as much here."""
+    """`model.attend` as on a GPU; the CPU's fused kernel, which runs here, keeps as much."""
     if sequence is not None:
         return sequence.tokens(gpu_attend(*sequence.heads(q, k, v)))
     q, k, v = (y.to(v.dtype).transpose(1, 2) for y in (q, k, v))
@@ -38,8 +38,8 @@ def gpu_attend(q, k, v, sequence=None):
 
 
 class Phases(MemTracker):
-    """`peaks`: {phase: {kind: bytes}} of the moment at which most bytes lived, of the phases that `begin`
-    names."""
+    """`peaks`: {phase: {kind: bytes}} at the moment at which most bytes were alive, for each of the phases
+    that `begin` names."""
 
     def __init__(self):
         super().__init__()
@@ -54,8 +54,8 @@ class Phases(MemTracker):
 
     @contextmanager
     def but_for_shapes(self):
-        """DTensor finds the shapes of its results on whole tensors without data; these are none of the
-        program's."""
+        """DTensor finds the shapes of its results on whole tensors without data, which are not tensors of the
+        program."""
         find = ShardingPropagator._propagate_tensor_meta_non_cached
 
         def uncounted(*args):

@@ -8,8 +8,8 @@ of the video. From these study/search.py replays any best-of-n plan without samp
 (1 - t) grad r(x_t, t, p). This is classifier guidance for the straight path, because r is a log-odds; scale 1
 is its strength where r is far below 0.
 
-Writes candidates.safetensors: "rewards" [m, n, times], at the times REWARDED of study/search.py, and
-ANNOTATED, [m, n] each, of the annotator.
+Writes candidates.safetensors. It holds "rewards" [m, n, times], at the times REWARDED of study/search.py, and
+what the annotator says, [m, n] for each name in ANNOTATED.
 
 Axes: m videos, n candidates, b batch of candidates, c channels, f frames, h height, w width, l text tokens.
 """
@@ -28,10 +28,8 @@ from formats.video import to_pixels
 from formats.weights import SHIPPED, stream_tensors
 from model import load_transformer
 from pavrm import load_pavrm
-from study.search import REWARDED, SEED
+from study.search import ANNOTATED, REWARDED, SEED
 from world import annotator, scene
-
-ANNOTATED = ("qualified", "physical", "deformity", *annotator.PANEL, *annotator.LIMITS, "absent")
 
 
 @dataclass
@@ -39,14 +37,15 @@ class Config:
     reward: str = arg(..., "folder of the reward model")
     transformer: str | None = arg(None, "folder of the generator; default: the shipped one")
     output_dir: str = arg("runs/candidates", "folder for candidates.safetensors")
-    first: int = arg(0, "number of the first candidate: the noise of a candidate depends on its "
-                        "number", at_least=0)
+    first: int = arg(0, "number of the first candidate; the noise of a candidate depends on its number",
+                     at_least=0)
     count: int = arg(8, "candidates per video", above=0)
     num_videos: int = arg(512, "number of held-out prompts", above=0)
-    split: str = arg("test", "split of world/scene.py that the prompts come from",
+    split: str = arg("test", "which split of world/scene.py the prompts come from",
                      choices=("test", "validation", "reworded"))
-    num_inference_steps: int = arg(16, "Euler steps", above=0)
-    guidance: float = arg(0.0, "scale of the guidance by the reward's gradient; 0: none", at_least=0)
+    num_inference_steps: int = arg(16, "Euler steps per candidate", above=0)
+    guidance: float = arg(0.0, "scale of the guidance along the reward's gradient; 0: no guidance",
+                          at_least=0)
     seed: int = arg(0, "seed of the noise; the prompts are the same with every seed", at_least=0)
     mixed_precision: str = runs.precision_flag()
 

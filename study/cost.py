@@ -12,11 +12,11 @@ from all N steps for PRFL and from the last third for RGB ReFL. The seconds of a
 it, so the mean step stands for all here (or the two steps next to the mean, in turn). The steady recipe
 (prfl_steady) draws one step per batch too. results/table4.md was made when it drew a step for each video.
 
-Memory is the peak minus what the process held before the first update, when weights and optimizer were there:
-on a CPU of its resident set, on a GPU of what torch allocated.
+Memory is the peak minus what the process held before the first update, when weights and optimizer were there.
+On a CPU both numbers are the process's resident set, on a GPU what torch allocated.
 
-The generator was only trained on 9 frames of 32x32, and the reward models here were not trained. So the costs
-are right, but the rewards mean nothing.
+The generator was trained on 9 frames of 32x32 only, and the reward models here were not trained at all. So
+the costs are right, but the rewards mean nothing.
 """
 import contextlib
 import ctypes
@@ -51,25 +51,25 @@ METHODS = ("sft", "prfl", "prfl_steady", "refl_first", "refl_all")
 
 @dataclass
 class Config:
-    command: str = arg(..., "times: the seconds of all methods; cell: seconds and memory of one method",
-                       choices=("times", "cell"), positional=True)
+    command: str = arg(..., "times measures the seconds of all methods; cell measures the seconds and memory "
+                       "of one method", choices=("times", "cell"), positional=True)
     method: str = arg("prfl", "method to measure", choices=METHODS, only="command cell")
-    frames: int = arg(9, "video frames, 4 k + 1", above=0)
-    size: str = arg("32*32", "width*height in pixels")
+    frames: int = arg(9, "number of video frames, 4k + 1", above=0)
+    size: str = arg("32*32", "width*height of the videos in pixels")
     batch_size: int = arg(32, "videos per update", above=0)
-    num_inference_steps: int = arg(16, "N, Euler steps of a rollout", above=2)
-    depth: int = arg(8, "K, blocks of the generator in PRFL's reward model", above=0,
+    num_inference_steps: int = arg(16, "N, the number of Euler steps in a rollout", above=2)
+    depth: int = arg(8, "K, how many of the generator's blocks make PRFL's reward model", above=0,
                      only="command times or method prfl prfl_steady")
-    rounds: int = arg(8, "timed iterations of each method, after one that warms up", above=0)
-    decoder_checkpointing: bool = arg(False, "refl: save memory: decode in chunks, and anew in the backward "
-                                             "pass",
+    rounds: int = arg(8, "number of timed iterations per method, after one that warms up", above=0)
+    decoder_checkpointing: bool = arg(False, "save memory in refl: decode in chunks, and decode each chunk "
+                                      "again in the backward pass",
                                       only="command times or method refl_first refl_all")
     sft_updates: bool = arg(True, "make the SFT update of each iteration",
                             only="command times or !method sft")
-    gradient_checkpointing: bool = arg(False, "recompute each block of generator and PAVRM in the backward "
-                                              "pass")
+    gradient_checkpointing: bool = arg(False, "recompute each block of the generator and of PAVRM in the "
+                                       "backward pass")
     mixed_precision: str = runs.precision_flag()
-    seed: int = arg(0, "seed of noise and steps", at_least=0)
+    seed: int = arg(0, "seed of noise and rewarded steps", at_least=0)
     output_dir: str = arg("runs/cost", "folder for measured.json")
 
 

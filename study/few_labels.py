@@ -1,8 +1,8 @@
 """`python -m study.reproduce few_labels`: how many labels does it take?
 
-Reward models learn from a random part of a seed's labelled samples. Then each of them aligns the generator by
-the steady recipe. So the table says what somebody who pays for labels wants to know: what the generator is
-worth in the end, and not only how often the reward model is right. The runs are kept beside those of
+Reward models learn from a random part of a seed's labelled samples. Then each of them aligns the generator
+with the steady recipe. So the table says what somebody who pays for labels wants to know: how good the
+generator is in the end, and not only how often the reward model is right. The runs are kept beside those of
 study/endurance.py.
 """
 import numpy as np
@@ -10,8 +10,8 @@ import numpy as np
 from report import plot, show, table
 from study.endurance import Case, finished, row_of
 
-# One in so many of the labelled samples, and steps of the reward model; fewer videos are learned by heart in
-# fewer steps. All of them: the reward models of endurance.py.
+# One in this many of the labelled samples is used, and the reward model trains for this many steps: fewer
+# videos are learned by heart in fewer steps. Those with all samples are the reward models of endurance.py.
 SIZES = ((320, 200), (80, 400), (20, 800), (5, 1600), (1, None))
 CASES = [Case("steady", "linear", mismatched, 2e-4, 480, parts, steps)
          for mismatched in (0.25, 0) for parts, steps in SIZES]
@@ -20,7 +20,7 @@ HEAD = ["labels", "mismatched", "seeds", "held-out accuracy, clean", "40", "120"
 
 
 def cases_of(work):
-    """CASES without those that have fewer than 50 samples of the preset's."""
+    """CASES without those that leave fewer than 50 samples with this preset."""
     return [case for case in CASES if work.preset["samples"] // case.parts >= 50]
 
 

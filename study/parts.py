@@ -50,9 +50,9 @@ class Work:
         self.started, self.used, self.children = time.time(), set(), []
 
     def run(self, parts, jobs=None):
-        """Runs the unfinished ones of parts [(folder, file that it ends with, script, *flags)], side by side
-        (or so many at a time); training goes on from its last checkpoint. Raises InputError with the last
-        line of one that fails, or if a folder holds another part."""
+        """Runs those of parts [(folder, last file that it writes, script, *flags)] that are not finished,
+        side by side (or this many at a time). Training continues from its last checkpoint. Raises InputError
+        with the last line of one that fails, or if a folder holds another part."""
         unfinished = {}
         for folder, last, *command in parts:
             words = shlex.join(map(str, (*command, "--output_dir", folder)))
@@ -147,7 +147,8 @@ def read_metrics(folder):
 
 
 def check_part(folder, words, finished):
-    """A folder is known by its name; scripts' defaults and presets are not in it."""
+    """Raises InputError if a folder holds another part. The folder's name cannot tell, because it does not
+    contain the scripts' defaults and presets."""
     kept = part_of(folder).get("command", "an unknown command" if finished else None)
     if kept not in (None, f"python {words}"):
         raise InputError(f"{folder} was made by `{kept}`, not by `python {words}`: remove it, or take "
@@ -171,7 +172,7 @@ def named(prefix, flags):
 
 
 def base_of(flags):
-    """Those that say which of the shipped bases."""
+    """Those of the flags that say which shipped base is used."""
     return I2V if "i2v" in flags else MID if "mid" in flags else ()
 
 
@@ -180,7 +181,7 @@ def frames_of(flags):
 
 
 def reward_flags(method, flags):
-    """train_reward flags of the reward model that train_align takes with these flags."""
+    """The train_reward flags of the reward model that train_align uses with these flags."""
     pixels = ("--space", "rgb", "--frames_decoded", frames_of(flags)) if method == "refl" else ()
     return (*pixels, *base_of(flags))
 
@@ -228,7 +229,7 @@ def curated(work):
 
 
 def at_a_rate(method, flags):
-    """flags, with the tuned learning rate if they name none: a run is known by its rate."""
+    """flags, with the tuned learning rate if they name none, because a run's folder is named by its rate."""
     return flags if "--learning_rate" in flags else (*flags, "--learning_rate", TUNED[method])
 
 

@@ -17,7 +17,7 @@ fig3               where a reward can be read: pixels predicted in one step, fro
 fig5               wins, ties and losses of PRFL, as the annotator sees them
 labels             how many samples PAVRM learns from
 few_labels         how good the generator becomes, by how many labels the reward model had
-second_round       labels of the aligned generator against as many more of the base
+second_round       labels of the aligned generator's samples, against as many more of the base's
 loss               choices in PRFL: form of the loss, lambda, steps with gradients, SFT updates
 endurance          whether PRFL holds over many iterations: recipes, learning rates, and rewards
 rivals             PRFL beside DiffusionNFT, Flow-GRPO and SFT: quality over CPU seconds
@@ -25,13 +25,13 @@ steady             the steady recipe beside the paper's, and its learning rates
 mid                both recipes, and best of n, at a second size of the world: 48x48, 27 tokens
 why                what keeps the steady recipe from collapsing: its parts combined, and other changes
 speed              CPU seconds until a quality is reached: PRFL and RGB ReFL with both recipes, and SFT
-stopping           a second reward model as judge: what its choice of checkpoint loses beside the annotator's
+stopping           a second reward model as judge: how far its chosen checkpoint is from the annotator's
 hacking            reward, quality, speed and colours while aligning, with and without SFT updates
 annotator          how often the annotator passes clean clips and fails flawed ones, after mp4 and VAE
 search             best of n by the latent reward while sampling: quality against forward passes
 search_mismatched  best of n again, by reward models that saw mismatched prompts
 wan22              two experts (A14B) and a pinned frame (TI2V-5B), in the embedded world
-fooled             the main results by a stricter and a looser annotator, and with wordings new to the world
+fooled             the main results by a stricter and a looser annotator, and on wordings never trained on
 
 Every part is a plain call of one of this repository's scripts. The call is printed when it starts, and
 log.txt in the part's folder has what it printed. Writes <results_dir>/<name>.md and .json and, for curves, a
@@ -212,8 +212,8 @@ def table1_variants(work):
 
 
 def reports_table(work, variants):
-    """A table of how right the reward models of variants {row: train_reward flags} are about their held-out
-    samples, mean over the seeds."""
+    """A table of the accuracy of reward models on their held-out samples, mean over the seeds. variants:
+    {row: train_reward flags}."""
     train_rewards(work, variants.values())
     rows = []
     for row, flags in variants.items():
@@ -452,7 +452,7 @@ def reward_fn_of(work, seed, flags):
 
 
 def accuracy_row(logits, labels):
-    """How right a reward model is in each of the five intervals of t.
+    """The accuracy of a reward model in each of the five intervals of t.
 
     logits [seeds, 5, m], labels [seeds, m] -> (right [seeds, 5, m], a dict: "average" is the accuracy over
     all t, as a summary; "intervals" (accuracy), "balanced", "auc" and "judged_good" (the share called good)
@@ -566,8 +566,8 @@ DEPTHS = [k for k in (1, 2, 4, 6, 8) if k <= TRUNK]
 
 
 def depth_flags(k):
-    """train_reward flags of a trunk of k blocks. All blocks are the default, and a run is known by its
-    flags."""
+    """train_reward flags of a trunk of k blocks. There are none for all blocks, which is the default, because
+    a run's folder is named by its flags."""
     return () if k == TRUNK else ("--depth", k)
 
 
@@ -675,7 +675,7 @@ def annotator(work):
 
     @torch.no_grad()
     def arrived(kind, n, seed):
-        """n clips after the way that anybody's clips go: written as mp4, read, encoded and decoded by the
+        """n clips after they went the way of a user's clips: written as mp4, read, encoded and decoded by the
         VAE. -> (videos, prompts)"""
         videos, prompts, _ = scene.make(n, seed, kind)
         with tempfile.TemporaryDirectory() as folder:
@@ -718,7 +718,8 @@ STUDIES = {study.__name__: study
 
 @dataclass
 class Config:
-    name: str = arg(..., "which comparison, see above", choices=(*STUDIES, "all"), positional=True)
+    name: str = arg(..., "which comparison to run, from the list above", choices=(*STUDIES, "all"),
+                    positional=True)
     preset: str = arg("full", "full: as in results/; quick: one seed, fewer videos and steps",
                       choices=tuple(parts.PRESETS))
     seeds: int | None = arg(None, "number of seeds; default: quick 1, full 3", above=0)

@@ -11,7 +11,8 @@ highest sum of rewards stays, and it alone is finished.
 What the abstract of LatSearch leaves open is chosen here: the times, which are those of search.py's default,
 softmax(r) as the normalised reward, and how copies are made different.
 
-Writes resampled.safetensors: what the annotator measures, [m, 1] each, as study/candidates.py names it.
+Writes resampled.safetensors: what the annotator measures, [m, 1] each, under the names ANNOTATED of
+study/search.py.
 
 Axes: m videos, n candidates, c channels, f frames, h height, w width, l text tokens.
 """
@@ -29,8 +30,7 @@ from formats.video import to_pixels
 from formats.weights import SHIPPED, stream_tensors
 from model import load_transformer
 from pavrm import load_pavrm
-from study.candidates import ANNOTATED
-from study.search import SEED, STEPS
+from study.search import ANNOTATED, SEED, STEPS
 from world import annotator, scene
 
 RESAMPLED = (0.75, 0.5625, 0.375)                               # at the last time one candidate stays

@@ -71,8 +71,8 @@ def part_of_rival(work, seed, rival):
 def passes(flags, N=16):
     """Passes of a batch through the generator, or through PAVRM, in a mean iteration -> (forward, backward).
 
-    flags: of train_align.py. N: Euler steps of a rollout. GRPO's rollout up to where a group parts is one for
-    the whole group.
+    flags: of train_align.py. N: Euler steps of a rollout. Until a group parts, GRPO makes one rollout for the
+    whole group.
     """
     given = lambda name, default: flags[flags.index(name) + 1] if name in flags else default
     method, k, group = flags[1], given("--inner_updates", 4), given("--group_size", 8)
@@ -98,15 +98,15 @@ def curve_of_seconds(part):
 
 
 def rate_at(part, seconds):
-    """The qualified rate at the first validation after so many CPU seconds, or at the last one: a run gets at
-    least these seconds, or all that it has."""
+    """The qualified rate at the first validation after this many CPU seconds or, if there is none, at the
+    last one."""
     curve = curve_of_seconds(part)
     return next((rate for spent, rate in curve if spent >= seconds), curve[-1][1])
 
 
 def as_values(rates):
-    """Rates of the seeds -> [seeds, validation videos]: as many ones as videos were qualified. Which ones is
-    not kept, so differences of these are not paired."""
+    """Rates of the seeds -> [seeds, validation videos], with one 1 for each qualified video. Which videos
+    were qualified is not kept, so differences are not paired."""
     return np.array([np.arange(VALIDATED) < round(rate * VALIDATED) for rate in rates], float)
 
 

@@ -3,7 +3,7 @@
     python -m study.samples --transformer runs/prfl/transformer --seed 1 --output_dir runs/round2
     python train_reward.py --data runs/reward/samples runs/round2
 
-The annotator labels them, as it labels the samples that train_reward.py makes of the base.
+The annotator labels them, as it labels the base generator's samples in train_reward.py.
 """
 from dataclasses import dataclass
 
@@ -18,10 +18,10 @@ from world import clips
 @dataclass
 class Config:
     transformer: str | None = arg(None, "folder of the generator; default: the shipped one")
-    output_dir: str = arg("runs/samples", "folder of the shards")
+    output_dir: str = arg("runs/samples", "folder for the shards")
     count: int = arg(1024, "number of samples", above=0)
     seed: int = arg(0, "seed of prompts and noise", at_least=0)
-    num_inference_steps: int = arg(16, "Euler steps", above=0)
+    num_inference_steps: int = arg(16, "Euler steps per sample", above=0)
     mixed_precision: str = runs.precision_flag()
 
 

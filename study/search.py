@@ -18,7 +18,8 @@ from search import parse_drops as search_plan
 from study.parts import align_folder, named, reward_folder, train_aligned
 from study.steady import RECIPES, Run, curve, recipe_folder, stopped_at_its_best, train_recipes
 from world import scene
-from world.annotator import ANNOTATORS, AXES, annotate, grade
+from world.annotator import ANNOTATORS, AXES, LIMITS, annotate, grade
+from world.annotator import PANEL as SEEN
 
 SEED = 7_000                                                    # the seed of evaluate.py's test videos
 REWARDED = (0.75, 0.5625, 0.375, 0.1875, 0.0)                   # times at which candidates can be dropped
@@ -30,6 +31,7 @@ AIMS = (("base", "best of 8 in a chain", 0.85), ("steady", "best of 4 in a chain
         ("steady", "best of 4 at the end", 0.98))           # (row, plan, qualified rate), chosen beforehand
 GUIDANCE = (4.0, 16.0, 64.0)                                    # scales
 PANEL = ("qualified", "physical", "deformity", "adherent", "speed", "brightness", "saturation")
+ANNOTATED = ("qualified", "physical", "deformity", *SEEN, *LIMITS, "absent")     # of a part
 OTHERS = "by another seed's reward"
 HOW = {"at the end": "0:1", "once, at t = .38": ".375:1", "in a chain": None}   # {name: search.py's --drops}
 

@@ -1,7 +1,7 @@
 """`python -m study.reproduce search_mismatched`: best of n by reward models that saw mismatched prompts.
 
-study/search.py asks the same of the paper's reward models, which hardly read their prompt: their choice lost
-prompts, and did not lift an aligned generator. Finished parts are kept in
+study/search.py does this with the paper's reward models, which hardly read their prompt: videos that they
+chose lost their prompts, and an aligned generator did not gain. Finished parts are kept in
 results/search_mismatched_runs.json and are not made again, as those of study/endurance.py are.
 
 Axes: m videos, n candidates.

@@ -35,7 +35,8 @@ LEVELS = (0.80, 0.85, 0.90, 0.95)                               # of the validat
 
 
 def combination(step, passes, loss):
-    """Flags of train_align.py, or with a step for each video of study/why.py, which alone has that."""
+    """Flags of train_align.py or, if each video gets a step of its own, of study/why.py, because only that
+    script can do it."""
     per_video = ("--rewarded_step", "per_video") if step == "per_video" else ()
     return (*per_video, "--rollout_passes", passes, "--reward_loss", loss)
 
@@ -45,7 +46,7 @@ RECIPES = {"PRFL, paper's recipe": ("--keep", 12, *PAPER), "PRFL, steady recipe"
 
 
 class Run(NamedTuple):
-    """Flags of train_align.py, or of study/why.py; a part is known by them."""
+    """Flags of train_align.py, or of study/why.py, which also name the run's folder."""
     flags: tuple
     name: str = "steady"                     # what its folder's name begins with: steady, why, speed-<method>
     one_seed: bool = False
@@ -84,8 +85,8 @@ def method_of(run):
 
 
 def train(work, wanted):
-    """Runs [(seed, Run)], their reward models first; of those that share curated clips, one before the
-    others: it renders."""
+    """Makes runs [(seed, Run)], after their reward models. Of runs that share curated clips, one goes before
+    the others, to render the clips."""
     train_reward_models(work, [(seed, reward_flags(method_of(run), run.flags)) for seed, run in wanted
                                if method_of(run) != "sft"])
     first = {(seed, base_of(run.flags)): (seed, run) for seed, run in reversed(wanted)}
@@ -113,7 +114,7 @@ def curve(work, seed, run):
 
 
 def stopped_at_its_best(folder):
-    """The checkpoint that did best on the validation videos, the earliest of equals: where somebody who
+    """The checkpoint that did best on the validation videos (of equal ones the earliest), where somebody who
     watches would stop."""
     validated = {row["step"]: row["validation_qualified"] for row in read_metrics(folder) if row["step"]
                  and "validation_qualified" in row}
@@ -126,8 +127,8 @@ SAID = {"per_video": "step per video", "per_batch": "step per batch", 0: "every 
 
 
 def run_of(*how, more=()):
-    """The Run of a combination (step, passes, loss); the recipes' own are those of RECIPES, so that none is
-    made twice."""
+    """The Run of a combination (step, passes, loss). Combinations that are a recipe give the Run of that
+    recipe, so that none is made twice."""
     flags = (*more, *combination(*how))
     if how[0] == "per_video":
         return Run(flags, "why")
@@ -146,8 +147,8 @@ def steady_comparisons(work):
 
 
 def why_comparisons(work):
-    """{title: {row: Run}}: each part of the recipe with and without each other; with one seed, what else
-    might hold it, what it is sensitive to, and what else might mend the paper's recipe."""
+    """{title: {row: Run}}: all combinations of the steady recipe's parts; and with one seed, what else might
+    prevent the collapse, what the recipe is sensitive to, and what else might mend the paper's recipe."""
     steady, paper = run_of("per_batch", 4, "logsigmoid"), run_of("per_batch", 0, "linear")
     by_video = run_of("per_video", 4, "logsigmoid")
     variant = lambda name, *how: Run(("--variant", name, *combination(*how)), "why")

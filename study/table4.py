@@ -13,8 +13,8 @@ from study.parts import named
 
 
 def measured(work, name, *flags):
-    """What study/cost.py measured with these flags. It runs once, and alone, because other work would disturb
-    it."""
+    """What study/cost.py measured with these flags. The measurement runs once, and alone, because other work
+    would disturb it."""
     folder = work.folder / "cost" / name
     work.run([(folder, "measured.json", "-m", "study.cost", *flags)], jobs=1)
     return json.loads((folder / "measured.json").read_text())

@@ -4,23 +4,23 @@
     python -m study.why --variant ema --resume latest
     python -m study.reproduce why                   all variants but words, on one seed
 
-Each variant could mend the collapse, or explain what coarse rollouts do about it:
-noise        adds Gaussian noise of strength (1 - t) to the exact rollout's state: does their spread matter?
-exact_last   makes a coarse rollout up to the step before, and that step exactly: does the blur where the
-             rewarded step starts matter?
-no_rollout   starts at curated clips, noised to where the rewarded step starts: must the states be its own?
+Each variant could prevent the collapse, or explain why coarse rollouts prevent it:
+noise        adds Gaussian noise of strength (1 - t) to the exact rollout's state: does the spread of the
+             states matter?
+exact_last   makes the last step before the rewarded one exact, after a coarse rollout: does the blur where
+             the rewarded step starts matter?
+no_rollout   starts the rewarded step at a noised curated clip: must the states be the generator's own?
 ema          validates and writes an average of the weights over iterations, with factor strength
 pull         adds strength (v - v_ref)^2 in the rewarded step; v_ref is the untrained generator's velocity
 ceiling      uses the loss -min(r, strength), so nothing is learned from a reward above it
 words        leaves each word of a prompt out with probability strength and shuffles the others, in both
              updates: does this help with unseen wordings (evaluate.py --split reworded)?
-moments      has an AdamW for the SFT updates and one for the reward updates: what does sharing one cost?
+moments      has one AdamW for the SFT updates and another for the reward updates: what does sharing cost?
 none         is train_align.py --method prfl, number for number, so that only the variant differs
 
---rewarded_step per_video draws a step of its own for each video of a batch, instead of one for the whole
-batch.
+--rewarded_step per_video draws a step for each video of a batch, instead of one for the whole batch.
 
-On the embedded world, in one process. Each iteration makes an SFT update and a reward update with
+It runs on the embedded world, in one process. Each iteration makes an SFT update and a reward update with
 train_align.py's draws. Writes what train_align.py writes: metrics.jsonl, transformer/, checkpoints and
 samples/.
 
@@ -55,31 +55,38 @@ VARIANTS = ("none", "noise", "exact_last", "no_rollout", "ema", "pull", "ceiling
 
 @dataclass
 class Config:
-    variant: str = arg("none", "what is changed", choices=VARIANTS)
-    strength: float | None = arg(None, "of noise, pull, ceiling or words, or ema's factor; without: "
-                                 + ", ".join(f"{variant} {value:g}" for variant, value in STRENGTH.items()),
+    variant: str = arg("none", "what is changed in the reward update; the list above explains the variants",
+                       choices=VARIANTS)
+    strength: float | None = arg(None, "strength of noise, pull, ceiling or words, or factor of ema; "
+                                 "default: " + ", ".join(f"{name} {x:g}" for name, x in STRENGTH.items()),
                                  at_least=0)
-    rewarded_step: str = arg("per_batch", "one random step for the whole batch (Alg. 1), or one for each "
-                             "video, spread evenly over the trajectory", choices=("per_batch", "per_video"))
-    rollout_passes: int = arg(0, "as in train_align.py", at_least=0)
-    reward_loss: str = arg("linear", "as in train_align.py", choices=tuple(prfl.REWARD_LOSSES))
+    rewarded_step: str = arg("per_batch", "per_batch: one random step for the whole batch (Alg. 1); "
+                             "per_video: one for each video, spread evenly over the trajectory",
+                             choices=("per_batch", "per_video"))
+    rollout_passes: int = arg(0, "the rollout takes at most this many long Euler steps; 0: it takes the N "
+                              "steps one by one (Alg. 1)", at_least=0)
+    reward_loss: str = arg("linear", "loss of the reward's logit r: linear is -r (Alg. 1), logsigmoid is "
+                           "-log sigmoid(r), sigmoid_hinge is the released code's",
+                           choices=tuple(prfl.REWARD_LOSSES))
     reward: str = arg(str(BASE / "reward"), "folder of the reward model")
     output_dir: str = arg("runs/why", "run folder")
-    curated_dir: str | None = arg(None, "where curated clips are kept, or found; without, "
-                                  "<output_dir>/curated")
-    num_curated: int = arg(1024, "curated clips to render", above=0)
-    num_inference_steps: int = arg(16, "N, Euler steps of a rollout", above=0)
-    learning_rate: float = arg(1e-4, "AdamW's", above=0)
-    lr_scheduler: str = arg("constant", "as in train_align.py", choices=("constant", "linear"))
-    max_train_steps: int = arg(480, "iterations", above=0)
-    batch_size: int = arg(32, "videos, and prompts, per update", above=0)
-    max_grad_norm: float = arg(1.0, "each update's gradient is clipped to this norm", above=0)
+    curated_dir: str | None = arg(None, "folder for the curated clips; those that are there already are used "
+                                  "again. Default: <output_dir>/curated")
+    num_curated: int = arg(1024, "number of curated clips to render", above=0)
+    num_inference_steps: int = arg(16, "N, the number of Euler steps in a rollout", above=0)
+    learning_rate: float = arg(1e-4, "AdamW's learning rate", above=0)
+    lr_scheduler: str = arg("constant", "constant keeps the learning rate; linear lets it fall to 0 at "
+                            "--max_train_steps", choices=("constant", "linear"))
+    max_train_steps: int = arg(480, "number of iterations", above=0)
+    batch_size: int = arg(32, "curated videos per SFT update, and prompts per reward update", above=0)
+    max_grad_norm: float = arg(1.0, "the gradient of each update is clipped to this norm", above=0)
     mixed_precision: str = runs.precision_flag()
     checkpointing_steps: int = arg(40, "iterations between checkpoints", above=0)
     validation_steps: int = arg(40, "iterations between validations", above=0)
-    num_validation: int = arg(256, "videos of a validation; 0 for none", at_least=0)
-    resume_from_checkpoint: str | None = arg(None, "'latest' or a checkpoint folder", alias="resume")
-    seed: int = arg(0, "seed of order, t, noise and steps", at_least=0)
+    num_validation: int = arg(256, "number of videos per validation; 0: none", at_least=0)
+    resume_from_checkpoint: str | None = arg(None, "continue from a checkpoint: its folder, or 'latest' (the "
+                                             "last one in --output_dir)", alias="resume")
+    seed: int = arg(0, "seed of order, times, noise and rewarded steps", at_least=0)
 
 
 def draw_steps(seed, iteration, num_steps, batch):

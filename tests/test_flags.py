@@ -28,7 +28,7 @@ from formats import weights as formats_weights
 from formats.weights import save_module
 from pavrm import PAVRM
 from scale import lora, plan
-from study import candidates, cost, node, parts, reproduce, samples, why
+from study import candidates, cost, node, parts, reproduce, resampling, samples, why
 from world import clips, pretrain
 from world.vae import VideoVAE
 
@@ -204,7 +204,8 @@ SCRIPTS = {"train_align": (train_align, "Config"), "train_reward": (train_reward
            "formats.wan": (wan, "Export"), "study.reproduce": (reproduce, "Config"),
            "study.cost": (cost, "Config"),
            "study.node": (node, "Config"), "study.why": (why, "Config"),
-           "study.candidates": (candidates, "Config"), "study.samples": (samples, "Config")}
+           "study.candidates": (candidates, "Config"), "study.samples": (samples, "Config"),
+           "study.resampling": (resampling, "Config")}
 FIELDS = {(script, field.name): field for script, (module, name) in SCRIPTS.items()
           for field in dataclasses.fields(getattr(module, name))}
 

@@ -125,7 +125,7 @@ def labels_of(annotations):
 def clean_clips(folder, model, count, size, seed, runtime):
     """Shards of `count` clean clips of the embedded world. They are made once and kept in `folder`.
 
-    They go the same way as anybody's clips: rank 0 writes mp4 files, and `data.encode` encodes them, on all
+    They go the same way as a user's clips: rank 0 writes mp4 files, and `data.encode` encodes them, on all
     ranks, with the vae/ and text_encoder/ in `model`. Raises InputError if `folder` was made with other
     settings.
     """
@@ -161,8 +161,10 @@ class Config:
     folder: str = arg(..., "new folder for the clips and metadata.jsonl", positional=True)
     count: int = arg(1024, "number of clips", above=0)
     seed: int = arg(0, "seed of clips and prompts", at_least=0)
-    kind: str = arg("mixture", "clean; flawed; mixture of both; or the name of one flaw of world/scene.py")
-    world: str = arg("tiny", "size of the clips, of world/scene.py's SIZES", choices=tuple(scene.SIZES))
+    kind: str = arg("mixture", "which clips are rendered: clean ones, flawed ones, a mixture of both, or "
+                    "those with one flaw, named as in world/scene.py")
+    world: str = arg("tiny", "size of the clips, by its name in SIZES of world/scene.py",
+                     choices=tuple(scene.SIZES))
 
 
 def main(config):

@@ -20,7 +20,7 @@ There are three stages, in this order:
 checkpoints/README.md has the commands of the shipped weights. Every stage can be stopped at any time and
 continued with `--resume latest`.
 
-Muon trains the matrices of the blocks and AdamW trains the rest. That learns several times faster here than
+Muon trains the matrices of the blocks, and AdamW trains the rest. Here this learns several times faster than
 AdamW alone. The text encoder is trained first and then frozen, because it collapses when it is trained
 together with the generator: a word cannot lower the generator's loss before the generator can draw what the
 word means. (After 3,000 steps such an encoder told colours apart, but neither shapes nor directions.)
@@ -65,40 +65,44 @@ class Config:
     vae: str = arg(str(SHIPPED["t2v"] / "vae"), "folder of the VAE", only="stage dit")
     text_encoder: str = arg(str(SHIPPED["t2v"] / "text_encoder"), "folder of the text encoder",
                             only="stage dit")
-    init: str | None = arg(None, "transformer folder to start from; those for image-to-video can also start "
-                           "from a text-to-video one. Default: random weights", only="stage dit")
-    preset: str = arg("tiny-t2v", "size and task of the generator; the text encoder makes contexts for it",
-                      choices=tuple(GENERATORS), only="stage text dit")
-    world: str = arg("tiny", "size of the clips, of world/scene.py's SIZES", choices=tuple(scene.SIZES),
-                     only="stage vae dit")
-    clips: int = arg(131072, "number of clips, rendered once and used in every epoch; vae: at most 16384",
-                     above=0, only="stage vae dit")
+    init: str | None = arg(None, "folder of the transformer to start from; the presets for image-to-video "
+                           "can also start from a text-to-video one. Default: random weights",
+                           only="stage dit")
+    preset: str = arg("tiny-t2v", "size and task of the generator; in stage text, of the generator that the "
+                      "text encoder is for", choices=tuple(GENERATORS), only="stage text dit")
+    world: str = arg("tiny", "size of the clips, by its name in SIZES of world/scene.py",
+                     choices=tuple(scene.SIZES), only="stage vae dit")
+    clips: int = arg(131072, "number of clips, which are rendered once and used in every epoch; stage vae "
+                     "uses at most 16384", above=0, only="stage vae dit")
     max_train_steps: int = arg(20000, "optimizer steps", above=0)
-    batch_size: int = arg(128, "clips (text: captions) per step and process", above=0)
+    batch_size: int = arg(128, "clips (in stage text: captions) per step and process", above=0)
     muon_learning_rate: float = arg(0.02, "learning rate of Muon, for the matrices inside blocks", above=0,
                                     only="stage vae dit")
     adam_learning_rate: float = arg(1.5e-3, "learning rate of AdamW, for everything else", above=0)
-    warmup_steps: int = arg(200, "steps over which the learning rates rise linearly from zero", at_least=0)
-    decay_steps: int = arg(6000, "steps at the end over which the learning rates fall linearly to zero",
+    warmup_steps: int = arg(200, "number of steps in which the learning rates rise linearly from zero",
+                            at_least=0)
+    decay_steps: int = arg(6000, "number of last steps, in which the learning rates fall linearly to zero",
                            at_least=0)
-    ema: float = arg(0.999, "decay of the averaged weights, which are the ones validated and saved",
-                     at_least=0, at_most=1)
-    timestep_shift: float = arg(3.0, "s in t = s u / (1 + (s - 1) u), u uniform in (0, 1); above 1, noisy "
-                                "times are drawn more often", above=0, only="stage dit")
-    expert: str | None = arg(None, "which of two experts this becomes; it learns only the times on its side "
-                             "of --boundary; default: one generator for all times",
+    ema: float = arg(0.999, "decay of the averaged weights, which are the weights that are validated and "
+                     "saved", at_least=0, at_most=1)
+    timestep_shift: float = arg(3.0, "s in t = s u / (1 + (s - 1) u), where u is uniform in (0, 1); with s "
+                                "above 1, noisy times are drawn more often", above=0, only="stage dit")
+    expert: str | None = arg(None, "which of two experts the generator becomes: it learns only the times on "
+                             "its side of --boundary. Default: one generator for all times",
                              choices=experts.NAMES, only="stage dit")
     boundary: float = arg(0.5, "the time from which on the high-noise expert works", above=0, below=1,
                           only="stage dit, expert")
-    text_dropout: float = arg(0.1, "share of examples that are trained without text, for guidance",
-                              at_least=0, below=1, only="stage dit")
+    text_dropout: float = arg(0.1, "share of examples that are trained without text, so that guidance can be "
+                              "used", at_least=0, below=1, only="stage dit")
     vae_dim: int = arg(128, "width of the VAE", above=0, only="stage vae")
-    kl_weight: float = arg(0.02, "weight of the KL term in the second half of the steps; before, a twentieth "
-                           "of it", at_least=0, only="stage vae")
+    kl_weight: float = arg(0.02, "weight of the KL term in the second half of the steps; in the first half "
+                           "it is a twentieth of this", at_least=0, only="stage vae")
     mixed_precision: str = runs.precision_flag()
     checkpointing_steps: int = arg(500, "steps between checkpoints", above=0)
-    validation_steps: int = arg(1000, "steps between validations; of vae and dit on 256 clips", above=0)
-    resume_from_checkpoint: str | None = arg(None, "'latest' or a checkpoint folder", alias="resume")
+    validation_steps: int = arg(1000, "steps between validations, which in stages vae and dit use 256 clips",
+                                above=0)
+    resume_from_checkpoint: str | None = arg(None, "continue from a checkpoint: its folder, or 'latest' (the "
+                                             "last one in --output_dir)", alias="resume")
     seed: int = arg(0, "seed of weights, clips and random draws", at_least=0)
 
 
@@ -374,8 +378,8 @@ def world_latents(config, vae, runtime):
 def widened(weights, in_dim):
     """Weights of a generator, with a patch embedding for `in_dim` channels.
 
-    An image-to-video generator can so start from a text-to-video one, as Wan2.1's did: the weights of the new
-    channels, those of the first frame, are zero, and at first both compute the same.
+    So an image-to-video generator can start from a text-to-video one, as Wan2.1's did. The weights of the new
+    channels, which hold the first frame, are zero, so that at first both generators compute the same.
     """
     patch = weights["patch_embedding.weight"]                                               # [d, c, *patch]
     missing = in_dim - patch.shape[1]

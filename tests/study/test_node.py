@@ -1,7 +1,6 @@
 """study/node.py at a small size: rows of processes of their own, in the table and the JSON."""
 import dataclasses
 import json
-import sys
 import time
 
 import launch
