@@ -469,12 +469,14 @@ def claims():
         f"rewards of its samples rise to {one_step['reward']['100']:.1f}"]
     found = load("rivals")
     longer, at_best = found["rows"], {claim["claim"]: claim for claim in found["claims"]}
-    assert len(longer["DiffusionNFT"]["best"]) == 1
+    assert {len(row["best"]) for row in longer.values()} == {3}
+    at = lambda name: number(fmean(longer[name]["best"]))
+    ends = lambda name: with_interval(longer[name]["qualified"])
     said["## Rivals from reinforcement learning"] += [
-        f"rises to {number(longer['DiffusionNFT']['best'][0])} of the validation videos and then falls, to "
-        f"{with_interval(longer['DiffusionNFT']['qualified'])}",
-        f"rises to {number(longer['Flow-GRPO']['best'][0])} and ends at "
-        f"{with_interval(longer['Flow-GRPO']['qualified'])}",
+        f"the best validations of DiffusionNFT have {at('DiffusionNFT')}, and its runs end at "
+        f"{ends('DiffusionNFT')}",
+        f"The best validations of Flow-GRPO have {at('Flow-GRPO')}, and its runs end at {ends('Flow-GRPO')}",
+        f"SFT ends at {ends('SFT')} and PRFL at {ends('PRFL, steady recipe')}",
         "Each at its best validation, PRFL is above DiffusionNFT by {} and above Flow-GRPO by {}".format(*(
             with_interval(at_best[f"each at its best validation, PRFL above {name}"], sign="+",
                           key="difference") for name in ("DiffusionNFT", "Flow-GRPO")))]
