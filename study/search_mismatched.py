@@ -109,7 +109,7 @@ def report(work, found):
                 curve[1].append(rows[f"{row}, {plan}"]["mean"])
     pairs = [(f"{row}, {label(n, how)}", f"{row}, {ONE}") for row in drawn for n in COUNTS
              for how in ("in a chain", "at the end")]
-    pairs += [(f"{row}, {label(n, 'in a chain')}", f"{row}, {plan}") for row in drawn
+    pairs += [(f"{row}, {plan}", f"{row}, {label(n, 'in a chain')}") for row in drawn
               for plan, n in RESAMPLED.items() if f"{row}, {plan}" in qualified]
     claims = claim_verdicts([(*pair, "not in it") for pair in pairs], qualified)
     plot(work.results / "search_mismatched.png",
