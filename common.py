@@ -249,7 +249,7 @@ def cli(main, Config, doc, argv=None, prog=None):
 
 
 # ---- processes and random draws
-BUCKET_BYTES = 2 ** 26  # of gradients that are summed over the ranks at a time
+BUCKET_BYTES = 2 ** 26  # so many bytes of gradients are summed over the ranks at a time
 TIMEOUT = datetime.timedelta(hours=1)   # how long processes wait, for example while one writes 57 GB
 
 
@@ -335,7 +335,7 @@ def buckets(tensors, most):
 
 def all_reduce_mean_(tensors):
     """Mean over ranks, in place, of a list of tensors, e.g. of losses before they are logged. Small ones are
-    summed together, as each sum waits for all ranks; beside the tensors there is one copy of a bucket."""
+    copied into a bucket and summed together, because each sum waits for all ranks."""
     if not tensors or not dist.is_initialized() or dist.get_world_size() == 1:
         return
     for bucket in buckets(tensors, BUCKET_BYTES):

@@ -15,39 +15,28 @@ Axes: m videos, n candidates, b batch of candidates, c channels, f frames, h hei
 """
 import itertools
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 import common
 import flow
 from common import arg
-from families import load_text_encoder, load_vae
-from formats import disk, runs
-from formats.video import to_pixels
-from formats.weights import SHIPPED, stream_tensors
-from model import load_transformer
-from pavrm import load_pavrm
-from study.search import ANNOTATED, REWARDED, SEED
-from world import annotator, scene
+from study.candidate_files import Flags, annotated, load, write
+from study.search import REWARDED, SEED
+from world import scene
 
 
 @dataclass
-class Config:
-    reward: str = arg(..., "folder of the reward model")
-    transformer: str | None = arg(None, "folder of the generator; default: the shipped one")
+class Config(Flags):
     output_dir: str = arg("runs/candidates", "folder for candidates.safetensors")
     first: int = arg(0, "number of the first candidate; the noise of a candidate depends on its number",
                      at_least=0)
     count: int = arg(8, "candidates per video", above=0)
-    num_videos: int = arg(512, "number of held-out prompts", above=0)
     split: str = arg("test", "which split of world/scene.py the prompts come from",
                      choices=("test", "validation", "reworded"))
     num_inference_steps: int = arg(16, "Euler steps per candidate", above=0)
     guidance: float = arg(0.0, "scale of the guidance along the reward's gradient; 0: no guidance",
                           at_least=0)
-    seed: int = arg(0, "seed of the noise; the prompts are the same with every seed", at_least=0)
-    mixed_precision: str = runs.precision_flag()
 
 
 def along_the_reward(pavrm, x, t, context):
@@ -79,11 +68,8 @@ def sample_and_reward(dit, pavrm, x, context, num_steps, guidance):
 @torch.no_grad()
 def main(config):
     runtime = common.setup(config.mixed_precision, config.seed)
-    dit = load_transformer(config.transformer or SHIPPED["t2v"]).to(runtime.device).eval()
-    pavrm = load_pavrm(config.reward, dit).to(runtime.device)
-    vae = load_vae(SHIPPED["t2v"] / "vae").to(runtime.device)
+    dit, pavrm, vae, text = load(config.reward, config.transformer, runtime)
     prompts = scene.draw_prompts(config.num_videos, SEED + 1, config.split)     # those of evaluate.py, seed 0
-    text = load_text_encoder(SHIPPED["t2v"] / "text_encoder").to(runtime.device).eval()
     context = text.encode(prompts)
     shape, n = scene.LATENT_SHAPES["tiny"], config.count
     numbers = range(config.first, config.first + n)
@@ -96,20 +82,9 @@ def main(config):
         with runtime.autocast():
             x, rewards = sample_and_reward(dit, pavrm, x_T.to(runtime.device), context[videos],
                                            config.num_inference_steps, config.guidance)
-        annotations = annotator.annotate(to_pixels(vae.decode(x)).cpu(), [prompts[video] for video in videos])
-        row = {"rewards": rewards.cpu()}
-        for name in ANNOTATED:
-            row[name] = annotations[name].float()
-        rows.append(row)
-    found = {}
-    for name in rows[0]:
-        flat = torch.cat([row[name] for row in rows])                               # [m n, ...]
-        found[name] = flat.unflatten(0, (-1, n)).contiguous()
-    path = Path(config.output_dir) / "candidates.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stream_tensors(found, f"{path}.part")
-    disk.put(f"{path}.part", path)
-    print(f"{found['qualified'].mean():.3f} of all candidates are qualified\nwrote {path}")
+        seen = annotated(vae, x, [prompts[video] for video in videos])
+        rows.append({"rewards": rewards.cpu()} | seen)
+    write(f"{config.output_dir}/candidates.safetensors", rows, n)
 
 
 if __name__ == "__main__":

@@ -17,34 +17,23 @@ study/search.py.
 Axes: m videos, n candidates, c channels, f frames, h height, w width, l text tokens.
 """
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 import common
 import flow
 from common import arg
-from families import load_text_encoder, load_vae
-from formats import disk, runs
-from formats.video import to_pixels
-from formats.weights import SHIPPED, stream_tensors
-from model import load_transformer
-from pavrm import load_pavrm
-from study.search import ANNOTATED, SEED, STEPS
-from world import annotator, scene
+from study.candidate_files import Flags, annotated, load, write
+from study.search import SEED, STEPS
+from world import scene
 
 RESAMPLED = (0.75, 0.5625, 0.375)                               # at the last time one candidate stays
 
 
 @dataclass
-class Config:
-    reward: str = arg(..., "folder of the reward model")
-    transformer: str | None = arg(None, "folder of the generator; default: the shipped one")
+class Config(Flags):
     output_dir: str = arg("runs/resampling", "folder for resampled.safetensors")
     count: int = arg(8, "candidates per video", above=1)
-    num_videos: int = arg(512, "number of held-out prompts", above=0)
-    seed: int = arg(0, "seed of the noise; the prompts are the same with every seed", at_least=0)
-    mixed_precision: str = runs.precision_flag()
 
 
 def passes(n, share=1.0):
@@ -94,25 +83,16 @@ def search(dit, pavrm, context, n, seed, indices, shape):
 @torch.no_grad()
 def main(config):
     runtime = common.setup(config.mixed_precision, config.seed)
-    dit = load_transformer(config.transformer or SHIPPED["t2v"]).to(runtime.device).eval()
-    pavrm = load_pavrm(config.reward, dit).to(runtime.device)
-    vae = load_vae(SHIPPED["t2v"] / "vae").to(runtime.device)
-    text = load_text_encoder(SHIPPED["t2v"] / "text_encoder").to(runtime.device).eval()
-    prompts = scene.draw_prompts(config.num_videos, SEED + 1, "test")               # those of evaluate.py
+    dit, pavrm, vae, text = load(config.reward, config.transformer, runtime)
+    prompts = scene.draw_prompts(config.num_videos, SEED + 1, "test")           # those of evaluate.py, seed 0
     rows, together = [], max(1, 128 // config.count)                # so many videos in a batch
     for i in common.progress(range(0, len(prompts), together), f"videos (x{together})"):
         some = prompts[i:i + together]
         with runtime.autocast():
             x = search(dit, pavrm, text.encode(some), config.count, SEED + config.seed,
                        range(i, i + len(some)), scene.LATENT_SHAPES["tiny"])
-        annotations = annotator.annotate(to_pixels(vae.decode(x)).cpu(), some)
-        rows.append({name: annotations[name].float() for name in ANNOTATED})
-    found = {name: torch.cat([row[name] for row in rows])[:, None].contiguous() for name in ANNOTATED}
-    path = Path(config.output_dir) / "resampled.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stream_tensors(found, f"{path}.part")
-    disk.put(f"{path}.part", path)
-    print(f"{found['qualified'].mean():.3f} of the videos are qualified\nwrote {path}")
+        rows.append(annotated(vae, x, some))
+    write(f"{config.output_dir}/resampled.safetensors", rows, 1)
 
 
 if __name__ == "__main__":

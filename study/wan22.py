@@ -28,8 +28,7 @@ ITERATIONS, TESTED, SAMPLES, REWARD_STEPS = 80, 512, 2048, 300
 TUNE = ("-m", "world.pretrain", "dit", "--init", BASE / "transformer", "--warmup_steps", 20, "--ema", 0.99,
         "--muon_learning_rate", 0.005, "--adam_learning_rate", 3e-4, "--timestep_shift", 1,
         "--validation_steps", 100)
-EXPERT = ("--clips", 4096, "--batch_size", 64, "--max_train_steps", 100, "--decay_steps", 80)
-PINNED = ("--clips", 4096, "--batch_size", 64, "--max_train_steps", 300, "--decay_steps", 280)
+BATCH, EXPERT_UPDATES, PINNED_UPDATES = 64, 100, 300           # of the tuning
 GRADES = ("qualified", "physical_qualified", "deformity_qualified", "adherent")
 ONE, START = "the base, PRFL", "two experts"
 LOW, HIGH, BOTH = (f"{START}, PRFL on {name}" for name in ("the low-noise one", "the high-noise one", "both"))
@@ -37,6 +36,12 @@ EVERY_STEP = f"{LOW}, every step of its rollouts"               # in place of at
 
 
 # ---- the parts of one seed
+def tuning(updates):
+    """Flags of world/pretrain.py: so many updates; the rate falls from the 20th on, where it has its peak."""
+    return (*TUNE, "--clips", 4096, "--batch_size", BATCH, "--max_train_steps", updates, "--decay_steps",
+            updates - 20)
+
+
 def generator(folder, index=None, **parts):
     """A generator's folder of links: to the shipped encoders, and to parts {name: folder}. index: its
     model_index.json. -> folder"""
@@ -58,7 +63,7 @@ def made(work, seed, name, last, *command):
 
 def pair(work, seed):
     """The folder of the two experts."""
-    high, low = (made(work, seed, name, "transformer/config.json", *TUNE, *EXPERT, "--expert", name,
+    high, low = (made(work, seed, name, "transformer/config.json", *tuning(EXPERT_UPDATES), "--expert", name,
                       "--boundary", BOUNDARY) / "transformer" for name in ("high", "low"))
     index = {"_class_name": "WanPipeline", "boundary_ratio": BOUNDARY}
     return generator(high.parents[1] / "wan22-experts", index, transformer=high, transformer_2=low)
@@ -98,7 +103,7 @@ def two_experts(work, seed):
 
 
 def pinned(work, seed):
-    tuned = made(work, seed, "pinned", "transformer/config.json", *TUNE, *PINNED, "--preset",
+    tuned = made(work, seed, "pinned", "transformer/config.json", *tuning(PINNED_UPDATES), "--preset",
                  "tiny-i2v-pinned")
     model = generator(tuned.parent / "wan22-pinned-base", transformer=tuned / "transformer")
     reward = made(work, seed, "pinned-reward", "report.json", "train_reward.py", "--model", model,
@@ -160,9 +165,9 @@ CLAIMS = {"two experts": [(LOW, START), (BOTH, LOW), (HIGH, LOW), (BOTH, HIGH), 
           "pinned frame": [("PRFL", "base"), ("PRFL", "SFT"), ("SFT", "base")]}
 ABOUT = {"two experts": f"The boundary is {BOUNDARY}: the high-noise expert makes 9 of the 16 steps of a "
                         f"rollout, the low-noise one 7. Each expert is the base, tuned on its side for "
-                        f"{EXPERT[5]} updates of {EXPERT[3]} clips of the base's own mixture.",
+                        f"{EXPERT_UPDATES} updates of {BATCH} clips of the base's own mixture.",
          "pinned frame": "Image-to-video. The given frames are of clean renders. The base here is the "
-                         f"text-to-video base, tuned for {PINNED[5]} updates of {PINNED[3]} clips."}
+                         f"text-to-video base, tuned for {PINNED_UPDATES} updates of {BATCH} clips."}
 
 
 def report(work, kept):

@@ -494,6 +494,11 @@ def claims():
     said["## Stopping without an annotator"] = [f"up to {lost['lost_by_opinion']} worse",
                                                 f"within {lost['lost']} of",
                                                 f"loses up to {lost['lost_at_end']}"]
+    kept, missed = sorted(load("endurance")["judge"].values(), key=lambda run: run["lost"])
+    assert missed["score"] == 480 and missed["lost"] == missed["lost_at_end"]
+    assert all(run["score"] == run["opinion"] for run in (kept, missed))
+    said["## Stopping without an annotator"] += [f"choice lost {number(kept['lost'])}",
+                                                 f"iteration and lost {number(missed['lost'])}, as much"]
 
     two, differ = load("wan22")["two experts"]["rows"], {
         claim["claim"]: claim for part in ("two experts", "pinned frame")

@@ -45,7 +45,7 @@ def own_samples(folder, generator, model, count, num_steps, size, seed, runtime,
 
     A sample's label is 1 if it is qualified, 0 if it is unqualified (see `annotate`), and missing in between.
     Samples of an image-to-video generator start from the first frames of clean renders. The shards hold the
-    latents of these frames as condition, unless they are in the samples' own.
+    latents of these frames as condition; samples with a pinned frame hold it already.
 
     generator: the VideoDiT. model: the folder with its vae/ and text_encoder/. transformer: the generator's
     own folder, if that is not in `model`. num_steps, shift: of the sampler. size: one of scene.SIZES. Every
