@@ -44,6 +44,8 @@ if __name__ == "__main__":
             far = max(far, (mine - files.tensor(name)[first:first + len(mine)]).abs().max().item())
     # 1 / sqrt(3): as nn.Linear
     started = judge.mlp[0].weight.full_tensor().std().item() * judge.mlp[0].in_features ** 0.5
-    print(json.dumps({"rank": runtime.rank, "meta": nothing_yet, "peak": peak, "held": held, "far": far,
-                      "written": written, "started": started}), flush=True)
+    row = {"rank": runtime.rank, "meta": nothing_yet, "peak": peak, "held": held, "far": far,
+           "written": written, "started": started}
+    sys.stdout.write(json.dumps(row) + "\n")                    # in one piece: print writes two
+    sys.stdout.flush()
     common.teardown()

@@ -5,7 +5,7 @@ import pytest
 from launch import torchrun
 
 SCRIPT = """
-import json, torch, torch.distributed as dist
+import json, sys, torch, torch.distributed as dist
 import common
 from scale import groups, parallel
 from tiny import generator
@@ -21,8 +21,10 @@ every, mesh = (groups.mesh(dist.group.WORLD, "cpu", size) for size in (0, 2))
 used = [dist.group.WORLD, near, across, model.sequence(8).group, every.get_group(), mesh.get_group("shard"),
         mesh.get_group("replicate")]
 seconds = [one._get_backend(torch.device("cpu")).options._timeout.total_seconds() for one in used]
-print(json.dumps({"rank": runtime.rank, "ranks": [dist.get_process_group_ranks(one) for one in used],
-                  "seconds": seconds, "counts": counts}), flush=True)
+row = {"rank": runtime.rank, "ranks": [dist.get_process_group_ranks(one) for one in used],
+       "seconds": seconds, "counts": counts}
+sys.stdout.write(json.dumps(row) + chr(10))     # in one piece: print writes two
+sys.stdout.flush()
 common.teardown()
 """
 
@@ -31,7 +33,7 @@ common.teardown()
 def rows():
     """What each of four ranks says of its groups."""
     done = torchrun(4, "-c", SCRIPT)
-    found = [json.loads(line) for line in done.stdout.replace("}{", "}\n{").splitlines()]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(found) == 4, done.stderr[-3000:]
     return sorted(found, key=lambda row: row["rank"])
 
