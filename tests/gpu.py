@@ -202,7 +202,8 @@ norm = common.average_and_clip_gradients(list(model.parameters()), None)
 alone = generator().to(device)
 alone(*(y.to(device) for y in (x, t, context))).square().mean().backward()
 far = max((p.grad - q.grad).abs().max().item() for p, q in zip(model.parameters(), alone.parameters()))
-sys.stdout.write(json.dumps({"rank": rank, "far": far, "norm": norm}) + chr(10))   # one piece; print makes two
+row = json.dumps({"rank": rank, "far": far, "norm": norm})
+sys.stdout.write(row + chr(10))                                 # in one piece: print writes two
 sys.stdout.flush()
 common.teardown()
 """
