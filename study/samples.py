@@ -1,7 +1,7 @@
 """Labelled samples of any generator of the embedded world, as shards: a round of labels.
 
     python -m study.samples --transformer runs/prfl/transformer --seed 1 --output_dir runs/round2
-    python train_reward.py --data runs/reward/samples runs/round2
+    python train_reward.py --data runs/reward/samples runs/round2/shards
 
 The annotator labels them, as it labels the base generator's samples in train_reward.py.
 """
@@ -18,7 +18,7 @@ from world import clips
 @dataclass
 class Config:
     transformer: str | None = arg(None, "folder of the generator; default: the shipped one")
-    output_dir: str = arg("runs/samples", "folder for the shards")
+    output_dir: str = arg("runs/samples", "run folder; the shards lie in its shards/")
     count: int = arg(1024, "number of samples", above=0)
     seed: int = arg(0, "seed of prompts and noise", at_least=0)
     num_inference_steps: int = arg(16, "Euler steps per sample", above=0)
@@ -29,10 +29,11 @@ def main(config):
     runtime = common.setup(config.mixed_precision, config.seed)
     base = str(SHIPPED["t2v"])
     dit = load_transformer(config.transformer or base).eval().to(runtime.device)
-    shards = clips.own_samples(config.output_dir, dit, base, config.count, config.num_inference_steps, "tiny",
+    folder = f"{config.output_dir}/shards"                      # shards are not written beside other files
+    shards = clips.own_samples(folder, dit, base, config.count, config.num_inference_steps, "tiny",
                                config.seed, runtime, transformer=config.transformer)
     if runtime.rank == 0:
-        print(f"{shards.label_note}\nwrote {config.output_dir}")
+        print(f"{shards.label_note}\nwrote {folder}")
     common.teardown()
 
 

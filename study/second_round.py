@@ -25,9 +25,9 @@ def parts_of(work, seed, row):
     home = work.folder / f"seed-{seed}"
     folder = lambda kind, row: home / f"second_round-{kind}-{ROWS.index(row)}"
     transformer = ("--transformer", folder("aligned", FIRST) / "transformer") if row == ALIGNED else ()
-    samples = (folder("samples", row), "shards.json", "-m", "study.samples", *transformer, "--count", SAMPLES,
-               "--seed", 100 + 2 * seed + (row != FIRST))
-    data = dict.fromkeys((folder("samples", FIRST), folder("samples", row)))
+    samples = (folder("samples", row), "shards/shards.json", "-m", "study.samples", *transformer,
+               "--count", SAMPLES, "--seed", 100 + 2 * seed + (row != FIRST))
+    data = dict.fromkeys(folder("samples", of) / "shards" for of in (FIRST, row))
     reward = (folder("reward", row), "report.json", "train_reward.py", "--data", *data, "--seed", seed,
               "--max_train_steps", REWARD_STEPS)
     align = (folder("aligned", row), "transformer/config.json", *RECIPES["steady"], "--seed", seed,

@@ -79,13 +79,26 @@ def test_the_parts_of_a_second_round(tmp_path, monkeypatch):
         "-m study.samples --transformer second_round-aligned-0/transformer --count 1024 --seed 101")
     assert "--transformer" not in said["second_round-samples-1"] + said["second_round-samples-0"]
     assert said["second_round-reward-2"].startswith(
-        "train_reward.py --data second_round-samples-0 second_round-samples-2 --seed 0")
+        "train_reward.py --data second_round-samples-0/shards second_round-samples-2/shards --seed 0")
     assert "--reward second_round-reward-2/reward" in said["second_round-aligned-2"]
     count = len(made)
     second_round.second_round(work)
     assert len(made) == count                                           # nothing is made twice
     rows = json.loads((tmp_path / "results/second_round.json").read_text())["rows"]
     assert rows[second_round.ALIGNED]["labelled"] == 700
+
+
+def test_two_rounds_of_samples_train_one_reward(tmp_path, monkeypatch):
+    """For real, in small: the shards of both rounds lie where train_reward.py is told to read them."""
+    work = work_in(tmp_path, seeds=1)
+    monkeypatch.setattr(second_round, "SAMPLES", 64)
+    monkeypatch.setattr(second_round, "REWARD_STEPS", 1)
+    first, *_ = second_round.parts_of(work, 0, second_round.FIRST)
+    more, reward, _ = second_round.parts_of(work, 0, second_round.MORE)
+    for part in (first, more, reward):
+        work.run([part])
+    report = json.loads((reward[0] / "report.json").read_text())
+    assert 64 < report["trained_on"] + report["held_out"] <= 128
 
 
 def test_the_judge_is_the_next_seeds_reward_model(tmp_path):
