@@ -149,7 +149,9 @@ def _in_words(only, positionals=()):
         for flag, values, wanted in conditions:
             name = flag if flag in positionals else f"--{flag}"
             if values:
-                words.append(f"if {name} is {'' if wanted else 'not '}{' or '.join(values)}")
+                *others, last = values
+                one_of = f"{', '.join(others)} or {last}" if others else last
+                words.append(f"if {name} is {'' if wanted else 'not '}{one_of}")
             else:
                 words.append(f"{'with' if wanted else 'without'} {name}")
         alternatives.append(" and ".join(words))

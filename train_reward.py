@@ -202,7 +202,7 @@ def main(config):
         wrong = common.uniform(config.seed, "mismatched", step, indices) < config.mismatched        # [b]
         if wrong.any():     # these do not show what their new prompt asks for: bad, however good they look
             others = data.other_rows(prompt_group, rows, config.seed, step, indices)
-            batch["context"][wrong] = shards.batch(train[others[wrong]])["context"]
+            batch["context"][wrong] = shards.batch(train[others[wrong]], ["context"])["context"]
             batch["label"][wrong] = 0
         x0, context = batch["latents"].to(runtime.device), batch["context"].to(runtime.device)
         labels = batch["label"].to(runtime.device)                      # [b]

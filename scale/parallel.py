@@ -167,13 +167,17 @@ def whole(model, dtype):
 
 @torch.no_grad()
 def fill(model, device):
-    """Moves the model to `device`. Weights on the meta device are allocated there and read from the model's
-    files, one at a time: the whole weight, or only this rank's rows."""
-    waiting = {name for name, p in model.named_parameters() if p.is_meta}
+    """Moves the model to `device`. Weights and buffers on the meta device are allocated there and read from
+    the model's files, one at a time: the whole tensor, or only this rank's rows of a weight."""
+    tensors = [model.named_parameters, model.named_buffers]
+    waiting = {name for named in tensors for name, x in named() if x.is_meta}
     model._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x.to(device))
     for name, p in model.named_parameters():
         if name in waiting:
             read_rows(p, model.weight_files, name)
+    for name, buffer in model.named_buffers():                  # FSDP does not split them
+        if name in waiting:
+            buffer.copy_(model.weight_files.tensor(name))
     if waiting and all(p.dtype == torch.float32 for p in model.parameters()):
         model.weight_files = None       # closes the files; weights that were cast are read again to export
 

@@ -157,6 +157,7 @@ def test_help_says_rules_in_words_and_one_default():
         two: int = arg(2, "TWO", only="!data")
         three: int | None = arg(None, "THREE", only="data, !rank 0")
         four: float = arg(4.5, "FOUR 5 %", only="kind c, keep or data or !kind a")
+        five: int | None = arg(None, "FIVE", only="rank 3 or kind a b c, data")
 
     text = io.StringIO()
     with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
@@ -165,7 +166,8 @@ def test_help_says_rules_in_words_and_one_default():
     for line in ("DATA; default: none --", "NAMES --", "KEEP (default: True) --", "RANK (default: 0) --",
                  "ONE (only if kind is a or b; default: 1) --", "TWO (only without --data; default: 2) --",
                  "THREE (only with --data and if --rank is not 0) --", "FOUR 5 % (only if kind is c and with "
-                 "--keep, or with --data, or if kind is not a; default: 4.5)"):
+                 "--keep, or with --data, or if kind is not a; default: 4.5)",
+                 "FIVE (only if --rank is 3, or if kind is a, b or c and with --data)"):
         assert line in words, (line, words)
     assert "None" not in words and "()" not in words
 

@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+from tiny import command, run
 
 import common
 import data
@@ -92,3 +93,12 @@ def test_a_report_of_one_prompt_has_no_sensitivity():
     report, _ = validation.make_reward_report(Reader(True), batch, {"model_type": "t2v"}, config, runtime)()
     assert report.keys() == {"accuracy", "balanced_accuracy", "auc", "clean"} and len(report["clean"]) == 3
     json.dumps(report)
+
+
+def test_of_a_video_whose_prompt_is_borrowed_only_the_prompt_is_read(folder, cpu, monkeypatch):
+    """Latents are large, and those of the other video are not used."""
+    read, batch = [], data.Shards.batch
+    monkeypatch.setattr(data.Shards, "batch", lambda shards, indices, names=None: read.append(names) or batch(
+        shards, indices, names))
+    run(*command(folder, "reward", "borrowed", "--mismatched", "0.5", "--max_train_steps", "3"))
+    assert read == [None, *[None, ["context"]] * 3]             # the held-out videos, then three steps

@@ -8,9 +8,10 @@ from torch import nn
 
 import pavrm as P
 import validation
-from common import InputError
+from common import InputError, Runtime
 from formats.weights import save_module
 from model import VideoDiT
+from scale import parallel
 
 DIM = 24
 TINY = dict(in_dim=4, out_dim=4, dim=DIM, ffn_dim=32, num_heads=2, num_layers=3, freq_dim=16, text_dim=8,
@@ -152,6 +153,35 @@ def test_save_and_load_bit_for_bit(dit, inputs, pooling, tmp_path):
     loaded = P.load_pavrm(tmp_path / "reward", dit)
     assert loaded.config["pooling"] == pooling and not loaded.training
     assert not any(p.requires_grad for p in loaded.parameters())
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
+    assert torch.equal(loaded(*inputs), model(*inputs))
+
+
+class Scaled(nn.Module):
+    """A pooling with a buffer, which is trained by nobody."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.register_buffer("scale", torch.rand(dim))
+
+    def forward(self, h):
+        return h.mean(1) * self.scale
+
+
+@pytest.mark.parametrize("pooling", [*P.POOLINGS, "scaled"])
+@pytest.mark.parametrize("way", ["shard", "whole"])
+def test_weights_read_later_are_the_same_bit_for_bit(dit, inputs, pooling, way, tmp_path, monkeypatch):
+    """With load_now=False, as train_align.py (shard) and sample.py (whole) load a reward model."""
+    monkeypatch.setitem(P.POOLINGS, "scaled", Scaled)
+    model = P.PAVRM.from_generator(dit, 2, pooling)
+    save_module(model, tmp_path / "reward")
+    loaded = P.load_pavrm(tmp_path / "reward", dit, load_now=False)
+    runtime = Runtime(0, 1, torch.device("cpu"), torch.float32)
+    if way == "shard":
+        parallel.shard(loaded, runtime, parallel.Flags())
+    else:
+        parallel.whole(loaded, runtime.dtype)
     assert loaded.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
     assert torch.equal(loaded(*inputs), model(*inputs))
