@@ -6,6 +6,7 @@
                                                                  uses all encoders of that folder
                                                                  (requirements-wan.txt)
     torchrun --nproc_per_node=8 data.py encode ...               makes the same folder, byte for byte
+    python data.py check --help                                  lists the flags; so does encode --help
 
 Run encode again when clips, captions or the list have changed: it encodes new and changed clips, and leaves
 out those that are no longer listed.
@@ -131,6 +132,7 @@ def other_rows(groups, rows, seed, step, indices):
     others = len(groups) - size                                 # rows of all other groups
     if not others.all():
         raise InputError("all prompts are alike: there is no mismatched prompt to train on or to test with")
+    # Places count the rows outside the own group. Those from `first` on lie behind its `size` rows.
     place = (common.uniform(seed, "other prompt", step, indices).double() * others).long()
     return by_group[torch.where(place < first, place, place + size)]
 
@@ -315,16 +317,16 @@ class Check:
     folder: str = arg(..., "folder with clips and metadata", positional=True)
     size: str | None = arg(None, "W*H in pixels: clips are scaled until they cover it, then cropped at their "
                            "centre; default: the clips' own size")
-    frames: int | None = arg(None, "number of frames of each clip, 4k + 1; default: as many as the clip has",
-                             at_least=FEWEST)
+    frames: int | None = arg(None, "number of frames of each clip, 4k + 1; default: as many as the clip has, "
+                             "cut to 4k + 1. All clips must come to the same number", at_least=FEWEST)
     fps: float | None = arg(None, "frames per second (16 for Wan2.1, 24 for Wan2.2 TI2V-5B). Faster clips "
                             "lose frames, and frames of slower clips are repeated; default: the clips' own",
                             above=0)
     model: str | None = arg(None, "folder of the generator that will use the clips; its vae/, text_encoder/ "
                             "and, if it has one, image_encoder/ are used. Default: the shipped generator")
-    text_encoder: str | None = arg(None, "folder of a text encoder, or of transformers' UMT5 (with its "
-                                   "tokenizer there or in the folder beside it), to use where --model is not "
-                                   "given; default: the shipped text encoder")
+    text_encoder: str | None = arg(None, "folder of a text encoder of the embedded world, or of "
+                                   "transformers' UMT5 (with its tokenizer there or in the folder beside "
+                                   "it), to use where --model is not given; default: the shipped one")
     multiple = 16       # of which width and height must be; `resolve_encoders` sets it
 
 
@@ -508,8 +510,8 @@ def check_command(config):
 class Encode(Check):
     out: str = arg("latents", "folder of the shards; a second run encodes only clips that are new or have "
                               "changed")
-    vae: str | None = arg(None, "folder of a VAE, or of diffusers' AutoencoderKLWan, to use where --model is "
-                          "not given; default: the shipped VAE")
+    vae: str | None = arg(None, "folder of a VAE of the embedded world, or of diffusers' AutoencoderKLWan, "
+                          "to use where --model is not given; default: the shipped one")
     image_encoder: str | None = arg(None, "folder of transformers' CLIPVisionModel, which Wan2.1's "
                                     "image-to-video models need, to use where --model is not given. The "
                                     "shards then also hold CLIP tokens, and the first frame in the form that "

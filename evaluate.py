@@ -1,4 +1,4 @@
-"""Checkpoints side by side on the same prompts and noise: quality, motion, signs of reward hacking, with
+"""Generators side by side on the same prompts and noise: quality, motion, signs of reward hacking, with
 intervals.
 
     python evaluate.py checkpoints runs/sft runs/prfl --output_dir results/mine
@@ -13,12 +13,12 @@ intervals.
 
 All of these run under torchrun, too: the processes share the videos, and the results are the same.
 
-A checkpoint is a transformer/ folder or a folder that holds one; `name=folder` names it in the tables. The
-others are compared with the first one. Prompts and seeds are disjoint from all training. The embedded world's
-annotator, which sees pixels only, says how good the videos are. The results are table.md, table.json,
-per_video.json, videos.png (one row per prompt, the checkpoints from left to right, every other frame), and
-side_by_side.mp4 and side_by_side.gif (the same in motion, with a green frame around clips that the annotator
-calls qualified and a red one around the others).
+A generator here is a transformer/ folder or a folder that holds one, such as a run folder, its best/ or a
+checkpoint-<step>/ in it; `name=folder` names it in the tables. The others are compared with the first one.
+Prompts and seeds are disjoint from all training. The embedded world's annotator, which sees pixels only, says
+how good the videos are. The results are table.md, table.json, per_video.json, videos.png (one row per prompt,
+the generators from left to right, every other frame), and side_by_side.mp4 and side_by_side.gif (the same in
+motion, with a green frame around clips that the annotator calls qualified and a red one around the others).
 
 The metrics are means over videos, with 95 % intervals from a bootstrap over videos:
   qualified           share that are physical, not deformed and adherent, all three
@@ -30,14 +30,16 @@ The metrics are means over videos, with 95 % intervals from a bootstrap over vid
   subject consistency cosine similarity of the subject's cut-out to that of the first and previous frame
   I2V subject         cosine similarity of the cut-out to the given first frame (image-to-video only)
   PAVRM score         share that the reward model calls good at one random t
-  speed, brightness, saturation   these change when a reward is hacked; the last row has clean renders'
+  speed, brightness, saturation   these change when a reward is hacked
+The last row is of clean renders: videos of the same prompts, drawn without flaws and passed through the VAE.
 
 --prompts FILE compares any generators on your own prompts, which the annotator cannot grade. The table has
 the share of samples that the reward model calls good, and with --judge the share that the judge calls good
-(both are means over five random t). It also has the panel of validation.py; dynamic degree is then the share
-of videos whose flow is above half of the first checkpoint's median. For each metric the table has the
-difference from the first checkpoint, paired by prompt, with its interval. The videos and metadata.jsonl go
-to <output_dir>/<name>/, ready for `label.py --pairs`; sample.py --prompts makes the videos of such a
+(both are means over five random t). It also has speed, flow, brightness, saturation and sharpness, as `panel`
+in validation.py explains them, and the dynamic degree, which here is the share of videos whose flow is above
+half of the first generator's median. A second table has, for each of these metrics, the difference from the
+first generator, paired by prompt, with its interval. The videos and metadata.jsonl go to
+<output_dir>/<name>/, ready for `label.py --pairs`; sample.py --prompts makes the videos of such a
 metadata.jsonl again. Flags that are not given have sample.py's defaults.
 
 --clips DIR scores a folder of clips or of shards. scores.jsonl lists the clips, the worst first, each with
@@ -96,16 +98,16 @@ class Config(search.Flags):
                                        "others are compared with the first. Default: the shipped base",
                                        positional=True)
     output_dir: str = arg("runs/evaluate", "folder for tables and pictures")
-    task: str | None = arg(None, "t2v (text-to-video) or i2v (image-to-video); default: the checkpoints' own",
+    task: str | None = arg(None, "t2v (text-to-video) or i2v (image-to-video); default: the generators' own",
                            choices=TASKS, only="!clips")
     model: str | None = arg(None, "folder with text_encoder/, vae/ and reward/; default: the shipped model "
                             "for --task")
-    reward: str | None = arg(None, "folder of the reward model that gives the PAVRM score; default: "
-                             "<model>/reward if there is one")
+    reward: str | None = arg(None, "folder of the reward model that gives the PAVRM score. Default: "
+                             "<model>/reward if there is one; with --prompts none. --clips needs one")
     prompts: str | None = arg(None, "file of prompts (.txt, .jsonl, .csv) to use instead of the embedded "
                               "world's", only="!clips")
     clips: str | None = arg(None, "folder of clips, or of their shards, that --reward scores; give no "
-                            "checkpoints then")
+                            "generators then")
     judge: str | None = arg(None, "folder of a second reward model, trained on other clips and from another "
                             "seed, that scores the videos too", only="prompts")
     world: str = arg("tiny", "size of the embedded world's clips: tiny is 32x32, mid is 48x48, small is "
@@ -116,7 +118,7 @@ class Config(search.Flags):
                              "clips'", at_least=5, only="prompts or clips")
     fps: float | None = arg(None, "frames per second; default: the model's, or with --clips the clips'",
                             above=0, only="prompts or clips")
-    num_videos: int | None = arg(None, "number of prompts, for each of which every checkpoint makes one "
+    num_videos: int | None = arg(None, "number of prompts, for each of which every generator makes one "
                                  "video; default: 512 held-out prompts, or all of --prompts", above=0,
                                  only="!clips")
     num_inference_steps: int | None = arg(None, "Euler steps per video; default: 16, or with --prompts the "

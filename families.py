@@ -80,7 +80,7 @@ _SMALL = replace(
     _TINY, name="embedded world, small", world="small",
     sizes=((scene.SIZES["small"]["resolution"],) * 2,), frames=scene.SIZES["small"]["frames"])
 
-# Wan2.1's own negative prompt names what the films that it was trained on should not have looked like.
+# Wan2.1's own negative prompt lists what a video should not look like.
 WAN_NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，"
                 "最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，"
                 "背景人很多，倒着走")

@@ -10,16 +10,19 @@
                                                         which is on the left
     python label.py report samples_base                 how often its samples won, with 95 % intervals
 
+`--help` lists the flags for clips; `report --help`, `export --help` and `--pairs A B --help` list theirs.
+
 clips is a folder with metadata.jsonl or metadata.csv, as data.py reads and sample.py writes it. Answers are
 lines of clips/labels.jsonl, or of pairs.jsonl in the first folder of a pair (formats/labels.py describes
 them). Each answer is on the disk before the next clip is shown, so you can stop at any moment; the same
 command continues. train_reward.py reads the answers there when it starts: nothing has to be exported or
-encoded again. Each clip gets two grades, which make its label: good if both are qualified; bad if both are
-unqualified (with --bad any, if one is; train_reward.py has the flag too); otherwise the clip is dropped. If
-several annotators grade a clip, it gets the label that more than half of them give.
+encoded again. Each clip gets two grades, one for its motion and one for the form of its subject. They make
+its label: good if both are qualified; bad if both are unqualified (with --bad any, if one is; train_reward.py
+has the flag too); otherwise the clip is dropped. If several annotators grade a clip, it gets the label that
+more than half of them give.
 
-The page shows clips as training reads them: it shows a converted copy of a clip that browsers do not play, of
-an interlaced one, and of HDR.
+The page shows clips as training reads them: a clip that is interlaced or HDR, or that the browser does not
+play, is shown as a converted copy.
 
 To label on another machine than the one that runs this script, type `ssh -L 8765:127.0.0.1:8765 host` there,
 where `host` runs the script, and open the printed address there.
@@ -59,7 +62,8 @@ from formats.video import copy_for_browser, first_look
 PAGE = Path(__file__).with_name("assets") / "label.html"
 PAUSE = 120.0                           # seconds between two answers that count as a break, not as work
 COPIES = 8                              # converted clips that are kept while the page runs
-BAD_HELP = "both: bad is unqualified on both axes (A.2.3); any: unqualified on at least one"
+BAD_HELP = ("which clips are bad: both: those unqualified on both axes, motion and form (the paper's A.2.3); "
+            "any: those unqualified on at least one axis")
 
 
 @dataclass(kw_only=True)

@@ -203,12 +203,12 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation.split(1, dim=-2)
         norm = partial(modulated_norm, eps=self.eps)
         y = self.self_attn(by_time(norm, x, given, shift_a, scale_a), rope=rope, sequence=sequence)
-        x = by_time(torch.mul, y, given, gate_a).add_(x)
+        x = by_time(torch.mul, y, given, gate_a).add_(x)        # x + gate y, without a tensor for the sum
         weight, bias = self.norm3.weight.to(x.dtype), self.norm3.bias.to(x.dtype)
         y = F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
         x = x + self.cross_attn(y, context, image_tokens)
         y = self.ffn(by_time(norm, x, given, shift_f, scale_f).to(self.ffn[0].weight.dtype))
-        return by_time(torch.mul, y, given, gate_f).add_(x)
+        return by_time(torch.mul, y, given, gate_f).add_(x)     # as above
 
 
 class Head(nn.Module):
@@ -245,8 +245,9 @@ class VideoDiT(nn.Module):
     text_dim and text_len of the context; num_heads; num_layers; eps of the norms; image_dim of CLIP tokens or
     None. An i2v model with in_dim = out_dim takes its first frame as `first_frame`, see `is_pinned`. Set
     `dit.gradient_checkpointing = True` to recompute each block in the backward pass, except for what
-    `dit.checkpoint_options` (options of torch's checkpoint) keep. `sequence`: None, or how n tokens lie over
-    several GPUs (scale/sequence.py); each of these GPUs gets, and returns, the whole video.
+    `dit.checkpoint_options` (options of torch's checkpoint) keep. `dit.sequence`: None, or a function of n
+    that gives the scale.sequence.Sequence of a call, which says how its n tokens lie over several GPUs; each
+    of these GPUs gets, and returns, the whole video. Inside a call `sequence` is that object.
     """
 
     def __init__(self, *, model_type="t2v", patch_size=(1, 2, 2), in_dim=16, out_dim=16, dim=1536,

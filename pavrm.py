@@ -5,9 +5,9 @@ a three-layer MLP and one logit. It learns from the label of the finished video 
 4-6).
 
 Deliberate differences:
-1. The released code has 8 attention heads; here there is one, with scale sqrt(D), as in Eq. 5. It adds the
-   query as [B, 1, D] + [B, D], which broadcasts to [B, B, D]; here the query is added to each example, so
-   batches work. It draws t from a shift-5 grid; here t ~ U(0, 1).
+1. The released code has 8 attention heads; here there is one, with scale sqrt(D), as in Eq. 5. The released
+   code adds the query as [B, 1, D] + [B, D], which broadcasts to [B, B, D]; here the query is added to each
+   example, so batches work. The released code draws t from a shift-5 grid; here t ~ U(0, 1).
 2. The patch, text and time embeddings stay frozen, as in the released code. The paper says only that blocks,
    query and head are trained. Frozen embeddings keep the reward's reading of x_t and t equal to the
    generator's.
@@ -79,7 +79,8 @@ class PAVRM(nn.Module):
     """
 
     def __init__(self, transformer, pooling="query_attention", by_pieces=False):
-        """transformer: the config of the trunk. by_pieces: leave the trunk's weights on the meta device."""
+        """transformer: the config of the trunk. by_pieces: leave the trunk's weights on the meta device, as
+        parallel.shard reads them from their files, one at a time."""
         super().__init__()
         if pooling not in POOLINGS:
             raise InputError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")

@@ -38,21 +38,25 @@ from model import image_inputs, pin
 @dataclass
 class Flags:
     """Flags of train_align.py for NFT and GRPO."""
-    group_size: int = arg(8, "samples of a prompt in a batch, which are compared with each other", at_least=1,
-                          only="method nft grpo")
+    group_size: int = arg(8, "number of samples of each prompt, which are compared with each other; it must "
+                          "divide the videos per update", at_least=1, only="method nft grpo")
     inner_updates: int = arg(4, "updates on each batch of samples; with grpo it is also the number of "
                              "stochastic steps in a rollout, because each gets one update", above=0,
                              only="method nft grpo")
-    advantage_clip: float | None = arg(None, "advantages, in standard deviations, are clipped at this value; "
-                                       "default: nft 1, grpo 5", above=0, only="method nft grpo")
+    advantage_clip: float | None = arg(None, "a sample's advantage, which is how much better it is than the "
+                                       "others of its prompt in standard deviations, is clipped at +- this "
+                                       "value; default: nft 1, grpo 5", above=0, only="method nft grpo")
     nft_reward: str = arg("advantage", "how good a sample is, from 0 to 1: its advantage in its group, "
                           "scaled by --advantage_clip, or the probability that PAVRM gives it",
                           choices=("advantage", "probability"), only="method nft")
-    nft_beta: float = arg(1.0, "how far the implicit policies lie from the old one; a smaller value lets the "
-                          "generator move further", above=0, only="method nft")
-    old_decay: float = arg(0.5, "how much of the old policy stays in each iteration; 0: it is the generator",
-                           at_least=0, below=1, only="method nft")
-    noise_level: float = arg(0.7, "a, the noise of the stochastic steps", above=0, only="method grpo")
+    nft_beta: float = arg(1.0, "good samples train v_old + beta (v - v_old), bad ones v_old - beta "
+                          "(v - v_old), where v is the generator's velocity and v_old the old policy's; a "
+                          "smaller beta lets the generator move further", above=0, only="method nft")
+    old_decay: float = arg(0.5, "share of the old policy that stays in each iteration, while the rest "
+                           "follows the generator; 0: the old policy is the generator itself", at_least=0,
+                           below=1, only="method nft")
+    noise_level: float = arg(0.7, "a in sigma = a sqrt(t / (1 - t)), the noise of the stochastic steps",
+                             above=0, only="method grpo")
     clip_range: float = arg(1e-4, "how far the ratio of probabilities may move from 1", above=0,
                             only="method grpo")
     kl_weight: float = arg(0.04, "weight of the divergence from the generator as it started; 0: none",

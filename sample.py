@@ -71,7 +71,8 @@ class Config(search.Flags):
     model: str | None = arg(None, "folder of another model, with transformer/, text_encoder/, vae/ (and "
                             "image_encoder/), such as Wan2.1's; default: the shipped one for --task")
     transformer: str | None = arg(None, "folder of another transformer for this model, such as "
-                                  "runs/align/transformer")
+                                  "runs/align/transformer: safetensors and a config.json, as diffusers or "
+                                  "Wan's authors write them (our runs do as the authors)")
     lora: str | None = arg(None, "LoRA file to add to the generator, with the names of diffusers or ComfyUI; "
                            "for two experts (Wan2.2 A14B), the file of the high-noise one")
     lora_2: str | None = arg(None, "LoRA file to add to the low-noise one of two experts")
@@ -98,7 +99,8 @@ class Config(search.Flags):
     contact_sheet: str | None = arg(None, "PNG file into which all frames of all videos are written too",
                                     only="!prompts")
     batch_size: int | None = arg(None, "how many videos of one seed are sampled together. Default: as many "
-                                 "as fit by their size, for Wan2.1 one; rows of a metadata.jsonl keep the "
+                                 f"as have at most {BATCH_LATENTS:,} latent positions together, but at least "
+                                 "one (for Wan2.1 one); rows of a metadata.jsonl keep the "
                                  "batches in which they were made", above=0)
     mixed_precision: str | None = arg(None, "autocast dtype; default: bf16 for Wan2.1 and Wan2.2 on machines "
                                       "that are fast at it, else no", choices=("no", "bf16"))
@@ -251,9 +253,9 @@ def place_videos(videos, batch_size):
 
 
 def batches(videos):
-    """[[Video, ...], ...]: what is sampled together, each video at its place in a batch of one seed and of
-    the size that it says. A copy of the batch's first video, without a path, fills a place that no video
-    claims."""
+    """[[Video, ...], ...]: what is sampled together, each video at its place in a batch of its seed and size
+    (Video.batch). A place that no video claims is filled with a copy of the batch's first video, without a
+    path."""
     found, with_room = [], {}
     for video in videos:
         open_batches = with_room.setdefault((video.seed, video.batch), [])

@@ -17,15 +17,16 @@ What an iteration makes:
     sft     one flow-matching update on curated videos (Eq. 10)
     rwr     one flow-matching update on the generator's own samples, each weighted by exp(reward); they are
             made before the first iteration and kept in <output_dir>/own_samples
-    nft     an SFT update, then a batch of the generator's own samples, several for each prompt, and
-            --inner_updates updates on this batch (DiffusionNFT)
-    grpo    as nft, but with the updates of Flow-GRPO
+    nft     an SFT update, then a batch of samples, several for each prompt, made by a moving average of the
+            generator, and --inner_updates updates on this batch (DiffusionNFT)
+    grpo    as nft, but the generator itself makes the samples, and the updates are those of Flow-GRPO
 
 Without --data the curated videos are clean clips of the embedded world, which are written as mp4 and encoded
 like a user's clips. With --data they are all clips of the shards that are not labelled 0: unlabelled clips,
 and clips that are neither good nor bad, belong to them too.
 
-Writes transformer/ and metrics.jsonl to <output_dir>; samples/, which each validation makes from the same
+To <output_dir> it writes checkpoint-<step>/ every --checkpointing_steps; transformer/, the weights after the
+last iteration, which need not be the best; metrics.jsonl; samples/, which each validation makes from the same
 prompts and the same noise; and best/, the weights whose samples the annotator or --judge scored highest.
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
@@ -114,8 +115,9 @@ class Config(rl_baselines.Flags, runs.Flags, validation.Flags, lora.Flags, paral
                               choices=refl_baseline.FRAMES, only="method refl")
     decoder_checkpointing: bool = arg(False, "save memory: decode in chunks, and decode each chunk again in "
                                       "the backward pass", only="method refl")
-    sft_updates: bool = arg(True, "make the SFT update of each iteration, which keeps the generator from "
-                            "exploiting the reward (Alg. 1)", only="method prfl refl nft grpo")
+    sft_updates: bool = arg(True, "make the SFT update of each iteration, which guards against reward "
+                            "hacking for a time (Alg. 1, results/hacking.md)",
+                            only="method prfl refl nft grpo")
     context_dropout: float = arg(0.0, "share of the prompts in SFT updates that are replaced by the empty "
                                  "prompt, so that guidance stays usable", at_least=0, below=1,
                                  only="method sft or method prfl refl nft grpo, sft_updates")
@@ -154,7 +156,7 @@ def resolve(config):
                          "choose prfl, refl, rwr or sft")
     shards = data.Shards(config.data).relabel() if config.data else None
     latent_shape = shards.latent_shape if shards else scene.LATENT_SHAPES[config.world]
-    sources = {"the shipped generator": {"model": model, "task": filled.task}}
+    sources = {"--model" if config.model else "the shipped generator": {"model": model, "task": filled.task}}
     if config.method in ("prfl", "refl"):
         is_refl = config.method == "refl"
         recipe = config.recipe or ("paper" if is_refl else "steady")
@@ -286,7 +288,7 @@ def main(config):
 
     def reward_loss(iteration, indices):
         """Alg. 1's reward update, or ReFL's, on the prompts of the curated set."""
-        # seed + 1: other clips than those of the same iteration's SFT update
+        # seed + 1: another order of the clips than that of the SFT updates
         _, context, conditions = curated_batch(config.seed + 1, iteration, indices)
         x_T = common.noise(shards.latent_shape, config.seed, "x_T", iteration, indices).to(runtime.device)
         step = prfl.draw_step(config.seed, iteration, N, config.trajectory_part, among)    # one for all ranks

@@ -22,8 +22,8 @@ labels. Without it the generator can please the reward and lose its prompt.
 
 Writes reward/, metrics.jsonl and report.json to <output_dir>. The report has the accuracy on held-out videos,
 without noise and by t. It also says how well the reward tells good videos with their own prompt from the same
-videos with another video's prompt. With --space rgb the reward judges, at each t, the pixels of the clean
-video that is predicted from x_t.
+videos with another video's prompt. With --space rgb the reward trains on finished videos; for the report it
+judges, at each t, the pixels of the clean video that is predicted from x_t.
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 """
@@ -137,7 +137,7 @@ def resolve(config):
         raise InputError(f"--mismatched {config.mismatched}: all prompts are alike, so none is wrong: leave "
                          f"it out")
     settings, origin = common.settle(config, {
-        "the shipped generator": {"model": model, "task": filled.task},
+        "--model" if config.model else "the shipped generator": {"model": model, "task": filled.task},
         "the prompts, which are all alike" if alike else "our default":
             {"mismatched": 0.0 if alike else 0.25},
         of_config(dit_config).name: training_defaults(dit_config, "reward")})
@@ -169,7 +169,7 @@ def main(config):
               f"{left_out} in between or unlabelled left out")
         print(data.describe_split(shards, train, held_out))
 
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed)      # query and head start alike, whether or not samples were drawn before
     if config.space == "latent":
         reward = PAVRM.from_generator(experts.trunk_of(dit), config.depth, config.pooling)
         parallel.shard(reward, runtime, config)

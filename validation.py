@@ -109,8 +109,9 @@ class Flags:
                                      "none. Default: 128 sentences of the embedded world; with --data the "
                                      "prompts of 8 clips (at most a fifth of all), which are kept out of "
                                      "training", at_least=0)
-    validation_prompts: str | None = arg(None, "file of prompts (.txt, .jsonl, .csv) to sample at "
-                                         "validations instead of those of the held-out clips",
+    validation_prompts: str | None = arg(None, "file of prompts (.txt, .jsonl, .csv), of which the first "
+                                         "--num_validation, by default 8, are sampled at validations instead "
+                                         "of those of the held-out clips",
                                          only="data, !num_validation 0")
     guidance_scale: float | None = arg(None, "scale of classifier-free guidance for the validation samples; "
                                        "default: the model's", at_least=0, only="!num_validation 0")

@@ -18,7 +18,7 @@ from common import InputError, gather, rank
 # A flush that fails with one of UNSUPPORTED is tolerated. For a folder any error but FULL is tolerated.
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
 FULL = (errno.ENOSPC, errno.EDQUOT)
-# end of the name of a folder while another takes its place
+# added to the name of a folder while another folder takes its place
 REPLACED = ".replaced"
 # seconds in which a network disk shows a new file to others
 PATIENCE = 3.0

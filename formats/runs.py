@@ -7,8 +7,13 @@ usable.
         checkpoint-000040/               transformer/, transformer_2/ or reward/ (the weights), args.json,
                                          train_state.pt (step, AdamW's numbers); with fsdp sharded_state/;
                                          with adapters pytorch_lora_weights.safetensors
-        samples/  best/  transformer/    what the script makes
+        best/                            the weights with the best score, as in a checkpoint; best.json (step,
+                                         score, judge)
+        samples/  transformer/           what else the script makes
         earlier-20261129-204500/         a run that was here before: all of the above, to be resumed
+
+With --export lora the adapters' files stand in place of transformer/ and transformer_2/, also in best/ and in
+checkpoints.
 
 A script calls open_checkpoint, which reads and refuses; then it loads everything that could still be wrong;
 then it calls start_run. Only that changes the folder, and it prints what it changes:
@@ -84,8 +89,8 @@ def precision_flag(more=""):
 @dataclasses.dataclass
 class Flags:
     """The flags of every training run."""
-    mixed_precision: str = precision_flag(", in which RGB ReFL decodes too (weights, optimizer and rollout "
-                                          "state are fp32)")
+    mixed_precision: str = precision_flag(", in which RGB ReFL decodes too (trained weights, AdamW's state "
+                                          "and the rollout's latents stay fp32)")
     resume_from_checkpoint: str | None = arg(None, "continue from a checkpoint: give its folder, a run "
                                              "folder (its last checkpoint is used), or 'latest' (the last "
                                              "checkpoint in --output_dir; if there is none, the run starts "

@@ -153,8 +153,9 @@ class WanImageEncoder(nn.Module):
 
 @dataclass
 class Export:
-    transformer: str = arg(..., "what to export: the folder of an aligned transformer, the folder of two, or "
-                           "a LoRA file (.safetensors)", positional=True)
+    transformer: str = arg(..., "what to export: the folder of an aligned transformer, a folder with two "
+                           "experts (such as runs/align/best), or a LoRA file (.safetensors)",
+                           positional=True)
     out: str = arg(..., "folder or LoRA file to write, which must not exist yet")
     layout: str = arg("diffusers", "whose names the weights get: those of diffusers, or those of the "
                       "official Wan2.1, which ComfyUI reads", choices=LAYOUTS)

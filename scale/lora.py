@@ -111,7 +111,7 @@ def merge(state, adapters):
     merged = {name: x for name, x in state.items() if ".lora_" not in name}
     for layer, (A, B) in adapters.items():
         W = merged[f"{layer}.weight"]
-        # a frozen W is read from its file again, on the CPU, where it waits in bfloat16 on a GPU
+        # a frozen W that a GPU holds in bfloat16 is read from its file again, to the CPU
         make = lambda W=W, A=A, B=B: full_tensor(W).to(A.device, torch.float32) + B @ A
         merged[f"{layer}.weight"] = Later(W.shape, torch.float32, make)
     return merged

@@ -51,9 +51,10 @@ class Flags:
     keep_attention: bool = arg(False, "with --gradient_checkpointing: keep the result of self-attention, so "
                                "that the backward pass need not compute it again; this takes less time and "
                                "more memory")
-    parallel: str = arg("ddp", "under torchrun: ddp keeps a full copy of the trained model and of the reward "
-                        "model on every GPU; fsdp splits both over the GPUs. Training takes 16 bytes per "
-                        "weight, for the weight, its gradient and Adam's two moments", choices=KINDS)
+    parallel: str = arg("ddp", "under torchrun: ddp (not PyTorch's DistributedDataParallel) keeps a full "
+                        "copy of the trained model and, in alignment, of the reward model and the judge on "
+                        "every GPU; fsdp splits them over the GPUs. Training takes 16 bytes per weight, for "
+                        "the weight, its gradient and Adam's two moments", choices=KINDS)
     sequence_parallel: int = arg(1, "number of neighbouring GPUs that share the tokens of each clip, for "
                                  "clips that are too long for one GPU; the paper uses 4", above=0)
     fsdp_group_size: int = arg(0, "with --parallel fsdp: split over groups of this many neighbouring GPUs, "
@@ -61,8 +62,8 @@ class Flags:
                                "over all GPUs", at_least=0)
     offload_activations: bool = arg(False, "with --gradient_checkpointing: keep the inputs of the blocks in "
                                     "the host's memory until the backward pass needs them")
-    compile: bool = arg(False, "compile each block with torch.compile; this takes minutes at the start and "
-                        "makes the steps faster")
+    compile: bool = arg(False, "compile each block with torch.compile; this takes time at the start (20 to "
+                        "45 s on a CPU) and makes the steps faster (measured on a CPU only)")
 
 
 def check(flags):

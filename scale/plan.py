@@ -410,7 +410,7 @@ def costs(config, c):
     copy_frozen = fsdp * copy
     # next block; whole gradients of this one
     gathered = copy + 4 * count["block"] * (not lora) + ends if fsdp else 0
-    # the same of the reward model, frozen
+    # the same for the reward model, which is frozen and so has no gradients
     rewarding = 4 * (reward - K * count["block"]) + copy if fsdp and prfl else 0
     # gradients that come last
     not_yet = 0 if lora else 4 * (count["block"] + count["embeddings"] * (not stage1)) / parts

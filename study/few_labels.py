@@ -10,8 +10,9 @@ import numpy as np
 from report import plot, show, table
 from study.endurance import Case, finished, row_of
 
-# One in this many of the labelled samples is used, and the reward model trains for this many steps: fewer
-# videos are learned by heart in fewer steps. Those with all samples are the reward models of endurance.py.
+# (parts, steps): the reward model learns from one in `parts` of the labelled samples, for `steps` steps. With
+# fewer samples it gets fewer steps, because it soon knows them by heart. The reward models that learn from
+# all samples are those of endurance.py.
 SIZES = ((320, 200), (80, 400), (20, 800), (5, 1600), (1, None))
 CASES = [Case("steady", "linear", mismatched, 2e-4, 480, parts, steps)
          for mismatched in (0.25, 0) for parts, steps in SIZES]

@@ -6,8 +6,9 @@ value. What counts is the qualified rate at equal CPU seconds of training: an it
 longer, because its videos are sampled to the end. The reward models' own training and the validations are not
 counted.
 
-A finished run is kept in results/rivals_runs.json, as those of study/endurance.py are in their file. The runs
-by which the rivals' settings were chosen are in results/rivals_trials.json.
+A finished run is kept in results/rivals_runs.json and is not made again, just as study/endurance.py keeps its
+runs in results/endurance_runs.json. The runs by which the rivals' settings were chosen are in
+results/rivals_trials.json.
 """
 import math
 from typing import NamedTuple

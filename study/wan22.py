@@ -1,5 +1,5 @@
-"""`python -m study.reproduce wan22`: what Wan2.2's two ways of building a generator come to in the embedded
-world, where a result can be measured.
+"""`python -m study.reproduce wan22`: how well PRFL trains generators that are built in Wan2.2's two ways.
+They are made in the embedded world, where results can be measured.
 
 two experts     A14B's way. The base is tuned twice, each time only on one side of a boundary: a high-noise
                 expert for t >= boundary, a low-noise one below. PRFL then trains the low-noise expert, the

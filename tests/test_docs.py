@@ -11,6 +11,7 @@ import pytest
 
 import families
 from model import PRESETS
+from scale import plan
 from study import wan22
 from study.search import AIMS
 
@@ -347,10 +348,11 @@ def claims():
               for where in ("test, strict", "test, loose", "reworded, firm"))),
         "move at {} frame widths per frame, have brightness {} and saturation {}".format(
             *(number(steady[name]["mean"]) for name in ("speed", "brightness", "saturation"))),
-        f"Spread over 960 iterations the same recipe has {with_interval(spread['qualified'])} of the test "
-        f"videos, with {many(spread)}: {', '.join(map(number, spread['qualified']['seeds']))}; the last "
+        "With 960 iterations, over which its rate falls to zero, the same recipe has "
+        f"{with_interval(spread['qualified'])} of the test videos, with {many(spread)}: "
+        f"{', '.join(map(number, spread['qualified']['seeds']))}; the last "
         "quarter of its validations is its best",
-        f"1,920 iterations it has {with_interval(longest['qualified'])}, with {many(longest)}; the last "
+        f"With 1,920 iterations it has {with_interval(longest['qualified'])}, with {many(longest)}; the last "
         "quarter of its validations is its best",
         f"{valid(long, '120')} of the validation videos after 120 iterations, {valid(long, '480')} after 480 "
         f"and {valid(long, '960')} after 960, where it has {with_interval(long['qualified'])} of the test "
@@ -519,7 +521,8 @@ def claims():
         f"alone cannot be told: {gap(differ, f'{wan22.BOTH} above {high}')}",
         f"half the size, reaches {rate(wan22.ONE)}. Both experts are above it by "
         f"{gap(differ, f'{wan22.BOTH} above {wan22.ONE}')}: holds",
-        f"every step of its rollouts it reaches {rate(wan22.EVERY_STEP)}, which is below",
+        "When its rollouts make every step, and not at most four long ones, it reaches "
+        f"{rate(wan22.EVERY_STEP)}, which is lower",
         f"base has {rate('base', pinned)}",
         f"SFT reaches {rate('SFT', pinned)}, PRFL {rate('PRFL', pinned)}",
         f"above SFT by {gap(differ, 'PRFL above SFT')}: holds"]
@@ -539,8 +542,8 @@ def claims():
                               f"{c(16384)} from 16,384"]
     for row in (row for name, row in load("few_labels")["rows"].items() if name.startswith("0.25 ")):
         said["## Label count"] += [
-            f"With {row['labels']:,} labels the reward model is right about "
-            f"{number(fmean(row['reward_accuracy']))} of held-out clean videos, and the generator ends at "
+            f"With {row['labels']:,} labels the reward model judges {number(fmean(row['reward_accuracy']))} "
+            "of the held-out finished videos correctly, and the generator ends at "
             f"{with_interval(row['qualified'])} of the test videos, with {many(row)}",
             f"it has {valid(row, '120')} after 120 iterations and {valid(row, '480')} after 480"]
 
@@ -573,11 +576,12 @@ def test_the_walk_says_what_labels_brought():
     few, table = load("few_labels")["rows"], load("table1")["rows"]
     least, some, every = (few[f"0.25 mismatched, 1 of {n}"] for n in (80, 20, 1))
     rate = lambda row: number(row["qualified"]["mean"])
-    said = (f"{least['labels']} labels brought the generator to {rate(least)} of the test videos and one of "
-            f"{some['labels']} labels to {rate(some)}, one of all {every['labels']:,} labels to "
-            f"{rate(every)} (the first with one seed, the others with three); SFT, which needs no label, "
-            "ends at "
-            f"{rate(table['SFT, equal time'])}, and the base has {rate(table['base'])}")
+    said = (f"the base makes {rate(table['base'])} of the test videos well (good motion, form and prompt), "
+            f"and SFT, which needs no label, {rate(table['SFT, equal time'])}. Aligned by a reward model of "
+            f"{least['labels']} labels it makes {rate(least)} well, by one of {some['labels']} labels "
+            f"{rate(some)}, and by one of all {every['labels']:,} labels {rate(every)} (the first with one "
+            "seed, the others with three;")
+    assert [len(row["validation"]["40"]) for row in (least, some, every)] == [1, 3, 3]
     assert said in " ".join((ROOT / "docs/your_model.md").read_text().split())
 
 
@@ -627,6 +631,34 @@ def test_verdicts_are_those_of_the_results():
         title = title.replace("loss", "reward hacking, loss")
         row = re.search(rf"\| {title}[^|]* \| ([^|]*) \|", readme)[1]
         assert failing == ("**" in row), f"{name}: {row}"
+
+
+def test_memory_is_the_planners():
+    """What README.md and docs/your_model.md say that alignment takes of a GPU, and what the walk's judge adds
+    (docs/scale.md)."""
+    def costs(preset, gpus, **flags):
+        if preset == "wan2.2-ti2v-5b":
+            flags |= {"size": "1280*704", "frames": 121}
+        return plan.costs(plan.Config(preset, gpus=gpus, **flags), plan.GENERATORS[preset])
+
+    gb = lambda *args, **flags: costs(*args, **flags)["with"]["peak"] / 1e9
+    small, large, ti2v, a14b = "wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "wan2.2-ti2v-5b", "wan2.2-a14b"
+    pages = {page: " ".join((ROOT / page).read_text().split()) for page in PAGES}
+    assert (f"alignment of all weights takes {gb(small, 1):.0f} GB of one GPU for Wan2.1 1.3B, "
+            f"{gb(large, 8):.0f} GB of each of eight for 14B, {gb(ti2v, 2):.0f} GB of each of two for "
+            f"TI2V-5B, and {gb(a14b, 8):.0f} GB of each of eight for A14B") in pages["README.md"]
+    assert gb(ti2v, 1) == gb(ti2v, 8, parallel="ddp") > 80 and gb(a14b, 8, expert="high") == gb(a14b, 8)
+    for said in (f"takes {gb(ti2v, 1):.2f} GB, which fits neither one GPU of 80 GB nor several with ddp. "
+                 f"With fsdp it takes {gb(ti2v, 2):.2f} GB of each of two GPUs, or {gb(ti2v, 8):.2f} GB of "
+                 "each of eight. With `--lora_rank 16` it takes "
+                 f"{gb(ti2v, 1, lora_rank=16):.2f} GB of one GPU",
+                 f"`low` and `high` take {gb(a14b, 8):.2f} GB of each of eight GPUs, and `both` "
+                 f"{gb(a14b, 8, expert='both'):.2f} GB, or "
+                 f"{gb(a14b, 8, expert='both', offload_activations=True):.2f} GB with"):
+        assert said in pages["docs/your_model.md"], said
+    of_judge = lambda *args: f"{costs(*args)['reward_weights'] / 1e9:.2f} GB more of "
+    assert (f"takes {of_judge(small, 1)}one GPU for 1.3B and {of_judge(large, 8)}each of eight for 14B"
+            in pages["docs/scale.md"])
 
 
 # ---- files, commands, flags

@@ -53,6 +53,12 @@ def one_rank(folder):
     return "one-"
 
 
+def test_the_task_comes_from_the_generator_that_is_named(folder):
+    for script, given in ((train_align, {"method": "sft"}), (train_reward, {})):
+        assert script.resolve(script.Config(**given))[1]["task"] == "the shipped generator"
+        assert script.resolve(script.Config(model=str(folder / "generator"), **given))[1]["task"] == "--model"
+
+
 # ---- the loop
 @pytest.mark.parametrize("name, N, shift", [
     ("prfl", 4, 1), ("prfl", 4, 3), ("steady", 4, 1), ("steady", 7, 1)])
