@@ -79,8 +79,8 @@ def part_of_rival(work, seed, rival):
 def passes(flags, N=16):
     """Passes of a batch through the generator, or through PAVRM, in a mean iteration -> (forward, backward).
 
-    flags: of train_align.py or study.why. N: Euler steps of a rollout. Until a group parts, GRPO makes one rollout for the
-    whole group.
+    flags: of train_align.py or study.why. N: Euler steps of a rollout. Until a group parts, GRPO makes one
+    rollout for the whole group.
     """
     given = lambda name, default: flags[flags.index(name) + 1] if name in flags else default
     method, k, group = flags[1], given("--inner_updates", 4), given("--group_size", 8)
