@@ -42,7 +42,7 @@ class Flags:
     drops: str | None = arg(None, "when candidates are dropped: a list of time:number kept. "
                             ".75:4,.56:2,.37:1 keeps 4 at t = .75, 2 at .56 and 1 at .37; 0:1 compares "
                             "finished videos only. Default: half are kept at .75, a quarter at .5625, one at "
-                            ".375", only="search drop")
+                            ".375", only="search drop, !best_of 1")
 
 
 def drops_of(config):
