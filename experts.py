@@ -140,9 +140,10 @@ def steps_of(expert, times, boundary):
     return {"high": (0, skipped), "low": (skipped, last), "both": (0, last)}[expert]
 
 
-def times_of(expert, u, boundary, seed, iteration):
-    """Times for an SFT update, made from u [b], uniform in [0, 1), by moving u to the side of the expert that
-    trains. With "both" each update draws a side, as often as a uniform time would lie on it."""
+def times_of(expert, u, boundary, seed, iteration, purpose="expert"):
+    """Times for an update at random times, made from u [b], uniform in [0, 1), by moving u to the side of the
+    expert that trains. With "both" each update draws a side, as often as a uniform time would lie on it.
+    purpose: names this draw, so that several updates of an iteration can have sides of their own."""
     if expert == "both":
-        expert = "low" if uniform(seed, "expert", iteration, [0]).item() < boundary else "high"
+        expert = "low" if uniform(seed, purpose, iteration, [0]).item() < boundary else "high"
     return boundary * u if expert == "low" else boundary + (1 - boundary) * u

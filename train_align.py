@@ -149,9 +149,6 @@ def resolve(config):
     model = resolve_model(filled)                               # it also fills in filled.task
     dit_config = transformer_folder(model, filled.task)[1]
     experts.check_flags(config, dit_config)
-    if "boundary_ratio" in dit_config and config.method in rl_baselines.LEARNERS:
-        raise InputError(f"--method {config.method} does not know generators of two experts, as {model} has: "
-                         "choose prfl, refl, rwr or sft")
     shards = data.Shards(config.data).relabel() if config.data else None
     latent_shape = shards.latent_shape if shards else scene.LATENT_SHAPES[config.world]
     sources = {"the shipped generator": {"model": model, "task": filled.task}}
@@ -219,7 +216,8 @@ def main(config):
     resume, state = runs.open_checkpoint(config)
     accumulation = config.gradient_accumulation_steps
     global_batch = config.batch_size * runtime.world_size // config.sequence_parallel * accumulation
-    rl_baselines.check(config, global_batch)
+    N, among = config.num_inference_steps, steps_of_experts(config, policy.config)
+    rl_baselines.check(config, global_batch, among)
     if not config.data:
         folder = config.curated_dir or Path(config.output_dir) / "curated"
         shards = clips.clean_clips(folder, config.model, config.num_curated, config.world, config.seed + 500,
@@ -229,7 +227,6 @@ def main(config):
     if runtime.rank == 0:
         print(f"{global_batch} videos per update: {runtime.world_size // config.sequence_parallel} x "
               f"--batch_size {config.batch_size} x --gradient_accumulation_steps {accumulation}", flush=True)
-    N, among = config.num_inference_steps, steps_of_experts(config, policy.config)
     empty = None
     if config.context_dropout:
         empty = null_context(policy.config, "empty", config.data, config.model, runtime.device)
@@ -257,7 +254,7 @@ def main(config):
         learner = rl_baselines.LEARNERS[config.method](policy, pavrm, optimizer, config, runtime,
             lambda iteration, indices: curated_batch(config.seed + 1, iteration, indices,
                                                      config.group_size)[1:],
-            shards.latent_shape, global_batch)
+            shards.latent_shape, global_batch, among)
     if resume:
         parallel.load_state(resume, state, policy, optimizer)
 
