@@ -55,6 +55,7 @@ class Experts(nn.Module):
         """The expert of this name, on the device where it is called."""
         expert, other = (self.high, self.low) if name == "high" else (self.low, self.high)
         if self.resting and next(expert.parameters()).device != device:
+            torch.clear_autocast_cache()                        # it has copies of the weights that leave
             other.cpu()
             expert.to(device)
         return expert

@@ -113,12 +113,14 @@ def test_the_one_that_is_not_called_rests(monkeypatch):
         monkeypatch.setattr(dit, "to", lambda device, name=name: moves.append((name, str(device))))
         monkeypatch.setattr(dit, "cpu", lambda name=name: moves.append((name, "cpu")))
     gpu = torch.device("meta")
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: moves.append("autocast's copies"))
     both.awake("high", gpu)
     assert moves == []
     both.resting = True
-    assert both.awake("high", gpu) is both.high and moves == [("low", "cpu"), ("high", "meta")]
+    assert both.awake("high", gpu) is both.high
+    assert moves == ["autocast's copies", ("low", "cpu"), ("high", "meta")]
     both.awake("low", torch.device("cpu"))                      # it is there
-    assert len(moves) == 2
+    assert len(moves) == 3
 
 
 @pytest.mark.parametrize("trains, kind, rests", [(("low",), "ddp", True), (("high", "low"), "ddp", False)])
