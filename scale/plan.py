@@ -481,10 +481,15 @@ def costs(config, c):
     return one
 
 
-def experts_steps(config, c):
-    """(skipped, last) of the steps that --expert makes, at the shift that its generator has at --size."""
+def times_of_rollout(config, c):
+    """The times of the Euler steps, at the shift that the generator has at --size."""
     shift = of_config(c).shift(tuple(int(side) for side in config.size.replace("x", "*").split("*")))
-    return experts.steps_of(config.expert, schedule(config.num_inference_steps, shift), c["boundary_ratio"])
+    return schedule(config.num_inference_steps, shift)
+
+
+def experts_steps(config, c):
+    """(skipped, last) of the steps that --expert makes."""
+    return experts.steps_of(config.expert, times_of_rollout(config, c), c["boundary_ratio"])
 
 
 def network(config, c, one):
@@ -827,7 +832,8 @@ def report_simulated(config, c):
     """Prints the planner's bytes beside those that scale/simulate.py's tracker counts."""
     from scale.simulate import simulate  # it alone needs PyTorch's distributed internals
     one = costs(config, c)
-    phases = simulate(config, c, (one["f"], one["h"], one["w"]))
+    phases = simulate(config, c, (one["f"], one["h"], one["w"]),
+                      times_of_rollout(config, c) if "boundary_ratio" in c else None)
     moments = one["with" if config.gradient_checkpointing else "without"]["moments"]
     behind = lambda *names: one["static"] + max(moments[name] for name in names if name in moments)
     most = lambda *names: max(phases[name]["Total"] for name in names)
@@ -847,8 +853,6 @@ def report_simulated(config, c):
 
 
 def main(config):
-    if config.simulate and "boundary_ratio" in GENERATORS[config.preset]:
-        raise InputError(f"--simulate runs one transformer: leave it out with {config.preset}")
     report(config, GENERATORS[config.preset])
     if config.simulate:
         report_simulated(config, GENERATORS[config.preset])

@@ -32,6 +32,7 @@ from families import fill_in, training_defaults
 from formats import weights
 from model import PRESETS
 from scale import parallel, plan
+from scale import simulate as simulation
 from scale.simulate import gpu_attend, simulate
 
 ROOT = Path(plan.__file__).parents[1]
@@ -307,6 +308,47 @@ def test_a_simulated_iteration_beside_the_pencil(flags):
     assert own == pytest.approx(found["static"] + max(moments["generator"], moments["gradients"]), rel=0.1)
     assert max(phase["Total"] for phase in phases.values()) == pytest.approx(found["with"]["peak"], rel=0.1)
     assert not torch.distributed.is_initialized() and model.attend is gpu_attend
+
+
+@pytest.mark.parametrize("expert, flags", [("low", dict(gpus=2)), ("both", dict(gpus=2, lora_rank=8)),
+                                           ("both", dict())])
+def test_a_simulated_iteration_of_two_experts(monkeypatch, expert, flags):
+    """Beside one transformer of the same shape: under fsdp, or where both train, each has its second expert
+    too. Every call is of the expert whose step it is."""
+    one, kept, names_of_calls = PRESETS["wan2.1-t2v-1.3b"] | dict(num_layers=2), [], simulation.names_of_calls
+    two = one | {"boundary_ratio": 0.875}
+    monkeypatch.setattr(simulation, "names_of_calls",
+                        lambda *how: kept.append(names_of_calls(*how)) or kept[0])
+    how = plan.Config("wan2.2-a14b", size="256*256", frames=17, recipe="steady", depth=2, expert=expert,
+                      **flags)
+    found, of_one = plan.costs(how, two), plan.costs(how, one)
+    grid = found["f"], found["h"], found["w"]
+    phases, before = simulate(how, two, grid, plan.times_of_rollout(how, two)), simulate(how, one, grid)
+    for kind, keys in (("Parameter", ("weights", "reward_weights")), ("Optstate", ("optimizer",))):
+        added = sum(found[key] - of_one[key] for key in keys)
+        measured = phases["before"][kind] - before["before"][kind]
+        assert measured == pytest.approx(added, rel=0.01) and (added > 0) == (kind == "Parameter" or
+                                                                              expert == "both")
+    assert max(phase["Total"] for phase in phases.values()) == pytest.approx(found["with"]["peak"], rel=0.1)
+    assert list(kept[0]) == []                                  # all calls that were planned were made
+
+
+def test_one_of_two_experts_that_rests_is_not_on_the_gpu():
+    one, how = PRESETS["wan2.1-t2v-1.3b"] | dict(num_layers=2), plan.Config(
+        "wan2.2-a14b", size="64*64", frames=5, recipe="steady", depth=2, expert="high")
+    two, grid = one | {"boundary_ratio": 0.875}, (2, 8, 8)
+    found = simulate(how, two, grid, plan.times_of_rollout(how, two))
+    assert found["before"] == simulate(how, one, grid)["before"]
+
+
+def test_the_experts_that_an_iteration_calls():
+    """Six steps, from t = 1, .83, .67, .5, .33 and .17, with the boundary at .6: the SFT update, and the
+    steps to the one that is rewarded."""
+    times, names = flow.schedule(6), lambda *how: list(simulation.names_of_calls(*how))
+    how = lambda **flags: plan.Config("wan2.2-a14b", num_inference_steps=6, **flags)
+    assert names(how(), times, 0.6, 5) == ["low"] + ["high"] * 3 + ["low"] * 2
+    assert names(how(expert="high"), times, 0.6, 2) == ["high"] * 3
+    assert names(how(expert="both", recipe="steady"), times, 0.6, 6) == ["low", "high", "high", "low", "low"]
 
 
 def test_fsdp_cuts_and_checkpointing_and_lora_save():
