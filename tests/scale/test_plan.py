@@ -26,6 +26,7 @@ import flow
 import model
 import pavrm
 import prfl
+import refl_baseline
 import train_align
 import train_reward
 from families import fill_in, training_defaults
@@ -217,19 +218,34 @@ VAES = [(plan.WAN21_VAE, {}), (plan.TI2V_VAE, TI2V_VAE)]
 def test_the_decoder_keeps_and_computes_what_diffusers_does(frames, h, w, vae_counted, vae_config):
     diffusers = pytest.importorskip("diffusers", reason="Wan's VAEs are taken from diffusers")
     with FakeTensorMode(), FlopCounterMode(display=False) as flops:
-        torch.set_default_dtype(torch.bfloat16)
-        vae = diffusers.AutoencoderKLWan(**vae_config).requires_grad_(False)
-        torch.set_default_dtype(torch.float32)
+        vae = diffusers.AutoencoderKLWan(**vae_config).requires_grad_(False)    # float32, as WanVAE has it
         weights = {p.untyped_storage()._cdata for p in vae.parameters()}
-        z = torch.randn(1, vae.z_dim, frames, h, w, dtype=torch.bfloat16, requires_grad=True)
-        measured = saved_bytes(lambda: vae.decode(z, return_dict=False)[0], weights)
+        z = torch.randn(1, vae.z_dim, frames, h, w, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            measured = saved_bytes(lambda: vae.decode(z, return_dict=False)[0], weights)
     found = plan.decoder_costs(frames, h, w, vae=vae_counted)
     assert found["kept"] == pytest.approx(measured, rel=0.02)
     assert found["flops"] == pytest.approx(flops.get_total_flops(), rel=0.01)
     assert sum(p.numel() for p in [*vae.decoder.parameters(),
                                    *vae.post_quant_conv.parameters()]) == vae_counted.decoder_parameters
+    assert sum(p.numel() for p in vae.parameters()) == vae_counted.parameters
     first = plan.decoder_costs(frames, h, w, first=True, vae=vae_counted)
     assert first["kept"] == plan.decoder_costs(1, h, w, vae=vae_counted)["kept"]
+
+
+def test_what_refl_holds_is_float32(folder):
+    """Of the pixel reward and of the whole VAE, as they are loaded; and the planner counts 4 bytes of each
+    number."""
+    path = folder / "generator"
+    dit = model.load_transformer(path)
+    how = train_align.Config(model=str(path), reward=str(path / "reward_rgb_first"))
+    runtime = common.Runtime(0, 1, torch.device("cpu"), torch.bfloat16)
+    held = refl_baseline.load_reward_and_decoder(how, dit, runtime)
+    assert {p.dtype for one in held for p in one.parameters()} == {torch.float32}
+    found = costs(PRESETS["wan2.1-t2v-14b"], method="refl", pixel_reward_parameters=10 ** 9, gpus=8)
+    assert (found["reward_weights"], found["vae_weights"]) == (4 * 10 ** 9, 4 * plan.WAN21_VAE.parameters)
+    moments = found["with"]["moments"]                          # autocast's copies of the reward's weights
+    assert moments["pixels"] - moments["decoder"] == 2 * 10 ** 9 - found["decoder"]["passing"]
 
 
 def test_attention_that_is_kept():
