@@ -246,6 +246,7 @@ def main(config):
         rows = data.order(len(curated), config.seed + 1, 0, range(config.num_samples), global_batch)
         own, own_weights = rl_baselines.own_samples(Path(config.output_dir) / "own_samples", policy, pavrm,
                                                     shards, curated[rows], config, runtime)
+        pavrm.to("meta")                            # it is not asked again, and makes room
     # One AdamW serves both updates, as in Alg. 1: their gradients never mix, but AdamW's moments average over
     # both.
     trained = [p for p in policy.parameters() if p.requires_grad]

@@ -399,7 +399,9 @@ def costs(config, c):
     one["gradients"] = 4 * updated / parts
     one["reward_weights"] = 4 * reward if refl else 0 if stage1 or not reward else frozen_reward / parts
     one["vae_weights"] = 4 * vae.parameters * (refl or sampling)
-    one["static"] = sum(one[k] for k in ("weights", "optimizer", "reward_weights", "vae_weights"))
+    rwr = config.method == "rwr"                # its reward model goes when the samples are made
+    one["static"] = sum(one[k] for k in ("weights", "optimizer", "vae_weights"))
+    one["static"] += one["reward_weights"] * (not rwr)
     if sampling:                                # the decoder comes when the generator, if it is whole, goes
         one["static"] = fsdp * one["weights"]
     # bytes of the backward pass
@@ -440,6 +442,11 @@ def costs(config, c):
             if ranks > 1:  # tokens of all ranks, two gradients of them and the sum of these
                 moments["pooling"] = waiting + 3 * edge + rewarded + 4 * pooled
             moments["reward"] = waiting + 6 * edge + hidden + layers(K, frozen, copy_frozen) + rewarding
+        # its samples are made before AdamW has its moments
+        samples = one["reward_weights"] + 28 * b * m * d - one["optimizer"]
+        samples += copy + ends if fsdp else L * copy_trained
+        if rwr and samples > 0:
+            moments["samples"] = samples
         if refl:
             decoded = waiting + 3 * edge + one["decoder"]["kept"]
             moments["pixels"] = decoded + 2 * reward            # bf16 copies, as the decoder's
@@ -650,13 +657,15 @@ def report(config, c):
     if one["waiting_weights"]:
         row("experts, on the host", one["waiting_weights"], "both, while they change places, of each GPU")
     row("AdamW's two moments", one["optimizer"], f"8 T{cut}")
-    if prfl or rwr:
+    if prfl:
         row("reward model", one["reward_weights"], f"(4 R - 2 K M){cut}")
     if refl:
         row("pixel reward, VAE", one["reward_weights"] + one["vae_weights"], "4 R + 4 V, fp32")
     row("together", one["static"], "")
 
     print("\nbytes on each GPU that come and go")
+    if rwr:
+        row("reward model", one["reward_weights"], f"(4 R - 2 K M){cut}, until its own samples are made")
     row("gradients", one["gradients"], f"4 T{cut}" + " / 2" * (one["trained"] > one["updated"]))
     m, mine = ("m", one["m"]) if ranks > 1 else ("n", n)
     row("input of a block", one["edge"], f"4 b {m} d = 4 x {b} x {mine} x {d}")
@@ -691,7 +700,7 @@ def report(config, c):
     names = {"generator": "reward model's backward" if stage1 else "generator's backward",
              "gradients": "its end",
              "optimizer": "optimizer step", "reward": "reward's backward", "decoder": "decoder's backward",
-             "pixels": "pixel reward", "pooling": "reward's pooling"}
+             "pixels": "pixel reward", "pooling": "reward's pooling", "samples": "own samples"}
     fsdp_own, fsdp_reward = (" + gathered", f" + {gb(one['rewarding'])} gathered") if parts > 1 else ("", "")
     for key in ("with", "without"):
         found, kept = one[key], key == "without"
@@ -706,7 +715,11 @@ def report(config, c):
         rewarding = f"K x {gb(one['frozen'])}" if kept else \
             f"{before(K_in)} x {gb(one['edge'])}{attended('(K - 1)')} + {gb(one['frozen'])}"
         in_pieces = " + copy" * (parts > 1)
+        at_work = f" + {L_} copies" * (one["copy_trained"] > 0)
+        if parts > 1:
+            at_work = " + copy, embeddings and head"
         formulas = {
+            "samples": f"reward model + 28 b {m} d{at_work} - 8 T{cut} (AdamW's moments come later)",
             "pooling": f"{waiting} + 3 x {gb(one['edge'])} + {'K' if kept else K_in} x "
                        f"{gb(one['frozen' if kept else 'edge'])}{in_pieces * kept}"
                        f"{'' if kept else attended('K')} + 4 x {gb(one['pooled'])} "
@@ -722,7 +735,8 @@ def report(config, c):
             "gradients": f"gradients, but the first block's and the embeddings' + {gb(one['block'])}{copy} "
                          f"+ passing{fsdp_own}",
             "optimizer": f"gradients + 4 T{cut} (square roots)"}
-        for name in ("pooling", "reward", "pixels", "decoder", "generator", "gradients", "optimizer"):
+        for name in ("samples", "pooling", "reward", "pixels", "decoder", "generator", "gradients",
+                     "optimizer"):
             if name in found["moments"]:
                 row(names[name], found["moments"][name], formulas[name])
         row("PEAK", found["peak"], verdict(config, one, found))

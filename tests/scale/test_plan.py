@@ -32,7 +32,7 @@ import train_reward
 from families import fill_in, training_defaults
 from formats import weights
 from model import PRESETS
-from scale import parallel, plan
+from scale import lora, parallel, plan
 from scale import simulate as simulation
 from scale.simulate import gpu_attend, simulate
 
@@ -477,6 +477,29 @@ def test_sampling_beside_live_tensors():
             live.peak = live.now
             vae.decode(z, return_dict=False)
         assert plan.decoding(5, 60, 104) == pytest.approx(live.peak - weights, rel=0.25)
+
+
+@pytest.mark.parametrize("size, rank", [("832*480", 0), ("64*64", 4)])
+def test_the_reward_model_of_rwr_goes_before_the_first_update(size, rank):
+    """Its samples need it beside the generator, but nothing of AdamW."""
+    config = PRESETS["wan2.1-t2v-14b"] | dict(num_layers=2)
+    how = dict(size=size, lora_rank=rank)
+    found, sft = costs(config, method="rwr", **how), costs(config, method="sft", **how)
+    assert found["static"] == sft["static"] and found["reward_weights"] > 0
+    with FakeTensorMode(), torch.no_grad(), LiveBytes() as live:
+        dit, reward = build(config), pavrm.PAVRM(config).freeze()
+        lora.add(dit, rank)
+        for one in (dit, reward.trunk):
+            parallel.cast_matrices(one, torch.bfloat16)
+        args = inputs(config, (found["f"], found["h"], found["w"]))
+        live.peak = live.now
+        with torch.autocast("cpu", torch.bfloat16):
+            dit(**args)
+    if rank:                                                    # the highest point: a small clip needs little
+        assert found["with"]["worst"] == "samples"
+        assert found["with"]["peak"] == pytest.approx(live.peak, rel=0.06)
+    else:
+        assert live.peak < found["with"]["peak"] == sft["with"]["peak"]
 
 
 # ---- all stages
