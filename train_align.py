@@ -302,7 +302,6 @@ def main(config):
         """One optimizer update: the backward passes of the accumulated batches, one clipping of the gradient,
         one step of AdamW -> {metric: number}"""
         clock, cpu_clock = time.perf_counter(), time.process_time()
-        optimizer.zero_grad()
         rows = []
         for micro in range(accumulation):
             loss, extra = loss_fn(iteration, runtime.indices(config.batch_size, micro))
@@ -311,6 +310,7 @@ def main(config):
             rows.append({f"{name}_loss": loss.detach(), **extra})
         norm = common.average_and_clip_gradients(policy.parameters(), config.max_grad_norm, iteration + 1)
         optimizer.step()
+        optimizer.zero_grad()               # gradients make room for samples, of this method or of validation
         means = {key: torch.stack([row[key].float() for row in rows]).mean() for key in rows[0]}
         common.all_reduce_mean_(list(means.values()))
         metrics = {key: value.item() for key, value in means.items()}
