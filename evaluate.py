@@ -306,7 +306,8 @@ def searched(config, passes):
     """For the line above a table: how the videos were chosen."""
     if config.best_of == 1:
         return ""
-    return f"the best of {config.best_of} by the reward, {passes:g} forward passes per video; "
+    how = {"resample": "resampled", "drop": "the others dropped"}[config.search]
+    return f"the best of {config.best_of} by the reward ({how}), {passes:g} forward passes per video; "
 
 
 def write_results(config, line, tables, rows, against, found, digits):
@@ -338,7 +339,7 @@ def embedded_world(config, named, runtime):
         raise InputError("the embedded world's prompts and annotator mean nothing to Wan's generators: "
                          "give --prompts FILE")
     families.fill_in(config, {"num_videos": 512, "num_inference_steps": 16, "guidance_scale": 1.0})
-    drops = search.parse_drops(config.best_of, config.drops)
+    drops = search.drops_of(config)
     reward = config.reward
     if reward is None and Path(f"{config.model}/reward").is_dir():
         reward = f"{config.model}/reward"
@@ -363,7 +364,7 @@ def embedded_world(config, named, runtime):
                 image = image_inputs(dit.config, {"latents": latents}, device)
                 latents, spent["passes"] = search.best_of(
                     dit, pavrm, given.shape[1:], context[group], seed, group, config.num_inference_steps,
-                    drops, guidance_scale=config.guidance_scale, batch_size=WORLD_BATCH,
+                    config.best_of, drops, guidance_scale=config.guidance_scale, batch_size=WORLD_BATCH,
                     autocast=runtime.autocast, **image)
             videos = to_pixels(vae.decode(latents)).cpu()
             values = measure(videos, [prompts[i] for i in group], clean[group] if image_to_video else None)
@@ -426,7 +427,7 @@ def own_prompts(config, named, runtime):
         if row["image"]:
             read_clip(row["image"], size=size, frames=1)
     require_reward(config, config.reward)
-    drops = search.parse_drops(config.best_of, config.drops)
+    drops = search.drops_of(config)
     check_models(named, config.task, config.reward, config.judge)
     vae, device = families.load_vae(f"{config.model}/vae"), runtime.device
     texts = [row["prompt"] for row in rows]
@@ -454,8 +455,8 @@ def own_prompts(config, named, runtime):
                                                device)
             with encoders.on(dit, device), encoders.on(pavrm, device):
                 x, spent["passes"] = search.best_of(                                        # [b, c, f, h, w]
-                    dit, pavrm, shape, context, seed, group, config.num_inference_steps, drops,
-                    shift=config.shift, null=null,
+                    dit, pavrm, shape, context, seed, group, config.num_inference_steps, config.best_of,
+                    drops, shift=config.shift, null=null,
                     guidance_scale=experts.guidance(dit, config.guidance_scale, config.guidance_scale_2),
                     batch_size=batch_size, autocast=runtime.autocast, **image)
             values = {}

@@ -141,7 +141,7 @@ def check_flags(config):
     if config.contact_sheet:
         require_writable(config.contact_sheet)
     data.parse_size(config)
-    search.parse_drops(config.best_of, config.drops)
+    search.drops_of(config)
 
 
 def take_settings(config, rows):
@@ -169,7 +169,7 @@ def take_settings(config, rows):
         keep -= {"task", "model", "transformer", "lora", "lora_2", "guidance_scale_2", "reward"}
     elif "transformer" in changed:
         keep -= {"lora", "lora_2"}
-    if "best_of" in changed:
+    if {"best_of", "search"} & set(changed):
         keep -= {"drops"}
     if "guidance_scale" in changed:
         keep -= {"guidance_scale_2"}                            # it follows the first one
@@ -309,8 +309,9 @@ def start_folder(config, videos, weights=None):
             raise ValueError("it holds no settings")
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error}): name another --output_dir") from None
-    # a folder begun before these were recorded continues
-    before = {"drops": before.get("cuts"), "weights": weights} | before
+    # a folder begun before these were recorded continues; a search then dropped candidates
+    searched = "drop" if (before.get("best_of") or 1) > 1 else config.search
+    before = {"search": searched, "drops": before.get("cuts"), "weights": weights} | before
     if changed := [name for name in settings if before.get(name) != settings[name]]:
         raise InputError(f"--output_dir {config.output_dir}: its videos were made with other "
                          f"{', '.join(changed)}: use the same flags and prompts, or another folder")
@@ -363,7 +364,7 @@ def main(config):
     for expert, adapters in experts.with_adapters(dit, config):
         lora.attach(expert, adapters)
     check_images(videos, dit.config, size)
-    drops = search.parse_drops(config.best_of, config.drops)
+    drops = search.drops_of(config)
     pavrm = None
     if config.best_of > 1:
         pavrm = parallel.whole(load_pavrm(config.reward or f"{model}/reward", dit, load_now=False),
@@ -413,9 +414,9 @@ def main(config):
         with on_device(), encoders.on(pavrm, device):
             latents, passes = search.best_of(                                                # [b, c, f, h, w]
                 dit, pavrm, shape, context, batch[0].seed, [video.index for video in batch],
-                config.num_inference_steps, drops, shift=config.shift, guidance_scale=guidance, null=null,
-                batch_size=config.batch_size, max_rows=largest, autocast=runtime.autocast,
-                **conditions)
+                config.num_inference_steps, config.best_of, drops, shift=config.shift,
+                guidance_scale=guidance, null=null, batch_size=config.batch_size, max_rows=largest,
+                autocast=runtime.autocast, **conditions)
         if not keep:
             continue
         with encoders.on(vae, device):

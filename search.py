@@ -1,16 +1,23 @@
-"""Best of n while sampling: candidates start from different noise, and the latent reward drops bad ones on
-the way.
+"""Best of n while sampling: candidates start from different noise, and the latent reward chooses among them
+on the way.
 
-PAVRM predicts from a half-finished latent whether a good video will come of it. So a bad candidate need not
-be finished, and nothing has to be decoded. Every generator that has a reward model can be sampled like this,
-aligned or not.
+PAVRM predicts from a half-finished latent whether a good video will come of it. So candidates need not be
+finished to be compared, and nothing has to be decoded. Every generator that has a reward model can be sampled
+like this, aligned or not. There are two ways:
 
-    n candidates --steps--> x_t --PAVRM r(x_t, t, p)--> the best few --steps--> ... the best --steps--> x_0
+resample    (the default) After each step from t = .81 to .38 the candidates' places are filled anew: each
+            place draws one of the candidates with the probabilities softmax(r). A good candidate so fills
+            several places, and a weak one goes. Copies get new noise, so that they become different videos:
+            x_t = (1 - t) x_0 + t x_1, where x_0 is what the candidate's velocity points to. The best one at
+            the end of these steps is finished alone. This is close to LatSearch (arXiv 2603.14526), which
+            resamples at fewer times and compares sums of rewards.
+drop        Bad candidates are dropped at a few times and never replaced. Fewer forward passes for the same n,
+            but worse videos for the same passes (results/search_mismatched.md).
 
-    python sample.py --prompt "a red circle moving to the right" --best_of 8 --drops .75:4,.56:2,.37:1
-    python evaluate.py checkpoints --best_of 8
+    python sample.py --prompt "a red circle moving to the right" --best_of 4
+    python evaluate.py checkpoints --best_of 8 --search drop --drops .75:4,.56:2,.37:1
 
-Axes: m videos, k candidates left of each video, c channels, f frames, h height, w width, l text tokens.
+Axes: m videos, k candidates of each video, c channels, f frames, h height, w width, l text tokens.
 """
 from dataclasses import dataclass
 
@@ -20,15 +27,29 @@ import common
 import flow
 from common import InputError, arg
 
+FIRST, LAST = 0.8125, 0.375                                     # times between which candidates are resampled
+
 
 @dataclass
 class Flags:
     """The flags of sample.py and evaluate.py about the search."""
-    best_of: int = arg(1, "candidates made per video; the reward model keeps one of them", above=0)
+    best_of: int = arg(1, "candidates made per video; the reward model chooses one of them", above=0)
+    search: str = arg("resample", "what happens to candidates that the reward model finds weak. resample: "
+                      "good ones take their places, with new noise, after each step from t = .81 to .38. "
+                      "drop: they are dropped at the times of --drops; that takes fewer passes for the same "
+                      "number of candidates, but is worse for the same passes", choices=("resample", "drop"),
+                      only="!best_of 1")
     drops: str | None = arg(None, "when candidates are dropped: a list of time:number kept. "
                             ".75:4,.56:2,.37:1 keeps 4 at t = .75, 2 at .56 and 1 at .37; 0:1 compares "
                             "finished videos only. Default: half are kept at .75, a quarter at .5625, one at "
-                            ".375", only="!best_of 1")
+                            ".375", only="search drop, !best_of 1")
+
+
+def drops_of(config):
+    """The flags -> what best_of takes as `drops`. Raises InputError."""
+    if config.search == "drop":
+        return parse_drops(config.best_of, config.drops)
+    return None
 
 
 def default_drops(n):
@@ -41,7 +62,7 @@ def default_drops(n):
 
 
 def parse_drops(n, text=None):
-    """--best_of n and --drops, such as ".75:4,.56:2,.37:1" (None: default_drops) -> the drops of best_of.
+    """--best_of n and --drops, such as ".75:4,.56:2,.37:1" (None: default_drops) -> the `drops` of best_of.
 
     They always end with one candidate: if the text keeps more, the last choice is made at the end, t = 0.
     Raises InputError.
@@ -77,53 +98,102 @@ def cost_in_words(n, passes, num_steps, guidance_scale):
     return f"best of {n}: {passes:g} forward passes per video, {times:.1f} times those of one candidate"
 
 
+def choices_of(times, n, drops=None):
+    """When the reward chooses among n candidates -> {number of steps made: how many candidates stay}.
+
+    times: of the Euler steps, from flow.schedule. drops: as in best_of. As many as before stay where they are
+    resampled.
+    """
+    def nearest(t):
+        return int((times - t).abs().argmin())
+
+    if n == 1:
+        return {}
+    if drops:
+        return {nearest(t): keep for t, keep in drops[1:]}      # of several at one step, the last one counts
+    last = max(1, nearest(LAST))
+    return {step: n for step in range(1, last) if times[step] <= FIRST} | {last: 1}
+
+
+def resample(x, predicted, r, t, draws, noise):
+    """Fills the places of each video's candidates anew -> states [m, k, c, f, h, w].
+
+    x: the candidates at time t. predicted: the clean latents they point to, of the same shape. r [m, k]:
+    their rewards. draws [m, k]: uniform in [0, 1), one for each place. noise: for the copies, of the shape of
+    x. A candidate that fills several places keeps its state in the first of them.
+    """
+    m, k = r.shape
+    chosen = torch.searchsorted(r.softmax(1).cumsum(1), draws).clamp(max=k - 1)     # [m, k], candidates
+    video = torch.arange(m, device=x.device)[:, None]
+    renewed = (1 - t) * predicted[video, chosen] + t * noise
+    copies = is_copy(chosen).view(m, k, 1, 1, 1, 1)
+    return torch.where(copies, renewed, x[video, chosen])
+
+
+def is_copy(chosen):
+    """Which of chosen [m, k] stands in an earlier place of the same video too -> [m, k]"""
+    same = chosen[:, :, None] == chosen[:, None, :]                                 # [m, place, place]
+    return same.tril(-1).any(2)
+
+
 @torch.no_grad()
-def best_of(dit, pavrm, latent_shape, context, seed, indices, num_steps, drops, *, shift=1.0,
-            guidance_scale=1.0, null=None, batch_size=128, max_rows=None, autocast=None, **image):
+def best_of(dit, pavrm, latent_shape, context, seed, indices, num_steps, n, drops=None, *, shift=1.0,
+            guidance_scale=1.0, null=None, batch_size=128, max_rows=None, autocast=None, **conditions):
     """-> (the best candidates' latents [m, c, f, h, w], forward passes of dit per video).
 
-    A pass of the reward model counts as the share of dit's blocks that it runs. The noise of a candidate
-    depends only on (seed, index, its number); number 0 is what flow.sample makes. drops: ((1, n), (t, keep),
-    ..., (t, 1)) from default_drops or parse_drops: of n candidates the reward keeps `keep` at the step
-    nearest to t. With one candidate this is flow.sample, and pavrm may be None. batch_size: candidates in one
-    pass. max_rows: the largest m of all ranks, for models that are sharded over them. The rest as in
-    flow.sample.
+    A pass of the reward model counts as the share of dit's blocks that it runs. All noise depends only on
+    (seed, index, number of the candidate or place); candidate 0 is what flow.sample makes. With one candidate
+    this is flow.sample, and pavrm may be None. drops: None to resample, or ((1, n), (t, keep), ..., (t, 1))
+    from default_drops or parse_drops: the reward keeps `keep` candidates at the step nearest to t.
+    batch_size: candidates in one pass. max_rows: the largest m of all ranks, for models that are sharded over
+    them. The rest as in flow.sample.
     """
-    m, n = len(indices), drops[0][1]
+    m, device = len(indices), context.device
     times = flow.schedule(num_steps, shift)
-    keep_at = {int((times - t).abs().argmin()): keep for t, keep in drops[1:]}  # by step; the last one counts
-    image = {name: z for name, z in image.items() if z is not None}
-    cost_of_step = passes_per_step(guidance_scale)
+    choices = choices_of(times, n, drops)
+    conditions = {name: z for name, z in conditions.items() if z is not None}
     cost_of_reward = len(pavrm.trunk.blocks) / len(dit.blocks) if n > 1 else 0
 
-    def each(function, x):
-        """function(candidates, their context, their image) over x [m, k, ...], in batches -> [m, k, ...]"""
+    def each(function, step, x):
+        """function(step, candidates, their contexts, their conditions) over x [m, k, ...], in batches -> [m,
+        k, ...]"""
         k, flat, found = x.shape[1], x.flatten(0, 1), []
-        with autocast() if autocast else torch.autocast(context.device.type, enabled=False):
+        with autocast() if autocast else torch.autocast(device.type, enabled=False):
             for j, counts in common.equal_batches(m * k, batch_size, (max_rows or m) * k):
-                video = torch.arange(m * k, device=context.device)[j] // k
-                given = {name: z[video] for name, z in image.items()}
-                result = function(flat[j], context[video], **given)
+                video = torch.arange(m * k, device=device)[j] // k
+                its_conditions = {name: z[video] for name, z in conditions.items()}
+                result = function(step, flat[j], context[video], **its_conditions)
                 if counts:
                     found.append(result)
         return torch.cat(found).unflatten(0, (m, -1))
 
-    x = [common.noise(latent_shape, seed, "sample", candidate, indices) for candidate in range(n)]
-    x, step, passes = torch.stack(x, 1).to(context.device), 0, 0                    # [m, k, c, f, h, w]
-    for stop in sorted({*keep_at, num_steps}):
-        def rollout(x, text, **given):
-            return flow.rollout(dit, x, text, num_steps, start=step, stop=stop, shift=shift,
-                                guidance_scale=guidance_scale, null=null, **given)
+    def euler_step(step, x, text, **its_conditions):
+        return flow.rollout(dit, x, text, num_steps, start=step - 1, stop=step, shift=shift,
+                            guidance_scale=guidance_scale, null=null, **its_conditions)
 
-        def reward(x, text, **given):
-            return pavrm(x, times[stop].expand(len(x)).to(x.device), text, **given)
+    def reward(step, x, text, **its_conditions):
+        return pavrm(x, times[step].expand(len(x)).to(device), text, **its_conditions)
 
-        x = each(rollout, x)
-        passes += (stop - step) * cost_of_step * x.shape[1]
-        step = stop
-        if stop in keep_at:
-            r = each(reward, x)                                                     # [m, k]
-            passes += cost_of_reward * x.shape[1]
-            best = r.nan_to_num(nan=-torch.inf).topk(keep_at[stop], 1).indices      # [m, keep]
-            x = x[torch.arange(m, device=x.device)[:, None], best]
+    def noise(purpose):
+        """-> [m, n, c, f, h, w]"""
+        found = [common.noise(latent_shape, seed, purpose, candidate, indices) for candidate in range(n)]
+        return torch.stack(found, 1).to(device)
+
+    x, passes = noise("sample"), 0
+    for step in range(num_steps + 1):                           # after so many Euler steps
+        t = times[step]
+        if step > 0:
+            before, x = x, each(euler_step, step, x)
+            passes += passes_per_step(guidance_scale) * x.shape[1]
+        if step not in choices:
+            continue
+        r = each(reward, step, x).float().nan_to_num(nan=torch.finfo(torch.float32).min)        # [m, k]
+        passes += cost_of_reward * x.shape[1]
+        if choices[step] == x.shape[1]:
+            velocity = (before - x) / (times[step - 1] - t)
+            draws = torch.stack([common.uniform(seed, f"place {step}", k, indices) for k in range(n)], 1)
+            x = resample(x, x - t * velocity, r, t, draws.to(device), noise(f"resampling {step}"))
+        else:
+            best = r.topk(choices[step], 1).indices                                 # [m, keep]
+            x = x[torch.arange(m, device=device)[:, None], best]
     return x[:, 0], passes

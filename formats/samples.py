@@ -18,7 +18,7 @@ from formats.weights import SHIPPED, TASKS, does_both, transformer_folder
 
 FLAGS = ("task", "model", "transformer", "lora", "lora_2", "size", "frames", "fps", "num_inference_steps",
          "guidance_scale", "guidance_scale_2", "negative_prompt", "shift", "batch_size", "mixed_precision",
-         "best_of", "drops", "reward")
+         "best_of", "search", "drops", "reward")
 PATHS = ("model", "transformer", "lora", "lora_2", "reward")
 OF_A_VIDEO = ("index", "batch", "place")
 
@@ -64,6 +64,8 @@ def describe(flags, folder):
     tasks = [task for task in TASKS if same_path(found["model"], SHIPPED[task])]
     if not does_both(transformer_folder(found.get("transformer", found["model"]))[1]):
         found.pop("task", None)
+    if found.get("best_of", 1) == 1:
+        found.pop("search", None)
     if found.get("guidance_scale") == 1 == found.get("guidance_scale_2", 1):
         found.pop("negative_prompt", None)
     if tasks:
@@ -94,6 +96,8 @@ def shared_settings(path, rows):
                 raise InputError(f"{place} have a {name} that is not text")
         check_place(place, given)
         mine = {name: value for name, value in given.items() if name not in OF_A_VIDEO}
+        if mine.get("best_of", 1) != 1:
+            mine.setdefault("search", "drop")                   # the only way when rows did not say which
         if shared is None:
             shared, first = mine, number
         for name in sorted(shared.keys() | mine.keys()):

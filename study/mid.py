@@ -39,9 +39,9 @@ def mid(work):
         evaluations(work, "mid", ends, MID),
         evaluations(work, "mid-at-its-best", stopped, MID),
         evaluations(work, "mid-best-of-8", {seed: {base_searched: base} for seed in work.seeds},
-                    (*MID, "--best_of", 8)),
+                    (*MID, "--best_of", 8, "--search", "drop")),
         evaluations(work, "mid-best-of-4", {seed: {steady_searched: steady[seed]} for seed in work.seeds},
-                    (*MID, "--best_of", 4))]
+                    (*MID, "--best_of", 4, "--search", "drop"))]
     order = ("base", base_searched, best, paper_end, steady_end, steady_searched, "clean renders")
     found = []
     for by_seed in zip(*evaluated):

@@ -21,6 +21,7 @@ import evaluate
 import label
 import model
 import sample
+import search
 import train_align
 import train_reward
 from formats import runs, wan
@@ -260,7 +261,7 @@ def test_a_flag_is_refused_where_it_does_nothing_and_taken_elsewhere(script, fla
 @pytest.mark.parametrize("script, flag", [key for key in FIELDS if key[0] not in ACTS])
 def test_every_flag_is_read(script, flag):
     """By its script, or by those that read it for several scripts."""
-    source = "".join(Path(module.__file__).read_text() for module in (SCRIPTS[script][0], parts, runs,
+    source = "".join(Path(module.__file__).read_text() for module in (SCRIPTS[script][0], parts, runs, search,
                                                                       formats_weights))
     assert re.search(rf"config\.{flag}\b|[\"']{flag}[\"']", source)
 

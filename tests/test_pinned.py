@@ -130,8 +130,9 @@ def test_sampling_leaves_the_frame_as_it_is():
     how = dict(shift=5.0, guidance_scale=3.0, first_frame=first)
     x = flow.sample(dit, SHAPE, context, 0, [0, 1], 4, **how)
     assert torch.equal(x[:, :, :1], first) and (x[:, :, 1:] != 0).all()
-    x, _ = search.best_of(dit, pavrm, SHAPE, context, 0, [0, 1], 4, search.default_drops(4), **how)
-    assert torch.equal(x[:, :, :1], first)
+    for drops in (None, search.default_drops(4)):
+        x, _ = search.best_of(dit, pavrm, SHAPE, context, 0, [0, 1], 4, 4, drops, **how)
+        assert torch.equal(x[:, :, :1], first)
     given = {"first_frame": first}
     x = flow.rollout(dit, z["x"].float(), context, 4, stop=0, **given)         # no step at all
     assert torch.equal(x, pin(z["x"].float(), first))

@@ -146,9 +146,8 @@ def test_a_row_makes_its_video_again(tmp_path, monkeypatch):
 def test_a_search_is_made_again(tmp_path):
     """Best of 4 with drops of its own and a reward model, from a prompt that stood in the middle."""
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS[:3]))
-    run("--prompts", tmp_path / "p.txt", "--output_dir", tmp_path / "a", *FAST, "--best_of", 4, "--drops",
-        ".5:2",
-        "--reward", SHIPPED["t2v"] / "reward")
+    run("--prompts", tmp_path / "p.txt", "--output_dir", tmp_path / "a", *FAST, "--best_of", 4,
+        "--search", "drop", "--drops", ".5:2", "--reward", SHIPPED["t2v"] / "reward")
     path, (name,) = pick(tmp_path / "a", "one.jsonl", [1])
     run("--prompts", path, "--output_dir", tmp_path / "b")
     assert (tmp_path / "b/000000.mp4").read_bytes() == (tmp_path / "a" / name).read_bytes()
@@ -219,7 +218,7 @@ def test_flags_beside_the_list_replace_what_its_rows_say(monkeypatch, capsys):
     assert (config.task, config.best_of) == (None, 4)
     config, *_ = taken(monkeypatch, {"best_of": 2, "guidance_scale": 1.0}, best_of=8, drops=".5:4",
                        negative_prompt="dull")
-    assert (config.drops, config.negative_prompt) == (None, None)
+    assert (config.search, config.drops, config.negative_prompt) == ("drop", None, None)
     config, video, exact = taken(monkeypatch, {"num_videos": 2})
     assert (video.seed, video.index, video.batch, exact) == (7, 0, None, False)
 
@@ -231,6 +230,7 @@ def test_flags_beside_the_list_replace_what_its_rows_say(monkeypatch, capsys):
     ({"guidance_scale": "much"}, "--guidance_scale: invalid float value"),
     ({"frames": 2}, "--frames must be"),
     ({"mixed_precision": "fp8"}, "fp8"), ({"drops": ".5:9", "best_of": 4}, "--drops"),
+    ({"search": "resample", "best_of": 4, "drops": ".5:1"}, "--drops means nothing"),
     ({"index": True}, "whole numbers"),
     ({"negative_prompt": "\ud83d"}, "negative_prompt that is not text"),
     ({"lora": "a\0b"}, "lora that is not text")])

@@ -234,7 +234,7 @@ def test_sample_starts_from_the_given_image(i2v, tmp_path, capsys, monkeypatch):
     write_video(tmp_path / "film.mp4", torch.stack([frame, 255 - frame]))
     given = []
 
-    def still(dit, pavrm, shape, context, seed, indices, steps, drops, *, y, **other):
+    def still(dit, pavrm, shape, context, seed, indices, steps, n, drops, *, y, **other):
         """A generator that does as it is told: the first frame stays."""
         given.append(y)
         return y[:, 4:, :1].expand(-1, -1, shape[1], -1, -1), steps
@@ -559,17 +559,21 @@ def test_reproduce_keeps_finished_parts_and_names_the_one_that_fails(tmp_path, c
 def test_best_of_is_what_search_gives_and_lifts_the_base(tmp_path, capsys, few_rounds):
     how = ("--num_videos", 32, "--num_inference_steps", 8, "--mixed_precision", "no")
     run(evaluate, f"base={SHIPPED}", *how, "--output_dir", tmp_path / "one")
-    run(evaluate, f"base={SHIPPED}", *how, "--best_of", 4, "--drops", ".5:1", "--output_dir",
-        tmp_path / "four")
-    one, four = (json.loads((tmp_path / name / "per_video.json").read_text())["base"]
-                 for name in ("one", "four"))
+    run(evaluate, f"base={SHIPPED}", *how, "--best_of", 4, "--search", "drop", "--drops", ".5:1",
+        "--output_dir", tmp_path / "four")
+    run(evaluate, f"base={SHIPPED}", *how, "--best_of", 4, "--output_dir", tmp_path / "resampled")
+    one, four, resampled = (json.loads((tmp_path / name / "per_video.json").read_text())["base"]
+                            for name in ("one", "four", "resampled"))
     assert np.mean(four["qualified"]) > np.mean(one["qualified"]) + 0.1
-    # 4 (4 + K / L) + 4
-    assert "best of 4 by the reward, 24 forward passes" in (tmp_path / "four" / "table.md").read_text()
+    assert np.mean(resampled["qualified"]) > np.mean(one["qualified"]) + 0.3
+    # 4 (4 + K / L) + 4, and four candidates for five steps with four rewards
+    for name, said in (("four", "the others dropped), 24"), ("resampled", "resampled), 39")):
+        assert f"best of 4 by the reward ({said} forward passes" in (tmp_path / name / "table.md").read_text()
 
 
 @pytest.mark.parametrize("flags, words", [
-    (("--best_of", 8, "--drops", "half"), "--drops half"), (("--drops", "0:1"), "--best_of 1"),
+    (("--best_of", 8, "--search", "drop", "--drops", "half"), "--drops half"),
+    (("--best_of", 8, "--drops", "0:1"), "--search"), (("--search", "drop"), "--best_of 1"),
     (("--reward", "x"), "--best_of"),
     (("--best_of", 2, "--reward", "nowhere"), "nowhere"), (("--best_of", 0), "--best_of")])
 def test_search_refuses(capsys, tmp_path, monkeypatch, flags, words):
@@ -581,4 +585,4 @@ def test_search_refuses(capsys, tmp_path, monkeypatch, flags, words):
 def test_sample_says_what_the_best_of_n_costs(tmp_path, capsys):
     run(sample, "--prompt", "a red circle", "--best_of", 8, "--num_inference_steps", 16, "--output",
         tmp_path / "x.mp4")
-    assert "70 forward passes" in capsys.readouterr().out and (tmp_path / "x.mp4").exists()
+    assert "best of 8: 150 forward passes" in capsys.readouterr().out and (tmp_path / "x.mp4").exists()

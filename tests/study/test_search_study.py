@@ -14,7 +14,7 @@ import flow
 import report
 import search as best_of_n
 from pavrm import PAVRM
-from study import candidates, endurance, parts, resampling, search_mismatched
+from study import candidates, endurance, parts, search_mismatched
 from study import search as study
 from world import annotator
 
@@ -28,7 +28,7 @@ def test_a_replay_is_what_best_of_does(n, cuts):
     torch.manual_seed(1)
     pavrm = PAVRM.from_generator(dit, 1)
     cuts = best_of_n.parse_drops(n, cuts)
-    wanted, passes = best_of_n.best_of(dit, pavrm, SHAPE, context, 7, range(3), study.STEPS, cuts)
+    wanted, passes = best_of_n.best_of(dit, pavrm, SHAPE, context, 7, range(3), study.STEPS, n, cuts)
     x_T = torch.cat([common.noise(SHAPE, 7, "sample", k, [i]) for i in range(3) for k in range(n)])
     x, rewards = candidates.sample_and_reward(dit, pavrm, x_T, context.repeat_interleave(n, 0), study.STEPS,
                                               guidance=0.0)
@@ -48,40 +48,6 @@ def test_guidance_moves_x_along_the_rewards_gradient():
     torch.testing.assert_close(rewards[:, -1], (moved * w.square().sum()).expand(2))
     assert torch.equal(rewards[:, :2], torch.zeros(2, 2))               # t = .75 and .56: nothing moved yet
     assert flow.schedule(16).tolist()[::4] == [1, 0.75, 0.5, 0.25, 0]
-
-
-class Counted(torch.nn.Module):
-    """Calls function, and counts the videos of all calls."""
-    def __init__(self, function):
-        super().__init__()
-        self.function, self.videos = function, 0
-
-    def forward(self, x, t, context):
-        self.videos += len(x)
-        return self.function(x, t, context)
-
-
-def test_resampling_keeps_the_best_and_renews_its_copies():
-    """Under no velocity a reward tells candidates apart by their mean. All places go to the best one, so the
-    final video is it or one of its copies, which have new noise."""
-    n, m = 4, 3
-    dit = Counted(lambda x, t, context: torch.zeros_like(x))
-    pavrm = Counted(lambda x, t, context: 1e4 * x.flatten(1).mean(1))
-    x = resampling.search(dit, pavrm, torch.zeros(m, 3, 8), n, 7, range(m), SHAPE)
-    drawn = lambda purpose: torch.stack([common.noise(SHAPE, 7, purpose, k, range(m)) for k in range(n)], 1)
-    best_of = lambda states: states[range(m), states.flatten(2).mean(2).argmax(1)]
-    states = drawn("sample")                                                            # [m, n, c, f, h, w]
-    for step, t in ((4, 0.75), (7, 0.5625)):
-        best = best_of(states)[:, None]
-        states = torch.cat([best, ((1 - t) * best + t * drawn(f"resampling {step}"))[:, 1:]], 1)
-    torch.testing.assert_close(x, best_of(states))
-    assert dit.videos == m * resampling.passes(n, share=0) and pavrm.videos == 3 * m * n
-
-
-def test_what_counts_as_a_copy():
-    chosen = torch.tensor([[0, 0, 2, 0], [3, 1, 3, 1], [0, 1, 2, 3]])
-    assert resampling.is_copy(chosen).tolist() == [[False, True, False, True], [False, False, True, True],
-                                                   [False] * 4]
 
 
 @pytest.fixture

@@ -164,8 +164,8 @@ def test_mid_is_of_the_second_size_alone(tmp_path, made_up):
     at = " ".join(map(str, steady.part_of_run(work, 1, mid.RUNS["PRFL, steady recipe"])))
     assert "--world mid" in at and "seed-1/curated-world-mid --reward " in at
     assert evaluated == [("mid", *parts.MID), ("mid-at-its-best", *parts.MID),
-                         ("mid-best-of-8", *parts.MID, "--best_of", 8),
-                         ("mid-best-of-4", *parts.MID, "--best_of", 4)]
+                         ("mid-best-of-8", *parts.MID, "--best_of", 8, "--search", "drop"),
+                         ("mid-best-of-4", *parts.MID, "--best_of", 4, "--search", "drop")]
 
 
 def test_what_was_asked_can_fail(tmp_path, made_up):
