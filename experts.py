@@ -55,6 +55,7 @@ class Experts(nn.Module):
         """The expert of this name, on the device where it is called."""
         expert, other = (self.high, self.low) if name == "high" else (self.low, self.high)
         if self.resting and next(expert.parameters()).device != device:
+            torch.clear_autocast_cache()                        # it has copies of the weights that leave
             other.cpu()
             expert.to(device)
         return expert
@@ -140,9 +141,10 @@ def steps_of(expert, times, boundary):
     return {"high": (0, skipped), "low": (skipped, last), "both": (0, last)}[expert]
 
 
-def times_of(expert, u, boundary, seed, iteration):
-    """Times for an SFT update, made from u [b], uniform in [0, 1), by moving u to the side of the expert that
-    trains. With "both" each update draws a side, as often as a uniform time would lie on it."""
+def times_of(expert, u, boundary, seed, iteration, purpose="expert"):
+    """Times for an update at random times, made from u [b], uniform in [0, 1), by moving u to the side of the
+    expert that trains. With "both" each update draws a side, as often as a uniform time would lie on it.
+    purpose: names this draw, so that several updates of an iteration can have sides of their own."""
     if expert == "both":
-        expert = "low" if uniform(seed, "expert", iteration, [0]).item() < boundary else "high"
+        expert = "low" if uniform(seed, purpose, iteration, [0]).item() < boundary else "high"
     return boundary * u if expert == "low" else boundary + (1 - boundary) * u

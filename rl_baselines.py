@@ -16,6 +16,9 @@ updates on them; train_align.py makes an SFT update before it, as for PRFL.
     NFT    x_T --rollout of the old policy--> x_0 --PAVRM--> r;   x_0 --noised to t--> x_t --> v_theta, v_old
     GRPO   x_T --Euler steps--> x_t --stochastic steps--> x_s --Euler steps--> x_0 --PAVRM--> r
 
+Of a generator of two experts both make the samples, each its own steps. The times of NFT's updates, and the
+stochastic steps of GRPO, are those of the --expert that trains.
+
 Axes: b batch, c channels, f frames, h height, w width, l text tokens, m samples of all ranks.
 """
 import hashlib
@@ -28,6 +31,7 @@ from pathlib import Path
 import torch
 
 import common
+import experts
 import flow
 from common import InputError, arg
 from formats import lock, runs
@@ -210,8 +214,9 @@ def in_place_of(weights, others):
         swap(weights, others)
 
 
-def check(config, global_batch):
-    """Raises InputError for flags of NFT and GRPO that cannot work with a global batch of this size."""
+def check(config, global_batch, among=None):
+    """Raises InputError for flags of NFT and GRPO that cannot work with a global batch of this size. among:
+    as in `Learner`."""
     if config.method not in LEARNERS:
         return
     if global_batch % config.group_size:
@@ -224,19 +229,27 @@ def check(config, global_batch):
     if config.method == "grpo" and config.inner_updates >= config.num_inference_steps:
         raise InputError(f"--inner_updates {config.inner_updates}: so many steps of a rollout are "
                          f"stochastic, and --num_inference_steps {config.num_inference_steps} is not more")
+    needed = config.inner_updates if config.method == "grpo" else 1
+    if among and among[1] - among[0] < needed:
+        raise InputError(f"--expert {config.expert} makes {among[1] - among[0]} of the "
+                         f"{config.num_inference_steps} steps of a rollout, and --method {config.method} "
+                         f"needs {needed}: give more --num_inference_steps"
+                         f"{' or fewer --inner_updates' * (needed > 1)}")
 
 
 class Learner:
     """Makes a batch of samples in each iteration and the losses of the updates on them.
 
     prompts(iteration, indices) -> (context [b, l, d_text], conditions of an image-to-video policy). indices
-    are places in the global batch; those of a group are neighbours and have the same prompt.
+    are places in the global batch; those of a group are neighbours and have the same prompt. among: the Euler
+    steps of the experts that train, as experts.steps_of returns them; None for a generator of one expert.
     """
 
-    def __init__(self, policy, pavrm, optimizer, config, runtime, prompts, latent_shape, global_batch):
+    def __init__(self, policy, pavrm, optimizer, config, runtime, prompts, latent_shape, global_batch,
+                 among=None):
         self.policy, self.pavrm, self.optimizer = policy, pavrm, optimizer
         self.config, self.runtime, self.prompts = config, runtime, prompts
-        self.latent_shape, self.global_batch = latent_shape, global_batch
+        self.latent_shape, self.global_batch, self.among = latent_shape, global_batch, among
         self.trained = [p for p in policy.parameters() if p.requires_grad]
         self.batches, self.weights = {}, None
 
@@ -315,7 +328,7 @@ class NFT(Learner):
         """The old policy follows: old <- decay old + (1 - decay) theta."""
         self.old = [self.optimizer.state[p]["old"] for p in self.trained]
         for p, old in zip(self.trained, self.old):
-            old.lerp_(p, 1 - self.config.old_decay)
+            old.lerp_(p.to(old.device), 1 - self.config.old_decay)      # an expert may rest on the host
 
     def sample(self, iteration, indices, context, conditions):
         """-> x0 [b, c, f, h, w] of the old policy and, for each update, a time [b], noise x1 and the old
@@ -325,7 +338,11 @@ class NFT(Learner):
             x0 = flow.rollout(self.policy, self.noise("x_T", iteration, indices), context,
                               c.num_inference_steps, passes=c.rollout_passes, shift=c.shift, **conditions)
             for k in range(c.inner_updates):
-                t = common.uniform(c.seed, f"nft t {k}", iteration, indices).to(x0.device)
+                t = common.uniform(c.seed, f"nft t {k}", iteration, indices)
+                if self.among:
+                    t = experts.times_of(c.expert, t, self.policy.boundary, c.seed, iteration,
+                                         f"nft expert {k}")
+                t = t.to(x0.device)
                 x1 = self.noise(f"nft x1 {k}", iteration, indices)
                 draws.append((t, x1, self.policy(flow.add_noise(x0, x1, t), t, context, **conditions)))
         return {"x0": x0, "draws": draws}
@@ -409,8 +426,8 @@ class GRPO(Learner):
     def first_step(self, iteration):
         """How many steps come before the stochastic ones, the same on all ranks."""
         generator = common.random_generator(self.config.seed, "stochastic steps", iteration)
-        last = self.config.num_inference_steps - self.config.inner_updates
-        return int(torch.randint(last + 1, (1,), generator=generator))
+        skipped, last = self.among or (0, self.config.num_inference_steps)
+        return int(torch.randint(skipped, last - self.config.inner_updates + 1, (1,), generator=generator))
 
     def sample(self, iteration, indices, context, conditions):
         """-> a dict. x0 [b, c, f, h, w]. steps: for each stochastic step the latents before it, its times t

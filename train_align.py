@@ -151,9 +151,6 @@ def resolve(config):
     model = resolve_model(filled)                               # it also fills in filled.task
     dit_config = transformer_folder(model, filled.task)[1]
     experts.check_flags(config, dit_config)
-    if "boundary_ratio" in dit_config and config.method in rl_baselines.LEARNERS:
-        raise InputError(f"--method {config.method} does not know generators of two experts, as {model} has: "
-                         "choose prfl, refl, rwr or sft")
     shards = data.Shards(config.data).relabel() if config.data else None
     latent_shape = shards.latent_shape if shards else scene.LATENT_SHAPES[config.world]
     sources = {"--model" if config.model else "the shipped generator": {"model": model, "task": filled.task}}
@@ -221,7 +218,8 @@ def main(config):
     resume, state = runs.open_checkpoint(config)
     accumulation = config.gradient_accumulation_steps
     global_batch = config.batch_size * runtime.world_size // config.sequence_parallel * accumulation
-    rl_baselines.check(config, global_batch)
+    N, among = config.num_inference_steps, steps_of_experts(config, policy.config)
+    rl_baselines.check(config, global_batch, among)
     if not config.data:
         folder = config.curated_dir or Path(config.output_dir) / "curated"
         shards = clips.clean_clips(folder, config.model, config.num_curated, config.world, config.seed + 500,
@@ -231,7 +229,6 @@ def main(config):
     if runtime.rank == 0:
         print(f"{global_batch} videos per update: {runtime.world_size // config.sequence_parallel} x "
               f"--batch_size {config.batch_size} x --gradient_accumulation_steps {accumulation}", flush=True)
-    N, among = config.num_inference_steps, steps_of_experts(config, policy.config)
     empty = None
     if config.context_dropout:
         empty = null_context(policy.config, "empty", config.data, config.model, runtime.device)
@@ -251,6 +248,7 @@ def main(config):
         rows = data.order(len(curated), config.seed + 1, 0, range(config.num_samples), global_batch)
         own, own_weights = rl_baselines.own_samples(Path(config.output_dir) / "own_samples", policy, pavrm,
                                                     shards, curated[rows], config, runtime)
+        pavrm.to("meta")                            # it is not asked again, and makes room
     # One AdamW serves both updates, as in Alg. 1: their gradients never mix, but AdamW's moments average over
     # both.
     trained = [p for p in policy.parameters() if p.requires_grad]
@@ -259,7 +257,7 @@ def main(config):
         learner = rl_baselines.LEARNERS[config.method](policy, pavrm, optimizer, config, runtime,
             lambda iteration, indices: curated_batch(config.seed + 1, iteration, indices,
                                                      config.group_size)[1:],
-            shards.latent_shape, global_batch)
+            shards.latent_shape, global_batch, among)
     if resume:
         parallel.load_state(resume, state, policy, optimizer)
 
@@ -306,7 +304,6 @@ def main(config):
         """One optimizer update: the backward passes of the accumulated batches, one clipping of the gradient,
         one step of AdamW -> {metric: number}"""
         clock, cpu_clock = time.perf_counter(), time.process_time()
-        optimizer.zero_grad()
         rows = []
         for micro in range(accumulation):
             loss, extra = loss_fn(iteration, runtime.indices(config.batch_size, micro))
@@ -315,6 +312,7 @@ def main(config):
             rows.append({f"{name}_loss": loss.detach(), **extra})
         norm = common.average_and_clip_gradients(policy.parameters(), config.max_grad_norm, iteration + 1)
         optimizer.step()
+        optimizer.zero_grad()               # gradients make room for samples, of this method or of validation
         means = {key: torch.stack([row[key].float() for row in rows]).mean() for key in rows[0]}
         common.all_reduce_mean_(list(means.values()))
         metrics = {key: value.item() for key, value in means.items()}

@@ -217,13 +217,13 @@ def main(config):
                                **image_inputs(dit.config, batch, runtime.device))                   # [b]
         loss = CRITERIA[config.loss](logits, labels)
         common.check_finite(loss, "the loss", step + 1)
-        optimizer.zero_grad()
         loss.backward()
         grad_norm = common.average_and_clip_gradients(params, config.max_grad_norm, step + 1)
         left = 1 - step / config.max_train_steps                        # of the learning rate
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * left
         optimizer.step()
+        optimizer.zero_grad()                                           # gradients make room for the report
 
         done = step + 1
         accuracy = ((logits >= 0) == (labels == 1)).float().mean()

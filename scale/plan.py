@@ -12,7 +12,8 @@ layer, the reward model and the decoder. It does not count the CUDA context (abo
 unused pieces (up to a tenth). GB is 1e9 bytes.
 
 Frozen weights (the reward model, the base of adapters, a generator that samples) are float32, except for the
-matrices of their blocks, which are bf16.
+matrices of their blocks, which are bf16. A VAE and the pixel reward of RGB ReFL are all float32, and each GPU
+holds them whole; autocast casts their weights whenever they work.
 
 The numbers come from functions of plain integers, and only the `report` functions print. Under --parallel
 fsdp weights, gradients and moments are split into --gpus parts, and a block is gathered before its use. The
@@ -55,6 +56,7 @@ class Vae(NamedTuple):
     decoder: tuple
     upsamplers: tuple           # in, out, doubles time; one after each stage
     decoder_parameters: int
+    parameters: int             # of encoder and decoder, which are loaded together
     decoder_shortcuts: tuple    # by stage (in, out) of a shortcut 1x1x1, or None where it is negligible
     # The encoder: space, time (by how much a frame was divided), convolutions 3x3x3, shortcuts 1x1x1, what
     # follows: 3x3 at half the resolution, and then perhaps 3x1x1 at half the rate.
@@ -67,7 +69,7 @@ WAN21_VAE = Vae(
      (2, 2, ((192, 384, 1), (384, 384, 5))),
      (4, 4, ((192, 192, 6),)),
      (8, 4, ((96, 96, 6), (96, 3, 1)))),                # and the last convolution, to pixels
-    ((384, 192, True), (384, 192, True), (192, 96, False)), 73_295_603, (None,) * 4,
+    ((384, 192, True), (384, 192, True), (192, 96, False)), 73_295_603, 126_892_531, (None,) * 4,
     ((1, 1, ((3, 96, 1), (96, 96, 4)), (), "space"),
      (2, 1, ((96, 192, 1), (192, 192, 3)), ((96, 192),), "time"),
      (4, 2, ((192, 384, 1), (384, 384, 3)), ((192, 384),), "time"),
@@ -78,7 +80,7 @@ TI2V_VAE = Vae(
      (2, 2, ((1024, 1024, 6),)),
      (4, 4, ((1024, 512, 1), (512, 512, 5))),
      (8, 4, ((512, 256, 1), (256, 256, 5), (256, 12, 1)))),
-    ((1024, 1024, True), (1024, 1024, True), (512, 512, False)), 555_051_580,
+    ((1024, 1024, True), (1024, 1024, True), (512, 512, False)), 555_051_580, 704_688_668,
     (None, None, (1024, 512), (512, 256)),
     ((1, 1, ((12, 160, 1), (160, 160, 4)), (), "space"),
      (2, 1, ((160, 320, 1), (320, 320, 3)), ((160, 320),), "time"),
@@ -119,7 +121,7 @@ class Config:
     frames_decoded: str = arg("first", "what refl decodes: the first latent frame, or all of them",
                               choices=("first", "all"))
     pixel_reward_parameters: int = arg(986_000_000, "number of parameters of refl's reward model, which is "
-                                       "in bf16; PickScore's CLIP ViT-H has 986 M", above=0)
+                                       "held in fp32; PickScore's CLIP ViT-H has 986 M", above=0)
     gradient_checkpointing: bool = arg(True, "recompute each block in the backward pass")
     keep_attention: bool = arg(False, "with --gradient_checkpointing: keep the result of self-attention")
     num_samples: int = arg(2048, "number of samples that rwr draws and weights once, before training",
@@ -281,17 +283,22 @@ def block_bytes(c, n, trained="all", batch=1):
 
 
 def decoder_costs(f, h, w, first=False, vae=WAN21_VAE):
-    """A VAE's decoder on a latent [c, f, h, w] with gradients to its input, frozen in bf16, one latent frame
-    at a time as it works: {"kept", "passing": bytes, "flops": forward}. first: only the first latent frame is
-    decoded."""
+    """A VAE's decoder on a latent [c, f, h, w] with gradients to its input, frozen in fp32 under bf16
+    autocast, one latent frame at a time as it works: {"kept", "passing": bytes, "flops": forward}. first:
+    only the first latent frame is decoded.
+
+    Autocast keeps no copies of frozen weights. So each latent frame casts them again, and the backward pass
+    holds a copy of each.
+    """
     kept = flops = 0
     for frame in range(1 if first else f):
+        kept += 2 * vae.decoder_parameters
         for i, (space, time, convolutions) in enumerate(vae.decoder):
             t = time if frame else 1  # the first latent frame is one frame
             pixels, padded = t * h * w * space ** 2, (t + 2) * (h * space + 2) * (w * space + 2)
             for c_in, c_out, count in convolutions:
-                # the norm's fp32 input, SiLU's input, the convolution's padded input
-                kept += count * c_in * (4 * pixels + 2 * pixels + 2 * padded)
+                # the norm's input and SiLU's in fp32, the convolution's padded input
+                kept += count * c_in * (4 * pixels + 4 * pixels + 2 * padded)
                 flops += count * 2 * 27 * c_in * c_out * pixels
             if vae.decoder_shortcuts[i]:
                 c_in, c_out = vae.decoder_shortcuts[i]
@@ -390,9 +397,11 @@ def costs(config, c):
     one["weights"] += still * frozen_policy / parts
     one["optimizer"] = 8 * trained / parts
     one["gradients"] = 4 * updated / parts
-    one["reward_weights"] = 2 * reward if refl else 0 if stage1 or not reward else frozen_reward / parts
-    one["decoder_weights"] = (2 * refl + 4 * sampling) * vae.decoder_parameters
-    one["static"] = sum(one[k] for k in ("weights", "optimizer", "reward_weights", "decoder_weights"))
+    one["reward_weights"] = 4 * reward if refl else 0 if stage1 or not reward else frozen_reward / parts
+    one["vae_weights"] = 4 * vae.parameters * (refl or sampling)
+    rwr = config.method == "rwr"                # its reward model goes when the samples are made
+    one["static"] = sum(one[k] for k in ("weights", "optimizer", "vae_weights"))
+    one["static"] += one["reward_weights"] * (not rwr)
     if sampling:                                # the decoder comes when the generator, if it is whole, goes
         one["static"] = fsdp * one["weights"]
     # bytes of the backward pass
@@ -433,13 +442,20 @@ def costs(config, c):
             if ranks > 1:  # tokens of all ranks, two gradients of them and the sum of these
                 moments["pooling"] = waiting + 3 * edge + rewarded + 4 * pooled
             moments["reward"] = waiting + 6 * edge + hidden + layers(K, frozen, copy_frozen) + rewarding
+        # its samples are made before AdamW has its moments
+        samples = one["reward_weights"] + 28 * b * m * d - one["optimizer"]
+        samples += copy + ends if fsdp else L * copy_trained
+        if rwr and samples > 0:
+            moments["samples"] = samples
         if refl:
-            moments["decoder"] = waiting + 3 * edge + one["decoder"]["kept"] + one["decoder"]["passing"]
+            decoded = waiting + 3 * edge + one["decoder"]["kept"]
+            moments["pixels"] = decoded + 2 * reward            # bf16 copies, as the decoder's
+            moments["decoder"] = decoded + one["decoder"]["passing"]
         # attention's tensors in a forward pass; then pixels, twice, and a last stage
         if sampling:
             at_work = fsdp * (copy + ends) or one["weights"]
             moments = {"generator": at_work + 28 * b * m * d,
-                       "decoder": one["decoder_weights"] + decoding(f, h, w, vae) * b}
+                       "decoder": one["vae_weights"] + decoding(f, h, w, vae) * b}
         worst = max(moments, key=moments.get)
         one["with" if checkpointing else "without"] = dict(
             waiting=waiting, moments=moments, worst=worst, peak=one["static"] + moments[worst])
@@ -481,10 +497,15 @@ def costs(config, c):
     return one
 
 
-def experts_steps(config, c):
-    """(skipped, last) of the steps that --expert makes, at the shift that its generator has at --size."""
+def times_of_rollout(config, c):
+    """The times of the Euler steps, at the shift that the generator has at --size."""
     shift = of_config(c).shift(tuple(int(side) for side in config.size.replace("x", "*").split("*")))
-    return experts.steps_of(config.expert, schedule(config.num_inference_steps, shift), c["boundary_ratio"])
+    return schedule(config.num_inference_steps, shift)
+
+
+def experts_steps(config, c):
+    """(skipped, last) of the steps that --expert makes."""
+    return experts.steps_of(config.expert, times_of_rollout(config, c), c["boundary_ratio"])
 
 
 def network(config, c, one):
@@ -617,7 +638,8 @@ def report(config, c):
              f"K = {K} blocks + embeddings + 4 d^2 + 4 d + 1 (query, attention, head)")
     if refl:
         line("pixel reward R", big(one["reward_parameters"]), "--pixel_reward_parameters")
-        line("decoder D", big(vae_of(c).decoder_parameters), f"of {vae_of(c).name}'s VAE")
+        line("VAE V", big(vae_of(c).parameters), f"{vae_of(c).name}'s; its decoder has "
+                                                 f"{big(vae_of(c).decoder_parameters)}")
     if sampling:
         return report_sampling(config, c, one, line, row, work)
     line("trained T", big(one["trained"]), f"L x 8 x 2 x {config.lora_rank} d (adapters on q, k, v, o, twice "
@@ -635,13 +657,15 @@ def report(config, c):
     if one["waiting_weights"]:
         row("experts, on the host", one["waiting_weights"], "both, while they change places, of each GPU")
     row("AdamW's two moments", one["optimizer"], f"8 T{cut}")
-    if prfl or rwr:
+    if prfl:
         row("reward model", one["reward_weights"], f"(4 R - 2 K M){cut}")
     if refl:
-        row("pixel reward, decoder", one["reward_weights"] + one["decoder_weights"], "2 R + 2 D")
+        row("pixel reward, VAE", one["reward_weights"] + one["vae_weights"], "4 R + 4 V, fp32")
     row("together", one["static"], "")
 
     print("\nbytes on each GPU that come and go")
+    if rwr:
+        row("reward model", one["reward_weights"], f"(4 R - 2 K M){cut}, until its own samples are made")
     row("gradients", one["gradients"], f"4 T{cut}" + " / 2" * (one["trained"] > one["updated"]))
     m, mine = ("m", one["m"]) if ranks > 1 else ("n", n)
     row("input of a block", one["edge"], f"4 b {m} d = 4 x {b} x {mine} x {d}")
@@ -669,14 +693,14 @@ def report(config, c):
         row("inputs on the host", one["offloaded"], f"{gb(one['edge'])} x {behind}, of each GPU")
     if refl:
         row("kept by the decoder", one["decoder"]["kept"],
-            f"{config.frames_decoded} frame{'s' * (config.frames_decoded == 'all')}: norm 4, SiLU 2, padded "
-            "input 2 bytes a channel and pixel of every convolution")
+            f"{config.frames_decoded} frame{'s' * (config.frames_decoded == 'all')}: norm 4, SiLU 4, padded "
+            "input 2 bytes a channel and pixel; bf16 weights for each latent frame")
 
     L_ = "K" if stage1 else "L"
     names = {"generator": "reward model's backward" if stage1 else "generator's backward",
              "gradients": "its end",
              "optimizer": "optimizer step", "reward": "reward's backward", "decoder": "decoder's backward",
-             "pooling": "reward's pooling"}
+             "pixels": "pixel reward", "pooling": "reward's pooling", "samples": "own samples"}
     fsdp_own, fsdp_reward = (" + gathered", f" + {gb(one['rewarding'])} gathered") if parts > 1 else ("", "")
     for key in ("with", "without"):
         found, kept = one[key], key == "without"
@@ -691,14 +715,19 @@ def report(config, c):
         rewarding = f"K x {gb(one['frozen'])}" if kept else \
             f"{before(K_in)} x {gb(one['edge'])}{attended('(K - 1)')} + {gb(one['frozen'])}"
         in_pieces = " + copy" * (parts > 1)
+        at_work = f" + {L_} copies" * (one["copy_trained"] > 0)
+        if parts > 1:
+            at_work = " + copy, embeddings and head"
         formulas = {
+            "samples": f"reward model + 28 b {m} d{at_work} - 8 T{cut} (AdamW's moments come later)",
             "pooling": f"{waiting} + 3 x {gb(one['edge'])} + {'K' if kept else K_in} x "
                        f"{gb(one['frozen' if kept else 'edge'])}{in_pieces * kept}"
                        f"{'' if kept else attended('K')} + 4 x {gb(one['pooled'])} "
                        "(tokens, two gradients, their sum)",
             "reward": f"{waiting} + 6 x {gb(one['edge'])} + {gb(one['hidden'])} + {rewarding}{in_pieces}"
                       f"{fsdp_reward}",
-            "decoder": f"{waiting} + 3 x {gb(one['edge'])} + decoder" if refl else "",
+            "pixels": f"{waiting} + 3 x {gb(one['edge'])} + kept by the decoder + 2 R (bf16 copies)",
+            "decoder": f"{waiting} + 3 x {gb(one['edge'])} + kept by the decoder + what passes through",
             "generator": (waiting if kept else
                           f"{before(L_in)} x {gb(one['edge'])}{attended(f'({L_} - 1)')} + "
                           f"{gb(one['block'])}{copy}")
@@ -706,7 +735,8 @@ def report(config, c):
             "gradients": f"gradients, but the first block's and the embeddings' + {gb(one['block'])}{copy} "
                          f"+ passing{fsdp_own}",
             "optimizer": f"gradients + 4 T{cut} (square roots)"}
-        for name in ("pooling", "reward", "decoder", "generator", "gradients", "optimizer"):
+        for name in ("samples", "pooling", "reward", "pixels", "decoder", "generator", "gradients",
+                     "optimizer"):
             if name in found["moments"]:
                 row(names[name], found["moments"][name], formulas[name])
         row("PEAK", found["peak"], verdict(config, one, found))
@@ -779,8 +809,7 @@ def report_sampling(config, c, one, line, row, work):
     row("generator's forward", one["with"]["moments"]["generator"],
         ("a block's bf16 copy, embeddings and head" if pieces else "weights") + f" + 28 b {n} d")
     row("decoder's forward", one["with"]["moments"]["decoder"],
-        f"4 D ({vae_of(c).decoder_parameters / 1e6:.0f} M), pixels twice, two frames a convolution, a stage "
-        "of four")
+        f"4 V ({vae_of(c).parameters / 1e6:.0f} M), pixels twice, two frames a convolution, a stage of four")
     row("PEAK", one["with"]["peak"], verdict(config, one, one["with"]))
     print("\nFLOPs of one GPU")
     work("all steps", one["iteration_flops"], f"N = {config.num_inference_steps} forward passes without "
@@ -827,7 +856,8 @@ def report_simulated(config, c):
     """Prints the planner's bytes beside those that scale/simulate.py's tracker counts."""
     from scale.simulate import simulate  # it alone needs PyTorch's distributed internals
     one = costs(config, c)
-    phases = simulate(config, c, (one["f"], one["h"], one["w"]))
+    phases = simulate(config, c, (one["f"], one["h"], one["w"]),
+                      times_of_rollout(config, c) if "boundary_ratio" in c else None)
     moments = one["with" if config.gradient_checkpointing else "without"]["moments"]
     behind = lambda *names: one["static"] + max(moments[name] for name in names if name in moments)
     most = lambda *names: max(phases[name]["Total"] for name in names)
@@ -847,8 +877,6 @@ def report_simulated(config, c):
 
 
 def main(config):
-    if config.simulate and "boundary_ratio" in GENERATORS[config.preset]:
-        raise InputError(f"--simulate runs one transformer: leave it out with {config.preset}")
     report(config, GENERATORS[config.preset])
     if config.simulate:
         report_simulated(config, GENERATORS[config.preset])

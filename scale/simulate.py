@@ -7,10 +7,15 @@ but no data. PyTorch's own MemTracker counts the storages that are alive. So 14B
 one core and no memory. The simulation cannot see: the CUDA context, the allocator's unused pieces, what
 kernels take inside themselves, and clipping (a few numbers).
 
+Of a generator of two experts both are there, and each is called for its own steps. Where one of them rests
+on the host, a GPU never holds both. Then the one that trains runs alone and makes all steps: those of the
+frozen one take no more memory.
+
 Under fsdp the mesh must be made before FakeTensorMode starts, and the models are split while they are on
 meta. The tracker's module hooks are not used: they expect one forward call of a module, but a rollout makes
 many, and they hold gradients that the program frees. Bytes are counted by phases instead.
 """
+import math
 from contextlib import contextmanager
 from unittest.mock import MagicMock, patch
 
@@ -25,6 +30,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import model
 import prfl
 from common import Runtime
+from experts import NAMES, Experts, parts, steps_of
 from pavrm import PAVRM
 from scale import groups, lora, parallel
 
@@ -35,6 +41,27 @@ def gpu_attend(q, k, v, sequence=None):
         return sequence.tokens(gpu_attend(*sequence.heads(q, k, v)))
     q, k, v = (y.to(v.dtype).transpose(1, 2) for y in (q, k, v))
     return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class CalledInOrder(Experts):
+    """Two experts of which `names`, an iterator, says which one the next call is for: fake times have no
+    values to decide by. All videos of a call are on the same side of the boundary."""
+
+    def forward(self, x, t, context, **conditions):
+        rows = torch.arange(len(x))                             # the copies that Experts makes
+        v = getattr(self, next(self.names))(x[rows], t[rows], context[rows],
+                                            **{key: z[rows] for key, z in conditions.items()})
+        return torch.cat([v])[rows]
+
+
+def names_of_calls(config, times, boundary, step):
+    """An iterator over the names of the experts that an iteration calls: for the SFT update, for the rollout
+    to the step that is rewarded, and for that step."""
+    passes = prfl.RECIPES[config.recipe]["rollout_passes"]
+    stride = math.ceil(config.num_inference_steps / passes) if passes else 1
+    sft = "low" if config.expert == "both" else config.expert
+    starts = [*range(0, step - 1, stride), step - 1]
+    return iter([sft] + ["high" if times[i] >= boundary else "low" for i in starts])
 
 
 class Phases(MemTracker):
@@ -79,12 +106,20 @@ class Phases(MemTracker):
                                           for kind, size in now.items()}
 
 
-def simulate(config, c, grid):
+def simulate(config, c, grid, times=None):
     """{phase: {"Parameter", "Optstate", ..., "Total": bytes}} of one GPU, of an SFT and a reward update of
     PRFL.
 
-    config: the planner's flags. c: a VideoDiT's config. grid: its latent (f, h, w). Raises InputError."""
-    world = config.gpus * config.nodes
+    config: the planner's flags. c: a VideoDiT's config, with `boundary_ratio` if it is that of two experts.
+    grid: its latent (f, h, w). times: of a rollout, from flow.schedule; two experts need them. The middle one
+    of the steps that are of what trains is rewarded. Raises InputError."""
+    world, two = config.gpus * config.nodes, "boundary_ratio" in c
+    shape = {key: value for key, value in c.items() if key != "boundary_ratio"}
+    skipped, last = 0, config.num_inference_steps
+    if two:
+        skipped, last = steps_of(config.expert, times, c["boundary_ratio"])
+    step = (skipped + 1 + last) // 2                            # the rewarded one
+    one_rests = config.expert != "both" and (config.parallel == "ddp" or world == 1)
     runtime = Runtime(0, world, torch.device("cpu"), torch.bfloat16, config.sequence_parallel)
     flags = parallel.Flags(config.gradient_checkpointing, config.keep_attention,
                            config.parallel if world > 1 else "ddp", config.sequence_parallel,
@@ -95,14 +130,22 @@ def simulate(config, c, grid):
     model.rope_table.cache_clear()  # a table of data is none of a fake mode, and the reverse
     try:
         with torch.device("meta"):
-            policy = model.VideoDiT(**c)
-            pavrm = PAVRM(policy.config | {"num_layers": config.depth}).freeze()
-        lora.add(policy, config.lora_rank)
-        for one in (policy, pavrm):
+            policy = model.VideoDiT(**shape)
+            if two and not one_rests:
+                policy = CalledInOrder(policy, model.VideoDiT(**shape), c["boundary_ratio"])
+            pavrm = PAVRM(shape | {"num_layers": config.depth}).freeze()
+        if isinstance(policy, Experts):
+            policy.names = names_of_calls(config, times, c["boundary_ratio"], step)
+            for name in NAMES:
+                getattr(policy, name).requires_grad_(config.expert in (name, "both"))
+        for one in parts(policy):
+            if next(one.parameters()).requires_grad:
+                lora.add(one, config.lora_rank)
+        for one in (*parts(policy), pavrm):
             parallel.cast_matrices(getattr(one, "trunk", one), runtime.dtype)               # as on a GPU
             parallel.lay_out(one, runtime, flags)
         with FakeTensorMode(allow_non_fake_inputs=True):         # the models on meta
-            return iterate(config, c, grid, policy, pavrm, runtime)
+            return iterate(config, c, grid, policy, pavrm, runtime, step)
     finally:
         model.attend = attend
         model.rope_table.cache_clear()
@@ -111,7 +154,7 @@ def simulate(config, c, grid):
             dist.destroy_process_group()
 
 
-def iterate(config, c, grid, policy, pavrm, runtime):
+def iterate(config, c, grid, policy, pavrm, runtime, step):
     """One iteration, as train_align.py makes it, under a tracker."""
     for one in (policy, pavrm):
         one._apply(lambda x: torch.empty_like(x, device="cpu"))
@@ -127,7 +170,7 @@ def iterate(config, c, grid, policy, pavrm, runtime):
         image["y"] = torch.randn(config.batch_size, c["in_dim"] - c["out_dim"], *grid)
     if c.get("image_dim"):
         image["clip_tokens"] = torch.randn(config.batch_size, 257, c["image_dim"])
-    tracker, recipe, N = Phases(), prfl.RECIPES[config.recipe], config.num_inference_steps
+    tracker, recipe = Phases(), prfl.RECIPES[config.recipe]
     tracker.track_external(policy, pavrm, optimizer, x1, context, t, *image.values())
 
     def update(name, make_loss):
@@ -147,7 +190,8 @@ def iterate(config, c, grid, policy, pavrm, runtime):
     hook = policy.register_forward_hook(behind_reward)
     with tracker.but_for_shapes():
         update("SFT", lambda: prfl.sft_loss(policy, x1, torch.randn_like(x1), t, context, **image))
-        update("reward", lambda: prfl.reward_update_loss(policy, pavrm, x1, context, (N + 1) // 2, N,
+        update("reward", lambda: prfl.reward_update_loss(policy, pavrm, x1, context, step,
+                                                         config.num_inference_steps,
                                                          rollout_passes=recipe["rollout_passes"],
                                                          loss=recipe["reward_loss"],
                                                          **image)[0])

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ import experts
 import families
 import flow
 import prfl
+import rl_baselines
 import sample
 import train_align
 from common import InputError
@@ -111,12 +113,14 @@ def test_the_one_that_is_not_called_rests(monkeypatch):
         monkeypatch.setattr(dit, "to", lambda device, name=name: moves.append((name, str(device))))
         monkeypatch.setattr(dit, "cpu", lambda name=name: moves.append((name, "cpu")))
     gpu = torch.device("meta")
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: moves.append("autocast's copies"))
     both.awake("high", gpu)
     assert moves == []
     both.resting = True
-    assert both.awake("high", gpu) is both.high and moves == [("low", "cpu"), ("high", "meta")]
+    assert both.awake("high", gpu) is both.high
+    assert moves == ["autocast's copies", ("low", "cpu"), ("high", "meta")]
     both.awake("low", torch.device("cpu"))                      # it is there
-    assert len(moves) == 2
+    assert len(moves) == 3
 
 
 @pytest.mark.parametrize("trains, kind, rests", [(("low",), "ddp", True), (("high", "low"), "ddp", False)])
@@ -179,7 +183,9 @@ def start(model, like):
 
 JOBS = {"low": ("prfl", []), "high": ("prfl", ["--expert", "high"]), "both": ("steady", ["--expert", "both"]),
         "sft": ("sft", ["--expert", "both"]), "rwr": ("rwr", []), "refl": ("refl", []),
-        "lora": ("steady", ["--expert", "both", "--lora_rank", "2"])}
+        "lora": ("steady", ["--expert", "both", "--lora_rank", "2"]),
+        "nft": ("nft", []), "nft-both": ("nft", ["--expert", "both"]),
+        "grpo": ("grpo", ["--expert", "high"]), "grpo-both": ("grpo", ["--expert", "both"])}
 
 
 def job(folder, model, name, output, *more, **how):
@@ -244,6 +250,129 @@ def test_one_iteration_by_hand(folder, model):
     assert row["reward"] == pytest.approx(r.mean().item(), rel=1e-3)
 
 
+class ByHand:
+    """One iteration of NFT or GRPO, without an SFT update, on 2 prompts with 4 videos each: `row` is what the
+    run has logged. `both` starts where it started, and `update` trains it in the same way."""
+
+    def __init__(self, folder, model, kind, expert):
+        self.output, self.folder, self.model = f"hand-{kind}-{expert}", folder, model
+        run(*job(folder, model, kind, self.output, "--expert", expert, "--max_train_steps", "1",
+                 "--group_size", "4", "--no-sft_updates"))
+        self.row, = metrics(folder, self.output)
+        self.both, pavrm = load_transformer(model), load_pavrm(model / "reward")
+        shards, order = train_align.data.Shards(folder / "data"), train_align.data.order
+        good = (shards.labels != 0).nonzero()[:, 0]
+        self.context = shards.batch(good[order(len(good), 1, 0, [i // 4 for i in range(8)], 2)])["context"]
+        self.reward = lambda x0: pavrm(x0, torch.zeros(8), self.context)
+        self.optimizer = torch.optim.AdamW(self.both.parameters(), lr=1e-3, weight_decay=0)
+
+    def velocity(self, x, t, rows=slice(None)):
+        """t: a number, or times [b] of which all are on one side of the boundary"""
+        t = torch.as_tensor(t).expand(len(x))
+        dit = self.both.high if t[0] >= BOUNDARY else self.both.low
+        return dit(x, t, self.context[rows])
+
+    @torch.no_grad()
+    def euler(self, x, first, last, rows=slice(None)):
+        for i in range(first, last):
+            x = x - self.velocity(x, 1 - i / 4, rows) / 4
+        return x
+
+    def update(self, loss):
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.both.parameters(), 1.0)
+        self.optimizer.step()
+
+    def require_moved_alike(self, reward, loss, trained):
+        """trained: {names of the experts that moved}"""
+        found, wanted = weights(self.folder, self.output), self.both.state_dict()
+        before = start(self.model, wanted)
+        assert self.row["reward"] == pytest.approx(reward.mean().item(), rel=1e-3)
+        assert self.row[f"{self.output.split('-')[1]}_loss"] == pytest.approx(loss.item(), rel=1e-3, abs=1e-6)
+        moved = {name.split(".")[0] for name, x in wanted.items() if not torch.equal(x, before[name])}
+        assert moved == trained <= {name.split(".")[0] for name in found}
+        wanted, before = ({name: x[name] for name in found} for x in (wanted, before))
+        assert apart(found, wanted) < 0.02 * apart(wanted, before)
+
+
+@pytest.mark.parametrize("expert", experts.CHOICES)
+def test_one_iteration_of_nft_by_hand(folder, model, expert):
+    """Both experts make the samples. The times of an update are on the side of the expert that it trains, and
+    the old policy's velocities are that expert's."""
+    hand, sides, draws = ByHand(folder, model, "nft", expert), [], []
+    x0 = hand.euler(common.noise(SHAPE, 0, "x_T", 0, range(8)), 0, 4)
+    reward = hand.reward(x0).detach()
+    advantage = (reward.view(2, 4) - reward.view(2, 4).mean(1, keepdim=True)).flatten()
+    good = 0.5 + (advantage / (reward.std(correction=0) + 1e-4)).clamp(-1, 1) / 2
+    for k in range(2):
+        sides.append(expert)
+        if expert == "both":
+            below = common.uniform(0, f"nft expert {k}", 0, [0]) < BOUNDARY
+            sides[k] = "low" if below else "high"
+        u = common.uniform(0, f"nft t {k}", 0, range(8))
+        x1 = common.noise(SHAPE, 0, f"nft x1 {k}", 0, range(8))
+        t = BOUNDARY * u if sides[k] == "low" else BOUNDARY + (1 - BOUNDARY) * u
+        t_ = t.view(-1, 1, 1, 1, 1)
+        x_t = (1 - t_) * x0 + t_ * x1
+        draws.append((x_t, t, x1 - x0, hand.velocity(x_t, t).detach()))
+    for x_t, t, target, v_old in draws:
+        v, beta = hand.velocity(x_t, t), 0.5
+        square = lambda v, target=target: (v - target).square().flatten(1).mean(1)
+        loss = (good * square((1 - beta) * v_old + beta * v)
+                + (1 - good) * square((1 + beta) * v_old - beta * v)).mean()
+        hand.update(loss)
+    hand.require_moved_alike(reward, loss, set(sides))
+
+
+@pytest.mark.parametrize("expert", experts.CHOICES)
+def test_one_iteration_of_grpo_by_hand(folder, model, expert):
+    """Of the steps from t = 1, .75, .5 and .25 the first two are the high-noise expert's. Two neighbours
+    among those of what trains are stochastic; where both train, one of each expert can be."""
+    hand, steps = ByHand(folder, model, "grpo", expert), []
+    skipped, last = {"high": (0, 2), "low": (2, 4), "both": (0, 4)}[expert]
+    first = int(torch.randint(skipped, last - 1, (1,),
+                              generator=common.random_generator(0, "stochastic steps", 0)))
+    heads = [0, 4]                                  # one rollout for each group, up to where it parts
+
+    def step_of(x, i):
+        t, at = 1 - i / 4, 1 - max(i, 1) / 4
+        sigma, v = 0.7 * (at / (1 - at)) ** 0.5, hand.velocity(x, t)
+        return torch.distributions.Normal(x - (v + sigma ** 2 / (2 * t) * (x + (1 - t) * v)) / 4, sigma / 2)
+
+    with torch.no_grad():
+        x = hand.euler(common.noise(SHAPE, 0, "x_T", 0, (0, 1)), 0, first, heads).repeat_interleave(4, 0)
+        for k in range(2):
+            step = step_of(x, first + k)
+            led = step.mean + step.stddev * common.noise(SHAPE, 0, f"sde {k}", 0, range(8))
+            steps.append((x, led, step))
+            x = led
+        reward = hand.reward(hand.euler(x, first + 2, 4))
+    groups = reward.view(2, 4)
+    advantage = ((groups - groups.mean(1, keepdim=True))
+                 / (groups.std(1, correction=0, keepdim=True) + 1e-4)).flatten()
+    for k, (x, led, before) in enumerate(steps):
+        now, mean = step_of(x, first + k), lambda z: z.flatten(1).mean(1)
+        ratio = (mean(now.log_prob(led)) - mean(before.log_prob(led))).exp()
+        kl = mean(torch.distributions.kl_divergence(now, before)).mean()
+        clipped = ratio.clamp(1 - 1e-4, 1 + 1e-4)
+        loss = -torch.minimum(ratio * advantage, clipped * advantage).mean() + 0.04 * kl
+        hand.update(loss)
+    trained = {"high" if first + k < 2 else "low" for k in range(2)}
+    hand.require_moved_alike(reward, loss, trained)
+
+
+def test_the_old_policy_follows_an_expert_that_rests():
+    """It lies with the optimizer on the GPU (here meta), also while the expert's weights wait on the host."""
+    p, old = torch.ones(3), torch.zeros(3, device="meta")
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        old.clone().lerp_(p, 0.5)                               # two devices
+    learner = SimpleNamespace(trained=[p], config=SimpleNamespace(old_decay=0.5),
+                              optimizer=SimpleNamespace(state={p: {"old": old}}))
+    rl_baselines.NFT.begin(learner, 0)
+    assert learner.old == [old] and old.is_meta and not p.is_meta
+
+
 @pytest.mark.parametrize("name", ["low", "both"])
 def test_accumulation_changes_nothing(folder, model, alone, name):
     run(*job(folder, model, name, "micro", "--gradient_accumulation_steps", "2", "--gradient_checkpointing",
@@ -252,7 +381,7 @@ def test_accumulation_changes_nothing(folder, model, alone, name):
     assert apart(found, wanted) < 0.005 * apart(wanted, start(model, wanted))
 
 
-@pytest.mark.parametrize("name", ["low", "both", "lora"])
+@pytest.mark.parametrize("name", ["low", "both", "lora", "nft-both", "grpo"])
 def test_a_resumed_run_is_the_uninterrupted_one(folder, model, alone, name):
     output = f"resumed-{name}"
     shutil.copytree(folder / f"one-{name}/checkpoint-000004", folder / output / "checkpoint-000004")
@@ -270,7 +399,7 @@ def test_another_expert_is_another_run(folder, model, alone, capsys):
 
 
 TWO = [("ddp", "low"), ("ddp", "both"), ("fsdp", "low"), ("fsdp", "both"), ("fsdp", "lora"),
-       ("shared", "both")]
+       ("shared", "both"), ("fsdp", "nft"), ("fsdp", "nft-both"), ("fsdp", "grpo"), ("fsdp", "grpo-both")]
 
 
 @pytest.fixture(scope="module")
@@ -351,8 +480,10 @@ REFUSED = {
     "--lora x": (True, "--lora x: is of the high-noise expert, which does not train: .* --expert high or b"),
     "--lora_2 x --expert high": (True, "--lora_2 x: is of the low-noise expert, which does not train"),
     "--lora x --expert both": (True, "give --lora and --lora_2, or --lora_rank"),
-    "--method nft": (True, "--method nft does not know generators of two experts.* prfl, refl, rwr or sft"),
-    "--method grpo": (True, "--method grpo does not know"),
+    "--method grpo --group_size 2 --num_inference_steps 4 --inner_updates 3": (
+        True, "--expert low makes 2 of the 4 steps .* --method grpo needs 3: .* or fewer --inner_updates"),
+    "--method nft --group_size 2 --num_inference_steps 1": (
+        True, "--expert low makes 0 of the 1 steps .* --method nft needs 1: give more --num_inference_steps"),
     "--trajectory_part early": (True, "leaves the early part of the trajectory without a step of the --exp"),
 }
 

@@ -12,6 +12,7 @@ import common
 import data
 import flow
 import rl_baselines
+import train_align
 from common import InputError
 from formats import runs
 from formats.shards import Shards
@@ -138,6 +139,24 @@ def test_rwr_judges_in_the_dtype_of_autocast_and_without_gradients(made):
     with pytest.raises(FloatingPointError, match="the reward is nan"):
         made.run("nan", 3, batch_size=3, reward=lambda x, t, context: torch.full((3,), torch.nan))
     assert not (made.path / "nan/shards.json").exists()
+
+
+@pytest.mark.usefixtures("cpu")
+def test_the_reward_model_goes_when_rwr_has_its_samples(folder, monkeypatch):
+    """Its weights are freed before the first update, in a run that made the samples and in one that found
+    them."""
+    loaded, load, loss = [], train_align.load_pavrm, train_align.prfl.sft_loss
+
+    def sft_loss(*inputs, **how):
+        assert all(p.is_meta for p in loaded[-1].parameters())
+        return loss(*inputs, **how)
+
+    monkeypatch.setattr(train_align, "load_pavrm", lambda *how, **more: loaded.append(load(*how, **more)) or
+                        loaded[-1])
+    monkeypatch.setattr(train_align.prfl, "sft_loss", sft_loss)
+    run(*command(folder, "rwr", "freed", "--max_train_steps", "2"))
+    run(*command(folder, "rwr", "freed", "--max_train_steps", "3", "--resume", "latest"))
+    assert len(loaded) == 2 and [row["step"] for row in metrics(folder, "freed")] == [1, 2, 3]
 
 
 # ---- advantages

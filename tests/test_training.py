@@ -33,6 +33,7 @@ import common
 import data
 import families
 import prfl
+import rl_baselines
 import train_align
 import train_reward
 from common import InputError
@@ -41,6 +42,7 @@ from formats.weights import WEIGHTS, save_module
 from model import PRESETS, export_transformer, load_transformer
 from pavrm import PAVRM, load_pavrm
 from refl_baseline import PixelReward
+from scale import parallel
 
 pytestmark = pytest.mark.usefixtures("cpu")
 
@@ -278,6 +280,22 @@ def test_the_rewarded_steps_are_those_of_the_part(folder, one_rank):
                                ("refl", "early", {1})):
         run(*command(folder, name, "part", "--trajectory_part", part, "--max_train_steps", "3"))
         assert steps("part") <= wanted
+
+
+@pytest.mark.parametrize("name", ["steady", "nft", "reward"])
+def test_no_gradient_is_kept_behind_an_update(folder, monkeypatch, name):
+    """While samples are made and judged, and in validation, nothing needs them."""
+    found, save, begin = [], parallel.save_checkpoint, rl_baselines.NFT.begin
+
+    def save_checkpoint(output_dir, step, folders, model, *more):       # where validation has been made
+        found.append([p.grad for p in model.parameters()])
+        save(output_dir, step, folders, model, *more)
+
+    monkeypatch.setattr(parallel, "save_checkpoint", save_checkpoint)
+    monkeypatch.setattr(rl_baselines.NFT, "begin", lambda self, iteration: found.append(
+        [p.grad for p in self.trained]) or begin(self, iteration))
+    run(*command(folder, name, f"gradients-{name}", "--max_train_steps", "2"))
+    assert len(found) == (3 if name == "nft" else 1) and {x for row in found for x in row} == {None}
 
 
 def test_block_checkpointing_changes_no_gradient(folder):

@@ -61,7 +61,7 @@ common.cli(train_align.main, train_align.Config, "", sys.argv[1:])
 def runs(folder):
     """one-*: one process, batch 8. two-*: two FSDP ranks. one-to-two-*: its last iteration, on two FSDP
     ranks. killed-prfl: two FSDP ranks, one killed while the second checkpoint was written, and resumed."""
-    for name in ("prfl", "steady", "nft", "grpo", "reward"):
+    for name in ("prfl", "steady", "rwr", "nft", "grpo", "reward"):
         run(*command(folder, name, f"one-{name}"))
     for kind, name in (("prfl", "lora"), ("nft", "nft-lora")):
         run(*command(folder, kind, f"one-{name}", *LORA))
@@ -71,7 +71,7 @@ def runs(folder):
     done = launch.python("-c", KILLED, *killed[1], ranks=2)
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     assert [step for step, _ in list_checkpoints(folder / "killed-prfl")] == [2]
-    jobs = [*(fsdp(name, f"two-{name}", *MICRO, b=2) for name in ("prfl", "steady", "nft", "grpo")),
+    jobs = [*(fsdp(name, f"two-{name}", *MICRO, b=2) for name in ("prfl", "steady", "rwr", "nft", "grpo")),
             fsdp("reward", "two-reward", "--gradient_checkpointing", b=4),
             fsdp("prfl", "two-lora", *LORA, b=4), fsdp("nft", "two-nft-lora", *LORA, b=4),
             (killed[0], [*killed[1], "--resume", "latest"])]
@@ -88,7 +88,7 @@ def start_of(name):
     return PAVRM.from_generator(generator(), 2).state_dict()
 
 
-@pytest.mark.parametrize("name", ["prfl", "steady", "nft", "grpo", "reward"])
+@pytest.mark.parametrize("name", ["prfl", "steady", "rwr", "nft", "grpo", "reward"])
 def test_two_fsdp_ranks_are_one_process_with_twice_the_batch(folder, runs, name):
     alone, together = (weights(folder, name, f"{ranks}-{name}") for ranks in ("one", "two"))
     assert apart(alone, together) < 0.005 * apart(alone, start_of(name))

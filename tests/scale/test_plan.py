@@ -26,12 +26,14 @@ import flow
 import model
 import pavrm
 import prfl
+import refl_baseline
 import train_align
 import train_reward
 from families import fill_in, training_defaults
 from formats import weights
 from model import PRESETS
-from scale import parallel, plan
+from scale import lora, parallel, plan
+from scale import simulate as simulation
 from scale.simulate import gpu_attend, simulate
 
 ROOT = Path(plan.__file__).parents[1]
@@ -216,19 +218,34 @@ VAES = [(plan.WAN21_VAE, {}), (plan.TI2V_VAE, TI2V_VAE)]
 def test_the_decoder_keeps_and_computes_what_diffusers_does(frames, h, w, vae_counted, vae_config):
     diffusers = pytest.importorskip("diffusers", reason="Wan's VAEs are taken from diffusers")
     with FakeTensorMode(), FlopCounterMode(display=False) as flops:
-        torch.set_default_dtype(torch.bfloat16)
-        vae = diffusers.AutoencoderKLWan(**vae_config).requires_grad_(False)
-        torch.set_default_dtype(torch.float32)
+        vae = diffusers.AutoencoderKLWan(**vae_config).requires_grad_(False)    # float32, as WanVAE has it
         weights = {p.untyped_storage()._cdata for p in vae.parameters()}
-        z = torch.randn(1, vae.z_dim, frames, h, w, dtype=torch.bfloat16, requires_grad=True)
-        measured = saved_bytes(lambda: vae.decode(z, return_dict=False)[0], weights)
+        z = torch.randn(1, vae.z_dim, frames, h, w, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            measured = saved_bytes(lambda: vae.decode(z, return_dict=False)[0], weights)
     found = plan.decoder_costs(frames, h, w, vae=vae_counted)
     assert found["kept"] == pytest.approx(measured, rel=0.02)
     assert found["flops"] == pytest.approx(flops.get_total_flops(), rel=0.01)
     assert sum(p.numel() for p in [*vae.decoder.parameters(),
                                    *vae.post_quant_conv.parameters()]) == vae_counted.decoder_parameters
+    assert sum(p.numel() for p in vae.parameters()) == vae_counted.parameters
     first = plan.decoder_costs(frames, h, w, first=True, vae=vae_counted)
     assert first["kept"] == plan.decoder_costs(1, h, w, vae=vae_counted)["kept"]
+
+
+def test_what_refl_holds_is_float32(folder):
+    """Of the pixel reward and of the whole VAE, as they are loaded; and the planner counts 4 bytes of each
+    number."""
+    path = folder / "generator"
+    dit = model.load_transformer(path)
+    how = train_align.Config(model=str(path), reward=str(path / "reward_rgb_first"))
+    runtime = common.Runtime(0, 1, torch.device("cpu"), torch.bfloat16)
+    held = refl_baseline.load_reward_and_decoder(how, dit, runtime)
+    assert {p.dtype for one in held for p in one.parameters()} == {torch.float32}
+    found = costs(PRESETS["wan2.1-t2v-14b"], method="refl", pixel_reward_parameters=10 ** 9, gpus=8)
+    assert (found["reward_weights"], found["vae_weights"]) == (4 * 10 ** 9, 4 * plan.WAN21_VAE.parameters)
+    moments = found["with"]["moments"]                          # autocast's copies of the reward's weights
+    assert moments["pixels"] - moments["decoder"] == 2 * 10 ** 9 - found["decoder"]["passing"]
 
 
 def test_attention_that_is_kept():
@@ -307,6 +324,47 @@ def test_a_simulated_iteration_beside_the_pencil(flags):
     assert own == pytest.approx(found["static"] + max(moments["generator"], moments["gradients"]), rel=0.1)
     assert max(phase["Total"] for phase in phases.values()) == pytest.approx(found["with"]["peak"], rel=0.1)
     assert not torch.distributed.is_initialized() and model.attend is gpu_attend
+
+
+@pytest.mark.parametrize("expert, flags", [("low", dict(gpus=2)), ("both", dict(gpus=2, lora_rank=8)),
+                                           ("both", dict())])
+def test_a_simulated_iteration_of_two_experts(monkeypatch, expert, flags):
+    """Beside one transformer of the same shape: under fsdp, or where both train, each has its second expert
+    too. Every call is of the expert whose step it is."""
+    one, kept, names_of_calls = PRESETS["wan2.1-t2v-1.3b"] | dict(num_layers=2), [], simulation.names_of_calls
+    two = one | {"boundary_ratio": 0.875}
+    monkeypatch.setattr(simulation, "names_of_calls",
+                        lambda *how: kept.append(names_of_calls(*how)) or kept[0])
+    how = plan.Config("wan2.2-a14b", size="256*256", frames=17, recipe="steady", depth=2, expert=expert,
+                      **flags)
+    found, of_one = plan.costs(how, two), plan.costs(how, one)
+    grid = found["f"], found["h"], found["w"]
+    phases, before = simulate(how, two, grid, plan.times_of_rollout(how, two)), simulate(how, one, grid)
+    for kind, keys in (("Parameter", ("weights", "reward_weights")), ("Optstate", ("optimizer",))):
+        added = sum(found[key] - of_one[key] for key in keys)
+        measured = phases["before"][kind] - before["before"][kind]
+        assert measured == pytest.approx(added, rel=0.01) and (added > 0) == (kind == "Parameter" or
+                                                                              expert == "both")
+    assert max(phase["Total"] for phase in phases.values()) == pytest.approx(found["with"]["peak"], rel=0.1)
+    assert list(kept[0]) == []                                  # all calls that were planned were made
+
+
+def test_one_of_two_experts_that_rests_is_not_on_the_gpu():
+    one, how = PRESETS["wan2.1-t2v-1.3b"] | dict(num_layers=2), plan.Config(
+        "wan2.2-a14b", size="64*64", frames=5, recipe="steady", depth=2, expert="high")
+    two, grid = one | {"boundary_ratio": 0.875}, (2, 8, 8)
+    found = simulate(how, two, grid, plan.times_of_rollout(how, two))
+    assert found["before"] == simulate(how, one, grid)["before"]
+
+
+def test_the_experts_that_an_iteration_calls():
+    """Six steps, from t = 1, .83, .67, .5, .33 and .17, with the boundary at .6: the SFT update, and the
+    steps to the one that is rewarded."""
+    times, names = flow.schedule(6), lambda *how: list(simulation.names_of_calls(*how))
+    how = lambda **flags: plan.Config("wan2.2-a14b", num_inference_steps=6, **flags)
+    assert names(how(), times, 0.6, 5) == ["low"] + ["high"] * 3 + ["low"] * 2
+    assert names(how(expert="high"), times, 0.6, 2) == ["high"] * 3
+    assert names(how(expert="both", recipe="steady"), times, 0.6, 6) == ["low", "high", "high", "low", "low"]
 
 
 def test_fsdp_cuts_and_checkpointing_and_lora_save():
@@ -419,6 +477,29 @@ def test_sampling_beside_live_tensors():
             live.peak = live.now
             vae.decode(z, return_dict=False)
         assert plan.decoding(5, 60, 104) == pytest.approx(live.peak - weights, rel=0.25)
+
+
+@pytest.mark.parametrize("size, rank", [("832*480", 0), ("64*64", 4)])
+def test_the_reward_model_of_rwr_goes_before_the_first_update(size, rank):
+    """Its samples need it beside the generator, but nothing of AdamW."""
+    config = PRESETS["wan2.1-t2v-14b"] | dict(num_layers=2)
+    how = dict(size=size, lora_rank=rank)
+    found, sft = costs(config, method="rwr", **how), costs(config, method="sft", **how)
+    assert found["static"] == sft["static"] and found["reward_weights"] > 0
+    with FakeTensorMode(), torch.no_grad(), LiveBytes() as live:
+        dit, reward = build(config), pavrm.PAVRM(config).freeze()
+        lora.add(dit, rank)
+        for one in (dit, reward.trunk):
+            parallel.cast_matrices(one, torch.bfloat16)
+        args = inputs(config, (found["f"], found["h"], found["w"]))
+        live.peak = live.now
+        with torch.autocast("cpu", torch.bfloat16):
+            dit(**args)
+    if rank:                                                    # the highest point: a small clip needs little
+        assert found["with"]["worst"] == "samples"
+        assert found["with"]["peak"] == pytest.approx(live.peak, rel=0.06)
+    else:
+        assert live.peak < found["with"]["peak"] == sft["with"]["peak"]
 
 
 # ---- all stages
