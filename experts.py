@@ -46,13 +46,14 @@ class Experts(nn.Module):
         calls; where the experts are sharded, all ranks must make the same ones."""
         above = t >= self.boundary                                                              # [b]
         rows = [side.nonzero()[:, 0] for side in (above, ~above)]
-        found = [self.awake(name, x.device)(x[j], t[j], context[j], **{key: z[j] for key, z in
+        found = [self.wake(name, x.device)(x[j], t[j], context[j], **{key: z[j] for key, z in
                                                                        conditions.items()})
                  for name, j in zip(NAMES, rows) if len(j)]
         return torch.cat(found)[torch.cat(rows).argsort()]                      # in the order of the batch
 
-    def awake(self, name, device):
-        """The expert of this name, on the device where it is called."""
+    def wake(self, name, device):
+        """-> the expert of this name, on the device where it is called; the other one leaves it, if experts
+        rest."""
         expert, other = (self.high, self.low) if name == "high" else (self.low, self.high)
         if self.resting and next(expert.parameters()).device != device:
             torch.clear_autocast_cache()                        # it has copies of the weights that leave
@@ -133,7 +134,7 @@ def guidance(generator, scale, scale_2):
 
 
 # ---- the times of what trains
-def steps_of(expert, times, boundary):
+def steps_of_expert(expert, times, boundary):
     """The Euler steps of a schedule that this expert makes (or both) -> (skipped, last), for the steps
     skipped + 1 .. last. times: as from flow.schedule, from 1 to 0."""
     skipped = int((times[:-1] >= boundary).sum())               # by the time at which a step starts

@@ -123,10 +123,10 @@ def sample(dit, latent_shape, context, seed, indices, num_steps, *, shift=1.0, g
     latents = []
     for j, counts in common.equal_batches(len(indices), batch_size, max_rows):
         x_T = common.noise(latent_shape, seed, "sample", 0, indices[j]).to(context.device)
-        given = {name: z[j] for name, z in conditions.items() if z is not None}
+        its_conditions = {name: z[j] for name, z in conditions.items() if z is not None}
         with autocast():
             x = rollout(dit, x_T, context[j], num_steps, shift=shift, guidance_scale=guidance_scale,
-                        null=null, **given)
+                        null=null, **its_conditions)
         if counts:
             latents.append(x)
     return torch.cat(latents)

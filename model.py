@@ -120,12 +120,12 @@ def modulated_norm(x, shift, scale, eps):
     return (F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale)).add_(shift)
 
 
-def by_time(function, x, given, *rows):
+def by_time(function, x, given_tokens, *rows):
     """function(x, *rows) of tokens x [b, n, d] that all have one time, and rows [b, 1, d] made from it. Or
-    with rows [b, 2, 1, d] the tokens have two times, and the first `given` tokens take the first."""
+    with rows [b, 2, 1, d] the tokens have two times, and the first `given_tokens` tokens take the first."""
     if rows[0].dim() == 3:
         return function(x, *rows)
-    parts = x[:, :given], x[:, given:]
+    parts = x[:, :given_tokens], x[:, given_tokens:]
     return torch.cat([function(part, *(row[:, i] for row in rows)) for i, part in enumerate(parts)], dim=1)
 
 
@@ -196,19 +196,20 @@ class Block(nn.Module):
                                  nn.Linear(ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim ** 0.5)
 
-    def forward(self, x, time, context, image_tokens, rope, sequence=None, given=0):
-        """x [b, n, d] float32; time [b, 6, d] float32, the same for all blocks, or [b, 2, 6, d] for two
-        times, of which the first `given` tokens have the first; context [b, l, d] -> [b, n, d]"""
-        modulation = self.modulation.to(x.dtype) + time
+    def forward(self, x, time_modulation, context, image_tokens, rope, sequence=None, given_tokens=0):
+        """x [b, n, d] float32; time_modulation [b, 6, d] float32, the same for all blocks, or [b, 2, 6, d]
+        for two times, of which the first `given_tokens` tokens have the first; context [b, l, d] -> [b, n,
+        d]"""
+        modulation = self.modulation.to(x.dtype) + time_modulation
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation.split(1, dim=-2)
         norm = partial(modulated_norm, eps=self.eps)
-        y = self.self_attn(by_time(norm, x, given, shift_a, scale_a), rope=rope, sequence=sequence)
-        x = by_time(torch.mul, y, given, gate_a).add_(x)        # x + gate y, without a tensor for the sum
+        y = self.self_attn(by_time(norm, x, given_tokens, shift_a, scale_a), rope=rope, sequence=sequence)
+        x = by_time(torch.mul, y, given_tokens, gate_a).add_(x)     # x + gate y, without a tensor for the sum
         weight, bias = self.norm3.weight.to(x.dtype), self.norm3.bias.to(x.dtype)
         y = F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
         x = x + self.cross_attn(y, context, image_tokens)
-        y = self.ffn(by_time(norm, x, given, shift_f, scale_f).to(self.ffn[0].weight.dtype))
-        return by_time(torch.mul, y, given, gate_f).add_(x)     # as above
+        y = self.ffn(by_time(norm, x, given_tokens, shift_f, scale_f).to(self.ffn[0].weight.dtype))
+        return by_time(torch.mul, y, given_tokens, gate_f).add_(x)  # as above
 
 
 class Head(nn.Module):
@@ -220,10 +221,11 @@ class Head(nn.Module):
         self.head = nn.Linear(dim, out_features)
         self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim ** 0.5)
 
-    def forward(self, x, time_embedding, given=0):
+    def forward(self, x, time_embedding, given_tokens=0):
         """x [b, n, d], time_embedding [b, 1, d], or [b, 2, 1, d] as in Block -> [b, n, c * patch volume]"""
         shift, scale = (self.modulation.to(x.dtype) + time_embedding).split(1, dim=-2)
-        return wide_linear(self.head, by_time(partial(modulated_norm, eps=self.eps), x, given, shift, scale))
+        norm = partial(modulated_norm, eps=self.eps)
+        return wide_linear(self.head, by_time(norm, x, given_tokens, shift, scale))
 
 
 class ImageEmbedding(nn.Module):
@@ -300,10 +302,10 @@ class VideoDiT(nn.Module):
         first_frame [b, c, 1, h, w] if `is_pinned`: it replaces frame 0 of x, and the velocity there is 0.
         Returns [b, out_dim, f, h, w], float32 (float64 in a float64 model). InputError on a wrong shape.
         """
-        tokens, time_embedding, (f, h, w), sequence, given = self.run_blocks(
+        tokens, time_embedding, (f, h, w), sequence, given_tokens = self.run_blocks(
             x, t, context, len(self.blocks), y, clip_tokens, first_frame)
         with torch.autocast(x.device.type, enabled=False):
-            out = self.head(tokens, time_embedding.unsqueeze(-2), given)  # [b, n, c * patch volume]
+            out = self.head(tokens, time_embedding.unsqueeze(-2), given_tokens)  # [b, n, c * patch volume]
         out = sequence.gather_tokens(out) if sequence else out
         pf, ph, pw = self.config["patch_size"]
         v = rearrange(out, "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)",
@@ -316,11 +318,11 @@ class VideoDiT(nn.Module):
         return sequence.gather_tokens(tokens) if sequence else tokens
 
     def run_blocks(self, x, t, context, depth, y, clip_tokens, first_frame):
-        """-> (tokens [b, n, d], time embedding [b, d], token grid (f, h, w), `sequence`, `given`).
+        """-> (tokens [b, n, d], time embedding [b, d], token grid (f, h, w), `sequence`, `given_tokens`).
 
-        On one GPU `sequence` is None; on several the tokens are this GPU's. `given` is 0 without a
-        first_frame. With one, the time embedding is [b, 2, d], of time 0 and of t, and the first `given`
-        tokens have time 0.
+        On one GPU `sequence` is None; on several the tokens are this GPU's. `given_tokens` is 0 without a
+        first_frame. With one, the time embedding is [b, 2, d], of time 0 and of t, and the first
+        `given_tokens` tokens have time 0.
 
         The rule of dtypes: matrices multiply in their own dtype (or autocast's); the residual stream
         `tokens`, norms, modulation and everything about time stay `wide`.
@@ -333,11 +335,12 @@ class VideoDiT(nn.Module):
         dtype = self.patch_embedding.weight.dtype
         sequence = self.sequence and self.sequence(math.prod(grid))
         tokens = self.patchify(x.to(dtype), sequence).to(wide(dtype))                        # [b, n, d]
-        given = 0 if first_frame is None else grid[1] * grid[2]         # frame 0 has the first h w tokens
-        given = sequence.share_of(given) if sequence else given
+        given_tokens = 0 if first_frame is None else grid[1] * grid[2]      # frame 0 has the first h w tokens
+        given_tokens = sequence.share_of(given_tokens) if sequence else given_tokens
         t = t if first_frame is None else torch.stack([torch.zeros_like(t), t], dim=1)      # [b] or [b, 2]
         with torch.autocast(x.device.type, enabled=False):
-            time_embedding, time = self.embed_time(t.to(wide(dtype)))   # [b, d], [b, 6, d]; or [b, 2, ...]
+            # [b, d], [b, 6, d]; or [b, 2, d], [b, 2, 6, d]
+            time_embedding, time_modulation = self.embed_time(t.to(wide(dtype)))
         context = F.pad(context.to(dtype), (0, 0, 0, self.config["text_len"] - context.shape[1]))
         context = self.text_embedding(context)                                               # [b, l, d]
         image_tokens = None
@@ -348,11 +351,12 @@ class VideoDiT(nn.Module):
         for block in self.blocks[:depth]:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 # no dropout inside, so there is no random state to preserve
-                tokens = checkpoint(block, tokens, time, context, image_tokens, rope, sequence, given,
-                                    use_reentrant=False, preserve_rng_state=False, **self.checkpoint_options)
+                tokens = checkpoint(block, tokens, time_modulation, context, image_tokens, rope, sequence,
+                                    given_tokens, use_reentrant=False, preserve_rng_state=False,
+                                    **self.checkpoint_options)
             else:
-                tokens = block(tokens, time, context, image_tokens, rope, sequence, given)
-        return tokens, time_embedding, grid, sequence, given
+                tokens = block(tokens, time_modulation, context, image_tokens, rope, sequence, given_tokens)
+        return tokens, time_embedding, grid, sequence, given_tokens
 
     def patchify(self, x, sequence=None):
         """The patch embedding (its stride is its kernel) as one product. [b, c, f, h, w] -> [b, n, d]"""

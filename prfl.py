@@ -85,28 +85,29 @@ def sft_loss(policy, x0, x1, t, context, weight=None, **conditions):
     return flow_matching_loss(v, x0, x1, weight, given=given_frames(conditions))
 
 
-def steps_of(part, num_steps, among=None):
+def steps_of_part(part, num_steps, expert_steps=None):
     """-> (skipped, last): this part of the trajectory has the steps skipped + 1 to last.
 
-    among: the same two numbers for the steps of the expert that trains, if the generator has two. Then only
-    steps that are in both ranges count. Raises InputError if no step is left.
+    expert_steps: the same two numbers for the steps of the expert that trains, if the generator has two. Then
+    only steps that are in both ranges count. Raises InputError if no step is left.
     """
-    first_third, last_third = THIRDS[part]
-    skipped, last, whose = num_steps * first_third // 3, num_steps * last_third // 3, ""
-    if among:
-        skipped, last, whose = max(skipped, among[0]), min(last, among[1]), " of the --expert that trains"
+    begin, end = THIRDS[part]                                   # in thirds; the end is exclusive
+    skipped, last, whose = num_steps * begin // 3, num_steps * end // 3, ""
+    if expert_steps:
+        skipped, last = max(skipped, expert_steps[0]), min(last, expert_steps[1])
+        whose = " of the --expert that trains"
     if last <= skipped:
         raise InputError(f"--num_inference_steps {num_steps} leaves the {part} part of the trajectory "
                          f"without a step{whose}")
     return skipped, last
 
 
-def draw_step(seed, iteration, num_steps, part="full", among=None):
+def draw_step(seed, iteration, num_steps, part="full", expert_steps=None):
     """The rewarded step of an iteration, from 1 to num_steps, uniform over a part of the trajectory (Alg. 1).
 
-    among: as in `steps_of`. The step depends only on (seed, iteration), so it is the same on every rank and
-    after a resume.
+    expert_steps: as in `steps_of_part`. The step depends only on (seed, iteration), so it is the same on
+    every rank and after a resume.
     """
-    skipped, last = steps_of(part, num_steps, among)
+    skipped, last = steps_of_part(part, num_steps, expert_steps)
     generator = random_generator(seed, "reward step", iteration)
     return int(torch.randint(skipped + 1, last + 1, (1,), generator=generator))

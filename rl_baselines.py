@@ -113,17 +113,17 @@ def own_samples(folder, policy, pavrm, shards, rows, config, runtime):
         j = [(done + place) % m for place in runtime.indices(b, i)]
         batch = shards.batch(rows[j])
         context = batch["context"].to(runtime.device)                                           # [b, l, d]
-        given = image_inputs(policy.config, batch, runtime.device)
+        conditions = image_inputs(policy.config, batch, runtime.device)
         x0 = flow.sample(policy, shards.latent_shape, context, config.seed + 2, j, config.num_inference_steps,
-                         shift=config.shift, batch_size=b, autocast=runtime.autocast, **given)
+                         shift=config.shift, batch_size=b, autocast=runtime.autocast, **conditions)
         with torch.no_grad(), runtime.autocast():
-            reward = pavrm(x0, torch.zeros(b, device=runtime.device), context, **given).float()     # [b]
+            reward = pavrm(x0, torch.zeros(b, device=runtime.device), context, **conditions).float()    # [b]
         common.check_finite(reward.sum(), "the reward", 0)
         made = {"latents": x0, "context": context, "reward": reward}
-        if "y" in given:
-            made["condition"] = given["y"][:, 4:]               # image_inputs makes the same y of it
-        if "clip_tokens" in given:
-            made["clip_fea"] = given["clip_tokens"]
+        if "y" in conditions:
+            made["condition"] = conditions["y"][:, 4:]          # image_inputs makes the same y of it
+        if "clip_tokens" in conditions:
+            made["clip_fea"] = conditions["clip_tokens"]
         part = [batch["prompt"], {name: x.cpu() for name, x in made.items()}] if sends else [[], {}]
         for prompts, columns in common.gather(part, to=0):      # on rank 0; nothing on the others
             samples = [dict(zip(columns, values)) for values in zip(*columns.values())]
@@ -214,9 +214,9 @@ def in_place_of(weights, others):
         swap(weights, others)
 
 
-def check(config, global_batch, among=None):
-    """Raises InputError for flags of NFT and GRPO that cannot work with a global batch of this size. among:
-    as in `Learner`."""
+def check(config, global_batch, expert_steps=None):
+    """Raises InputError for flags of NFT and GRPO that cannot work with a global batch of this size.
+    expert_steps: as in `Learner`."""
     if config.method not in LEARNERS:
         return
     if global_batch % config.group_size:
@@ -230,8 +230,8 @@ def check(config, global_batch, among=None):
         raise InputError(f"--inner_updates {config.inner_updates}: so many steps of a rollout are "
                          f"stochastic, and --num_inference_steps {config.num_inference_steps} is not more")
     needed = config.inner_updates if config.method == "grpo" else 1
-    if among and among[1] - among[0] < needed:
-        raise InputError(f"--expert {config.expert} makes {among[1] - among[0]} of the "
+    if expert_steps and expert_steps[1] - expert_steps[0] < needed:
+        raise InputError(f"--expert {config.expert} makes {expert_steps[1] - expert_steps[0]} of the "
                          f"{config.num_inference_steps} steps of a rollout, and --method {config.method} "
                          f"needs {needed}: give more --num_inference_steps"
                          f"{' or fewer --inner_updates' * (needed > 1)}")
@@ -241,15 +241,16 @@ class Learner:
     """Makes a batch of samples in each iteration and the losses of the updates on them.
 
     prompts(iteration, indices) -> (context [b, l, d_text], conditions of an image-to-video policy). indices
-    are places in the global batch; those of a group are neighbours and have the same prompt. among: the Euler
-    steps of the experts that train, as experts.steps_of returns them; None for a generator of one expert.
+    are places in the global batch; those of a group are neighbours and have the same prompt. expert_steps:
+    the Euler steps of the experts that train, as experts.steps_of_expert returns them; None for a generator
+    of one expert.
     """
 
     def __init__(self, policy, pavrm, optimizer, config, runtime, prompts, latent_shape, global_batch,
-                 among=None):
+                 expert_steps=None):
         self.policy, self.pavrm, self.optimizer = policy, pavrm, optimizer
         self.config, self.runtime, self.prompts = config, runtime, prompts
-        self.latent_shape, self.global_batch, self.among = latent_shape, global_batch, among
+        self.latent_shape, self.global_batch, self.expert_steps = latent_shape, global_batch, expert_steps
         self.trained = [p for p in policy.parameters() if p.requires_grad]
         self.batches, self.weights = {}, None
 
@@ -339,7 +340,7 @@ class NFT(Learner):
                               c.num_inference_steps, passes=c.rollout_passes, shift=c.shift, **conditions)
             for k in range(c.inner_updates):
                 t = common.uniform(c.seed, f"nft t {k}", iteration, indices)
-                if self.among:
+                if self.expert_steps:
                     t = experts.times_of(c.expert, t, self.policy.boundary, c.seed, iteration,
                                          f"nft expert {k}")
                 t = t.to(x0.device)
@@ -426,7 +427,7 @@ class GRPO(Learner):
     def first_step(self, iteration):
         """How many steps come before the stochastic ones, the same on all ranks."""
         generator = common.random_generator(self.config.seed, "stochastic steps", iteration)
-        skipped, last = self.among or (0, self.config.num_inference_steps)
+        skipped, last = self.expert_steps or (0, self.config.num_inference_steps)
         return int(torch.randint(skipped, last - self.config.inner_updates + 1, (1,), generator=generator))
 
     def sample(self, iteration, indices, context, conditions):
@@ -438,9 +439,9 @@ class GRPO(Learner):
         groups = [i // c.group_size for i in indices]
         heads = list(dict.fromkeys(groups))             # one rollout for each group, up to where it parts
         rows = [groups.index(group) for group in heads]
-        given = {name: z[rows] for name, z in conditions.items()}
+        its_conditions = {name: z[rows] for name, z in conditions.items()}
         x = flow.rollout(self.policy, self.noise("x_T", iteration, heads), context[rows], N, stop=first,
-                         **how, **given)
+                         **how, **its_conditions)
         x = x[[heads.index(group) for group in groups]]                                     # [b, c, f, h, w]
         times, steps = flow.schedule(N, c.shift, x.device), []
         frame, start = conditions.get("first_frame"), flow.given_frames(conditions)

@@ -178,18 +178,18 @@ def resolve(config):
     settings, origin = common.settle(config, sources)
     validation.check_flags(config, settings.num_validation)
     if settings.trajectory_part:
-        prfl.steps_of(settings.trajectory_part, settings.num_inference_steps,
-                      steps_of_experts(settings, dit_config))
+        prfl.steps_of_part(settings.trajectory_part, settings.num_inference_steps,
+                           trained_steps(settings, dit_config))
     return settings, origin, shards
 
 
-def steps_of_experts(config, dit_config):
-    """(skipped, last): the Euler steps of the --expert that trains, as experts.steps_of returns them; None
-    without experts."""
+def trained_steps(config, dit_config):
+    """(skipped, last): the Euler steps of the --expert that trains, as experts.steps_of_expert returns them;
+    None without experts."""
     if not config.expert:
         return None
     times = flow.schedule(config.num_inference_steps, config.shift)
-    return experts.steps_of(config.expert, times, dit_config["boundary_ratio"])
+    return experts.steps_of_expert(config.expert, times, dit_config["boundary_ratio"])
 
 
 def split_curated(config, shards):
@@ -218,8 +218,8 @@ def main(config):
     resume, state = runs.open_checkpoint(config)
     accumulation = config.gradient_accumulation_steps
     global_batch = config.batch_size * runtime.world_size // config.sequence_parallel * accumulation
-    N, among = config.num_inference_steps, steps_of_experts(config, policy.config)
-    rl_baselines.check(config, global_batch, among)
+    N, expert_steps = config.num_inference_steps, trained_steps(config, policy.config)
+    rl_baselines.check(config, global_batch, expert_steps)
     if not config.data:
         folder = config.curated_dir or Path(config.output_dir) / "curated"
         shards = clips.clean_clips(folder, config.model, config.num_curated, config.world, config.seed + 500,
@@ -257,7 +257,7 @@ def main(config):
         learner = rl_baselines.LEARNERS[config.method](policy, pavrm, optimizer, config, runtime,
             lambda iteration, indices: curated_batch(config.seed + 1, iteration, indices,
                                                      config.group_size)[1:],
-            shards.latent_shape, global_batch, among)
+            shards.latent_shape, global_batch, expert_steps)
     if resume:
         parallel.load_state(resume, state, policy, optimizer)
 
@@ -289,7 +289,8 @@ def main(config):
         # seed + 1: another order of the clips than that of the SFT updates
         _, context, conditions = curated_batch(config.seed + 1, iteration, indices)
         x_T = common.noise(shards.latent_shape, config.seed, "x_T", iteration, indices).to(runtime.device)
-        step = prfl.draw_step(config.seed, iteration, N, config.trajectory_part, among)    # one for all ranks
+        # one for all ranks
+        step = prfl.draw_step(config.seed, iteration, N, config.trajectory_part, expert_steps)
         how = dict(rollout_passes=config.rollout_passes, shift=config.shift,
                    reward_weight=config.reward_weight, loss=config.reward_loss, **conditions)
         with runtime.autocast():

@@ -219,9 +219,9 @@ def main(config):
         common.check_finite(loss, "the loss", step + 1)
         loss.backward()
         grad_norm = common.average_and_clip_gradients(params, config.max_grad_norm, step + 1)
-        left = 1 - step / config.max_train_steps                        # of the learning rate
+        lr_factor = 1 - step / config.max_train_steps
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * left
+            group["lr"] = group["initial_lr"] * lr_factor
         optimizer.step()
         optimizer.zero_grad()                                           # gradients make room for the report
 
@@ -233,7 +233,8 @@ def main(config):
         if done % config.validation_steps == 0 or done == config.max_train_steps:
             report, metrics = measure()
         log.log(done, loss=means[0], accuracy=means[1], grad_norm=grad_norm,
-                learning_rate=config.learning_rate * left, seconds=time.perf_counter() - clock, **metrics)
+                learning_rate=config.learning_rate * lr_factor, seconds=time.perf_counter() - clock,
+                **metrics)
         bar.set_postfix(loss=f"{means[0]:.3f}", accuracy=f"{means[1]:.2f}")
         bar.update()
         if done % config.checkpointing_steps == 0 or done == config.max_train_steps:

@@ -43,8 +43,8 @@ GROUP_LATENTS = 2 ** 11                                 # latent positions of a 
 # another prompt. A judge made from the same base model is fooled in the end, as the reward model is: its
 # probability of "good" keeps rising while an annotator sees worse videos. But by then it also likes samples
 # with another prompt. Chosen on the runs of three seeds: results/stopping.md.
-OTHER_PROMPT = 0.5
-DEAF = 0.9                                              # prompt_auc below which a reward hardly reads prompts
+OTHER_PROMPT_WEIGHT = 0.5
+LOW_PROMPT_AUC = 0.9                                    # prompt_auc below which a reward hardly reads prompts
 PANEL = ("speed", "flow", "brightness", "saturation", "sharpness")
 
 
@@ -249,15 +249,15 @@ def make_validation(config, runtime, policy, shards=None, held_out=None, export=
         """-> (the samples [b, c, f, h, w], {name: [b]} of what the judge says of them)"""
         j = torch.tensor(group)
         context = encoders.stack_contexts([contexts[i] for i in group]).to(device)
-        given = {name: x[j].to(device) for name, x in image.items()}
+        its_conditions = {name: x[j].to(device) for name, x in image.items()}
         guidance = experts.guidance(policy, config.guidance_scale, config.guidance_scale_2)
         x = flow.sample(policy, shape, context, SEED, group, config.num_inference_steps, shift=config.shift,
                         guidance_scale=guidance, null=null, max_rows=largest,
-                        autocast=runtime.autocast, **given)
+                        autocast=runtime.autocast, **its_conditions)
         if not judge:
             return x, {}
         others = encoders.stack_contexts([contexts[(i + 1) % len(contexts)] for i in group]).to(device)
-        how = {"max_rows": largest, "autocast": runtime.autocast, "indices": group, **given}
+        how = {"max_rows": largest, "autocast": runtime.autocast, "indices": group, **its_conditions}
         logits = logits_by_t(judge, x, context, SEED, **how).float().cpu()
         for_others = logits_by_t(judge, x, others, SEED, **how).float().cpu()
         found = {f"judge_t{k + 1}": row for k, row in enumerate(logits)}
@@ -382,7 +382,7 @@ def show(step, means, real, folder):
 
 def judges_score(means):
     """The score that chooses best/ if there is a judge; means: a row of metrics.jsonl."""
-    return means["validation_judge"] - OTHER_PROMPT * means["validation_judge_other_prompt"]
+    return means["validation_judge"] - OTHER_PROMPT_WEIGHT * means["validation_judge_other_prompt"]
 
 
 def past_scores(output_dir):
@@ -470,12 +470,13 @@ def make_reward_report(reward_fn, batch, generator_config, config, runtime):
     def logits_of(rows, context):
         """-> logits [6, m'] of the held-out videos `rows` with these contexts: by t, and of the clean
         videos."""
-        given = {name: z[rows] for name, z in image.items()}
+        its_conditions = {name: z[rows] for name, z in image.items()}
         found = logits_by_t(reward_fn, x0[rows], context, config.seed, at_once, autocast=runtime.autocast,
-                            indices=rows.tolist(), **given)
+                            indices=rows.tolist(), **its_conditions)
         clean = []
         for j in torch.arange(len(rows), device=x0.device).split(at_once):
-            t, mine = torch.zeros(len(j), device=x0.device), {name: z[j] for name, z in given.items()}
+            t = torch.zeros(len(j), device=x0.device)
+            mine = {name: z[j] for name, z in its_conditions.items()}
             with runtime.autocast():
                 clean.append(reward_fn(x0[rows[j]], t, context[j], **mine))
         return torch.cat([found, torch.cat(clean)[None].to(found.dtype)])
@@ -504,7 +505,7 @@ def show_report(found, averages, clean, mismatched):
     tqdm.write(f"held out, t in    {intervals}   average     clean")
     for name, row in found.items():
         tqdm.write(f"{name:18}" + "".join(f"{value:11.3f}" for value in [*row, averages[name], clean[name]]))
-    if clean.get("prompt_auc", 1) < DEAF:
+    if clean.get("prompt_auc", 1) < LOW_PROMPT_AUC:
         remedy = "train for longer, or label more videos" if mismatched else "train with --mismatched .25"
         tqdm.write("note: this reward hardly reads the prompt: it tells good videos with their own prompt "
                    f"from the same videos with another one's with AUC {clean['prompt_auc']:.2f}, where .5 is "

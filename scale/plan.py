@@ -37,7 +37,7 @@ from families import of_config
 from flow import schedule
 from formats.weights import BOUNDARIES, TI2V_CHANNELS
 from model import PRESETS
-from prfl import RECIPES, steps_of
+from prfl import RECIPES, steps_of_part
 
 IMAGE_TOKENS = 257      # CLIP ViT-H/14 at 224 pixels: 16 x 16 patches and a class token
 METHODS = ("prfl", "refl", "sft", "rwr", "reward", "sample")
@@ -473,8 +473,9 @@ def costs(config, c):
     stride = math.ceil(N / STEADY_PASSES) if config.recipe == "steady" else 1
     if prfl or refl:
         # the rewarded step is uniform on 1 .. N or on the last third, and among those of what trains
-        among = experts_steps(config, c) if two else None
-        one["rollout_steps"] = rollout_passes(*steps_of("late" if refl else "full", N, among), stride)
+        expert_steps = trained_steps(config, c) if two else None
+        steps = steps_of_part("late" if refl else "full", N, expert_steps)
+        one["rollout_steps"] = rollout_passes(*steps, stride)
     if prfl:
         one["reward_flops"] = update_flops(reward_forward, False, recompute, K * again)
     if refl:
@@ -503,9 +504,9 @@ def times_of_rollout(config, c):
     return schedule(config.num_inference_steps, shift)
 
 
-def experts_steps(config, c):
+def trained_steps(config, c):
     """(skipped, last) of the steps that --expert makes."""
-    return experts.steps_of(config.expert, times_of_rollout(config, c), c["boundary_ratio"])
+    return experts.steps_of_expert(config.expert, times_of_rollout(config, c), c["boundary_ratio"])
 
 
 def network(config, c, one):

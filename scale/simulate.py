@@ -30,7 +30,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import model
 import prfl
 from common import Runtime
-from experts import NAMES, Experts, parts, steps_of
+from experts import NAMES, Experts, parts, steps_of_expert
 from pavrm import PAVRM
 from scale import groups, lora, parallel
 
@@ -117,7 +117,7 @@ def simulate(config, c, grid, times=None):
     shape = {key: value for key, value in c.items() if key != "boundary_ratio"}
     skipped, last = 0, config.num_inference_steps
     if two:
-        skipped, last = steps_of(config.expert, times, c["boundary_ratio"])
+        skipped, last = steps_of_expert(config.expert, times, c["boundary_ratio"])
     step = (skipped + 1 + last) // 2                            # the rewarded one
     one_rests = config.expert != "both" and (config.parallel == "ddp" or world == 1)
     runtime = Runtime(0, world, torch.device("cpu"), torch.bfloat16, config.sequence_parallel)

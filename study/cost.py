@@ -130,7 +130,7 @@ def make_iteration(method, config, runtime):
 
 def mean_step(method, i, N):
     """The mean of the steps that training draws from or, if it lies between two steps, these two in turn."""
-    skipped, last = prfl.steps_of(PART[method], N)
+    skipped, last = prfl.steps_of_part(PART[method], N)
     return (skipped + 1 + last + i % 2) // 2
 
 

@@ -29,7 +29,7 @@ from formats.weights import SHIPPED
 from model import load_transformer
 from report import confidence_interval, plot, show, summary, table
 from study.parts import HOME, part_of, read_metrics, reward_folder, train_reward_models
-from validation import OTHER_PROMPT
+from validation import OTHER_PROMPT_WEIGHT
 from world import annotator, scene
 
 EVERY = 40                                                      # iterations between validations
@@ -293,7 +293,8 @@ def report(work, kept, cases):
     if stops:
         lines += ["The reward model of the next seed watched these runs as judge. Lost: the annotator's best "
                   "rate on the validation videos less its rate where the judge would have stopped the run. "
-                  f"Its score is its opinion less {OTHER_PROMPT:g} times its opinion with other prompts.", "",
+                  f"Its score is its opinion less {OTHER_PROMPT_WEIGHT:g} times its opinion with other "
+                  "prompts.", "",
                   *table(["run", "annotator's best at", "score's choice at", "lost", "opinion's choice at",
                           "lost", "lost at the end"], stops)]
     wanted = sum(len(seeds_of(work, case)) for case in cases)
@@ -316,7 +317,7 @@ def stopped_by_the_judge(work, kept, cases):
         steps = [int(step) for step in curve]
         rate = [row["qualified"] for row in curve.values()]
         opinion = [row["judge"] for row in curve.values()]
-        score = [row["judge"] - OTHER_PROMPT * row["judge_other_prompt"] for row in curve.values()]
+        score = [row["judge"] - OTHER_PROMPT_WEIGHT * row["judge_other_prompt"] for row in curve.values()]
         best, by_score, by_opinion = (int(np.argmax(values)) for values in (rate, score, opinion))
         found = {"best": steps[best], "score": steps[by_score], "lost": rate[best] - rate[by_score],
                  "opinion": steps[by_opinion], "lost_by_opinion": rate[best] - rate[by_opinion],

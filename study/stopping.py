@@ -10,7 +10,7 @@ import numpy as np
 from report import plot, table
 from study.parts import TUNED, Work, read_metrics, reward_folder, train_rewards
 from study.steady import EVERY, PAPER
-from validation import OTHER_PROMPT, judges_score
+from validation import OTHER_PROMPT_WEIGHT, judges_score
 
 WITHIN = 0.03       # the choice should lose at most this much of the annotator's best rate; asked beforehand
 
@@ -74,8 +74,8 @@ def stopping(work):
     lines = [f"PRFL with the paper's recipe for {2 * work.preset['iterations']} iterations, validated on "
              f"{work.preset['videos'] // 2} videos every {EVERY} iterations. The judge is the reward model "
              "of the next seed. `best/` is the checkpoint with the highest score: the probability that the "
-             f"judge gives to the samples being good, minus {OTHER_PROMPT:g} times the one that it gives "
-             "with another prompt. Lost: the annotator's best rate minus its rate at the choice.", "",
+             f"judge gives to the samples being good, minus {OTHER_PROMPT_WEIGHT:g} times the one that it "
+             "gives with another prompt. Lost: the annotator's best rate minus its rate at the choice.", "",
              *table(["", "annotator's best at", "judge's choice at", "lost", "lost by its opinion alone",
                      "lost without stopping"], rows),
              f"The most that was lost is {lost:.3f}. Asked for beforehand: at most {WITHIN:g}, which "

@@ -114,12 +114,12 @@ def test_the_one_that_is_not_called_rests(monkeypatch):
         monkeypatch.setattr(dit, "cpu", lambda name=name: moves.append((name, "cpu")))
     gpu = torch.device("meta")
     monkeypatch.setattr(torch, "clear_autocast_cache", lambda: moves.append("autocast's copies"))
-    both.awake("high", gpu)
+    both.wake("high", gpu)
     assert moves == []
     both.resting = True
-    assert both.awake("high", gpu) is both.high
+    assert both.wake("high", gpu) is both.high
     assert moves == ["autocast's copies", ("low", "cpu"), ("high", "meta")]
-    both.awake("low", torch.device("cpu"))                      # it is there
+    both.wake("low", torch.device("cpu"))                      # it is there
     assert len(moves) == 3
 
 
@@ -141,18 +141,19 @@ def test_only_a_frozen_expert_rests(model, trains, kind, rests):
     ("high", {1, 2, 3}, {3}), ("low", {4, 5, 6}, {4}), ("both", {1, 2, 3, 4, 5, 6}, {3, 4})])
 def test_the_rewarded_step_is_one_of_the_experts(expert, wanted, middle):
     """Six steps, from t = 1, .83, .67, .5, .33 and .17; the third third's start is the low-noise expert's."""
-    among = experts.steps_of(expert, flow.schedule(6), BOUNDARY)
-    assert {prfl.draw_step(0, i, 6, among=among) for i in range(200)} == wanted
-    assert {prfl.draw_step(0, i, 6, "middle", among) for i in range(99)} == middle
+    expert_steps = experts.steps_of_expert(expert, flow.schedule(6), BOUNDARY)
+    assert {prfl.draw_step(0, i, 6, expert_steps=expert_steps) for i in range(200)} == wanted
+    assert {prfl.draw_step(0, i, 6, "middle", expert_steps) for i in range(99)} == middle
 
 
 def test_a_step_from_the_boundary_is_the_high_noise_experts():
     times = flow.schedule(8)                                    # .75 and .25 are exact
-    assert experts.steps_of("high", times, 0.75) == (0, 3) and experts.steps_of("low", times, 0.75) == (3, 8)
-    assert experts.steps_of("high", times, 0.76) == (0, 2) and experts.steps_of("both", times, 0.76) == (0, 8)
+    for expert, boundary, steps in (("high", 0.75, (0, 3)), ("low", 0.75, (3, 8)), ("high", 0.76, (0, 2)),
+                                    ("both", 0.76, (0, 8))):
+        assert experts.steps_of_expert(expert, times, boundary) == steps
     for part, expert in (("early", "low"), ("late", "high")):
         with pytest.raises(InputError, match=f"leaves the {part} part .* without a step of the --expert"):
-            prfl.steps_of(part, 8, experts.steps_of(expert, times, 0.75))
+            prfl.steps_of_part(part, 8, experts.steps_of_expert(expert, times, 0.75))
 
 
 def test_sft_times_are_on_the_side_of_the_expert():

@@ -404,7 +404,7 @@ def test_flops_are_those_of_pytorchs_counter(config, trained, checkpointing, tol
 @pytest.mark.parametrize("part, num_steps", [("full", 40), ("late", 40), ("full", 16), ("full", 5)])
 def test_passes_of_the_steady_recipe(part, num_steps):
     """Counted in flow.rollout, for every step that can be drawn."""
-    skipped, last = prfl.steps_of(part, num_steps)
+    skipped, last = prfl.steps_of_part(part, num_steps)
     calls = []
     dit = lambda x, t, context: calls.append(t) or x
     for step in range(skipped + 1, last + 1):
