@@ -1,10 +1,11 @@
-"""`python -m study.reproduce rivals`: why not reinforcement learning? PRFL beside DiffusionNFT and Flow-GRPO.
+"""`python -m study.reproduce rivals`: PRFL beside other ways to learn from the same latent reward.
 
-All of them have the same reward model, which judges latents, the same prompts and the same curated clips, and
-an SFT update in each iteration where their row says so. PRFL gets the reward's gradient; the rivals get its
-value. What counts is the qualified rate at equal CPU seconds of training: an iteration of a rival takes
-longer, because its videos are sampled to the end. The reward models' own training and the validations are not
-counted.
+DiffusionNFT and Flow-GRPO are reinforcement learning: they get the reward's value. LeapAlign and Direct-Align
+get its gradient, as PRFL does, but judge finished videos (study/why.py). All have the same reward model, the
+same prompts and the same curated clips. All but DiffusionNFT, which is better without, make an SFT update in
+each iteration. What counts is the qualified rate at equal CPU seconds of training: an iteration of a rival
+takes longer, because its videos are sampled to the end. The reward models' own training and the validations
+are not counted.
 
 A finished run is kept in results/rivals_runs.json, as those of study/endurance.py are in their file. The runs
 by which the rivals' settings were chosen are in results/rivals_trials.json.
@@ -30,6 +31,7 @@ class Rival(NamedTuple):
     flags: tuple
     length: int
     every: int
+    script: tuple = ("train_align.py",)
     recipe: str = "rival"
 
     def name(self, seed):
@@ -40,13 +42,19 @@ class Rival(NamedTuple):
         return "--mismatched", 0.25
 
 
-# A rival's settings are the best that were tried on seed 0. The lengths give all about the CPU seconds of
-# PRFL's 480 iterations.
+# The settings of NFT and GRPO are the best that were tried on seed 0; those of LeapAlign and Direct-Align are
+# PRFL's, untuned. The lengths give all about the CPU seconds of PRFL's 480 iterations.
+STEADY = ("--rollout_passes", 4, "--reward_loss", "logsigmoid", "--learning_rate", 2e-4, "--lr_scheduler",
+          "linear")
+NFT = ("--method", "nft", "--no-sft_updates", "--learning_rate", 3e-4)
 FULL = (Rival(PRFL, ("--method", "prfl"), 480, 40),
-          Rival("DiffusionNFT", ("--method", "nft", "--no-sft_updates", "--learning_rate", 3e-4), 160, 20),
-          Rival("Flow-GRPO", ("--method", "grpo", "--inner_updates", 1, "--learning_rate", 3e-4,
-                              "--reward_weight", 5.0), 240, 30),
-          Rival("SFT", ("--method", "sft", "--learning_rate", 3e-4), 1440, 120))
+        Rival("DiffusionNFT", NFT, 160, 20),
+        Rival("DiffusionNFT, falling rate", (*NFT, "--lr_scheduler", "linear"), 160, 20),
+        Rival("Flow-GRPO", ("--method", "grpo", "--inner_updates", 1, "--learning_rate", 3e-4,
+                            "--reward_weight", 5.0), 240, 30),
+        Rival("LeapAlign", ("--variant", "leaps", *STEADY), 300, 30, ("-m", "study.why")),
+        Rival("Direct-Align", ("--variant", "direct_align", *STEADY), 400, 40, ("-m", "study.why")),
+        Rival("SFT", ("--method", "sft", "--learning_rate", 3e-4), 1440, 120))
 
 
 # ---- one run
@@ -62,7 +70,7 @@ def part_of_rival(work, seed, rival):
     reward = ()
     if rival.row != "SFT":
         reward = "--reward", reward_folder(work, seed, rival.reward_flags()) / "reward"
-    return (work.folder / f"seed-{seed}" / f"rivals-{words}", "transformer/config.json", "train_align.py",
+    return (work.folder / f"seed-{seed}" / f"rivals-{words}", "transformer/config.json", *rival.script,
             *rival.flags, "--seed", seed, "--curated_dir", work.folder / f"seed-{seed}" / "curated", *reward,
             "--max_train_steps", rival.length, "--validation_steps", rival.every, "--num_validation",
             VALIDATED)
@@ -71,8 +79,8 @@ def part_of_rival(work, seed, rival):
 def passes(flags, N=16):
     """Passes of a batch through the generator, or through PAVRM, in a mean iteration -> (forward, backward).
 
-    flags: of train_align.py. N: Euler steps of a rollout. Until a group parts, GRPO makes one rollout for the
-    whole group.
+    flags: of train_align.py or study.why. N: Euler steps of a rollout. Until a group parts, GRPO makes one
+    rollout for the whole group.
     """
     given = lambda name, default: flags[flags.index(name) + 1] if name in flags else default
     method, k, group = flags[1], given("--inner_updates", 4), given("--group_size", 8)
@@ -82,6 +90,12 @@ def passes(flags, N=16):
     at_most = given("--rollout_passes", 4 if method == "prfl" else 10)
     stride = math.ceil(N / at_most) if at_most else 1
     rollout = lambda steps: math.ceil(steps / stride)
+    if method == "direct_align":                                # a step with gradients, and PAVRM
+        return sft + rollout(N) + 2, sft + 2
+    if method == "leaps":                                       # two leaps with gradients, and PAVRM
+        made = [rollout(first) + rollout(second - first) + rollout(N - second)
+                for second in range(N) for first in range(second)]
+        return sft + float(np.mean(made)) + 3, sft + 3
     if method == "prfl":                                        # a step with gradients, and PAVRM
         return sft + float(np.mean([rollout(step - 1) for step in range(1, N + 1)])) + 2, sft + 2
     if method == "nft":                                         # velocities of the old policy and of the new

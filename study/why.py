@@ -18,6 +18,13 @@ words        leaves each word of a prompt out with probability strength and shuf
 moments      has one AdamW for the SFT updates and another for the reward updates: what does sharing cost?
 none         is train_align.py --method prfl, number for number, so that only the variant differs
 
+Two more are other methods' updates, brought into the latent space (study/rivals.py compares them):
+leaps        LeapAlign (arXiv 2604.15311): of a sampled trajectory two states are drawn, and the generator
+             leaps with gradients from the first to the second, and from there to the video, which the reward
+             judges
+direct_align Direct-Align (of SRPO, arXiv 2509.06942): a sampled video gets noise that is kept; a step with
+             gradients starts there, and the video that the reward judges is recovered by this noise
+
 --rewarded_step per_video draws a step for each video of a batch, instead of one for the whole batch.
 
 It runs on the embedded world, in one process. Each iteration makes an SFT update and a reward update with
@@ -50,7 +57,9 @@ from world import clips
 BASE = SHIPPED["t2v"]
 # where --strength is not given
 STRENGTH = {"noise": 0.2, "ema": 0.98, "pull": 1.0, "ceiling": 2.0, "words": 0.15}
-VARIANTS = ("none", "noise", "exact_last", "no_rollout", "ema", "pull", "ceiling", "words", "moments")
+VARIANTS = ("none", "noise", "exact_last", "no_rollout", "ema", "pull", "ceiling", "words", "moments",
+            "leaps", "direct_align")
+DISCOUNT = 0.3                                                  # of the gradient between the two leaps
 
 
 @dataclass
@@ -142,6 +151,48 @@ def start_state(config, policy, x_T, context, first, curated, eps):
     return x
 
 
+def leaps_loss(config, policy, pavrm, x_T, context, first, second):
+    """LeapAlign's update: -> (loss, reward [b], detached). first, second: the steps, 0 <= first < second < N,
+    after which the trajectory has the states from which the two leaps start.
+
+    Each leap ends, in value, at the state that the trajectory really has there; only its gradient is the
+    leap's. The gradient that reaches the first leap through the second one's input is multiplied by DISCOUNT.
+    A video counts more the closer its leaps come to its trajectory. The abstract leaves open both the factor
+    and these weights: softmax(-d / mean d) of the squared distances d at the end.
+    """
+    N, times = config.num_inference_steps, flow.schedule(config.num_inference_steps, device=x_T.device)
+    t_k, t_j, zero = (t.expand(len(x_T)) for t in (times[first], times[second], times[N]))
+    states, x, start = [], x_T, 0
+    for stop in (first, second, N):
+        x = flow.rollout(policy, x, context, N, start=start, stop=stop, passes=config.rollout_passes)
+        states.append(x)
+        start = stop
+    x_k, x_j, x_0 = states
+    moved = flow.euler_step(x_k, policy(x_k, t_k, context), t_k, t_j)               # the first leap
+    change = moved - moved.detach()                             # 0, with the leap's gradient
+    v = policy(x_j + DISCOUNT * change, t_j, context)
+    leapt = flow.predict_x0(x_j + change, v, t_j)                                   # the second leap
+    r = pavrm(x_0 + leapt - leapt.detach(), zero, context)
+    distance = (leapt.detach() - x_0).square().flatten(1).mean(1)                           # [b]
+    weight = len(x_T) * (-distance / distance.mean().clamp(min=1e-8)).softmax(0)    # a last step is exact
+    return (weight * prfl.REWARD_LOSSES[config.reward_loss](r)).mean(), r.detach()
+
+
+def direct_align_loss(config, policy, pavrm, x_T, context, step, eps):
+    """Direct-Align's update: -> (loss, reward [b], detached). SRPO's relative rewards, for prompts with and
+    without words of praise, are left out, because the embedded world has no such words. step, from 1 to N:
+    the one with gradients. eps, as large as x_T: the noise that is kept.
+    """
+    times = flow.schedule(config.num_inference_steps, device=x_T.device)
+    x_0 = flow.rollout(policy, x_T, context, config.num_inference_steps, passes=config.rollout_passes)
+    t, s = (times[i].expand(len(x_T)) for i in (step - 1, step))
+    x_t = flow.add_noise(x_0, eps, t)
+    x_s = flow.euler_step(x_t, policy(x_t, t, context), t, s)
+    recovered = (x_s - times[step] * eps) / (1 - times[step])   # from Eq. 1; s is below 1
+    r = pavrm(recovered, torch.zeros_like(s), context)
+    return prfl.REWARD_LOSSES[config.reward_loss](r).mean(), r.detach()
+
+
 def reward_update_loss(config, policy, base, pavrm, x_T, context, step, curated, eps):
     """prfl.reward_update_loss with the variant in it: -> (loss, reward [b], detached). base: the generator as
     it was."""
@@ -164,6 +215,9 @@ def main(config):
                   f"with --variant {config.variant}")
     if config.variant == "moments" and config.resume_from_checkpoint:
         raise InputError("--resume: a checkpoint keeps one AdamW, so --variant moments starts anew each time")
+    if config.variant in ("leaps", "direct_align") and config.rewarded_step == "per_video":
+        raise InputError(f"--variant {config.variant} has one step for the whole batch: leave out "
+                         "--rewarded_step per_video")
     config.strength = STRENGTH.get(config.variant) if config.strength is None else config.strength
     if config.variant in ("noise", "pull", "ema", "words") and not (
             0 < config.strength < (1 if config.variant in ("ema", "words") else math.inf)):
@@ -218,8 +272,15 @@ def main(config):
             step = draw_steps(config.seed, iteration, N, B)
         else:
             step = torch.tensor([prfl.draw_step(config.seed, iteration, N)]).expand(B)
-        loss, reward = reward_update_loss(config, policy, base, pavrm, draw("x_T", iteration), context, step,
-                                          x0, draw("why noise", iteration))
+        x_T, eps = draw("x_T", iteration), draw("why noise", iteration)
+        if config.variant == "leaps":
+            drawn = torch.randperm(N, generator=common.random_generator(config.seed, "leaps", iteration))
+            first, second = sorted(drawn[:2].tolist())
+            loss, reward = leaps_loss(config, policy, pavrm, x_T, context, first, second)
+        elif config.variant == "direct_align":
+            loss, reward = direct_align_loss(config, policy, pavrm, x_T, context, int(step[0]), eps)
+        else:
+            loss, reward = reward_update_loss(config, policy, base, pavrm, x_T, context, step, x0, eps)
         return loss, {"reward": reward.mean().item(), "rewarded_step": step.float().mean().item()}
 
     def update(name, loss_fn, iteration):

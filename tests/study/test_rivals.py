@@ -23,6 +23,8 @@ def test_the_commands_of_runs(tmp_path):
         f"--max_train_steps 480 --validation_steps 40 --num_validation 256")
     assert "--method nft" in of["DiffusionNFT"] and "--method grpo" in of["Flow-GRPO"]
     assert "--reward" not in of["SFT"].split()
+    assert "-m study.why --variant leaps" in of["LeapAlign"]
+    assert "config.json -m study.why --variant direct_align --rollout_passes 4" in of["Direct-Align"]
     quick = rivals.rivals_of(work_in(tmp_path, "quick"))
     assert [rival.length for rival in quick] == [rival.length // 2 for rival in rivals.FULL]
     for prfl in (quick[0], rivals.FULL[0]):                     # looked at after a quarter of its run
@@ -44,6 +46,10 @@ def test_passes_by_hand():
     assert rivals.passes(("--method", "sft")) == (1, 1)
     # N = 4, every step: 0, 1, 2 or 3 before the one with gradients, then PAVRM; an SFT update beside
     assert rivals.passes(("--method", "prfl", "--rollout_passes", 0), N=4) == (1 + 1.5 + 2, 3)
+    # to all four steps, then the step with gradients and PAVRM
+    assert rivals.passes(("--variant", "direct_align", "--rollout_passes", 2), N=4) == (1 + 2 + 2, 3)
+    # leaps from 0 and 1, of 2 steps: three short rollouts of 0, 1 and 1 passes
+    assert rivals.passes(("--variant", "leaps", "--rollout_passes", 4), N=2) == (1 + 2 + 3, 4)
     flags = ("--method", "nft", "--inner_updates", 3, "--no-sft_updates")
     assert rivals.passes(flags, N=4) == (4 + 1 + 6, 3) and rivals.passes(flags, N=16) == (8 + 1 + 6, 3)
     # 2 stochastic steps of N = 3: 0 or 1 before them for each of two groups of 2 in a batch, 1 or 0 after
@@ -81,7 +87,7 @@ def test_what_was_tried_by_hand():
 def test_what_is_kept_makes_the_table(tmp_path, monkeypatch):
     """Two seeds of three, and a method whose second seed is missing."""
     work = work_in(tmp_path)
-    prfl, nft, grpo, _ = rivals.rivals_of(work)
+    prfl, nft, _, grpo, *_ = rivals.rivals_of(work)
     kept = {}
     for seed in (0, 1):
         kept[prfl.name(seed)] = run_of([0.3, 0.9, 0.95, 0.95, 0.96], [0.0, 50, 100, 150, 200], 480,
@@ -103,4 +109,4 @@ def test_what_is_kept_makes_the_table(tmp_path, monkeypatch):
     assert at["seeds"] == pytest.approx([0.96 - 0.5])           # it ended earlier: its last validation
     assert claims["Flow-GRPO at its best validation above the base"]["difference"] == pytest.approx(0.25)
     assert f"| DiffusionNFT | 2 | {nft_passes} | 110 | 160 | never | never | 0.750 | 0.700 | 210 |" in text
-    assert "5 of 12 runs are made." in text
+    assert "5 of 21 runs are made." in text

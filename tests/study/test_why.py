@@ -227,3 +227,74 @@ def test_steps_per_video_depend_on_seed_and_iteration_only():
     first = drawn(0, 5)
     torch.manual_seed(4)
     assert drawn(0, 5) == first and drawn(1, 5) != first and drawn(0, 6) != first
+
+
+class Scaled(torch.nn.Module):
+    """The velocity theta x, or theta where x does not matter."""
+
+    def __init__(self, theta=0.5, of_x=True):
+        super().__init__()
+        self.theta, self.of_x = torch.nn.Parameter(torch.tensor(theta)), of_x
+
+    def forward(self, x, t, context):
+        return self.theta * (x if self.of_x else torch.ones_like(x))
+
+
+def judged(x, t, context):
+    """A reward that sums x; it has to be a finished video."""
+    assert not t.any()
+    return x.flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("first, second", [(0, 1), (0, 3), (1, 2), (2, 3)])
+def test_two_leaps_by_hand(first, second):
+    """The reward is that of the video at the end of the trajectory. The gradient: change = d x_j / d theta,
+    and the discounted one through the second leap's input."""
+    config = why.Config("leaps", num_inference_steps=4)
+    policy, x_T, context = Scaled(), torch.randn(1, 2, 1, 2, 2), torch.zeros(1, 3, 8)
+    states = [x_T]
+    for _ in range(4):
+        states.append(states[-1] * (1 - 0.25 * 0.5))
+    loss, r = why.leaps_loss(config, policy, judged, x_T, context, first, second)
+    torch.testing.assert_close(r, states[4].flatten(1).sum(1))
+    loss.backward()
+    t_k, t_j, x_k, x_j = 1 - first / 4, 1 - second / 4, states[first].sum(), states[second].sum()
+    change = -(t_k - t_j) * x_k
+    wanted = change - t_j * (x_j + 0.5 * why.DISCOUNT * change)
+    torch.testing.assert_close(policy.theta.grad, -wanted)                          # the loss is -r
+
+
+def test_leaps_that_miss_their_trajectory_count_less():
+    """A constant velocity leaps right; one that depends on x does not, and more so where x is large."""
+    config, context = why.Config("leaps", num_inference_steps=4), torch.zeros(2, 3, 8)
+    x_T = torch.stack([torch.full((2, 1, 2, 2), 0.1), torch.full((2, 1, 2, 2), 1.0)])
+    loss, r = why.leaps_loss(config, Scaled(), judged, x_T, context, 0, 2)
+    share = ((-loss - r[1]) / (r[0] - r[1])).item()                     # of the first video in the loss
+    assert 0.5 < share < 1
+    loss, r = why.leaps_loss(config, Scaled(of_x=False), judged, x_T, context, 0, 2)
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("step", [1, 3, 4])
+def test_direct_align_recovers_the_video(step):
+    """By the right velocity of its noised sample exactly; the gradient of a velocity theta is (t - s) / (1 -
+    s), by hand."""
+    config, context = why.Config("direct_align", num_inference_steps=4), torch.zeros(1, 3, 8)
+    x_T, eps = torch.randn(1, 2, 1, 2, 2), torch.randn(1, 2, 1, 2, 2)
+    x_0 = x_T - 0.5                                             # after a rollout with the velocity 1/2
+    policy = Scaled(of_x=False)
+    loss, r = why.direct_align_loss(config, policy, judged, x_T, context, step, eps)
+    loss.backward()
+    t, s = 1 - (step - 1) / 4, 1 - step / 4
+    missed = (t - s) / (1 - s) * (eps - x_0 - 0.5)              # of the velocity times its coefficient
+    torch.testing.assert_close(r, (x_0 + missed).flatten(1).sum(1))
+    torch.testing.assert_close(policy.theta.grad, torch.tensor((t - s) / (1 - s) * x_T.numel()))
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("variant", ["leaps", "direct_align"])
+def test_other_methods_updates_train(folder, cpu, variant):
+    assert not same(run(why, folder, variant, "--variant", variant, "--rollout_passes", "4"),
+                    load_file(why.BASE / "transformer" / WEIGHTS))
+    with pytest.raises(common.InputError, match="one step for the whole batch"):
+        why.main(why.Config(variant, rewarded_step="per_video"))
