@@ -443,6 +443,15 @@ WAN_KEYS = ("model_type", "dim", "ffn_dim", "freq_dim", "in_dim", "out_dim", "nu
             "text_len")
 
 
+def require_numbers(config):
+    """Raises InputError if something that counts, in our config of a transformer, is no positive whole
+    number. Not everything is used where the model is made: text_len is first compared with a context."""
+    for name in (*WAN_KEYS[1:], "text_dim", "image_dim"):
+        value = config.get(name)
+        if value is not None and (type(value) is not int or value < 1):
+            raise InputError(f"{name} is {value!r}; it must be a positive whole number")
+
+
 def from_wan_config(theirs, path):
     """A config.json in Wan's words, ours or official; the official one leaves image_dim to the weights."""
     if not (theirs.get("qk_norm", True) and theirs.get("cross_attn_norm", True)) \
@@ -514,6 +523,7 @@ def read_transformer(path, task=None):
             config, rename, ignored = from_diffusers_config(theirs), diffusers_name, ("norm_added_q",)
         else:
             config, rename, ignored = from_wan_config(theirs, path), str, ()
+        require_numbers(config)
         require_known_channels(config)
         missing = [key for key in WAN_KEYS if key not in config]
         if missing:

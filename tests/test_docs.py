@@ -549,18 +549,22 @@ def claims():
 
     found, aligned = load("search_mismatched"), "PRFL, steady, 480 iterations"
     rows, differ = found["rows"], {claim["claim"]: claim for claim in found["claims"]}
-    best = lambda row, n: with_interval(rows[f"{row}, best of {n} in a chain"])
-    gain = differ[f"{aligned}, best of 8 in a chain above {aligned}, one sample"]
-    assert gain["verdict"] == "holds"
+    chain = lambda row, n: with_interval(rows[f"{row}, best of {n} in a chain"])
+    resampled = lambda row, n: with_interval(rows[f"{row}, best of {n} resampled"])
+    lifts = differ[f"{aligned}, best of 2 resampled above {aligned}, one sample"]
+    better = differ["base, best of 4 resampled above base, best of 8 in a chain"]
+    assert lifts["verdict"] == better["verdict"] == "holds"
     said["## Best of n by rewards that read their prompt"] = [
-        f"base from {number(rows['base, one sample']['mean'])} to {best('base', 8)}, best of 16 in a chain "
-        f"to {best('base', 16)}",
-        f"has {with_interval(rows[f'{aligned}, one sample'])} alone, {best(aligned, 4)} with best of 4 in a "
-        f"chain and {best(aligned, 8)} with best of 8",
-        f"lifts it by {with_interval(gain, sign='+', key='difference')}: holds",
-        f"lifts the base to {with_interval(rows['base, best of 4 resampled'])} with 4 candidates and to "
-        f"{with_interval(rows['base, best of 8 resampled'])} with 8. With 4 it is above the chain by "
-        f"{gap(differ, 'base, best of 4 resampled above base, best of 4 in a chain')}: holds"]
+        f"lifts the untrained base from {number(rows['base, one sample']['mean'])} to {resampled('base', 2)} "
+        f"with 2 candidates",
+        f"to {resampled('base', 4)} with 4", f"to {resampled('base', 8)} with 8",
+        f"best of 8 in a chain reaches {chain('base', 8)}", f"best of 16 in a chain {chain('base', 16)}",
+        f"4 candidates that are resampled are above 8 in a chain by "
+        f"{with_interval(better, sign='+', key='difference')}: holds",
+        f"has {with_interval(rows[f'{aligned}, one sample'])} alone, {resampled(aligned, 2)} with 2 "
+        f"candidates that are resampled",
+        f"{chain(aligned, 4)} with best of 4 in a chain and {chain(aligned, 8)} with best of 8",
+        f"lifts it by {with_interval(lifts, sign='+', key='difference')}: holds"]
 
     judge = load("annotator")
     said["## The annotator"] = [

@@ -324,6 +324,16 @@ def test_a_config_that_lacks_what_all_have(tmp_path, key):
         train_reward.resolve(train_reward.Config(model=str(tmp_path)))
 
 
+@pytest.mark.parametrize("value", [[8], "8", 8.0, True, 0, {}])
+@pytest.mark.parametrize("key", [*WAN_KEYS[1:], "text_dim", "image_dim"])
+def test_a_config_that_counts_with_something_else(tmp_path, key, value):
+    config = read_config(SHIPPED["t2v"] / "transformer")
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer/config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(InputError, match=f"config.json: {key} is "):
+        train_reward.resolve(train_reward.Config(model=str(tmp_path)))
+
+
 def test_the_vae_of_another_family(tmp_path):
     """Before its weights are looked at."""
     for more in ({"z_dim": 48}, {"scale_factor_spatial": 16}, {"scale_factor_temporal": 8},
