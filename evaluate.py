@@ -4,7 +4,7 @@ intervals.
     python evaluate.py checkpoints runs/sft runs/prfl --output_dir results/mine
     python evaluate.py base=checkpoints prfl=runs/prfl --num_videos 512
     python evaluate.py --task i2v base=checkpoints/i2v prfl=runs/prfl_i2v
-    python evaluate.py checkpoints --best_of 8          the best of 8 candidates by the reward (search.py)
+    python evaluate.py checkpoints --best_of 4          the best of 4 candidates by the reward (search.py)
     python evaluate.py checkpoints --split reworded     sentences in wordings that no training saw
 
     python evaluate.py --model Wan2.1 --prompts test.txt base=Wan2.1 prfl=runs/prfl \\

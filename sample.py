@@ -3,7 +3,7 @@
     python sample.py --prompt "a red circle moving to the right"
     python sample.py --prompt "a blue square moves up" --transformer runs/align/transformer --num_videos 4 \\
         --contact_sheet sheet.png
-    python sample.py --prompt "a blue square moves up" --best_of 8      the best of 8, see search.py
+    python sample.py --prompt "a blue square moves up" --best_of 4      the best of 4, see search.py
     python sample.py --task i2v --prompt "a red circle moving to the right" --image first.png
     python sample.py --model Wan2.1 --lora pytorch_lora_weights.safetensors --prompt "a cat lands on its feet"
     torchrun --nproc_per_node=8 sample.py --model Wan2.1 --prompts prompts.txt --output_dir clips
