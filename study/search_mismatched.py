@@ -23,6 +23,7 @@ CASES = {BASE: Case("steady", "linear", rate=2e-4, length=480),       # only its
 COUNTS = (4, 8, 16)
 PLANS = {ONE: parse_drops(1)} | {label(n, how): parse_drops(n, text) for n in COUNTS
                                  for how, text in HOW.items() if how != "once, at t = .38"}
+OF_TABLE_1 = {"physical": "physical_qualified", "deformity": "deformity_qualified"}
 RESAMPLED = {label(n, "resampled"): n for n in (2, 3, 4, 8)}    # by study/resampling.py
 
 
@@ -99,15 +100,19 @@ def report(work, found):
             panel = {what: np.array([[float(bit) for bit in found[seed, row][plan][what]] for seed in seeds])
                      for what in PANEL[:4]}
             qualified[f"{row}, {plan}"] = panel["qualified"]
-            rows[f"{row}, {plan}"] = summary(panel["qualified"])
-            watched = [np.mean([found[seed, row][plan][what] for seed in seeds]) for what in PANEL[4:]]
-            cells.append([row, plan, f"{cost:g}", len(seeds), show(**rows[f"{row}, {plan}"]),
-                          *(f"{panel[what].mean():.3f}" for what in PANEL[1:4]),
-                          *(f"{value:.3f}" for value in watched)])
-            for how, (costs, means) in curves.items():
+            means = {what: float(panel[what].mean()) for what in PANEL[1:4]}
+            means |= {what: float(np.mean([found[seed, row][plan][what] for seed in seeds]))
+                      for what in PANEL[4:]}
+            test = summary(panel["qualified"])
+            # the names of results/table1.json
+            rows[f"{row}, {plan}"] = test | {"qualified": test, "passes": cost} | {
+                OF_TABLE_1.get(what, what): {"mean": mean} for what, mean in means.items()}
+            cells.append([row, plan, f"{cost:g}", len(seeds), show(**test),
+                          *(f"{mean:.3f}" for mean in means.values())])
+            for how, (costs, rates) in curves.items():
                 if how in plan or plan == ONE:
                     costs.append(cost)
-                    means.append(rows[f"{row}, {plan}"]["mean"])
+                    rates.append(test["mean"])
     pairs = [(f"{row}, {label(n, how)}", f"{row}, {ONE}") for row in drawn for n in COUNTS
              for how in ("in a chain", "at the end")]
     cheaper_chain = {2: 4, 3: 8, 4: 8, 8: 16}                   # about as many passes, with others dropped

@@ -52,8 +52,13 @@ def alignment_row(title, row):
 
 def test_the_readmes_table_of_results():
     rows, text = load("table1")["rows"] | load("steady")["rows"], (ROOT / "README.md").read_text()
-    rows |= load("endurance")["rows"]
-    table = {"base": "base", "RWR": "RWR", "SFT": "SFT",
+    searched = load("search_mismatched")["rows"]
+    aligned = "PRFL, steady, 480 iterations"
+    rows |= load("endurance")["rows"] | {
+        f"{row}, best of {n}": searched[f"{row}, best of {n} resampled"]
+        for row, n in (("base", 2), ("base", 4), (aligned, 2))}
+    table = {"base": "base", "base, best of 2 by a reward model (mismatched)": "base, best of 2",
+             "base, best of 4 by a reward model (mismatched)": "base, best of 4", "RWR": "RWR", "SFT": "SFT",
              "SFT, for PRFL's wall time (595 updates)": "SFT, equal time",
              "RGB ReFL, first frame": "RGB ReFL, first frame", "RGB ReFL, all frames": "RGB ReFL, all frames",
              "PRFL, the paper's recipe": "PRFL",
@@ -66,6 +71,7 @@ def test_the_readmes_table_of_results():
                  "steady, linear 0.0002, mismatched 0.25, 480",
              "PRFL, the steady recipe, 960 iterations, mismatched":
                  "steady, linear 0.0002, mismatched 0.25, 960",
+             "PRFL, the steady recipe, 480 iterations, best of 2, mismatched": f"{aligned}, best of 2",
              "clean renders": "clean renders"}
     expected = [alignment_row(title, rows[name]) for title, name in table.items()]
     text = text.split("\n## Results\n")[1].split("Each comparison")[0]
