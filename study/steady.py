@@ -386,11 +386,12 @@ def speed(work):
     plot(work.results / "speed.png",
          {"qualified of the validation videos": ("CPU seconds of alignment", curves)})
     work.write("speed", "Quality over CPU seconds of alignment", [
-        "The columns 0.80 to 0.95: CPU seconds of all updates, on one thread, until a validation first reached "
-        f"this rate of qualified videos, as a mean over the seeds that reached it ({work.said_seeds()}; RGB "
-        f"ReFL: one). A validation has {work.preset['videos'] // 2} videos and is made every 10 iterations, "
-        "or every 20 updates of SFT. The CPU seconds of validations and of training the reward models are "
-        "not counted. Highest and last: a run's highest and last validation, as a mean over the seeds.", "",
+        "The columns 0.80 to 0.95: CPU seconds of all updates, on one thread, until a validation first "
+        "reached this rate of qualified videos, as a mean over the seeds that reached it "
+        f"({work.said_seeds()}; RGB ReFL: one). A validation has {work.preset['videos'] // 2} videos and is "
+        "made every 10 iterations, or every 20 updates of SFT. The CPU seconds of validations and of "
+        "training the reward models are not counted. Highest and last: a run's highest and last validation, "
+        "as a mean over the seeds.", "",
         *table(["", *(f"{level:.2f}" for level in LEVELS), "highest", "last", "CPU seconds in all",
                 "iterations"], rows),
         f"To reach .90 the steady recipe takes {share} (asked for beforehand: at most a third).", "",
