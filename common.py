@@ -1,4 +1,4 @@
-"""The plumbing that every script shares, as plain functions. This file imports none of ours.
+"""The plumbing that every script shares, as plain functions. This file imports no other file of ours.
 
 Every random number for example i of step k comes from random_generator(seed, purpose, k, i). So a resumed
 run, and a run on another number of ranks, draw the same numbers, and no generator state is ever stored."""
@@ -33,7 +33,7 @@ def arg(default, help, *, choices=None, above=None, at_least=None, at_most=None,
     ...] of these.
 
     default: ... (Ellipsis) makes the flag required. above, at_least, at_most, below: bounds of every value.
-    only: where the flag has an effect; elsewhere it is refused. It is a list of conditions, joined by ", "
+    only: when the flag has an effect; otherwise it is refused. It is a list of conditions, joined by ", "
     (and) or " or ":
         "method prfl refl"      --method is one of the two
         "!method sft"           --method is not sft
@@ -51,7 +51,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(Config, doc, argv=None, prog=None):
-    """-> Config from the command line. Raises InputError naming the flag; --help prints doc and flags."""
+    """-> Config from the command line. Raises InputError, which names the flag; --help prints doc and flags.
+    """
     parser = _Parser(prog, description=doc, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     hints, fields = typing.get_type_hints(Config), dataclasses.fields(Config)
@@ -78,7 +79,7 @@ def _add_flag(parser, field, hint, positionals):
     """Gives argparse one field of a Config. A flag that is not given is left out of the result, so that
     Config's default holds. positionals: names of the Config's fields that have no dashes."""
     rule, required = field.metadata, field.default is dataclasses.MISSING
-    inner = typing.get_args(hint)                               # of X | None and tuple[X, ...]: X comes first
+    inner = typing.get_args(hint)                               # of X | None and tuple[X, ...] X is the first
     kind = inner[0] if inner else hint
     help = rule["help"]
     notes = []
@@ -106,8 +107,8 @@ def _add_flag(parser, field, hint, positionals):
 
 
 def _check_bounds(field, value):
-    """Raises InputError naming the flag if a value is out of its bounds, not finite, or more than torch can
-    count."""
+    """Raises InputError, which names the flag, if a value is out of its bounds, not finite, or too large for
+    torch."""
     rule = field.metadata
     values = value if isinstance(value, tuple) else (value,)
     for v in values:
@@ -130,7 +131,7 @@ def _check_bounds(field, value):
 
 def _conditions(only):
     """"method a b, !data or keep" -> [[("method", ["a", "b"], True), ("data", [], False)], [("keep", [],
-    True)]]: a list of alternatives, each a list of (flag, values, whether it must be so)."""
+    True)]]: a list of alternatives, each a list of (flag, values, whether the flag must have one of them)."""
     alternatives = []
     for alternative in only.split(" or ") if only else ():
         conditions = []
@@ -177,15 +178,15 @@ def _unmet(config, only):
 
 
 def refuse(config, names, why):
-    """Raises InputError for a flag of `names` that was given (is not its default) where it would be
-    ignored."""
+    """Raises InputError for a flag of `names` that does not have its default, because it would be ignored.
+    why: the words after "means nothing"."""
     for field in dataclasses.fields(config):
         if field.name in names and getattr(config, field.name) != field.default:
             raise InputError(f"--{field.name} means nothing {why}: leave it out")
 
 
 def divisors(*numbers):
-    """The numbers that divide all of them, in words."""
+    """The numbers that divide all of `numbers`, in words."""
     return ", ".join(str(i) for i in range(1, min(numbers) + 1) if not any(x % i for x in numbers))
 
 
@@ -241,7 +242,7 @@ def cli(main, Config, doc, argv=None, prog=None):
             time.sleep(3)
         raise
     if rank() > 0:
-        # a failure on every rank is printed by rank 0 only: while the others wait, torchrun ends them
+        # if all ranks fail, only rank 0 prints: while the others wait, torchrun ends them
         time.sleep(3)
     shown = ""
     for character in " ".join(message.split()):
@@ -251,8 +252,8 @@ def cli(main, Config, doc, argv=None, prog=None):
 
 
 # ---- processes and random draws
-BUCKET_BYTES = 2 ** 26  # so many bytes of gradients are summed over the ranks at a time
-TIMEOUT = datetime.timedelta(hours=1)   # how long processes wait, for example while one writes 57 GB
+BUCKET_BYTES = 2 ** 26  # how many bytes of gradients are summed over the ranks at a time
+TIMEOUT = datetime.timedelta(hours=1)   # how long processes wait, for example while one of them writes 57 GB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,7 +268,8 @@ class Runtime:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def indices(self, batch_size, micro=0):
-        """Positions in the global batch of this rank's examples. micro: which of the accumulated batches."""
+        """Positions of this rank's examples in the global batch. micro: the number of the accumulated batch.
+        """
         place = (micro * self.world_size + self.rank) // self.sequence_parallel
         return [place * batch_size + j for j in range(batch_size)]
 
@@ -278,7 +280,7 @@ def setup(mixed_precision="no", seed=0, sequence_parallel=1):
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
-    # float32 means float32, also in convolutions: with TF32, cuDNN's default, latents differ from a CPU's
+    # float32 in convolutions too: with TF32, which is cuDNN's default, latents differ from a CPU's
     torch.backends.cudnn.allow_tf32 = False
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
@@ -323,8 +325,8 @@ def uniform(seed, purpose, step, indices):
 
 
 def buckets(tensors, most):
-    """[[tensor, ...], ...]: neighbours of one dtype, together of at most `most` bytes. A larger tensor is
-    alone."""
+    """[[tensor, ...], ...]: lists of neighbours of one dtype, each with at most `most` bytes together. A
+    larger tensor has a list of its own."""
     found, room = [], 0
     for x in tensors:
         if not found or x.nbytes > room or x.dtype != found[-1][0].dtype:
@@ -336,8 +338,8 @@ def buckets(tensors, most):
 
 
 def all_reduce_mean_(tensors):
-    """Mean over ranks, in place, of a list of tensors, e.g. of losses before they are logged. Small ones are
-    copied into a bucket and summed together, because each sum waits for all ranks."""
+    """Averages each tensor of a list over the ranks, in place, for example losses before they are logged.
+    Small tensors are copied into a bucket and summed together, because each sum waits for all ranks."""
     if not tensors or not dist.is_initialized() or dist.get_world_size() == 1:
         return
     for bucket in buckets(tensors, BUCKET_BYTES):
@@ -368,9 +370,9 @@ def equal_turns(turns, count, spare=None):
     """Gives each rank as many turns at a model as the busiest rank has -> [(turn, whether its result
     counts)].
 
-    Under FSDP every call of a model gathers its weights from all ranks, so all must call it equally often, or
-    they hang. turns: this rank's. count: how many the busiest rank has. A rank with fewer turns repeats
-    `spare` (default: its first turn) in place of the missing ones, and drops the results.
+    Under FSDP every call of a model gathers its weights from all ranks, so all ranks must call it equally
+    often, or they hang. turns: this rank's turns. count: how many turns the busiest rank has. A rank with
+    fewer turns repeats `spare` (default: its first turn) in place of the missing ones, and drops the results.
     """
     turns = list(turns)
     if spare is None and turns:
@@ -384,14 +386,14 @@ def groups_of(n, size):
 
 
 def equal_batches(rows, batch_size, max_rows=None):
-    """`rows` rows in batches -> [(slice, whether its result counts)], as many as `max_rows` rows need
-    (equal_turns). max_rows: the most rows that any rank has in this call; default: this rank's."""
+    """Cuts `rows` rows into batches -> [(slice, whether its result counts)], as many as `max_rows` rows need
+    (equal_turns). max_rows: how many rows the rank with the most has; default: this rank's number."""
     slices = [slice(i, i + batch_size) for i in range(0, rows, batch_size)]
     return equal_turns(slices, math.ceil((max_rows or rows) / batch_size))
 
 
 def check_finite(value, name, step):
-    """Raises FloatingPointError naming the step and the value if a scalar tensor is not finite."""
+    """Raises FloatingPointError, which names the step and the value, if a scalar tensor is not finite."""
     if not torch.isfinite(value):
         raise FloatingPointError(f"step {step}: {name} is {value.item()}; lower --learning_rate, or look at "
                                  "the data")
@@ -399,7 +401,7 @@ def check_finite(value, name, step):
 
 def average_and_clip_gradients(params, max_norm, step=None):
     """Averages gradients over ranks and clips them in place -> their norm before clipping, a float. max_norm
-    None: no clipping. Raises FloatingPointError naming the step if the norm is not finite."""
+    None: no clipping. Raises FloatingPointError, which names the step, if the norm is not finite."""
     params = [p for p in params if p.grad is not None]
     # FSDP averages in the backward pass
     all_reduce_mean_([p.grad for p in params if not isinstance(p, DTensor)])

@@ -44,20 +44,20 @@ from formats.weights import SHIPPED, transformer_folder
 from model import is_pinned
 from world.scene import meaning
 
-FEWEST = 5  # frames of a clip to train on: two latent frames
+FEWEST = 5  # the fewest frames of a clip to train on; they make two latent frames
 # Limits on what encode holds in memory: clips decoded ahead, pixels of a batch, bytes of a shard, and bytes
-# of a clip if no flag gives its size and length. 81 frames of 832x480 are 97 MB, as float32 388 MB, and 17 MB
-# in a shard of Wan2.1.
+# of a clip if no flag gives its size and length. A clip of 81 frames of 832x480 has 97 MB as pixels, 388 MB
+# as float32, and 17 MB in a shard of Wan2.1.
 AHEAD, BATCH_PIXELS, SHARD_BYTES, CLIP_BYTES = 2, 2 ** 24, 2 ** 27, 2 ** 27
 
 
 # ---- shards and the model that reads them
 def require_fit(shards, dit, model=None, labelled=False):
-    """Raises InputError, with the remedy, unless a VideoDiT can be trained on the Shards; prints what may
-    surprise.
+    """Raises InputError, with the remedy, unless a VideoDiT can be trained on the Shards. Prints notes about
+    what may surprise.
 
-    Contexts may be shorter than the model's text_len, as it pads them. model: its folder, whose encoders must
-    be those that made the shards. labelled: both labels must occur. """
+    Contexts may be shorter than the generator's text_len, because the generator pads them. model: the folder
+    whose encoders must be those that made the shards. labelled: both labels must occur. """
     folder = shards.folder
     if not len(shards):
         raise InputError(f"{folder}: none of its clips is listed any more: encode again")
@@ -102,16 +102,17 @@ def _permutation(n, seed, epoch):
 
 
 def order(n, seed, step, indices, global_batch):
-    """-> int64 [len(indices)]: which of n examples stand at `indices` of the global batch of step 0, 1, ...
+    """-> int64 [len(indices)]: which of n examples are at the places `indices` of a step's global batch.
 
-    Every epoch is its own permutation. Nothing depends on the number of ranks, and there is no state to save.
+    Every epoch has its own permutation. Nothing depends on the number of ranks, and there is no state to
+    save.
     """
     places = [step * global_batch + int(i) for i in indices]
     return torch.stack([_permutation(n, seed, place // n)[place % n] for place in places])
 
 
 def prompt_groups(prompts):
-    """int64 [n]: equal numbers where two prompts are alike, so that neither is wrong for the other's video.
+    """int64 [n], in which prompts that are alike have equal numbers: each of them fits the others' videos.
 
     Captions of the embedded world are alike if they ask for the same colour, shape and direction. Other
     captions are alike if they have the same words. """
@@ -126,13 +127,14 @@ def other_rows(groups, rows, seed, step, indices):
 
     Row j's draw depends only on (seed, step, indices[j]). Raises InputError if all prompts are alike.
     """
-    by_group = groups.argsort(stable=True)                      # rows of the same group stand together
+    by_group = groups.argsort(stable=True)                      # rows of the same group are neighbours
     first = torch.searchsorted(groups[by_group], groups[rows])
     size = torch.bincount(groups)[groups[rows]]
     others = len(groups) - size                                 # rows of all other groups
     if not others.all():
         raise InputError("all prompts are alike: there is no mismatched prompt to train on or to test with")
-    # Places count the rows outside the own group. Those from `first` on lie behind its `size` rows.
+    # A place counts the rows outside the own group. From place `first` on, the own group's `size` rows come
+    # before the row in by_group.
     place = (common.uniform(seed, "other prompt", step, indices).double() * others).long()
     return by_group[torch.where(place < first, place, place + size)]
 
@@ -146,8 +148,8 @@ def split(n, holdout, seed):
     return shuffled[count:].sort().values, shuffled[:count].sort().values
 
 
-# Prompts are kept on one side of a split if there are at least this many, with at most this many clips of
-# each on average.
+# A split keeps clips of one prompt together if there are at least FEWEST_PROMPTS prompts, with at most
+# MOST_CLIPS clips of each on average.
 FEWEST_PROMPTS, MOST_CLIPS = 10, 16
 
 
@@ -155,9 +157,9 @@ def groups_to_keep(shards):
     """-> [int64 [n], ...]: for each clip the number of its group, which a split should keep together. The
     grouping to try first comes first.
 
-    Copies of a clip always belong together, and so do clips of one prompt where there are enough prompts. A
-    generator's own samples come from no files, and their prompts are drawn again and again: of them, only
-    copies belong together. """
+    Copies of a clip always belong together. Clips of one prompt belong together if there are enough prompts.
+    But a generator's own samples come from no files, and their prompts are drawn again and again, so among
+    them only copies belong together. """
     prompts = prompt_groups([row["prompt"] for row in shards.rows])
     number = len(prompts.unique())
     if any(shards.contents) and number >= FEWEST_PROMPTS and len(prompts) <= MOST_CLIPS * number:
@@ -166,10 +168,10 @@ def groups_to_keep(shards):
 
 
 def take_fold(shards, fold):
-    """The shards, with all clips outside `fold` counted as unlabelled; fold None changes nothing.
+    """-> the shards, in which all clips outside `fold` are now unlabelled; fold None changes nothing.
 
-    "i/n" is the i-th of n random parts. No two parts share a clip or a copy of it or, where there are enough
-    prompts, a prompt. Parts do not depend on labels, so labels that come later move no clip to another part.
+    "i/n" is the i-th of n random parts. No two parts share a clip, or a copy of a clip, or, if there are
+    enough prompts, a prompt. Parts do not depend on labels, so later labels move no clip to another part.
     There is one exception: a part with fewer than two clips of a label gets some from another part. With so
     few labels, train on all parts before you add more labels. Raises InputError. """
     if fold is None:
@@ -181,7 +183,7 @@ def take_fold(shards, fold):
     order = torch.randperm(len(shards.labels), generator=common.random_generator(0, "fold"))
     for groups in groups_to_keep(shards):
         part = deal(groups, order, n)
-        # else a few large groups make lopsided parts
+        # with a few large groups, parts would be too unequal
         if 2 * n * torch.bincount(part, minlength=n).min() >= len(order):
             break
     for label in (0, 1):
@@ -200,8 +202,9 @@ def take_fold(shards, fold):
 
 
 def deal(groups, order, n):
-    """-> int64 [len(groups)]: the part, 0 to n - 1, of each clip. Whole groups are dealt out, in the order of
-    their first clip's place in `order`, each to the part that has the fewest clips."""
+    """-> int64 [len(groups)]: the part, 0 to n - 1, of each clip. Whole groups are dealt out, one after
+    another, each to the part that has the fewest clips. A group's turn comes with the first of its clips in
+    `order`."""
     part, sizes, members = torch.empty_like(groups), [0] * n, collections.defaultdict(list)
     for i in order.argsort().tolist():
         members[groups[i].item()].append(i)                     # a dict keeps the order of its first entries
@@ -215,10 +218,10 @@ def deal(groups, order, n):
 def labelled_split(shards, holdout, seed):
     """Splits the labelled clips -> (train, held-out), sorted int64 indices.
 
-    holdout: how many are held out; None: a fifth, 400 at most. Each label has its share in both parts and
-    occurs at least once. Copies of a clip are never on both sides, nor are prompts where there are enough of
-    them: then fewer clips may be held out than were asked for. Raises InputError, with the remedy, if that
-    cannot be. """
+    holdout: how many clips are held out; None: a fifth, but at most 400. Both sides have a like share of
+    each label, and at least one clip of it. Copies of a clip are on the same side, and so are clips of one
+    prompt if there are enough prompts; because of that, fewer clips than `holdout` may be held out. Raises
+    InputError, with the remedy, if there is no such split. """
     where = [(shards.labels == label).nonzero()[:, 0] for label in (0, 1)]
     counts = [len(part) for part in where]
     for label, count in enumerate(counts):
@@ -252,9 +255,9 @@ def labelled_split(shards, holdout, seed):
 
 
 def hold_out_groups(groups, labels, order, wanted):
-    """-> [clips to hold out]: whole groups, taken in `order` as long as no more than wanted[label] clips of
-    each label are held out; [] if both labels cannot occur on both sides. groups, labels: of each clip;
-    order: of the labelled clips."""
+    """-> [clips to hold out]. Whole groups are taken in `order`, as long as no more than wanted[label] clips
+    of each label are held out; [] if both labels cannot occur on both sides. groups, labels: the group and
+    the label of each clip. order: the labelled clips."""
     members = collections.defaultdict(list)
     for i in order:
         members[groups[i]].append(i)
@@ -272,7 +275,7 @@ def hold_out_groups(groups, labels, order, wanted):
         if all(taken[label] + size[group][label] <= wanted[label] for label in (0, 1)):
             take(group)
     for label in (0, 1):
-        if not taken[label]:  # no group was small enough: the smallest that can be spared
+        if not taken[label]:  # no group was small enough: take the smallest that training can spare
             spare = [group for group in members if group not in held and size[group][label]
                      and all(taken[k] + size[group][k] < total[k] for k in (0, 1))]
             if not spare:
@@ -282,8 +285,8 @@ def hold_out_groups(groups, labels, order, wanted):
 
 
 def without_relatives(shards, train, held):
-    """-> `train` (int64 indices) without copies of the clips in `held`, nor clips that share a prompt with
-    these where there are enough prompts. Raises InputError if nothing is left."""
+    """-> `train` (int64 indices) without copies of the clips in `held` and, if there are enough prompts,
+    without clips that share a prompt with them. Raises InputError if nothing is left."""
     for groups in groups_to_keep(shards):
         left = train[~torch.isin(groups[train], groups[held])]
         if 2 * len(left) >= len(train):
@@ -327,15 +330,15 @@ class Check:
     text_encoder: str | None = arg(None, "folder of a text encoder of the embedded world, or of "
                                    "transformers' UMT5 (with its tokenizer there or in the folder beside "
                                    "it), to use where --model is not given; default: the shipped one")
-    multiple = 16       # of which width and height must be; `resolve_encoders` sets it
+    multiple = 16       # width and height must be multiples of this number; `resolve_encoders` sets it
 
 
 @dataclass
 class Clip:
     """A clip as it is listed, and later as it was read."""
-    name: str                               # of its file; if the row gives no name, the place of the row
+    name: str                               # of the file or, if the row names none, where the row is
     row: dict | None
-    problem: str | None                     # why it cannot be read
+    problem: str | None                     # why the clip cannot be used
     kind: list | None = None                # [W, H, F, fps]
     video: torch.Tensor | None = None       # uint8 [F, H, W, 3]
     facts: Facts | None = None
@@ -343,8 +346,8 @@ class Clip:
 
 
 def parse_size(config, multiple=16):
-    """--size "832*480" or "832x480" -> (832, 480), or None. Checks --frames, too. multiple: of which both
-    sides must be (32 for Wan2.2 TI2V-5B). Raises InputError."""
+    """--size "832*480" or "832x480" -> (832, 480), or None. Checks --frames, too. multiple: the number of
+    which both sides must be multiples (32 for Wan2.2 TI2V-5B). Raises InputError."""
     sides = (config.size or f"{multiple}*{multiple}").replace("x", "*").split("*")
     sides = [int(side) if side.isdecimal() else 0 for side in sides]
     if len(sides) != 2 or not all(side and side % multiple == 0 for side in sides):
@@ -370,8 +373,8 @@ def list_clips(folder):
 
 
 def load_clip(clip, config, contents=None):
-    """A listed Clip -> the same with its video, cut to 4k + 1 frames, or with the problem that the clip has
-    by itself.
+    """A listed Clip -> the same with its video, cut to 4k + 1 frames, or with its problem. Whether it is like
+    the other clips is for `load_clips` to say.
 
     contents: a fingerprint.Contents, or None if the file's content is not wanted.
     """
@@ -423,8 +426,7 @@ def load_clips(clips, config, kind=None, contents=None):
 
 
 class Tally:
-    """Counts what reading did to the frames of usable clips, for users who would rather not train on such
-    clips."""
+    """Counts what reading did to the frames of usable clips. Users may not want to train on changed clips."""
 
     def __init__(self):
         self.found, self.kept = collections.defaultdict(list), []
@@ -439,7 +441,7 @@ class Tally:
                 self.found[name].append(clip.name)
 
     def lines(self, config, prompts):
-        """The sentences to print. prompts: of all usable clips."""
+        """The sentences to print. prompts: those of all usable clips."""
         cut, limit = encoders.count_long_captions(config.text_encoder, prompts)
         said = {"still": "stand still for a quarter of their frames or longer",
                 "converted": "are HDR or of a wide gamut: converted to BT.709, what is brighter than its "
@@ -525,13 +527,13 @@ class Encode(Check):
 
 
 def resolve_encoders(config):
-    """Fills in the folders of the encoders, and of what sizes must be a multiple -> ({role: folder}, whether
-    the shards are to hold a given first frame beside the latents). Raises InputError."""
+    """Fills in the folders of the encoders and config.multiple -> ({role: folder}, whether the shards have to
+    hold a given first frame beside the latents). Raises InputError."""
     image_to_video = getattr(config, "image_encoder", None) is not None
     if config.model:
         common.refuse(config, encoders.ROLES, "with --model, whose own encoders are used")
         dit, found = transformer_folder(config.model)[1], encoders.find_encoders(config.model)
-        image_to_video = dit["model_type"] == "i2v" and not is_pinned(dit)  # else the latents have the frame
+        image_to_video = dit["model_type"] == "i2v" and not is_pinned(dit)  # pinned: it is in the latents
         config.multiple = families.of_config(dit).side
         wanted = [role for role in encoders.ROLES if hasattr(config, role)]
         if not dit["image_dim"] and "image_encoder" in wanted:
@@ -576,7 +578,7 @@ def unchanged(before, clips, folder, contents):
             try:
                 content = contents.content(Path(folder) / clip.name)
             except (OSError, ValueError):
-                continue                            # load_clip will say why
+                continue                            # load_clip will say why it cannot be read
             place = places.get((clip.name, clip.row["prompt"], content))
             if place is not None:
                 found[i] = place
@@ -590,8 +592,8 @@ def encode_command(config):
 
 @torch.inference_mode()
 def encode(config, runtime):
-    """Rank 0 finds out which clips are new, writes the shards and reports; all ranks read and encode
-    clips."""
+    """Encodes a folder of clips. Rank 0 finds out which clips are new, writes the shards and reports; all
+    ranks read and encode clips."""
     parse_size(config)
     out, (folders, image_to_video) = Path(config.out), resolve_encoders(config)
     parse_size(config, config.multiple)
@@ -640,9 +642,9 @@ def encode(config, runtime):
             if not first.problem:
                 kind = first.kind
                 break
-            clips[i] = first                        # is not read again
-        # A clip's last bits depend on its batch: chunks are rows of the list, whatever the ranks and whatever
-        # is done already.
+            clips[i] = first                        # with its problem, so it is not read again
+        # A clip's last bits depend on its batch. So the rows of the list in a chunk depend neither on the
+        # number of ranks nor on what is done already.
         room, chunks = 1, []
         if kind:
             room = max(1, min(config.batch_size, config.clips_per_shard, BATCH_PIXELS // math.prod(kind[:3])))
@@ -678,8 +680,8 @@ def differences(before, now):
 
 
 def encode_chunks(chunks, kind, config, load, image_to_video, contents, runtime):
-    """The ranks take the chunks of clips in turn. Yields for each chunk, in order and on rank 0 only: (its
-    clips, {name in the shards: tensor [b, ...] of those clips that have no problem})."""
+    """Reads and encodes the chunks of clips; the ranks take them in turn. On rank 0 it yields for each chunk,
+    in order: (the clips, {name in the shards: tensor [b, ...] of the clips that have no problem})."""
     # in the last round some ranks have nothing to do
     chunks = chunks + [[]] * (-len(chunks) % runtime.world_size)
     mine = chunks[runtime.rank::runtime.world_size]
@@ -697,7 +699,7 @@ def write_chunks(encoded, config, settings, report, done, total):
     """Writes what `encode_chunks` yields, and reports it -> how many clips could not be encoded."""
     ready, parts, skipped, tally, prompts = [], [], 0, Tally(), []
     bar = common.progress(total, "encode", initial=done)
-    for chunk, tensors in itertools.chain(encoded, [(None, {})]):                   # None: this was the last
+    for chunk, tensors in itertools.chain(encoded, [(None, {})]):           # None: there are no more chunks
         good = [clip for clip in chunk or () if not clip.problem]
         bytes_of_a_clip = sum(4 * x[0].numel() for x in tensors.values())
         enough = min(config.clips_per_shard, SHARD_BYTES // max(1, bytes_of_a_clip))

@@ -1,4 +1,4 @@
-"""Generators side by side on the same prompts and noise: quality, motion, signs of reward hacking, with
+"""Compares generators on the same prompts and noise: quality, motion and signs of reward hacking, with
 intervals.
 
     python evaluate.py checkpoints runs/sft runs/prfl --output_dir results/mine
@@ -35,12 +35,12 @@ The last row is of clean renders: videos of the same prompts, drawn without flaw
 
 --prompts FILE compares any generators on your own prompts, which the annotator cannot grade. The table has
 the share of samples that the reward model calls good, and with --judge the share that the judge calls good
-(both are means over five random t). It also has speed, flow, brightness, saturation and sharpness, as `panel`
-in validation.py explains them, and the dynamic degree, which here is the share of videos whose flow is above
-half of the first generator's median. A second table has, for each of these metrics, the difference from the
-first generator, paired by prompt, with its interval. The videos and metadata.jsonl go to
-<output_dir>/<name>/, ready for `label.py --pairs`; sample.py --prompts makes the videos of such a
-metadata.jsonl again. Flags that are not given have sample.py's defaults.
+(both are means over five random t). It also has speed, flow, brightness, saturation and sharpness, which
+`panel` in validation.py explains. The dynamic degree is here the share of videos whose flow is above half of
+the first generator's median. A second table has, for each of these metrics, the difference from the first
+generator, paired by prompt, with its interval. The videos and metadata.jsonl go to <output_dir>/<name>/,
+ready for `label.py --pairs`; sample.py --prompts makes the videos of such a metadata.jsonl again. Flags that
+are not given have sample.py's defaults.
 
 --clips DIR scores a folder of clips or of shards. scores.jsonl lists the clips, the worst first, each with
 five probabilities of "good", which the reward model gives at one random t in every fifth of (0, 1]. Where
@@ -77,7 +77,7 @@ from report import confidence_interval, plot, show, table
 from scale import parallel
 from world import annotator, scene
 
-# columns of the tables: of the embedded world's videos, and of samples of other prompts
+# {metric: column} of the tables: TABLE for the embedded world's videos, WATCHED for samples of other prompts
 TABLE = {"qualified": "qualified", "physical_qualified": "physical", "deformity_qualified": "not deformed",
          "adherent": "adherent", "smoothness": "motion smoothness", "dynamic": "dynamic degree",
          "consistency": "subject consistency", "i2v_subject": "I2V subject", "pavrm": "PAVRM score",
@@ -85,9 +85,9 @@ TABLE = {"qualified": "qualified", "physical_qualified": "physical", "deformity_
 WATCHED = {"pavrm": "PAVRM score", "judge": "judge", **{name: name for name in validation.PANEL},
            "dynamic": "dynamic degree"}
 CLEAN = "clean renders"                                 # the last row of the embedded world's table
-WORLD_BATCH = 128                                       # its videos that are sampled together
+WORLD_BATCH = 128                                       # the embedded world's videos in a batch
 BATCH_LATENTS = 2 ** 12                                 # latent positions of a batch of other videos
-SEED = 7_000                                            # of the noise and prompts, to which --seed adds
+SEED = 7_000                                            # --seed is added to it, for noise and prompts
 SHOWN, SIDE = 8, 160                                    # prompts in the pictures, longer side of a video
 T_NAMES = [f"({k / 5:.1f}, {(k + 1) / 5:.1f}]" for k in range(validation.T_BINS)]
 
@@ -173,7 +173,7 @@ def measure(videos, prompts, given=None):
         centers = annotator.annotate(given, prompts)["center"][:, :1]
         first = cutouts(given[:, :1], centers, side).flatten(2)
         found["i2v_subject"] = similarity(subjects, first).mean(1)
-    # What `compare` ranks by: two axes from 0 to 2 each, and 2 for a prompt that is shown.
+    # `compare` ranks videos by this grade: two axes from 0 to 2 each, and 2 if the prompt is shown.
     grade = grades["physical"] + grades["deformity"] + 2 * grades["adherent"].long()
     return {name: values.double().numpy() for name, values in found.items()} | {"grade": grade.numpy()}
 
@@ -183,13 +183,13 @@ def similarity(a, b):
 
 
 def summary(values):
-    """values [n] -> {"mean", "interval"}: 95 %, from resampled videos."""
+    """values [n] -> {"mean", "interval"}, the 95 % interval from resampled videos."""
     return {"mean": float(values.mean()), "interval": confidence_interval(values[None])}
 
 
 def compare(a, b):
-    """b against a, video by video: difference in qualified rate with its paired 95 % interval, win / tie /
-    lose."""
+    """Compares b with a, video by video: the difference in the qualified rate with its paired 95 % interval,
+    and the shares of videos that win, tie and lose."""
     difference = summary(b["qualified"] - a["qualified"])
     return {"qualified_difference": difference["mean"], "interval": difference["interval"],
             "win": float((b["grade"] > a["grade"]).mean()), "tie": float((b["grade"] == a["grade"]).mean()),
@@ -250,8 +250,8 @@ def name_of_folder(part):
 
 
 def lock_output_dir(config, runtime):
-    """Rank 0 becomes the one writer of --output_dir, if that is new, empty or an evaluation's -> the lock, to
-    keep. The other ranks wait, so that rank 0 does not find what they write there."""
+    """Rank 0 becomes the only writer of --output_dir, if that is new, empty or an evaluation's -> the lock,
+    to keep. The other ranks wait, so that they write nothing there before rank 0 has looked."""
     folder_lock = None
     if runtime.rank == 0:
         lock.require_ours(config.output_dir, "evaluation", ("per_video.json", "scores.jsonl", "part.json"))
@@ -305,7 +305,7 @@ def open_generator(folder, runtime, task, **rewards):
 
 
 def searched(config, passes):
-    """For the line above a table: how the videos were chosen."""
+    """Words for the line above a table: how the videos were chosen."""
     if config.best_of == 1:
         return ""
     how = {"resample": "resampled", "drop": "the others dropped"}[config.search]
@@ -313,7 +313,7 @@ def searched(config, passes):
 
 
 def write_results(config, line, tables, rows, against, found, digits):
-    """table.md, table.json and per_video.json, with values rounded to `digits` digits in per_video.json."""
+    """Writes table.md, table.json and per_video.json, whose values are rounded to `digits` digits."""
     folder = Path(config.output_dir)
     replace_text(folder / "table.md", f"{line}95 % bootstrap intervals.\n\n" + "\n".join(tables))
     runs.write_json(folder / "table.json", {"config": vars(config), "rows": rows, "against_first": against})
@@ -326,8 +326,8 @@ def write_results(config, line, tables, rows, against, found, digits):
 
 
 def metrics_table(columns, rows):
-    """Means with intervals, {name: {metric: summary}}; columns {metric: title}, of which those that no row
-    has are left out."""
+    """The lines of a table of means with intervals. rows: {name: {metric: summary}}. columns: {metric:
+    title}; a metric that no row has gets no column."""
     metrics = [metric for metric in columns if any(metric in row for row in rows.values())]
     cells = [[name, *(show(**row[metric]) if metric in row else "" for metric in metrics)]
              for name, row in rows.items()]
@@ -336,7 +336,8 @@ def metrics_table(columns, rows):
 
 # ---- the embedded world: held-out prompts, graded by the annotator
 def embedded_world(config, named, runtime):
-    """Held-out prompts of the embedded world, with its annotator's grades; the last row has clean renders."""
+    """Evaluates on held-out prompts of the embedded world, with its annotator's grades. The last row has
+    clean renders."""
     if any(families.of_config(transformer_folder(folder)[1]).world is None for folder in named.values()):
         raise InputError("the embedded world's prompts and annotator mean nothing to Wan's generators: "
                          "give --prompts FILE")
@@ -543,7 +544,7 @@ def existing_clips(config, runtime):
         raise InputError(f"--clips {source}: there is no such folder")
 
     def load_shards():
-        """The clips as shards: encoded first if they are not."""
+        """The clips as Shards; they are encoded first if they are not yet."""
         latents = source
         if not encoded:
             latents = folder / "latents"
@@ -604,9 +605,9 @@ def existing_clips(config, runtime):
 
 
 def calibration(good, labels, bins=10):
-    """{interval of t: [{"predicted", "good", "count"}]} from the probabilities [5, n] given to n clips and
-    their labels [n]. Clips are sorted into ten equal steps of the probability. Each step that is not empty
-    has its mean probability, the share of its clips labelled good, and their number."""
+    """good [5, n]: the probabilities that n clips got. labels [n] -> {interval of t: [{"predicted", "good",
+    "count"}]}. Clips are sorted by their probability into ten equal steps. Each step that is not empty has
+    its mean probability, the share of its clips that are labelled good, and their number."""
     found = {}
     for interval, row in zip(T_NAMES, good):
         step = (row * bins).long().clamp(max=bins - 1)

@@ -16,15 +16,16 @@ from torch import nn
 
 from common import InputError, refuse, uniform
 
-NAMES = ("high", "low")                                         # in the order in which a sample meets them
-CHOICES = ("low", "high", "both")                               # of --expert
-FLAGS = ("expert", "lora_2", "guidance_scale_2")                # that mean nothing to other generators
+NAMES = ("high", "low")                                         # in the order in which a rollout uses them
+CHOICES = ("low", "high", "both")                               # values of --expert
+FLAGS = ("expert", "lora_2", "guidance_scale_2")                # flags that only two experts need
 
 
 class Experts(nn.Module):
-    """Two VideoDiTs of one shape, called like one. folders: {"high", "low": the folders they are from}.
+    """Two VideoDiTs of one shape, called like one VideoDiT. folders: {"high" or "low": the folder that it is
+    from}.
 
-    `resting`: the one that is not called waits in the host's memory, as most GPUs cannot hold both.
+    `resting`: the expert that is not called waits in the host's memory, because most GPUs cannot hold both.
     """
 
     def __init__(self, high, low, boundary, folders=None):
@@ -38,12 +39,12 @@ class Experts(nn.Module):
 
     @property
     def blocks(self):
-        """Those that one forward call runs through."""
+        """The blocks that one forward call runs through."""
         return self.low.blocks
 
     def forward(self, x, t, context, **conditions):
-        """The velocity [b, c, f, h, w], as of a VideoDiT. Times t [b] on both sides of the boundary make two
-        calls; where the experts are sharded, all ranks must make the same ones."""
+        """The velocity [b, c, f, h, w], as from a VideoDiT. If times t [b] lie on both sides of the boundary,
+        both experts are called; if the experts are sharded, all ranks must make the same calls."""
         above = t >= self.boundary                                                              # [b]
         rows = [side.nonzero()[:, 0] for side in (above, ~above)]
         found = [self.wake(name, x.device)(x[j], t[j], context[j], **{key: z[j] for key, z in
@@ -52,28 +53,29 @@ class Experts(nn.Module):
         return torch.cat(found)[torch.cat(rows).argsort()]                      # in the order of the batch
 
     def wake(self, name, device):
-        """-> the expert of this name, on the device where it is called; the other one leaves it, if experts
-        rest."""
+        """-> the expert of this name, on the device where it is called. If experts rest, the other expert
+        leaves this device."""
         expert, other = (self.high, self.low) if name == "high" else (self.low, self.high)
         if self.resting and next(expert.parameters()).device != device:
-            torch.clear_autocast_cache()                        # it has copies of the weights that leave
+            torch.clear_autocast_cache()                        # or copies of the leaving weights would stay
             other.cpu()
             expert.to(device)
         return expert
 
     def to(self, *args, **kwargs):
-        """Moves both to a device; or neither if they rest, because then each one comes when it is called."""
+        """Moves both experts to a device; or neither if they rest, because then each comes when it is called.
+        """
         return self if self.resting else super().to(*args, **kwargs)
 
     def trained(self):
-        """{name: VideoDiT} of those that train."""
+        """{name: VideoDiT} of the experts that train."""
         return {name: getattr(self, name) for name in NAMES
                 if any(p.requires_grad for p in getattr(self, name).parameters())}
 
     def notes(self, name, written):
         """What the config.json of a written expert says beside its shape, so that nobody takes the expert for
-        a whole generator. written: the names of all experts that are written there; any other one stays where
-        it is."""
+        a whole generator. written: the names of all experts that are written. If the other expert is not, the
+        config.json says in which folder it is."""
         found = {"_expert": name, "_boundary_ratio": self.boundary}
         for other in NAMES:
             if other not in written and self.folders:
@@ -82,13 +84,13 @@ class Experts(nn.Module):
 
 
 def parts(model):
-    """The VideoDiTs of a generator: two experts, or itself. A reward model is one part."""
+    """The VideoDiTs of a generator: its two experts, or the generator itself. A reward model is one part."""
     return [model.high, model.low] if isinstance(model, Experts) else [model]
 
 
 def trunk_of(generator):
-    """The VideoDiT whose first blocks are a reward model's trunk. Of two experts it is the low-noise one, as
-    the reward is about videos; the reward model learns all times from it."""
+    """The VideoDiT whose first blocks become a reward model's trunk. Of two experts it is the low-noise one,
+    because the reward is about videos. From this trunk the reward model learns all times."""
     return parts(generator)[-1]
 
 
@@ -109,8 +111,8 @@ def check_flags(config, dit_config):
 
 
 def to_train(generator, config):
-    """Freezes the expert that --expert leaves out -> [(VideoDiT, LoRA file that it starts from or None)] of
-    what trains."""
+    """Freezes the expert that --expert leaves out -> for each VideoDiT that trains (it, the LoRA file that it
+    starts from or None)."""
     if not isinstance(generator, Experts):
         return [(generator, config.lora)]
     pairs = {"high": (generator.high, config.lora), "low": (generator.low, config.lora_2)}
@@ -126,26 +128,26 @@ def with_adapters(generator, config):
 
 
 def guidance(generator, scale, scale_2):
-    """What flow.rollout takes as guidance_scale: a number or, for two experts with two scales, a function of
-    the time. scale_2: the scale of the low-noise expert; None: that of the other one."""
+    """The guidance_scale for flow.rollout: a number or, for two experts with two scales, a function of the
+    time. scale_2: the scale of the low-noise expert; None: the same as the high-noise expert's."""
     if not isinstance(generator, Experts) or scale_2 in (None, scale):
         return scale
     return lambda t: torch.where(t >= generator.boundary, scale, scale_2).view(-1, 1, 1, 1, 1)
 
 
-# ---- the times of what trains
+# ---- the times of the expert that trains
 def steps_of_expert(expert, times, boundary):
-    """The Euler steps of a schedule that this expert makes (or both) -> (skipped, last), for the steps
-    skipped + 1 .. last. times: as from flow.schedule, from 1 to 0."""
-    skipped = int((times[:-1] >= boundary).sum())               # by the time at which a step starts
+    """The Euler steps of a schedule that an expert, or "both", makes -> (skipped, last), for the steps
+    skipped + 1 .. last. times: from flow.schedule, from 1 to 0."""
+    skipped = int((times[:-1] >= boundary).sum())               # the time at which a step starts decides
     last = len(times) - 1
     return {"high": (0, skipped), "low": (skipped, last), "both": (0, last)}[expert]
 
 
 def times_of(expert, u, boundary, seed, iteration, purpose="expert"):
-    """Times for an update at random times, made from u [b], uniform in [0, 1), by moving u to the side of the
-    expert that trains. With "both" each update draws a side, as often as a uniform time would lie on it.
-    purpose: names this draw, so that several updates of an iteration can have sides of their own."""
+    """Random times [b] for an update, on the side of the expert that trains. u [b]: uniform in [0, 1), is
+    scaled to that side. With "both" each update draws a side, with the probability that a uniform time lies
+    on it. purpose: a name for this draw, so that each update of an iteration can draw its own side."""
     if expert == "both":
         expert = "low" if uniform(seed, purpose, iteration, [0]).item() < boundary else "high"
     return boundary * u if expert == "low" else boundary + (1 - boundary) * u

@@ -1,9 +1,9 @@
-"""Families of generators: one table of how each is used and trained unless flags say otherwise, and the
-loaders of their encoders.
+"""Families of generators: one table of how each family is used and trained unless flags say otherwise, and
+the loaders of their encoders.
 
-Nothing else in this repository asks which family a generator is of. `of_config` finds the family from the
+Nothing else in this repository asks of which family a generator is. `of_config` finds the family from the
 generator's config.json, and formats/weights.py refuses folders of families that are not in this table. To add
-one, add a row to FAMILIES.
+a family, add a row to FAMILIES.
 
     embedded world      the small models in checkpoints/, whose VAE and text encoder are in world/
     Wan2.1              text-to-video and image-to-video, whose encoders formats/wan.py reads
@@ -31,34 +31,34 @@ from world.vae import VideoVAE
 class Family:
     """One row. Sizes are (width, height) in pixels."""
     name: str
-    source: str                             # of the values for sampling
+    source: str                             # where the values for sampling come from
     task: str = "t2v"                       # t2v (text-to-video) or i2v (image-to-video)
-    world: str | None = None  # which size of the embedded world it was trained on; None: it makes films
+    world: str | None = None  # size of the embedded world on which it was trained; None: real video
     # ---- its VAE
-    channels: int = CHANNELS                # of a latent
+    channels: int = CHANNELS                # channels of a latent
     time: int = TIME                        # frames per latent frame; the first latent frame is one frame
-    space: int = SPACE                      # pixels of a latent, per side
+    space: int = SPACE                      # a latent stands for space x space pixels
     side: int = 16                          # width and height are multiples of this
     # ---- what it is given
     image_tokens: bool = False              # CLIP tokens of the first frame
-    blank_frames: bool = False              # i2v: the VAE encodes the first frame with blank ones behind it
+    blank_frames: bool = False              # i2v: the VAE encodes the first frame and blank frames after it
     pinned: bool = False                    # i2v: latent frame 0 is given clean, in its place in x
-    boundary: float | None = None           # two experts: the first one works at times t >= this
+    boundary: float | None = None           # two experts: the high-noise one works at times t >= this
     negative_prompt: str | None = None      # prompt that guidance leads away from; None: all-zero context
     # ---- sampling
-    sizes: tuple = ()                       # published ones; the first is the default
+    sizes: tuple = ()                       # published sizes; the first is the default
     frames: int = 81
     fps: float = 16.0
     steps: int = 40                         # Euler steps from noise to video
     guidance: float = 1.0
-    guidance_2: float | None = None         # of the second expert
-    shifts: tuple = ((0, 1.0),)             # (shorter side in pixels from which it holds, shift), ascending
-    half: bool = False                      # sampled in bf16 where the machine is fast at it
+    guidance_2: float | None = None         # guidance of the low-noise one of two experts
+    shifts: tuple = ((0, 1.0),)             # (the shorter side in pixels that it is for, shift), ascending
+    half: bool = False                      # sampled in bf16 if the machine is fast at it
     # ---- training: flags of train_align.py and train_reward.py
     align: dict = field(default_factory=dict)
-    steady: dict = field(default_factory=dict)          # of train_align.py, for PRFL with the steady recipe
+    steady: dict = field(default_factory=dict)          # more for train_align.py, with PRFL's steady recipe
     reward: dict = field(default_factory=dict)
-    videos_per_update: int | None = None  # on all GPUs, by gradient accumulation; None: one batch
+    videos_per_update: int | None = None    # on all GPUs together, by gradient accumulation; None: one batch
 
     def shift(self, size):
         """The shift of times for a video of this size. The shorter side decides, so that portrait and
@@ -67,7 +67,7 @@ class Family:
 
 
 # ---- the table
-# Training: the settings that are best in results/table1.md.
+# Training: the best settings of results/table1.md.
 _TINY = Family(
     name="embedded world, tiny", world="tiny", source="as world.pretrain trained it", steps=32,
     sizes=((scene.SIZES["tiny"]["resolution"],) * 2,), frames=scene.SIZES["tiny"]["frames"],
@@ -84,20 +84,20 @@ _SMALL = replace(
 WAN_NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，"
                 "最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，"
                 "背景人很多，倒着走")
-# Training: the paper's (A.2.3 to A.2.5). 800 iterations are one epoch over its prompts; how many videos PAVRM
-# sees at once it does not say.
+# Training: as in the paper (A.2.3 to A.2.5). 800 iterations are one epoch over its prompts. The paper does
+# not say how many videos PAVRM sees at once.
 _WAN21 = Family(
     name="Wan2.1 text-to-video", source="Wan-Video/Wan2.1; the paper for the steps (Sec. 5.1)",
     sizes=((832, 480), (1280, 720)), guidance=5.0, shifts=((0, 3.0), (720, 5.0)),
     negative_prompt=WAN_NEGATIVE, half=True,
     align={"learning_rate": 5e-6, "batch_size": 1, "max_train_steps": 800, "num_inference_steps": 40},
     reward={"learning_rate": 1e-5, "trunk_learning_rate": 1e-6, "batch_size": 2}, videos_per_update=30)
-# Published use: wan/configs/wan_ti2v_5B.py. Training: as Wan2.1's, since nobody has published other values.
+# Published use: wan/configs/wan_ti2v_5B.py. Training: as for Wan2.1, since nobody has published other values.
 _TI2V_5B = replace(
     _WAN21, name="Wan2.2 TI2V-5B text-to-video",
     source="Wan-Video/Wan2.2; the paper for training, which is of Wan2.1", channels=TI2V_CHANNELS, space=16,
     side=32, sizes=((1280, 704), (704, 1280)), frames=121, fps=24.0, steps=50, shifts=((0, 5.0),))
-# Published use: wan/configs/wan_t2v_A14B.py and wan_i2v_A14B.py. Training: as Wan2.1's.
+# Published use: wan/configs/wan_t2v_A14B.py and wan_i2v_A14B.py. Training: as for Wan2.1.
 _A14B = replace(
     _WAN21, name="Wan2.2 A14B text-to-video",
     source="Wan-Video/Wan2.2; the paper for training, which is of Wan2.1", boundary=BOUNDARIES["t2v"],
@@ -116,15 +116,15 @@ FAMILIES = (
     replace(_A14B, name="Wan2.2 A14B image-to-video", task="i2v", boundary=BOUNDARIES["i2v"],
             blank_frames=True, guidance=3.5, guidance_2=3.5, shifts=((0, 5.0),)),
 )
-UMT5_TOKENS = PRESETS["wan2.1-t2v-1.3b"]["text_len"]  # a context of all of Wan's generators has this length
+UMT5_TOKENS = PRESETS["wan2.1-t2v-1.3b"]["text_len"]  # length of the context in all of Wan's generators
 
 
 def of_config(dit_config):
     """The Family of a generator. dit_config: the config of its VideoDiT, with `boundary_ratio` if it has two
-    experts. Raises InputError if it is none of the table's.
+    experts. Raises InputError if the table has no such family.
 
-    A context as long as UMT5's makes it one of Wan's. What is not Wan's is the embedded world's, tiny or
-    small by its width.
+    A generator whose context is as long as UMT5's is one of Wan's. Any other generator is of the embedded
+    world, tiny or small by its width.
     """
     if dit_config["text_len"] != UMT5_TOKENS:
         world = "small" if dit_config["dim"] == PRESETS["small-t2v"]["dim"] else "tiny"
@@ -145,7 +145,8 @@ def of_config(dit_config):
 
 # ---- flags that are left open
 def fill_in(config, values):
-    """Sets the flags that were left open (None) to `values`, as far as config has them."""
+    """Sets those flags of config that are open (None) to their `values`, {flag: value}. Values of flags that
+    config does not have are ignored."""
     for name, value in values.items():
         if getattr(config, name, "") is None:
             setattr(config, name, value)
@@ -153,8 +154,8 @@ def fill_in(config, values):
 
 def sampling_defaults(dit_config, size=None):
     """How a generator of this config is used unless flags say otherwise: {"size" (W, H), "frames", "fps",
-    "num_inference_steps", "guidance_scale", "shift", "negative_prompt"}, of two experts also
-    "guidance_scale_2". size: of the video, if not the default."""
+    "num_inference_steps", "guidance_scale", "shift", "negative_prompt"}, and "guidance_scale_2" if there are
+    two experts. size: that of the video; default: the family's."""
     row = of_config(dit_config)
     found = {"size": row.sizes[0], "frames": row.frames, "fps": row.fps, "num_inference_steps": row.steps,
             "guidance_scale": row.guidance, "shift": row.shift(size or row.sizes[0]),
@@ -166,8 +167,8 @@ def training_defaults(dit_config, stage, batch_size=None, sequence_parallel=1):
     """The defaults of train_align.py ("align") or train_reward.py ("reward") for this generator: {flag:
     value}.
 
-    dit_config: of the generator. batch_size, sequence_parallel: those flags' values. Where a family has a
-    number of videos per update, align's gradient_accumulation_steps comes as near to it as these and the
+    batch_size, sequence_parallel: the values of these flags. If the family has a number of videos per update,
+    gradient_accumulation_steps of "align" brings the update as near to this number as these flags and the
     number of processes allow.
     """
     row = of_config(dit_config)
@@ -194,7 +195,7 @@ def video_size(dit_config, latent_shape):
 # ---- encoders
 def load_vae(path):
     """The VAE in folder `path`: a VideoVAE, or one of Wan's as diffusers stores it. Raises InputError if it
-    is another one."""
+    is another VAE."""
     config = read_config(path)
     if config.get("_class_name") != "AutoencoderKLWan":
         return load_saved(VideoVAE, path)
@@ -210,8 +211,8 @@ def load_vae(path):
 
 
 def side_of_vae(path):
-    """The number of pixels that width and height of clips must be multiples of, for the VAE in folder `path`:
-    those of two latents."""
+    """For the VAE in folder `path`, the number of pixels of which width and height of clips must be
+    multiples: the side of a patch of 2x2 latents."""
     space = read_config(path).get("scale_factor_spatial")
     return 2 * (space if isinstance(space, int) and space > 0 else SPACE)
 
@@ -233,19 +234,19 @@ def load_image_encoder(path):
 
 
 def takes_blank_frames(text):
-    """Whether image-to-video generators that read this text encoder take the first frame as Wan's do, with
-    blank frames behind it."""
+    """Whether image-to-video generators that use this text encoder take the first frame as Wan's do: encoded
+    with blank frames after it."""
     return not isinstance(text, TextEncoder)
 
 
 def image_conditions(dit_config, vae, image_encoder, first, frames):
-    """What an image-to-video generator takes of first frames uint8 [b, H, W, 3] of videos of this many
-    frames, as keywords: y [b, 4 + c, f, h, w], and clip_tokens [b, m, image_dim] if it has image tokens; or,
-    where latent frame 0 is pinned, first_frame [b, c, 1, h, w]."""
+    """First frames uint8 [b, H, W, 3] of videos of this many frames -> the keywords that an image-to-video
+    generator takes: y [b, 4 + c, f, h, w], and clip_tokens [b, m, image_dim] if it has image tokens; or, if
+    latent frame 0 is pinned, first_frame [b, c, 1, h, w]."""
     row = of_config(dit_config)
     if is_pinned(dit_config):
         return {"first_frame": vae.encode(from_pixels(first[:, None]))}
-    videos = first[:, None].expand(-1, frames, -1, -1, -1)  # [b, F, H, W, 3], one is read
+    videos = first[:, None].expand(-1, frames, -1, -1, -1)  # [b, F, H, W, 3]; only frame 0 is read
     condition = condition_latents(vae, videos, row.blank_frames)                            # [b, c, f, h, w]
     batch = {"latents": condition}
     if row.blank_frames:
@@ -256,10 +257,10 @@ def image_conditions(dit_config, vae, image_encoder, first, frames):
 
 
 def conditions_of_images(dit_config, vae, image_encoder, paths, size, frames, device):
-    """`image_conditions` of pictures: one path per video, {} if the paths are None. size: (W, H).
+    """`image_conditions` of pictures; {} if the paths, one per video, are None. size: (W, H).
 
-    Each picture is encoded alone: in a batch its rounding, and with it the bytes of a video, would depend on
-    its neighbours.
+    Each picture is encoded alone, because in a batch its rounding, and with it the bytes of a video, would
+    depend on the other pictures.
     """
     if paths[0] is None:
         return {}
@@ -272,26 +273,26 @@ def conditions_of_images(dit_config, vae, image_encoder, paths, size, frames, de
 
 
 def encode_prompts(folder, prompts, device, width=None):
-    """formats.encoders.encode_texts by the text encoder in `folder`, which is loaded, used and let go."""
+    """formats.encoders.encode_texts with the text encoder in `folder`, which is loaded for this call only."""
     return encode_texts(load_text_encoder(folder), folder, prompts, device, width)
 
 
 # ---- the prompt that guidance leads away from
-NULL_CONTEXT = "null_context.safetensors"                       # beside shards
+NULL_CONTEXT = "null_context.safetensors"                       # lies in a folder of shards
 
 
 def save_null_context(folder, text):
-    """Saves the contexts of the empty and of the negative prompt beside shards of Wan's contexts. The
-    embedded world's null context is all zeros, and nothing is saved."""
+    """Saves the contexts of the empty and of the negative prompt in `folder`, beside shards for Wan. For the
+    embedded world it saves nothing, because there the null context is all zeros."""
     if not isinstance(text, TextEncoder):
         empty, negative = text.encode(["", WAN_NEGATIVE]).float().cpu().contiguous()
         stream_tensors({"empty": empty.clone(), "negative": negative.clone()}, Path(folder) / NULL_CONTEXT)
 
 
 def null_context(dit_config, kind, shards, model, device):
-    """[l, d_text] of the "empty" or the "negative" prompt of a Wan generator, from the folder of shards, or
-    by the text encoder in `model`; None in the embedded world, whose null context is all zeros. Raises
-    InputError if neither has it."""
+    """The context [l, d_text] of the "empty" or the "negative" prompt (kind) of a Wan generator. It is read
+    from the folder of shards, or made by the text encoder in `model`. In the embedded world it is None,
+    because there the null context is all zeros. Raises InputError if neither folder gives it."""
     negative = of_config(dit_config).negative_prompt
     if negative is None:
         return None

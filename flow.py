@@ -23,7 +23,7 @@ def shift_time(u, shift):
 
 
 def schedule(num_steps, shift=1.0, device=None):
-    """The times of a rollout [num_steps + 1], from 1 down to 0; evenly spaced (dt = 1 / N) at shift 1."""
+    """The times of a rollout [num_steps + 1], from 1 down to 0; with shift 1 they are dt = 1 / N apart."""
     return shift_time(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), shift).float().to(device)
 
 
@@ -86,7 +86,7 @@ def guided_velocity(dit, x, t, context, guidance_scale=1.0, null=None, **conditi
 @torch.no_grad()
 def rollout(dit, x, context, num_steps, *, start=0, stop=None, passes=0, shift=1.0, guidance_scale=1.0,
             null=None, **conditions):
-    """Integrate Eq. 7 from noise towards data, without gradients.
+    """Integrates Eq. 7 from noise towards data, without gradients.
 
     x [b, c, f, h, w] is the state at schedule(num_steps)[start]; the result is the state at
     schedule(num_steps)[stop] (None: num_steps, the finished video). passes: with 0 the rollout takes every
@@ -104,7 +104,7 @@ def rollout(dit, x, context, num_steps, *, start=0, stop=None, passes=0, shift=1
         t_next = times[min(i + stride, stop)].expand(len(x))
         v = guided_velocity(dit, x, t, context, guidance_scale, null, **conditions)
         x = euler_step(x, v, t, t_next)
-    # torch before 2.13 would use these casts of the weights, made without gradients, in a pass with gradients
+    # torch before 2.13 would use autocast's copies of the weights, which have no gradients, to train with
     torch.clear_autocast_cache()
     return x
 
@@ -112,11 +112,12 @@ def rollout(dit, x, context, num_steps, *, start=0, stop=None, passes=0, shift=1
 @torch.no_grad()
 def sample(dit, latent_shape, context, seed, indices, num_steps, *, shift=1.0, guidance_scale=1.0, null=None,
            batch_size=128, max_rows=None, autocast=None, **conditions):
-    """Finished latents [m, c, f, h, w] of the videos `indices`.
+    """Samples the videos `indices` -> finished latents [m, c, f, h, w].
 
     A video's noise depends only on (seed, index). latent_shape: (c, f, h, w). context [m, l, d_text] and
     conditions [m, ...] belong to the indices and lie on the model's device. max_rows: the largest m of all
-    ranks. A sharded dit needs it, because all ranks must make equally many passes (common.equal_turns).
+    ranks; a sharded dit needs this number, because all ranks must make equally many passes
+    (common.equal_turns).
     autocast: a function that returns the context manager to sample under; None samples in float32.
     """
     autocast = autocast or (lambda: torch.autocast(context.device.type, enabled=False))

@@ -16,10 +16,10 @@ clips is a folder with metadata.jsonl or metadata.csv, as data.py reads and samp
 lines of clips/labels.jsonl, or of pairs.jsonl in the first folder of a pair (formats/labels.py describes
 them). Each answer is on the disk before the next clip is shown, so you can stop at any moment; the same
 command continues. train_reward.py reads the answers there when it starts: nothing has to be exported or
-encoded again. Each clip gets two grades, one for its motion and one for the form of its subject. They make
-its label: good if both are qualified; bad if both are unqualified (with --bad any, if one is; train_reward.py
-has the flag too); otherwise the clip is dropped. If several annotators grade a clip, it gets the label that
-more than half of them give.
+encoded again. Each clip gets two grades, one for its motion and one for the form of its subject. From these
+follows its label: good if both are qualified; bad if both are unqualified, or with --bad any if one is
+(train_reward.py has this flag too); otherwise the clip is dropped. If several annotators grade a clip, it
+gets the label that more than half of them give.
 
 The page shows clips as training reads them: a clip that is interlaced or HDR, or that the browser does not
 play, is shown as a converted copy.
@@ -46,7 +46,7 @@ import torch
 try:
     import flask
     from werkzeug.serving import make_server
-except ImportError:                     # an extra: report and export do without
+except ImportError:                     # report and export work without Flask
     flask = None
 
 import common
@@ -61,7 +61,7 @@ from formats.video import copy_for_browser, first_look
 
 PAGE = Path(__file__).with_name("assets") / "label.html"
 PAUSE = 120.0                           # seconds between two answers that count as a break, not as work
-COPIES = 8                              # converted clips that are kept while the page runs
+COPIES = 8                              # how many converted clips are kept while the page runs
 BAD_HELP = ("which clips are bad: both: those unqualified on both axes, motion and form (the paper's A.2.3); "
             "any: those unqualified on at least one axis")
 
@@ -91,8 +91,8 @@ class Said:
     bad: str = arg("both", BAD_HELP, choices=labels.BAD)
 
 
-# ---- what is shown. An item is {key, line: the part of its answer that is known before, files: from left to
-# right, show: what the page may know}.
+# ---- what is shown. An item is one clip or pair: {key, line: what is known of its answer before it is given,
+# files: from left to right, show: what the page may know}.
 def own_files(folder):
     """-> the rows of the metadata whose file exists, inside the folder. Prints how many rows are left out."""
     rows, root = read_metadata(folder), os.path.realpath(folder)
@@ -122,8 +122,8 @@ def clip_items(folder):
 
 
 def pair_items(folders, seed):
-    """The first clip of a prompt in folder A is shown with its first clip in B, the second with the second,
-    and so on. The seed decides which one is on the left."""
+    """-> the items of two folders. A prompt's first clip in folder A is shown with its first clip in folder
+    B, the second with the second, and so on. The seed decides which clip is on the left."""
     sides = []
     for folder in folders:
         found, count = {}, {}
@@ -149,15 +149,15 @@ def pair_items(folders, seed):
 
 
 class Session:
-    """One annotator's way through the shuffled items. Only answers are written to the journal and kept.
-    Skipped items come again at the end, or after a restart."""
+    """One annotator's way through the shuffled items. Only answers are written to the journal and outlive the
+    page. Skipped items come again at the end, or after a restart."""
 
     def __init__(self, kind, items, journal, annotator, seed=0, bad="both"):
         order = torch.randperm(len(items), generator=common.random_generator(seed, "label order"))
         self.items = [items[i] for i in order]
         self.kind, self.journal, self.annotator, self.bad = kind, journal, annotator, bad
         self.index = {item["key"]: i for i, item in enumerate(self.items)}
-        self.answers = {}                             # item -> this annotator's standing answer, oldest first
+        self.answers = {}                             # item -> this annotator's last answer, oldest first
         answers, self.notes = labels.current_answers(journal.path, kind)
         for line in answers:
             key = (os.path.normpath(line["file_name"]),) if kind == "clip" else tuple(
@@ -210,7 +210,7 @@ class Session:
         line = self.items[item]["line"]
         line = self.save(item, **line, **grades, contents=labels.contents_beside(self.journal.path, line))
         self.answers.pop(item, None)
-        self.answers[item] = line                               # the latest is the last
+        self.answers[item] = line                               # popped before, so that it is now the last
 
     def undo(self):
         """Takes the latest answer back and shows its item again."""
@@ -226,7 +226,7 @@ class Session:
             self.skipped.append(item)
 
     def rate(self):
-        """-> answers per minute, from the latest 50 without breaks; None while there are too few."""
+        """-> answers per minute, from the latest 50 answers without breaks; None while there are too few."""
         times = [line.get("time", 0) for line in list(self.answers.values())[-50:]]
         gaps = [b - a for a, b in zip(times, times[1:]) if 0 < b - a < PAUSE]
         return 60 / statistics.mean(gaps) if len(gaps) >= 3 else None
@@ -300,13 +300,13 @@ def show_tables(tables):
 
 # ---- the page
 class Copies:
-    """Copies of clips that a browser plays. Each is made once, however many requests ask for it at once; the
-    latest few are kept in the folder."""
+    """Copies of clips in a form that browsers play. Each copy is made once, however many requests ask for it
+    at the same time. The latest COPIES are kept in the folder."""
 
     def __init__(self, folder):
         self.folder, self.count = Path(folder), 0
-        self.made = {}                          # (path, its time and size) -> copy, or why there is none
-        self.turns = {}                         # the same -> a lock
+        self.made = {}                          # (path, its time and size) -> copy, or why there is no copy
+        self.turns = {}                         # (path, its time and size) -> a lock
         self.lock = threading.Lock()
 
     def of(self, source):
@@ -348,7 +348,7 @@ def make_app(session, token, scratch):
 
     @app.before_request
     def only_who_was_told():
-        host = flask.request.host.rsplit(":", 1)[0]     # another name for 127.0.0.1 is a web site's trick
+        host = flask.request.host.rsplit(":", 1)[0]     # a web site could call 127.0.0.1 by another name
         given = (flask.request.view_args or {}).pop("token", "")
         known = secrets.compare_digest(given.encode(), token.encode())
         if host not in ("127.0.0.1", "localhost") or not known:
@@ -376,8 +376,8 @@ def make_app(session, token, scratch):
         path = files[side] if side < len(files) else None
         if not path or not path.is_file():
             return refuse(410, "gone")
-        # The page asks for an mp4 if the browser does not play the file. A file that the browser would show
-        # otherwise than training reads it is converted unasked.
+        # The page asks for an mp4 if the browser does not play the file. Without being asked, a file is
+        # converted if the browser would not show it as training reads it.
         facts = session.look(item)[side]
         otherwise = facts is not None and (facts.interlaced > 0 or facts.colours == "converted")
         try:
@@ -390,7 +390,8 @@ def make_app(session, token, scratch):
         return flask.send_file(path.absolute(), conditional=True)       # ranges, so that seeking works
 
     def read(given):
-        """-> item, grades (none: skip it) of a request's JSON. Raises KeyError, TypeError or ValueError."""
+        """-> item and grades from a request's JSON; no grades mean that the item is skipped. Raises KeyError,
+        TypeError or ValueError."""
         item, line = given["id"], session.items[given["id"]]["line"]
         if item < 0:
             raise ValueError
@@ -398,7 +399,7 @@ def make_app(session, token, scratch):
             return item, {}
         if session.kind == "clip":
             rules, grades = labels.CLIP_RULES, {axis: given[axis] for axis in labels.AXES}
-        else:                                                   # the page knows left and right only
+        else:                                                   # the page does not know which folder is left
             sides = {"left": line["left"], "tie": "tie", "right": "b" if line["left"] == "a" else "a"}
             rules, grades = labels.PAIR, {"winner": sides[given["winner"]]}
         if not all(rules[name](grade) for name, grade in grades.items()):
@@ -424,7 +425,7 @@ def make_app(session, token, scratch):
     def undo():
         with session.lock:
             try:
-                # the page sends the request again if the reply was lost: it still takes back one answer only
+                # if the reply was lost, the page sends the request again; still only one answer is taken back
                 given = flask.request.get_json(silent=True) or {}
                 if session.answers and given.get("done") == len(session.answers):
                     session.undo()
@@ -438,7 +439,7 @@ def make_app(session, token, scratch):
 def listen(port):
     """-> a socket that only 127.0.0.1 reaches. Raises InputError if the port is taken."""
     found = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)     # a restart does not wait for the last one
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)     # so that a restart need not wait
     try:
         found.bind(("127.0.0.1", port))
         found.listen(128)
@@ -502,7 +503,7 @@ def describe_clips(folder, answers):
     """A sentence that counts copies, and clips of one prompt, among the clips that have answers."""
     answers = list({os.path.normpath(answer["file_name"]): answer for answer in answers}.values())
     prompts = {}
-    with contextlib.suppress(InputError):                       # answers can lie in a folder without its list
+    with contextlib.suppress(InputError):                       # the folder of the answers may have no list
         prompts = {os.path.normpath(row["file_name"]): row["prompt"] for row in read_metadata(folder)}
     contents = [content for content, in labels.all_contents(folder / "labels.jsonl", answers)]
     names = [os.path.normpath(answer["file_name"]) for answer in answers]
@@ -512,9 +513,9 @@ def describe_clips(folder, answers):
 
 def export_command(config):
     """Writes the majority's labels into the clips' metadata and changes no other byte. Clips without answers
-    keep their labels; a clip loses its label if no label has more than half of its annotators."""
+    keep their labels; a clip loses its label if none was given by more than half of its annotators."""
     folder = Path(config.folder)
-    rows = read_metadata(folder)                                                # every row can be used
+    rows = read_metadata(folder)            # raises InputError for a bad row, before anything is written
     answers, notes = labels.current_answers(folder / "labels.jsonl")
     if not answers:
         raise InputError(

@@ -1,7 +1,8 @@
 """Wan2.1's video diffusion transformer at any size, and its folders on disk.
 
-Parameter names and arithmetic are those of Wan2.1 (github.com/Wan-Video/Wan2.1, wan/modules/model.py), so
-official checkpoints, diffusers' `WanTransformer3DModel` folders and ours are one model in three spellings:
+Parameter names and arithmetic are those of Wan2.1 (github.com/Wan-Video/Wan2.1, wan/modules/model.py). So
+official checkpoints, diffusers' `WanTransformer3DModel` folders and ours hold the same model with three
+spellings of its names:
 
     dit = load_transformer("Wan2.1-T2V-1.3B")                 # or a folder of ours, or of diffusers
     velocity = dit(x, t, context)                             # x [b, c, f, h, w], t [b] in [0, 1], 1 = noise
@@ -12,13 +13,13 @@ Axes: b batch, c channels, f frames, h height, w width, n video tokens, d model 
 
 Deliberate differences from the released code:
  1. t lives in [0, 1]; the sinusoid of the time embedding takes 1000 t, the released timestep.
- 2. All items of a batch share one grid, so there is no sequence padding and no per-item loop.
+ 2. All videos of a batch share one grid, so there is no sequence padding and no loop over videos.
  3. RoPE multiplies in complex64 (complex128 in a float64 model), not always in complex128.
  4. The residual stream and the query and key norms are float32 (or wider) throughout, also under autocast.
- 5. Image-to-video: behind frame 0 `y` is zero, or the shards' `condition`, which is Wan's: the VAE's code of
+ 5. Image-to-video: after frame 0 `y` is zero or, as with Wan, the shards' `condition`, the VAE's code of
     blank frames.
- 6. Where latent frame 0 is given clean (Wan2.2 TI2V-5B), its tokens have time 0. The released code makes a
-    modulation for every token; here there are two, and each modulates a slice of the tokens.
+ 6. If latent frame 0 is given clean (Wan2.2 TI2V-5B), its tokens have time 0. The released code makes a
+    modulation for every token; here there are two modulations, and each is for a slice of the tokens.
 """
 import math
 from functools import lru_cache, partial
@@ -78,7 +79,7 @@ def rope_table(grid, head_dim, device, dtype):
     """
     per_space = 2 * (head_dim // 6)
     channels = (head_dim - 2 * per_space, per_space, per_space)
-    with torch.inference_mode(False):  # a table first built while sampling is used in training later
+    with torch.inference_mode(False):  # a table that sampling builds is used in training later
         # [n, 3]
         position = torch.cartesian_prod(*(torch.arange(s, dtype=torch.float64) for s in grid)).view(-1, 3)
         angle = torch.cat([
@@ -89,8 +90,8 @@ def rope_table(grid, head_dim, device, dtype):
 
 
 def apply_rope(x, table):
-    """Rotate adjacent channel pairs of x [b, n, k, e]; a complex product takes half the time of real ones,
-    except in compiled blocks, where only real ones are fused with what stands beside them."""
+    """Rotates pairs of adjacent channels of x [b, n, k, e]. A complex product takes half the time of real
+    products. But in compiled blocks only real products are fused with the operations beside them."""
     if torch.compiler.is_compiling():
         (a, b), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), torch.view_as_real(table).unbind(-1)
         return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
@@ -110,19 +111,20 @@ class RMSNorm(nn.Module):
         x = x.to(wide(x.dtype))
         if not x.is_cpu:
             return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
-        # F.rms_norm has no kernel of its own on CPU; a norm reads x once and its backward is short
+        # F.rms_norm has no kernel of its own on a CPU; vector_norm reads x once and has a short backward pass
         square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
         return x * (square + self.eps).rsqrt() * self.weight.to(x.dtype)
 
 
 def modulated_norm(x, shift, scale, eps):
-    """LayerNorm without affine, then each example's scale and shift. x [b, n, d], shift, scale [b, 1, d]"""
+    """LayerNorm without weights, then each video's scale and shift. x [b, n, d], shift, scale [b, 1, d]"""
     return (F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale)).add_(shift)
 
 
 def by_time(function, x, given_tokens, *rows):
-    """function(x, *rows) of tokens x [b, n, d] that all have one time, and rows [b, 1, d] made from it. Or
-    with rows [b, 2, 1, d] the tokens have two times, and the first `given_tokens` tokens take the first."""
+    """function(x, *rows), for tokens x [b, n, d] that have one time, and rows [b, 1, d] made from this time.
+    With rows [b, 2, 1, d] there are two times: the first `given_tokens` tokens take the first row, the others
+    the second."""
     if rows[0].dim() == 3:
         return function(x, *rows)
     parts = x[:, :given_tokens], x[:, given_tokens:]
@@ -130,12 +132,13 @@ def by_time(function, x, given_tokens, *rows):
 
 
 def attend(q, k, v, sequence=None):
-    """q [b, n, k, e] against keys and values [b, m, k, e], every key seen -> [b, n, d]
+    """Attention of q [b, n, k, e] to keys and values [b, m, k, e], without a mask -> [b, n, d]
 
-    sequence: each of several GPUs has its own n tokens, and attends over all tokens with its own heads in
-    between. One result, three ways to it: PyTorch's fused kernel on a GPU, the same in float32 on a CPU, and
-    plain products on a CPU for few keys. For 12 of them the fused CPU kernel takes 1.4 times as long in
-    float32 and ten times in bfloat16; for 80, bfloat16 takes it twice as long as float32.
+    sequence: each of several GPUs has its own n tokens, and attends over all tokens with its own heads. There
+    are three ways to the same result: PyTorch's fused kernel on a GPU, this kernel in float32 on a CPU, and
+    plain products on a CPU if there are few keys. For 12 keys the fused kernel of a CPU takes 1.4 times as
+    long as these products in float32, and ten times as long in bfloat16. For 80 keys it takes twice as long
+    in bfloat16 as in float32.
     """
     if sequence is not None:
         return sequence.tokens(attend(*sequence.heads(q, k, v)))
@@ -148,7 +151,7 @@ def attend(q, k, v, sequence=None):
             return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         heads = q.shape[1]
         q, k, v = q.flatten(0, 1), (k * k.shape[3] ** -0.5).flatten(0, 1), v.flatten(0, 1)  # [b k, n, e]
-        weight = torch.bmm(k, q.mT).softmax(1)  # [b k, m, n]: over rows, as a short last axis is slow
+        weight = torch.bmm(k, q.mT).softmax(1)  # [b k, m, n]; a softmax over a short last axis is slow
         return torch.bmm(weight.mT, v).unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)  # [b, n, d]
 
 
@@ -184,7 +187,7 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """Self-attention, cross-attention and a feed-forward net, each added to the residual stream. The first
-    and the last are modulated by the time."""
+    and the third are modulated by the time."""
 
     def __init__(self, dim, ffn_dim, num_heads, eps, has_image_tokens):
         super().__init__()
@@ -198,13 +201,12 @@ class Block(nn.Module):
 
     def forward(self, x, time_modulation, context, image_tokens, rope, sequence=None, given_tokens=0):
         """x [b, n, d] float32; time_modulation [b, 6, d] float32, the same for all blocks, or [b, 2, 6, d]
-        for two times, of which the first `given_tokens` tokens have the first; context [b, l, d] -> [b, n,
-        d]"""
+        for two times: the first `given_tokens` tokens have the first time; context [b, l, d] -> [b, n, d]"""
         modulation = self.modulation.to(x.dtype) + time_modulation
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation.split(1, dim=-2)
         norm = partial(modulated_norm, eps=self.eps)
         y = self.self_attn(by_time(norm, x, given_tokens, shift_a, scale_a), rope=rope, sequence=sequence)
-        x = by_time(torch.mul, y, given_tokens, gate_a).add_(x)     # x + gate y, without a tensor for the sum
+        x = by_time(torch.mul, y, given_tokens, gate_a).add_(x)     # x + gate y, in place to save a tensor
         weight, bias = self.norm3.weight.to(x.dtype), self.norm3.bias.to(x.dtype)
         y = F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
         x = x + self.cross_attn(y, context, image_tokens)
@@ -240,16 +242,18 @@ class ImageEmbedding(nn.Module):
 
 
 class VideoDiT(nn.Module):
-    """Velocity of a latent video at time t given text, and in image-to-video models its first frame.
+    """The velocity of a latent video at time t, given text and, in image-to-video models, the first frame.
 
     Config, in Wan's spelling: model_type "t2v" or "i2v"; patch_size (f, h, w); in_dim channels entering the
     patch embedding (16, or 36 in i2v: 16 noisy + 20 of `y`); out_dim; dim; ffn_dim; freq_dim of the sinusoid;
     text_dim and text_len of the context; num_heads; num_layers; eps of the norms; image_dim of CLIP tokens or
-    None. An i2v model with in_dim = out_dim takes its first frame as `first_frame`, see `is_pinned`. Set
-    `dit.gradient_checkpointing = True` to recompute each block in the backward pass, except for what
-    `dit.checkpoint_options` (options of torch's checkpoint) keep. `dit.sequence`: None, or a function of n
-    that gives the scale.sequence.Sequence of a call, which says how its n tokens lie over several GPUs; each
-    of these GPUs gets, and returns, the whole video. Inside a call `sequence` is that object.
+    None. An i2v model with in_dim = out_dim takes its first frame as `first_frame`, see `is_pinned`.
+
+    With `dit.gradient_checkpointing = True` the backward pass computes each block again, except for what
+    `dit.checkpoint_options` (options of torch's checkpoint) keep. If several GPUs share the tokens of a call,
+    `dit.sequence` is a function of their number n that returns a scale.sequence.Sequence, which says which
+    tokens each GPU has; otherwise it is None. Each of these GPUs gets, and returns, the whole video. The
+    methods below call the Sequence of one call `sequence`.
     """
 
     def __init__(self, *, model_type="t2v", patch_size=(1, 2, 2), in_dim=16, out_dim=16, dim=1536,
@@ -283,7 +287,7 @@ class VideoDiT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Wan's own initialisation: the velocity starts at zero because the head does."""
+        """Initialises as Wan does. The weights of the head start at zero, and so does the velocity."""
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
@@ -294,13 +298,14 @@ class VideoDiT(nn.Module):
         nn.init.zeros_(self.head.head.weight)
 
     def forward(self, x, t, context, y=None, clip_tokens=None, first_frame=None):
-        """Velocity of x at time t.
+        """The velocity of x at time t.
 
         x [b, c, f, h, w] latent; t [b] in [0, 1], 1 = noise; context [b, l <= text_len, text_dim], padded
         here with zeros to text_len and attended without a mask; y [b, in_dim - c, f, h, w] in i2v (mask and
-        first-frame latent); clip_tokens [b, m, image_dim] when the model has image tokens (Wan2.1: m = 257);
+        first-frame latent); clip_tokens [b, m, image_dim] if the model has image tokens (Wan2.1: m = 257);
         first_frame [b, c, 1, h, w] if `is_pinned`: it replaces frame 0 of x, and the velocity there is 0.
-        Returns [b, out_dim, f, h, w], float32 (float64 in a float64 model). InputError on a wrong shape.
+        Returns [b, out_dim, f, h, w], float32 (float64 in a float64 model). Raises InputError on a wrong
+        shape.
         """
         tokens, time_embedding, (f, h, w), sequence, given_tokens = self.run_blocks(
             x, t, context, len(self.blocks), y, clip_tokens, first_frame)
@@ -320,12 +325,12 @@ class VideoDiT(nn.Module):
     def run_blocks(self, x, t, context, depth, y, clip_tokens, first_frame):
         """-> (tokens [b, n, d], time embedding [b, d], token grid (f, h, w), `sequence`, `given_tokens`).
 
-        On one GPU `sequence` is None; on several the tokens are this GPU's. `given_tokens` is 0 without a
-        first_frame. With one, the time embedding is [b, 2, d], of time 0 and of t, and the first
-        `given_tokens` tokens have time 0.
+        If several GPUs share the tokens, these are the tokens of this GPU; otherwise `sequence` is None. With
+        a first_frame the time embedding is [b, 2, d], of time 0 and of t, and the first `given_tokens` tokens
+        have time 0; without a first_frame `given_tokens` is 0.
 
-        The rule of dtypes: matrices multiply in their own dtype (or autocast's); the residual stream
-        `tokens`, norms, modulation and everything about time stay `wide`.
+        Matrices multiply in their own dtype (or autocast's). The residual stream `tokens`, the norms, the
+        modulation and everything about time stay `wide`.
         """
         if not 0 <= depth <= len(self.blocks):
             raise InputError(f"depth is {depth}; this model has 0 to {len(self.blocks)} blocks")
@@ -359,7 +364,8 @@ class VideoDiT(nn.Module):
         return tokens, time_embedding, grid, sequence, given_tokens
 
     def patchify(self, x, sequence=None):
-        """The patch embedding (its stride is its kernel) as one product. [b, c, f, h, w] -> [b, n, d]"""
+        """The patch embedding as one product, because its stride is its kernel. [b, c, f, h, w] -> [b, n, d]
+        """
         pf, ph, pw = self.config["patch_size"]
         x = rearrange(x, "b c (f pf) (h ph) (w pw) -> b (f h w) (c pf ph pw)", pf=pf, ph=ph, pw=pw)
         x = sequence.mine(x) if sequence else x
@@ -382,7 +388,7 @@ class VideoDiT(nn.Module):
         return y.to(x.dtype)
 
     def check_inputs(self, x, t, context, clip_tokens, first_frame):
-        """The token grid (f, h, w) of x (with y already concatenated), or InputError."""
+        """The token grid (f, h, w) of x, which has y concatenated already. Raises InputError."""
         config, b = self.config, x.shape[0]
         if x.dim() != 5 or x.shape[1] != config["in_dim"]:
             raise InputError(f"x with y has shape {list(x.shape)}; this model takes [b, {config['in_dim']}, "
@@ -412,20 +418,20 @@ class VideoDiT(nn.Module):
 
 
 def is_pinned(config):
-    """Whether an image-to-video model of this config takes the latent of the given first frame in its place
-    in x (Wan2.2 TI2V-5B), not as more channels beside x."""
+    """Whether an image-to-video model of this config takes the latent of the given first frame as frame 0 of
+    x (Wan2.2 TI2V-5B), and not as more channels beside x."""
     return config["model_type"] == "i2v" and config["in_dim"] == config["out_dim"]
 
 
 def pin(x, first_frame):
-    """x [b, c, f, h, w] with first_frame [b, c, 1, h, w] in place of frame 0; None: x itself."""
+    """x [b, c, f, h, w] with first_frame [b, c, 1, h, w] in place of frame 0, or x itself if that is None."""
     return x if first_frame is None else torch.cat([first_frame.to(x.dtype), x[:, :, 1:]], dim=2)
 
 
 def first_frame_condition(x0):
     """Wan's image-to-video input `y` for latents x0 [b, c, f, h, w], of which only frame 0 is read.
 
-    -> [b, 4 + c, f, h, w]: a mask, 1 where a frame is given, and the first latent frame with zeros behind it.
+    -> [b, 4 + c, f, h, w]: a mask, 1 where a frame is given, and the first latent frame, followed by zeros.
     """
     y = x0.new_zeros(x0.shape[0], 4 + x0.shape[1], *x0.shape[2:])
     y[:, :4, 0] = 1
@@ -434,12 +440,12 @@ def first_frame_condition(x0):
 
 
 def image_inputs(config, batch, device):
-    """What a VideoDiT of this config takes beside x, t and context, from a batch of `data.Shards`, as
-    keywords.
+    """A batch of `data.Shards` -> the keywords that a VideoDiT of this config takes beside x, t and context.
 
-    Text-to-video: none. Image-to-video: y [b, 4 + c, f, h, w], the mask and the first frame's latent (behind
-    it the condition in the shards, which is Wan's, or zeros), and clip_tokens [b, m, image_dim] if the model
-    has image tokens; or first_frame [b, c, 1, h, w], the latents' own, if the model `is_pinned`.
+    Text-to-video: none. Image-to-video: y [b, 4 + c, f, h, w], which is the mask and the first frame's latent
+    followed by zeros, or the mask and the shards' condition, as with Wan; and clip_tokens [b, m, image_dim]
+    if the model has image tokens. If the model `is_pinned`: only first_frame [b, c, 1, h, w], frame 0 of the
+    latents.
     """
     if config["model_type"] != "i2v":
         return {}
@@ -457,13 +463,13 @@ def image_inputs(config, batch, device):
 # ---------------------------------------- folders
 def load_transformer(path, dtype=torch.float32, load_now=True, task=None):
     """Loads a VideoDiT from a folder of ours, of Wan2.1's authors or of diffusers, or from a folder that
-    holds `transformer/`; or Experts, if the folder holds a generator of two experts or is a part of one.
+    holds `transformer/`. If the folder holds a generator of two experts, or is a part of one, loads Experts.
 
-    dtype: of the parameters; float32 for master weights, None for the dtypes as stored. The model remembers
-    the stored dtypes (not with load_now=False), and `export_transformer` writes them. load_now=False: a model
-    on the meta device, whose weights scale.parallel.shard reads from `dit.weight_files`, each rank its own.
-    task: "t2v" or "i2v" of a model that can do both. Raises InputError (one line, naming the file) for
-    anything missing or unexpected.
+    dtype: that of the parameters; float32 for master weights, None for the stored dtypes. The model remembers
+    the stored dtypes, unless load_now is False, and `export_transformer` writes them. load_now=False: the
+    model is on the meta device, and scale.parallel.shard reads the weights from `dit.weight_files`, each rank
+    its own. task: "t2v" or "i2v", for a model that can do both. Raises InputError, one line that names the
+    file, for anything missing or unexpected.
     """
     found, pair = transformer_folder(path, task), expert_folders(path)
     if pair is None:
@@ -474,7 +480,7 @@ def load_transformer(path, dtype=torch.float32, load_now=True, task=None):
 
 
 def load_one(path, config, rename, ignore, dtype, load_now):
-    """load_transformer of one transformer; the first four as from transformer_folder."""
+    """load_transformer for one transformer. path, config, rename, ignore: from transformer_folder."""
     try:
         with torch.device("meta"):
             dit = VideoDiT(**config | {"eps": float(config.get("eps", 1e-6))})
@@ -489,17 +495,18 @@ def load_one(path, config, rename, ignore, dtype, load_now):
         return dit
     state = {name: dit.weight_files.tensor(name) for name in dit.state_dict()}
     dit.weight_files, dit.stored_dtypes = None, {name: tensor.dtype for name, tensor in state.items()}
-    # copy: a parameter must not stay a view of a file that may be replaced
+    # copies, because a parameter must not be a view of a file that may be replaced
     dit.load_state_dict({n: v.to(dtype or v.dtype, copy=True) for n, v in state.items()}, assign=True)
     return dit
 
 
 def export_transformer(dit, path, layout="wan", dtype=None, state=None, notes=None):
-    """Write dit as an official Wan2.1 folder ("wan") or a diffusers WanTransformer3DModel one ("diffusers").
+    """Writes dit as an official Wan2.1 folder ("wan") or as a folder of diffusers' WanTransformer3DModel
+    ("diffusers").
 
-    Each weight goes back in the dtype it was loaded from, or in `dtype`. state: a state_dict to write in
-    place of dit's own. notes: what config.json says beside the shape, for example of an expert
-    (Experts.notes). Every rank calls it.
+    Each weight is written in the dtype that it was stored in, or in `dtype`. state: a state_dict to write in
+    place of dit's own. notes: what config.json says beside the shape, for example about an expert
+    (Experts.notes). Every rank must call it.
     """
     if layout not in ("wan", "diffusers"):
         raise InputError(f"layout is {layout!r}; choose wan or diffusers")

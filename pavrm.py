@@ -1,19 +1,19 @@
 """PAVRM, the process-aware video reward model: will this noisy latent become a good video?
 
-It is the first K blocks of the pretrained generator, one learnable query that attends over all their tokens,
-a three-layer MLP and one logit. It learns from the label of the finished video at every noise level t (Eq.
-4-6).
+PAVRM is made of the first K blocks of the pretrained generator, one learnable query that attends over all
+tokens after these blocks, a three-layer MLP and one logit. It learns from the label of the finished video at
+every noise level t (Eq. 4-6).
 
 Deliberate differences:
-1. The released code has 8 attention heads; here there is one, with scale sqrt(D), as in Eq. 5. The released
-   code adds the query as [B, 1, D] + [B, D], which broadcasts to [B, B, D]; here the query is added to each
-   example, so batches work. The released code draws t from a shift-5 grid; here t ~ U(0, 1).
+1. The released code has 8 attention heads; here there is one head, with scale sqrt(D), as in Eq. 5. The
+   released code adds the query as [B, 1, D] + [B, D], which broadcasts to [B, B, D]; here the query is added
+   to each example, so batches work. The released code draws t from a shift-5 grid; here t ~ U(0, 1).
 2. The patch, text and time embeddings stay frozen, as in the released code. The paper says only that blocks,
    query and head are trained. Frozen embeddings keep the reward's reading of x_t and t equal to the
    generator's.
 3. In the embedded world a video is "bad" if it is unqualified on one axis or does not show its prompt; in the
-   paper, if it is unqualified on both axes. Most flawed clips there have one flaw. For people's answers --bad
-   of train_reward.py decides; its default is the paper's rule.
+   paper, if it is unqualified on both axes. Most flawed clips of the embedded world have only one flaw. For
+   people's answers --bad of train_reward.py decides; its default is the paper's rule.
 4. Unlike the paper, train_reward.py gives a share of each batch another video's prompt and the label bad
    (--mismatched). Without it the generator can please the reward and lose its prompt (docs/results.md, "Long
    runs with mismatched prompts").
@@ -36,12 +36,12 @@ from model import VideoDiT
 class QueryAttention(nn.Module):
     """Eq. 5: z = softmax(q (h W_K)^T / sqrt(D)) (h W_V) + q.
 
-    The query is added to what it has collected, as in a residual connection. add_query=False is the ablation
+    The query is added to the attention's result, as in a residual connection. add_query=False is the ablation
     "attention without query". heads > 1 is the released code's variant.
 
-    With one query the keys h W_K need not be made, because (h W_K) q^T = h (W_K q^T). Nor need the values:
-    the softmax weights are applied to h first, and W_V to the result. So nothing of size [n, d] is computed
-    or kept for the backward pass.
+    With one query the keys h W_K need not be computed, because (h W_K) q^T = h (W_K q^T). The values need not
+    be computed either: the softmax weights are applied to h first, and W_V to the result. So nothing of size
+    [n, d] is computed or kept for the backward pass.
     """
 
     def __init__(self, dim, add_query=True, heads=1):
@@ -103,7 +103,7 @@ class PAVRM(nn.Module):
                              f"the generator")
         model = cls({**dit.config, "num_layers": depth}, pooling, by_pieces=bool(dit.weight_files))
         model.weight_files = None
-        if dit.weight_files:                                    # parallel.shard reads the trunk from them
+        if dit.weight_files:                                    # parallel.shard reads the trunk from these
             model.weight_files = dit.weight_files.behind("trunk.")
             return model
         model.trunk.load_state_dict({name: dit.get_parameter(name) for name in model.trunk.state_dict()})
@@ -144,8 +144,8 @@ class PAVRM(nn.Module):
 def load_pavrm(path, generator=None, load_now=True):
     """The frozen PAVRM that was saved in folder `path`.
 
-    generator: the VideoDiT that it will judge. Raises InputError, which names the difference, if the trunk's
-    config is not that of its first blocks. load_now: as in `model.load_transformer`.
+    generator: the VideoDiT whose latents it will judge. Raises InputError, which names the difference, if the
+    trunk's config is not that of the generator's first blocks. load_now: as in `model.load_transformer`.
     """
     if not Path(path).is_dir():
         raise InputError(f"{path} is not a folder; train a reward model with train_reward.py (--task i2v for "
@@ -180,7 +180,8 @@ def require_trunk_of(generator, trunk, path):
 
 
 def bce_loss(logits, labels):
-    """Eq. 6: binary cross-entropy of sigmoid(r) with the label in {0, 1} of the clean video; both [b]."""
+    """Eq. 6: binary cross-entropy of sigmoid(r) with the label of the clean video, 0 or 1. logits r [b],
+    labels [b]."""
     return F.binary_cross_entropy_with_logits(logits, labels.float())
 
 
@@ -189,7 +190,7 @@ def bradley_terry_loss(logits, labels):
     batch."""
     good, bad = logits[labels == 1], logits[labels == 0]
     if not len(good) or not len(bad):
-        return logits.sum() * 0.0                               # a batch of one kind has no pairs
+        return logits.sum() * 0.0                               # no pairs; the sum keeps a (zero) gradient
     return F.softplus(-(good[:, None] - bad[None])).mean()
 
 

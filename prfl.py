@@ -2,9 +2,9 @@
 
 Each iteration makes two optimizer updates. The first is an SFT update on curated videos. The second is a
 reward update: a sample is rolled out from noise to a random step without gradients, takes ONE step with
-gradients, and PAVRM judges it right there. The gradient goes through the frozen PAVRM and that one step into
-the generator. There is no VAE. The loop is in train_align.py: it draws noise, times and the rewarded step,
-and makes both optimizer steps.
+gradients, and PAVRM judges the noisy latent after this step. The gradient goes through the frozen PAVRM and
+that one step into the generator. There is no VAE. The loop is in train_align.py, which draws noise, times and
+the rewarded step, and makes both optimizer steps.
 
     x_T ~ N(0, I) --rollout, no grad--> x_{s+dt} --one step, with grad--> x_s --PAVRM--> r(x_s, s, p)
                                                                                   loss = -lambda r
@@ -14,8 +14,9 @@ Rollout and step are without classifier-free guidance; only sampling and validat
 With the recipe "paper" this is Algorithm 1 to the letter. The recipe "steady", which is ours, changes two
 lines: the rollout without gradients takes at most four long Euler steps, and the loss is -log sigmoid(r),
 which stops pushing where the reward is already sure that the video is good. Its learning rate falls to zero
-over the run (train_align.py). results/why.md compares the two in its rows "step per batch"; what it calls the
-steady recipe is an earlier form, with a rewarded step for each video. results/endurance.md has longer runs.
+over the run (train_align.py). results/why.md compares the two recipes in its rows "step per batch"; what that
+page calls the steady recipe is an earlier form, with a rewarded step for each video. results/endurance.md has
+longer runs.
 
 Deliberate differences from the released code:
 1. The loss is -lambda * r on the raw logit. The released 0.1 * relu(2 - sigmoid(r)) is "sigmoid_hinge" below:
@@ -35,7 +36,7 @@ import torch.nn.functional as F
 from common import InputError, random_generator
 from flow import add_noise, euler_step, flow_matching_loss, given_frames, rollout, schedule
 
-# What these flags of train_align.py are when they are not given. rollout_passes 0: every step.
+# The values of these flags of train_align.py that are not given. rollout_passes 0: every step.
 RECIPES = {
     "paper": {"rollout_passes": 0, "reward_loss": "linear", "lr_scheduler": "constant"},        # Alg. 1
     "steady": {"rollout_passes": 4, "reward_loss": "logsigmoid", "lr_scheduler": "linear"},
@@ -63,7 +64,7 @@ def reward_update_loss(policy, pavrm, x_T, context, step, num_steps, *, rollout_
     """
     times = schedule(num_steps, shift, x_T.device)              # from t = 1 (noise) down to t = 0 (video)
     t = times[step - 1].expand(len(x_T))                        # s + dt, where the rewarded step starts
-    s = times[step].expand(len(x_T))                            # where it ends
+    s = times[step].expand(len(x_T))                            # where the rewarded step ends
 
     x = rollout(policy, x_T, context, num_steps, stop=step - 1, passes=rollout_passes, shift=shift,
                 **conditions)                                   # x_{s+dt}, without gradients
@@ -80,7 +81,7 @@ def sft_loss(policy, x0, x1, t, context, weight=None, **conditions):
     prompts. weight [b]: a factor for each video; RWR gives exp(reward), scaled to mean 1, and the generator's
     own samples as x0.
     """
-    # if there is a given first frame, the model puts it back in place of its noised one
+    # the model replaces the noised first frame by the given one, if there is one
     v = policy(add_noise(x0, x1, t), t, context, **conditions)
     return flow_matching_loss(v, x0, x1, weight, given=given_frames(conditions))
 

@@ -3,25 +3,25 @@
 A sample is rolled out from noise to a late time t without gradients. Then it takes ONE step with gradients,
 which predicts x_0. The decoder turns x_0 into pixels WITH gradients, and a reward model scores the pixels.
 The gradient goes through the frozen reward model, the frozen decoder and that one step into the generator.
-train_align.py makes an SFT update before it, as for PRFL.
+train_align.py makes an SFT update before each such update, as for PRFL.
 
     x_T --rollout, no grad--> x_t --one step, with grad--> x_0 = x_t - t v --VAE--> pixels --> r
 
     loss = -lambda r
 
 frames="first": only the first latent frame is decoded, to one image, which a reward model of images scores
-(the paper uses PickScore). The VAE is causal, so that image is the first frame of the whole clip.
+(the paper uses PickScore). The VAE is causal, so this image is the first frame of the whole clip.
 frames="all": the whole clip is decoded, and a reward model of videos scores it. (With 81 frames and 14B the
 paper ran out of memory here.)
 
 Where this differs, on purpose, from the paper:
 1. Both reward models are small networks of our own, trained on the same labelled samples as PAVRM. So the
-   comparison is about where a reward looks, not about what it has learned from. They read the prompt too,
+   comparison is about where a reward looks, not about what it has learned from. The two also read the prompt,
    because the labels depend on it.
 2. "t near 0" is the last third of the steps, which Table 3 calls late: for N = 16, t from 6/16 to 1/16. The
-   reward model has only seen finished videos, so the prediction must be close to one; but from the very last
-   step the generator could change little. train_reward.py reports the accuracy on predictions from every t
-   (Fig. 3a), and --trajectory_part draws the steps from another third.
+   reward model has only seen finished videos, so the prediction must be close to a finished video; but in
+   the very last step the generator could change little. train_reward.py reports the accuracy on predictions
+   from every t (Fig. 3a), and --trajectory_part draws the steps from another third.
 3. The decoder works in the dtype of --mixed_precision, which args.json records, both where the reward model
    of pixels is trained and where it is used. With bf16 it takes half of float32's memory, and RGB ReFL's rows
    in results/table1.md were made with bf16. Validation and sample.py decode in float32, as Wan does.
@@ -49,7 +49,7 @@ CHUNK = 4                       # latent frames that are decoded at a time with 
 
 
 class PixelReward(nn.Module):
-    """A small convolutional network: decoded pixels and a prompt -> a reward logit.
+    """A small convolutional network from decoded pixels and a prompt to a reward logit.
 
     Each of three stages halves height and width and then, with frames="all", mixes neighbouring frames. The
     prompt scales and shifts the channels.
@@ -130,10 +130,10 @@ def decode_chunks(vae, x):
     """vae.decode(x) of latents x [b, c, f, h, w], CHUNK latent frames at a time, and again in the backward
     pass -> [b, 3, F, H, W].
 
-    The decoder is causal: a frame depends on itself and vae.past latent frames before. So a chunk is decoded
-    together with vae.past frames before it, whose pixels are then dropped, and the result is exact. A clip
-    for which this saves nothing is decoded in one chunk: a short one, or any if vae.past is None (the decoder
-    looks too far back).
+    The decoder is causal: a frame depends only on its own latent frame and on the vae.past latent frames
+    before it. So a chunk is decoded together with vae.past frames before it, whose pixels are then dropped,
+    and the result is exact. If this would save nothing, the clip is decoded in one chunk: because it is
+    short, or because the decoder looks too far back (vae.past is None).
     """
     f, video = x.shape[2], []
     size = CHUNK
@@ -152,10 +152,10 @@ def decode_chunks(vae, x):
 def predicted_reward(reward, vae, dit, x, t, context, checkpointing=False, **conditions):
     """Logits [b] of the clean video that one step of dit predicts from x [b, c, f, h, w] at times t [b].
 
-    If every t is 0, x is that video and dit is not called. conditions: what an image-to-video generator is
-    given beside the prompt. checkpointing: each video is decoded (in chunks) and scored by itself, and again
-    in the backward pass. Then memory holds the pixels of all videos, the decoder's work for one chunk and the
-    reward model's for one video.
+    If every t is 0, x is the clean video and dit is not called. conditions: what an image-to-video generator
+    is given beside the prompt. checkpointing: each video is decoded (in chunks) and scored by itself, and
+    again in the backward pass. Then memory holds only the pixels of all videos, what the decoder keeps for
+    one chunk, and what the reward model keeps for one video.
     """
     x = pin(x, conditions.get("first_frame"))
     if t.any():
@@ -169,10 +169,10 @@ def predicted_reward(reward, vae, dit, x, t, context, checkpointing=False, **con
 
 def refl_update_loss(policy, reward, vae, x_T, context, step, num_steps, *, rollout_passes=0,
                      reward_weight=1.0, loss="linear", shift=1.0, checkpointing=False, **conditions):
-    """RGB ReFL's update -> (loss, logits [b] of the reward, detached). Call backward on the loss, a scalar.
+    """RGB ReFL's update -> (the loss, a scalar with gradients; the logits [b], detached).
 
     policy: the VideoDiT in training. reward, vae: frozen. x_T [b, c, f, h, w]: noise. context [b, l, d_text].
-    step: from 1 to num_steps. x_0 is predicted where that step starts, at t = schedule(num_steps,
+    step: from 1 to num_steps. x_0 is predicted where this step starts, at t = schedule(num_steps,
     shift)[step - 1]. rollout_passes, reward_weight, loss, shift: as in prfl.reward_update_loss.
     checkpointing, conditions: as in predicted_reward.
     """

@@ -1,4 +1,4 @@
-"""What results are made of: intervals over seeds and videos, verdicts on a claim, tables, curves.
+"""What results pages are made of: intervals over seeds and videos, verdicts on claims, tables, and curves.
 
 Values are one number per seed and video, [seeds, videos] (the same videos in each seed). AUC and balanced
 accuracy are not means over videos; `auc_values` and `balanced_values` give per-video values with the same
@@ -13,9 +13,9 @@ def confidence_interval(values, other=None, rounds=5000):
     """95 % interval of the mean of values [seeds, videos], or of its difference from the mean of `other`,
     which has the same seeds but videos of its own. Seeds and videos are resampled, with replacement.
 
-    One seed fewer is drawn than there are. That makes the seeds' part of the variance unbiased: n draws of n
-    would give (n - 1) / n of it. Still, three seeds say little about that part, and with one seed only videos
-    are resampled. Videos count as independent, though some share a sentence.
+    One seed fewer is drawn than there are. This makes the seeds' part of the variance unbiased: as many draws
+    as there are seeds, n, would give (n - 1) / n of it. Still, three seeds say little about this part, and
+    with one seed only videos are resampled. Videos count as independent, though some share a sentence.
     """
     groups = [np.asarray(group, float) for group in (values, other) if group is not None]
     rng, found = np.random.default_rng(0), []
@@ -38,21 +38,22 @@ def show(mean, interval, sign="", **_):
 
 
 def table(head, rows):
-    """A Markdown table. rows: lists of cells, the first the row's name."""
+    """The lines of a Markdown table. rows: lists of cells, of which the first is the row's name."""
     return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|",
             *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
 
 
 def verdict(low, high, at=0.0):
-    """What an interval says of the claim that a difference is above `at`."""
+    """The verdict on the claim that a difference is above `at`, by the difference's interval."""
     if low > at:
         return "holds"
     return "does not hold" if high < at else "cannot be told"
 
 
 def claim_verdicts(claims, values, paired=True):
-    """claims [(better, worse)] of the paper, or [(better, worse, what the paper has instead)], values {row:
-    [seeds, videos]} -> [{...}] with verdicts. paired: the rows have the same videos."""
+    """claims [(better, worse)] of the paper, or [(better, worse, what the paper has instead)], and values
+    {row: [seeds, videos]} -> [{"claim", "difference", "interval", "verdict", ...}]. paired: the rows have the
+    same videos."""
     found = []
     for better, worse, *instead in claims:
         a, b = values[better], values[worse]
@@ -106,7 +107,7 @@ def plot(path, panels):
         return print(f"no {path}: `pip install matplotlib` draws the curves")
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    # the curves' names stand below the panels, where they hide none
+    # the names of the curves are below the panels, where they hide no curve
     height = 3.23 + 0.17 * max(len(curves) for _, curves in panels.values())
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), height), squeeze=False,
                                    layout="constrained")

@@ -1,4 +1,4 @@
-"""What PRFL is compared with that takes no gradient through the reward: RWR, DiffusionNFT and Flow-GRPO.
+"""The methods beside PRFL that take no gradient through the reward: RWR, DiffusionNFT and Flow-GRPO.
 
 All three let PAVRM judge finished latents of the generator, at t = 0, and decode nothing.
 
@@ -8,15 +8,16 @@ RWR   flow matching on samples of the untrained generator, each weighted by exp(
 NFT   DiffusionNFT (arXiv 2509.16117): flow matching on samples of an old policy, towards the good ones and
       away from the bad ones. The old policy follows the generator as a moving average.
 GRPO  Flow-GRPO (arXiv 2505.05470): a few steps of the rollout are stochastic, so that their results have a
-      probability. Steps that led to a better video than the others of its prompt become more probable.
+      probability. If a video is better than the others of its prompt, the steps that led to it become more
+      probable.
 
 An iteration of NFT or GRPO makes a batch of samples, `group_size` of each prompt, and then `inner_updates`
-updates on them; train_align.py makes an SFT update before it, as for PRFL.
+updates on them. Before that, train_align.py makes an SFT update, as for PRFL.
 
     NFT    x_T --rollout of the old policy--> x_0 --PAVRM--> r;   x_0 --noised to t--> x_t --> v_theta, v_old
     GRPO   x_T --Euler steps--> x_t --stochastic steps--> x_s --Euler steps--> x_0 --PAVRM--> r
 
-Of a generator of two experts both make the samples, each its own steps. The times of NFT's updates, and the
+If a generator has two experts, both make the samples, each its own steps. The times of NFT's updates, and the
 stochastic steps of GRPO, are those of the --expert that trains.
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens, m samples of all ranks.
@@ -67,8 +68,8 @@ class Flags:
                            at_least=0, only="method grpo")
 
 
-SHARD_BYTES = 2 ** 27           # of a shard of RWR's own samples, as data.py has it
-DEFAULTS = {  # what these flags of train_align.py are when they are not given, as published
+SHARD_BYTES = 2 ** 27           # size of a shard of RWR's own samples, as in data.py
+DEFAULTS = {  # published values, for those of these flags of train_align.py that are not given
     "nft": {"rollout_passes": 10, "advantage_clip": 1.0},               # Algorithm 1; 10 steps: Sec. 4.1
     "grpo": {"rollout_passes": 10, "advantage_clip": 5.0},              # Sec. 4.3; 5: the released code
 }
@@ -88,14 +89,14 @@ def rwr_weights(rewards):
 
 
 def own_samples(folder, policy, pavrm, shards, rows, config, runtime):
-    """Samples of the untrained policy -> (their Shards, their `rwr_weights` [m] on the CPU).
+    """Makes samples of the untrained policy -> (their Shards, their `rwr_weights` [m] on the CPU).
 
-    They are made once and kept in `folder`, each with its reward. After a kill, the whole shards that are
-    there stay, and only what they lack is made. rows int64 [m]: the clips of `shards` whose prompts the
-    samples have, and whose first frames if the policy is image-to-video. config: train_align.py's. The ranks
-    make config.batch_size samples at a time and rank 0 writes them, so that the folder is the same for any
-    number of ranks. Raises InputError if `folder` was made with other settings, and FloatingPointError if a
-    reward is not finite.
+    The samples are made once and kept in `folder`, each with its reward. After a kill, whole shards stay, and
+    only the missing samples are made. rows int64 [m]: the clips of `shards` from which the samples take their
+    prompts and, if the policy is image-to-video, their first frames. config: train_align.py's. The ranks make
+    config.batch_size samples at a time and rank 0 writes them, so that the folder is the same for any number
+    of ranks. Raises InputError if `folder` was made with other settings, and FloatingPointError if a reward
+    is not finite.
     """
     m, b, done = len(rows), config.batch_size, 0
     if runtime.rank == 0:
@@ -108,8 +109,8 @@ def own_samples(folder, policy, pavrm, shards, rows, config, runtime):
     turns = range(math.ceil((m - done) / at_once))
     sends, waiting = runtime.rank % runtime.sequence_parallel == 0, []
     for i in common.progress(turns, f"rwr samples (x{at_once})") if turns else ():
-        # The last turn is filled up with the first samples: under fsdp all ranks must call the model equally
-        # often.
+        # The last turn is filled up with the first samples, because under fsdp all ranks must call the model
+        # equally often.
         j = [(done + place) % m for place in runtime.indices(b, i)]
         batch = shards.batch(rows[j])
         context = batch["context"].to(runtime.device)                                           # [b, l, d]
@@ -121,7 +122,7 @@ def own_samples(folder, policy, pavrm, shards, rows, config, runtime):
         common.check_finite(reward.sum(), "the reward", 0)
         made = {"latents": x0, "context": context, "reward": reward}
         if "y" in conditions:
-            made["condition"] = conditions["y"][:, 4:]          # image_inputs makes the same y of it
+            made["condition"] = conditions["y"][:, 4:]          # from which image_inputs makes the same y
         if "clip_tokens" in conditions:
             made["clip_fea"] = conditions["clip_tokens"]
         part = [batch["prompt"], {name: x.cpu() for name, x in made.items()}] if sends else [[], {}]
@@ -130,7 +131,7 @@ def own_samples(folder, policy, pavrm, shards, rows, config, runtime):
             waiting += zip(prompts, samples)
         del waiting[m - written:]                               # what filled up the last turn
         while waiting:
-            # whole batches, so that a run that goes on after a kill makes the same ones
+            # whole batches, so that a run that continues after a kill makes the same shards
             count = max(1, SHARD_BYTES // (b * sum(x.nbytes for x in waiting[0][1].values()))) * b
             if len(waiting) < min(count, m - written):
                 break
@@ -148,8 +149,8 @@ def own_samples(folder, policy, pavrm, shards, rows, config, runtime):
 
 
 def settings_of_samples(config, shards, rows):
-    """What own samples depend on, as shards.json has it. Not how they are rounded: --mixed_precision and
-    --batch_size may change when a run goes on."""
+    """The settings on which own samples depend, as shards.json has them. Those that only change how samples
+    are rounded, --mixed_precision and --batch_size, are not among them: a resumed run may change them."""
     names = ("task", "num_samples", "num_inference_steps", "shift", "seed")
     clips = hashlib.blake2b(repr(rows.tolist()).encode(), digest_size=8).hexdigest()
     return {name: getattr(config, name) for name in names} | runs.contents(config, shards) | {"clips": clips}
@@ -173,7 +174,7 @@ def count_samples(folder, settings):
 
 
 def write_samples(folder, samples, fps, settings):
-    """One more shard. samples: [(prompt, {name: tensor})]"""
+    """Writes one more shard. samples: [(prompt, {name: tensor})]"""
     prompts, values = zip(*samples)
     columns = {name: torch.stack([value[name] for value in values]) for name in values[0]}
     write_shards(folder, columns.pop("latents"), columns.pop("context"), [None] * len(prompts), prompts,
@@ -185,8 +186,9 @@ def advantages(rewards, group_size, clip, by_group=True):
     """How much better each sample is than the others of its prompt, in standard deviations (arXiv 2505.05470,
     Eq. 4) -> [m].
 
-    rewards [m]: logits; the samples of a prompt are group_size neighbours. A = (r - mean) / std, clipped at
-    +-clip. The mean is the group's. The standard deviation is the group's, too, or that of all m samples.
+    rewards [m]: logits; the group_size samples of a prompt are neighbours, a group. A = (r - mean) / std,
+    clipped at +-clip. The mean is that of the group, and so is the standard deviation if by_group; otherwise
+    it is that of all m samples.
     """
     groups = rewards.view(-1, group_size)                                                   # [prompts, group]
     std = groups.std(1, correction=0, keepdim=True) if by_group else rewards.std(correction=0)
@@ -200,13 +202,13 @@ def swap(weights, others):
         kept = p.clone()
         p.copy_(q)
         q.copy_(kept)
-    torch.clear_autocast_cache()                        # autocast would go on with its copies of the weights
+    torch.clear_autocast_cache()                        # autocast would still use copies of the old values
 
 
 @contextmanager
 def in_place_of(weights, others):
-    """Within it the trained weights have the values of `others`. Afterwards all are as before, bit for
-    bit."""
+    """In a `with` block of this, the trained weights have the values of `others`. After the block, all are as
+    before, bit for bit."""
     swap(weights, others)
     try:
         yield
@@ -238,12 +240,12 @@ def check(config, global_batch, expert_steps=None):
 
 
 class Learner:
-    """Makes a batch of samples in each iteration and the losses of the updates on them.
+    """Makes a batch of samples in each iteration, and the losses of the updates on these samples.
 
     prompts(iteration, indices) -> (context [b, l, d_text], conditions of an image-to-video policy). indices
-    are places in the global batch; those of a group are neighbours and have the same prompt. expert_steps:
-    the Euler steps of the experts that train, as experts.steps_of_expert returns them; None for a generator
-    of one expert.
+    are places in the global batch; the places of a group are neighbours and have the same prompt.
+    expert_steps: the Euler steps of the experts that train, as experts.steps_of_expert returns them; None if
+    the generator does not have two experts.
     """
 
     def __init__(self, policy, pavrm, optimizer, config, runtime, prompts, latent_shape, global_batch,
@@ -255,8 +257,8 @@ class Learner:
         self.batches, self.weights = {}, None
 
     def collect(self, iteration):
-        """Makes and judges this iteration's samples, a batch at a time, and compares them over all ranks ->
-        metrics."""
+        """Makes this iteration's samples, a batch at a time, and their rewards, and compares the rewards of
+        all ranks -> metrics."""
         clock, cpu_clock = time.perf_counter(), time.process_time()
         self.batches, rewards = {}, {}
         self.begin(iteration)
@@ -282,14 +284,14 @@ class Learner:
         return x.to(self.runtime.device)
 
     def loss(self, k, iteration, indices):
-        """lambda times the loss of update k on these samples -> (a scalar to call backward on, {what is
-        logged})."""
+        """The loss of update k on these samples -> (lambda times the loss, a scalar with gradients; {metric:
+        number})."""
         with self.runtime.autocast():
             loss, logged = self.loss_of(k, self.weights[indices], **self.batches[indices[0]])
         return self.config.reward_weight * loss, logged
 
     def begin(self, iteration):
-        """What comes before the samples of an iteration are made."""
+        """Is called before the samples of an iteration are made."""
 
 
 # ---- NFT
@@ -299,9 +301,9 @@ def nft_loss(v, v_old, x0, x1, r, beta, given=0):
         r |v+ - (x_1 - x_0)|^2 + (1 - r) |v- - (x_1 - x_0)|^2
         v+ = (1 - beta) v_old + beta v,   v- = (1 + beta) v_old - beta v
 
-    v and v_old [b, c, f, h, w]: velocities of the generator and of the old policy at x_t, without gradients
-    in the latter. r [b] in [0, 1]: how good x_0 is. given: as in flow_matching_loss. The implicit positive
-    policy v+ learns from good samples and the implicit negative one, v-, from bad ones. The minimum is at
+    v and v_old [b, c, f, h, w]: velocities of the generator and of the old policy at x_t; v_old has no
+    gradients. r [b] in [0, 1]: how good x_0 is. given: as in flow_matching_loss. The implicit positive policy
+    v+ learns from good samples, and the implicit negative policy v- from bad samples. The minimum is at
     v = v_old + (2 / beta) E[r (x_1 - x_0 - v_old)] (Eq. 6).
     """
     positive = (1 - beta) * v_old + beta * v
@@ -313,27 +315,27 @@ def nft_loss(v, v_old, x0, x1, r, beta, given=0):
 class NFT(Learner):
     """DiffusionNFT, Algorithm 1 of arXiv 2509.16117.
 
-    Where this differs, on purpose: the loss is of velocities at t ~ U(0, 1), not of x_0 with weights that
-    adapt; the share of the old policy that stays is constant, not rising; there is no divergence from the
-    start beside it.
+    Three differences, on purpose: the loss compares velocities at t ~ U(0, 1), not x_0 with adaptive weights.
+    The share of the old policy that stays is constant, not rising. There is no second loss that holds the
+    generator near its start.
     """
 
     def __init__(self, policy, pavrm, optimizer, *more):
         super().__init__(policy, pavrm, optimizer, *more)
-        for p in self.trained:                          # beside AdamW's moments, so that checkpoints hold it
+        for p in self.trained:              # "old" is beside AdamW's moments, so that checkpoints hold it
             optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p),
                                   "exp_avg_sq": torch.zeros_like(p), "old": p.detach().clone()}
 
     @torch.no_grad()
     def begin(self, iteration):
-        """The old policy follows: old <- decay old + (1 - decay) theta."""
+        """Lets the old policy follow the generator: old <- decay old + (1 - decay) theta."""
         self.old = [self.optimizer.state[p]["old"] for p in self.trained]
         for p, old in zip(self.trained, self.old):
             old.lerp_(p.to(old.device), 1 - self.config.old_decay)      # an expert may rest on the host
 
     def sample(self, iteration, indices, context, conditions):
-        """-> x0 [b, c, f, h, w] of the old policy and, for each update, a time [b], noise x1 and the old
-        policy's velocity at x_t."""
+        """-> x0 [b, c, f, h, w], which the old policy samples, and for each update times [b], noise x1 and
+        the old policy's velocity at x_t."""
         c, draws = self.config, []
         with in_place_of(self.trained, self.old):
             x0 = flow.rollout(self.policy, self.noise("x_T", iteration, indices), context,
@@ -349,8 +351,8 @@ class NFT(Learner):
         return {"x0": x0, "draws": draws}
 
     def weigh(self, r):
-        """r [m] in [0, 1] of logits [m]: 1/2 + A / 2 with the advantage A clipped and scaled to [-1, 1], as
-        in Algorithm 1; or their sigmoid."""
+        """Logits r [m] -> how good each sample is, in [0, 1]: 1/2 + A / 2, with the advantage A clipped and
+        scaled to [-1, 1], as in Algorithm 1; or the sigmoid of r."""
         if self.config.nft_reward == "probability":
             return torch.sigmoid(r)
         clip = self.config.advantage_clip
@@ -370,9 +372,9 @@ def sde_step(x, v, t, t_next, noise_level):
         x_{t-dt} = x_t - (v + sigma^2 / (2 t) (x_t + (1 - t) v)) dt + sigma sqrt(dt) eps,  dt = t - t_next
         sigma = a sqrt(t / (1 - t)),  a = noise_level
 
-    In the limit of small steps x_t has the same distribution at every t as by Euler's steps, but for the
-    first one: at t = 1 sigma has no bound, so that of t_next is used, and there sigma^2 dt is a^2 however
-    small dt is. The variance gets too large by a^4 / 4 of it.
+    In the limit of small steps x_t has at every t the same distribution as with Euler steps. The first step
+    is an exception: at t = 1 sigma is infinite, so the sigma of t_next is used, and then sigma^2 dt is a^2
+    however small dt is. This makes the variance too large by a^4 / 4 of it.
     """
     t, t_next = (z.float().view(-1, *[1] * (x.ndim - 1)) for z in (t, t_next))
     at = torch.where(t < 1, t, t_next)
@@ -382,9 +384,10 @@ def sde_step(x, v, t, t_next, noise_level):
 
 
 def log_prob(x, mean, std):
-    """[b]: the log density of x under N(mean, std^2), as the mean over its elements and not their sum.
+    """The log density of x under N(mean, std^2) -> [b], the mean over the elements of x and not their sum.
 
-    The published code takes the mean as well: a ratio of densities of whole videos would be 0 or infinite.
+    The published code takes the mean as well, because a ratio of densities of whole videos would be 0 or
+    infinite.
     """
     z = (x - mean) / std
     return (-z.square() / 2 - std.log() - math.log(2 * math.pi) / 2).flatten(1).mean(1)
@@ -394,8 +397,8 @@ def grpo_loss(x, mean, std, old_log_prob, advantage, clip_range):
     """-min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) (arXiv 2505.05470, Eq. 5), mean over the batch ->
     (a scalar, the share that is clipped).
 
-    x [b, c, f, h, w]: what a stochastic step led to. mean, std: of the generator's step now. old_log_prob
-    [b]: of x when it was sampled. advantage A [b]; clip_range: eps.
+    x [b, c, f, h, w]: the latents after a stochastic step. mean, std: those of the same step by the generator
+    now. old_log_prob [b]: the log-probability of x when it was sampled. advantage [b]: A. clip_range: eps.
     """
     ratio = (log_prob(x, mean, std) - old_log_prob).exp()                                               # [b]
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
@@ -411,33 +414,33 @@ def kl_of_steps(mean, other, std):
 class GRPO(Learner):
     """Flow-GRPO, with few stochastic steps as in its authors' later "Fast" variant.
 
-    The samples of a group share their noise and all steps before the first stochastic one, where they part.
-    So the rewards of a group differ through these steps alone, which is what the updates can change.
+    The samples of a group share their noise and all steps before the first stochastic step, where they part.
+    So only the stochastic steps, which are what the updates change, make the rewards of a group differ.
 
-    Where this differs, on purpose: which neighbouring steps are stochastic is drawn anew in each iteration,
-    from the whole trajectory; each makes an update of its own, so that the ratios of the later ones are not
-    1.
+    Two differences, on purpose: the neighbouring steps that are stochastic are drawn anew in each iteration,
+    from the whole trajectory. And each of them gets its own update, so that the ratios of the later steps are
+    not 1.
     """
 
     def __init__(self, policy, pavrm, optimizer, config, *more):
         super().__init__(policy, pavrm, optimizer, config, *more)
-        # a checkpoint is read into the weights only later, so this is the start also on a resume
+        # a checkpoint is read only later, so that a resumed run has the untrained weights here too
         self.start = [p.detach().clone() for p in self.trained] if config.kl_weight else None
 
     def first_step(self, iteration):
-        """How many steps come before the stochastic ones, the same on all ranks."""
+        """How many steps come before the stochastic steps; the same number on all ranks."""
         generator = common.random_generator(self.config.seed, "stochastic steps", iteration)
         skipped, last = self.expert_steps or (0, self.config.num_inference_steps)
         return int(torch.randint(skipped, last - self.config.inner_updates + 1, (1,), generator=generator))
 
     def sample(self, iteration, indices, context, conditions):
-        """-> a dict. x0 [b, c, f, h, w]. steps: for each stochastic step the latents before it, its times t
-        and t_next [b], the latents after it, and their log-probability [b]. means: for each, the mean of the
-        same step under the untrained policy; none without kl_weight."""
+        """-> {"x0": [b, c, f, h, w], "steps", "means"}. steps: for each stochastic step the latents before
+        it, its times t and t_next [b], the latents after it, and their log-probability [b]. means: for each
+        step its mean under the untrained policy, or None without kl_weight."""
         c, N, first = self.config, self.config.num_inference_steps, self.first_step(iteration)
         how = dict(passes=c.rollout_passes, shift=c.shift)
         groups = [i // c.group_size for i in indices]
-        heads = list(dict.fromkeys(groups))             # one rollout for each group, up to where it parts
+        heads = list(dict.fromkeys(groups))     # each group has one rollout, up to where its samples part
         rows = [groups.index(group) for group in heads]
         its_conditions = {name: z[rows] for name, z in conditions.items()}
         x = flow.rollout(self.policy, self.noise("x_T", iteration, heads), context[rows], N, stop=first,
@@ -465,7 +468,7 @@ class GRPO(Learner):
         return advantages(r, self.config.group_size, self.config.advantage_clip)
 
     def loss_of(self, k, advantage, x0, steps, means, context, conditions):
-        """Of stochastic step k: -min(ratio A, clip(ratio) A) + kl_weight KL."""
+        """The loss of stochastic step k: -min(ratio A, clip(ratio) A) + kl_weight KL."""
         x, t, t_next, x_next, old_log_prob = steps[k]
         start = flow.given_frames(conditions)
         v = self.policy(x, t, context, **conditions)

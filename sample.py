@@ -15,8 +15,8 @@ label.py and data.py read. Under torchrun the processes share the videos. A seco
 killed one stopped. The files are the same, byte for byte, on any number of processes.
 
 Each row of metadata.jsonl also says how its video was made. If the row is given to --prompts again, it makes
-the same bytes on the same machine, whatever other rows are given with it. (With bf16 the --parallel must be
-the same, too.) A flag that is given as well replaces what the row says.
+the same bytes on the same machine, whatever other rows are given with it. (With bf16, --parallel must be the
+same, too.) If a flag is given as well, it replaces what the row says.
 
 Flags that are not given have the model's defaults. Embedded world: 32*32, 9 frames at 8 fps, 32 steps, no
 guidance, shift 1. Wan2.1: 832*480, 81 frames at 16 fps, guidance 5, shift 3 (5 from 720P on) and the negative
@@ -112,14 +112,15 @@ class Config(search.Flags):
 
 @dataclass
 class Video:
-    """One video to make. Its noise depends only on seed and index, its last bits also on batch and place."""
-    path: Path | None                                   # None: it only fills a place in a batch
+    """One video to make. Its noise depends only on seed and index; its last bits also depend on batch and
+    place."""
+    path: Path | None                                   # None: it only fills a place in a batch, unwritten
     prompt: str
     image: str | None
     seed: int
     index: int
-    batch: int | None = None                            # videos sampled together; None: as many as fit
-    place: int | None = None                            # which of them this one is
+    batch: int | None = None                            # how many videos are sampled together; None: open
+    place: int | None = None                            # the number of this video among them
 
 
 def check_flags(config):
@@ -147,10 +148,10 @@ def check_flags(config):
 
 
 def take_settings(config, rows):
-    """Fills in the flags that are not given with those that the rows of --prompts were made with.
+    """Fills in the flags that are not given with the settings that the rows of --prompts were made with.
 
-    -> the rows' settings if all settings that decide a video's bytes are the same now as then, else None.
-    Raises InputError.
+    -> these settings if all that decide a video's bytes are the same now as then, else None. Raises
+    InputError.
     """
     recorded = samples.shared_settings(config.prompts, rows)
     if not recorded:
@@ -174,7 +175,7 @@ def take_settings(config, rows):
     if {"best_of", "search"} & set(changed):
         keep -= {"drops"}
     if "guidance_scale" in changed:
-        keep -= {"guidance_scale_2"}                            # it follows the first one
+        keep -= {"guidance_scale_2"}                            # its default is the new --guidance_scale
     scale_2 = then.guidance_scale_2 if "guidance_scale_2" in keep else config.guidance_scale_2
     if config.guidance_scale == 1 == (scale_2 or 1):
         keep -= {"negative_prompt"}
@@ -211,7 +212,7 @@ def settle(config, dit_config):
 
 
 def list_videos(config):
-    """-> ([Video] in order, the settings that they were made with before, or None)."""
+    """-> ([Video] in order, what `take_settings` returned, or None)."""
     output, n = Path(config.output), config.num_videos
     if config.prompt is not None:
         paths = [output]
@@ -241,8 +242,8 @@ def list_videos(config):
 
 def place_videos(videos, batch_size):
     """Gives every Video without a batch its batch and place: neighbours in the list that have one seed go
-    together. Batches depend neither on what is done already nor on the number of processes, because the size
-    of a video's batch can change its rounding, and with it the bytes of its file."""
+    together. The size of a video's batch can change its rounding, and with it the bytes of its file. So
+    batches depend neither on what is done already nor on the number of processes."""
     free = [video for video in videos if video.batch is None]
     for _, same_seed in itertools.groupby(free, lambda video: video.seed):
         same_seed = list(same_seed)
@@ -253,9 +254,9 @@ def place_videos(videos, batch_size):
 
 
 def batches(videos):
-    """[[Video, ...], ...]: what is sampled together, each video at its place in a batch of its seed and size
-    (Video.batch). A place that no video claims is filled with a copy of the batch's first video, without a
-    path."""
+    """-> [[Video, ...], ...], the batches. A batch has videos of one seed and one Video.batch, which is its
+    size, each at its place. A place that no video has is filled with a copy of the batch's first video, but
+    without a path."""
     found, with_room = [], {}
     for video in videos:
         open_batches = with_room.setdefault((video.seed, video.batch), [])
@@ -291,9 +292,11 @@ def check_images(videos, dit_config, size):
 
 
 def start_folder(config, videos, weights=None):
-    """Makes --output_dir, in which sample.json says how its videos are made -> the folder's lock, to keep.
+    """Makes --output_dir and writes into its sample.json how its videos are made -> the folder's lock, to
+    keep.
 
-    weights: their fingerprint. Raises InputError if a sample.json there says otherwise.
+    weights: the fingerprint of all weights. Raises InputError if the folder has a sample.json that says
+    something else.
     """
     names = [name for name in samples.FLAGS if name != "task"]
     rows = repr([(video.path.name, video.prompt, video.image, video.seed, video.index) for video in videos])
@@ -311,7 +314,7 @@ def start_folder(config, videos, weights=None):
             raise ValueError("it holds no settings")
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error}): name another --output_dir") from None
-    # a folder begun before these were recorded continues; a search then dropped candidates
+    # an older folder, which lacks some of these settings, continues; its search dropped candidates
     searched = "drop" if (before.get("best_of") or 1) > 1 else config.search
     before = {"search": searched, "drops": before.get("cuts"), "weights": weights} | before
     if changed := [name for name in settings if before.get(name) != settings[name]]:
@@ -321,8 +324,8 @@ def start_folder(config, videos, weights=None):
 
 
 def memory_warning(config, dit_config, runtime, memory, pavrm=None):
-    """The planner's one line if a GPU of `memory` bytes is too small, else None. pavrm: the reward model that
-    searches beside the generator."""
+    """A line with the planner's estimate if a GPU of `memory` bytes is too small, else None. pavrm: the
+    reward model that is on the GPU beside the generator in a search, or None."""
     flags = plan.Config("wan2.1-t2v-14b", method="sample", frames=config.frames, size=config.size,
                         gpus=runtime.world_size, parallel=config.parallel,
                         sequence_parallel=config.sequence_parallel, batch_size=config.batch_size,
@@ -340,7 +343,7 @@ def memory_warning(config, dit_config, runtime, memory, pavrm=None):
 
 
 def write_metadata(folder, videos, settings):
-    """metadata.jsonl of the videos that are there; settings: those that all of them share."""
+    """Writes metadata.jsonl for the videos whose files exist. settings: those that all videos share."""
     rows = []
     for video in videos:
         if video.path.exists():

@@ -1,18 +1,19 @@
 """Best of n while sampling: candidates start from different noise, and the latent reward chooses among them
 on the way.
 
-PAVRM predicts from a half-finished latent whether a good video will come of it. So candidates need not be
+PAVRM predicts from a half-finished latent whether it will become a good video. So candidates need not be
 finished to be compared, and nothing has to be decoded. Every generator that has a reward model can be sampled
 like this, aligned or not. There are two ways:
 
-resample    (the default) After each step from t = .81 to .38 the candidates' places are filled anew: each
-            place draws one of the candidates with the probabilities softmax(r). A good candidate so fills
-            several places, and a weak one goes. Copies get new noise, so that they become different videos:
-            x_t = (1 - t) x_0 + t x_1, where x_0 is what the candidate's velocity points to. The best one at
-            the end of these steps is finished alone. This is close to LatSearch (arXiv 2603.14526), which
-            resamples at fewer times and compares sums of rewards.
-drop        Bad candidates are dropped at a few times and never replaced. Fewer forward passes for the same n,
-            but worse videos for the same passes (results/search_mismatched.md).
+resample    (the default) A video has n places, with one candidate in each. After each step from t = .81 to
+            .38 the places are filled anew: each place draws one of the candidates with the probabilities
+            softmax(r). So a good candidate fills several places, and a weak one disappears. Copies get new
+            noise, so that they become different videos: x_t = (1 - t) x_0 + t x_1, where x_0 is the clean
+            latent that the candidate's velocity points to. The best candidate at the end of these steps is
+            finished alone. This is close to LatSearch (arXiv 2603.14526), which resamples at fewer times and
+            compares sums of rewards.
+drop        Bad candidates are dropped at a few times and never replaced. This takes fewer forward passes for
+            the same n, but gives worse videos for the same passes (results/search_mismatched.md).
 
     python sample.py --prompt "a red circle moving to the right" --best_of 4
     python evaluate.py checkpoints --best_of 8 --search drop --drops .75:4,.56:2,.37:1
@@ -27,7 +28,7 @@ import common
 import flow
 from common import InputError, arg
 
-FIRST, LAST = 0.8125, 0.375                                     # times between which candidates are resampled
+FIRST, LAST = 0.8125, 0.375     # times: resampling begins at the first; at the last the best is chosen
 
 
 @dataclass
@@ -35,9 +36,10 @@ class Flags:
     """The flags of sample.py and evaluate.py about the search."""
     best_of: int = arg(1, "candidates made per video; the reward model chooses one of them", above=0)
     search: str = arg("resample", "what happens to candidates that the reward model finds weak. resample: "
-                      "good ones take their places, with new noise, after each step from t = .81 to .38. "
-                      "drop: they are dropped at the times of --drops; that takes fewer passes for the same "
-                      "number of candidates, but is worse for the same passes", choices=("resample", "drop"),
+                      "after each step from t = .81 to .38, copies of good candidates, with new noise, "
+                      "replace them. drop: they are dropped at the times of --drops; this takes fewer "
+                      "forward passes for the same number of candidates, but gives worse videos for the "
+                      "same number of passes", choices=("resample", "drop"),
                       only="!best_of 1")
     drops: str | None = arg(None, "when candidates are dropped: a list of time:number kept. "
                             ".75:4,.56:2,.37:1 keeps 4 at t = .75, 2 at .56 and 1 at .37; 0:1 compares "
@@ -46,7 +48,7 @@ class Flags:
 
 
 def drops_of(config):
-    """The flags -> what best_of takes as `drops`. Raises InputError."""
+    """The flags -> the `drops` of best_of. Raises InputError."""
     if config.search == "drop":
         return parse_drops(config.best_of, config.drops)
     return None
@@ -64,8 +66,8 @@ def default_drops(n):
 def parse_drops(n, text=None):
     """--best_of n and --drops, such as ".75:4,.56:2,.37:1" (None: default_drops) -> the `drops` of best_of.
 
-    They always end with one candidate: if the text keeps more, the last choice is made at the end, t = 0.
-    Raises InputError.
+    The drops always end with one candidate: if the text keeps more, the last choice is made at the end, at t
+    = 0. Raises InputError.
     """
     if text is None:
         return default_drops(n)
@@ -101,8 +103,8 @@ def cost_in_words(n, passes, num_steps, guidance_scale):
 def choices_of(times, n, drops=None):
     """When the reward chooses among n candidates -> {number of steps made: how many candidates stay}.
 
-    times: of the Euler steps, from flow.schedule. drops: as in best_of. As many as before stay where they are
-    resampled.
+    times: those of the Euler steps, from flow.schedule. drops: as in best_of. Where candidates are resampled,
+    n of them stay.
     """
     def nearest(t):
         return int((times - t).abs().argmin())
@@ -110,17 +112,17 @@ def choices_of(times, n, drops=None):
     if n == 1:
         return {}
     if drops:
-        return {nearest(t): keep for t, keep in drops[1:]}      # of several at one step, the last one counts
+        return {nearest(t): keep for t, keep in drops[1:]}      # if two are at one step, the last one counts
     last = max(1, nearest(LAST))
     return {step: n for step in range(1, last) if times[step] <= FIRST} | {last: 1}
 
 
 def resample(x, predicted, r, t, draws, noise):
-    """Fills the places of each video's candidates anew -> states [m, k, c, f, h, w].
+    """Fills the k places of each video anew -> states [m, k, c, f, h, w].
 
-    x: the candidates at time t. predicted: the clean latents they point to, of the same shape. r [m, k]:
-    their rewards. draws [m, k]: uniform in [0, 1), one for each place. noise: for the copies, of the shape of
-    x. A candidate that fills several places keeps its state in the first of them.
+    x [m, k, c, f, h, w]: the candidates at time t. predicted, as large: the clean latents to which their
+    velocities point. r [m, k]: their rewards. draws [m, k]: uniform in [0, 1), one for each place. noise, as
+    large as x: for the copies. A candidate that fills several places keeps its state in the first of them.
     """
     m, k = r.shape
     chosen = torch.searchsorted(r.softmax(1).cumsum(1), draws).clamp(max=k - 1)     # [m, k], candidates
@@ -131,7 +133,8 @@ def resample(x, predicted, r, t, draws, noise):
 
 
 def is_copy(chosen):
-    """Which of chosen [m, k] stands in an earlier place of the same video too -> [m, k]"""
+    """chosen [m, k]: the candidate in each place -> bool [m, k], whether an earlier place of the same video
+    has the same candidate."""
     same = chosen[:, :, None] == chosen[:, None, :]                                 # [m, place, place]
     return same.tril(-1).any(2)
 
@@ -141,12 +144,14 @@ def best_of(dit, pavrm, latent_shape, context, seed, indices, num_steps, n, drop
             guidance_scale=1.0, null=None, batch_size=128, max_rows=None, autocast=None, **conditions):
     """-> (the best candidates' latents [m, c, f, h, w], forward passes of dit per video).
 
-    A pass of the reward model counts as the share of dit's blocks that it runs. All noise depends only on
-    (seed, index, number of the candidate or place); candidate 0 is what flow.sample makes. With one candidate
-    this is flow.sample, and pavrm may be None. drops: None to resample, or ((1, n), (t, keep), ..., (t, 1))
-    from default_drops or parse_drops: the reward keeps `keep` candidates at the step nearest to t.
-    batch_size: candidates in one pass. max_rows: the largest m of all ranks, for models that are sharded over
-    them. The rest as in flow.sample.
+    A pass of the reward model counts as the share of dit's blocks that it has. All noise depends only on
+    (seed, index, number of the candidate or place). Candidate 0 starts from the noise of flow.sample, so with
+    one candidate the result is flow.sample's, and pavrm may be None.
+
+    n: candidates per video. drops: None to resample, or ((1, n), (t, keep), ..., (t, 1)) from default_drops
+    or parse_drops: at the step nearest to t the reward keeps `keep` candidates. batch_size: candidates in one
+    pass. max_rows: the largest m of all ranks, for models that are sharded over them. The other arguments are
+    those of flow.sample.
     """
     m, device = len(indices), context.device
     times = flow.schedule(num_steps, shift)
@@ -180,7 +185,7 @@ def best_of(dit, pavrm, latent_shape, context, seed, indices, num_steps, n, drop
         return torch.stack(found, 1).to(device)
 
     x, passes = noise("sample"), 0
-    for step in range(num_steps + 1):                           # after so many Euler steps
+    for step in range(num_steps + 1):                           # number of Euler steps made
         t = times[step]
         if step > 0:
             before, x = x, each(euler_step, step, x)

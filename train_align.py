@@ -1,4 +1,4 @@
-"""Stage 2: align the generator. --method prfl is Algorithm 1; the other methods are the baselines beside it.
+"""Stage 2: align the generator. --method prfl is Algorithm 1; the other methods are baselines.
 
     python train_align.py                                           PRFL, embedded world, the steady recipe
     python train_align.py --recipe paper --max_train_steps 100      Algorithm 1 to the letter, stopped in time
@@ -13,21 +13,22 @@
 What an iteration makes:
 
     prfl    an SFT update on curated videos, then a reward update at a random step of a rollout
-    refl    the same, but the reward judges decoded pixels of the clean video that is predicted at a late step
+    refl    as prfl, but the reward judges decoded pixels of the clean video that is predicted at a late step
     sft     one flow-matching update on curated videos (Eq. 10)
-    rwr     one flow-matching update on the generator's own samples, each weighted by exp(reward); they are
-            made before the first iteration and kept in <output_dir>/own_samples
+    rwr     one flow-matching update on the generator's own samples, each weighted by exp(reward); the samples
+            are made before the first iteration and kept in <output_dir>/own_samples
     nft     an SFT update, then a batch of samples, several for each prompt, made by a moving average of the
             generator, and --inner_updates updates on this batch (DiffusionNFT)
     grpo    as nft, but the generator itself makes the samples, and the updates are those of Flow-GRPO
 
 Without --data the curated videos are clean clips of the embedded world, which are written as mp4 and encoded
-like a user's clips. With --data they are all clips of the shards that are not labelled 0: unlabelled clips,
-and clips that are neither good nor bad, belong to them too.
+like a user's clips. With --data the curated videos are all clips of the shards that are not labelled 0. So
+unlabelled clips, and clips that are neither good nor bad, are curated too.
 
-To <output_dir> it writes checkpoint-<step>/ every --checkpointing_steps; transformer/, the weights after the
-last iteration, which need not be the best; metrics.jsonl; samples/, which each validation makes from the same
-prompts and the same noise; and best/, the weights whose samples the annotator or --judge scored highest.
+The script writes to <output_dir>: checkpoint-<step>/ every --checkpointing_steps; transformer/, the weights
+after the last iteration, which need not be the best; metrics.jsonl; samples/, which each validation makes
+from the same prompts and the same noise; and best/, the weights whose samples the annotator or --judge scored
+highest.
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 """
@@ -185,7 +186,7 @@ def resolve(config):
 
 def trained_steps(config, dit_config):
     """(skipped, last): the Euler steps of the --expert that trains, as experts.steps_of_expert returns them;
-    None without experts."""
+    None if the generator does not have two experts."""
     if not config.expert:
         return None
     times = flow.schedule(config.num_inference_steps, config.shift)
@@ -193,13 +194,13 @@ def trained_steps(config, dit_config):
 
 
 def split_curated(config, shards):
-    """-> (indices of the clips to train on, indices of those held out for validation). No clip in them is
-    labelled 0."""
+    """-> (indices of the clips to train on, indices of the clips held out for validation). Clips labelled 0
+    are in neither."""
     curated = (shards.labels != 0).nonzero()[:, 0]
     if not len(curated):
         raise InputError(f"{shards.folder}: every clip is labelled 0; alignment needs good ones")
     if not config.data:
-        return curated, curated[:0]                             # validation has sentences of its own
+        return curated, curated[:0]                     # the embedded world validates on other sentences
     return validation.hold_out(config, shards, curated)
 
 
@@ -234,8 +235,8 @@ def main(config):
         empty = null_context(policy.config, "empty", config.data, config.model, runtime.device)
 
     def curated_batch(seed, iteration, indices, group=1):
-        """-> x0 [b, c, f, h, w], context [b, l, d_text], and what an image-to-video model is given beside
-        it. group: how many neighbours in the global batch are the same clip."""
+        """-> (x0 [b, c, f, h, w], context [b, l, d_text], what an image-to-video model is given beside the
+        prompt). group: how many neighbours in the global batch are the same clip."""
         places = [i // group for i in indices]
         rows = data.order(len(curated), seed, iteration, places, global_batch // group)
         batch = shards.batch(curated[rows])
@@ -243,13 +244,12 @@ def main(config):
         return x0, context, image_inputs(policy.config, batch, runtime.device)
 
     if config.method == "rwr":
-        # The untrained policy makes the samples. So this comes before parallel.load_state reads trained
-        # weights.
+        # Before parallel.load_state reads trained weights, because the untrained policy makes the samples.
         rows = data.order(len(curated), config.seed + 1, 0, range(config.num_samples), global_batch)
         own, own_weights = rl_baselines.own_samples(Path(config.output_dir) / "own_samples", policy, pavrm,
                                                     shards, curated[rows], config, runtime)
-        pavrm.to("meta")                            # it is not asked again, and makes room
-    # One AdamW serves both updates, as in Alg. 1: their gradients never mix, but AdamW's moments average over
+        pavrm.to("meta")                            # frees its memory: all rewards are known now
+    # One AdamW serves both updates, as in Alg. 1. Their gradients never mix, but AdamW's moments average over
     # both.
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -261,7 +261,7 @@ def main(config):
     if resume:
         parallel.load_state(resume, state, policy, optimizer)
 
-    # ---- the losses: each -> (loss, {what is logged beside it}); indices are places in the global batch
+    # ---- the losses: each -> (loss, {metric: tensor}); indices are places in the global batch
     def flow_loss(iteration, indices, x0, context, weight=None, **conditions):
         t = common.uniform(config.seed, "sft t", iteration, indices).to(runtime.device)
         if config.expert:
@@ -271,7 +271,7 @@ def main(config):
             return prfl.sft_loss(policy, x0, x1, t, context, weight, **conditions), {}
 
     def curated_loss(iteration, indices):
-        """Eq. 10 on curated videos; a share of them (--context_dropout) loses its prompt."""
+        """Eq. 10 on curated videos, of which a share (--context_dropout) gets the empty prompt."""
         x0, context, conditions = curated_batch(config.seed, iteration, indices)
         context = drop_contexts(context, config, iteration, indices, empty)
         return flow_loss(iteration, indices, x0, context, **conditions)
@@ -286,10 +286,10 @@ def main(config):
 
     def reward_loss(iteration, indices):
         """Alg. 1's reward update, or ReFL's, on the prompts of the curated set."""
-        # seed + 1: another order of the clips than that of the SFT updates
+        # seed + 1, so that the clips come in another order than in the SFT updates
         _, context, conditions = curated_batch(config.seed + 1, iteration, indices)
         x_T = common.noise(shards.latent_shape, config.seed, "x_T", iteration, indices).to(runtime.device)
-        # one for all ranks
+        # the same step on all ranks
         step = prfl.draw_step(config.seed, iteration, N, config.trajectory_part, expert_steps)
         how = dict(rollout_passes=config.rollout_passes, shift=config.shift,
                    reward_weight=config.reward_weight, loss=config.reward_loss, **conditions)
@@ -319,10 +319,10 @@ def main(config):
         metrics = {key: value.item() for key, value in means.items()}
         metrics[f"{name}_grad_norm"] = norm
         metrics[f"{name}_seconds"] = time.perf_counter() - clock
-        metrics[f"{name}_cpu_seconds"] = time.process_time() - cpu_clock  # of all threads, whatever else runs
+        metrics[f"{name}_cpu_seconds"] = time.process_time() - cpu_clock    # of all threads of this process
         return metrics
 
-    parts = []                                      # of an iteration, in order: each -> {metric: number}
+    parts = []                          # what an iteration does, in order; each part -> {metric: number}
     if config.method == "rwr":
         parts.append(partial(update, "rwr", rwr_loss))
     elif config.sft_updates:
@@ -352,7 +352,7 @@ def main(config):
             group["lr"] = learning_rate
         metrics = {"learning_rate": learning_rate}
         for part in parts:
-            for name, value in part(iteration).items():         # seconds of updates of one kind add up
+            for name, value in part(iteration).items():         # several updates of one kind: seconds add up
                 metrics[name] = value + (metrics.get(name, 0) if name.endswith("seconds") else 0)
 
         done = iteration + 1

@@ -5,9 +5,9 @@
     python train_reward.py --data round1_encoded round2_encoded     two rounds of labels
     python train_reward.py --data clips_encoded --fold 1/2          half of the labels
     python train_reward.py --data clips_encoded --fold 2/2 --seed 1     the other half, for a judge
-    python train_reward.py --mismatched 0                       the paper's: every video with its own prompt
+    python train_reward.py --mismatched 0                       as in the paper: videos have their own prompts
     python train_reward.py --trunk_learning_rate 0              a probe on frozen features
-    python train_reward.py --space rgb --frames_decoded all --output_dir runs/reward_rgb    a reward of pixels
+    python train_reward.py --space rgb --frames_decoded all --output_dir runs/reward_rgb    judges pixels
     python train_reward.py --task i2v --output_dir runs/reward_i2v
     python train_reward.py --resume latest
 
@@ -18,12 +18,13 @@ on an axis or untrue to its prompt. All others are dropped. The samples stay in 
 answers if there are any, else from the metadata.
 
 A share of each batch (--mismatched) is given another video's prompt and the label bad. This needs no further
-labels. Without it the generator can please the reward and lose its prompt.
+labels. Without such prompts the generator can learn to please the reward model and lose its prompt.
 
-Writes reward/, metrics.jsonl and report.json to <output_dir>. The report has the accuracy on held-out videos,
-without noise and by t. It also says how well the reward tells good videos with their own prompt from the same
-videos with another video's prompt. With --space rgb the reward trains on finished videos; for the report it
-judges, at each t, the pixels of the clean video that is predicted from x_t.
+The script writes reward/, metrics.jsonl and report.json to <output_dir>. The report has the accuracy on
+held-out videos, without noise and by t. It also says how well the reward model tells good videos with their
+own prompt from the same videos with another video's prompt. With --space rgb the reward model trains on
+finished videos; for the report it judges, at each t, the pixels of the clean video that is predicted from
+x_t.
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 """
@@ -148,7 +149,7 @@ def main(config):
     runtime = common.setup(config.mixed_precision, config.seed, config.sequence_parallel)
     config, origin, shards = resolve(config)
     parallel.check(config)
-    # The whole generator is needed to make samples or to predict clean videos, else only the trunk.
+    # Making samples and predicting clean videos need the whole generator. Otherwise only the trunk is read.
     whole = config.space == "rgb" or not config.data
     dit = load_transformer(config.model, load_now=whole, task=config.task).eval().requires_grad_(False)
     resume, state = runs.open_checkpoint(config)
@@ -159,7 +160,7 @@ def main(config):
                                    config.shift)
     data.require_fit(shards, dit, config.model, labelled=bool(config.data))
     train, held_out = data.labelled_split(data.take_fold(shards, config.fold), config.holdout, config.seed)
-    # equal numbers where prompts are alike
+    # prompts that are alike have equal numbers
     prompt_group = data.prompt_groups([shards.rows[i]["prompt"] for i in train.tolist()])
     good_share = (shards.labels[train] == 1).float().mean().item()
     if runtime.rank == 0:
@@ -169,7 +170,7 @@ def main(config):
               f"{left_out} in between or unlabelled left out")
         print(data.describe_split(shards, train, held_out))
 
-    torch.manual_seed(config.seed)      # query and head start alike, whether or not samples were drawn before
+    torch.manual_seed(config.seed)      # so that query and head do not depend on whether samples were drawn
     if config.space == "latent":
         reward = PAVRM.from_generator(experts.trunk_of(dit), config.depth, config.pooling)
         parallel.shard(reward, runtime, config)
@@ -200,7 +201,7 @@ def main(config):
         rows = data.order(len(train), config.seed, step, indices, global_batch)
         batch = shards.batch(train[rows])
         wrong = common.uniform(config.seed, "mismatched", step, indices) < config.mismatched        # [b]
-        if wrong.any():     # these do not show what their new prompt asks for: bad, however good they look
+        if wrong.any():     # bad, however good they look, as they do not show what their new prompt asks for
             others = data.other_rows(prompt_group, rows, config.seed, step, indices)
             batch["context"][wrong] = shards.batch(train[others[wrong]], ["context"])["context"]
             batch["label"][wrong] = 0

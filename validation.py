@@ -3,11 +3,12 @@ held-out prompts, always from the same noise.
 
 On the embedded world the annotator grades the samples. Nobody grades samples of your own data, so there are
 other measures. `panel` gives values that are shown beside those at step 0 and those of real clips. With
---judge there is a second reward model, which was trained on other clips and from another seed than the first,
-and which the generator is never trained against. If the judge's probability falls while the reward still
+--judge a second reward model scores the samples. It was trained on other clips and from another seed than the
+first, and the generator is never trained against it. If the judge's probability falls while the reward still
 rises, the generator exploits the reward. best/ keeps the weights whose samples scored best.
 
-Axes: b batch, m held-out videos, c channels, f frames, h height, w width, F H W of pixels, l text tokens.
+Axes: b batch, m held-out videos, c channels, f frames, h height, w width, F H W the same in pixels, l text
+tokens.
 """
 import json
 import shutil
@@ -36,13 +37,13 @@ from scale import parallel
 from world import annotator, scene
 
 T_BINS = 5                                              # fifths of t, as in the paper's reward-model tables
-SEED = 900                                              # of the samples' noise
+SEED = 900                                              # seed of the samples' noise
 SHOWN = 8                                               # samples of each validation that are kept as mp4
 GROUP_LATENTS = 2 ** 11                                 # latent positions of a batch of samples
-# A judge's score: how likely it calls the samples good, minus this times how likely it calls them good for
-# another prompt. A judge made from the same base model is fooled in the end, as the reward model is: its
-# probability of "good" keeps rising while an annotator sees worse videos. But by then it also likes samples
-# with another prompt. Chosen on the runs of three seeds: results/stopping.md.
+# A judge's score is its probability that the samples are good, minus this weight times its probability that
+# they are good with another prompt. A judge made from the same base model is fooled in the end, as the reward
+# model is: its probability of "good" keeps rising while an annotator sees worse videos. But by then it also
+# calls samples with another prompt good. The weight was chosen on runs of three seeds (results/stopping.md).
 OTHER_PROMPT_WEIGHT = 0.5
 LOW_PROMPT_AUC = 0.9                                    # prompt_auc below which a reward hardly reads prompts
 PANEL = ("speed", "flow", "brightness", "saturation", "sharpness")
@@ -52,8 +53,9 @@ PANEL = ("speed", "flow", "brightness", "saturation", "sharpness")
 def largest_flow(videos, side=64):
     """How fast the fastest 5 % of a video moves: optical flow in widths per frame, [b].
 
-    videos: uint8 [b, F, H, W, 3]. Least squares over windows of 5x5 pixels (Lucas and Kanade) at about `side`
-    pixels of height. Motion of more than two such pixels per frame is found to be fast, but not how fast.
+    videos: uint8 [b, F, H, W, 3]. The method is least squares over windows of 5x5 pixels (Lucas and Kanade)
+    in frames of about `side` pixels of height. If something moves by more than two such pixels per frame, the
+    flow says that it is fast, but not how fast.
     """
     b, frames = videos.shape[:2]
     gray = videos.float().mean(-1).div_(255).flatten(0, 1)[:, None]                         # [b F, 1, H, W]
@@ -77,7 +79,7 @@ def largest_flow(videos, side=64):
 
 
 def panel(videos):
-    """{name: [b]} of uint8 videos [b, F, H, W, 3]: measures that change when a generator games its reward.
+    """uint8 videos [b, F, H, W, 3] -> {name: [b]}, measures that change when a generator games its reward.
 
     speed: mean absolute difference of neighbouring frames; flow: `largest_flow`; brightness and saturation:
     means of max and of max - min of RGB; sharpness: mean absolute difference of neighbouring pixels. Pixels
@@ -99,7 +101,7 @@ def dynamic_degree(fastest, real):
     return np.asarray(fastest) > np.median(real) / 2
 
 
-# ---- samples of held-out prompts
+# ---- samples from held-out prompts
 @dataclass
 class Flags:
     """train_align.py's flags about validation, and about what a run keeps."""
@@ -151,10 +153,10 @@ def check_flags(config, num_validation):
 
 
 def hold_out(config, shards, curated):
-    """Splits the curated clips of the user's data -> (those to train on, num_validation held-out ones).
+    """Splits the curated clips of the user's data -> (clips to train on, num_validation held-out clips).
 
-    Clips to train on are not copies of held-out ones and, where there are enough prompts, share none with
-    them. Raises InputError if nothing would be left to train on.
+    No clip to train on is a copy of a held-out clip or, if there are enough prompts, has the prompt of a
+    held-out clip. Raises InputError if nothing would be left to train on.
     """
     if config.num_validation >= len(curated):
         raise InputError(f"--num_validation {config.num_validation} leaves nothing to train on: there are "
@@ -166,9 +168,9 @@ def hold_out(config, shards, curated):
 
 
 def held_out_prompts(config, dit_config, shards, held_out, vae, device):
-    """What is sampled: (prompts, contexts: m of [l, d], image conditions: [m, ...], latent shape).
+    """What is sampled -> (prompts, contexts: m of [l, d], image conditions: [m, ...], latent shape).
 
-    These are the embedded world's validation sentences, or --validation_prompts, or the prompts of the
+    The prompts are the embedded world's validation sentences, or --validation_prompts, or those of the
     held-out clips.
     """
     n, i2v = config.num_validation, dit_config["model_type"] == "i2v"
@@ -204,13 +206,13 @@ def held_out_prompts(config, dit_config, shards, held_out, vae, device):
 
 
 def by_video(group, values):
-    """{name: values [b]} of the videos numbered `group` -> [(number, {name: float}), ...]"""
+    """values {name: [b]} of the videos whose numbers are `group` -> [(number, {name: float}), ...]"""
     return [(i, {name: float(x[k]) for name, x in values.items()}) for k, i in enumerate(group)]
 
 
 def gather_values(rows):
-    """What `by_video` gave on every rank -> {name: [value of video 0, 1, ...]}, on every rank. All ranks must
-    call it."""
+    """rows: what `by_video` returned on this rank -> {name: [value of video 0, 1, ...]}, from all ranks and
+    on all ranks. Every rank must call it."""
     rows = [values for _, values in sorted(sum(common.gather(rows), []), key=lambda row: row[0])]
     return {name: [row[name] for row in rows] for name in rows[0]}
 
@@ -221,10 +223,11 @@ def make_validation(config, runtime, policy, shards=None, held_out=None, export=
 
     Every rank must call it. log: a runs.MetricsLog, to show videos in TensorBoard.
 
-    config: train_align.py's. shards, held_out: the user's data, and the clips of it that are kept out of
-    training. export(path) writes the policy: best/ in the run folder keeps what it writes at the best step.
-    Every validation draws samples/step-<step>.png and writes the first eight samples as mp4 and all values by
-    video as json. Raises InputError before anything is trained if encoders, prompts or judge do not fit.
+    config: train_align.py's. shards, held_out: the user's data, and the indices of its clips that are kept
+    out of training. export(path) writes the policy; best/ in the run folder keeps what it wrote at the best
+    step. Every validation draws samples/step-<step>.png, and writes the first eight samples as mp4 and each
+    video's values as json. Raises InputError, before anything is trained, if encoders, prompts or judge do
+    not fit.
     """
     device, dit_config, has_user_data = runtime.device, policy.config, bool(config.data)
     folder = Path(config.output_dir) / "samples"
@@ -246,7 +249,7 @@ def make_validation(config, runtime, policy, shards=None, held_out=None, export=
     largest = len(groups[0])
 
     def latents_of(policy, group):
-        """-> (the samples [b, c, f, h, w], {name: [b]} of what the judge says of them)"""
+        """-> (the samples [b, c, f, h, w], {name: [b]}, what the judge says of the samples)"""
         j = torch.tensor(group)
         context = encoders.stack_contexts([contexts[i] for i in group]).to(device)
         its_conditions = {name: x[j].to(device) for name, x in image.items()}
@@ -353,12 +356,12 @@ def shrunk(video, side):
 
 
 def strip(video, count=9, side=96):
-    """A few frames of a uint8 video [F, H, W, 3], small: for a contact sheet. -> uint8 [count, h, w, 3]"""
+    """A few small frames of a uint8 video [F, H, W, 3], for a contact sheet -> uint8 [count, h, w, 3]"""
     return shrunk(video[torch.linspace(0, len(video) - 1, min(count, len(video))).round().long()], side)
 
 
 def show(step, means, real, folder):
-    """Prints the means; on the user's data also their values at step 0 and those of the real clips."""
+    """Prints the means; on the user's data also their values at step 0 and on the real clips."""
     means = {name.removeprefix("validation_"): value for name, value in means.items()}
     if not real:
         cells = [f"{name} {value:.3f}" for name, value in means.items()]
@@ -395,7 +398,8 @@ def past_scores(output_dir):
 
 
 def save_best(output_dir, export, note):
-    """Replaces best/ in the run folder by what export writes and best.json. Every rank must call it."""
+    """Replaces best/ in the run folder by a folder with what export writes and best.json, which holds `note`.
+    Every rank must call it."""
     best = Path(output_dir) / "best"
     new = best.with_name("best.tmp")
     if common.rank() == 0:
@@ -405,7 +409,7 @@ def save_best(output_dir, export, note):
     if common.rank() == 0:
         runs.write_json(new / "best.json", note)
         disk.put(new, best)
-    common.gather(None)                                 # no rank continues before it is there
+    common.gather(None)                                 # no rank continues before best/ is there
 
 
 # ---- reward models
@@ -421,9 +425,9 @@ def logits_by_t(model, latents, context, seed=0, batch_size=256, max_rows=None, 
                 **image):
     """Section 4's test: logits [5, m] of m videos, each noised to one random t in every fifth of (0, 1].
 
-    latents [m, c, f, h, w], context [m, l, d_text], image: y and clip [m, ...] (i2v). t and noise depend only
-    on seed, fifth and the video's number, which indices [m] give (default: its place). max_rows: as in
-    flow.sample.
+    latents [m, c, f, h, w], context [m, l, d_text]. image: what an image-to-video model is given beside the
+    prompt, [m, ...] each. t and noise depend only on seed, fifth and the number of the video. indices [m]:
+    these numbers; default: 0 to m - 1. max_rows: as in flow.sample.
     """
     rows, (device, m) = [], (latents.device, len(latents))
     indices = range(m) if indices is None else indices
@@ -455,9 +459,9 @@ def make_reward_report(reward_fn, batch, generator_config, config, runtime):
     reward_fn(x_t, t, context, **image) -> logits [b]; config: train_reward.py's; batch: held-out latents [m,
     c, f, h, w], context [m, l, d_text], label [m] and prompt. The report holds accuracy, balanced_accuracy
     and auc: five numbers each, by t (metrics_by_t), and under "clean" one number each, for the videos at t =
-    0. prompt_accuracy and prompt_auc say whether the reward reads its prompt: how well it tells good videos
-    with their own prompt from the same videos with another one's. They are missing if all prompts are alike
-    or no video is good.
+    0. prompt_accuracy and prompt_auc say whether the reward model reads its prompt: how well it tells good
+    videos with their own prompt from the same videos with another video's prompt. These two are missing if
+    all prompts are alike or no video is good.
     """
     x0, context, labels = (batch[name].to(runtime.device) for name in ("latents", "context", "label"))
     image, at_once = image_inputs(generator_config, batch, runtime.device), 4 * config.batch_size
@@ -468,8 +472,8 @@ def make_reward_report(reward_fn, batch, generator_config, config, runtime):
         others = context[rows.to(context.device)]                                               # [m', l, d]
 
     def logits_of(rows, context):
-        """-> logits [6, m'] of the held-out videos `rows` with these contexts: by t, and of the clean
-        videos."""
+        """-> logits [6, m'] of the m' held-out videos `rows` with these contexts: in five fifths of t, and of
+        the clean videos."""
         its_conditions = {name: z[rows] for name, z in image.items()}
         found = logits_by_t(reward_fn, x0[rows], context, config.seed, at_once, autocast=runtime.autocast,
                             indices=rows.tolist(), **its_conditions)
@@ -500,7 +504,7 @@ def make_reward_report(reward_fn, batch, generator_config, config, runtime):
 
 
 def show_report(found, averages, clean, mismatched):
-    """Prints the paper's table, and a line if the reward hardly reads its prompt."""
+    """Prints the paper's table, and a line if the reward model hardly reads its prompt."""
     intervals = "".join(f"  ({k / 5:.1f},{(k + 1) / 5:.1f}]" for k in range(T_BINS))
     tqdm.write(f"held out, t in    {intervals}   average     clean")
     for name, row in found.items():
