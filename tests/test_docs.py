@@ -553,6 +553,25 @@ def claims():
             f"{with_interval(row['qualified'])} of the test videos, with {many(row)}",
             f"it has {valid(row, '120')} after 120 iterations and {valid(row, '480')} after 480"]
 
+    plain = load("few_labels")["rows"]["0 mismatched, 1 of 1"]
+    said["## Label count"] += [
+        f"Without mismatched prompts, and with {plain['labels']:,} labels, the generator ends at "
+        f"{with_interval(plain['qualified'])}, with {many(plain)}"]
+
+    found = load("second_round")
+    rows, differ = found["rows"], {claim["claim"]: claim for claim in found["claims"]}
+    first, more, other = rows                                   # in the order of study/second_round.py
+    assert differ[f"{other} above {more}"]["verdict"] == "cannot be told"
+    said["## A second round of labels"] = [
+        f"{many(rows[first])}",
+        f"With the first round, {rows[first]['labelled']:.0f} labels, the generator ends at "
+        f"{with_interval(rows[first]['qualified'])}",
+        f"With {rows[more]['labelled']:.0f} labels of the base it ends at "
+        f"{with_interval(rows[more]['qualified'])}",
+        f"with {rows[other]['labelled']:.0f}, of which the second half are of the aligned generator, at "
+        f"{with_interval(rows[other]['qualified'])}",
+        f"the difference is {gap(differ, f'{other} above {more}')}"]
+
     found, aligned = load("search_mismatched"), "PRFL, steady, 480 iterations"
     rows, differ = found["rows"], {claim["claim"]: claim for claim in found["claims"]}
     chain = lambda row, n: with_interval(rows[f"{row}, best of {n} in a chain"])
@@ -589,9 +608,9 @@ def test_the_walk_says_what_labels_brought():
     said = (f"the base makes {rate(table['base'])} of the test videos well (good motion, form and prompt), "
             f"and SFT, which needs no label, {rate(table['SFT, equal time'])}. Aligned by a reward model of "
             f"{least['labels']} labels it makes {rate(least)} well, by one of {some['labels']} labels "
-            f"{rate(some)}, and by one of all {every['labels']:,} labels {rate(every)} (the first with one "
-            "seed, the others with three;")
-    assert [len(row["validation"]["40"]) for row in (least, some, every)] == [1, 3, 3]
+            f"{rate(some)}, and by one of all {every['labels']:,} labels {rate(every)} (the first with two "
+            "seeds, the others with three;")
+    assert [len(row["validation"]["40"]) for row in (least, some, every)] == [2, 3, 3]
     assert said in " ".join((ROOT / "docs/your_model.md").read_text().split())
 
 
@@ -622,7 +641,10 @@ def test_no_figure_stands_elsewhere():
     assert f"\n| PRFL, 160 iterations | {DEMOS[-1]} [" in text       # the table is from the last of the three
     readme = re.sub(r"^\|[^\n]*\|$|^```.*?^```$|arXiv \d+\.\d+", "", text, flags=re.M | re.S)
     readme = " ".join(readme.split("\n## Differences")[0].split())
-    for said in (f"gave PRFL {DEMOS[0]}, {DEMOS[1]} and {DEMOS[2]}.",
+    searched = load("search_mismatched")["rows"]
+    two, four = (searched[f"base, best of {n} resampled"]["passes"] / 16 for n in (2, 4))
+    for said in (f"takes {two:.1f} times as many forward passes with 2 candidates and {four:.1f} times with 4.",
+                 f"gave PRFL {DEMOS[0]}, {DEMOS[1]} and {DEMOS[2]}.",
                  f"480 iterations, which gives the {number(steady['qualified']['mean'])} in the table below"):
         assert said in readme, said
         readme = readme.replace(said, "", 1)
