@@ -643,7 +643,8 @@ def test_no_figure_stands_elsewhere():
     readme = " ".join(readme.split("\n## Differences")[0].split())
     searched = load("search_mismatched")["rows"]
     two, four = (searched[f"base, best of {n} resampled"]["passes"] / 16 for n in (2, 4))
-    for said in (f"takes {two:.1f} times as many forward passes with 2 candidates and {four:.1f} times with 4.",
+    for said in (f"takes {two:.1f} times as many forward passes with 2 candidates and {four:.1f} times "
+                 "with 4.",
                  f"gave PRFL {DEMOS[0]}, {DEMOS[1]} and {DEMOS[2]}.",
                  f"480 iterations, which gives the {number(steady['qualified']['mean'])} in the table below"):
         assert said in readme, said
