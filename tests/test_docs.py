@@ -467,7 +467,7 @@ def claims():
                        "--learning_rate 3e-4")
     one_step = tried("--method grpo --rollout_passes 8 --no-sft_updates --inner_updates 1 "
                      "--learning_rate 3e-4 --kl_weight 0")
-    said["## Rivals from reinforcement learning"] = [
+    said["## Rivals with the same reward"] = [
         f"These are the {len(others)} runs", f"the base has {with_interval(load('rivals')['base'])}",
         f"has {rate(prfl, '40')} after {spent(prfl, '40')} and {with_interval(prfl['best'])} after "
         f"{spent(prfl, '120')}",
@@ -483,17 +483,30 @@ def claims():
         f"rewards of its samples rise to {one_step['reward']['100']:.1f}"]
     found = load("rivals")
     longer, at_best = found["rows"], {claim["claim"]: claim for claim in found["claims"]}
-    assert {len(row["best"]) for row in longer.values()} == {3}
+    tuned = ("PRFL, steady recipe", "DiffusionNFT", "Flow-GRPO", "SFT")
+    assert {len(longer[name]["best"]) for name in tuned} == {3}
+    more = [name for name in longer if name not in tuned]
+    assert len({len(longer[name]["best"]) for name in more}) == 1 and more == [
+        "DiffusionNFT, falling rate", "LeapAlign", "Direct-Align"]
     at = lambda name: number(fmean(longer[name]["best"]))
     ends = lambda name: with_interval(longer[name]["qualified"])
-    said["## Rivals from reinforcement learning"] += [
+    said["## Rivals with the same reward"] += [
         f"the best validations of DiffusionNFT have {at('DiffusionNFT')}, and its runs end at "
         f"{ends('DiffusionNFT')}",
         f"The best validations of Flow-GRPO have {at('Flow-GRPO')}, and its runs end at {ends('Flow-GRPO')}",
         f"SFT ends at {ends('SFT')} and PRFL at {ends('PRFL, steady recipe')}",
         "Each at its best validation, PRFL is above DiffusionNFT by {} and above Flow-GRPO by {}".format(*(
             with_interval(at_best[f"each at its best validation, PRFL above {name}"], sign="+",
-                          key="difference") for name in ("DiffusionNFT", "Flow-GRPO")))]
+                          key="difference") for name in ("DiffusionNFT", "Flow-GRPO"))),
+        f"with {('one seed', 'two seeds', 'three seeds')[len(longer['LeapAlign']['best']) - 1]}: the best "
+        f"validations of DiffusionNFT with a falling rate have {at(more[0])}, and it ends at {ends(more[0])}",
+        f"LeapAlign has {at('LeapAlign')} and ends at {ends('LeapAlign')}, and Direct-Align has "
+        f"{at('Direct-Align')} and ends at {ends('Direct-Align')}",
+        "PRFL is above them by {}, {} and {}: all hold".format(*(
+            with_interval(at_best[f"each at its best validation, PRFL above {name}"], sign="+",
+                          key="difference") for name in more))]
+    assert all(at_best[f"each at its best validation, PRFL above {name}"]["verdict"] == "holds"
+               for name in more)
     assert min(best[key]["best"]["interval"][0] for key in best) > load("rivals")["base"]["interval"][1]
     assert min(best[key]["prfl_above"]["interval"][0] for key in best) > 0
 
