@@ -9,9 +9,9 @@ We also read files with lora_down, lora_up and alpha, names joined by underscore
 (lora_unet_blocks_0_self_attn_q, and VideoX-Fun's lora_unet__blocks_0_self_attn_q), and peft's own
 (base_model.model.blocks.0...).
 
-A layer changes by scale * B A. Other programs put the scale into one of three places, and we read the first
-one that is there: a tensor `alpha` beside A and B; the settings of peft's LoraConfig, which diffusers puts
-into the file's header and peft into adapter_config.json beside it; or nowhere, and then the scale is 1. What
+A layer changes by scale * B A. Other programs say the scale in one of two ways, and we read the first one
+that is there: a tensor `alpha` beside A and B, or the settings of peft's LoraConfig, which diffusers puts
+into the file's header and peft into adapter_config.json beside the file. Without either the scale is 1. What
 we write has scale 1, because alpha / r is multiplied into B, so that every reader finds the same weights.
 
 Axes: d d' widths of a layer, r rank.
@@ -27,18 +27,19 @@ from formats.metadata import from_json
 from formats.weights import diffusers_name, stream_tensors
 
 FILE = "pytorch_lora_weights.safetensors"
-# The files of adapters, beside a transformer's folder. The second one is for the low-noise one of two
-# experts. The names in it are the same, so diffusers has to be told with load_into_transformer_2=True.
+# The files of adapters, beside a transformer's folder. The second file is for the low-noise one of two
+# experts. Both files have the same names of weights, so for the second one diffusers needs
+# load_into_transformer_2=True.
 FILES = {"transformer": FILE, "transformer_2": "pytorch_lora_weights_2.safetensors"}
 LAYOUTS = ("diffusers", "wan")
 LAYERS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o",
           "cross_attn.q", "cross_attn.k", "cross_attn.v", "cross_attn.o", "cross_attn.k_img",
           "cross_attn.v_img",
-          "ffn.0", "ffn.2")                                     # of a block
+          "ffn.0", "ffn.2")                                     # layers of a block that adapters can change
 PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.", "lora_unet__", "lora_unet_")
 ENDS = {"lora_A.weight": "A", "lora_down.weight": "A", "lora_A.default.weight": "A",
         "lora_B.weight": "B", "lora_up.weight": "B", "lora_B.default.weight": "B", "alpha": "alpha"}
-HEADER, BESIDE = "lora_adapter_metadata", "adapter_config.json"         # where peft's settings stand
+HEADER, BESIDE = "lora_adapter_metadata", "adapter_config.json"         # where peft's settings are
 
 
 def diffusers_layer(layer):
@@ -72,8 +73,8 @@ def parse_name(name):
 
 
 def read_adapters(path):
-    """{name of our layer: (A [r, d], B [d', r])} in float32, with the scale multiplied into B. Raises
-    InputError naming the file and the weight."""
+    """Reads a LoRA file -> {name of our layer: (A [r, d], B [d', r])} in float32, with the scale multiplied
+    into B. Raises InputError, which names the file and the weight."""
     parts = {}
     try:
         with safe_open(path, "pt") as file:
@@ -103,7 +104,7 @@ def read_adapters(path):
     return found
 
 
-# ---- the scale, as peft has it
+# ---- the scale in peft's settings
 def read_settings(path, header):
     """The settings of peft's LoraConfig in a file's header, or in adapter_config.json beside it; {} if there
     are none. Raises InputError if they cannot be read, because a guessed scale would make another adapter."""
@@ -115,7 +116,7 @@ def read_settings(path, header):
         return {}
     try:
         settings = from_json(text)
-        # a pipeline's file names the part that each setting is for
+        # in the file of a pipeline, the name of a setting begins with the model that it is for
         settings = {name.removeprefix("transformer."): value for name, value in settings.items()}
         numbers = [settings.get("lora_alpha", 1)]
         for name in ("alpha_pattern", "rank_pattern"):
@@ -131,8 +132,8 @@ def read_settings(path, header):
 
 
 def scale_of(settings, layer, r):
-    """alpha / r, or alpha / sqrt(r) with use_rslora, of a layer, from peft's settings; 1 if there are
-    none."""
+    """The scale of a layer by peft's settings: alpha / r, or alpha / sqrt(r) with use_rslora, or 1 if there
+    are no settings."""
     if not settings:
         return 1.0
     alpha, name = settings.get("lora_alpha", 8), diffusers_layer(layer)  # 8 is peft's default
@@ -144,7 +145,7 @@ def scale_of(settings, layer, r):
 
 
 def write_adapters(path, adapters, layout="diffusers"):
-    """Writes {name of our layer: (A [r, d], B [d', r])}, whole or not at all."""
+    """Writes adapters {name of our layer: (A [r, d], B [d', r])} to the file `path`, whole or not at all."""
     tensors = {}
     for layer, (A, B) in adapters.items():
         name = f"diffusion_model.{layer}"
@@ -157,12 +158,12 @@ def write_adapters(path, adapters, layout="diffusers"):
 
 
 def share_kept(merged, adapters, dtype):
-    """How much of what adapters add is still there, as a share, when the weights merged with them are stored
-    in dtype.
+    """The share of what adapters add to the weights that is still there when the merged weights are stored in
+    dtype.
 
-    merged: {name: weight} with the adapters in it. adapters: as from `read_adapters`. The share is the sum of
-    (stored - base) * (B A), divided by the sum of (B A)^2: the part of the change that points in the
-    direction of B A. base is the weight in dtype without adapters.
+    merged: {name: weight} with the adapters in it. adapters: what `read_adapters` returned. The share is the
+    sum of (stored - base) * (B A), divided by the sum of (B A)^2: the part of the change that points in the
+    direction of B A. base is the weight without adapters, in dtype.
     """
     along = total = 0.0
     for layer, (A, B) in adapters.items():

@@ -2,8 +2,8 @@
 
 With a rename a file is there whole or not at all, which is enough for a kill. But after a power loss a disk
 may have kept the new name and lost the content, or lost the name. So the content is flushed first, then the
-file is renamed, and then the folder that holds the name is flushed. Some file systems cannot flush a folder,
-and some have no locks: then a warning is printed once, and work continues."""
+file is renamed, and then the folder that holds the name is flushed. If a file system cannot flush a folder,
+or has no locks, a warning is printed once, and work continues."""
 import errno
 import os
 import secrets
@@ -18,16 +18,16 @@ from common import InputError, gather, rank
 # A flush that fails with one of UNSUPPORTED is tolerated. For a folder any error but FULL is tolerated.
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
 FULL = (errno.ENOSPC, errno.EDQUOT)
-# added to the name of a folder while another folder takes its place
+# the end that a folder's name gets while another folder takes its place
 REPLACED = ".replaced"
-# seconds in which a network disk shows a new file to others
+# seconds that a network disk has to show a new file to other nodes
 PATIENCE = 3.0
 
 _warned = set()
 
 
 def warn_once(about, message):
-    """Prints a warning on stderr, one for each `about` and process."""
+    """Prints a warning on stderr, but only the first one that a process has for each `about`."""
     if about not in _warned:
         _warned.add(about)
         print(f"warning: {message}", file=sys.stderr, flush=True)
@@ -65,9 +65,9 @@ def _cannot_flush(path, why):
 
 
 def put(temporary, path):
-    """The file or folder `temporary` becomes `path`, and replaces what is there. After a kill or a power loss
-    `path` is the old one or the new one, whole; only a folder that is being replaced can be left as
-    `<path>.replaced`. Raises OSError."""
+    """Renames the file or folder `temporary` to `path`, and replaces what is there. After a kill or a power
+    loss `path` has the old content or the new content, whole. But if a folder was being replaced, the old
+    folder can be left at `<path>.replaced`. Raises OSError."""
     temporary, path = Path(temporary), Path(path)
     old = path.with_name(f"{path.name}{REPLACED}")
     is_folder = temporary.is_dir()
@@ -91,7 +91,7 @@ def require_shared(folder, flag):
     behind. flag: such as "--output_dir", for the message."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
-    # the folder itself, or the nearest one above that is there
+    # look in the folder itself, or in the nearest folder above that exists
     above = 0
     places = [Path(folder), *Path(folder).absolute().parents]
     name, problem = None, None

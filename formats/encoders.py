@@ -1,12 +1,12 @@
-"""The VAE, text encoder and image encoder beside a generator: where they are in its folder, and work that all
-kinds of them share.
+"""The VAE, text encoder and image encoder of a generator: where they are in its folder, and what is done with
+them in every family.
 
-families.py loads them. Whatever the family, they have the same methods, come in eval mode and have no
-gradients on their weights:
+families.py loads them. In every family they have the same methods, are in eval mode and have no gradients on
+their weights:
 
     vae.encode(video) -> latents        vae.decode(latents) -> video        text.encode(prompts) -> context
     image.encode(first frames) -> CLIP tokens
-    vae.channels, vae.space: of a latent; how many pixels wide and high it is
+    vae.channels, vae.space: how many channels a latent has, and how many pixels it is wide and high
 
 Axes: b batch, c latent channels, F video frames, f latent frames, H W pixels, h w latents, l text tokens, d
       text width.
@@ -25,8 +25,8 @@ ROLES = ("vae", "text_encoder", "image_encoder")
 
 
 def find_encoders(model):
-    """{role: folder} of the encoders in a generator's folder, or beside it if `model` is the folder of a
-    transformer alone."""
+    """{role: folder} of the encoders in a generator's folder `model` or, if `model` is only a transformer's
+    folder, beside it."""
     folder = Path(model)
     if not (folder / "vae").is_dir() and not (folder / "text_encoder").is_dir():
         folder = folder.resolve().parent
@@ -34,8 +34,8 @@ def find_encoders(model):
 
 
 def load_saved(cls, path):
-    """The module of class `cls` that `save_module` wrote to folder `path`. Raises InputError if that holds
-    another one."""
+    """The module of class `cls` that `save_module` wrote to folder `path`. Raises InputError if the folder
+    holds another class."""
     try:
         module = cls(**read_config(path))
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
@@ -56,9 +56,8 @@ def count_long_captions(path, prompts):
 
 @contextmanager
 def on(module, device):
-    """Moves the module to the device and, where that is a GPU, back to the CPU afterwards: the 29 GB of a 14B
-    generator
-    make room for the VAE. None stays None."""
+    """Moves the module to the device and, if that is a GPU, back to the CPU afterwards. So the 29 GB of a 14B
+    generator make room for the VAE. None stays None."""
     yield module and module.to(device)
     if module and torch.device(device).type == "cuda":
         module.cpu()
@@ -66,12 +65,12 @@ def on(module, device):
 
 # ---- text
 def encode_texts(text, folder, prompts, device, width=None):
-    """{prompt: context [l, d] on the CPU}, without the zeros after a prompt's tokens; every generator adds
-    these zeros again.
+    """-> {prompt: context [l, d] on the CPU}, without the zeros after a prompt's tokens, because every
+    generator adds them again.
 
-    text: the encoder that was loaded from `folder`. It reads one prompt at a time: in a batch a prompt's
-    rounding, and with it the bytes of a video, would depend on its neighbours. width: the d that the
-    generator takes. Raises InputError if the encoder has another one.
+    text: the encoder that was loaded from `folder`. It reads one prompt at a time, because in a batch the
+    rounding of a prompt's context, and with it the bytes of a video, would depend on the other prompts.
+    width: the d that the generator takes. Raises InputError if the encoder has another d.
     """
     text = text.to(device)
     prompts = list(dict.fromkeys(prompts))
@@ -97,8 +96,8 @@ def stack_contexts(contexts):
 
 
 def drop_contexts(context, config, iteration, indices, null):
-    """context [b, l, d_text] of the examples `indices`; a share config.context_dropout of them is replaced by
-    the null context [l, d_text], or by zeros if null is None."""
+    """context [b, l, d_text] of the examples `indices` -> the same, but a random share
+    config.context_dropout of the examples has the null context [l, d_text], or zeros if null is None."""
     dropped = uniform(config.seed, "context dropout", iteration, indices) < config.context_dropout
     if not dropped.any():
         return context
@@ -111,8 +110,8 @@ def condition_latents(vae, videos, blank_frames):
     """The given first frame as an image-to-video generator takes it: latents [b, c, f, h, w] of videos uint8
     [b, F, H, W, 3], of which only the first frame is read.
 
-    blank_frames: the VAE encodes the first frame with blank frames behind it, as Wan does. Otherwise it
-    encodes that frame alone, and zeros stand behind its code.
+    blank_frames: the VAE encodes the first frame and blank frames after it, as Wan does. Otherwise it
+    encodes only the first frame, and zeros follow its latent frame.
     """
     first = from_pixels(videos[:, :1])                                                      # [b, 3, 1, H, W]
     frames = videos.shape[1]
@@ -122,8 +121,8 @@ def condition_latents(vae, videos, blank_frames):
 
 
 def decode_pixels(vae, latents, pixels=2 ** 23):
-    """latents [b, c, f, h, w] -> uint8 videos [b, F, H, W, 3] on the CPU. At least one video is decoded at a
-    time, or as many as have this many pixels together."""
+    """latents [b, c, f, h, w] -> uint8 videos [b, F, H, W, 3] on the CPU. As many videos are decoded at once
+    as have at most `pixels` pixels together, but at least one."""
     _, _, f, h, w = latents.shape
     at_once = max(1, pixels // (TIME * f * h * w * vae.space ** 2))
     return torch.cat([to_pixels(vae.decode(x)).cpu() for x in latents.split(at_once)])

@@ -1,4 +1,5 @@
-"""Fingerprints: what a label, a cache or a run was made from is known by content and not by name."""
+"""Fingerprints of files, weights and shards. By them a label, a cache or a run recognises the content that it
+was made from, whatever its name is now."""
 import collections
 import hashlib
 import json
@@ -11,8 +12,8 @@ from common import InputError
 from formats.metadata import from_json, replace_text
 from formats.weights import WeightFiles, expert_folders, read_config, transformer_folder
 
-# Bytes: weight files up to WHOLE are read whole; in larger ones, SAMPLE of each tensor is read at three
-# places.
+# Weight files of up to WHOLE bytes are read whole; of larger files SAMPLE bytes are read at three places of
+# each tensor.
 WHOLE, SAMPLE = 2 ** 26, 2 ** 12
 TOKENIZERS = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json")
 BESIDE = {"text_encoder": ("tokenizer", TOKENIZERS),
@@ -26,8 +27,8 @@ def of_file(path):
 
 
 class Contents:
-    """Like `of_file`, but a file is not read again if its inode, size and times are the same as at the last
-    look. `file` remembers them; if it is lost, this costs only time."""
+    """Like `of_file`, but a file is not read again if its inode, size and times are the same as last time.
+    The file `file` keeps what is known; if it is lost, this costs only time."""
 
     def __init__(self, file):
         self.file, self.fresh = Path(file), {}
@@ -38,7 +39,7 @@ class Contents:
             self.known = {}
 
     def content(self, path):
-        """Raises OSError or ValueError if the file cannot be read."""
+        """-> the 32 hex digits of `of_file`. Raises OSError or ValueError if the file cannot be read."""
         name, found = os.path.abspath(path), os.stat(path)
         state = [found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
         entry = self.fresh.get(name) or self.known.get(name)
@@ -55,9 +56,9 @@ def of_encoder(path, role):
     """12 hex digits of the VAE, text_encoder or image_encoder (role) in folder `path`, wherever that folder
     lies.
 
-    They depend on its config, its weights' headers and a sample of their bytes, and on the tokenizer's or
-    image processor's files, which lie in the folder or beside it. Raises InputError if the folder is none, or
-    damaged. """
+    They depend on the encoder's config, on the headers and some bytes of its weight files, and on the files
+    of the tokenizer or image processor, which lie in the folder or beside it. Raises InputError if the folder
+    does not hold such an encoder, or is damaged. """
     path, digest = Path(path), hashlib.blake2b(digest_size=6)
     try:
         config = {}
@@ -97,11 +98,9 @@ def _add_weights(digest, path):
 
 
 def of_weights(path):
-    """16 hex digits of the generator or reward model in folder `path`, wherever it lies and into however many
-    files it is cut.
-
-    They depend on its config, and on the name, the shape and some of the values of every weight.
-    """
+    """16 hex digits of the generator or reward model in folder `path`. They depend on its config, and on the
+    name, the shape and some of the values of every weight, but not on where the folder lies or how many files
+    it has."""
     folder, pair, digest = Path(path), expert_folders(path), hashlib.blake2b(digest_size=8)
     if pair:
         folders = (pair.high, pair.low)
@@ -109,7 +108,7 @@ def of_weights(path):
         folders = (transformer_folder(path)[0] if (folder / "transformer").is_dir() else folder,)
     for folder in folders:
         weights, config = WeightFiles(folder), read_config(folder)
-        config.pop("_other", None)                              # the place of the other expert
+        config.pop("_other", None)                              # where the other expert lies
         digest.update(json.dumps(config, sort_keys=True).encode())
         for name in sorted(weights.handle):
             row = weights.handle[name].get_slice(name)
@@ -132,7 +131,7 @@ def of_shards(shards):
 
 
 def of_latents(shards):
-    """[16 hex digits of each clip's latent in Shards, or None where no other clip can have the same one]."""
+    """[for each clip in Shards 16 hex digits of its latent, or None if no other clip can have the same]."""
     rows_of_file = collections.defaultdict(list)
     for i, (path, k) in enumerate(shards.where):
         rows_of_file[path].append((i, k))
@@ -147,6 +146,6 @@ def of_latents(shards):
         with safe_open(path, "pt") as file:
             view = file.get_slice("latents")
             for i, k in rows:
-                if counts[beginnings[i]] > 1:                   # only these are read whole
+                if counts[beginnings[i]] > 1:                   # only such latents are read whole
                     digests[i] = hashlib.blake2b(view[k:k + 1].numpy().tobytes(), digest_size=8).hexdigest()
     return digests

@@ -32,7 +32,7 @@ from formats import disk, fingerprint, lock
 from formats.metadata import from_json
 
 AXES = ("physical", "deformity")
-BAD = ("both", "any")                                   # bad is: unqualified on both axes (A.2.3), or on any
+BAD = ("both", "any")           # a clip is bad if it is unqualified on both axes (A.2.3), or on any axis
 KEYS = {"clip": ("file_name",), "pair": ("against", "a", "b")}
 
 
@@ -70,17 +70,17 @@ class Journal:
         if not lock.take(self.file, self.path.parent):
             raise InputError(f"{self.path.parent}: another label.py has this folder open: stop that one "
                              f"first")
-        if is_new:                                                      # the name, too, has to be on the disk
+        if is_new:                                                  # the file's name has to be on the disk
             disk.flush(self.path.parent)
         content = self.path.read_bytes()
         tail = content[content.rfind(b"\n") + 1:]
         if tail and _is_json(tail):
             self.file.write(b"\n")
-        elif tail:  # a kill or a full disk cut it short, before anybody was told that it is saved
+        elif tail:  # a kill or a full disk cut this line short, before anybody was told that it is saved
             self.file.truncate(len(content) - len(tail))
 
     def append(self, line):
-        """Raises OSError, and leaves the file as it was, if the line cannot be saved."""
+        """Adds a line. If it cannot be saved, raises OSError and leaves the file as it was."""
         before = os.fstat(self.file.fileno()).st_size
         data = (json.dumps(line) + "\n").encode()
         try:
@@ -101,8 +101,9 @@ def _is_json(line):
 
 def read_answers(path, kind="clip"):
     """-> the answers that stand in a labels.jsonl (kind "clip") or pairs.jsonl ("pair"), oldest first,
-    whatever their clips hold now; [] if there is no such file. Raises InputError naming the first line that
-    is not an answer; a last line that a kill cut short does not count."""
+    whatever their clips hold now; [] if there is no such file. An answer stands if it is its annotator's last
+    one about the clip or pair, and was not retracted. Raises InputError, which names the first line that is
+    not an answer; a last line that a kill cut short does not count."""
     return _standing(_read_lines(path, kind), kind)
 
 
@@ -110,8 +111,9 @@ def current_answers(path, kind="clip", contents_of=None):
     """-> (the answers that stand and were given for what their clips hold now, oldest first; [notes to
     print]).
 
-    contents_of(answer): what the answer's files hold now, a list with None for what is not known (such an
-    answer counts); default: the files beside `path`. Raises InputError as `read_answers` does. """
+    contents_of(answer): fingerprints of what the answer's files hold now, or None where that is not known
+    (such an answer counts); default: the files beside `path` are read. Raises InputError as `read_answers`
+    does. """
     path, lines = Path(path), _read_lines(path, kind)
     sure = [line for line in lines if line.get("contents") is not None]
     found = all_contents(path, sure) if contents_of is None else [contents_of(line) for line in sure]
@@ -149,26 +151,26 @@ def contents_beside(path, answer, content=fingerprint.of_file):
 
 
 def all_contents(path, answers):
-    """-> [`contents_beside` of each of the answers in the file `path`]. Files that were read before and have
-    not changed are not read again: .contents.json beside them remembers their contents."""
+    """-> [`contents_beside` of each of the answers in the file `path`]. A file that was read before and has
+    not changed is not read again, because .contents.json beside `path` keeps its fingerprint."""
     known = fingerprint.Contents(Path(path).parent / ".contents.json")
     found = [contents_beside(path, answer, known.content) for answer in answers]
     if known.fresh:
-        # a folder that cannot be written in: the files are read again next time
+        # if the folder cannot be written in, the files are read again next time
         with contextlib.suppress(OSError):
             known.save()
     return found
 
 
 def _is_current(given, now):
-    """Whether the contents that an answer was given for are the same today. Unknown contents count as the
+    """Whether an answer's files still hold the contents that it was given for. Unknown contents count as the
     same."""
     return all(old == new or old is None or new is None for old, new in zip(given, now))
 
 
 def _read_lines(path, kind):
-    """-> the lines of a file of answers, in order. Raises InputError naming the first one that is not an
-    answer."""
+    """-> the lines of a file of answers, in order. Raises InputError, which names the first line that is not
+    an answer."""
     try:
         texts = Path(path).read_bytes().split(b"\n")
     except FileNotFoundError:
@@ -209,8 +211,8 @@ def _key(line, kind):
 
 
 def _standing(lines, kind):
-    """The last line of each annotator on each clip or pair, oldest first, but for those that were
-    retracted."""
+    """The last line of each annotator on each clip or pair, oldest first, without the lines that retract.
+    """
     standing = {}
     for line in lines:
         standing.pop(_key(line, kind), None)  # a new answer is the annotator's latest
@@ -221,8 +223,8 @@ def _standing(lines, kind):
 
 # ---- from answers to labels
 def verdict(answer, bad="both"):
-    """-> 1 good: qualified on both axes; 0 bad: unqualified on both (bad "any": on one); None: in between,
-    dropped."""
+    """-> 1 (good) if the clip is qualified on both axes; 0 (bad) if it is unqualified on both, or with bad
+    "any" on one; None in between: such a clip is dropped."""
     grades = [answer[axis] for axis in AXES]
     if min(grades) == 2:
         return 1
@@ -231,8 +233,8 @@ def verdict(answer, bad="both"):
 
 
 def majority(answers, bad="both"):
-    """-> {file_name: 1, 0 or None}: the verdict of more than half of a clip's annotators; None (dropped) if
-    there is none."""
+    """-> {file_name: 1, 0 or None}: the verdict of more than half of a clip's annotators; None, so that the
+    clip is dropped, if no verdict has so many."""
     verdicts = collections.defaultdict(list)
     for answer in answers:
         verdicts[os.path.normpath(answer["file_name"])].append(verdict(answer, bad))
@@ -248,8 +250,8 @@ def _majority_of(votes):
 
 # ---- agreement
 def cohen_kappa(a, b):
-    """Cohen's kappa of two annotators' categories of the same n clips; None where chance alone would agree
-    always."""
+    """Cohen's kappa of two annotators' categories of the same n clips; None if they would always agree by
+    chance."""
     a, b = np.asarray(a), np.asarray(b)
     chance = sum((a == x).mean() * (b == x).mean() for x in set(a.tolist()) | set(b.tolist()))
     if len(a) == 0 or chance == 1:
@@ -261,8 +263,8 @@ def fleiss_kappa(counts):
     """Fleiss' kappa of counts [n, k]: how many of a clip's annotators chose each category.
 
     Clips of fewer than two annotators are left out; clips may differ in their number of annotators. Agreement
-    is the mean over clips of the share of agreeing pairs, chance the mean over clips of the share of each
-    category. None where chance alone would agree always. """
+    is the share of pairs of annotators that agree, as a mean over clips. Chance follows from the share of
+    each category, as a mean over clips. None if they would always agree by chance. """
     counts = np.asarray(counts, float).reshape(len(counts), -1)
     counts = counts[counts.sum(1) >= 2]
     if len(counts) == 0:
@@ -274,10 +276,10 @@ def fleiss_kappa(counts):
 
 
 def agreement(answers, bad="both"):
-    """-> {"physical" | "deformity" | "label": {(ada, ben): (Cohen's kappa, n), ..., "all": (Fleiss' kappa,
+    """-> {"physical", "deformity" or "label": {(ada, ben): (Cohen's kappa, n), ..., "all": (Fleiss' kappa,
     n)}}.
 
-    n: the clips that both annotators, or at least two of all, have graded.
+    n: how many clips both annotators have graded, or for "all" at least two of them.
     """
     by_clip = collections.defaultdict(dict)                             # file_name -> annotator -> answer
     for answer in answers:
@@ -305,7 +307,7 @@ def agreement(answers, bad="both"):
 
 
 def preference(answers):
-    """-> win, tie, lose of A: float [n pairs, 3]; each row holds the shares of that pair's annotators."""
+    """-> float [n pairs, 3]: the shares of a pair's annotators for whom a wins, ties and loses."""
     votes = collections.defaultdict(list)
     for answer in answers:
         pair = answer["against"], answer["a"], answer["b"]

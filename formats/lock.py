@@ -1,8 +1,8 @@
 """One writer at a time in a folder. Readers take no lock and never wait.
 
-The lock is the system's (flock on FOLDER/.lock), so it ends with its process, however that ends, and a file
-that was left behind locks nothing. The file holds the writer's process id; a second writer is told this
-id."""
+The lock is the system's (flock on FOLDER/.lock). It ends with its process, however the process ends, so a
+file that was left behind locks nothing. The file holds the writer's process id, which a second writer is
+told."""
 import fcntl
 import os
 import socket
@@ -39,8 +39,8 @@ def require_ours(folder, what, signs=()):
 
 
 def take(file, folder):
-    """Locks an open file until it is closed or the process ends -> whether nobody else holds it. Where the
-    file system has no locks it warns once and returns True."""
+    """Locks an open file until it is closed or the process ends -> whether nobody else holds the lock. If the
+    file system has no locks, it warns once and returns True."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -59,7 +59,7 @@ def hold(folder, what="run"):
     path = Path(folder) / NAME
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # not "w": a second writer must find the first one's number
+        # not "w", because a second writer must be able to read the first one's process id
         file = path.open("a+")
     except OSError as error:
         raise InputError(f"{error.filename or path}: cannot be written ({error.strerror}): name another "
@@ -74,6 +74,6 @@ def hold(folder, what="run"):
         file.truncate(0)
         file.write(f"{os.getpid()} on {socket.gethostname()}\n{what}\n")
         file.flush()
-    except OSError as error:                                    # a full disk: nothing else would fit either
+    except OSError as error:                                    # on a full disk nothing else would fit either
         raise InputError(f"{path}: cannot be written ({error.strerror})") from None
     return file

@@ -25,8 +25,8 @@ SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v")
 NAMES = ("metadata.jsonl", "metadata.csv")
 BOM = b"\xef\xbb\xbf"
 LINE_END = re.compile("\r\n|\r|\n")
-# One field of a CSV file, after blanks: between quotes, or up to the next comma. Quotes within quotes are
-# doubled.
+# One field of a CSV file, after blanks: text between quotes, in which quotes are doubled, or text up to the
+# next comma.
 CSV_FIELD = re.compile(r' *+(?:"([^"]*+(?:""[^"]*+)*+)"|([^",\r\n][^,\r\n]*+)?)')
 BLANKS = re.compile(r"[ \t\r\n]*")
 DECODER = json.JSONDecoder()
@@ -34,10 +34,10 @@ DECODER = json.JSONDecoder()
 
 @dataclass
 class Row:
-    """One row of a list, and where its values stand in the file's text."""
+    """One row of a list, and where its values are in the file's text."""
     place: str                      # file, row and line, for messages
     values: list  # (name, value, start, end): the value is written at text[start:end], inside its quotes
-    end: int                        # where the row's last value ends: one more can be inserted there
+    end: int                        # where the row's last value ends, and another one can be inserted
     problem: str | None = None      # why the row cannot be used
 
 
@@ -82,8 +82,8 @@ def read_listing(folder):
 
 
 def read_metadata(folder):
-    """-> [{file_name, prompt, label: 0, 1 or None}]. Raises InputError naming the first row that cannot be
-    used."""
+    """-> [{file_name, prompt, label: 0, 1 or None}]. Raises InputError, which names the first row that cannot
+    be used."""
     rows, _ = read_listing(folder)
     for place, _, problem in rows:
         if problem:
@@ -97,8 +97,8 @@ def read_table(path, fields, needed):
     """Yields (place, {field: value}, problem or None, [columns that are not read]) of each row of a .jsonl or
     .csv file.
 
-    fields: {field: the names that it may have}; needed: the field without which a CSV file's first row is not
-    a header. Raises InputError if rows cannot be told apart. """
+    fields: {field: the names that its column may have}; needed: the field that the header of a CSV file must
+    have. Raises InputError if rows cannot be told apart. """
     _, text = _read_text(path)
     _, rows = _read_rows(Path(path), text, fields, needed)
     for row in rows:
@@ -106,8 +106,8 @@ def read_table(path, fields, needed):
 
 
 def _read_text(path):
-    """-> (BOM or b"", the text after it). A byte that is not UTF-8 becomes a lone surrogate, and is its row's
-    problem."""
+    """-> (BOM or b"", the text after it). A byte that is not UTF-8 becomes a lone surrogate, so that only its
+    row has a problem."""
     content = Path(path).read_bytes()
     start = BOM if content.startswith(BOM) else b""
     content = content[len(start):]
@@ -191,8 +191,8 @@ def _short(value):
 
 # ---- .jsonl
 def from_json(text, **how):
-    """json.loads, which calls a text that is nested too deeply no JSON either: json.JSONDecodeError, a
-    ValueError."""
+    """json.loads, but a text that is nested too deeply raises json.JSONDecodeError, a ValueError, as any
+    other text that is not JSON."""
     try:
         return json.loads(text, **how)
     except RecursionError:
@@ -225,7 +225,7 @@ def _jsonl_rows(path, text):
 
 def _members(line, offset):
     """(name, value, start, end) of each member of the JSON object in `line`; a name may come twice. offset:
-    of the line."""
+    where the line starts in the file's text."""
     found, at = [], line.index("{") + 1
     while True:
         at = BLANKS.match(line, at).end()
@@ -299,8 +299,8 @@ def _csv_header(path, text, records, fields, needed):
 
 
 def _csv_rows(path, records, header):
-    """Yields the Rows of the records after the header. Raises InputError where a quote takes in the rows
-    below."""
+    """Yields the Rows of the records after the header. Raises InputError if a quote that is not closed takes
+    in the rows below."""
     number, names = 0, [name for name, _, _, _ in header.values]
     for line, cells, end in records:
         if not any(value for value, _, _ in cells):
@@ -330,9 +330,9 @@ def _refuse_swallowed_rows(path, place, value):
 def write_labels(folder, labels):
     """Writes labels into the folder's list and changes no other byte of it -> the list's path.
 
-    labels: {normal path of a clip's file: 1, 0, or None for no label}; other clips keep theirs. Where the
-    list has no field for labels, one is added behind the others. Raises InputError naming the first row that
-    cannot be used; then, and if the disk fails (OSError), the list stays as it was. """
+    labels: {normal path of a clip's file: 1, 0, or None for no label}; other clips keep theirs. If the list
+    has no field for labels, one is added after the others. Raises InputError, which names the first row that
+    cannot be used, or OSError if the disk fails; in both cases the list stays as it was. """
     path = find_metadata(folder)
     start, text = _read_text(path)
     header, rows = _read_rows(path, text, FIELDS, "file_name")
@@ -349,7 +349,7 @@ def write_labels(folder, labels):
         fields = [value for value in row.values if _field_of(value[0], FIELDS) == "label"]
         filled = [value for value in fields if value[1] not in (None, "")]
         changed = changed or label != clip["label"]
-        if lacks_column:                                    # every row gets a field: their numbers stay equal
+        if lacks_column:                        # every row gets a field, so that all have equally many
             edits.append((row.end, row.end, f",{words[label]}"))
         elif label != clip["label"]:
             for _, _, begin, end in filled or fields[:1]:
@@ -384,7 +384,7 @@ def update_rows(path, rows):
             row = from_json(line)
             name = os.path.normpath(row["file_name"])
         except (ValueError, TypeError, KeyError):
-            row, name = {}, line                                # not ours to read: kept
+            row, name = {}, line                                # a line that cannot be read stays as it is
         lines[name] = row, line
     written = []
     for row in rows:
@@ -398,7 +398,7 @@ def update_rows(path, rows):
 
 
 def _as_line(row):
-    """A dict as one line of JSON: readable, but for text that would not print."""
+    """A dict as one line of JSON. Text is escaped only if it would not print."""
     line = json.dumps(row, ensure_ascii=False)
     return line if line.isprintable() else json.dumps(row)
 
@@ -408,10 +408,10 @@ def replace_text(path, text):
 
 
 def replace_bytes(path, content):
-    """Writes a file whole or not at all, also if the power fails: under a temporary name, then
-    formats/disk.put.
+    """Writes a file whole or not at all, also if the power fails: it gets a temporary name until
+    formats/disk.put renames it.
 
-    Raises OSError that names the file. The temporary file is removed if anything fails.
+    Raises OSError, which names the file. The temporary file is removed if anything fails.
     """
     temporary = f"{path}.tmp"
     try:

@@ -8,18 +8,18 @@ from pathlib import Path
 
 from common import InputError
 
-NAME_MAX = 255                          # bytes of a name, where the file system does not say
+NAME_MAX = 255                          # bytes that a name may have, if the file system does not say
 
 
 def as_url(path):
-    """The path as FFmpeg has to be given it: without a protocol of its own `take:1.mp4` would be read as
-    protocol `take`."""
+    """The path in the form that FFmpeg needs. Without "file:" the name `take:1.mp4` would be read as a URL of
+    the protocol `take`."""
     return f"file:{path}"
 
 
 def require_file(path):
-    """Raises InputError unless `path` is a regular file that can be read and is not empty. Files of the
-    kernel's own look empty, and some of them never end."""
+    """Raises InputError unless `path` is a regular file that can be read and is not empty. Special files of
+    the kernel look empty, and some of them never end."""
     try:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):
@@ -38,9 +38,9 @@ def require_file(path):
 
 
 def other_spelling(path):
-    """The end of a message about a path that does not exist. If the same letters are on the disk in another
-    Unicode form (macOS and Linux write accents and umlauts differently), it is a hint that says so; else it
-    is empty."""
+    """The end of a message about a path that does not exist. It is a hint if the disk has the same letters in
+    another Unicode form, because macOS and Linux write accents and umlauts differently; otherwise it is
+    empty."""
     found = same_letters(path)
     if found is None:
         return ""
@@ -67,9 +67,9 @@ def same_letters(path):
 
 
 def require_writable(path):
-    """Raises InputError unless a file can be written at `path`, whose folders need not exist yet. A temporary
-    file is made in the nearest folder that does, and removed: permissions alone do not tell what a network
-    disk allows."""
+    """Raises InputError unless a file can be written at `path`, whose folders need not exist yet. To know, it
+    makes a temporary file in the nearest folder that exists, and removes it: permissions alone do not tell
+    what a network disk allows."""
     path = Path(path)
     if os.path.isdir(path):
         raise InputError(f"{path}: is a folder: name a file to write")

@@ -1,5 +1,5 @@
-"""Pictures to look at: text on pixels, a wall of videos side by side, a looping GIF. PyAV and NumPy are
-enough.
+"""Pictures to look at: text on pixels, a wall of videos side by side, a looping GIF. They need only PyAV and
+NumPy.
 
 Axes: f frames, h height, w width, n prompts (rows), m checkpoints (columns), 3 RGB.
 """
@@ -46,12 +46,12 @@ def wall(videos, prompts, titles, verdicts=None, cell=64):
     and one column per checkpoint.
 
     videos: {column: uint8 [n, f, h, w, 3]}. prompts: n strings. titles: {column: lines of text above it}.
-    verdicts: {column: bool [n]}; a clip gets a green frame if its verdict is true, else a red one. Clips are
-    enlarged by a whole number, to a height of about `cell` pixels; larger ones keep their size. """
+    verdicts: {column: bool [n]}; a clip gets a green frame if its verdict is true, else a red frame. Clips
+    are enlarged by a whole number, to a height of about `cell` pixels; larger clips keep their size. """
     first = np.asarray(next(iter(videos.values())))
     n, f, h, w, _ = first.shape
     k = max(1, round(cell / h))
-    high, wide = h * k + 8, w * k + 8           # of a clip and its frame
+    high, wide = h * k + 8, w * k + 8           # size of a clip with its frame
     gap, text, head = 6, 150, 34                # between clips; width of the prompts; height of the titles
     canvas = np.empty((f, head + n * (high + gap), text + len(videos) * (wide + gap), 3), np.uint8)
     canvas[:] = PAPER
@@ -75,8 +75,8 @@ def wall(videos, prompts, titles, verdicts=None, cell=64):
 
 
 def write_gif(path, video, fps=8, hold=4):
-    """Writes uint8 [f, h, w, 3] as a GIF that loops for ever; the file is whole or not there. The last frame
-    is shown `hold` frames longer. All frames share one palette of 256 colours."""
+    """Writes uint8 [f, h, w, 3] as a GIF that loops for ever, whole or not at all. The last frame is shown
+    `hold` frames longer. All frames share one palette of 256 colours."""
     video = np.concatenate([video, np.repeat(video[-1:], hold, 0)])
     rate = Fraction(fps).limit_denominator(1001)
     graph = _palette_graph(*video.shape[1:3], rate)

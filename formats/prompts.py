@@ -1,9 +1,9 @@
 """Lists of prompts, to sample from: one per line of a .txt file, or the rows of a .jsonl or .csv file.
 
-Rows have prompt (or text, caption) and, where wanted, image (a first frame, beside the file) and seed. They
-are read as strictly as those of formats/metadata.py. In a .txt file, lines that begin with # are comments.
-Prompt files of other trainers put flags behind a prompt, as in `a cat --w 640 --h 480`: these are refused, so
-that none is sampled as a caption. """
+Rows have prompt (or text, caption) and perhaps image (a first frame, whose path is relative to the file) and
+seed. They are read as strictly as the rows of formats/metadata.py. In a .txt file, lines that begin with #
+are comments. Prompt files of other trainers put flags after a prompt, as in `a cat --w 640 --h 480`. Such
+flags are refused, so that none of them is sampled as a part of the prompt. """
 import os
 import re
 from pathlib import Path
@@ -16,12 +16,12 @@ FOREIGN_FLAG = re.compile(r"(?:^|\s)(--[A-Za-z][\w-]*)(?=[\s=]|$)")
 
 
 def read_prompts(path):
-    """-> [{"prompt": str, "image": path or None, "seed": int or None}], one for each prompt in the file; with
-    "settings", a dict, where a row says how its video was made (formats/samples.py).
+    """-> [{"prompt": str, "image": path or None, "seed": int or None}], one for each prompt in the file. If a
+    row says how its video was made (formats/samples.py), its dict has "settings", a dict, too.
 
-    Raises InputError naming the file, and the row, of what cannot be used: a missing or empty file, a prompt
-    that is not text or holds flags of another trainer, an image that is not there, a seed that is not a whole
-    number. """
+    Raises InputError, which names the file, and the row, that cannot be used: a missing or empty file, a
+    prompt that is not text or holds flags of another trainer, an image that is not there, a seed that is not
+    a whole number. """
     path = Path(path)
     if path.suffix.lower() not in (".txt", ".jsonl", ".csv"):
         raise InputError(f"{path}: prompts come in a .txt (one per line), .jsonl or .csv file")
@@ -43,8 +43,8 @@ def read_prompts(path):
 
 
 def foreign_flag(prompt):
-    """The first flag of another trainer in a prompt, such as "--w", or None. A dash between blanks is not
-    one."""
+    """The first flag of another trainer in a prompt, such as "--w", or None. A dash between blanks is not a
+    flag."""
     found = FOREIGN_FLAG.search(prompt)
     return found and found[1]
 

@@ -1,5 +1,5 @@
-"""A run folder on disk, and the one place that decides what a run does to it. A kill at any moment leaves it
-usable.
+"""What a run folder holds, and what a new run does to the run that is there. A kill at any moment leaves the
+folder usable.
 
     runs/align/
         args.json                        the flags, as they were resolved
@@ -12,20 +12,21 @@ usable.
         samples/  transformer/           what else the script makes
         earlier-20261129-204500/         a run that was here before: all of the above, to be resumed
 
-With --export lora the adapters' files stand in place of transformer/ and transformer_2/, also in best/ and in
+With --export lora the files of the adapters replace transformer/ and transformer_2/, also in best/ and in
 checkpoints.
 
-A script calls open_checkpoint, which reads and refuses; then it loads everything that could still be wrong;
-then it calls start_run. Only that changes the folder, and it prints what it changes:
+A script first calls open_checkpoint, which reads the checkpoint and refuses a wrong one. Then it loads
+everything that could still be wrong, and then it calls start_run. Only start_run changes the folder, and it
+prints what it changes:
 
     a fresh run                               sets aside the run that is there, as earlier-<time>/
-    --resume, a checkpoint of this folder     goes on from it; sets aside what the run made after it
+    --resume, a checkpoint of this folder     continues from it; sets aside what the run made after it
     --resume, one in an earlier-<time>/       sets aside the run that is there, and moves the earlier one back
     --resume, a checkpoint of another folder  sets aside the run that is there; the other folder is only read
     a run that is refused                     changes nothing
 
 Clips and samples that a script rendered for itself (curated/, samples/shards.json, own_samples/) stay where
-they are in all cases: the next run uses them again, or refuses them if it would have made others."""
+they are in all cases. The next run uses them again, or refuses them if its own would be different."""
 import dataclasses
 import errno
 import fnmatch
@@ -47,33 +48,34 @@ from formats.metadata import from_json, replace_text
 from formats.picture import write_gif
 from formats.video import read_clip
 
-# What a resumed run may do differently; it is printed. Every other flag makes it another run.
+# The flags that may differ in a resumed run, which prints the difference. With any other flag changed it
+# would be another run, and is refused.
 MAY_CHANGE = {"max_train_steps", "learning_rate", "trunk_learning_rate", "weight_decay", "batch_size",
               "gradient_accumulation_steps", "max_grad_norm", "mixed_precision", "gradient_checkpointing",
               "decoder_checkpointing", "parallel", "sequence_parallel", "fsdp_group_size",
               "offload_activations", "keep_attention", "compile", "checkpointing_steps", "keep", "export",
               "validation_steps", "validation_prompts", "guidance_scale", "guidance_scale_2", "judge",
               "patience"}
-# What these hold is compared, as their folders may move.
+# Flags of folders that are compared by what they hold, because the folders may move.
 BY_CONTENT = {"model", "reward", "data", "labels", "samples_dir", "curated_dir"}
 NOT_COMPARED = {"output_dir", "resume_from_checkpoint"}
 # Flags in the args.json of older runs: old name -> new name.
 RENAMED = {"shard_size": "fsdp_group_size"}
 
-# What the scripts make in a run folder: it is set aside together. A folder with a writer of its own stays.
+# What the scripts make in a run folder, and a new run sets aside together. Folders with another writer stay.
 WEIGHTS = ("best", "transformer", "transformer_2", "reward", "vae", "text_encoder",
            "pytorch_lora_weights.safetensors", "pytorch_lora_weights_2.safetensors")
 MADE = ("args.json", "metrics.jsonl", "report.json", "events.out.tfevents.*", "checkpoint-*",
         "sharded_state.tmp", "samples", "earlier-*-checkpoint-*", *WEIGHTS,
         *(f"{name}.tmp*" for name in WEIGHTS), *(f"{name}{disk.REPLACED}" for name in WEIGHTS))
-CHECKPOINT = re.compile(rf"checkpoint-(\d+)(\.old|\{disk.REPLACED})?")         # .old: as older runs called it
-# The end of the name of a folder that a kill left half moved.
+CHECKPOINT = re.compile(rf"checkpoint-(\d+)(\.old|\{disk.REPLACED})?")  # in older runs .old meant .replaced
+# The end of the name of a folder while a run is moved to it or from it.
 MOVING = ".moving"
 
 
 def fast_precision():
-    """"bf16" where the machine is fast at it, else "no" (float32). Most laptops' CPUs only emulate bf16
-    (AVX-512 does not include it), and so do GPUs older than Ampere; float32 is several times faster there."""
+    """"bf16" if the machine is fast at it, else "no" (float32). Most laptops' CPUs only emulate bf16 (AVX-512
+    does not include it), and so do GPUs older than Ampere. On these float32 is several times faster."""
     if torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -103,8 +105,8 @@ def write_json(path, value):
 
 
 def list_checkpoints(output_dir):
-    """[(step, path)] of whole checkpoints, oldest first. One that a kill left half replaced is
-    `checkpoint-<step>.replaced`."""
+    """[(step, path)] of whole checkpoints, oldest first. If a kill came while one was being replaced, its
+    path is `checkpoint-<step>.replaced`."""
     found = {}
     # the plain name comes last and wins
     for path in sorted(Path(output_dir).glob("checkpoint-*"), reverse=True):
@@ -115,7 +117,7 @@ def list_checkpoints(output_dir):
 
 # ---- the same run, or another
 def contents(config, shards):
-    """{"model", "reward", "data": fingerprint} of what a run learns from, as far as it has them."""
+    """{"model", "reward" or "data": fingerprint} of what a run learns from."""
     found = {}
     for name in ("model", "reward"):
         if path := getattr(config, name, None):
@@ -131,11 +133,11 @@ def changes(path, config, made_from=None):
     Without it, flags that are still None (they may be filled in later) and those of BY_CONTENT are not
     compared. Raises InputError."""
     saved, now = read_args(path), json.loads(json.dumps(dataclasses.asdict(config)))
-    # a flag that is younger than the run has its default there
+    # the run may be older than a flag; then the flag had its default there
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     if foreign := sorted(saved.keys() - now.keys() - {"made_from"}):
         raise InputError(f"{path}: not a checkpoint of this script: its args.json has --{foreign[0]}")
-    known = saved.get("made_from")                              # the oldest runs only know their paths
+    known = saved.get("made_from")                              # the oldest runs do not have it
     other, allowed = [], []
     for name in sorted(now.keys() - NOT_COMPARED):
         there, here = saved.get(name, defaults[name]), now[name]
@@ -145,7 +147,7 @@ def changes(path, config, made_from=None):
             continue
         if made_from is not None and known and name in BY_CONTENT:
             continue
-        # with a rate of 0, other weights are trained
+        # with a rate of 0 the trunk is frozen, and other weights are trained
         freezes = name == "trunk_learning_rate" and 0 in (there, here)
         if name in MAY_CHANGE and not freezes:
             allowed.append((name, there, here))
@@ -187,7 +189,7 @@ def require_ours(config):
         raise InputError(f"--output_dir {folder}: holds --model {config.model}, which would be written "
                          "over: name another folder")
     if not (folder / "args.json").is_file():
-        # signs of a run that ended while it made its data, and of a note by study/parts.py
+        # files of a run that ended while it made its data, and a note by study/parts.py
         ours = ["samples/.lock", "curated/.lock", "own_samples/.lock", "part.json"]
         lock.require_ours(folder, "run", ours + [path.name for _, path in list_checkpoints(folder)])
         return
@@ -218,13 +220,13 @@ def refuse_inputs_that_would_move(config):
 # ---- a run starts
 def open_checkpoint(config):
     """-> (path, state) of the checkpoint that --resume_from_checkpoint names; (None, {"step": 0}) for a fresh
-    run, also if it names `latest` and there is none. Changes nothing; every process must call it.
+    run, also if the flag is `latest` and there is no checkpoint. Changes nothing; every process must call it.
 
-    Raises InputError if the checkpoint is of another run, as far as the flags that were given tell, or past
-    --max_train_steps; if the run folder is not ours to write in; or if the processes have no common disk
-    there."""
+    Raises InputError if the given flags show that the checkpoint is of another run; if it is past
+    --max_train_steps; if the run folder is not ours to write in; or if the processes do not see the same
+    folder."""
     spec, folder = config.resume_from_checkpoint, Path(config.output_dir)
-    # world/pretrain.py, which has no --model, keeps latents there before it comes here
+    # not for world/pretrain.py, which has no --model and has already put latents there
     if rank() == 0 and hasattr(config, "model"):
         require_ours(config)
     for name in ("output_dir", "samples_dir", "curated_dir"):
@@ -246,15 +248,15 @@ def open_checkpoint(config):
 
 
 def start_run(config, resume_step=None, shards=None):
-    """Rank 0 becomes the one writer of config.output_dir, treats the run that is there as the top of this
+    """Rank 0 becomes the only writer of config.output_dir, treats the run that is there as the top of this
     file says, prints what it does, and writes args.json -> MetricsLog, which keeps the lock. Every process
-    must call it, after everything else that could fail. resume_step: of the checkpoint from open_checkpoint;
-    default: a fresh run. shards: what it learns from.
+    must call it, after everything else that could fail. resume_step: the step of the checkpoint from
+    open_checkpoint; default: a fresh run. shards: the data that the run learns from.
 
     Raises InputError if the run to resume learned from other contents, or if another process writes in the
     folder."""
     folder, folder_lock, writer = Path(config.output_dir), None, None
-    gather(None)                                                # all have read what may be moved now
+    gather(None)                                # from here on no process reads what rank 0 is going to move
     if rank() == 0:
         made_from, path = contents(config, shards), None
         writer = summary_writer()
@@ -279,7 +281,7 @@ def start_run(config, resume_step=None, shards=None):
 
 
 def in_run(path, folder):
-    """Whether checkpoint `path` is of the run in `folder`, in its place or half moved."""
+    """Whether checkpoint `path` is of the run in `folder`, also if a kill left this run half moved."""
     folder = Path(folder).resolve()
     if CHECKPOINT.fullmatch(path.name) is None:
         return False
@@ -297,7 +299,7 @@ def made_in(folder):
     rendered clips and samples, which the next run uses again, and other runs."""
     found = []
     for path in sorted(Path(folder).glob("*")):
-        signs = [lock.NAME, "shards.json"]                      # of another writer
+        signs = [lock.NAME, "shards.json"]                      # signs of another writer
         if "checkpoint-" not in path.name:
             signs.append("args.json")
         if path.is_dir() and any((path / name).exists() for name in signs):
@@ -314,7 +316,7 @@ def half_moved(folder):
 
 def set_aside(folder, moved, copied=()):
     """Moves the paths in `moved` and copies the files in `copied` to one folder earlier-<time>/ -> its path.
-    What an interrupted move has taken along already goes to the same folder."""
+    If an earlier move was interrupted, what it had already moved goes to the same folder."""
     half = half_moved(folder)
     if half is None:
         name = time.strftime("earlier-%Y%m%d-%H%M%S")
@@ -336,7 +338,7 @@ def set_aside(folder, moved, copied=()):
 
 
 def set_aside_run(folder):
-    """Sets the run in `folder` aside, whole, if it got as far as a first step, and prints where it is now."""
+    """Sets the whole run in `folder` aside, if it made a first step, and prints where it is now."""
     made = made_in(folder)
     empty = [path for path in made if path.name == "args.json" or path.name.startswith("events.out.tfevents.")
              or (path.name == "metrics.jsonl" and not read_metrics(path))]
@@ -351,8 +353,8 @@ def set_aside_run(folder):
 
 
 def set_aside_after(folder, step):
-    """Where the run in `folder` has checkpoints past `step`: sets aside all that it made after that step,
-    with copies of args.json and metrics.jsonl, and prints it."""
+    """If the run in `folder` has checkpoints past `step`, sets aside all that it made after that step, with
+    copies of args.json and metrics.jsonl, and prints where that is now."""
     newer = [number for number, _ in list_checkpoints(folder) if number > step]
     if not newer:
         return
@@ -376,7 +378,7 @@ def set_aside_after(folder, step):
 
 
 def step_of_best(path):
-    """The step whose weights best/ holds; 0 if it does not say."""
+    """The step whose weights the folder best/ holds; 0 if its best.json does not say."""
     try:
         return int(from_json((path / "best.json").read_text())["step"])
     except (OSError, ValueError, LookupError, TypeError, OverflowError):
@@ -388,7 +390,7 @@ def bring_back(folder, aside):
     process writes in it."""
     half = aside
     if not aside.name.endswith(MOVING):
-        # a run that goes on in there is not moved away
+        # raises InputError if a run is being continued in there
         lock.hold(aside).close()
         (aside / lock.NAME).unlink(missing_ok=True)
         half = aside.with_name(aside.name + MOVING)
@@ -400,17 +402,17 @@ def bring_back(folder, aside):
     if next(half.iterdir(), None) is None:
         half.rmdir()
     else:
-        # what has no place there, such as clips that were rendered twice
+        # some things could not be moved because `folder` has their names, such as clips rendered twice
         os.rename(half, half.with_name(half.name.removesuffix(MOVING)))
 
 
 # ---- checkpoints
 def save_checkpoint(output_dir, step, folders, state, config, keep=None):
     """Writes checkpoint-<step> (folders {name: function(path)}, train_state.pt, args.json) under a temporary
-    name, flushes it and renames it: after a kill or a power loss at any moment, the previous one can be used.
-    keep: how many stay; default: all. Every rank calls the functions, as a model's pieces are gathered while
-    it is written; rank 0 writes. Raises OSError, which names the last whole checkpoint, if the disk is full,
-    read-only or gone."""
+    name, flushes it and renames it. After a kill or a power loss at any moment, the previous checkpoint can
+    still be used. keep: how many checkpoints stay; default: all. Every rank must call it, because a model's
+    pieces are gathered while they are written; rank 0 writes. Raises OSError, which names the last whole
+    checkpoint, if the disk is full, read-only or gone."""
     final = Path(output_dir) / f"checkpoint-{step:06d}"
     temporary = Path(f"{final}.tmp")
     if rank() > 0:
@@ -430,7 +432,7 @@ def save_checkpoint(output_dir, step, folders, state, config, keep=None):
         write_json(temporary / "args.json", run | dataclasses.asdict(config))
         disk.put(temporary, final)
     except OSError as e:
-        # nobody needs what it holds, and a full disk needs the room
+        # half a checkpoint is of no use, and a full disk needs the room
         shutil.rmtree(temporary, ignore_errors=True)
         raise unwritten(output_dir, step, e) from None
     whole = [path for _, path in list_checkpoints(output_dir)]
@@ -440,8 +442,8 @@ def save_checkpoint(output_dir, step, folders, state, config, keep=None):
 
 
 def unwritten(output_dir, step, error):
-    """An OSError for `error`, which kept checkpoint-<step> from being written: it names the last whole
-    one."""
+    """-> an OSError for `error`, because of which checkpoint-<step> could not be written. It names the last
+    whole checkpoint."""
     whole = list_checkpoints(output_dir)
     there = "there is none before it"
     if whole:
@@ -452,8 +454,8 @@ def unwritten(output_dir, step, error):
 
 
 def save_state(state, path):
-    """torch.save, whose RuntimeError on a full disk names neither the file nor the cause, as an OSError that
-    does."""
+    """torch.save, but on a full disk it raises OSError, which names the file and the cause. torch's own
+    RuntimeError names neither."""
     try:
         with open(path, "wb") as file:
             torch.save(state, file)
@@ -500,13 +502,13 @@ def read_metrics(path):
         try:
             found.append((int(from_json(line)["step"]), line))
         except (ValueError, TypeError, KeyError, OverflowError):
-            pass                                                # cut short by a kill, or by another hand
+            pass                                                # a kill or an editor damaged this line
     return found
 
 
 def summary_writer():
-    """TensorBoard's SummaryWriter. None if it is not installed; None and a warning if it is installed and
-    cannot be imported."""
+    """TensorBoard's SummaryWriter. If TensorBoard is not installed: None. If it is installed but cannot be
+    imported: None, and a warning."""
     if importlib.util.find_spec("tensorboard") is None:
         return None
     try:
@@ -524,9 +526,9 @@ def no_tensorboard(error):
 
 
 class MetricsLog:
-    """metrics.jsonl, one flushed line per step (rank 0), and TensorBoard events if `writer`, its
+    """Rank 0 writes metrics.jsonl, one flushed line per step, and TensorBoard events if `writer`, its
     SummaryWriter, is given. On resume, lines past resume_step and damaged lines are dropped; with resume_step
-    None, all lines are. folder_lock: a lock to keep."""
+    None, all old lines are dropped. folder_lock: a lock to keep."""
 
     def __init__(self, output_dir, resume_step=None, folder_lock=None, writer=None):
         path, self.folder_lock = Path(output_dir) / "metrics.jsonl", folder_lock
@@ -543,8 +545,8 @@ class MetricsLog:
                 no_tensorboard(error)
 
     def on_board(self, write):
-        """Calls write(board) if there is one. The board is an extra: if it fails, it is given up with a
-        warning."""
+        """Calls write(board) if there is a board. If this fails, the run only warns, and writes no more
+        events."""
         if self.board is None:
             return
         try:
@@ -554,8 +556,8 @@ class MetricsLog:
             self.board = None
 
     def log(self, step, **values):
-        """Numbers, scalar tensors or strings. Raises FloatingPointError if one is not finite, OSError if the
-        file is gone."""
+        """Logs numbers, scalar tensors or strings. Raises FloatingPointError if a number is not finite,
+        OSError if the file is gone."""
         values = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
         for name, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):

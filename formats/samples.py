@@ -1,10 +1,10 @@
-"""How a sampled video was made: what its row of metadata.jsonl says so that sample.py can make it again.
+"""How a sampled video was made. Its row of metadata.jsonl says this, so that sample.py can make it again.
 
 Beside file_name, prompt, seed and image (a path relative to the file's folder), a row has `settings`:
   flags of sample.py (FLAGS), except those that are None; paths are relative to the file's folder
   index           the video's number under its seed, from which its noise is drawn
-  batch, place    how many videos were sampled together, and which of them this one was: floating-point sums
-                  depend on the size of a batch, and so do a file's bytes
+  batch, place    how many videos were sampled together, and which of them this video was, because
+                  floating-point sums, and with them a file's bytes, depend on the size of a batch
   weights         a fingerprint of generator, encoders, adapter and reward model
 """
 import hashlib
@@ -33,12 +33,13 @@ def same_setting(name, a, b):
 
 
 def relative_path(path, folder):
-    """`path` as a file in `folder` names it. Links are followed, as ".." does not lead back over one."""
+    """`path`, relative to `folder`. Links are followed first, because ".." does not lead back over a link."""
     return os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
 
 
 def of_weights(flags):
-    """16 hex digits of all weights that these flags use: {name of FLAGS: value}, with the model's folder."""
+    """16 hex digits of all weights that the flags use. flags: {name of FLAGS: value}, with the model's
+    folder."""
     model, digest = Path(flags["model"]), hashlib.blake2b(digest_size=8)
     digest.update(fingerprint.of_weights(flags.get("transformer") or model).encode())
     for role in ("vae", "text_encoder", "image_encoder"):
@@ -54,9 +55,9 @@ def of_weights(flags):
 
 
 def describe(flags, folder):
-    """The settings that all videos in `folder` share. flags: {name of FLAGS: value}, with the model's folder
-    also where that is a shipped one, which is recorded by its task. The task of another generator is recorded
-    if it can do both."""
+    """The settings that all videos in `folder` share. flags: {name of FLAGS: value}, with the model's folder.
+    A shipped generator is recorded by its task instead of its folder. The task of another generator is
+    recorded only if it can do both tasks."""
     found = {name: flags[name] for name in FLAGS if flags.get(name) is not None}
     found["weights"] = of_weights(flags)
     if "transformer" in found and same_path(found["transformer"], found["model"]):
@@ -81,9 +82,9 @@ def row(folder, file_name, prompt, seed, image, settings):
 
 
 def shared_settings(path, rows):
-    """The settings with which the videos of these rows were made -> {flag or "weights": value}; rows: of the
-    prompts file `path`, as read_prompts returns them; {} if no row says anything. Raises InputError if two
-    rows differ or a setting is not known."""
+    """The settings with which the videos of these rows were made -> {flag or "weights": value}, or {} if no
+    row has settings. rows: what read_prompts returned for the file `path`. Raises InputError if two rows
+    differ or a setting is not known."""
     shared, first = None, None
     for number, given in enumerate((given.get("settings") for given in rows), 1):
         if given is None:
@@ -97,7 +98,7 @@ def shared_settings(path, rows):
         check_place(place, given)
         mine = {name: value for name, value in given.items() if name not in OF_A_VIDEO}
         if mine.get("best_of", 1) != 1:
-            mine.setdefault("search", "drop")                   # the only way when rows did not say which
+            mine.setdefault("search", "drop")       # a row without "search" is from before there was another
         if shared is None:
             shared, first = mine, number
         for name in sorted(shared.keys() | mine.keys()):
@@ -108,7 +109,7 @@ def shared_settings(path, rows):
 
 
 def resolved(name, value, path):
-    """A setting's value; a path is one beside the file `path`."""
+    """A setting's value. The value of a flag of PATHS is relative to the folder of the file `path`."""
     return str(Path(path).parent / value) if name in PATHS and isinstance(value, str) else value
 
 

@@ -1,10 +1,10 @@
-"""Latent shards: encoded clips on disk, as training reads them (`python data.py encode` writes them).
+"""Latent shards: encoded clips on disk, which `python data.py encode` writes and training reads.
 
     clips_encoded/
         shards.json                     shapes, settings, and the file, count and contents of each shard
         metadata.jsonl                  file_name, prompt and label of each clip
-        shard-00000.safetensors         latents, context, label; of image-to-video also clip_fea and
-                                        condition; of RWR's own samples also reward
+        shard-00000.safetensors         latents, context, label; for image-to-video also clip_fea and
+                                        condition; for RWR's own samples also reward
 
 Axes: n clips of a shard, b batch, c latent channels, f h w latent frames, height, width, l text tokens, d
 text width, m CLIP image tokens, d' their width. """
@@ -30,10 +30,11 @@ def write_shards(folder, latents, contexts, labels, prompts, file_names=None, fp
     """Writes one shard: latents [n, c, f, h, w] and contexts [n, l, d] as float32, labels (0, 1, None or -1),
     prompts.
 
-    extra: for image-to-video, clip_fea [n, m, d'] and condition [n, c, f, h, w]; of RWR's own samples, reward
-    [n]. append: after the shards that are there; default: in their place. clips: the folder of the clips, for
-    `Shards.relabel`. contents: of each clip's file (formats/fingerprint.py). A kill at any moment leaves
-    complete shards. Raises InputError if the folder is not ours or holds shards of another shape. """
+    extra: for image-to-video, clip_fea [n, m, d'] and condition [n, c, f, h, w]; for RWR's own samples,
+    reward [n]. append: write after the shards that are there; default: replace them. clips: the folder of the
+    clips, for `Shards.relabel`. contents: a fingerprint of each clip's file (formats/fingerprint.py). A kill
+    at any moment leaves complete shards. Raises InputError if the folder is not ours or holds shards of
+    another shape. """
     folder = Path(folder)
     lock.require_ours(folder, "shards", ("shards.json",))
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,8 +73,9 @@ class Shards:
     that resident memory does not grow with the data. Raises InputError, one line, if the folder is missing,
     truncated or inconsistent.
 
-    rows, labels (int8, -1: none), contents (of each clip's file, or None) and where ((file, place in it))
-    have one entry for each clip that is still listed; all_rows and all_contents also have the dropped ones.
+    rows, labels (int8, -1: none), contents (the fingerprint of each clip's file, or None) and where ((shard,
+    place in it)) have one entry for each clip that is still listed; all_rows and all_contents also have the
+    dropped clips.
     """
 
     def __init__(self, folder):
@@ -107,7 +109,7 @@ class Shards:
             raise InputError(f"{path}: truncated or damaged ({e}): encode again") from None
         except (json.JSONDecodeError, UnicodeError, KeyError, TypeError, AttributeError) as e:
             raise InputError(f"{folder}/shards.json: damaged ({e!r}): encode again") from None
-        self.all_rows = read_metadata(folder)[:len(where)]  # later rows are of a shard that a kill cut off
+        self.all_rows = read_metadata(folder)[:len(where)]  # a kill left later rows without their shard
         if not 0 < len(where) == self.index.get("count") == len(self.all_rows):
             raise InputError(f"{folder}: shards.json counts {self.index.get('count')} clips, the shards hold "
                              f"{len(where)}, metadata.jsonl {len(self.all_rows)}: encode again")
@@ -116,7 +118,7 @@ class Shards:
                              "were encoded, "
                              "and change labels beside the clips")
         self.label_note, self.all_contents = "labels as they were encoded", contents
-        # A clip that is no longer listed, or has changed since, stays in its shard, and nothing reads it.
+        # A clip that is no longer listed, or has changed since, stays in its shard, but nothing reads it.
         live = [i for i in range(len(where)) if i not in self.dropped]
         self.rows, self.where = [self.all_rows[i] for i in live], [where[i] for i in live]
         self.contents = [contents[i] for i in live]
@@ -127,8 +129,8 @@ class Shards:
 
     @functools.cached_property
     def copies(self):
-        """int64 [n]: equal numbers where two clips are copies of each other: their files or their latents are
-        equal."""
+        """int64 [n], in which clips that are copies of each other have equal numbers. Copies have equal files
+        or equal latents."""
         return join_equal(self.contents, fingerprint.of_latents(self))
 
     def relabel(self, answers=None, bad="both"):
@@ -155,7 +157,7 @@ class Shards:
                              "it out")
         listed = []
         if folder and any(folder.glob("metadata.*")):
-            # others were not encoded either
+            # rows with a problem were not encoded either
             listed = [row for _, row, problem in read_listing(folder)[0] if not problem]
         sources = {f"{path}": said, f"the metadata in {folder}": _labels_by_name(listed),
                    "encoding": _labels_by_name(self.rows)}
@@ -167,14 +169,14 @@ class Shards:
             counts[source] += label is not None
         counted = ", ".join(f"{source}: {counts[source]}" for source in sources if counts[source])
         note = printable("; ".join([f"labels from {counted or 'nowhere'}", *notes]))
-        # a person may be answering meanwhile
+        # rank 0's labels for all ranks, because a person may be answering meanwhile
         self.labels, self.label_note = common.gather((self.labels, note))[0]
         return self
 
     def batch(self, indices, names=None):
-        """-> {latents [b, c, f, h, w], context [b, l, d], label int8 [b] (-1: none), prompt: list of b}, and
-        in shards of image-to-video clip_fea [b, m, d'] and condition [b, c, f, h, w], in those of RWR's own
-        samples reward [b]. names: of the tensors to read; default: all."""
+        """-> {latents [b, c, f, h, w], context [b, l, d], label int8 [b] (-1: none), prompt: list of b}. For
+        image-to-video it also has clip_fea [b, m, d'] and condition [b, c, f, h, w], and for RWR's own
+        samples reward [b]. names: the tensors to read; default: all."""
         indices = [int(i) for i in indices]
         batch = {name: torch.empty(len(indices), *self.shapes[name]) for name in names or self.shapes}
         for path in {self.where[i][0] for i in indices}:
@@ -211,8 +213,8 @@ class Shards:
 def join(parts):
     """Joins several Shards, in their order, for example several rounds of labels for a reward model.
 
-    -> the first of them, which then has the clips of all. Raises InputError naming a folder that does not fit
-    the first.
+    -> the first of them, which then has the clips of all. Raises InputError, which names a folder that does
+    not fit the first.
     """
     whole = parts[0]
     for part in parts[1:]:
@@ -231,13 +233,14 @@ def join(parts):
 
 
 def _labels_by_name(rows):
-    """{normal path: label} of rows; if two rows have one file, the first one counts."""
+    """{normal path: label} of rows. If two rows have the same file, the first row counts."""
     return {os.path.normpath(row["file_name"]): row["label"] for row in reversed(rows)}
 
 
 def join_equal(*columns):
-    """int64 [n]: equal numbers where rows have an equal value in one of the columns (lists of n), directly or
-    over other rows; the number is the index of the first such row. None equals nothing."""
+    """int64 [n], in which rows that belong together have equal numbers: the index of the first of them. Two
+    rows belong together if they have an equal value in one of the columns (lists of n), or if both belong
+    together with a third row. None equals nothing."""
     parent = list(range(len(columns[0])))
 
     def root(i):

@@ -42,7 +42,7 @@ class Facts:
     fps: float | None = None        # the file's own frames per second
     kept: float = 1.0               # share of the picture that the crop leaves
     repeated: int = 0               # images that only fill up the rate of a slower file
-    still: int = 0                  # images that equal the one before, in the file itself
+    still: int = 0                  # images of the file that equal the image before
     interlaced: int = 0             # frames of two fields, shot one after the other, that were deinterlaced
     colours: str | None = None      # None, or formats/colour.py's "converted", "guessed" or "approximate"
 
@@ -50,15 +50,15 @@ class Facts:
 def read_clip(path, size=None, frames=None, fps=None, largest=None):
     """-> (video uint8 [F, H, W, 3], its frames per second).
 
-    size (W, H): the video is scaled to cover it, then centre-cropped. frames: reading stops after as many.
-    fps: the video is resampled to this rate, image i being the frame nearest to i / fps seconds; frames of a
-    slower file repeat. Raises InputError if the file cannot be decoded, ends before it says it does, or holds
-    more than `largest` bytes of such frames. """
+    size (W, H): the video is scaled to cover this size, then centre-cropped. frames: reading stops after this
+    many. fps: the video is resampled to this rate: image i is the frame nearest to i / fps seconds, and
+    frames of a slower file repeat. Raises InputError if the file cannot be decoded, ends earlier than its
+    header says, or holds more than `largest` bytes of such frames. """
     return read_clip_facts(path, size, frames, fps, largest)[:2]
 
 
 def read_clip_facts(path, size=None, frames=None, fps=None, largest=None):
-    """`read_clip`, and the Facts of what it did."""
+    """Like `read_clip`, but returns Facts about the clip too."""
     pixels, shape, count, facts = bytearray(), None, 0, Facts()
     for image in read_images(path, size, frames, fps, facts):
         pixels += image.data.cast("B")
@@ -86,7 +86,7 @@ def read_images(path, size=None, frames=None, fps=None, facts=None):
             if stream.codec_context is None:  # an index cut short, or a codec that FFmpeg does not know
                 raise InputError(f"{path}: damaged or not a video (no decoder for it)")
             stream.codec_context.thread_count = 1  # many clips at once use more cores than threads within one
-            stream.codec_context.options = {"err_detect": "explode"}  # no frames made up for damaged ones
+            stream.codec_context.options = {"err_detect": "explode"}  # damaged frames are errors, not guessed
             native = stream.average_rate or stream.guessed_rate or Fraction(8)
             facts.fps = float(native)
             timed = _decoded(path, container, stream, native)
@@ -114,8 +114,8 @@ def read_images(path, size=None, frames=None, fps=None, facts=None):
 
 
 def _decoded(path, container, stream, native):
-    """Yields (frame, seconds since the first one, exact). Matroska and MPEG files may be cut off anywhere
-    without an error, so the end is compared with the one that the file's header promises."""
+    """Yields (frame, seconds since the first frame as an exact Fraction). Matroska and MPEG files may be cut
+    off anywhere without an error, so the end is compared with the end that the file's header promises."""
     start, time, end = None, None, 0
     for packet in container.demux(stream):
         frames = packet.decode()
@@ -140,14 +140,14 @@ def _decoded(path, container, stream, native):
 
 
 def _promised(container, stream, start):
-    """Seconds that the video should last according to the file's header, 0 if that does not say. A stream's
-    duration counts from its first frame, which is shown at `start` seconds; Matroska's tag and the whole
-    file's duration count from 0."""
+    """Seconds that the video should last according to the file's header, 0 if the header does not say. A
+    stream's duration counts from its first frame, which is shown at `start` seconds; Matroska's tag and the
+    whole file's duration count from 0."""
     if stream.duration:
         return float(stream.duration * stream.time_base)
     if tag := re.fullmatch(r"(\d+):(\d+):(\d+(\.\d+)?)", stream.metadata.get("DURATION", "")):  # Matroska
         return 3600 * int(tag[1]) + 60 * int(tag[2]) + float(tag[3]) - start
-    if len(container.streams) == 1:     # else sound may last longer
+    if len(container.streams) == 1:     # with several streams the sound may last longer
         return (container.duration or 0) / av.time_base - start
     return 0
 
@@ -186,7 +186,8 @@ def _bwdif(frame, first_field):
     graph = av.filter.Graph()
     graph.threads = 1
     size = {"width": frame.width, "height": frame.height}
-    nodes = [graph.add_buffer(**size, format=frame.format, time_base=Fraction(1, 25))]   # times stay outside
+    # any time base will do, because `_deinterlaced` keeps the times
+    nodes = [graph.add_buffer(**size, format=frame.format, time_base=Fraction(1, 25))]
     if first_field:
         nodes.append(graph.add("setfield", first_field))
     nodes += [graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink")]
@@ -205,8 +206,8 @@ def _pull(graph):
 
 
 def _resampled(timed, fps, native):
-    """Yields (frame, how often it is shown) so that image i is the frame nearest to i / fps, the later one of
-    two that are equally near."""
+    """Yields (frame, how often it is shown) so that image i is the frame nearest to i / fps seconds, or the
+    later of two frames that are equally near."""
     shown, held = 0, None
     for frame, time in timed:
         if fps is None:
@@ -275,14 +276,14 @@ def _orientation(frame):
 
 
 # ---- pixels and the VAE's floats
-# What either VAE makes of a video: one latent frame of the first frame and of each 4 after it; one position
-# of 8 x 8 pixels; 16 channels.
+# What the VAEs of Wan2.1 and of the embedded world make of a video: one latent frame of the first frame and
+# of each 4 frames after it; one position of 8 x 8 pixels; 16 channels.
 TIME, SPACE, CHANNELS = 4, 8, 16
 
 
 def to_pixels(video):
-    """Decoded video [b, 3, F, H, W] in about [-1, 1] -> uint8 [b, F, H, W, 3], as files and the annotator get
-    it."""
+    """Decoded video [b, 3, F, H, W] in about [-1, 1] -> uint8 [b, F, H, W, 3], the form for files and for the
+    annotator."""
     pixels = ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return pixels.permute(0, 2, 3, 4, 1).contiguous()
 
@@ -295,8 +296,8 @@ def from_pixels(video):
 
 # ---- out
 def write_video(path, video, fps=8):
-    """Writes uint8 [f, h, w, 3] (tensor or array) as H.264, 4:2:0 (odd sizes gain a row or column), with its
-    colours tagged; the file is whole or not there. Raises InputError if the name does not end in .mp4."""
+    """Writes uint8 [f, h, w, 3] (tensor or array) as H.264, 4:2:0 (odd sizes gain a row or column), with
+    tagged colours, whole or not at all. Raises InputError if the name does not end in .mp4."""
     path, video = Path(path), np.asarray(video)
     if path.suffix.lower() != ".mp4":
         raise InputError(f"{path}: the name of a video to write must end in .mp4")
@@ -306,8 +307,8 @@ def write_video(path, video, fps=8):
 
 
 def copy_for_browser(source, path):
-    """Writes what is read of the file `source` as an mp4 that browsers play, at its own rate (60 frames a
-    second at most). Frames are converted one by one, so a long video takes no more memory than a short one.
+    """Writes the video in the file `source` as an mp4 that browsers play, at the same rate (at most 60 frames
+    per second). Frames are converted one by one, so a long video takes no more memory than a short one.
     Raises InputError if `source` cannot be read to its end."""
     fps = min(first_look(source).fps, FASTEST)
     options = {"crf": "16", "preset": "ultrafast", "threads": "2"}
@@ -315,7 +316,7 @@ def copy_for_browser(source, path):
 
 
 def first_look(path):
-    """-> the Facts of a file's first frame. Raises InputError if that cannot be read."""
+    """-> the Facts of a file's first frame. Raises InputError if this frame cannot be read."""
     return read_clip_facts(path, frames=1)[2]
 
 
@@ -331,7 +332,7 @@ def _write_h264(path, images, fps, options):
                 stream.height, stream.width, stream.pix_fmt = *image.shape[:2], "yuv420p"
                 for name, value in tags.items():
                     setattr(stream.codec_context, name, value)
-                # x264's mbtree reads memory that nobody set in small pictures: bytes differ between runs
+                # in small pictures x264's mbtree reads memory that nobody set, and bytes differ between runs
                 stream.options = options | {"x264-params": "mbtree=0"}
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             frame = reformatter.reformat(frame, format="yuv420p", dst_colorspace=SWSCALE[tags["colorspace"]],
@@ -342,9 +343,9 @@ def _write_h264(path, images, fps, options):
 
 @contextlib.contextmanager
 def writing(path, format, **options):
-    """Gives a container of PyAV to fill, under a temporary name, which becomes the file `path` at the end. If
-    anything fails, nothing is left of it. Raises OSError that names the file if it cannot be written, as on a
-    full disk."""
+    """Gives a container of PyAV to fill: a file with a temporary name, which is renamed to `path` at the end.
+    If anything fails, nothing is left of the file. Raises OSError, which names the file, if it cannot be
+    written, as on a full disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".writing-{os.getpid()}-{threading.get_ident()}.tmp")   # one for each thread
     try:

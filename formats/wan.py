@@ -4,7 +4,7 @@ an aligned transformer in the form that diffusers loads. Nobody needs this file 
     pip install -r requirements-wan.txt
     python data.py encode clips --vae Wan2.1/vae --text_encoder Wan2.1/text_encoder ...
     python -m formats.wan runs/align/transformer --out aligned
-    python -m formats.wan runs/align --out aligned          of two experts: aligned/transformer_2, or both
+    python -m formats.wan runs/align --out aligned          two experts: writes those that runs/align has
     python -m formats.wan runs/align/pytorch_lora_weights.safetensors --out comfyui.safetensors --layout wan
     >>> transformer = WanTransformer3DModel.from_pretrained("aligned", torch_dtype=torch.bfloat16)
     >>> pipeline = WanPipeline.from_pretrained("Wan2.1", transformer=transformer)
@@ -41,11 +41,11 @@ def extra(path):
 
 def load(cls, path, dtype, word="dtype"):
     """cls.from_pretrained(path) in eval mode, without gradients on its weights. Raises InputError if anything
-    is missing, damaged or of another shape, where the libraries fill in random weights and go on."""
+    is missing, damaged or of another shape, while the libraries would fill in random weights."""
     try:
         model, info = cls.from_pretrained(str(path), output_loading_info=True, local_files_only=True,
                                           **{word: dtype})
-    # OSError, ValueError, RuntimeError, SafetensorError, ... by library and version
+    # libraries and versions differ: they raise OSError, ValueError, RuntimeError, SafetensorError, ...
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{path}: not a whole folder of {cls.__name__}: {reason}") from None
@@ -72,7 +72,7 @@ class WanVAE(nn.Module):
         super().__init__()
         diffusers, _ = extra(path)
         self.vae = load(diffusers.AutoencoderKLWan, path, torch.float32, "torch_dtype")
-        self.past = None                                        # its decoder looks back too far to cut a clip
+        self.past = None                                # the decoder looks back too far to decode in chunks
         self.channels, self.space = self.vae.config["z_dim"], self.vae.config["scale_factor_spatial"]
         for name in ("mean", "std"):
             values = torch.tensor(self.vae.config[f"latents_{name}"], dtype=torch.float32)
@@ -88,20 +88,21 @@ class WanVAE(nn.Module):
 
 
 def load_tokenizer(path):
-    """The tokenizer of the text encoder in folder `path`, which lies in it or in tokenizer/ beside it. Raises
-    InputError."""
+    """The tokenizer of the text encoder in folder `path`. It lies in the same folder or in tokenizer/ beside
+    it. Raises InputError."""
     _, transformers = extra(path)
     folder = beside(path, ("tokenizer.json", "spiece.model", "tokenizer_config.json"), "tokenizer")
     if folder is None:
         raise InputError(f"{path}: there is no tokenizer in it, nor in tokenizer/ beside it")
     try:
         return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # OSError, ValueError, KeyError, JSONDecodeError, ... by version
+    except Exception as error:  # versions differ: OSError, ValueError, KeyError, JSONDecodeError, ...
         raise InputError(f"{folder}: not a whole tokenizer: {' '.join(str(error).split())[:300]}") from None
 
 
 def count_tokens(path, prompts):
-    """How many tokens each prompt has, including those that the encoder in folder `path` would cut off."""
+    """[the number of tokens of each prompt, including those that the encoder in folder `path` would cut off].
+    """
     tokenizer = load_tokenizer(path)
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
     return [len(tokenizer(prompt_clean(prompt)).input_ids) for prompt in prompts]
@@ -109,7 +110,7 @@ def count_tokens(path, prompts):
 
 class WanTextEncoder(nn.Module):
     """transformers' UMT5EncoderModel and its tokenizer, which lies in the same folder or in tokenizer/ beside
-    it. In bfloat16 on CUDA, as Wan runs it (5.7 billion parameters), else float32."""
+    it. The model, of 5.7 billion parameters, is bfloat16 on CUDA, as Wan runs it, and float32 elsewhere."""
 
     def __init__(self, path):
         super().__init__()
@@ -119,7 +120,7 @@ class WanTextEncoder(nn.Module):
         self.encoder = load(transformers.UMT5EncoderModel, path, dtype)
 
     def encode(self, prompts):
-        """list of b strings -> context [b, 512, d] float32, zero behind each prompt's tokens, as Wan pads
+        """list of b strings -> context [b, 512, d] float32. After a prompt's tokens it is zero, as Wan pads
         it."""
         from diffusers.pipelines.wan.pipeline_wan import prompt_clean
         tokens = self.tokenizer([prompt_clean(prompt) for prompt in prompts], padding="max_length",
@@ -176,9 +177,9 @@ def export(config, load_transformer, export_transformer):
     else:
         dit = load_transformer(config.transformer, load_now=False)
         for one, source, out, notes in to_write(dit, config):
-            if does_both(one.config):                           # the authors' own name for it
+            if does_both(one.config):                           # the authors' name for a model of both tasks
                 one.config["model_type"] = "ti2v"
-            # of two experts the one that is not written is not read
+            # weights are read here, so that an expert that is not written is not read either
             state = {name: one.weight_files.tensor(name) for name in one.state_dict()}
             export_transformer(one, out, config.layout, dtype, state, notes)
             tell_what_rounding_takes(state, source, dtype)
@@ -186,9 +187,9 @@ def export(config, load_transformer, export_transformer):
 
 
 def to_write(dit, config):
-    """[(VideoDiT, the folder it is from, the folder to write, notes for its config.json)] for a generator of
-    one transformer; or for those of two experts that are in --transformer, where each is written to a folder
-    in --out."""
+    """[(VideoDiT, the folder it is from, the folder to write, notes for its config.json)]. A generator of one
+    transformer has one entry. Of two experts, those that are in --transformer have one each, and are written
+    to folders in --out."""
     out, pair = Path(config.out), expert_folders(config.transformer)
     if pair is None:
         return [(dit, config.transformer, out, None)]
@@ -200,8 +201,8 @@ def to_write(dit, config):
 
 
 def tell_what_rounding_takes(state, folder, dtype):
-    """Prints a note if a transformer was merged with adapters, which then lie beside it, and dtype loses much
-    of them."""
+    """Prints a note if the file of adapters beside a transformer shows that they were merged into it, and if
+    much of what they add is lost in dtype."""
     folder = Path(folder)
     if (folder / "transformer").is_dir():
         folder = folder / "transformer"
@@ -211,7 +212,7 @@ def tell_what_rounding_takes(state, folder, dtype):
     adapters = read_adapters(file)
     for layer, (A, B) in adapters.items():
         if getattr(state.get(f"{layer}.weight"), "shape", None) != (len(B), A.shape[1]):
-            return                                              # of another model
+            return                                              # the adapters are of another model
     share = share_kept(state, adapters, dtype)
     if share < 0.9:
         print(f"note: only {share:.0%} of what the adapters add to the weights is left after rounding: write "
@@ -220,7 +221,7 @@ def tell_what_rounding_takes(state, folder, dtype):
 
 
 if __name__ == "__main__":
-    # passed in: what is here imports only what is below
+    # formats/ imports nothing above itself, so these two are passed in
     from model import export_transformer, load_transformer
     common.cli(partial(export, load_transformer=load_transformer, export_transformer=export_transformer),
                Export, __doc__)

@@ -1,8 +1,10 @@
-"""Weight folders on disk: config.json beside safetensors, ours, Wan2.1's official ones and diffusers' alike.
+"""Weight folders on disk, with config.json beside safetensors: our own, Wan2.1's official ones, and those of
+diffusers.
 
 Nothing here is needed to understand the method; `model.load_transformer` and `model.export_transformer` use
-it. Reading is strict: what is missing, unexpected or of another shape is an InputError that lists it. Writing
-is whole or not at all: a temporary name, then a rename. Weights are read from safetensors only.
+it. Reading is strict: weights that are missing, unexpected or of another shape raise an InputError that lists
+them. A folder is written whole or not at all: it has a temporary name until it is complete. Weights are read
+from safetensors only.
 """
 import copy
 import json
@@ -27,28 +29,28 @@ from formats.metadata import from_json
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TASKS = ("t2v", "i2v")
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
-# task, and --world but tiny
+# task, and --world unless that is tiny
 SHIPPED = {"t2v": CHECKPOINTS, "i2v": CHECKPOINTS / "i2v", "t2v mid": CHECKPOINTS / "mid"}
 
 
 class Later(NamedTuple):
-    """A tensor that is made only when it is its turn to be written."""
+    """A tensor that is only computed when it is written."""
     shape: tuple
     dtype: torch.dtype
     make: Callable
 
 
 def full_tensor(x):
-    """The whole of a tensor of which each rank may hold a piece; a Later is made now. Every rank must call
-    it."""
+    """The full tensor of x, of which each rank may hold a piece, or which may be a Later. Every rank must
+    call it."""
     x = x.make() if isinstance(x, Later) else x
     return x.detach().full_tensor() if isinstance(x, DTensor) else x.detach()
 
 
 def stream_tensors(tensors, path, dtype=None):
-    """Writes a safetensors file, with one whole tensor in memory at a time. tensors: {name: tensor or Later}.
-    dtype: what they are cast to, or {name: dtype}, or None. Raises OSError that names the file; nothing of it
-    stays."""
+    """Writes a safetensors file, with one full tensor in memory at a time. tensors: {name: tensor or Later}.
+    dtype: what they are cast to, or {name: dtype}, or None. Raises OSError, which names the file; then
+    nothing of the file is left."""
     dtypes = dtype if isinstance(dtype, dict) else dict.fromkeys(tensors, dtype) if dtype else {}
     words = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
              torch.int8: "I8",
@@ -59,7 +61,7 @@ def stream_tensors(tensors, path, dtype=None):
         start, end = end, end + math.prod(x.shape) * dtype.itemsize
         header[name] = {"dtype": words[dtype], "shape": list(x.shape), "data_offsets": [start, end]}
     header = json.dumps(header, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)                         # the numbers behind it are aligned
+    header += b" " * (-len(header) % 8)                         # so that the numbers after it are aligned
     try:
         with open(path, "wb") as file:
             file.write(struct.pack("<Q", len(header)) + header)
@@ -73,8 +75,9 @@ def stream_tensors(tensors, path, dtype=None):
 
 
 def write_folder(path, config, tensors, dtype=None):
-    """config.json and one safetensors file, complete under a temporary name first, then renamed to `path`.
-    tensors, dtype: as in stream_tensors. Of pieces every rank must call it; rank 0 writes."""
+    """Writes config.json and one safetensors file to a folder, which is renamed to `path` when it is
+    complete. tensors, dtype: as in stream_tensors. If ranks hold pieces of tensors, every rank must call it;
+    rank 0 writes."""
     path = Path(path)
     if rank() > 0:
         for x in tensors.values():
@@ -89,7 +92,7 @@ def write_folder(path, config, tensors, dtype=None):
         stream_tensors(tensors, new / WEIGHTS, dtype)
         disk.put(new, path)
     finally:
-        shutil.rmtree(new, ignore_errors=True)          # a failed one's; it is not there otherwise
+        shutil.rmtree(new, ignore_errors=True)          # still there only if something failed
 
 
 def read_config(path):
@@ -108,9 +111,9 @@ def read_config(path):
 
 
 class WeightFiles:
-    """The tensors of a folder's safetensors file or shards; read one at a time, or some rows of one.
+    """The tensors of a folder's safetensors file or shards. They are read one at a time, or only some rows.
 
-    rename: from the names they are asked for to those in the files.
+    rename: a function from the names by which tensors are asked for to their names in the files.
     """
 
     def __init__(self, path, rename=lambda name: name):
@@ -140,8 +143,8 @@ class WeightFiles:
             self.file |= dict.fromkeys(handle.keys(), file)
 
     def require(self, shapes, ignore=()):
-        """Raises InputError unless the files hold all of `shapes` (name -> shape), and nothing else but names
-        that contain a word of `ignore` -> self."""
+        """Raises InputError unless the files hold all of `shapes` (name -> shape) and nothing else, except
+        names that contain a word of `ignore` -> self."""
         want = {self.rename(name): tuple(shape) for name, shape in shapes.items()}
         have = {name for name in self.handle if not any(word in name for word in ignore)}
         found = {name: tuple(self.handle[name].get_slice(name).get_shape()) for name in want.keys() & have}
@@ -159,7 +162,7 @@ class WeightFiles:
         return self
 
     def behind(self, prefix):
-        """The same files, for a model whose names are these behind a prefix."""
+        """The same files, for a model that has a prefix before all of these names."""
         other = copy.copy(self)
         other.rename = lambda name: self.rename(name.removeprefix(prefix))
         return other
@@ -175,12 +178,13 @@ class WeightFiles:
     def rows(self, name, start, stop):
         """Rows start .. stop - 1 of a tensor; no others are read from the file."""
         name = self.rename(name)
-        with safe_open(self.file[name], "pt") as file:  # anew: what was read of an open map stays resident
+        with safe_open(self.file[name], "pt") as file:  # opened anew: pages of an open map stay resident
             return file.get_slice(name)[start:stop]
 
 
 class Unkept(TorchDispatchMode):
-    """Initial values for weights on the meta device are drawn and thrown away."""
+    """Draws the initial values of weights on the meta device and throws them away, so that random draws after
+    them stay the same."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out, kwargs = func(*args, **kwargs or {}), kwargs or {}
@@ -192,8 +196,8 @@ class Unkept(TorchDispatchMode):
 
 @contextmanager
 def unkept(really=True):
-    """Modules made in here are on the meta device; random draws after them are the same as if they were
-    not."""
+    """Modules that are made in this `with` block are on the meta device. Random draws after them are the same
+    as if the modules were not on meta."""
     if really:
         with torch.device("meta"), Unkept():
             yield
@@ -202,17 +206,18 @@ def unkept(really=True):
 
 
 def save_module(module, path, dtype=None):
-    """Write module.config and its weights (cast to dtype if given) as a folder, atomically. Every rank must
-    call it."""
+    """Writes module.config and the weights (cast to dtype if given) to a folder, whole or not at all. Every
+    rank must call it."""
     write_folder(path, module.config, module.state_dict(), dtype)
 
 
 def load_weights(module, path, load_now=True):
-    """Fill `module`, keeping its dtype and device, from a folder that `save_module` wrote; returns the
-    module. One on the meta device gets float32 weights, or with load_now=False only `weight_files`, as in
+    """Fills `module`, whose dtype and device stay, from a folder that `save_module` wrote -> the module. A
+    module on the meta device gets float32 weights, or with load_now=False only `weight_files`, as in
     model.load_transformer.
 
-    InputError when the folder was written for another config or its weights are not exactly the module's.
+    Raises InputError if the folder was written for another config or its weights are not exactly the
+    module's.
     """
     stored, mine = read_config(path), json.loads(json.dumps(module.config))
     differing = [f"{key} {stored.get(key)!r} instead of {mine.get(key)!r}"
@@ -223,7 +228,7 @@ def load_weights(module, path, load_now=True):
     files = WeightFiles(path).require({n: v.shape for n, v in meta.items()})
     if not load_now:
         module.weight_files = files
-    elif any(x.is_meta for x in meta.values()):                 # copies: no parameter stays a view of a file
+    elif any(x.is_meta for x in meta.values()):                # copies, so that no weight is a view of a file
         module.load_state_dict({n: files.tensor(n).to(torch.float32, copy=True) for n in meta}, assign=True)
     else:
         module.load_state_dict({n: files.tensor(n) for n in meta})
@@ -236,17 +241,17 @@ PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "image_encoder", "im
          "expand_timesteps", "transformer_2", "boundary_ratio")
 TRANSFORMERS = ("WanModel", "WanTransformer3DModel")
 SUPPORTED = "a folder of Wan2.1, Wan2.2 TI2V-5B or Wan2.2 A14B"
-TI2V_CHANNELS = 48      # of the latents of Wan2.2 TI2V-5B, whose one generator is for both tasks
-# Wan2.2 A14B is a generator of two experts: each one's folder, by diffusers and by its authors.
+TI2V_CHANNELS = 48      # channels of the latents of Wan2.2 TI2V-5B, whose one generator is for both tasks
+# Wan2.2 A14B is a generator of two experts. What diffusers and its authors call the folder of each expert.
 EXPERTS = {"high": ("transformer", "high_noise_model"), "low": ("transformer_2", "low_noise_model")}
-BOUNDARIES = {"t2v": 0.875, "i2v": 0.9}         # of A14B, for the authors' folders, which do not say theirs
+BOUNDARIES = {"t2v": 0.875, "i2v": 0.9}         # of A14B, whose authors' folders do not say it
 
 
 def require_known(path):
     """Raises InputError if a generator's folder is, or belongs to, a pipeline with a part that nothing here
     reads.
 
-    Without that part the generator would do something else than its authors meant, and no error would say so.
+    Without that part the generator would not do what its authors meant, and no error would say so.
     """
     index = pipeline_of(path) / "model_index.json"
     if index.is_file():
@@ -292,18 +297,18 @@ def read_index(folder):
 
 class Pair(NamedTuple):
     """A generator of two experts on disk."""
-    high: Path                  # folder of the one for times from `boundary` on
-    low: Path                   # folder of the one for the times below it
+    high: Path                  # folder of the expert for times from `boundary` on
+    low: Path                   # folder of the expert for the times below `boundary`
     boundary: float
 
 
 def expert_folders(path):
     """The Pair that a folder holds or is a half of, or None if its generator is one transformer.
 
-    The folder is a diffusers pipeline with transformer/ and transformer_2/, the authors' with
-    high_noise_model/ and low_noise_model/, what a run wrote, or one expert's own folder in any of these.
-    Where a run trained one expert alone, that one's config.json says where the other is. Raises InputError if
-    the second half is not there, as one half makes no videos.
+    The folder is a diffusers pipeline with transformer/ and transformer_2/, the authors' folder with
+    high_noise_model/ and low_noise_model/, what a run wrote, or one expert's own folder in any of these. If a
+    run trained only one expert, this expert's config.json says where the other expert is. Raises InputError
+    if the second half is not there, because one half makes no videos.
     """
     path = Path(path)
     home, found = pipeline_of(path), {}
@@ -312,7 +317,7 @@ def expert_folders(path):
             if (home / folder).is_dir():
                 found[name] = home / folder
     notes = notes_of(path)
-    if notes.get("_expert") in EXPERTS:                         # also under another name
+    if notes.get("_expert") in EXPERTS:                         # an expert's folder may have any name
         found[notes["_expert"]] = path
     for folder in found.values():
         notes = notes_of(folder) | notes
@@ -347,7 +352,7 @@ def notes_of(folder):
 
 
 def require_known_times(index):
-    """Raises InputError if a pipeline gives each token a time of its own and is not Wan2.2 TI2V-5B's."""
+    """Raises InputError if a pipeline gives each token its own time and is not the one of Wan2.2 TI2V-5B."""
     file = index.parent / "transformer/config.json"
     if file.is_file():
         theirs = read_config(file.parent)
@@ -359,7 +364,7 @@ def require_known_times(index):
 
 
 def require_known_transformer(config):
-    """Raises InputError if a transformer's config.json is of a kind that is like Wan2.1's, but is given or
+    """Raises InputError if a transformer's config.json is of a kind that resembles Wan2.1's, but takes or
     does more."""
     kind, task = config.get("_class_name", TRANSFORMERS[0]), config.get("model_type", TASKS[0])
     if kind not in TRANSFORMERS:
@@ -372,14 +377,14 @@ def require_known_transformer(config):
 
 
 def does_both(config):
-    """Whether the generator with this config, in Wan's words, is for both tasks: text-to-video, and
-    image-to-video from a first latent frame that stands in its place in x. --task chooses."""
+    """Whether the generator with this config, in Wan's words, is for both tasks, of which --task chooses one.
+    In image-to-video the given first latent frame is then in its place in x."""
     return config.get("in_dim", 16) == config.get("out_dim", 16) == TI2V_CHANNELS
 
 
 def require_known_channels(config):
-    """Raises InputError if a transformer takes more channels than noise and, in image-to-video, mask and
-    first frame."""
+    """Raises InputError if a transformer takes more channels than those of the noise and, in image-to-video,
+    of mask and first frame."""
     taken, c = config.get("in_dim", 16), config.get("out_dim", 16)
     if taken not in (c, 4 + 2 * c):
         raise InputError(f"takes {taken} channels: not supported, t2v takes {c} and i2v {4 + 2 * c} "
@@ -387,7 +392,7 @@ def require_known_channels(config):
 
 
 # ---- Wan2.1's official folders and diffusers'
-# Wan's words and diffusers', applied in this order; the two libraries number the block's norms differently.
+# (Wan's word, diffusers' word), replaced in this order, because the two number a block's norms differently.
 DIFFUSERS_WORDS = (
     ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
     ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
@@ -413,7 +418,8 @@ def diffusers_name(name):
 
 
 def diffusers_config(config):
-    """Our config in the words of `WanTransformer3DModel`, which knows no text_len (512 is Wan's)."""
+    """Our config in the words of `WanTransformer3DModel`. It has no text_len (Wan's is 512), so we add
+    _text_len."""
     image_dim, dim, heads = config["image_dim"], config["dim"], config["num_heads"]
     return dict(_class_name="WanTransformer3DModel", _text_len=config["text_len"],
                 patch_size=config["patch_size"],
@@ -425,7 +431,8 @@ def diffusers_config(config):
 
 
 def from_diffusers_config(theirs):
-    """The inverse of `diffusers_config`; KeyError or InputError where that model is not Wan2.1's."""
+    """The inverse of `diffusers_config`. Raises KeyError or InputError if `theirs` is not of a Wan2.1 model.
+    """
     if theirs.get("qk_norm", "rms_norm_across_heads") != "rms_norm_across_heads" \
             or not theirs.get("cross_attn_norm", True) or theirs.get("pos_embed_seq_len") is not None:
         raise InputError("qk_norm, cross_attn_norm or pos_embed_seq_len is not that of Wan2.1's t2v and i2v "
@@ -438,14 +445,15 @@ def from_diffusers_config(theirs):
                          text_len=theirs.get("_text_len", 512), image_dim=theirs.get("image_dim"))
 
 
-# What official folders always say. They leave out the patch size and the width of a text token, for example.
+# What the config.json of an official folder always has. It leaves out the patch size, for example.
 WAN_KEYS = ("model_type", "dim", "ffn_dim", "freq_dim", "in_dim", "out_dim", "num_heads", "num_layers",
             "text_len")
 
 
 def require_numbers(config):
-    """Raises InputError if something that counts, in our config of a transformer, is no positive whole
-    number. Not everything is used where the model is made: text_len is first compared with a context."""
+    """Raises InputError if a number of our config of a transformer is not a positive whole number. This is
+    checked here because making the model does not use all of them: text_len is first used when a context
+    comes."""
     for name in (*WAN_KEYS[1:], "text_dim", "image_dim"):
         value = config.get(name)
         if value is not None and (type(value) is not int or value < 1):
@@ -453,7 +461,8 @@ def require_numbers(config):
 
 
 def from_wan_config(theirs, path):
-    """A config.json in Wan's words, ours or official; the official one leaves image_dim to the weights."""
+    """Our config from a config.json in Wan's words, which is ours or an official one. An official one has no
+    image_dim, so it is read from the weights."""
     if not (theirs.get("qk_norm", True) and theirs.get("cross_attn_norm", True)) \
             or list(theirs.get("window_size", (-1, -1))) != [-1, -1]:
         raise InputError("qk_norm, cross_attn_norm or window_size is not that of Wan2.1's t2v and i2v models")
@@ -470,10 +479,10 @@ def from_wan_config(theirs, path):
 
 def resolve_model(config, transformer=None):
     """Fills in config.model (default: the shipped generator for config.task and --world) and config.task ->
-    the model.
+    config.model.
 
-    transformer: the generator's folder where it is not config.model. Raises InputError if it is of another
-    task, or if no generator of --world's size is shipped.
+    transformer: the generator's folder if that is not config.model. Raises InputError if the generator is of
+    another task, or if no generator of --world's size is shipped.
     """
     world, task = getattr(config, "world", "tiny"), config.task or "t2v"
     of_size = "" if world == "tiny" else f" {world}"
@@ -496,8 +505,8 @@ def transformer_folder(path, task=None):
     function from our parameter names to those in the folder, and words that mark names which no model reads.
     Raises InputError.
 
-    Of a generator of two experts these are the low-noise one's, and the config has `boundary_ratio` too.
-    task: what a generator for both tasks is to do; default: what it was trained to do here, else t2v.
+    If the generator has two experts, these are the low-noise expert's, and the config has `boundary_ratio`
+    too. task: what a generator for both tasks has to do; default: what it was trained to do here, else t2v.
     """
     path = Path(path)
     require_known(path)
@@ -514,7 +523,7 @@ def transformer_folder(path, task=None):
 
 
 def read_transformer(path, task=None):
-    """`transformer_folder` of the very folder that holds one transformer's config.json."""
+    """`transformer_folder` for a folder that itself holds the config.json of one transformer."""
     theirs = read_config(path)
     try:
         require_known_transformer(theirs)

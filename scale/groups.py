@@ -1,7 +1,7 @@
-"""Process groups: made once for all models, and each as patient as the main group.
+"""Process groups. Each is made once for all models, and waits as long as the main group.
 
-A group that is made without a timeout has its backend's own, ten minutes under NCCL. While rank 0 writes an
-export of 57 GB the others wait in a collective, so every group here waits for common.TIMEOUT.
+A group that is made without a timeout has its backend's own timeout, ten minutes under NCCL. While rank 0
+writes an export of 57 GB the other ranks wait in a collective, so every group here has common.TIMEOUT.
 """
 from functools import lru_cache
 
@@ -14,8 +14,9 @@ import common
 
 @lru_cache(maxsize=4)
 def neighbours(world, size):
-    """-> [the group of `size` neighbouring ranks that this rank is one of, the group of the ranks that have
-    its place among theirs]. world: dist.group.WORLD. Every rank must call it; `size` divides their number."""
+    """Cuts the ranks into groups of `size` neighbours -> [this rank's group, the group of the ranks with the
+    same place in each group of neighbours]. world: dist.group.WORLD. Every rank must call this function;
+    `size` divides the number of ranks."""
     rows = torch.arange(world.size()).view(-1, size)
     return [dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=common.TIMEOUT)[0]
             for ranks in (rows, rows.T)]
@@ -23,8 +24,8 @@ def neighbours(world, size):
 
 @lru_cache(maxsize=4)
 def mesh(world, device, size=0):
-    """The mesh that fully_shard splits weights over, on devices of type `device`: all ranks, which talk to
-    each other in the main group, or groups of `size` neighbours, each with all weights."""
+    """The mesh over which fully_shard splits weights, on devices of type `device`: all ranks, in the main
+    group, or with a `size` groups of this many neighbours, each of which holds all weights."""
     if not size:
         return DeviceMesh.from_group(world, device)
     near, across = neighbours(world, size)
@@ -33,6 +34,6 @@ def mesh(world, device, size=0):
 
 
 def forget():
-    """For a process whose main group ends and which may start another."""
+    """Forgets the groups, for a process whose main group ends and which may start another."""
     neighbours.cache_clear()
     mesh.cache_clear()

@@ -66,9 +66,9 @@ def add(dit, lora_rank, alpha=None, seed=0, path=None):
     """Freezes a VideoDiT, in place, and gives its attentions adapters that train. With lora_rank 0 and no
     path it changes nothing.
 
-    alpha None: as lora_rank, so that the scale is 1. path: a LoRA file whose adapters training starts from;
-    it has a rank of its own. Call this before parallel.shard. Raises InputError on an alpha without a rank, a
-    rank that is not the file's, or a file of another model.
+    alpha None: equal to lora_rank, so that the scale is 1. path: a LoRA file whose adapters training starts
+    from, with the file's rank. Call this before parallel.shard. Raises InputError on an alpha without a rank,
+    a rank that is not the file's, or a file of another model.
     """
     start = read_for(dit, path) if path else {}
     if not lora_rank and not start:
@@ -96,7 +96,8 @@ def add(dit, lora_rank, alpha=None, seed=0, path=None):
 
 
 def scaled(state, alpha):
-    """{name of the layer: (A, alpha / r * B)} of a VideoDiT's state_dict with adapters, whole, in float32."""
+    """The adapters in a VideoDiT's state_dict -> {name of the layer: (A, alpha / r * B)}, full tensors in
+    float32."""
     found = {}
     for name, x in state.items():
         if name.endswith(".lora_A.weight"):
@@ -106,12 +107,12 @@ def scaled(state, alpha):
 
 
 def merge(state, adapters):
-    """The state_dict of a plain VideoDiT, with weights W + alpha / r * B A, each made when it is written.
-    adapters: as from `scaled`."""
+    """-> the state_dict of a plain VideoDiT, with weights W + alpha / r * B A. Each of them is computed only
+    when it is written. adapters: what `scaled` returned."""
     merged = {name: x for name, x in state.items() if ".lora_" not in name}
     for layer, (A, B) in adapters.items():
         W = merged[f"{layer}.weight"]
-        # a frozen W that a GPU holds in bfloat16 is read from its file again, to the CPU
+        # a frozen W that was cast is read from its file again, to the CPU, so it may have to go to A's device
         make = lambda W=W, A=A, B=B: full_tensor(W).to(A.device, torch.float32) + B @ A
         merged[f"{layer}.weight"] = Later(W.shape, torch.float32, make)
     return merged
@@ -128,7 +129,7 @@ def attach(dit, path):
 
 
 def save(adapters, folder, layout="diffusers", file=FILE):
-    """Writes adapters, as from `scaled`, if there are any, as folder/pytorch_lora_weights.safetensors."""
+    """Writes the adapters that `scaled` returned to folder/file. If there are none, it writes nothing."""
     if adapters and rank() == 0:
         write_adapters(Path(folder) / file, {layer: (A.cpu(), B.cpu()) for layer, (A, B) in adapters.items()},
                        layout)
@@ -136,9 +137,9 @@ def save(adapters, folder, layout="diffusers", file=FILE):
 
 @torch.no_grad()
 def export(dit, path, alpha=None, kind="merged"):
-    """Writes the weights of `dit`, with adapters merged in, to folder `path`, and the adapters, if it has
-    any, beside it; kind "lora": the adapters alone -> [path of each folder or adapters' file that is to be
-    read]. Every rank must call it; rank 0 writes.
+    """Writes the weights of `dit` to folder `path`, with adapters merged in, and the adapters by themselves
+    to a file beside it. With kind "lora" it writes only that file. -> [the folder or file to read, of each
+    VideoDiT that was written]. Every rank must call it; rank 0 writes.
 
     Of two Experts, those that train are written, each to a folder of its own name beside `path`.
     """
@@ -149,7 +150,7 @@ def export(dit, path, alpha=None, kind="merged"):
     else:
         wrote = [export_one(dit, path, alpha, kind)]
     if rank() == 0 and path.is_dir() and not any(path.iterdir()):
-        path.rmdir()                                            # made for weights that are left out
+        path.rmdir()                                            # weights that kind "lora" left out
     return wrote
 
 
@@ -157,7 +158,7 @@ def export_one(dit, path, alpha, kind, notes=None):
     """`export` of one VideoDiT; notes: as in model.export_transformer."""
     state, file = dit.state_dict(), FILES[path.name]
     for name, p in state.items():
-        if dit.weight_files and p.dtype != torch.float32:       # cast to train with: as the base has it
+        if dit.weight_files and p.dtype != torch.float32:       # it was cast: read the base's own weight
             state[name] = Later(p.shape, torch.float32, partial(dit.weight_files.tensor, name))
     adapters = scaled(state, alpha)
     save(adapters, path.parent, file=file)

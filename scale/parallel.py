@@ -1,15 +1,16 @@
-"""One model over many processes: `--parallel ddp`, a copy on each, or `--parallel fsdp`, a piece on each.
+"""One model on many processes: with `--parallel ddp` a copy on each, with `--parallel fsdp` a piece on each.
 
 ddp:  every rank holds all weights; common.average_and_clip_gradients averages the gradients.
 fsdp: every rank holds 1 / ranks of each weight, gradient and optimizer state, in float32 (fully_shard of
-      PyTorch, "FSDP2"). A block is gathered in the dtype of autocast when it runs, and freed after; its
-      gradients are averaged in float32, and each rank keeps its piece. The training loops are the same:
-      weights, gradients and optimizer state are DTensors there, and every backward pass averages. So
+      PyTorch, "FSDP2"). A block is gathered in the dtype of autocast when it runs, and freed after that. Its
+      gradients are averaged in float32, and each rank keeps its piece. The training loops are the same as
+      with ddp, but weights, gradients and optimizer state are DTensors, and every backward pass averages. So
       accumulated batches add up in the pieces, and optimizer.zero_grad() keeps SFT and reward gradients
-      apart as ever.
+      apart, as with ddp.
 
-What differs under fsdp: with bf16, a block's norms and modulation are bf16 too while it runs (autocast
-reads them in float32); and each forward call gathers, so all ranks must make the same ones.
+Two things differ under fsdp. With bf16, a block's norms and modulation are bf16 too while the block runs
+(with ddp, autocast reads them in float32). And each forward call gathers weights, so all ranks must make the
+same forward calls.
 
 A checkpoint of either kind resumes under either kind, on any number of ranks. Its weights are in its
 transformer/ or reward/, and each rank reads its own rows from there. With ddp AdamW's moments are whole
@@ -41,7 +42,7 @@ from scale import groups, offload, sequence
 KINDS = ("ddp", "fsdp")
 ATTENTION = tuple(getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default for kind in (
     "flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu"))
-PIECES = "sharded_state"  # of torch.distributed.checkpoint, inside a checkpoint folder of fsdp
+PIECES = "sharded_state"  # what torch.distributed.checkpoint writes into a checkpoint folder of fsdp
 
 
 @dataclass
@@ -90,17 +91,18 @@ def check(flags):
 
 
 def shard(model, runtime, flags):
-    """Puts a VideoDiT, two Experts or a PAVRM, in place, on this rank's device: whole (ddp) or its piece
-    (fsdp) -> model, which runs as `flags` say. One on the meta device, from load_transformer(load_now=False),
-    gets its weights here.
+    """Puts a VideoDiT, two Experts or a PAVRM, in place, on this rank's device: all of it (ddp) or this
+    rank's piece (fsdp) -> model, which runs as `flags` say. A model on the meta device, from
+    load_transformer(load_now=False), gets its weights here.
 
-    Call it before the optimizer is made. For fsdp give the model on meta or on the CPU, so that one block at
-    a time is whole on the device; every rank must hold the same weights. Raises InputError without processes.
+    Call it before the optimizer is made. For fsdp give the model on meta or on the CPU, so that only one
+    block at a time is whole on the device; every rank must hold the same weights. Raises InputError as
+    `check` does.
     """
     for part in parts(model):
         lay_out(part, runtime, flags)
     if isinstance(model, Experts) and flags.parallel == "ddp":
-        model.resting = len(model.trained()) == 1               # the frozen one waits on the host
+        model.resting = len(model.trained()) == 1               # the frozen expert waits on the host
     for part in parts(model):
         waits = getattr(model, "resting", False) and not any(p.requires_grad for p in part.parameters())
         fill(part, "cpu" if waits else runtime.device)
@@ -127,8 +129,8 @@ def lay_out(model, runtime, flags):
 
 
 def kept(context, operation, *args, **kwargs):
-    """Whether checkpointing keeps the result of an operation. It keeps that of self-attention, which has as
-    many keys as queries; all others are computed again."""
+    """Whether checkpointing keeps the result of an operation. Only the result of self-attention, which has as
+    many keys as queries, is kept; all others are computed again."""
     if operation in ATTENTION and args[0].shape == args[1].shape:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
@@ -139,7 +141,7 @@ KEEP_ATTENTION = {"context_fn": partial(create_selective_checkpoint_contexts, ke
 
 def apply_fsdp(model, dit, runtime, fsdp_group_size):
     """Fully shards a model over all ranks, or over the ranks of each group of fsdp_group_size neighbours, so
-    that each group has all of it."""
+    that each group has the whole model."""
     # PAVRM's logits are a view; no caller writes into them
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     mesh = groups.mesh(dist.group.WORLD, runtime.device.type, fsdp_group_size)
@@ -147,17 +149,18 @@ def apply_fsdp(model, dit, runtime, fsdp_group_size):
     half = MixedPrecisionPolicy(runtime.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in dit.blocks:
         fully_shard(block, mesh=mesh, mp_policy=half)
-    # the rest, embeddings and head, in float32, as autocast has it; freed after each forward, or a model that
-    # only sampled would stay gathered, and its parameters() would not be the optimizer's
+    # The rest, embeddings and head, is float32, as with autocast. It is freed after each forward pass:
+    # otherwise a model that only sampled would stay gathered, and its parameters() would not be those that
+    # the optimizer has.
     fully_shard(model, mesh=mesh, reshard_after_forward=True,
                 mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
 
 
 def whole(model, dtype):
-    """Reads the weights of a frozen generator or PAVRM, which load_transformer or load_pavrm made with
-    load_now=False, to the CPU, to sample with -> model. The weights are cast (cast_matrices) while they are
-    read, so that a process never holds a float32 copy of a generator that it uses in bfloat16. One of two
-    experts rests."""
+    """Reads the weights of a frozen generator or PAVRM to the CPU, to sample with -> model. load_transformer
+    or load_pavrm made the model with load_now=False. The weights are cast (cast_matrices) while they are
+    read, so that a process never holds a float32 copy of a generator that it uses in bfloat16. Of two experts
+    the one that is not called rests (Experts.resting)."""
     for part in parts(model):
         cast_matrices(getattr(part, "trunk", part), dtype)
         fill(part, torch.device("cpu"))
@@ -180,7 +183,7 @@ def fill(model, device):
         if name in waiting:
             buffer.copy_(model.weight_files.tensor(name))
     if waiting and all(p.dtype == torch.float32 for p in model.parameters()):
-        model.weight_files = None       # closes the files; weights that were cast are read again to export
+        model.weight_files = None       # closes the files; an export reads weights that were cast once more
 
 
 def read_rows(p, files, name):
@@ -197,9 +200,9 @@ def first_row(p):
 def work_of_rank(work, runtime, kind):
     """This rank's share of `work`, a list: [(item, whether this rank keeps what comes of it)].
 
-    Ranks that share a clip have the same items, and the first of them keeps. Under fsdp the lists are equally
-    long (common.equal_turns). If the model is called in batches, pass the size of the largest item on as
-    max_rows.
+    Ranks that share a clip have the same items, and the first of these ranks keeps the results. Under fsdp
+    the lists of all ranks are equally long (common.equal_turns). If an item is several batches, they have to
+    be equally many on all ranks too: give the size of the largest item to flow.sample as max_rows.
     """
     group, place = divmod(runtime.rank, runtime.sequence_parallel)
     groups = runtime.world_size // runtime.sequence_parallel
@@ -211,35 +214,38 @@ def work_of_rank(work, runtime, kind):
 
 def cast_matrices(dit, dtype):
     """Stores the frozen matrices of a VideoDiT's blocks in the dtype of autocast, in place -> dit. The rest
-    is float32. Autocast would cast the same matrices at each call: results are the same, in half the memory.
-    (In training only off the CPU: a block that casts its input once adds up the gradients of q, k and v in
-    that dtype, which would change the last bits of what a CPU has trained.)"""
+    is float32. Autocast would cast the same matrices at each call, so the results are the same, and the
+    matrices take half the memory.
+
+    Training on a CPU does not do this. A block that casts its input only once adds up the gradients of q, k
+    and v in that dtype, which would change the last bits of what a CPU has trained."""
     matrices = set()
     for layer in dit.blocks.modules():
         weight = getattr(layer, "weight", None)
         if weight is not None and weight.dim() == 2 and not weight.requires_grad:   # of a linear layer
             matrices |= {weight, layer.bias}
-    for p in dit.parameters():  # one at a time: never all of a half-precision model in float32
+    for p in dit.parameters():  # one at a time, so that a half-precision model is never all in float32
         p.data = p.data.to(dtype if p in matrices else torch.float32)
     return dit
 
 
 def trained(model):
-    """{name: weight} of the weights that train. Frozen weights are read from --model again."""
+    """{name: weight} of the weights that train. A resumed run reads frozen weights from --model again."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def moments(model, optimizer):
-    """{name/exp_avg: ...}: the tensors of AdamW's state themselves, whole or pieces."""
+    """{name/exp_avg: ...}: the tensors of AdamW's state, not copies; under fsdp they are this rank's pieces.
+    """
     name_of = {p: name for name, p in model.named_parameters()}
     return {f"{name_of[p]}/{key}": x for p, values in optimizer.state.items() for key, x in values.items()}
 
 
 def save_checkpoint(output_dir, step, folders, model, optimizer, config, keep=2, with_weights=False):
-    """runs.save_checkpoint of a model in training. Every rank must call it; under fsdp each writes its
-    pieces. The trained weights are written once, in float32, to the folder that one of `folders` makes, in a
-    form that anybody can read. with_weights: the state holds them too, because that folder holds other
-    weights, such as their average. Adapters, which are merged there, are always in the state."""
+    """Saves a model in training with runs.save_checkpoint. Every rank must call it; under fsdp each rank
+    writes its pieces. The trained weights are written once, in float32 and in a form that anybody can read,
+    to the folder that one of `folders` makes. with_weights: the state holds them too, because that folder
+    holds other weights, such as their average. Adapters, which are merged there, are always in the state."""
     state, folders, weights = {}, dict(folders), {}
     if with_weights or any(".lora_" in name for name in trained(model)):
         weights = trained(model)
@@ -249,22 +255,23 @@ def save_checkpoint(output_dir, step, folders, model, optimizer, config, keep=2,
         pieces = Path(output_dir) / f"{PIECES}.tmp"
         if common.rank() == 0:
             shutil.rmtree(pieces, ignore_errors=True)
-        common.gather(None)                                     # a killed run's pieces are gone
+        common.gather(None)                                     # wait until a killed run's pieces are gone
         try:
             # formats/disk.py flushes the pieces, because it tolerates disks that cannot
             dcp.save(weights | moments(model, optimizer),
                      storage_writer=dcp.FileSystemWriter(pieces, sync_files=False))
-        except dcp.api.CheckpointException as e:                # no Exception: what went wrong, rank by rank
-            common.gather(None)                                 # nobody writes any more
+        except dcp.api.CheckpointException as e:                # has an error for each rank that failed
+            common.gather(None)                                 # wait until no rank writes any more
             shutil.rmtree(pieces, ignore_errors=True)
             raise runs.unwritten(output_dir, step, next(iter(e.failures.values()))[0]) from None
         folders[PIECES] = lambda path: common.rank() or pieces.replace(path)
     runs.save_checkpoint(output_dir, step, folders, state, config, keep)
-    common.gather(None)  # nobody goes on before the checkpoint is there
+    common.gather(None)  # no rank goes on before the checkpoint is there
 
 
 def is_of(model, config):
-    """Whether a config.json is that of a model or of one of its experts, apart from notes (`_class_name`)."""
+    """Whether config, the content of a config.json, is that of a model or of its experts. Notes, such as
+    `_class_name`, do not count."""
     mine = parts(model)[0].config
     return {key: x for key, x in config.items() if key[0] != "_"} == json.loads(json.dumps(mine))
 
@@ -296,7 +303,7 @@ def load_state(path, state, model, optimizer):
                                "exp_avg_sq": torch.zeros_like(p)}
     weights, pieces = trained(model), Path(path) / PIECES
     mine, saved, sizes = weights | moments(model, optimizer), {}, {}
-    if "model" in state:                                        # whole tensors; the optimizer numbers its own
+    if "model" in state:                                        # whole tensors; those of AdamW have numbers
         name_of = {p: name for name, p in model.named_parameters()}
         names = {i: name_of[p] for i, p in enumerate(params)}
         saved = state["model"] | {f"{names.get(i)}/{key}": x for i, values in
@@ -309,17 +316,17 @@ def load_state(path, state, model, optimizer):
         except Exception as e:                                  # whatever unpickling a damaged file raises
             raise InputError(f"{pieces} is truncated or damaged ({type(e).__name__})") from None
     folders, stored = [config.parent for config in Path(path).glob("*/config.json")], {}
-    if all("/" in name for name in sizes):                      # weights lie in folders of their own
+    if all("/" in name for name in sizes):                      # only moments: weights are in other folders
         stored = stored_weights(path, model)
         sizes |= {name: stored[name][0].shape(stored[name][1]) for name in weights if name in stored}
-    # a weight that never had a gradient has no optimizer state: it starts at zero
+    # a weight that never had a gradient has no moments in the checkpoint; they stay zero
     mine = {name: x for name, x in mine.items() if name in sizes or "/" not in name}
-    # frozen weights are not among them, so a model of another task could have the same
+    # config.json is compared too, because a model of another task may differ in frozen weights only
     others = [folder for folder in folders if not is_of(model, read_config(folder))]
     if others or sizes != {name: x.shape for name, x in mine.items()}:
         raise InputError(f"--resume_from_checkpoint {path}: not a checkpoint of this script with the same "
                          "--task, --model, --expert, --depth, --pooling, --lora_rank")
-    if not any("/" in name for name in sizes):  # it would go on, with fresh moments and without a word
+    if not any("/" in name for name in sizes):  # else training would go on, silently, with fresh moments
         raise InputError(f"--resume_from_checkpoint {path}: holds no optimizer state, so it is damaged")
     for name, (files, there) in stored.items():
         if name in weights:
@@ -332,5 +339,5 @@ def load_state(path, state, model, optimizer):
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs none
     try:
         dcp.load(mine, checkpoint_id=pieces)                    # in place; ranks read what they hold
-    except (Exception, dcp.api.CheckpointException) as e:       # the latter is no Exception
+    except (Exception, dcp.api.CheckpointException) as e:       # which is a BaseException only
         raise InputError(f"{pieces} is truncated or damaged ({type(e).__name__})") from None

@@ -1,15 +1,15 @@
-"""The planner: what an update will cost, in parameters, tokens, bytes, FLOPs and seconds, by formulas.
+"""The planner computes what an update will cost, in parameters, tokens, bytes, FLOPs and seconds.
 
     python -m scale.plan wan2.1-t2v-14b --frames 81 --size 1280*720 --gpus 8 --method prfl
     python -m scale.plan wan2.1-t2v-1.3b --gpus 1 --lora_rank 32 --no-gradient_checkpointing
     python -m scale.plan wan2.1-t2v-1.3b --gpus 8 --parallel ddp --clips 500    also all stages: disk, hours
     python -m scale.plan wan2.1-t2v-14b --gpus 8 --simulate    also what PyTorch's tracker counts
 
-Every printed line shows its formula with the numbers in it. The planner counts fp32 weights, gradients and
-AdamW moments of the trained model, bf16 autocast, what the backward pass keeps of each block (term by term in
-`block_bytes`, equal to the bytes that autograd saves), the two tensors that pass through the feed-forward
-layer, the reward model and the decoder. It does not count the CUDA context (about 1 GB) and the allocator's
-unused pieces (up to a tenth). GB is 1e9 bytes.
+Every printed line shows its formula with the numbers in it. The planner counts the fp32 weights, gradients
+and AdamW moments of the trained model, the bf16 copies of autocast, the reward model and the decoder. Of each
+block it counts what the backward pass keeps, term by term in `block_bytes`, which is equal to the bytes that
+autograd saves, and the two tensors that pass through the feed-forward layer. It does not count the CUDA
+context (about 1 GB) and the allocator's unused pieces (up to a tenth more). GB is 1e9 bytes.
 
 Frozen weights (the reward model, the base of adapters, a generator that samples) are float32, except for the
 matrices of their blocks, which are bf16. A VAE and the pixel reward of RGB ReFL are all float32, and each GPU
@@ -46,20 +46,21 @@ GENERATORS = PRESETS | {"wan2.2-a14b": PRESETS["wan2.1-t2v-14b"] | {"boundary_ra
 
 
 class Vae(NamedTuple):
-    """What one of Wan's VAEs is made of. Its layers work at 1/1 to 1/8 of a full resolution. This is the
-    video's or, where blocks of 2x2 pixels become channels, half of the video's."""
+    """What one of Wan's VAEs is made of. Its layers work at 1/1 to 1/8 of a full resolution. The full
+    resolution is the video's or, if the VAE makes channels of blocks of 2x2 pixels, half of the video's."""
     name: str
-    space: int                  # pixels of a latent, per side
-    # The decoder by resolution: space, time (how many frames each latent frame but the first has become
-    # here), convolutions 3x3x3 as (input channels, output channels, how many); each comes after a norm and a
-    # SiLU.
+    space: int                  # a latent stands for space x space pixels
+    # The decoder's stages, one for each resolution: (space: latents are this many times wider here; time:
+    # each latent frame but the first has become this many frames here; convolutions 3x3x3 as (input channels,
+    # output channels, how many), each after a norm and a SiLU).
     decoder: tuple
-    upsamplers: tuple           # in, out, doubles time; one after each stage
+    upsamplers: tuple           # between stages: (input channels, output channels, whether frames double)
     decoder_parameters: int
     parameters: int             # of encoder and decoder, which are loaded together
-    decoder_shortcuts: tuple    # by stage (in, out) of a shortcut 1x1x1, or None where it is negligible
-    # The encoder: space, time (by how much a frame was divided), convolutions 3x3x3, shortcuts 1x1x1, what
-    # follows: 3x3 at half the resolution, and then perhaps 3x1x1 at half the rate.
+    decoder_shortcuts: tuple    # for each stage (in, out) of its shortcut 1x1x1, None if that is negligible
+    # The encoder's stages, one for each resolution: (space and time: width and frames are divided by these
+    # here; convolutions 3x3x3; shortcuts 1x1x1; what follows: "space" is a 3x3 to half the resolution, "time"
+    # is that and a 3x1x1 to half the frame rate, None is nothing).
     encoder: tuple
 
 
@@ -86,7 +87,7 @@ TI2V_VAE = Vae(
      (2, 1, ((160, 320, 1), (320, 320, 3)), ((160, 320),), "time"),
      (4, 2, ((320, 640, 1), (640, 640, 3)), ((320, 640),), "time"),
      (8, 4, ((640, 640, 8), (640, 96, 1)), (), None)))
-# Defaults of the scripts: steps between checkpoints and reports; how many checkpoints are kept.
+# defaults of train_reward.py and train_align.py: steps between checkpoints, and how many of them are kept
 REWARD_EVERY, ALIGN_EVERY, KEPT = 200, 40, 2
 
 
@@ -152,7 +153,7 @@ def vae_of(c):
 
 
 def latent_grid(frames, size, space=8):
-    """Latent (f, h, w) of a clip, or InputError naming the flag. space: of its VAE."""
+    """The latent (f, h, w) of a clip. space: that of its Vae. Raises InputError, which names the flag."""
     side = 2 * space
     try:
         width, height = (int(s) for s in size.replace("x", "*").split("*"))
@@ -192,15 +193,15 @@ def reward_parameters(c, depth):
 
 
 def matrix_parameters(c):
-    """Parameters of the matrices of one block, and of their biases. These are bf16 if they are frozen
+    """How many parameters the matrices of a block and their biases have. Frozen matrices are bf16
     (parallel.cast_matrices)."""
     d, F, image = c["dim"], c["ffn_dim"], bool(c.get("image_dim"))
     return (10 if image else 8) * d * d + 2 * d * F + (11 if image else 9) * d + F
 
 
 def clip_bytes(c, f, h, w):
-    """Bytes of a clip, or of one of RWR's own samples, in a shard: latents, context and, of image-to-video,
-    the given first frame and CLIP tokens, in fp32."""
+    """Bytes that a clip, or a sample of RWR, takes in a shard, in fp32: latents, context and, for
+    image-to-video, the given first frame and CLIP tokens."""
     i2v = c["model_type"] == "i2v"
     return 4 * (c["out_dim"] * f * h * w * (2 if i2v else 1) + c["text_len"] * c["text_dim"]
                 + IMAGE_TOKENS * (c.get("image_dim") or 0))
@@ -213,7 +214,8 @@ def clip_formula(c):
 
 
 def lora_parameters(c, rank):
-    """Adapters d x rank and rank x d on q, k, v, o of both attentions of every block."""
+    """How many parameters adapters have: d x rank and rank x d on q, k, v, o of both attentions of every
+    block."""
     return c["num_layers"] * 8 * 2 * rank * c["dim"]
 
 
@@ -221,13 +223,13 @@ def lora_parameters(c, rank):
 def forward_flops(c, n, layers, batch=1, ends=True, ranks=1):
     """(linear layers, attention) of one forward pass of `layers` blocks on n tokens; a multiply-add is two.
 
-    ranks: how many share the tokens; each still works on the whole prompt. ends: also count the patch and
-    text embeddings and the head (False for a reward model, whose own head is too small to count).
+    ranks: how many GPUs share the tokens; each of them works on the whole prompt. ends: also count the head
+    (False for a reward model, whose own head is too small to count).
     """
     d, l, patch = c["dim"], c["text_len"], math.prod(c["patch_size"])
     m = IMAGE_TOKENS if c.get("image_dim") else 0
     mine = math.ceil(n / ranks)
-    block = 2 * mine * (6 * d * d + 2 * d * c["ffn_dim"]) + 4 * (l + m) * d * d     # video; text, image
+    block = 2 * mine * (6 * d * d + 2 * d * c["ffn_dim"]) + 4 * (l + m) * d * d     # video + text and image
     attention = 4 * mine * (n + l + m) * d  # scores and their weighted sum
     outside = 2 * mine * d * c["in_dim"] * patch + 2 * l * (c["text_dim"] * d + d * d)
     outside += 2 * m * (c["image_dim"] ** 2 + c["image_dim"] * d) if m else 0
@@ -236,10 +238,10 @@ def forward_flops(c, n, layers, batch=1, ends=True, ranks=1):
 
 
 def update_flops(forward, trained=True, checkpointing=True, kept=0):
-    """One forward and backward pass. The backward pass makes two products for each product of a linear layer,
-    or one if the weights are frozen, and five for the two products of attention, because flash attention
-    computes its scores again. With checkpointing the forward pass is made once more, except for `kept` FLOPs
-    of attention."""
+    """FLOPs of one forward and backward pass. The backward pass makes two products for each product of a
+    linear layer, or one if the weights are frozen. It makes five for the two products of attention, because
+    flash attention computes its scores again. With checkpointing the forward pass is made once more, except
+    for `kept` FLOPs of attention."""
     linear, attention = forward
     passes = 2 if checkpointing else 1
     return linear * (passes + (2 if trained else 1)) + attention * (passes + 2.5) - kept
@@ -260,15 +262,15 @@ def block_bytes(c, n, trained="all", batch=1):
     """Bytes that the backward pass keeps of one block on n tokens, without its weights; {part: bytes}.
 
     trained: "all", "lora" (adapters on q, k, v, o of frozen weights), "none" (frozen; the gradient passes
-    through). fp32 takes 4 bytes and bf16 2, so these are sums of 4s and 2s; a frozen weight needs no input
-    kept.
+    through). The numbers below are sums of 4 bytes (fp32) and 2 bytes (bf16). A layer with frozen weights
+    does not keep its input.
     """
     d, l, k = c["dim"], c["text_len"], c["num_heads"]
     m = IMAGE_TOKENS if c.get("image_dim") else 0
     full, learns = trained == "all", trained != "none"
     per_token = {
-        # x; normed x; its bf16 copies for q, k, v; q and k before and after their norm's division; rotated q,
-        # k and v, out; out as o's input; o's output, which the gate needs
+        # term by term: x; normed x; its bf16 copies for q, k, v; q and k before and after their norm's
+        # division; rotated q, k and v, out; out as o's input; o's output, which the gate needs
         "self-attention": 4 + 4 * full + 6 * learns + (16 if full else 8) + 8 + 2 * learns + 2 * full,
         # x; q's input; q normed; q and out; o's input; with image tokens q and out once more
         "cross-attention": 4 + 2 * learns + (8 if full else 4) + 4 + 2 * learns + 4 * (m > 0),
@@ -276,28 +278,29 @@ def block_bytes(c, n, trained="all", batch=1):
         "feed-forward": 4 + 4 * full + 2 * full + 2 * full}
     kept = {part: batch * n * d * size for part, size in per_token.items()}
     kept["hidden"] = batch * n * c["ffn_dim"] * (4 if full else 2)              # before GELU, and after it
-    # softmax sums; norms; k and v of text and image in bf16, and of k what its norm needs
+    # the sums of the softmax; norms; k and v of text and image in bf16; what the norm of that k needs
     kept["small"] = batch * (n * (8 * k + 4 * k * bool(m) + 48)
                              + (l + m) * d * (4 + (8 if full else 4 * learns)))
     return kept
 
 
 def decoder_costs(f, h, w, first=False, vae=WAN21_VAE):
-    """A VAE's decoder on a latent [c, f, h, w] with gradients to its input, frozen in fp32 under bf16
-    autocast, one latent frame at a time as it works: {"kept", "passing": bytes, "flops": forward}. first:
+    """What a VAE's decoder takes for a latent [c, f, h, w] with gradients to that latent -> {"kept": bytes
+    for the backward pass, "passing": bytes that pass through it, "flops": those of the forward pass}. first:
     only the first latent frame is decoded.
 
-    Autocast keeps no copies of frozen weights. So each latent frame casts them again, and the backward pass
-    holds a copy of each.
+    The decoder is frozen in fp32, under bf16 autocast, and works on one latent frame at a time. Autocast
+    keeps no copies of frozen weights. So each latent frame casts them again, and the backward pass holds the
+    copies of all frames.
     """
     kept = flops = 0
     for frame in range(1 if first else f):
         kept += 2 * vae.decoder_parameters
         for i, (space, time, convolutions) in enumerate(vae.decoder):
-            t = time if frame else 1  # the first latent frame is one frame
+            t = time if frame else 1  # the first latent frame becomes a single frame
             pixels, padded = t * h * w * space ** 2, (t + 2) * (h * space + 2) * (w * space + 2)
             for c_in, c_out, count in convolutions:
-                # the norm's input and SiLU's in fp32, the convolution's padded input
+                # the inputs of the norm and of the SiLU in fp32, the convolution's padded input in bf16
                 kept += count * c_in * (4 * pixels + 4 * pixels + 2 * padded)
                 flops += count * 2 * 27 * c_in * c_out * pixels
             if vae.decoder_shortcuts[i]:
@@ -306,19 +309,19 @@ def decoder_costs(f, h, w, first=False, vae=WAN21_VAE):
                 flops += 2 * c_in * c_out * pixels
             if i < len(vae.upsamplers):
                 c_in, c_out, doubles = vae.upsamplers[i]
-                if doubles and frame:  # 3 x 1 x 1 to twice the channels
+                if doubles and frame:  # a convolution 3x1x1 to twice the channels
                     kept += 2 * c_in * (t + 2) * h * w * space ** 2
                     flops += 2 * 3 * c_in * 2 * c_in * pixels
                     pixels *= 2
-                kept += 2 * c_in * 4 * pixels  # 3 x 3 at the doubled resolution
+                kept += 2 * c_in * 4 * pixels  # a convolution 3x3 at the doubled resolution
                 flops += 2 * 9 * c_in * c_out * 4 * pixels
     last, widest = (1 if first else 4) * h * w * 64, vae.decoder[-1][2][-1][0]
     return {"kept": kept, "passing": 6 * 4 * widest * last, "flops": flops}
 
 
 def decoding(f, h, w, vae=WAN21_VAE):
-    """Bytes that pass through a VAE's decoder in fp32 without gradients: the video twice, a stage of four
-    frames, and the last two frames of what enters each convolution, kept for the next latent frame."""
+    """Bytes that a VAE's decoder takes in fp32 without gradients: the video twice, a stage of four frames,
+    and the last two frames that entered each convolution, which the next latent frame needs."""
     video = 3 * (4 * f - 3) * vae.space ** 2 * h * w
     cache = sum(count * c_in * 2 * h * w * space ** 2 for space, _, convolutions in vae.decoder
                 for c_in, _, count in convolutions)
@@ -329,7 +332,7 @@ def encoder_flops(f, h, w, vae=WAN21_VAE):
     """Forward FLOPs of a VAE's encoder for a clip of latent grid f, h, w."""
     flops = 0
     for space, time, convolutions, shortcuts, after in vae.encoder:
-        frames = 1 + (f - 1) * 4 // time                                        # the first frame is alone
+        frames = 1 + (f - 1) * 4 // time                                # the first frame is encoded alone
         pixels = frames * h * w * 64 // space ** 2
         flops += sum(count * 2 * 27 * a * b * pixels for a, b, count in convolutions)
         flops += sum(2 * a * b * pixels for a, b in shortcuts)
@@ -342,8 +345,8 @@ def encoder_flops(f, h, w, vae=WAN21_VAE):
 
 
 def costs(config, c):
-    """Everything that `report` prints, as numbers, for a VideoDiT config `c` and flags: bytes and FLOPs on
-    one GPU, seconds. "with" and "without" are checkpointing. Raises InputError."""
+    """All numbers that `report` prints, for a VideoDiT config `c` and flags: bytes and FLOPs of one GPU,
+    seconds. "with" and "without" mean with and without checkpointing. Raises InputError."""
     b, ranks, world = config.batch_size, config.sequence_parallel, config.gpus * config.nodes
     vae = vae_of(c)
     f, h, w = latent_grid(config.frames, config.size, vae.space)
@@ -353,16 +356,16 @@ def costs(config, c):
         raise InputError(f"--sequence_parallel {ranks} must divide {world} GPUs and {c['num_heads']} heads: "
                          "choose one of "
                          + ", ".join(works))
-    m = math.ceil(n / ranks)                    # tokens of one GPU
+    m = math.ceil(n / ranks)                    # tokens on one GPU
     count, prfl, refl = parameters(c), config.method == "prfl", config.method == "refl"
     stage1 = config.method == "reward"          # the reward model itself is trained, but not its embeddings
-    sampling = config.method == "sample"        # nothing is
+    sampling = config.method == "sample"        # nothing is trained
     reward = reward_parameters(c, K) if config.method in ("prfl", "rwr", "reward") else \
         refl * config.pixel_reward_parameters
     lora = lora_parameters(c, config.lora_rank)
     trained = lora or (reward - count["embeddings"] - count["image"] if stage1 else count["total"])
-    updated = trained = 0 if sampling else trained              # updated: by one update
-    # Of two experts both are there; without fsdp one waits on the host, unless both train.
+    updated = trained = 0 if sampling else trained              # updated: what one update changes
+    # Two experts are both on the GPU with fsdp, or if both train; otherwise one waits on the host.
     two = "boundary_ratio" in c and not stage1
     trained *= 2 if two and config.expert == "both" else 1
     L = K if stage1 else L                      # blocks with gradients
@@ -383,14 +386,14 @@ def costs(config, c):
                groups=world // ranks)
 
     # bytes that stay
-    # frozen: the matrices of the blocks in bf16
+    # of frozen models the matrices of the blocks are bf16
     frozen_policy = 4 * count["total"] - 2 * c["num_layers"] * matrix_parameters(c)
     frozen_reward = 4 * reward - 2 * K * matrix_parameters(c)
     adapters = lora * (2 if lora and trained > updated else 1)
-    # generators that are frozen
+    # how many frozen generators the GPU holds
     still = held if lora or sampling else 0 if trained > updated else held - 1
     one["still"] = still
-    # Without fsdp two experts change places on a GPU. In between both are on the host.
+    # Without fsdp two experts change places on a GPU, and for a moment both are on the host.
     one["waiting_weights"] = (two and held == 1) * (
         frozen_policy + (frozen_policy if lora or sampling else 4 * count["total"]))
     one["weights"] = 4 * (reward if stage1 else (held - still) * count["total"] + adapters) / parts
@@ -399,10 +402,10 @@ def costs(config, c):
     one["gradients"] = 4 * updated / parts
     one["reward_weights"] = 4 * reward if refl else 0 if stage1 or not reward else frozen_reward / parts
     one["vae_weights"] = 4 * vae.parameters * (refl or sampling)
-    rwr = config.method == "rwr"                # its reward model goes when the samples are made
+    rwr = config.method == "rwr"                # frees its reward model when the samples are made
     one["static"] = sum(one[k] for k in ("weights", "optimizer", "vae_weights"))
     one["static"] += one["reward_weights"] * (not rwr)
-    if sampling:                                # the decoder comes when the generator, if it is whole, goes
+    if sampling:                                # unless it is split, the generator leaves for the decoder
         one["static"] = fsdp * one["weights"]
     # bytes of the backward pass
     how = "lora" if lora else "all"
@@ -415,17 +418,17 @@ def costs(config, c):
     copy = 2 * ((10 if c.get("image_dim") else 8) * d * d + 2 * d * c["ffn_dim"])
     # embeddings and head, in fp32
     ends = 4 * (reward - K * count["block"] if stage1 else count["total"] - count["blocks"])
-    copy_trained = 0 if lora and not fsdp else copy             # autocast has none of what is bf16 already
+    copy_trained = 0 if lora and not fsdp else copy             # autocast copies nothing that is bf16 already
     copy_frozen = fsdp * copy
-    # next block; whole gradients of this one
+    # the next block, and the whole gradients of this block
     gathered = copy + 4 * count["block"] * (not lora) + ends if fsdp else 0
     # the same for the reward model, which is frozen and so has no gradients
     rewarding = 4 * (reward - K * count["block"]) + copy if fsdp and prfl else 0
-    # gradients that come last
+    # the gradients that the backward pass makes last
     not_yet = 0 if lora else 4 * (count["block"] + count["embeddings"] * (not stage1)) / parts
     one["decoder"] = {key: b * value for key, value in
                       decoder_costs(f, h, w, config.frames_decoded == "first", vae).items()} if refl else None
-    here = 2 if config.offload_activations else L + K  # inputs: one that leaves, one that returns
+    here = 2 if config.offload_activations else L + K  # block inputs on the GPU: one leaves, one returns
     one["offloaded"] = 4 * b * m * d * (L + prfl * K) * config.offload_activations
     # self-attention's result in bf16, and the sums of its softmax
     attended = b * m * (2 * d + 4 * c["num_heads"]) * config.keep_attention
@@ -437,21 +440,21 @@ def costs(config, c):
         moments = {"generator": layers(L, block, copy_trained) + passing + gathered,
                    "gradients": one["gradients"] - not_yet + block + copy_trained + passing + gathered,
                    "optimizer": one["gradients"] + 4 * updated / parts}
-        if prfl:  # behind the generator's head (3 edges) and under the reward's pooling
+        if prfl:  # the generator's head keeps 3 edges
             rewarded = min(K, here) * edge + K * attended if checkpointing else layers(K, frozen, copy_frozen)
-            if ranks > 1:  # tokens of all ranks, two gradients of them and the sum of these
+            if ranks > 1:  # the tokens of all ranks, two gradients of them, and the sum of the two
                 moments["pooling"] = waiting + 3 * edge + rewarded + 4 * pooled
             moments["reward"] = waiting + 6 * edge + hidden + layers(K, frozen, copy_frozen) + rewarding
-        # its samples are made before AdamW has its moments
+        # RWR makes its samples before AdamW has its moments
         samples = one["reward_weights"] + 28 * b * m * d - one["optimizer"]
         samples += copy + ends if fsdp else L * copy_trained
         if rwr and samples > 0:
             moments["samples"] = samples
         if refl:
             decoded = waiting + 3 * edge + one["decoder"]["kept"]
-            moments["pixels"] = decoded + 2 * reward            # bf16 copies, as the decoder's
+            moments["pixels"] = decoded + 2 * reward            # bf16 copies of the pixel reward's weights
             moments["decoder"] = decoded + one["decoder"]["passing"]
-        # attention's tensors in a forward pass; then pixels, twice, and a last stage
+        # first attention's tensors in a forward pass of the generator, then what `decoding` counts
         if sampling:
             at_work = fsdp * (copy + ends) or one["weights"]
             moments = {"generator": at_work + 28 * b * m * d,
@@ -468,11 +471,11 @@ def costs(config, c):
                                      ranks=ranks), forward_flops(c, n, K, b, ends=False, ranks=ranks)
     N, recompute = config.num_inference_steps, config.gradient_checkpointing
     one |= dict(forward=forward, reward_forward=reward_forward, rollout_steps=0, reward_flops=0)
-    again = 4 * b * m * n * d * config.keep_attention           # self-attention of a block, not made again
+    again = 4 * b * m * n * d * config.keep_attention           # a block's self-attention is not made again
     one["update_flops"] = update_flops(reward_forward if stage1 else forward, not lora, recompute, L * again)
     stride = math.ceil(N / STEADY_PASSES) if config.recipe == "steady" else 1
     if prfl or refl:
-        # the rewarded step is uniform on 1 .. N or on the last third, and among those of what trains
+        # the rewarded step is uniform on 1 .. N or on the last third, and is one that a trained expert makes
         expert_steps = trained_steps(config, c) if two else None
         steps = steps_of_part("late" if refl else "full", N, expert_steps)
         one["rollout_steps"] = rollout_passes(*steps, stride)
@@ -510,12 +513,13 @@ def trained_steps(config, c):
 
 
 def network(config, c, one):
-    """Bytes that an iteration sends out of each node. With fsdp over all GPUs, each forward and each backward
-    pass gathers every block in bf16 and the rest in fp32, and each update sums gradients in fp32, as ddp
-    does. In a ring of G GPUs, bytes that are gathered, or summed in pieces, pass every edge (G - 1) / G
-    times; bytes that are summed for all GPUs pass it twice as often. If --fsdp_group_size is a node's GPUs, G
-    is the number of nodes, because each GPU sums its pieces with those of the same place in the other
-    nodes."""
+    """Bytes that an iteration sends out of each node.
+
+    With fsdp over all GPUs, each forward and each backward pass gathers every block in bf16 and the rest in
+    fp32. Each update sums gradients in fp32, as ddp does. In a ring of G GPUs, bytes that are gathered, or
+    summed in pieces, pass every edge (G - 1) / G times; bytes that are summed for all GPUs pass it twice as
+    often. If --fsdp_group_size is the number of a node's GPUs, G is the number of nodes, because each GPU
+    sums its pieces with the GPU in the same place of every other node."""
     count, two = one["parameters"], config.method in ("prfl", "refl")
     gathers = 2 * (1 + two) + one["rollout_steps"]
     outside = count["total"] - count["blocks"]
@@ -525,8 +529,8 @@ def network(config, c, one):
     gathered = (gathers * bytes_policy * (config.method != "reward")
                 + 2 * bytes_reward * (config.method in ("prfl", "reward"))) * (one["parts"] > 1)
     world = config.gpus * config.nodes
-    gathered *= one["parts"] > config.gpus                          # else inside a node
-    # twice: every copy of a weight gets them
+    gathered *= one["parts"] > config.gpus                          # otherwise they stay inside a node
+    # twice, if every copy of a weight needs the sum
     summed = 4 * one["updated"] * (1 + two) * (2 if one["parts"] < world else 1)
     ring = world // one["parts"] if 1 < one["parts"] < world else world
     return {"gathers": gathers, "network_weights": gathered, "network_gradients": summed, "ring": ring,
@@ -534,14 +538,14 @@ def network(config, c, one):
 
 
 def way(config, c):
-    """What the stages of docs/your_model.md take, by name: bytes on disk, seconds, bytes of each GPU and of
-    the host."""
+    """What the stages of docs/your_model.md take -> {name: bytes on disk, seconds, bytes of a GPU or of the
+    host}."""
     stage1 = costs(dataclasses.replace(config, method="reward", batch_size=config.reward_batch_size,
                                        lora_rank=0), c)
     stage2 = costs(config, c)
     i2v, f, h, w = c["model_type"] == "i2v", stage2["f"], stage2["h"], stage2["w"]
     P, R = stage2["parameters"]["total"], stage1["reward_parameters"]
-    P *= stage2["trained"] // stage2["updated"]                 # of two experts what trained is written
+    P *= stage2["trained"] // stage2["updated"]                 # of two experts only those that trained count
     T1, T2 = stage1["trained"], stage2["trained"]
     one = {"clip": clip_bytes(c, f, h, w)}
     one["shards"] = config.clips * one["clip"]
@@ -549,11 +553,11 @@ def way(config, c):
     stages = [("1", stage1, 4 * R, T1, config.reward_steps, REWARD_EVERY),
               ("2", stage2, 4 * P, T2, config.max_train_steps, ALIGN_EVERY)]
     for name, stage, weights, trained, steps, every in stages:
-        # weights as others read them, and moments; adapters, which are merged there, once more by themselves
+        # weights as others read them, and moments; adapters, which are merged into these weights, once more
         adapters = 4 * lora_parameters(c, config.lora_rank) if name == "2" else 0
         one["checkpoint" + name] = weights + 8 * trained + adapters
         one["number" + name] = min(KEPT + 1, math.ceil(steps / every))
-        # and what is written last
+        # and the weights that are written at the end
         one["disk" + name] = one["number" + name] * one["checkpoint" + name] + weights
         one["peak" + name] = stage["with" if config.gradient_checkpointing else "without"]["peak"]
     one["peak1"] += one["held"]
@@ -575,7 +579,7 @@ def way(config, c):
     return one | {"stage1": stage1, "stage2": stage2}
 
 
-# ---- paper
+# ---- what is printed
 ELSEWHERE = {       # flags that mean nothing with a method
     "sample": ("depth", "recipe", "lora_rank", "frames_decoded", "pixel_reward_parameters", "num_samples",
                "gradient_checkpointing", "keep_attention", "expert"),
@@ -855,7 +859,7 @@ def report_way(config, c):
 
 def report_simulated(config, c):
     """Prints the planner's bytes beside those that scale/simulate.py's tracker counts."""
-    from scale.simulate import simulate  # it alone needs PyTorch's distributed internals
+    from scale.simulate import simulate  # imported here: only this needs PyTorch's distributed internals
     one = costs(config, c)
     phases = simulate(config, c, (one["f"], one["h"], one["w"]),
                       times_of_rollout(config, c) if "boundary_ratio" in c else None)

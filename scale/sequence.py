@@ -9,10 +9,11 @@ again on every rank of the group:
     x --mine--> tokens [b, n / ranks, d] --blocks--> [b, n / ranks, d] --head--> --gather_tokens--> velocity
     q, k, v [b, n / ranks, k, e] --heads--> [b, n, k / ranks, e] --attention, tokens--> [b, n / ranks, d]
 
-Where the ranks do not divide n, zeros stand behind the last token; they are cut off before attention, pooling
-and loss. Gradients need no rule of their own: every rank of a group computes the clip's loss, and these
-collectives are their own adjoints, so a backward pass gives each rank its part of the gradient of `ranks`
-equal losses, and the average over all ranks, which ddp and fsdp take anyway, is the gradient of the one.
+If the number of ranks does not divide n, zeros follow the last token; they are cut off before attention,
+pooling and loss. Gradients need no rule of their own. Every rank of a group computes the clip's loss, and
+these collectives are their own adjoints. So a backward pass gives each rank its part of the gradient of a sum
+of `ranks` equal losses. ddp and fsdp average over all ranks anyway, and this average is the gradient of one
+loss.
 
 Axes: b batch, n video tokens, m = ceil(n / ranks), d model width, k heads, e channels of one head, p ranks of
       a group.
@@ -37,47 +38,48 @@ except ImportError:                                             # its name befor
 
 
 class Sequence:
-    """n tokens over the ranks of a process group. `model.VideoDiT` calls this where one rank does not hold
-    all tokens."""
+    """n tokens that the ranks of a process group share. `model.VideoDiT` calls its methods where a rank holds
+    only its own tokens."""
 
     def __init__(self, group, n):
         self.group, self.n, self.ranks = group, n, dist.get_world_size(group)
         self.rank, self.m = dist.get_rank(group), -(-n // self.ranks)
 
     def mine(self, x, dim=1):
-        """This rank's tokens of x, which holds all: size n along `dim` -> m."""
+        """x with all n tokens along `dim` -> this rank's m tokens."""
         first = min(self.rank * self.m, self.n)
         x = x.narrow(dim, first, min(self.m, self.n - first))
         missing = self.m - x.shape[dim]
         return F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, missing)) if missing else x
 
     def share_of(self, count):
-        """How many of the first `count` tokens are this rank's."""
+        """How many of the first `count` tokens belong to this rank."""
         return min(max(count - self.rank * self.m, 0), self.m)
 
     def gather_tokens(self, x):
-        """All tokens of x [b, m, ...], of which every rank has its own: -> [b, n, ...]."""
+        """x [b, m, ...], this rank's tokens -> [b, n, ...], the tokens of all ranks."""
         every = all_gather_single_autograd(x.transpose(0, 1).contiguous(), 0, self.group)  # [p m, b, ...]
         return every[:self.n].transpose(0, 1)
 
     def heads(self, q, k, v):
-        """q, k, v [b, m, k, e], this rank's tokens and all heads -> [b, n, k / p, e], all tokens and its
-        heads."""
+        """q, k, v [b, m, k, e], this rank's tokens and all heads -> [b, n, k / p, e], all tokens and this
+        rank's heads."""
         x = torch.stack([y.to(v.dtype) for y in (q, k, v)])  # a GPU attends in v's dtype
         x = rearrange(x, "q b m (p k) e -> p q b m k e", p=self.ranks).contiguous()
-        x = all_to_all_single_autograd(x, None, None, self.group)                       # p: whose tokens
+        x = all_to_all_single_autograd(x, None, None, self.group)               # p: the rank of the tokens
         return rearrange(x, "p q b m k e -> q b (p m) k e")[:, :, :self.n].unbind()
 
     def tokens(self, x):
-        """x [b, n, d / p], all tokens and this rank's heads -> [b, m, d], its tokens and all heads."""
+        """x [b, n, d / p], all tokens and this rank's heads -> [b, m, d], its tokens and the heads of all."""
         x = F.pad(x, (0, 0, 0, self.m * self.ranks - self.n))
         x = rearrange(x, "b (p m) d -> p b m d", p=self.ranks).contiguous()
-        x = all_to_all_single_autograd(x, None, None, self.group)                       # p: whose heads
+        x = all_to_all_single_autograd(x, None, None, self.group)               # p: the rank of the heads
         return rearrange(x, "p b m d -> b m (p d)")
 
 
 def check(ranks):
-    """Raises InputError where `ranks` processes cannot share a clip; for a script to call before it works."""
+    """Raises InputError if `ranks` processes cannot share a clip. Scripts call it before they start to work.
+    """
     if ranks > 1 and not dist.is_initialized():
         raise InputError(f"--sequence_parallel {ranks} spreads a clip over processes: start with torchrun "
                          "--nproc_per_node=<GPUs>")

@@ -1,15 +1,15 @@
-"""A second opinion on the planner's bytes: one whole PRFL iteration at its true size, on tensors that hold
-nothing.
+"""A second opinion on the planner's bytes: it runs one whole PRFL iteration at the true size, on tensors
+without data.
 
 The training code itself runs: VideoDiT, PAVRM, fully_shard, shared clips and AdamW. The process group of
 --gpus ranks is fake, and so are the tensors: under FakeTensorMode they have shapes, dtypes and storage sizes
-but no data. PyTorch's own MemTracker counts the storages that are alive. So 14B at 81 frames takes minutes of
-one core and no memory. The simulation cannot see: the CUDA context, the allocator's unused pieces, what
-kernels take inside themselves, and clipping (a few numbers).
+but no data. PyTorch's own MemTracker counts the storages that are alive. So 14B at 81 frames takes minutes on
+one core and hardly any memory. Not counted are the CUDA context, the allocator's unused pieces, what kernels
+take inside themselves, and clipping (a few numbers).
 
-Of a generator of two experts both are there, and each is called for its own steps. Where one of them rests
-on the host, a GPU never holds both. Then the one that trains runs alone and makes all steps: those of the
-frozen one take no more memory.
+If a generator has two experts, both are simulated, and each is called for its own steps. But if one of them
+rests on the host, a GPU never holds both. Then only the expert that trains is simulated, and it makes all
+steps, because the frozen expert's steps take no more memory.
 
 Under fsdp the mesh must be made before FakeTensorMode starts, and the models are split while they are on
 meta. The tracker's module hooks are not used: they expect one forward call of a module, but a rollout makes
@@ -36,7 +36,7 @@ from scale import groups, lora, parallel
 
 
 def gpu_attend(q, k, v, sequence=None):
-    """`model.attend` as on a GPU; the CPU's fused kernel, which runs here, keeps as much."""
+    """`model.attend` as on a GPU. The CPU's fused kernel, which runs here, keeps as many bytes."""
     if sequence is not None:
         return sequence.tokens(gpu_attend(*sequence.heads(q, k, v)))
     q, k, v = (y.to(v.dtype).transpose(1, 2) for y in (q, k, v))
@@ -44,7 +44,7 @@ def gpu_attend(q, k, v, sequence=None):
 
 
 class CalledInOrder(Experts):
-    """Two experts of which `names`, an iterator, says which one the next call is for: fake times have no
+    """Two experts. `names`, an iterator, says which of them the next call is for, because fake times have no
     values to decide by. All videos of a call are on the same side of the boundary."""
 
     def forward(self, x, t, context, **conditions):
@@ -55,8 +55,8 @@ class CalledInOrder(Experts):
 
 
 def names_of_calls(config, times, boundary, step):
-    """An iterator over the names of the experts that an iteration calls: for the SFT update, for the rollout
-    to the step that is rewarded, and for that step."""
+    """An iterator over the names of the experts that an iteration calls: for the SFT update, for each pass of
+    the rollout, and for the rewarded step."""
     passes = prfl.RECIPES[config.recipe]["rollout_passes"]
     stride = math.ceil(config.num_inference_steps / passes) if passes else 1
     sft = "low" if config.expert == "both" else config.expert
@@ -65,12 +65,12 @@ def names_of_calls(config, times, boundary, step):
 
 
 class Phases(MemTracker):
-    """`peaks`: {phase: {kind: bytes}} at the moment at which most bytes were alive, for each of the phases
-    that `begin` names."""
+    """A tracker whose `peaks` are {phase: {kind: bytes}}: what was alive in each phase, at the moment with
+    the most bytes. `begin` starts a phase."""
 
     def __init__(self):
         super().__init__()
-        # modules are not followed: that takes hooks which hold the gradients of every block until the
+        # modules are not followed, because the hooks for that hold the gradients of every block until the
         # backward pass ends
         self._mod_tracker = MagicMock(is_bw=False)
         self.phase, self.peaks, self.counts = "before", {}, True
@@ -81,8 +81,8 @@ class Phases(MemTracker):
 
     @contextmanager
     def but_for_shapes(self):
-        """DTensor finds the shapes of its results on whole tensors without data, which are not tensors of the
-        program."""
+        """Tracks a `with` block, but not the search of DTensor for the shapes of its results, which makes
+        whole tensors without data that a true run does not have."""
         find = ShardingPropagator._propagate_tensor_meta_non_cached
 
         def uncounted(*args):
@@ -100,25 +100,25 @@ class Phases(MemTracker):
         self._update_peak_stats(None)
 
     def _update_peak_stats(self, state):
-        for now in self._curr_mem_snap.values():                # of the one device
+        for now in self._curr_mem_snap.values():                # there is only one device
             if now["Total"] > self.peaks.get(self.phase, {"Total": 0})["Total"]:
                 self.peaks[self.phase] = {str(getattr(kind, "value", kind)): size
                                           for kind, size in now.items()}
 
 
 def simulate(config, c, grid, times=None):
-    """{phase: {"Parameter", "Optstate", ..., "Total": bytes}} of one GPU, of an SFT and a reward update of
-    PRFL.
+    """Simulates an SFT and a reward update of PRFL -> {phase: {"Parameter", "Optstate", ..., "Total":
+    bytes}} of one GPU.
 
-    config: the planner's flags. c: a VideoDiT's config, with `boundary_ratio` if it is that of two experts.
-    grid: its latent (f, h, w). times: of a rollout, from flow.schedule; two experts need them. The middle one
-    of the steps that are of what trains is rewarded. Raises InputError."""
+    config: the planner's flags. c: a VideoDiT's config, with `boundary_ratio` if there are two experts. grid:
+    the latent (f, h, w). times: the times of a rollout, from flow.schedule; two experts need them. Rewarded
+    is the middle one of the steps that the trained experts make. Raises InputError."""
     world, two = config.gpus * config.nodes, "boundary_ratio" in c
     shape = {key: value for key, value in c.items() if key != "boundary_ratio"}
     skipped, last = 0, config.num_inference_steps
     if two:
         skipped, last = steps_of_expert(config.expert, times, c["boundary_ratio"])
-    step = (skipped + 1 + last) // 2                            # the rewarded one
+    step = (skipped + 1 + last) // 2                            # the rewarded step
     one_rests = config.expert != "both" and (config.parallel == "ddp" or world == 1)
     runtime = Runtime(0, world, torch.device("cpu"), torch.bfloat16, config.sequence_parallel)
     flags = parallel.Flags(config.gradient_checkpointing, config.keep_attention,
@@ -127,7 +127,7 @@ def simulate(config, c, grid, times=None):
     if world > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     attend, model.attend = model.attend, gpu_attend
-    model.rope_table.cache_clear()  # a table of data is none of a fake mode, and the reverse
+    model.rope_table.cache_clear()          # a fake mode cannot use a table with data, nor the reverse
     try:
         with torch.device("meta"):
             policy = model.VideoDiT(**shape)
@@ -142,9 +142,9 @@ def simulate(config, c, grid, times=None):
             if next(one.parameters()).requires_grad:
                 lora.add(one, config.lora_rank)
         for one in (*parts(policy), pavrm):
-            parallel.cast_matrices(getattr(one, "trunk", one), runtime.dtype)               # as on a GPU
+            parallel.cast_matrices(getattr(one, "trunk", one), runtime.dtype)   # lay_out would on a GPU only
             parallel.lay_out(one, runtime, flags)
-        with FakeTensorMode(allow_non_fake_inputs=True):         # the models on meta
+        with FakeTensorMode(allow_non_fake_inputs=True):         # the models, which are on meta
             return iterate(config, c, grid, policy, pavrm, runtime, step)
     finally:
         model.attend = attend
@@ -155,7 +155,7 @@ def simulate(config, c, grid, times=None):
 
 
 def iterate(config, c, grid, policy, pavrm, runtime, step):
-    """One iteration, as train_align.py makes it, under a tracker."""
+    """Runs one iteration, as train_align.py makes it, under a tracker -> the peaks of its phases."""
     for one in (policy, pavrm):
         one._apply(lambda x: torch.empty_like(x, device="cpu"))
     trained = [p for p in policy.parameters() if p.requires_grad]

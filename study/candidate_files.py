@@ -1,6 +1,6 @@
-"""What study/candidates.py and study/resampling.py share: their flags, their models, and the file they write.
+"""What study/candidates.py and study/resampling.py share: flags, models, and the file that each writes.
 
-Axes: m videos, n candidates, c channels, f frames, h height, w width.
+Axes: m videos, n candidates, b batch of candidates, c channels, f frames, h height, w width.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ class Flags:
 
 
 def load(reward, transformer, runtime):
-    """The folders of the flags -> generator, reward model, VAE and text encoder, on the runtime's device."""
+    """Loads generator, reward model, VAE and text encoder to the runtime's device -> the four."""
     dit = load_transformer(transformer or SHIPPED["t2v"]).to(runtime.device).eval()
     pavrm = load_pavrm(reward, dit).to(runtime.device)
     vae = load_vae(SHIPPED["t2v"] / "vae").to(runtime.device)
@@ -37,14 +37,14 @@ def load(reward, transformer, runtime):
 
 
 def annotated(vae, x, prompts):
-    """Latents x [b, c, f, h, w] -> what the annotator says of the videos, {name of ANNOTATED: [b]}"""
+    """Latents x [b, c, f, h, w] -> what the annotator measures on the videos, {name of ANNOTATED: [b]}"""
     found = annotator.annotate(to_pixels(vae.decode(x)).cpu(), prompts)
     return {name: found[name].float() for name in ANNOTATED}
 
 
 def write(path, rows, n):
-    """Batches of candidates, rows [{name: [b, ...]}], video by video with n each -> the file `path`, {name:
-    [m, n, ...]}"""
+    """Writes {name: [m, n, ...]} to the file `path`. rows: the batches of candidates, [{name: [b, ...]}], in
+    which the n candidates of a video follow each other."""
     found = {}
     for name in rows[0]:
         flat = torch.cat([row[name] for row in rows])                               # [m n, ...]

@@ -1,15 +1,16 @@
-"""Samples every candidate of every video to its end, with its rewards on the way and the annotator's grades
-of the video. From these study/search.py replays any best-of-n plan without sampling again.
+"""Samples every candidate of every video to the end and keeps its rewards on the way and what the annotator
+measures on the finished video. From these numbers study/search.py can tell what any way of dropping
+candidates would have kept, without sampling again.
 
     python -m study.candidates --reward checkpoints/reward
     python -m study.candidates --reward checkpoints/reward --count 4 --guidance 1
 
---guidance moves x along the reward's gradient while it is sampled. At t <= 1/2 the velocity is v - scale t /
-(1 - t) grad r(x_t, t, p). This is classifier guidance for the straight path, because r is a log-odds; scale 1
-is its strength where r is far below 0.
+--guidance moves the candidates along the reward's gradient while they are sampled. At t <= 1/2 the velocity
+is v - scale t / (1 - t) grad r(x_t, t, p). This is classifier guidance for the straight path, because r is a
+log-odds. Where r is far below 0, a scale of 1 guides by the gradient of log sigmoid(r).
 
-Writes candidates.safetensors. It holds "rewards" [m, n, times], at the times REWARDED of study/search.py, and
-what the annotator says, [m, n] for each name in ANNOTATED.
+Writes candidates.safetensors, which holds "rewards" [m, n, times] at the times REWARDED of study/search.py,
+and what the annotator measures, [m, n] for each name in ANNOTATED.
 
 Axes: m videos, n candidates, b batch of candidates, c channels, f frames, h height, w width, l text tokens.
 """
@@ -48,8 +49,8 @@ def along_the_reward(pavrm, x, t, context):
 
 @torch.no_grad()
 def sample_and_reward(dit, pavrm, x, context, num_steps, guidance):
-    """Noise x [b, c, f, h, w] -> (x at t = 0, rewards [b, times] where the steps are nearest to the times
-    REWARDED)"""
+    """Samples from noise x [b, c, f, h, w] -> (x at t = 0, rewards [b, times] at the times of the schedule
+    that are nearest to REWARDED)"""
     times = flow.schedule(num_steps, device=x.device)
     rewarded = {int((times - t).abs().argmin()) for t in REWARDED}
     rewards = []
@@ -69,7 +70,8 @@ def sample_and_reward(dit, pavrm, x, context, num_steps, guidance):
 def main(config):
     runtime = common.setup(config.mixed_precision, config.seed)
     dit, pavrm, vae, text = load(config.reward, config.transformer, runtime)
-    prompts = scene.draw_prompts(config.num_videos, SEED + 1, config.split)     # those of evaluate.py, seed 0
+    # the prompts of evaluate.py with --seed 0
+    prompts = scene.draw_prompts(config.num_videos, SEED + 1, config.split)
     context = text.encode(prompts)
     shape, n = scene.LATENT_SHAPES["tiny"], config.count
     numbers = range(config.first, config.first + n)

@@ -1,19 +1,19 @@
-"""What an iteration costs, in seconds and memory, on the shipped tiny generator: with SFT, with PRFL by both
-recipes, and with RGB ReFL, where the first frame or all frames are decoded.
+"""Measures the seconds and memory of an iteration on the shipped tiny generator: with SFT, with both recipes
+of PRFL, and with RGB ReFL, where the first frame or all frames are decoded.
 
-    python -m study.cost times                           all methods in turn, A B C A B C, at the world's size
+    python -m study.cost times                           all methods in turn, A B C A B C, at one size
     python -m study.cost cell --method prfl --frames 33  one method at one size, in a process of its own
     python -m study.reproduce table4                     all of these, and the table
 
 An iteration is that of train_align.py: an SFT update, then a reward update.
 
-The rewarded step. With the paper's recipe (prfl, refl_first, refl_all) training draws one step per batch,
-from all N steps for PRFL and from the last third for RGB ReFL. The seconds of an iteration grow linearly with
-it, so the mean step stands for all here (or the two steps next to the mean, in turn). The steady recipe
-(prfl_steady) draws one step per batch too. results/table4.md was made when it drew a step for each video.
+Training draws one rewarded step per batch: PRFL from all N steps, with both recipes, and RGB ReFL from the
+last third. The seconds of an iteration grow linearly with the number of the rewarded step. So this script
+always rewards the mean step or, if the mean lies between two steps, these two in turn. results/table4.md was
+made when the steady recipe (prfl_steady) still drew a step for each video.
 
-Memory is the peak minus what the process held before the first update, when weights and optimizer were there.
-On a CPU both numbers are the process's resident set, on a GPU what torch allocated.
+Memory is the peak minus what the process held before the first update, when weights and optimizer were
+already allocated. On a CPU both numbers are the process's resident set, on a GPU what torch allocated.
 
 The generator was trained on 9 frames of 32x32 only, and the reward models here were not trained at all. So
 the costs are right, but the rewards mean nothing.
@@ -76,14 +76,14 @@ class Config:
 def make_iteration(method, config, runtime):
     """-> a function iteration(i) that makes one training iteration of `method`, on noise instead of data.
 
-    It has a generator and an optimizer of its own.
+    Every call of make_iteration loads another generator and makes another optimizer.
     """
     f, h, w = plan.latent_grid(config.frames, config.size)
     policy = load_transformer(BASE).to(runtime.device).train()
     policy.gradient_checkpointing = config.gradient_checkpointing
     text_len, text_dim = policy.config["text_len"], policy.config["text_dim"]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0)
-    for p in policy.parameters():                           # the moments that the first step would allocate
+    for p in policy.parameters():       # AdamW's moments, so that they are there before memory is measured
         optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p),
                               "exp_avg_sq": torch.zeros_like(p)}
     if method.startswith("prfl"):
@@ -129,7 +129,8 @@ def make_iteration(method, config, runtime):
 
 
 def mean_step(method, i, N):
-    """The mean of the steps that training draws from or, if it lies between two steps, these two in turn."""
+    """The mean of the steps that training draws from or, if the mean lies between two steps, these two in
+    turn, by the number i of the iteration."""
     skipped, last = prfl.steps_of_part(PART[method], N)
     return (skipped + 1 + last + i % 2) // 2
 
@@ -146,8 +147,8 @@ def timed(iteration, i, device):
 def bytes_now(device):
     """Bytes that the process holds now; `peak` counts from here on.
 
-    On a CPU this is the size of the resident set, after freed memory was given back to the system. On systems
-    other than Linux it is the peak so far.
+    On a CPU this is the size of the resident set, after freed memory was given back to the system; systems
+    other than Linux only tell the peak so far.
     """
     gc.collect()
     if device.type == "cuda":
@@ -165,10 +166,10 @@ def peak(device):
     """The most bytes that the process held at one time since `bytes_now`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    if sys.platform == "linux":                             # ru_maxrss would also count the parent process
+    if sys.platform == "linux":                 # where ru_maxrss would also count the parent process
         return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if sys.platform == "darwin":                                # bytes there, elsewhere kilobytes
+    if sys.platform == "darwin":                                # macOS counts bytes, other systems kilobytes
         return largest
     return largest * 1024
 
@@ -179,7 +180,7 @@ def main(config):
         iterations = {method: make_iteration(method, config, runtime) for method in METHODS}
         seconds = {method: [] for method in METHODS}
         for i in common.progress(range(config.rounds + 1), "rounds"):
-            for method, iteration in iterations.items():        # in turn, so that other load slows all alike
+            for method, iteration in iterations.items():    # in turn: other load slows all methods alike
                 seconds[method].append(timed(iteration, i, runtime.device))
         found = {method: times[1:] for method, times in seconds.items()}
     else:

@@ -1,14 +1,14 @@
-"""The speed of our VideoDiT's forward and backward pass beside diffusers' WanTransformer3DModel, with the
-same weights and inputs.
+"""Times the forward and backward pass of our VideoDiT and of diffusers' WanTransformer3DModel, with the same
+weights and inputs.
 
     python -m study.dit                                  # every shape and precision, about 3 minutes
     python -m study.dit --shapes tiny --rounds 40 --output dit.json
     python -m study.dit --threads 1 --clock cpu          # on a machine that is shared with other work
 
 The two models run in turn, A B A B. Each round has a ratio, ours / theirs, and the table shows the median of
-the ratios: load on a shared machine disturbs it less than the medians of the two times. Before anything is
-timed, the outputs and the gradients of the input are compared and must be equal (in bf16 as far as its 8 bits
-go). The loss is a mean square.
+these ratios, because other load on the machine disturbs a ratio less than a time. Before anything is timed,
+the outputs of both models and the gradients of their inputs are compared. They must be equal, in bf16 as far
+as its 8 bits go. The loss is the mean square of the output.
 """
 import argparse
 import itertools
@@ -33,7 +33,7 @@ SHAPES = {  # name: (config, batch, latent f h w)
 
 
 def build(config, device):
-    """Our model with every weight drawn at random, and diffusers' with the same weights."""
+    """-> (our model with every weight drawn at random, diffusers' model with the same weights)"""
     from diffusers import WanTransformer3DModel
     torch.manual_seed(0)
     ours = model.VideoDiT(**config)
@@ -54,7 +54,8 @@ def seconds(step, device, clock):
 
 
 def compare(name, rounds, device, dtype, clock):
-    """A row of the table: the median times in milliseconds, and the median over rounds of ours / theirs."""
+    """Times one shape in one precision -> a row of the table: the median times in milliseconds, and the
+    median of the rounds' ratios ours / theirs."""
     config, b, size = SHAPES[name]
     ours, theirs = build(config, device)
     x = torch.randn(b, config["in_dim"], *size, device=device)

@@ -1,17 +1,17 @@
-"""`python -m study.reproduce endurance`: does PRFL hold at any length? Recipes, learning rates and rewards,
-run for long.
+"""`python -m study.reproduce endurance`: do the generator's videos stay good, however long PRFL trains it?
 
-The generator can learn to please the reward and not the eye. This study crosses what could prevent it:
+The generator can learn to please the reward model and not the eye. This study combines three choices that
+could prevent that:
 
 recipe      paper: Algorithm 1. steady: at most four long steps in the rollout, and -log sigmoid(r).
-            by video: the same with a step of its own for each video of a batch (study/why.py).
+            by video: like steady, but each video of a batch has its own rewarded step (study/why.py).
 schedule    the learning rate stays constant, or falls linearly to 0 at the end of the run.
-reward      as the paper trains it, or with a quarter of each batch under another video's prompt and
-            labelled bad (train_reward.py --mismatched).
+reward      the reward model is trained as in the paper, or a quarter of each of its batches gets another
+            video's prompt and the label bad (train_reward.py --mismatched).
 
-The whole study is 61 runs, most of 50 minutes of a core. So a finished run is kept in
-results/endurance_runs.json, as its curves and its verdicts on the test videos, and is not made again. Remove
-its entry there to make it anew. results/endurance.md says how many are made.
+The whole study is 61 runs, and most of them take 50 minutes on one core. So the curves and the test verdicts
+of a finished run are kept in results/endurance_runs.json, and the run is not made again until its entry there
+is removed. results/endurance.md says how many runs are made.
 """
 from typing import NamedTuple
 
@@ -33,7 +33,7 @@ from validation import OTHER_PROMPT_WEIGHT
 from world import annotator, scene
 
 EVERY = 40                                                      # iterations between validations
-VALIDATED, TESTED, TEST_SEED = 256, 512, 7_000                  # videos; the seed is evaluate.py's
+VALIDATED, TESTED, TEST_SEED = 256, 512, 7_000                  # numbers of videos, and evaluate.py's seed
 PANEL = ("speed", "brightness", "saturation")
 RECIPES = {"paper": ("train_align.py", "--method", "prfl", "--recipe", "paper"),
            "steady": ("train_align.py", "--method", "prfl", "--recipe", "steady"),
@@ -42,10 +42,11 @@ RECIPES = {"paper": ("train_align.py", "--method", "prfl", "--recipe", "paper"),
 
 
 class Case(NamedTuple):
-    """One run, but for its seed.
+    """A run without its seed.
 
-    mismatched: share of the reward model's batches. length: iterations. parts: the reward model learns from
-    one in so many of the labelled samples, for reward_steps steps (None: the preset's).
+    mismatched: the share of each batch of the reward model that gets another video's prompt. rate: learning
+    rate. length: number of iterations. parts: the reward model learns from 1 / parts of the labelled samples,
+    for reward_steps steps (None: the preset's number).
     """
     recipe: str
     schedule: str = "constant"
@@ -62,7 +63,7 @@ class Case(NamedTuple):
         return f"{self.recipe}, {self.schedule}, {self.rate:g}, {reward}, {self.length}, seed {seed}"
 
     def reward_flags(self):
-        """Flags of train_reward.py; none is the reward model of the other tables."""
+        """Flags of train_reward.py. Without flags it makes the reward model of the other tables."""
         flags = ("--mismatched", self.mismatched) if self.mismatched else ()
         if self.parts > 1:
             flags += ("--fold", f"1/{self.parts}", "--max_train_steps", self.reward_steps)
@@ -73,7 +74,8 @@ class Case(NamedTuple):
         return f"{self.recipe}, {self.schedule} {self.rate:g}, {reward}"
 
 
-# The long runs that are compared, and then shorter ones: a falling rate has one length.
+# LONG has the long runs that are compared. MORE has other lengths, because a run whose learning rate falls to
+# 0 does not contain the shorter runs, and another rate.
 LONG = [Case(recipe, schedule, mismatched) for mismatched in (0.25, 0) for recipe in RECIPES
         for schedule in ("constant", "linear")]
 MORE = [Case("paper", length=480), Case("steady", "linear", rate=2e-4, length=1920),
@@ -85,13 +87,13 @@ MORE = [Case("paper", length=480), Case("steady", "linear", rate=2e-4, length=19
 
 # ---- one run
 def judge_seed(work, seed, case):
-    """The seed of the reward model that watches a run as judge (train_align.py --judge), or None. It is the
-    next seed's, and it watches runs of the paper's recipe, which have to be stopped."""
+    """The seed whose reward model is the judge of a run (train_align.py --judge): the next one. Only runs of
+    the paper's recipe, which have to be stopped in time, have a judge. The others: None."""
     return (seed + 1) % max(2, len(work.seeds)) if case.recipe == "paper" else None
 
 
 def part_of_case(work, seed, case):
-    """(folder, file that it ends with, script, *flags), as Work.run takes them."""
+    """The part that makes a run, as Work.run takes it: (folder, last file that it writes, script, *flags)."""
     words = case.name(seed).replace(", ", "_").replace(" ", "-")
     reward = lambda seed: reward_folder(work, seed, case.reward_flags()) / "reward"
     judge = judge_seed(work, seed, case)
@@ -104,15 +106,15 @@ def part_of_case(work, seed, case):
 
 
 def reward_models(work, wanted):
-    """Of the runs [(seed, case)], with their judges -> what train_reward_models makes."""
+    """Runs [(seed, case)] -> their reward models and judges, [(seed, train_reward flags)]."""
     both = [(of, case.reward_flags()) for seed, case in wanted
             for of in (seed, judge_seed(work, seed, case)) if of is not None]
     return list(dict.fromkeys(both))
 
 
 def curve_of(rows):
-    """Rows of a metrics.jsonl -> {iteration: {"qualified", "cpu_seconds" of all updates until then, and the
-    panel}}"""
+    """Rows of a metrics.jsonl -> {iteration: {"qualified" and the other validation metrics, "reward",
+    "cpu_seconds" of all updates until then}}, for the iterations that were validated."""
     curve, seconds = {}, 0.0
     for row in rows:
         seconds += sum(value for name, value in row.items() if name.endswith("_cpu_seconds"))
@@ -131,8 +133,9 @@ def bits(values):
 
 @torch.no_grad()
 def test_verdicts(transformer):
-    """The generator in folder `transformer` on evaluate.py's test videos and on reworded sentences ->
-    {"test, firm": {"qualified": bits, ...}, ..., "test means": [speed, brightness, saturation], ...}"""
+    """Samples evaluate.py's test sentences, and reworded ones, with the generator in folder `transformer` ->
+    what the annotators find, {"test, firm": {"qualified": bits, ...}, ..., "test means": [speed, brightness,
+    saturation], ...}"""
     runtime = common.setup(runs.fast_precision(), 0)
     base = SHIPPED["t2v"]
     dit = load_transformer(transformer).to(runtime.device).eval()
@@ -162,7 +165,8 @@ def read_kept(path):
 
 
 def kept_in(work, file):
-    """What is kept in results/`file`, of the repository and of --results_dir -> {name: what is kept}"""
+    """Reads `file` from the repository's results/ and from --results_dir, which counts where both have a name
+    -> {name: what is kept}"""
     return read_kept(HOME / "results" / file) | read_kept(work.results / file)
 
 
@@ -172,13 +176,14 @@ def keep(work, file, kept):
 
 
 def finished(work, wanted, file="endurance_runs.json", part_of_run=part_of_case):
-    """Makes those of [(seed, case)] that are not kept in `file` -> {name of the run: what is kept of it}"""
+    """Makes the runs [(seed, case)] that are not kept in `file` -> {name of the run: what is kept of the
+    run}"""
     kept = kept_in(work, file)
     missing = [(seed, case) for seed, case in wanted if case.name(seed) not in kept]
     train_reward_models(work, reward_models(work, missing))
-    for i in range(0, len(missing), work.jobs):                 # kept as soon as they are there
+    for i in range(0, len(missing), work.jobs):     # a few at a time: an interruption loses only these
         together = missing[i:i + work.jobs]
-        # The first run of a seed renders the curated clips of all, so those of the same seed come after it.
+        # The first run of a seed renders the curated clips for all runs of this seed, so it goes before them.
         first = {seed: part_of_run(work, seed, case) for seed, case in reversed(together)}
         work.run(list(first.values()))
         work.run([part_of_run(work, seed, case) for seed, case in together])
@@ -202,10 +207,10 @@ def rates(curve):
 
 
 def fall(curves):
-    """Curves of the seeds -> (how far the last quarter of the validations lies from the best quarter, its 95
-    % interval).
+    """Curves of the seeds -> (mean of the last quarter of the validations minus that of the best quarter, the
+    95 % interval of this difference).
 
-    The best quarter is the one whose mean over the seeds is highest, so a run that neither rises nor falls
+    The best quarter is the one with the highest mean over the seeds. So a run that neither rises nor falls
     has a difference a little below zero.
     """
     values = np.array([rates(curve) for curve in curves])                               # [seeds, validations]
@@ -222,8 +227,8 @@ def test_values(parts, key, what="qualified"):
 
 
 def row_of(case, parts):
-    """-> (numbers, cells of the table). The names of numbers of test videos are those of
-    results/table1.json."""
+    """parts: what is kept of a case's runs, one for each seed -> (numbers, cells of the table). Numbers about
+    the test videos have the same names as in results/table1.json."""
     curves = [part["curve"] for part in parts]
     difference, interval = fall(curves)
     at = {step: [curve[str(step)]["qualified"] for curve in curves]
@@ -262,7 +267,7 @@ def endurance(work):
 
 
 def report(work, kept, cases):
-    """Writes the table and the curves of those runs that are kept."""
+    """Writes the table and the curves of the runs that are kept."""
     rows, cells, curves, used = {}, [], {}, []
     for case in cases:
         parts = [kept[case.name(seed)] for seed in work.seeds if case.name(seed) in kept]
@@ -284,31 +289,35 @@ def report(work, kept, cases):
     plot(work.results / "endurance.png", panels)
     judged, stops = stopped_by_the_judge(work, kept, cases)
     minutes = sum(part["minutes"] for part in used)
-    lines = [f"The share of {VALIDATED} validation videos that are qualified after so many iterations, mean "
-             "over the seeds. Then how far the last quarter of the validations lies from the best quarter. "
-             f"Then {TESTED} test videos at the end: by the firm annotator with its interval and by seed, by "
-             "the strict and the loose one, and in other wordings; and what the firm one sees. Each seed "
-             "has a reward model of its own. Mismatched: the share of each of its batches that got another "
+    lines = [f"The columns 40 to 960 are the share of {VALIDATED} validation videos that are qualified after "
+             "this many iterations, as a mean over the seeds. The column after them is the mean of the last "
+             "quarter of the validations minus that of the best quarter. All later columns are about "
+             f"{TESTED} test videos at the end of the run. \"Test videos\" and \"by seed\" are the share "
+             "that the firm annotator calls qualified; \"strict\" and \"loose\" are the shares of the strict "
+             "and the loose annotator; \"reworded\" is the firm annotator's share where the prompts are in "
+             "other wordings. The last four columns are what the firm annotator measures. Each seed has its "
+             "own reward model. Mismatched: the share of each batch of the reward model that got another "
              f"video's prompt and the label bad.", "", *table(HEAD, cells)]
     if stops:
-        lines += ["The reward model of the next seed watched these runs as judge. Lost: the annotator's best "
-                  "rate on the validation videos less its rate where the judge would have stopped the run. "
-                  f"Its score is its opinion less {OTHER_PROMPT_WEIGHT:g} times its opinion with other "
-                  "prompts.", "",
+        lines += ["In these runs the reward model of the next seed was the judge. The judge's opinion is the "
+                  "probability that it gives to the samples being good. Its score is this opinion minus "
+                  f"{OTHER_PROMPT_WEIGHT:g} times its opinion of the same samples with other prompts. A run "
+                  "would be stopped where the score, or the opinion alone, is highest. Lost: the annotator's "
+                  "best rate on the validation videos minus its rate there.", "",
                   *table(["run", "annotator's best at", "score's choice at", "lost", "opinion's choice at",
                           "lost", "lost at the end"], stops)]
     wanted = sum(len(seeds_of(work, case)) for case in cases)
     if len(used) < wanted:
         lines += [f"{len(used)} of {wanted} runs are made. The command below makes the others.", ""]
-    lines += [f"The runs took {minutes:.0f} minutes of a core, at "
+    lines += [f"The runs took {minutes:.0f} minutes on one core in sum, at "
               f"{', '.join(sorted({part['commit'] for part in used}))}.", ""]
-    work.write("endurance", "Does it hold? Recipes, learning rates and rewards over many iterations", lines,
-               {"rows": rows, "judge": judged})
+    work.write("endurance", "Does PRFL stay good? Recipes, learning rates and rewards over many iterations",
+               lines, {"rows": rows, "judge": judged})
 
 
 def stopped_by_the_judge(work, kept, cases):
-    """What it costs to stop where a judge says -> (numbers, rows of the table), one for each run that has
-    been watched by one."""
+    """What is lost by stopping where the judge chooses -> (numbers, rows of the table), one of each for every
+    run that had a judge."""
     numbers, cells = {}, []
     for name in (case.name(seed) for case in cases for seed in work.seeds):
         curve = kept.get(name, {}).get("curve", {})

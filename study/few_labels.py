@@ -1,18 +1,18 @@
 """`python -m study.reproduce few_labels`: how many labels does it take?
 
-Reward models learn from a random part of a seed's labelled samples. Then each of them aligns the generator
-with the steady recipe. So the table says what somebody who pays for labels wants to know: how good the
-generator is in the end, and not only how often the reward model is right. The runs are kept beside those of
-study/endurance.py.
+Reward models learn from a random part of a seed's labelled samples. Then the generator is aligned with each
+of them, with the steady recipe. So the table says what somebody who pays for labels wants to know: how good
+the generator is in the end, and not only how often the reward model is right. The runs are kept in the same
+file as those of study/endurance.py.
 """
 import numpy as np
 
 from report import plot, show, table
 from study.endurance import Case, finished, row_of
 
-# (parts, steps): the reward model learns from one in `parts` of the labelled samples, for `steps` steps. With
-# fewer samples it gets fewer steps, because it soon knows them by heart. The reward models that learn from
-# all samples are those of endurance.py.
+# (parts, steps): the reward model learns from 1 / parts of the labelled samples, for `steps` steps. The fewer
+# the samples, the fewer the steps, because few samples are soon known by heart. The reward models that learn
+# from all samples are those of endurance.py.
 SIZES = ((320, 200), (80, 400), (20, 800), (5, 1600), (1, None))
 CASES = [Case("steady", "linear", mismatched, 2e-4, 480, parts, steps)
          for mismatched in (0.25, 0) for parts, steps in SIZES]
@@ -21,7 +21,7 @@ HEAD = ["labels", "mismatched", "seeds", "held-out accuracy, clean", "40", "120"
 
 
 def cases_of(work):
-    """CASES without those that leave fewer than 50 samples with this preset."""
+    """CASES, but for those in which this preset leaves the reward model fewer than 50 samples."""
     return [case for case in CASES if work.preset["samples"] // case.parts >= 50]
 
 
@@ -30,7 +30,7 @@ def few_labels(work):
 
 
 def report(work, kept):
-    """Writes the table and the curve of those runs that are kept."""
+    """Writes the table and the curves of the runs that are kept."""
     rows, cells, curves, made = {}, [], {}, 0
     for case in cases_of(work):
         parts = [kept[case.name(seed)] for seed in work.seeds if case.name(seed) in kept]
@@ -38,7 +38,7 @@ def report(work, kept):
             continue
         made += len(parts)
         numbers, _ = row_of(case, parts)
-        rewards = [part["reward"] for part in parts if "reward" in part]    # older runs did not keep them
+        rewards = [part["reward"] for part in parts if "reward" in part]    # older runs kept no report
         labels, accuracy = "all", ""
         if rewards:
             labels = round(np.mean([reward["trained_on"] + reward["held_out"] for reward in rewards]))
@@ -57,11 +57,12 @@ def report(work, kept):
         means.append(test["mean"])
     plot(work.results / "few_labels.png",
          {"qualified test videos": ("samples that were graded", curves)})
-    lines = ["The generator after 480 iterations of the steady recipe (2e-4, falling to 0), by how many "
-             "labelled samples its reward model had. A fifth of them, at most 400, were held out: the "
-             "accuracy on few is uncertain. Samples whose grade lies between good and bad have no label: "
-             f"about a fifth of the {work.preset['samples']:,} graded ones. Mismatched: the share of each "
-             "batch that got another video's prompt and the label bad.", "", *table(HEAD, cells)]
+    lines = ["Every row had 480 iterations of the steady recipe, whose learning rate falls from 2e-4 to 0. "
+             "The rows differ in how many labelled samples the reward model had. A fifth of these samples, "
+             "at most 400, were held out; if that is only a few, the accuracy on them is uncertain. Samples "
+             "whose grade lies between good and bad have no label. They are about a fifth of the "
+             f"{work.preset['samples']:,} graded samples. Mismatched: the share of each batch of the reward "
+             "model that got another video's prompt and the label bad.", "", *table(HEAD, cells)]
     wanted = len(cases_of(work)) * len(work.seeds)
     if made < wanted:
         lines += [f"{made} of {wanted} runs are made. The command below makes the "

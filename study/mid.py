@@ -46,7 +46,7 @@ def mid(work):
     found = []
     for by_seed in zip(*evaluated):
         rows = {}
-        for more in reversed(by_seed):                      # clean renders are in each: the first ones count
+        for more in reversed(by_seed):      # all four have a row "clean renders"; the first one's is kept
             rows |= more
         found.append({row: rows[row] for row in order})
     cells, lines = quality_table(found)

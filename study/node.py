@@ -1,4 +1,5 @@
-"""Seconds and peak memory of one update at the true Wan2.1 size, on this machine, with random weights.
+"""Measures the seconds and peak memory of one update at Wan's true size, on this machine, with random
+weights.
 
     python -m study.node
         On a CPU: wan2.1-t2v-1.3b, latents of 3x8x8, only adapters train, in one process and in two with fsdp.
@@ -8,13 +9,13 @@
         clips that several GPUs share. Writes gpu.md.
     python -m study.node --model wan2.1-t2v-14b --layouts fsdp:8 fsdp:8:4
     python -m study.node --model wan2.1-t2v-14b --layers 4 --profile
-        The true width, but only four blocks, which takes seconds; and which kernels take the time.
+        Only four blocks, at their true width, which takes seconds. Also lists the kernels that take the time.
     python -m study.node --first_hour
-        What a GPU should be asked first, in 13 minutes, in the order of what is worth knowing (FIRST below).
-        Each answer is printed, and is in results/gpu.md, as soon as it is there. A part that fails, runs out
-        of memory or takes too long says so, and the next one begins.
+        Asks a GPU the most important questions, in 13 minutes, the most important first (FIRST below). Each
+        question is a part. Its answer is printed and written to results/gpu.md at once. If a part fails, runs
+        out of memory or takes too long, its answer says so, and the next part begins.
     python -m study.node --first_hour --parts 1 5 --minutes 5
-        Only these parts of it.
+        Only parts 1 and 5.
     torchrun --nproc_per_node=2 -m study.node --update prfl --parallel fsdp
         A single row, printed as JSON.
 
@@ -27,16 +28,16 @@ An update is a loss, its backward pass, clipping and an AdamW step. The losses:
 - vae: no update, but Wan2.1's VAE in float32, which encodes and decodes one clip, as data.py and sample.py
   do.
 
-Weights are drawn once and kept in bf16. Every process reads what it needs of them, to float32 where they
-train. Autocast is bf16, and activation checkpointing is on. The decoder of refl is Wan2.1's, from diffusers,
-with random weights in bf16. Without diffusers the rows that need it only say so. The rewarded step is the
-middle one of those that training draws from (all N steps for prfl, the last third for refl). So a row's
-seconds are those of an average update.
+Weights are drawn once and kept in bf16. Every process reads the weights that it needs, and turns those that
+train into float32. Autocast is bf16, and activation checkpointing is on. The decoder of refl is Wan2.1's,
+from diffusers, with random weights in bf16. If diffusers is missing, the rows that need it say so. The
+rewarded step is the middle one of those that training draws from (all N steps for prfl, the last third for
+refl). So a row's seconds are those of an average update.
 
-peak: the most bytes that PyTorch had allocated at one time, in the process that had the most. On a CPU they
-come from the profiler's record of every allocation. planned: what scale/plan.py predicts. MFU: FLOPs per
-second (by the planner's formulas, with recomputation) / FLOPs per second of a bf16 matrix product, which the
-same processes measure. If an update runs out of memory, its row says so.
+peak: the most bytes that PyTorch had allocated at one time, in the process that had the most. On a CPU this
+comes from the profiler's record of every allocation. planned: what scale/plan.py predicts. MFU: the update's
+FLOPs per second (by the planner's formulas, with recomputation) / the FLOPs per second of a bf16 matrix
+product, which the same processes measure. If an update runs out of memory, its row says so.
 """
 import contextlib
 import dataclasses
@@ -72,7 +73,7 @@ from pavrm import PAVRM, load_pavrm
 from scale import lora, parallel, plan
 
 UPDATES = ("sft", "prfl", "prfl_steady", "refl_first", "refl_all", "vae")
-DRAWN = 4_194_301                                       # a prime, so that no rows of a matrix are alike
+DRAWN = 4_194_301                                       # a prime, so that no two rows of a matrix are alike
 RESIDENT = ("resident: the most memory that a process held, including libraries and cached files. The "
             "seconds only show that it runs: they say nothing about a GPU.")
 TOKENS = "tokens/s: the tokens of all clips / the seconds of the whole update, including the rollout."
@@ -124,10 +125,10 @@ class Config(parallel.Flags):
 
 
 ON_GPUS = dict(frames=81, size=("832*480", "1280*720"), updates=UPDATES, lora_rank=0, num_inference_steps=40,
-               rounds=4, matmul=8192)                           # what flags are if they are not given
+               rounds=4, matmul=8192)                           # for the flags that are not given
 ON_A_CPU = dict(frames=9, size=("64*64",), updates=UPDATES[:4], lora_rank=16, num_inference_steps=8,
                 rounds=1, matmul=1024)
-# --first_hour: (what is asked, seconds at most, flags). The tests come first: a wrong number needs no timing.
+# --first_hour: (question, seconds at most, flags). The tests come first: it is no use to time wrong numbers.
 SMALL, LARGE = dict(model="wan2.1-t2v-1.3b"), dict(model="wan2.1-t2v-14b", layers=4)
 AT_480P, AT_720P = dict(size=("832*480",)), dict(size=("1280*720",))
 FIRST = (
@@ -150,11 +151,11 @@ FIRST = (
 
 # ---- what an update needs
 def random_weights(folder, c, depth, seed):
-    """Folders with the random weights of a generator (config c) and of a reward model of `depth` blocks ->
-    two paths.
+    """Draws random weights for a generator (config c) and a reward model of `depth` blocks -> their folders.
 
-    A folder that is missing is written, one weight at a time. Matrices have variance 1 / columns, norms are
-    1, biases 0. The numbers of a large matrix repeat after DRAWN, which takes seconds in place of minutes.
+    A folder that is there already is kept; a new one is written one weight at a time. Matrices have variance
+    1 / columns, norms are 1, and biases are 0. The numbers of a large matrix repeat after DRAWN of them, so
+    that drawing takes seconds and not minutes.
     """
     generator, reward = Path(folder) / "transformer", Path(folder) / f"reward-{depth}"
     with torch.device("meta"):
@@ -185,7 +186,7 @@ class WanDecoder:
     def __init__(self, device):
         from diffusers import AutoencoderKLWan
         self.vae = AutoencoderKLWan().to(device, torch.bfloat16).requires_grad_(False).eval()
-        del self.vae.encoder, self.vae.quant_conv                                   # not used here
+        del self.vae.encoder, self.vae.quant_conv                                   # a decoder needs neither
         statistic = lambda name: torch.tensor(self.vae.config[name], device=device).view(1, -1, 1, 1, 1)
         self.mean = statistic("latents_mean")
         self.std = statistic("latents_std")
@@ -234,7 +235,7 @@ def peak_of(device, models):
     """Yields a list that holds, after the block, the most bytes that PyTorch had allocated at one time within
     it.
 
-    On a CPU that is the weights of `models`, which are there before, plus what the block allocates.
+    On a CPU this is the weights of `models`, which were allocated before, plus what the block allocates.
     """
     peak = []
     if device.type == "cuda":
@@ -253,8 +254,8 @@ def peak_of(device, models):
 
 
 def kernels_of(update, device, count=12):
-    """What `update`, a function, spends its time with -> {"attention": names of the fused kernels that ran,
-    "kernels": [[name, milliseconds, calls]], the longest first}. On a CPU operations stand for kernels."""
+    """Profiles one call of `update` -> {"attention": names of the fused kernels that ran, "kernels": [[name,
+    milliseconds, calls]], the longest first}. On a CPU it lists operations instead of kernels."""
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
@@ -297,14 +298,15 @@ def measure_vae(config, runtime):
                     f"{peak[0] / 1e9:.2f} GB")
         row = {"update": "vae", "size": config.size[0], "parallel": config.parallel, "processes": 1,
                "sequence_parallel": 1, "note": "; ".join(said)}
-        say(row, runtime)                                       # decoding can be out of memory
+        say(row, runtime)                               # at once, because decoding may run out of memory
     return row
 
 
 def measure(config, c, runtime, paths, speed):
     """Measures config.update -> a row of the table, {"update", "seconds", "peak_gb", ...}.
 
-    config.size has one size. c: the generator's config. paths: of `random_weights`. speed: of `matmul_speed`.
+    config.size has one size. c: the generator's config. paths: what `random_weights` returned. speed: what
+    `matmul_speed` returned.
     """
     device, b, N = runtime.device, config.batch_size, config.num_inference_steps
     method, _, variant = config.update.partition("_")
@@ -318,7 +320,8 @@ def measure(config, c, runtime, paths, speed):
         pixel_reward.requires_grad_(False).eval()
     policy = load_transformer(paths[0], load_now=False).train()
     lora.add(policy, config.lora_rank, seed=config.seed)
-    parallel.shard(parallel.cast_matrices(policy, runtime.dtype), runtime, config)          # as on a GPU
+    # train_align.py casts only on a GPU; here a CPU does too, as its peak has to be like a GPU's
+    parallel.shard(parallel.cast_matrices(policy, runtime.dtype), runtime, config)
     models = [policy]
     if method == "prfl":
         pavrm = load_pavrm(paths[1], policy, load_now=False)
@@ -345,7 +348,7 @@ def measure(config, c, runtime, paths, speed):
     context = torch.randn(b, c["text_len"], c["text_dim"]).to(device)
     conditions = random_conditions(c, b, f, h, w, device)
     skipped, last = prfl.steps_of_part("late" if method == "refl" else "full", N)
-    step = (skipped + last - 1) // 2 + 1                        # the middle one is rewarded
+    step = (skipped + last - 1) // 2 + 1                        # the rewarded step: the middle one
     how = dict(rollout_passes=recipe["rollout_passes"], loss=recipe["reward_loss"], **conditions)
 
     def loss():
@@ -392,21 +395,21 @@ def measure(config, c, runtime, paths, speed):
             "rewarded_step": step, "forward_passes": passes, "tokens": planned["n"] * b * planned["groups"],
             "flops": flops, "matmul_tflops": speed / 1e12}
     if config.profile:
-        say(row, runtime)                                       # a profiler that fails must not lose it
+        say(row, runtime)                               # at once, because the profiler may fail
         row |= kernels_of(make_update, device)
     return row
 
 
 def say(row, runtime):
-    """Prints a row on rank 0, for `measured_apart`, which takes the last one."""
+    """Prints a row on rank 0, for `measured_apart`, which takes the last row that it finds."""
     if runtime.rank == 0:
         print(json.dumps(row), flush=True)
 
 
 # ---- one process for each row
 def layouts_of(config, gpus, heads):
-    """[(parallel, processes, processes that share a clip)]. heads: of the generator's attention. Raises
-    InputError."""
+    """[(parallel, processes, processes that share a clip)]. heads: the number of attention heads of the
+    generator. Raises InputError."""
     layouts = []
     for layout in config.layouts:
         kind, *numbers = layout.split(":")
@@ -449,10 +452,10 @@ def flags_of(config):
 
 
 def run_apart(command, patience=None, environment=None):
-    """Runs a command -> (its exit code; what it wrote to stdout; what it wrote to stderr). If it is not done
-    after `patience` seconds, it is ended with all that it has started, and its code is None."""
+    """Runs a command -> (its exit code, what it wrote to stdout, what it wrote to stderr). If it is not done
+    after `patience` seconds, it and all that it started are ended, and the exit code is None."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        # files, as a pipe stays open while anything that the command started still runs
+        # files and not pipes, because a pipe stays open while anything that the command started still runs
         process = subprocess.Popen(command, stdout=out, stderr=err, env=environment, process_group=0)
         code = None
         try:
@@ -461,7 +464,7 @@ def run_apart(command, patience=None, environment=None):
             pass
         finally:
             if code is None:
-                os.killpg(process.pid, signal.SIGTERM)          # on which torchrun ends its own processes
+                os.killpg(process.pid, signal.SIGTERM)          # torchrun then ends its own processes
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(5)
                 with contextlib.suppress(ProcessLookupError):
@@ -473,8 +476,8 @@ def run_apart(command, patience=None, environment=None):
 
 
 def measured_apart(config, kind, processes, shared, patience=None):
-    """The row of config.update, measured by processes of its own. If they fail, or take more than `patience`
-    seconds, the row has a note that says why, beside what it had measured by then."""
+    """The row of config.update, measured in processes that are started for it. If they fail, or take more
+    than `patience` seconds, a note in the row says why, beside what they had measured by then."""
     config = dataclasses.replace(config, parallel=kind, sequence_parallel=shared, layouts=(), updates=(),
                                  first_hour=False, minutes=Config.minutes, parts=())
     command, environment = [sys.executable], None
@@ -502,15 +505,15 @@ def measured_apart(config, kind, processes, shared, patience=None):
 
 
 def table(config, rows, machine, gpus):
-    """The Markdown page. Only GPUs get columns of speed: a CPU emulates bf16, so its speed says nothing about
-    them."""
+    """The Markdown page. Only GPUs get columns of speed, because a CPU emulates bf16 and its speed says
+    nothing about a GPU's."""
     lines = [f"# One update of {config.model} on this machine", "", settings_of(config), "",
              f"{machine['device']}, torch {machine['torch']}.", "", f"`{machine['command']}`", ""]
     return "\n".join([*lines, *grid(rows, gpus), "", TOKENS if gpus else RESIDENT, ""])
 
 
 def grid(rows, gpus):
-    """The lines of a table of rows, and behind it the kernels of those that were profiled."""
+    """The lines of a table of rows, followed by the kernels of the rows that were profiled."""
     columns = ["update", "size", "processes", "seconds", "peak GB", "planned GB", "apart", "rollout passes"]
     if gpus:
         columns += ["tokens/s", "TFLOP/s of one", "matrix product", "MFU"]
@@ -601,7 +604,8 @@ def generator_of(config):
 
 
 def settled(config, defaults):
-    """A copy of config without open flags. Raises InputError."""
+    """-> (a copy of config in which flags that were not given have their defaults, the generator's config).
+    Raises InputError."""
     missing = {name: value for name, value in defaults.items() if getattr(config, name) in (None, ())}
     config = dataclasses.replace(config, **missing)
     c, most = generator_of(config), PRESETS[config.model]["num_layers"]
@@ -622,14 +626,14 @@ def weights_folder(config):
 
 
 def first_hour(config, defaults, gpus, machine):
-    """The parts of FIRST, in their order, as far as --minutes go. What goes wrong in one loses no other: the
-    page is written anew after each row."""
+    """Runs the parts of FIRST, in their order, until --minutes are over. An error in one part does not lose
+    the others, because the page is written anew after each row."""
     common.refuse(config, ("layouts", "update"), "with --first_hour, which measures one GPU")
     if wrong := [number for number in config.parts if number > len(FIRST)]:
         raise InputError(f"--parts {wrong[0]}: --first_hour has parts 1 to {len(FIRST)}")
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)
              if getattr(config, field.name) != field.default}
-    work = []                                                   # flags that cannot be are refused before it
+    work = []                                                   # made first, so that bad flags stop it early
     for number, (asked, patience, flags) in enumerate(FIRST, 1):
         if not config.parts or number in config.parts:
             how = None if flags is None else settled(dataclasses.replace(config, **flags | given), defaults)
@@ -668,7 +672,8 @@ def first_hour(config, defaults, gpus, machine):
 
 
 def answer(one, c, patience, end):
-    """The row of one update of --first_hour, which ends at `end`; with a note if it could not be measured."""
+    """The row of one update of --first_hour, which ends at the time `end`. If the update could not be
+    measured, a note in the row says why."""
     nothing = {"update": one.update, "size": one.size[0], "parallel": "ddp", "processes": 1,
                "sequence_parallel": 1}
     try:

@@ -1,5 +1,5 @@
-"""The parts that reproduce.py's tables are made of: runs of the other scripts, named by their flags, kept and
-shared."""
+"""The parts that reproduce.py's tables are made of. A part is one call of one of the other scripts. It has
+its own folder, named by its flags. A finished part is kept, and every table that needs it uses it."""
 import json
 import os
 import platform
@@ -18,9 +18,10 @@ from common import InputError
 from formats import runs
 from formats.metadata import from_json
 
-HOME = Path(__file__).resolve().parents[1]                     # of the repository
-I2V, MID = ("--task", "i2v"), ("--world", "mid")                # among a part's flags: another base
-TUNED = {"prfl": 1e-4, "sft": 3e-4, "rwr": 1e-4, "refl": 1e-4}   # the best of the sweep in results/table1.md
+HOME = Path(__file__).resolve().parents[1]                      # the repository's folder
+I2V, MID = ("--task", "i2v"), ("--world", "mid")                # flags of parts that use another base
+# learning rates: the best of those that were tried in results/table1.md
+TUNED = {"prfl": 1e-4, "sft": 3e-4, "rwr": 1e-4, "refl": 1e-4}
 METRICS = {"qualified": "qualified", "physical_qualified": "physical", "deformity_qualified": "deformity",
            "adherent": "adherent", "smoothness": "smoothness", "dynamic": "dynamic",
            "consistency": "consistency", "i2v_subject": "I2V subject", "speed": "speed",
@@ -41,8 +42,8 @@ class Work:
         self.folder = Path(config.output_dir) / config.preset
         self.results = Path(config.results_dir)
         self.seeds = range(config.seeds or self.preset["seeds"])
-        # Small models gain little from a second thread: on CPU every part has one, and there are as many
-        # parts at a time.
+        # Small models gain little from a second thread. So on CPUs every part has one thread, and as many
+        # parts run at a time as there are cores.
         on_gpu = torch.cuda.is_available()
         self.jobs = 1 if on_gpu else os.cpu_count()
         self.environment = os.environ | {"PYTHONPATH": str(HOME)} | (
@@ -51,8 +52,8 @@ class Work:
 
     def run(self, parts, jobs=None):
         """Runs those of parts [(folder, last file that it writes, script, *flags)] that are not finished,
-        side by side (or this many at a time). Training continues from its last checkpoint. Raises InputError
-        with the last line of one that fails, or if a folder holds another part."""
+        `jobs` at a time (None: self.jobs). Training continues from its last checkpoint. Raises InputError
+        with the last line that a failing part printed, or if a folder holds another part."""
         unfinished = {}
         for folder, last, *command in parts:
             words = shlex.join(map(str, (*command, "--output_dir", folder)))
@@ -77,8 +78,8 @@ class Work:
         call = program(words) + (["--resume", "latest"] if runs.list_checkpoints(folder) else [])
         bar.write(f"$ python {words}")
         folder.mkdir(parents=True, exist_ok=True)
-        start, before = time.time(), part_of(folder).get("seconds", 0)                  # an interrupted run's
-        made = [*part_of(folder).get("commit", "").split(), commit()]         # a resumed one may have several
+        start, before = time.time(), part_of(folder).get("seconds", 0)      # until it was last interrupted
+        made = [*part_of(folder).get("commit", "").split(), commit()]       # several, if it was resumed
         note = {"command": f"python {words}", "commit": " ".join(dict.fromkeys(made)), "seconds": before}
         runs.write_json(folder / "part.json", note)
         with (folder / "log.txt").open("a") as log:
@@ -97,8 +98,8 @@ class Work:
         return f"{count} seeds" if count > 1 else "1 seed: intervals are over videos alone"
 
     def write(self, name, title, lines, values):
-        """results/<name>.md and .json, with the command, the commits of this call and of the parts, the
-        machine, the minutes."""
+        """Writes <name>.md and <name>.json to the results folder, with the command, the commits of this call
+        and of the parts, the machine, and the minutes."""
         gpu = torch.cuda.is_available()
         device = torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} CPU cores ({platform.machine()})"
         seeds = f" --seeds {self.config.seeds}" if self.config.seeds else ""
@@ -115,7 +116,7 @@ class Work:
         if parts:
             missing = f" (without {about['parts_without_time']} whose time was not kept)" * bool(
                 about["parts_without_time"])
-            said += (f" Its {len(parts)} runs, evaluations and measurements "
+            said += (f" The table's {len(parts)} runs, evaluations and measurements "
                      f"({'' if gpu else 'of one thread each; '}shared with other tables) took "
                      f"{about['minutes_of_parts']} minutes in sum{missing}, at "
                      f"{', '.join(about['commits_of_parts'])}.")
@@ -127,7 +128,8 @@ class Work:
 
 
 def program(words):
-    """`train_align.py --seed 0` or `-m study.cost cell` -> the list that starts it, from whatever folder."""
+    """`train_align.py --seed 0` or `-m study.cost cell` -> the command as a list, which can be started in any
+    folder."""
     first, *rest = shlex.split(words)
     return [sys.executable, first if first == "-m" else str(HOME / first), *rest]
 
@@ -147,8 +149,8 @@ def read_metrics(folder):
 
 
 def check_part(folder, words, finished):
-    """Raises InputError if a folder holds another part. The folder's name cannot tell, because it does not
-    contain the scripts' defaults and presets."""
+    """Raises InputError if a folder holds another part. Its name alone cannot tell, because a name has
+    neither the scripts' defaults nor the numbers of a preset."""
     kept = part_of(folder).get("command", "an unknown command" if finished else None)
     if kept not in (None, f"python {words}"):
         raise InputError(f"{folder} was made by `{kept}`, not by `python {words}`: remove it, or take "
@@ -163,7 +165,7 @@ def commit():
     return (git("rev-parse", "--short", "HEAD") or "no commit") + "-dirty" * bool(changed)
 
 
-COMMIT = commit()                                           # of the code that runs here, whatever comes after
+COMMIT = commit()               # read at the start, because files may change while the parts run
 
 
 def named(prefix, flags):
@@ -191,14 +193,15 @@ def reward_folder(work, seed, flags=()):
 
 
 def train_rewards(work, variants):
-    """A reward model per seed and entry of variants (train_reward flags)."""
+    """Trains a reward model for each seed and each of the variants, which are train_reward flags."""
     train_reward_models(work, [(seed, flags) for seed in work.seeds for flags in variants])
 
 
 def train_reward_models(work, wanted):
-    """The reward models [(seed, train_reward flags)], all on the seed's own samples (of a base).
+    """Trains the reward models [(seed, train_reward flags)]. Those of the same seed and base share their
+    samples, unless the flags have --num_samples.
 
-    They see no mismatched prompts unless the flags say so, as the paper's do not.
+    As in the paper, reward models see no mismatched prompts, unless the flags have --mismatched.
     """
     def part(seed, flags):
         count = () if "--num_samples" in flags else (
@@ -211,12 +214,13 @@ def train_reward_models(work, wanted):
 
     first = {(seed, base_of(flags)): (seed, flags) for seed, flags in reversed(wanted)
              if "--num_samples" not in flags}
-    work.run([part(*each) for each in first.values()])                                     # makes the samples
+    work.run([part(*each) for each in first.values()])      # these make the samples that the others share
     work.run([part(*each) for each in wanted])
 
 
 def curated(work):
-    """Shards of the curated set: 1,024 clean clips, as mp4 and then as latents."""
+    """Makes the curated set unless it is there: 1,024 clean clips, written as mp4 and then encoded -> the
+    folder of its shards."""
     clips, shards, count = work.folder / "curated" / "clips", work.folder / "curated" / "latents", 1024
     index = shards / "shards.json"
     if not index.exists() or sum(shard["count"] for shard in json.loads(index.read_text())["shards"]) < count:
@@ -229,7 +233,8 @@ def curated(work):
 
 
 def at_a_rate(method, flags):
-    """flags, with the tuned learning rate if they name none, because a run's folder is named by its rate."""
+    """The flags, with the tuned learning rate if they have none, because the name of a run's folder has the
+    rate."""
     return flags if "--learning_rate" in flags else (*flags, "--learning_rate", TUNED[method])
 
 
@@ -238,16 +243,16 @@ def align_folder(work, seed, method, flags=()):
 
 
 def train_aligned(work, runs):
-    """runs: [(seed, method, train_align flags)]. prfl and refl make the preset's iterations, of two updates
-    each, sft and rwr as many updates, at the rates of TUNED, unless the flags say otherwise. Their reward
-    models come first."""
+    """Makes the runs [(seed, method, train_align flags)], after their reward models. Unless the flags say
+    otherwise, prfl and refl make the preset's number of iterations, of two updates each, sft and rwr make the
+    same number of updates, and the learning rates are those of TUNED."""
     train_reward_models(work, [(seed, reward_flags(method, flags)) for seed, method,
                          flags in runs if method != "sft"])
     shards, parts = curated(work), []
     for seed, method, flags in runs:
         two_updates = method in ("prfl", "refl")
         flags = at_a_rate(method, flags)
-        default = {"--recipe": "paper"} if two_updates else {}  # these tables are about the paper's
+        default = {"--recipe": "paper"} if two_updates else {}  # these tables are about the paper's recipe
         default["--max_train_steps"] = work.preset["iterations"] * (1 if two_updates else 2)
         if method != "sft":
             default["--reward"] = reward_folder(work, seed, reward_flags(method, flags)) / "reward"
@@ -258,9 +263,11 @@ def train_aligned(work, runs):
 
 
 def evaluations(work, name, rows_of, flags=()):
-    """rows_of: {seed: {row: checkpoint folder}} -> [{row: {metric: array over videos}}], one dict a seed, the
-    last row of each "clean renders". name: of the test videos and sampler that the evaluate.py flags stand
-    for. A checkpoint is evaluated once under a name, whichever tables ask for it."""
+    """Evaluates the checkpoints rows_of {seed: {row: checkpoint folder}} -> [{row: {metric: array over
+    videos}}], one dict for each seed, whose last row is "clean renders".
+
+    flags: of evaluate.py, which choose the test videos and the sampler. name: a name for these flags. A
+    checkpoint is evaluated once for each name, however many tables ask for it."""
     train_rewards(work, [base_of(flags)])
     where = lambda seed, folder: work.folder / f"seed-{seed}" / f"evaluation-{name}" / folder.name
     work.run([(where(seed, folder), "per_video.json", "evaluate.py", f"model={folder}", "--num_videos",

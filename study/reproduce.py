@@ -5,25 +5,25 @@ Run a command again to continue it.
     python -m study.reproduce table3 --preset quick     one seed, fewer videos
     python -m study.reproduce all --preset quick        everything
 
-table1             PRFL beside the base, RWR, SFT and RGB ReFL, with as many updates and for as long
+table1             PRFL beside the base, RWR, SFT and RGB ReFL, at equal updates and at equal time
 table2             image-to-video: base, SFT, PRFL
 table3             which part of the trajectory PRFL rewards
 table4             seconds and memory of an iteration, beside RGB ReFL's, for growing clips
 table5             how PAVRM pools its tokens, beside reward models of pixels
-table7             binary cross-entropy or Bradley-Terry
+table7             the reward model's loss: binary cross-entropy or Bradley-Terry
 table8             how many blocks K the trunk has
 table9             a reward model on videos of generators that it was not trained on
 fig3               where a reward can be read: pixels predicted in one step, frozen features, fine-tuning
 fig5               wins, ties and losses of PRFL, as the annotator sees them
 labels             how many samples PAVRM learns from
-few_labels         how good the generator becomes, by how many labels the reward model had
-second_round       labels of the aligned generator's samples, against as many more of the base's
+few_labels         how good the generator becomes if the reward model has few labels
+second_round       which labels to add: of the aligned generator's samples, or more of the base's
 loss               choices in PRFL: form of the loss, lambda, steps with gradients, SFT updates
-endurance          whether PRFL holds over many iterations: recipes, learning rates, and rewards
+endurance          whether PRFL stays good over many iterations: recipes, learning rates and rewards
 rivals             PRFL beside DiffusionNFT, Flow-GRPO and SFT: quality over CPU seconds
 steady             the steady recipe beside the paper's, and its learning rates
 mid                both recipes, and best of n, at a second size of the world: 48x48, 27 tokens
-why                what keeps the steady recipe from collapsing: its parts combined, and other changes
+why                what keeps the steady recipe from collapsing: its choices combined, and other changes
 speed              CPU seconds until a quality is reached: PRFL and RGB ReFL with both recipes, and SFT
 stopping           a second reward model as judge: how far its chosen checkpoint is from the annotator's
 hacking            reward, quality, speed and colours while aligning, with and without SFT updates
@@ -111,7 +111,7 @@ PIXELS = {"pixels, first frame": ("--space", "rgb", "--frames_decoded", "first")
           "pixels, all frames": ("--space", "rgb", "--frames_decoded", "all")}  # {row: train_reward flags}
 TRUNK = json.loads((BASE / "transformer" / "config.json").read_text())["num_layers"]
 T_INTERVALS = "[0, .2]", "(.2, .4]", "(.4, .6]", "(.6, .8]", "(.8, 1]"
-NOT_IN_PAPER = "not in it"                                      # of a claim that is ours
+NOT_IN_PAPER = "not in it"                                      # marks a claim that is ours
 
 
 # ---- studies of alignment
@@ -137,8 +137,8 @@ def alignment_study(work, name, title, variants, claims, paper, notes=()):
             rows[row][metric] = summary([f[row][metric] for f in found])
     claims = claim_verdicts(claims, values)
     lines = [f"{work.preset['videos']} held-out videos, with the same prompts and noise in every row "
-             f"({work.said_seeds()}). The column \"paper\" has the paper's average metric. Its scale is "
-             "another one: compare the orderings.", ""]
+             f"({work.said_seeds()}). The column \"paper\" has the paper's average metric. That has another "
+             "scale, so compare only the orderings.", ""]
     cells = []
     for row, by_metric in rows.items():
         cells.append([row, paper.get(row, ""), f"**{show(**by_metric['qualified'])}**",
@@ -229,10 +229,11 @@ def table1(work):
     variants = table1_variants(work)
     steps, iterations = steps_of_equal_time(work), work.preset["iterations"]
     notes = [f"PRFL and RGB ReFL make {iterations} iterations, which are {2 * iterations} updates. SFT and "
-             f"RWR make {2 * iterations} updates. Equal time, by the seconds of each kind of update in the "
-             f"methods' runs of seed 0: {steps['sft']} updates of SFT, {steps['first']} iterations of RGB "
-             f"ReFL with the first frame, {steps['all']} with all frames. The time for the reward models and "
-             "their samples is not counted.", ""]
+             f"RWR make {2 * iterations} updates. \"Equal time\" is the time of PRFL's iterations: it allows "
+             f"{steps['sft']} updates of SFT, {steps['first']} iterations of RGB ReFL with the first frame, "
+             f"and {steps['all']} with all frames. This follows from the seconds of each kind of update in "
+             "the methods' runs of seed 0. The time for the reward models and their samples is not counted.",
+             ""]
     paper = {"base": 81.03, "RWR": 84.17, "SFT": 84.79, "RGB ReFL, first frame": 83.97, "PRFL": 89.58}
     if work.preset["sweep"]:
         variants, more = with_the_best_rates(work, variants)
@@ -244,8 +245,9 @@ def table1(work):
     cells = [[row, show(**summary([f[row]["qualified"] for f in finer]))] for row in finer[0]]
     notes += ["The same checkpoints and noise, sampled in 40 Euler steps (the paper's N) instead of 16:", "",
               *table(["", "qualified"], cells)]
-    notes += ["Reward models on 400 held-out own samples, mean over the seeds. t = 0 is the finished video. "
-              "At t > 0 the pixels are decoded from the x_0 that is predicted in one step.", "",
+    notes += ["The reward models on 400 held-out samples of the base, mean over the seeds. t = 0 is the "
+              "finished video. At t > 0 reward models of pixels see the x_0 that is predicted in one step, "
+              "decoded.", "",
               *reports_table(work, {"PAVRM": ()} | PIXELS)]
     claims = []
     for other in ("base", *variants):
@@ -280,9 +282,9 @@ def with_the_best_rates(work, variants):
         shown[best[row]] = f"**{shown[best[row]]}**"
         rows.append([row, *(shown.get(rate, "") for rate in tried)])
     tuned = ", ".join(f"{rate:g} ({method})" for method, rate in parts.TUNED.items())
-    lines = ["Learning rates that were tried: the qualified rate on validation sentences, which are in "
-             "neither training nor the table above, mean over the seeds. The table above has the best rate "
-             "of each row. Other tables use "
+    lines = ["The share of qualified videos with each learning rate that was tried, mean over the seeds. The "
+             "sentences are for validation: neither training nor the table above has them. The table above "
+             "has each row with its best learning rate. Other tables use "
              f"{tuned}.", "", *table(["", *(f"{rate:g}" for rate in tried)], rows)]
     return {row: runs[row, best[row]] for row in variants}, lines
 
@@ -292,10 +294,11 @@ def table2(work):
                     [("PRFL", "base"), ("PRFL", "SFT", NOT_IN_PAPER), ("PRFL's dynamic", "base's dynamic"),
                      ("PRFL's I2V subject", "base's I2V subject", NOT_IN_PAPER)],
                     {"base": 85.31, "PRFL": 93.38}, [
-        "The given first frames come from clean renders. I2V subject: how much the subject looks like that "
-        "of the given frame, over all frames. The paper, at 480P, has a dynamic degree of 57 for the base "
-        "and 87 for PRFL. The learning rates are those that table 1 chose.", "",
-        "The reward model on 400 held-out own samples, mean over the seeds. t = 0 is the finished video.", "",
+        "The given first frames come from clean renders. I2V subject: how much the subject in all frames "
+        "looks like the subject in the given frame. The paper, at 480P, has a dynamic degree of 57 for the "
+        "base and 87 for PRFL. The learning rates are those that table 1 chose.", "",
+        "The reward model on 400 held-out samples of the base, mean over the seeds. t = 0 is the finished "
+        "video.", "",
         *reports_table(work, {"PAVRM": I2V})])
 
 
@@ -333,8 +336,8 @@ def loss(work):
         if row != without_sft:
             cost = np.mean([iteration_in_sft_updates(work, *run, seed=seed) for seed in work.seeds])
             costs.append(f"{row} {cost:.2f}")
-    notes = ["The paper has no table of these; what it argues for is marked. How many SFT updates take as "
-             f"long as one iteration: {', '.join(costs)}.", ""]
+    notes = ["The paper has no table of these variants; a \"yes\" marks the orderings that it argues for. "
+             f"One iteration takes as long as this many SFT updates: {', '.join(costs)}.", ""]
     alignment_study(work, "loss", "PRFL's own choices: loss form, lambda, SFT updates",
                     variants, claims, {}, notes)
 
@@ -361,13 +364,13 @@ def fig5(work):
     work.write("fig5", "Figure 5: PRFL against each, video by video", [
         "Both videos have the same prompt and noise, and the one with the better grade wins. A grade is the "
         "sum of both axes (0, 1 or 2 each), plus 2 if the video is true to the prompt. The grades are the "
-        "annotator's, not people's. All methods made as many updates.", "",
+        "annotator's, not people's. All methods made the same number of updates.", "",
         *table(head, rows)], values)
 
 
 def hacking(work):
-    """The panel during alignment with the paper's recipe, with and without SFT updates, twice as long as in
-    table1.
+    """Reward, quality, speed and colours during alignment with the paper's recipe, with and without SFT
+    updates, for twice the iterations of table1.
 
     The runs are validated while they train. That needs the world's own clips, so there is no --data.
     """
@@ -415,7 +418,7 @@ def hacking(work):
             rows.append([f"{label}, iteration {step}", *(shown(*found[key], step) for key in keys)])
     said_ends = "; ".join(f"{label} {decimals(values)}" for label, values in ends.items())
     work.write("hacking", "What the reward does to the videos, while aligning", [
-        f"Proxy reward: the mean logit of the {every} reward updates before. The other columns are measured "
+        f"Proxy reward: the mean logit in the last {every} reward updates. The other columns are measured "
         f"on {work.preset['videos'] // 2} validation videos. All are means of {len(work.seeds)} seeds. "
         "Qualified at the end, by seed: "
         f"{said_ends}.", "", *table(["", *keys], rows)], {"curves": curves, "ends": ends})
@@ -467,7 +470,7 @@ def accuracy_row(logits, labels):
 
 
 def accuracy_table(rows, paper):
-    """rows: {row: the dict of `accuracy_row`}; paper: {row: published value}."""
+    """Lines of a table. rows: {row: the dict of `accuracy_row`}. paper: {row: published value}."""
     lines = []
     for row, cells in rows.items():
         lines.append([row, paper.get(row, ""), f"**{show(**cells['average'])}**",
@@ -477,7 +480,7 @@ def accuracy_table(rows, paper):
 
 
 def logits_at(reward_fn, latents, context, t):
-    """Logits [m] of m videos with the noise of one time t. latents [m, c, f, h, w], context [m, l,
+    """Logits [m] of m videos, all noised to the same time t. latents [m, c, f, h, w], context [m, l,
     d_text]."""
     t = torch.full((len(latents),), t)
     x1 = common.noise(latents.shape[1:], 0, "one t", 0, range(len(latents)))
@@ -514,16 +517,16 @@ def reward_study(work, name, title, variants, claims, paper, notes=(), by="accur
         values[row] = compared.mean(1)
         for i, part in enumerate(T_INTERVALS):
             values[f"{row} in {part}"] = compared[:, i]
-        values[f"swing of {row}"] = (right[:, 1:] != right[:, :1]).mean(1)  # verdicts unlike that in [0, .2]
+        values[f"swing of {row}"] = (right[:, 1:] != right[:, :1]).mean(1)  # verdicts other than in [0, .2]
         if at is not None:
             at_one_t = torch.stack([logits_at(reward_fn, latents, context, at) for reward_fn in reward_fns])
             values[f"{row} at {at}"] = ((at_one_t >= 0) == (every == 1)).double().numpy()       # [seeds, m]
             rows[row]["at"] = summary(values[f"{row} at {at}"])
     claims = claim_verdicts(claims, values)
     good = (labels == 1).double().mean()
-    lines = [f"Accuracy on {len(labels)} own samples that no reward model was trained on ({good:.0%} of them "
-             f"good), with one random t in each fifth of (0, 1] ({work.said_seeds()}). Each reward model "
-             f"trained for {steps} steps.", ""]
+    lines = [f"Accuracy on {len(labels)} samples of the base that no reward model was trained on ({good:.0%} "
+             f"of them good), with one random t in each fifth of (0, 1] ({work.said_seeds()}). Each reward "
+             f"model trained for {steps} steps.", ""]
     lines += accuracy_table(rows, paper)
     if at is not None:
         cells = [[row, show(**rows[row]["at"]), show(**summary(values[f"swing of {row}"]))] for row in rows]
@@ -575,14 +578,15 @@ def table8(work):
     variants = {f"K = {k}": depth_flags(k) for k in DEPTHS}
     reward_study(work, "table8", "Table 8: blocks in the trunk", variants,
                  [("K = 4", "K = 1"), ("K = 4", f"K = {TRUNK}")], {},
-                 ["The paper, whose generator has 40 blocks: K = 8 84.18, 16 85.51, 24 85.25, 32 84.03, 40 "
-                  f"83.27. So its peak is in the middle. The generator here has {TRUNK} blocks, and the "
-                  "claims ask whether a middle depth is above the least depth and above all blocks.", ""])
+                 ["The paper, whose generator has 40 blocks, has 84.18 at K = 8, 85.51 at 16, 85.25 at 24, "
+                  "84.03 at 32 and 83.27 at 40. So the best depth there is a middle one. The generator here "
+                  f"has {TRUNK} blocks. The claims ask whether a middle depth is above the least depth and "
+                  "above all blocks.", ""])
 
 
 @torch.no_grad()
 def table9(work):
-    """Every seed's reward model on videos of the base, of this base after alignment, and of the
+    """Tests every seed's reward model on videos of the base, of this base after alignment, and of the
     image-to-video base."""
     train_aligned(work, [(seed, method, ()) for seed in work.seeds for method in ("sft", "prfl")])
 
@@ -598,7 +602,7 @@ def table9(work):
             "SFT-aligned": [aligned(seed, "sft") for seed in work.seeds],
             "PRFL-aligned": [aligned(seed, "prfl") for seed in work.seeds],
             "image-to-video base": [image_to_video() for seed in work.seeds]}
-    m = min(len(labels) for found in sets.values() for *_, labels in found)     # as many videos of each
+    m = min(len(labels) for found in sets.values() for *_, labels in found)     # videos of each generator
     rows, right, balanced = {}, {}, {}
     for row, found in sets.items():
         labels = torch.stack([labels[:m] for *_, labels in found])                              # [seeds, m]
@@ -639,8 +643,8 @@ def labels(work):
             claims.append((most, f"{n} samples", NOT_IN_PAPER))
     variants[most] = ()
     reward_study(work, "labels", "How many labelled samples PAVRM learns from", variants, claims, {},
-                 ["Not in the paper. Of these samples, the held-out ones and those without a label are not "
-                  "trained on.", ""])
+                 ["The paper has no such comparison. Of these samples, the held-out ones and those without a "
+                  "label are not trained on.", ""])
 
 
 def fig3(work):
@@ -675,8 +679,8 @@ def annotator(work):
 
     @torch.no_grad()
     def arrived(kind, n, seed):
-        """n clips after they went the way of a user's clips: written as mp4, read, encoded and decoded by the
-        VAE. -> (videos, prompts)"""
+        """Sends n clips the way of a user's clips: they are written as mp4, read, and encoded and decoded by
+        the VAE. -> (videos, prompts)"""
         videos, prompts, _ = scene.make(n, seed, kind)
         with tempfile.TemporaryDirectory() as folder:
             read = []
@@ -729,7 +733,8 @@ class Config:
 
 
 def main(config):
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))    # an exception, so that Work.run ends its parts
+    # SystemExit makes Work.run end its parts; a plain SIGTERM would not
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if config.name == "all":
         train_rewards(parts.Work(config), [(), I2V])                # both take long, so they run side by side
         names = list(STUDIES)

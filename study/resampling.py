@@ -1,9 +1,9 @@
-"""The search of search.py that resamples, on the held-out prompts of study/candidates.py.
+"""Runs the resampling search of search.py on the same held-out prompts as study/candidates.py.
 
     python -m study.resampling --reward checkpoints/reward --count 4
 
-Writes resampled.safetensors: what the annotator measures, [m, 1] each for m videos, under the names ANNOTATED
-of study/search.py.
+Writes resampled.safetensors: what the annotator measures on m videos, [m, 1] for each name in ANNOTATED of
+study/search.py.
 """
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ class Config(Flags):
 
 
 def passes(n):
-    """Forward passes of the generator for one video, when a reward costs as much as one."""
+    """Forward passes of the generator for one video, if a reward costs as much as a forward pass."""
     choices = search.choices_of(flow.schedule(STEPS), n)
     last = max(choices)                                         # from here on one candidate is left
     return n * (last + len(choices)) + STEPS - last
@@ -35,8 +35,8 @@ def passes(n):
 def main(config):
     runtime = common.setup(config.mixed_precision, config.seed)
     dit, pavrm, vae, text = load(config.reward, config.transformer, runtime)
-    prompts = scene.draw_prompts(config.num_videos, SEED + 1, "test")           # those of evaluate.py, seed 0
-    rows, together = [], max(1, 128 // config.count)                # so many videos in a batch
+    prompts = scene.draw_prompts(config.num_videos, SEED + 1, "test")   # as in evaluate.py with --seed 0
+    rows, together = [], max(1, 128 // config.count)                    # videos per batch
     for i in common.progress(range(0, len(prompts), together), f"videos (x{together})"):
         some = prompts[i:i + together]
         x, _ = search.best_of(dit, pavrm, scene.LATENT_SHAPES["tiny"], text.encode(some), SEED + config.seed,

@@ -1,9 +1,10 @@
-"""Labelled samples of any generator of the embedded world, as shards: a round of labels.
+"""Samples any generator of the embedded world and writes the labelled samples as shards, which
+train_reward.py can train on beside others.
 
     python -m study.samples --transformer runs/prfl/transformer --seed 1 --output_dir runs/round2
     python train_reward.py --data runs/reward/samples runs/round2/shards
 
-The annotator labels them, as it labels the base generator's samples in train_reward.py.
+The annotator labels these samples, as it labels the base generator's samples in train_reward.py.
 """
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ def main(config):
     runtime = common.setup(config.mixed_precision, config.seed)
     base = str(SHIPPED["t2v"])
     dit = load_transformer(config.transformer or base).eval().to(runtime.device)
-    folder = f"{config.output_dir}/shards"                      # shards are not written beside other files
+    folder = f"{config.output_dir}/shards"                      # shards are refused beside other files
     shards = clips.own_samples(folder, dit, base, config.count, config.num_inference_steps, "tiny",
                                config.seed, runtime, transformer=config.transformer)
     if runtime.rank == 0:

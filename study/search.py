@@ -1,8 +1,8 @@
 """`python -m study.reproduce search` and `fooled`: best of n by the latent reward, and whether the annotator
 can be trusted.
 
-study/candidates.py samples every candidate of every video to its end, once. `replay` then tells which
-candidate search.py would have kept, for any plan that says when candidates are dropped.
+study/candidates.py samples every candidate of every video to the end, once. A plan says when candidates are
+dropped, and `replay` then tells which candidate search.py would have kept with this plan.
 
 Axes: m videos, n candidates.
 """
@@ -24,14 +24,14 @@ from world.annotator import PANEL as SEEN
 SEED = 7_000                                                    # the seed of evaluate.py's test videos
 REWARDED = (0.75, 0.5625, 0.375, 0.1875, 0.0)                   # times at which candidates can be dropped
 STEPS = 16                                                      # Euler steps of a sample
-GROUP = 8                                                       # candidates that one part samples
+GROUP = 8                                                       # candidates that one call samples
 ROWS = {"base": "base", "SFT": "SFT", "paper": "PRFL, paper's recipe, stopped at its best",
         "steady": "PRFL, steady recipe"}
 AIMS = (("base", "best of 8 in a chain", 0.85), ("steady", "best of 4 in a chain", 0.98),
         ("steady", "best of 4 at the end", 0.98))           # (row, plan, qualified rate), chosen beforehand
-GUIDANCE = (4.0, 16.0, 64.0)                                    # scales
+GUIDANCE = (4.0, 16.0, 64.0)                                    # scales of the guidance
 PANEL = ("qualified", "physical", "deformity", "adherent", "speed", "brightness", "saturation")
-ANNOTATED = ("qualified", "physical", "deformity", *SEEN, *LIMITS, "absent")     # of a part
+ANNOTATED = ("qualified", "physical", "deformity", *SEEN, *LIMITS, "absent")    # in candidates.safetensors
 OTHERS = "by another seed's reward"
 HOW = {"at the end": "0:1", "once, at t = .38": ".375:1", "in a chain": None}   # {name: search.py's --drops}
 
@@ -43,13 +43,13 @@ def generators(work, seed):
             "paper": stopped_at_its_best(paper) / "transformer", "steady": steady / "transformer"}
 
 
-# ---- candidates: sampled once, then chosen from by every plan
+# ---- candidates: they are sampled once, and every plan chooses from them
 def candidates_part(work, seed, row, *flags, others=False):
     """The part, as Work.run takes it, that samples candidates from the generator `row` with the noise of
     `seed`.
 
-    The reward model is that of `seed` too or, with others=True, that of the next seed, with which the
-    generator was not trained.
+    The reward model is that of `seed` too or, with others=True, that of the next seed, which had no part in
+    training the generator.
     """
     folder, seed_of_reward, key = generators(work, seed)[row], seed, (row, *flags)
     if others:
@@ -63,11 +63,11 @@ def candidates_part(work, seed, row, *flags, others=False):
 
 
 def candidates(work, wanted, others=False):
-    """Samples the candidates that are missing -> {name: for each seed, what study/candidates.py wrote {name:
-    [m, n, ...]}}.
+    """Samples the candidates that are missing -> {name: [{"rewards" or a name of ANNOTATED: [m, n, ...]}]},
+    with one dict for each seed.
 
-    wanted: {name: (row, [flags of a part, flags of the next part, ...])}, where the parts sample different
-    candidates. others: as in `candidates_part`.
+    wanted: {name: (row, [flags of a part, flags of the next part, ...])}, where each part samples other
+    candidates of the same videos. others: as in `candidates_part`.
     """
     parts = {}
     for name, (row, groups) in wanted.items():
@@ -84,8 +84,8 @@ def candidates(work, wanted, others=False):
 def passes_of(cuts, share=1.0):
     """Forward passes of the generator that search.best_of makes for one video.
 
-    cuts: of search.parse_drops. share: the cost of a reward in forward passes, which is the share of the
-    generator's blocks that the reward model has.
+    cuts: the plan, as search.parse_drops returns it. share: the cost of a reward in forward passes, which is
+    the share of the generator's blocks that the reward model has.
     """
     n, step, passes = cuts[0][1], 0, 0.0
     for t, keep in cuts[1:]:
@@ -96,8 +96,8 @@ def passes_of(cuts, share=1.0):
 
 
 def replay(rewards, cuts):
-    """Which candidate of each video search.best_of keeps -> [m]. rewards [m, n or more, times] at
-    REWARDED."""
+    """The number of the candidate that search.best_of keeps of each video -> [m]. cuts: the plan, for n
+    candidates. rewards: [m, n or more, times], at the times REWARDED."""
     alive = torch.arange(cuts[0][1]).expand(len(rewards), -1)                                   # [m, n]
     for t, keep in cuts[1:]:
         at = min(range(len(REWARDED)), key=lambda i: abs(REWARDED[i] - t))
@@ -106,10 +106,9 @@ def replay(rewards, cuts):
 
 
 def kept(seeds, cuts, tolerance=1.0):
-    """PANEL of the candidates that a plan keeps -> {name of PANEL: [seeds, m]}.
+    """What the annotator says of the candidates that a plan keeps -> {name of PANEL: [seeds, m]}.
 
-    seeds: a value of `candidates`. cuts: the plan, of search.parse_drops. tolerance: the annotator's, as in
-    `grade`.
+    seeds: a value of the dict that `candidates` returns. cuts: the plan. tolerance: as in `grade`.
     """
     rows = []
     for found in seeds:
@@ -120,8 +119,8 @@ def kept(seeds, cuts, tolerance=1.0):
 
 
 def graded(found, tolerance=1.0):
-    """What the annotator measured {name: [m]} -> {name of PANEL: [m]}, where an axis is 1 if it is qualified,
-    else 0."""
+    """What the annotator measured {name: [m]} -> {name of PANEL: [m]}. An axis has 1 where the video is
+    qualified on it, else 0."""
     found = found | {"absent": found["absent"].bool(), "adherent": found["adherent"].bool()}
     found |= grade(found, tolerance)
     panel = {}
@@ -188,7 +187,7 @@ def search(work):
                      [[f"{t:g}", f"{passes_of(cuts):g}", *(show(**once_cells[t][row]) for row in ROWS)]
                       for t, cuts in once.items()])]
 
-    if len(work.seeds) > 1:     # can the reward that PRFL was trained with still tell PRFL's videos apart?
+    if len(work.seeds) > 1:     # the reward model that PRFL trained against may have become useless for this
         aligned = ("paper", "steady")
         other = candidates(work, {row: (row, [("--count", 4)]) for row in aligned}, others=True)
         rows = []
@@ -199,8 +198,8 @@ def search(work):
                 panel = values[row][f"{plan}, {OTHERS}"] = kept(other[row], plans[plan])
                 shown.append(show(**summary(panel["qualified"])))
             rows.append([plan, *shown])
-        lines += ["Above, the reward model that chooses is the one that PRFL was trained with. Here it is "
-                  "that of another seed:", "", *table(["", *aligned], rows)]
+        lines += ["Above, the reward model that PRFL trained against chooses among PRFL's candidates. Here "
+                  "the reward model of another seed chooses:", "", *table(["", *aligned], rows)]
 
     means = lambda panel: {what: float(x.mean()) for what, x in panel.items()}
     hacking = {"clean renders": means(graded(clean_renders(work.preset["videos"])))}
@@ -212,10 +211,10 @@ def search(work):
               *table(["", *PANEL],
                      [[row, *(f"{panel[what]:.3f}" for what in PANEL)] for row, panel in hacking.items()])]
 
-    chain, end = label(8, "in a chain"), label(4, "at the end")         # they cost about the same
+    chain, end = label(8, "in a chain"), label(4, "at the end")     # these two make about as many passes
     ways = other_ways(work) | {plan: (values["base"][plan], passes[plan]) for plan in (ONE, end, chain)}
-    lines += ["Other ways to spend forward passes on the base: more Euler steps, or guidance, which moves x "
-              "along the reward's gradient at t <= 1/2 (study/candidates.py) and where the gradient counts "
+    lines += ["Other ways to spend forward passes on the base are more Euler steps and guidance. Guidance "
+              "moves x along the reward's gradient at t <= 1/2 (study/candidates.py); each gradient counts "
               "as three passes.", "",
               *table(["", "forward passes", *PANEL],
                      [[way, f"{cost:g}", show(**summary(panel["qualified"])),
@@ -254,7 +253,8 @@ def search(work):
 
 
 def other_ways(work):
-    """More steps, and guidance, on the base -> {way: ({name of PANEL: [seeds, m]}, forward passes)}"""
+    """Samples the base with more steps, and with guidance -> {way: ({name of PANEL: [seeds, m]}, forward
+    passes)}"""
     longer = {f"{ONE}, {k * STEPS} steps": k * STEPS for k in (2, 4)}
     guided = {f"guided, scale {scale:g}": scale for scale in GUIDANCE}
     wanted = {}
@@ -273,12 +273,13 @@ def other_ways(work):
 
 
 def fooled(work):
-    """The main rows by a strict and a loose annotator, and with wordings that the world never uses."""
+    """Grades the videos of ROWS by a strict and a loose annotator too, and on wordings that nothing was
+    trained on."""
     train_recipes(work)
     train_aligned(work, [(seed, "sft", ()) for seed in work.seeds])
     best = "base, best of 8 in a chain"
     names = ROWS | {best: best}
-    flags = {"test": {row: ("--first", 0) for row in ROWS},     # the candidates of `search`
+    flags = {"test": {row: ("--first", 0) for row in ROWS},     # the same candidates as in `search`
              "reworded": {row: ("--count", 1, "--split", "reworded") for row in ROWS}}
     flags["reworded"]["base"] = ("--count", 8, "--split", "reworded")
     values = {}

@@ -1,9 +1,10 @@
-"""`python -m study.reproduce second_round`: what are labels of the aligned generator worth?
+"""`python -m study.reproduce second_round`: what are labels of the aligned generator's samples worth?
 
-A first round of labels is of the base's samples. Its reward model aligns the generator. The same number of
-labels is then added in one of two ways: more samples of the base, or samples of the generator that was just
-aligned. Both reward models train on both rounds (train_reward.py --data A B), and each aligns the base anew.
-Finished parts are kept in results/second_round_runs.json and are not made again.
+The first round of labels is given to samples of the base. A reward model learns from them, and the base is
+aligned with it. Then the same number of labels is added in one of two ways: to more samples of the base, or
+to samples of the generator that was just aligned. For each way another reward model trains on both rounds
+(train_reward.py --data A B), and the base is aligned anew. Finished rows of the table are kept in
+results/second_round_runs.json and are not made again.
 """
 import numpy as np
 
@@ -21,7 +22,7 @@ HEAD = ["labels", "seeds", "labelled", "held-out accuracy, clean", "40", "120", 
 
 
 def parts_of(work, seed, row):
-    """The parts, as Work.run takes them, of a row: its samples, its reward model, its alignment."""
+    """The three parts of a row, as Work.run takes them: its samples, its reward model and its alignment."""
     home = work.folder / f"seed-{seed}"
     folder = lambda kind, row: home / f"second_round-{kind}-{ROWS.index(row)}"
     transformer = ("--transformer", folder("aligned", FIRST) / "transformer") if row == ALIGNED else ()
@@ -38,13 +39,13 @@ def parts_of(work, seed, row):
 
 
 def finished(work, wanted):
-    """Makes those of [(seed, row)] that are not kept -> {(seed, row): what is kept of it}"""
+    """Makes the rows [(seed, row)] that are not kept -> {(seed, row): what is kept of the row}"""
     kept = kept_in(work, FILE)
     for seed, row in wanted:
         name = f"{row}, seed {seed}"
         if name in kept:
             continue
-        rows = [row] if row == FIRST else [FIRST, row]          # the second round needs the first one's parts
+        rows = [row] if row == FIRST else [FIRST, row]          # the second round uses the first one's parts
         for part in [part for row in rows for part in parts_of(work, seed, row)]:
             work.run([part])
         (_, (reward, *_), (align, *_)) = parts_of(work, seed, row)
@@ -59,7 +60,7 @@ def second_round(work):
 
 
 def report(work, kept):
-    """Writes the table of those [(seed, row)] that are kept."""
+    """Writes the table. kept: what `finished` returned."""
     rows, cells, qualified = {}, [], {}
     for row in ROWS:
         parts = [kept[seed, row] for seed in work.seeds if (seed, row) in kept]
@@ -80,9 +81,11 @@ def report(work, kept):
                       f"{videos('adherent').mean():.3f}"])
     pairs = [(ALIGNED, MORE, "not in it"), (ALIGNED, FIRST, "not in it"), (MORE, FIRST, "not in it")]
     claims = claim_verdicts([pair for pair in pairs if {*pair[:2]} <= set(qualified)], qualified)
-    work.write("second_round", "What are labels of the aligned generator worth?", [
+    work.write("second_round", "What are labels of the aligned generator's samples worth?", [
         f"The first round is {SAMPLES} samples of the base; a second round adds {SAMPLES} samples. Samples "
         f"whose grade lies between good and bad have no label. All reward models train for {REWARD_STEPS} "
-        f"steps. Then {LENGTH} iterations of the steady recipe (2e-4, falling to 0) from the base: "
-        f"{VALIDATED} validation videos after so many iterations, and the test videos at the end.", "",
+        f"steps. The base is then aligned for {LENGTH} iterations of the steady recipe, whose learning rate "
+        f"falls from 2e-4 to 0. The columns 40 to {LENGTH} are the share of {VALIDATED} validation videos "
+        "that are qualified after this many iterations. The columns after them are about the test videos at "
+        "the end.", "",
         *table(HEAD, cells), *claims_table(claims)], {"rows": rows, "claims": claims})

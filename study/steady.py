@@ -1,9 +1,11 @@
-"""`python -m study.reproduce steady`, `why` and `speed`: the two recipes of prfl.RECIPES; all that lies
-between them, and what keeps the steady one from collapsing; how many CPU seconds of alignment each method
-takes to a quality.
+"""`python -m study.reproduce steady`, `why` and `speed`.
 
-Unlike table1's, these runs are validated as they train, so their curated clips are the world's own, rendered
-for each seed.
+steady compares the two recipes of prfl.RECIPES. why combines their choices in all ways, and asks what keeps
+the steady recipe from collapsing. speed asks how many CPU seconds of alignment each method needs to reach a
+quality.
+
+Unlike the runs of table1, these are validated while they train. That needs the world's own clips, so the
+curated clips are rendered for each seed.
 """
 from typing import NamedTuple
 
@@ -28,15 +30,15 @@ from study.parts import (
 )
 
 WAN = "wan2.1-t2v-14b"
-EVERY = 40                                                   # iterations between validations, and checkpoints
+EVERY = 40                              # iterations between validations; train_align.py saves as often
 COLUMNS = ("qualified", "physical_qualified", "deformity_qualified", "adherent", "speed", "brightness",
            "saturation")
-LEVELS = (0.80, 0.85, 0.90, 0.95)                               # of the validation videos, for `speed`
+LEVELS = (0.80, 0.85, 0.90, 0.95)       # for `speed`: shares of the validation videos that are qualified
 
 
 def combination(step, passes, loss):
-    """Flags of train_align.py or, if each video gets a step of its own, of study/why.py, because only that
-    script can do it."""
+    """Flags of train_align.py or, if each video gets its own rewarded step, of study/why.py, which is the
+    only script that can do that."""
     per_video = ("--rewarded_step", "per_video") if step == "per_video" else ()
     return (*per_video, "--rollout_passes", passes, "--reward_loss", loss)
 
@@ -46,9 +48,9 @@ RECIPES = {"PRFL, paper's recipe": ("--keep", 12, *PAPER), "PRFL, steady recipe"
 
 
 class Run(NamedTuple):
-    """Flags of train_align.py, or of study/why.py, which also name the run's folder."""
+    """A run: flags of train_align.py or study/why.py, which also make up the name of the run's folder."""
     flags: tuple
-    name: str = "steady"                     # what its folder's name begins with: steady, why, speed-<method>
+    name: str = "steady"                # how the folder's name begins: steady, why or speed-<method>
     one_seed: bool = False
 
 
@@ -61,12 +63,12 @@ def recipe_folder(work, seed, row):
 
 
 def length(work):
-    """Iterations of a run that names none: 480 in full."""
+    """The number of iterations of a run whose flags give none: 480 with the preset full."""
     return 4 * work.preset["iterations"]
 
 
 def part_of_run(work, seed, run):
-    """(folder, file that it ends with, script, *flags), as Work.run takes them."""
+    """The part that makes a run, as Work.run takes it: (folder, last file that it writes, script, *flags)."""
     method = method_of(run)
     script = ("-m", "study.why") if run.name == "why" else ("train_align.py", "--method", method)
     curated = work.folder / f"seed-{seed}" / named("curated", base_of(run.flags))
@@ -85,8 +87,8 @@ def method_of(run):
 
 
 def train(work, wanted):
-    """Makes runs [(seed, Run)], after their reward models. Of runs that share curated clips, one goes before
-    the others, to render the clips."""
+    """Makes the runs [(seed, Run)], after their reward models. Among runs that share curated clips, one goes
+    before the others and renders the clips."""
     train_reward_models(work, [(seed, reward_flags(method_of(run), run.flags)) for seed, run in wanted
                                if method_of(run) != "sft"])
     first = {(seed, base_of(run.flags)): (seed, run) for seed, run in reversed(wanted)}
@@ -99,7 +101,7 @@ def seeds_of(work, run):
 
 
 def train_recipes(work):
-    """Both recipes, every checkpoint kept."""
+    """Trains with both recipes and keeps every checkpoint."""
     train(work, [(seed, Run(flags)) for seed in work.seeds for flags in RECIPES.values()])
 
 
@@ -114,8 +116,8 @@ def curve(work, seed, run):
 
 
 def stopped_at_its_best(folder):
-    """The checkpoint that did best on the validation videos (of equal ones the earliest), where somebody who
-    watches would stop."""
+    """The checkpoint with the highest share of qualified validation videos, or the earliest of several. This
+    is where somebody who watches would stop."""
     validated = {row["step"]: row["validation_qualified"] for row in read_metrics(folder) if row["step"]
                  and "validation_qualified" in row}
     return dict(runs.list_checkpoints(folder))[max(validated, key=validated.get)]
@@ -127,8 +129,8 @@ SAID = {"per_video": "step per video", "per_batch": "step per batch", 0: "every 
 
 
 def run_of(*how, more=()):
-    """The Run of a combination (step, passes, loss). Combinations that are a recipe give the Run of that
-    recipe, so that none is made twice."""
+    """The Run of a combination (step, passes, loss). A combination that is a recipe gives this recipe's Run,
+    so that no run is made twice."""
     flags = (*more, *combination(*how))
     if how[0] == "per_video":
         return Run(flags, "why")
@@ -147,8 +149,8 @@ def steady_comparisons(work):
 
 
 def why_comparisons(work):
-    """{title: {row: Run}}: all combinations of the steady recipe's parts; and with one seed, what else might
-    prevent the collapse, what the recipe is sensitive to, and what else might mend the paper's recipe."""
+    """{title: {row: Run}}: all combinations of step, passes and loss. With one seed: what else might prevent
+    the collapse, what the steady recipe is sensitive to, and what else might mend the paper's recipe."""
     steady, paper = run_of("per_batch", 4, "logsigmoid"), run_of("per_batch", 0, "linear")
     by_video = run_of("per_video", 4, "logsigmoid")
     variant = lambda name, *how: Run(("--variant", name, *combination(*how)), "why")
@@ -201,20 +203,20 @@ def trained_curves(work, compared):
 
 
 def curve_lines(work, name, curves):
-    """Draws them, -> lines of their tables."""
+    """Draws the curves -> lines of their tables."""
     plot(work.results / f"{name}.png", {title: ("iteration",
                   {row: (list(seeds[0]), np.mean([list(seed.values()) for seed in seeds], 0).tolist())
                    for row, seeds in by_row.items()}) for title, by_row in curves.items()})
-    lines = [f"The share of {work.preset['videos'] // 2} validation videos that are qualified, after so many "
-             f"iterations, mean over the seeds ({name}.png has the curves). Best: each seed's own best, "
-             f"which is luck in part.", ""]
+    lines = [f"The numbered columns are the share of {work.preset['videos'] // 2} validation videos that are "
+             f"qualified after this many iterations, as a mean over the seeds ({name}.png has the curves). "
+             "Best: each seed's own best share, which is partly luck.", ""]
     for title, by_row in curves.items():
         lines += [f"## {title}", "", *curve_table(by_row, EVERY)]
     return lines
 
 
 def curve_table(curves, every):
-    """curves: {row: [a seed's {iteration: rate}]} -> lines of a table: means over the seeds at some
+    """curves {row: [a seed's {iteration: rate}]} -> lines of a table with the means over the seeds at some
     iterations."""
     at = [step for step in (1, 2, 3, 6, 12, 24)
           if any(step * every in seed for found in curves.values() for seed in found)]
@@ -228,8 +230,9 @@ def curve_table(curves, every):
 
 
 def test_rows(work):
-    """[{row: {metric: values of the test videos}}], a dict a seed: the base, the paper's recipe at the end
-    and where somebody who watches validation would have stopped, the steady recipe at the end."""
+    """-> [{row: {metric: values of the test videos}}], one dict for each seed. The rows: the base, the
+    paper's recipe where somebody who watches validation would have stopped and at the end, and the steady
+    recipe at the end."""
     paper, steady = RECIPES
     ends = evaluations(work, "test", {seed: {"base": SHIPPED["t2v"],
                                f"{paper}, at the end": recipe_folder(work, seed, paper),
@@ -243,8 +246,8 @@ def test_rows(work):
 
 
 def quality_table(found):
-    """[{row: {metric: values of the test videos}}], a dict a seed -> ({row: {metric: its summary}}, lines of
-    a table)"""
+    """found [{row: {metric: values of the test videos}}], one dict for each seed -> ({row: {metric: its
+    summary}}, lines of a table)"""
     rows = {row: {metric: summary([f[row][metric] for f in found]) for metric in COLUMNS} for row in found[0]}
     return rows, table(["", *map(METRICS.get, COLUMNS), "qualified, by seed"],
                        [[row, f"**{show(**cells['qualified'])}**",
@@ -254,7 +257,7 @@ def quality_table(found):
 
 
 def expectations(work, found, curves, rates, verdicts):
-    """[(what was asked for beforehand, what was found, whether it is so)] of the steady recipe."""
+    """[(what was asked of the steady recipe beforehand, what was found, yes or no)]"""
     paper, steady = RECIPES
     end, clean = f"{steady}, at the end", "clean renders"
     mean = lambda row, metric: float(np.mean([f[row][metric] for f in found]))
@@ -290,9 +293,9 @@ def steady(work):
     recipes, rates = curves.values()
     asked = expectations(work, found, recipes["the steady recipe"], rates, claims)
     work.write("steady", "The steady recipe beside the paper's",
-               [f"{work.preset['videos']} test videos ({work.said_seeds()}); at the end: after "
-                f"{length(work)} iterations. Stopped at its best: at the checkpoint that did best on "
-                f"validation videos, which takes somebody to watch.", "", *lines, *claims_table(claims),
+               [f"{work.preset['videos']} test videos ({work.said_seeds()}). \"At the end\" is after "
+                f"{length(work)} iterations. \"Stopped at its best\" is the checkpoint that is best on "
+                "validation videos; to stop there, somebody has to watch.", "", *lines, *claims_table(claims),
                 "What was asked of the steady recipe beforehand:", "", *table(["", "found", "so"], asked),
                 *curve_lines(work, "steady", curves)],
                {"rows": rows, "claims": claims, "asked": asked, "curves": curves})
@@ -305,8 +308,8 @@ def why(work):
 
 # ---- speed
 def racers(work):
-    """{row: Run}: each method, validated more often than elsewhere; RGB ReFL, which has reward models of its
-    own, with one seed."""
+    """{row: Run}: each method, validated more often than elsewhere. RGB ReFL, which needs its own reward
+    models, has one seed."""
     short, often = work.preset["iterations"] * 4 // 3, ("--validation_steps", 10)
     refl = {f"RGB ReFL, {name}, {said} recipe": Run(("--frames_decoded", frames, "--recipe", recipe,
                                                      "--max_train_steps", short, *often), "speed-refl",
@@ -321,8 +324,8 @@ def racers(work):
 
 
 def quality_over_seconds(rows):
-    """metrics.jsonl's rows -> [(CPU seconds of all updates until then, qualified rate)] at each
-    validation."""
+    """Rows of a metrics.jsonl -> for each validation (CPU seconds of all updates until then, qualified
+    rate)."""
     found, seconds = [], 0.0
     for row in rows:
         seconds += sum(value for key, value in row.items() if key.endswith("_cpu_seconds"))
@@ -332,12 +335,12 @@ def quality_over_seconds(rows):
 
 
 def seconds_to(level, found):
-    """The CPU seconds after which a validation was first at a level; None: never."""
+    """The CPU seconds after which a validation first reached a level, or None if no validation did."""
     return next((seconds for seconds, rate in found if rate >= level), None)
 
 
 def wan_flops(method, recipe="paper", decoded="first"):
-    """FLOPs of an iteration at Wan 14B, one clip of 81 frames of 832x480, N = 40, by scale/plan.py."""
+    """FLOPs, by scale/plan.py, of an iteration of Wan 14B: one clip of 81 frames of 832x480, N = 40."""
     return plan.costs(plan.Config(WAN, method=method, recipe=recipe, frames=81, size="832*480",
                                   num_inference_steps=40, batch_size=1, gpus=8, frames_decoded=decoded),
                       MODELS[WAN])["iteration_flops"]
@@ -357,7 +360,7 @@ def speed(work):
         return f"{np.mean(reached):.0f}{share}" if reached else "never"
 
     def once(by_seed):
-        """Mean seconds where all seeds got there, else None."""
+        """The mean of the seeds' seconds, or None if not every seed reached the level."""
         return None if None in by_seed else float(np.mean(by_seed))
 
     paper, own = "PRFL, paper's recipe", "PRFL, steady recipe"
@@ -377,22 +380,23 @@ def speed(work):
         flags = compared[row].flags
         rows.append([row, *(cell(times[row][level]) for level in LEVELS), f"{highest:.3f}", f"{last:.3f}",
                      f"{seconds:.0f}", flags[flags.index("--max_train_steps") + 1]])
-    share = "an unknown share of the paper recipe's: not every seed of both got there"
+    share = "an unknown share of the paper recipe's CPU seconds, because not every seed of both reached it"
     if ratio:
         share = f"{ratio:.2f} of the paper recipe's CPU seconds"
     plot(work.results / "speed.png",
          {"qualified of the validation videos": ("CPU seconds of alignment", curves)})
     work.write("speed", "Quality over CPU seconds of alignment", [
-        "CPU seconds of all updates, one thread, until a validation "
-        f"({work.preset['videos'] // 2} videos, every 10 iterations; SFT: every 20 updates) first reached a "
-        f"level; mean over the seeds that did ({work.said_seeds()}; RGB ReFL: one). Validations themselves "
-        "and the reward models' own training are not counted. Highest and last: mean over the seeds of a "
-        "run's highest and last validation, with its CPU seconds.", "",
+        "The columns 0.80 to 0.95: CPU seconds of all updates, on one thread, until a validation first "
+        "reached this rate of qualified videos, as a mean over the seeds that reached it "
+        f"({work.said_seeds()}; RGB ReFL: one). A validation has {work.preset['videos'] // 2} videos and is "
+        "made every 10 iterations, or every 20 updates of SFT. The CPU seconds of validations and of "
+        "training the reward models are not counted. Highest and last: a run's highest and last validation, "
+        "as a mean over the seeds.", "",
         *table(["", *(f"{level:.2f}" for level in LEVELS), "highest", "last", "CPU seconds in all",
                 "iterations"], rows),
-        f"To .90 the steady recipe takes {share} (asked for beforehand: at most a third).", "",
-        "FLOPs of an iteration at Wan 14B, one clip of 81 frames of 832x480, N = 40, by the formulas of "
-        "`python -m scale.plan`. Arithmetic, not measured:", "",
+        f"To reach .90 the steady recipe takes {share} (asked for beforehand: at most a third).", "",
+        "FLOPs of an iteration of Wan 14B with one clip of 81 frames of 832x480 and N = 40. They follow from "
+        "the formulas of `python -m scale.plan` and are not measured:", "",
         *table(["", "PFLOPs"], [[row, f"{value / 1e15:.1f}"] for row, value in flops.items()])],
         {"seconds": {row: {str(level): values for level, values in by_level.items()}
                      for row, by_level in times.items()},

@@ -43,7 +43,7 @@ def choice(rows):
 
     Returns the iterations "steps" of the validations and their "curves"; the iterations that are "best" for
     the annotator and "chosen" by the judge's score; and how much of the annotator's best rate is "lost"
-    there, "lost_by_opinion" (if the judge's probability alone chose) and "lost_at_end".
+    at the chosen iteration, "lost_by_opinion" (if the judge's probability alone chose) and "lost_at_end".
     """
     rows = [row for row in rows if "validation_judge" in row]
     steps = [row["step"] for row in rows]

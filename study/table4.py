@@ -1,5 +1,5 @@
-"""`python -m study.reproduce table4`: seconds and memory of an iteration, which study/cost.py measures, and
-what fits into a GPU at Wan's size, which scale/plan.py computes."""
+"""`python -m study.reproduce table4`: the seconds and memory of an iteration, which study/cost.py measures,
+and how many frames fit into a GPU at Wan's size, which scale/plan.py computes."""
 import itertools
 import json
 
@@ -25,8 +25,8 @@ TRUNK = read_config(SHIPPED["t2v"] / "transformer")["num_layers"]
 
 
 def wan_peak(preset, frames, method, decoded="first"):
-    """Peak bytes of one of 8 GPUs by scale/plan.py: 832x480, fsdp over the 8, one clip on each, checkpointing
-    on."""
+    """The peak of bytes on each of 8 GPUs, by scale/plan.py, if each has one clip of 832x480, fsdp splits the
+    weights over the 8, and checkpointing is on."""
     config = plan.Config(preset, method=method, frames=frames, gpus=8, frames_decoded=decoded)
     return plan.costs(config, MODELS[preset])["with"]["peak"]
 
@@ -42,10 +42,9 @@ def table4(work):
     methods = {"SFT": "sft", "PRFL": "prfl", STEADY: "prfl_steady",
                "RGB ReFL, first frame": "refl_first", "RGB ReFL, all frames": "refl_all"}
     rounds = work.preset["rounds"]
-    # (flags, the end of a setting's name, how many times as long as PRFL's the paper's RGB ReFL with one
-    # frame takes)
+    # (flags, the end of a setting's name, the paper's ratio: seconds of RGB ReFL with one frame / of PRFL)
     kinds = [((), "", 1.42), (("--no-sft_updates",), ", no SFT updates", 1.49)]
-    # N and K of the world, then the paper's N, then also the share of blocks that the paper's K has
+    # (N, K): first this world's, then the paper's N, then also the paper's share of blocks, a fifth
     settings = [(16, TRUNK), (40, TRUNK), (40, round(TRUNK / 5))]
     first_frame, all_frames = "RGB ReFL, first frame", "RGB ReFL, all frames"
     draws = np.random.default_rng(0).integers(0, rounds, (2000, rounds))    # the same rounds for all methods
@@ -76,7 +75,7 @@ def table4(work):
         verdicts.append([label, *(one["faster"] for one in of_setting), of_setting[0]["by as much"]])
     cells = [(frames, "64*64") for frames in (17, 33, 65, 81)] + [(17, "32*32"), (17, "96*96")]
     rows = {row: ("--method", method) for row, method in methods.items()}
-    del rows[STEADY]                                            # its memory is PRFL's
+    del rows[STEADY]                                            # this recipe takes as much memory as PRFL
     rows["the same, --decoder_checkpointing"] = (*rows[all_frames], "--decoder_checkpointing")
 
     def cell(frames, size, *flags):
@@ -119,9 +118,10 @@ def table4(work):
         *table(["", *methods, "ratio, first frame", "ratio, all frames", "paper, first frame"], speed),
         *table(["PRFL is faster than RGB ReFL", "first frame", "all frames",
                 "first frame, by the paper's factor"], verdicts),
-        "From the same processes: an iteration of the steady recipe / one of the paper's recipe (asked for "
-        "beforehand at N = 40: at most .5), and an iteration of RGB ReFL with the first frame and the "
-        "paper's recipe / one of PRFL with the steady recipe (asked for: at least 2).", "",
+        "Two more ratios of seconds, from the same processes. PRFL, an iteration of the steady recipe / an "
+        "iteration of the paper's recipe; asked for beforehand at N = 40: at most .5. And an iteration of "
+        "RGB ReFL with the first frame and the paper's recipe / an iteration of PRFL with the steady recipe; "
+        "asked for: at least 2.", "",
         *table(["", *list(recipes[0])[1:]], of_recipes),
         "Peak memory beyond what weights and optimizer hold, in MB, with 4 clips. Each cell is measured in a "
         "process of its own (`python -m study.cost cell`); about 70 MB are buffers of the libraries. The "

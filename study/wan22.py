@@ -1,16 +1,18 @@
 """`python -m study.reproduce wan22`: how well PRFL trains generators that are built in Wan2.2's two ways.
 They are made in the embedded world, where results can be measured.
 
-two experts     A14B's way. The base is tuned twice, each time only on one side of a boundary: a high-noise
-                expert for t >= boundary, a low-noise one below. PRFL then trains the low-noise expert, the
-                high-noise one, or both, for as many iterations as it trains the base itself. Where the
-                low-noise one trains alone, the frozen expert makes long steps that it never learned. So a
-                further run makes every step of its rollouts.
+two experts     A14B's way. The base is tuned twice, each time only on one side of a boundary: the high-noise
+                expert for t >= boundary, the low-noise expert below. PRFL then trains the low-noise expert,
+                the high-noise one, or both, and for comparison the base itself, for as many iterations.
+                When only the low-noise expert trains, rollouts begin with long steps of the high-noise
+                expert, which is frozen and never learned long steps. So one more run makes every step of its
+                rollouts.
 pinned frame    TI2V-5B's way to image-to-video. The text-to-video base is tuned to take the first latent
-                frame clean, in its place and at time 0. Then come a reward model, SFT and PRFL.
+                frame clean, in its place and at time 0. Then a reward model is trained, and SFT and PRFL run.
 
 PRFL is the steady recipe at its default rate. All alignments of two experts and of the base train against the
-shipped reward model. Every finished section is kept in results/wan22_runs.json and is not made again.
+shipped reward model. What a seed gave for one of these two sections is kept in results/wan22_runs.json and is
+not made again.
 """
 import numpy as np
 
@@ -28,7 +30,7 @@ ITERATIONS, TESTED, SAMPLES, REWARD_STEPS = 80, 512, 2048, 300
 TUNE = ("-m", "world.pretrain", "dit", "--init", BASE / "transformer", "--warmup_steps", 20, "--ema", 0.99,
         "--muon_learning_rate", 0.005, "--adam_learning_rate", 3e-4, "--timestep_shift", 1,
         "--validation_steps", 100)
-BATCH, EXPERT_UPDATES, PINNED_UPDATES = 64, 100, 300           # of the tuning
+BATCH, EXPERT_UPDATES, PINNED_UPDATES = 64, 100, 300            # for the tuning of the base
 GRADES = ("qualified", "physical_qualified", "deformity_qualified", "adherent")
 ONE, START = "the base, PRFL", "two experts"
 LOW, HIGH, BOTH = (f"{START}, PRFL on {name}" for name in ("the low-noise one", "the high-noise one", "both"))
@@ -37,14 +39,15 @@ EVERY_STEP = f"{LOW}, every step of its rollouts"               # in place of at
 
 # ---- the parts of one seed
 def tuning(updates):
-    """Flags of world/pretrain.py: so many updates; the rate falls from the 20th on, where it has its peak."""
+    """Flags of world/pretrain.py for this many updates. The learning rate rises until the 20th update and
+    falls after it."""
     return (*TUNE, "--clips", 4096, "--batch_size", BATCH, "--max_train_steps", updates, "--decay_steps",
             updates - 20)
 
 
 def generator(folder, index=None, **parts):
-    """A generator's folder of links: to the shipped encoders, and to parts {name: folder}. index: its
-    model_index.json. -> folder"""
+    """Makes `folder` a generator's folder -> folder. It gets links to the shipped encoders and to parts
+    {subfolder's name: folder}. index: what its model_index.json holds."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, target in ({name: BASE / name for name in ("vae", "text_encoder")} | parts).items():
         if not (folder / name).exists():
@@ -55,14 +58,14 @@ def generator(folder, index=None, **parts):
 
 
 def made(work, seed, name, last, *command):
-    """The folder of a part, which is run now unless it is finished."""
+    """Runs a part unless it is finished -> its folder."""
     folder = work.folder / f"seed-{seed}" / f"wan22-{name}"
     work.run([(folder, last, *command, "--seed", seed)])
     return folder
 
 
 def pair(work, seed):
-    """The folder of the two experts."""
+    """Tunes the base to two experts -> the folder of a generator that has both."""
     high, low = (made(work, seed, name, "transformer/config.json", *tuning(EXPERT_UPDATES), "--expert", name,
                       "--boundary", BOUNDARY) / "transformer" for name in ("high", "low"))
     index = {"_class_name": "WanPipeline", "boundary_ratio": BOUNDARY}
@@ -70,7 +73,7 @@ def pair(work, seed):
 
 
 def aligned(work, seed, name, reward=BASE / "reward", method="prfl", updates=1, expert=None, **flags):
-    """The run folder of an alignment; flags: more of train_align.py's."""
+    """Aligns a generator -> the run folder. flags: further flags of train_align.py."""
     words = [word for flag, value in flags.items() for word in (f"--{flag}", value)]
     if method != "sft":
         words += ["--reward", reward]
@@ -83,7 +86,8 @@ def aligned(work, seed, name, reward=BASE / "reward", method="prfl", updates=1, 
 
 
 def evaluated(work, seed, name, rows):
-    """rows {row: generator's folder} -> {row: {grade: bits of the test videos, and their mean "speed"}}"""
+    """Evaluates rows {row: generator's folder} on the test videos -> {row: {grade: verdicts as `bits`,
+    "speed": mean}}"""
     named = {f"g{i}": row for i, row in enumerate(rows)}
     folder = work.folder / f"seed-{seed}" / f"wan22-evaluation-{name}"
     work.run([(folder, "per_video.json", "evaluate.py",
@@ -120,7 +124,7 @@ SECTIONS = {"two experts": two_experts, "pinned frame": pinned}
 
 # ---- the study
 def finished(work):
-    """Makes what is not kept -> {(seed, section): {row: what is kept of it}}"""
+    """Makes the sections that are not kept -> {(seed, section): what the section's function returned}"""
     kept = kept_in(work, FILE)
     for section, make in SECTIONS.items():
         for seed in work.seeds:
@@ -136,13 +140,13 @@ def wan22(work):
 
 
 def values_of(parts, row, what):
-    """Kept rows of the seeds -> [seeds, videos]"""
+    """parts: a section's rows, one dict for each seed -> one row's verdicts `what`, [seeds, videos]"""
     return np.array([[float(bit) for bit in part[row][what]] for part in parts])
 
 
 def of_generators(parts, claims):
-    """The table of generators of the kept rows of each seed -> ({row: numbers}, claims with verdicts,
-    lines)"""
+    """parts: a section's rows, one dict for each seed -> ({row: numbers}, claims with verdicts, lines of the
+    two tables)"""
     rows, cells, qualified = {}, [], {}
     for row in parts[0]:
         qualified[row] = values_of(parts, row, "qualified")
@@ -151,7 +155,7 @@ def of_generators(parts, claims):
         rows[row] = {"qualified": summary(qualified[row])} | {name: {"mean": mean}
                                                               for name, mean in means.items()}
         cells.append([row, show(**rows[row]["qualified"]), *(f"{mean:.3f}" for mean in means.values())])
-    if LOW in qualified:                # does the low-noise expert alone bring most of what both bring?
+    if LOW in qualified:                # one claim: alone, the low-noise expert brings half of what both do
         qualified["gain of the low-noise one alone"] = qualified[LOW] - qualified[START]
         qualified["half of the gain of both"] = (qualified[BOTH] - qualified[START]) / 2
     claims = claim_verdicts([(*claim, "not in it") for claim in claims], qualified)
@@ -164,14 +168,15 @@ CLAIMS = {"two experts": [(LOW, START), (BOTH, LOW), (HIGH, LOW), (BOTH, HIGH), 
                           ("gain of the low-noise one alone", "half of the gain of both")],
           "pinned frame": [("PRFL", "base"), ("PRFL", "SFT"), ("SFT", "base")]}
 ABOUT = {"two experts": f"The boundary is {BOUNDARY}: the high-noise expert makes 9 of the 16 steps of a "
-                        f"rollout, the low-noise one 7. Each expert is the base, tuned on its side for "
-                        f"{EXPERT_UPDATES} updates of {BATCH} clips of the base's own mixture.",
-         "pinned frame": "Image-to-video. The given frames are of clean renders. The base here is the "
-                         f"text-to-video base, tuned for {PINNED_UPDATES} updates of {BATCH} clips."}
+                        f"rollout, the low-noise one 7. Each expert is the base, tuned on its side of the "
+                        f"boundary for {EXPERT_UPDATES} updates of {BATCH} clips each, from the mixture that "
+                        "the base was trained on.",
+         "pinned frame": "Image-to-video. The given first frames come from clean renders. The base here is "
+                         f"the text-to-video base, tuned for {PINNED_UPDATES} updates of {BATCH} clips each."}
 
 
 def report(work, kept):
-    """Writes the tables of those {(seed, section): kept rows} that there are."""
+    """Writes the tables. kept: what `finished` returned, or less of it."""
     values, lines = {}, []
     for section, claims in CLAIMS.items():
         parts = [kept[seed, section] for seed in work.seeds if (seed, section) in kept]
@@ -183,4 +188,4 @@ def report(work, kept):
         lines += ["Not all sections are made. The command below makes the others.", ""]
     work.write("wan22", "Wan2.2's two experts and its pinned frame, in the embedded world", [
         f"{TESTED} test videos, the same noise in every row ({work.said_seeds()}). PRFL is the steady recipe "
-        f"for {ITERATIONS} iterations; SFT makes as many updates.", "", *lines], values)
+        f"for {ITERATIONS} iterations; SFT makes the same number of updates.", "", *lines], values)

@@ -1,8 +1,9 @@
-"""What keeps PRFL from collapsing? Variants of its reward update that are not flags of train_align.py.
+"""What keeps PRFL from collapsing? This script trains with variants of PRFL that are not flags of
+train_align.py.
 
     python -m study.why --variant noise --reward runs/reward/reward --output_dir runs/why/noise
     python -m study.why --variant ema --resume latest
-    python -m study.reproduce why                   all variants but words, on one seed
+    python -m study.reproduce why           all variants but words, leaps and direct_align, on one seed
 
 Each variant could prevent the collapse, or explain why coarse rollouts prevent it:
 noise        adds Gaussian noise of strength (1 - t) to the exact rollout's state: does the spread of the
@@ -12,24 +13,25 @@ exact_last   makes the last step before the rewarded one exact, after a coarse r
 no_rollout   starts the rewarded step at a noised curated clip: must the states be the generator's own?
 ema          validates and writes an average of the weights over iterations, with factor strength
 pull         adds strength (v - v_ref)^2 in the rewarded step; v_ref is the untrained generator's velocity
-ceiling      uses the loss -min(r, strength), so nothing is learned from a reward above it
+ceiling      uses the loss -min(r, strength), so nothing is learned from a reward above strength
 words        leaves each word of a prompt out with probability strength and shuffles the others, in both
              updates: does this help with unseen wordings (evaluate.py --split reworded)?
 moments      has one AdamW for the SFT updates and another for the reward updates: what does sharing cost?
-none         is train_align.py --method prfl, number for number, so that only the variant differs
+none         gives the same numbers as train_align.py --method prfl, so a variant differs in nothing else
 
 Two more are other methods' updates, brought into the latent space (study/rivals.py compares them):
-leaps        LeapAlign (arXiv 2604.15311): of a sampled trajectory two states are drawn, and the generator
-             leaps with gradients from the first to the second, and from there to the video, which the reward
+leaps        LeapAlign (arXiv 2604.15311): two states of a sampled trajectory are drawn. The generator leaps
+             with gradients from the first state to the second, and from there to a video, which the reward
              judges
-direct_align Direct-Align (of SRPO, arXiv 2509.06942): a sampled video gets noise that is kept; a step with
-             gradients starts there, and the video that the reward judges is recovered by this noise
+direct_align Direct-Align (of SRPO, arXiv 2509.06942): noise is added to a sampled video and remembered. A
+             step with gradients starts from this noisy video; then the same noise is taken away, and the
+             reward judges the result
 
 --rewarded_step per_video draws a step for each video of a batch, instead of one for the whole batch.
 
-It runs on the embedded world, in one process. Each iteration makes an SFT update and a reward update with
-train_align.py's draws. Writes what train_align.py writes: metrics.jsonl, transformer/, checkpoints and
-samples/.
+The script runs on the embedded world, in one process. Each iteration makes an SFT update and a reward update
+with the random draws of train_align.py. The script writes what train_align.py writes: metrics.jsonl,
+transformer/, checkpoints and samples/.
 
 Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 """
@@ -55,11 +57,11 @@ from validation import make_validation
 from world import clips
 
 BASE = SHIPPED["t2v"]
-# where --strength is not given
+# what --strength is if it is not given
 STRENGTH = {"noise": 0.2, "ema": 0.98, "pull": 1.0, "ceiling": 2.0, "words": 0.15}
 VARIANTS = ("none", "noise", "exact_last", "no_rollout", "ema", "pull", "ceiling", "words", "moments",
             "leaps", "direct_align")
-DISCOUNT = 0.3                                                  # of the gradient between the two leaps
+DISCOUNT = 0.3                          # factor of the gradient that the second leap passes to the first
 
 
 @dataclass
@@ -101,7 +103,8 @@ class Config:
 def draw_steps(seed, iteration, num_steps, batch):
     """A rewarded step for each video of the batch -> int64 [b], spread evenly over the trajectory.
 
-    The trajectory is cut into b equal stretches. Each video has one of them, and its step is uniform within.
+    The trajectory is cut into b equal stretches. Each video has one of them, and its step is uniform within
+    the stretch.
     """
     stretch = torch.randperm(batch, generator=common.random_generator(seed, "reward steps", iteration))
     within = common.uniform(seed, "reward steps", iteration, range(batch))
@@ -111,8 +114,8 @@ def draw_steps(seed, iteration, num_steps, batch):
 
 @torch.no_grad()
 def rollout_to_each(policy, x, context, num_steps, stop, passes):
-    """flow.rollout up to a step of its own for each video, stop [b]. A video that has arrived waits: its dt
-    is 0."""
+    """Like flow.rollout, but each video has its own last step, stop [b]. A video that has arrived waits: its
+    dt is 0."""
     times = flow.schedule(num_steps, device=x.device)
     stride = math.ceil(num_steps / passes) if passes else 1
     for i in range(0, int(stop.max()), stride):
@@ -123,7 +126,8 @@ def rollout_to_each(policy, x, context, num_steps, stop, passes):
 
 
 def other_words(prompt, share, generator):
-    """The prompt without a share of its words, in any order; one word stays."""
+    """The prompt without a random share of its words, and the others in a random order. At least one word
+    stays."""
     words = prompt.split()
     order = torch.randperm(len(words), generator=generator).tolist()
     stay = torch.rand(len(words), generator=generator) >= share
@@ -133,9 +137,9 @@ def other_words(prompt, share, generator):
 def start_state(config, policy, x_T, context, first, curated, eps):
     """Where the rewarded step of each video starts, x_{s+dt} [b, c, f, h, w], without gradients.
 
-    x_T [b, c, f, h, w]: noise. context [b, l, d_text]. first [b]: steps already made there. curated: x0 of
-    those prompts.
-    eps: the noise variant's draw, as large.
+    x_T [b, c, f, h, w]: noise. context [b, l, d_text]. first [b]: the number of steps before the rewarded
+    one. curated [b, c, f, h, w]: x0 of curated clips with the same prompts. eps, as large: what the variant
+    noise adds.
     """
     N, times = config.num_inference_steps, flow.schedule(config.num_inference_steps, device=x_T.device)
     if config.variant == "no_rollout":
@@ -152,13 +156,14 @@ def start_state(config, policy, x_T, context, first, curated, eps):
 
 
 def leaps_loss(config, policy, pavrm, x_T, context, first, second):
-    """LeapAlign's update: -> (loss, reward [b], detached). first, second: the steps, 0 <= first < second < N,
-    after which the trajectory has the states from which the two leaps start.
+    """LeapAlign's update: -> (loss, reward [b], detached).
 
-    Each leap ends, in value, at the state that the trajectory really has there; only its gradient is the
-    leap's. The gradient that reaches the first leap through the second one's input is multiplied by DISCOUNT.
-    A video counts more the closer its leaps come to its trajectory. The abstract leaves open both the factor
-    and these weights: softmax(-d / mean d) of the squared distances d at the end.
+    The two leaps start from the trajectory's states after `first` and after `second` of its N steps, 0 <=
+    first < second < N. The end of a leap has the value of the trajectory's own state there, and only the
+    gradient of the leap. The gradient that reaches the first leap through the second one's input is
+    multiplied by DISCOUNT. A video counts more if its leaps end closer to its trajectory: its weight is
+    softmax(-d / mean d) of the squared distances d at the end. LeapAlign's abstract leaves open both this
+    weight and DISCOUNT.
     """
     N, times = config.num_inference_steps, flow.schedule(config.num_inference_steps, device=x_T.device)
     t_k, t_j, zero = (t.expand(len(x_T)) for t in (times[first], times[second], times[N]))
@@ -174,14 +179,17 @@ def leaps_loss(config, policy, pavrm, x_T, context, first, second):
     leapt = flow.predict_x0(x_j + change, v, t_j)                                   # the second leap
     r = pavrm(x_0 + leapt - leapt.detach(), zero, context)
     distance = (leapt.detach() - x_0).square().flatten(1).mean(1)                           # [b]
-    weight = len(x_T) * (-distance / distance.mean().clamp(min=1e-8)).softmax(0)    # a last step is exact
+    # every distance is 0 if the second leap is the trajectory's last step
+    weight = len(x_T) * (-distance / distance.mean().clamp(min=1e-8)).softmax(0)
     return (weight * prfl.REWARD_LOSSES[config.reward_loss](r)).mean(), r.detach()
 
 
 def direct_align_loss(config, policy, pavrm, x_T, context, step, eps):
-    """Direct-Align's update: -> (loss, reward [b], detached). SRPO's relative rewards, for prompts with and
-    without words of praise, are left out, because the embedded world has no such words. step, from 1 to N:
-    the one with gradients. eps, as large as x_T: the noise that is kept.
+    """Direct-Align's update: -> (loss, reward [b], detached). step, from 1 to N: the step with gradients.
+    eps, as large as x_T: the noise that is added and taken away.
+
+    SRPO also compares rewards for prompts with and without words of praise. This is left out, because the
+    embedded world has no such words.
     """
     times = flow.schedule(config.num_inference_steps, device=x_T.device)
     x_0 = flow.rollout(policy, x_T, context, config.num_inference_steps, passes=config.rollout_passes)
@@ -194,8 +202,8 @@ def direct_align_loss(config, policy, pavrm, x_T, context, step, eps):
 
 
 def reward_update_loss(config, policy, base, pavrm, x_T, context, step, curated, eps):
-    """prfl.reward_update_loss with the variant in it: -> (loss, reward [b], detached). base: the generator as
-    it was."""
+    """prfl.reward_update_loss with the variant in it: -> (loss, reward [b], detached). base: the generator
+    before training."""
     times = flow.schedule(config.num_inference_steps, device=x_T.device)
     x = start_state(config, policy, x_T, context, step - 1, curated, eps)
     t, s = times[step - 1], times[step]
@@ -223,7 +231,7 @@ def main(config):
             0 < config.strength < (1 if config.variant in ("ema", "words") else math.inf)):
         raise InputError(f"--strength {config.strength}: changes nothing, or lets nothing change, with "
                          f"--variant {config.variant}")
-    config.model, config.world = str(BASE), "tiny"            # what make_validation asks for beside the flags
+    config.model, config.world = str(BASE), "tiny"          # make_validation reads more than the flags here
     config.data, config.judge, config.parallel = None, None, "ddp"
     config.shift, config.guidance_scale, config.guidance_scale_2 = 1.0, 1.0, None
     runtime = common.setup(config.mixed_precision, config.seed)
@@ -284,7 +292,7 @@ def main(config):
         return loss, {"reward": reward.mean().item(), "rewarded_step": step.float().mean().item()}
 
     def update(name, loss_fn, iteration):
-        """One optimizer update, as train_align.py's."""
+        """Makes one optimizer update, as train_align.py does."""
         clock, cpu_clock = time.perf_counter(), time.process_time()
         optimizers[name].zero_grad()
         with runtime.autocast():

@@ -41,10 +41,10 @@ MAX_DIRECTION_ERROR = math.radians(38)
 
 
 def _fit_path(center, low, high):
-    """The elastic path nearest to the tracked centres, in the least-squares sense, found for x and y
-    separately.
+    """Finds the elastic path nearest to the tracked centres, by least squares, for x and y separately.
 
-    A coarse search tries every velocity and start on a grid. Two finer ones search around the best so far.
+    A coarse search tries every velocity and start on a grid. Two finer searches then try values around the
+    best so far.
     center: [b, f, 2]; low, high: walls [b, 2]. Returns (velocity [b, 2], path [b, f, 2]).
     """
     b, F, _ = center.shape
@@ -86,7 +86,7 @@ def grade(found, tolerance=1.0):
 
 
 def _places(asked, names):
-    """asked: b entries of `names` or None -> the place of each in `names`, -1 for None. [b]"""
+    """asked: b names, or None -> [b], the index of each in `names`, or -1 for None."""
     names = list(names)
     places = []
     for name in asked:
@@ -108,7 +108,7 @@ def annotate(videos, prompts):
     - "qualified": bool, both axes are 2 and the clip is adherent;
     - "unqualified": bool, an axis is 0 or the clip is not adherent;
     - the errors of LIMITS, and "direction_error" in radians;
-    - "absent": bool, there is no subject that deserves the name;
+    - "absent": bool, nothing in the clip is bright and large enough to be a subject;
     - PANEL, which exposes reward hacking: "speed" in frame widths per frame, "dynamic" (bool), "brightness"
       and "saturation" in 0 .. 1, and "adherent".
     "center" [b, f, 2] is the tracked subject. Raises InputError for videos of another dtype or layout.
@@ -118,15 +118,15 @@ def annotate(videos, prompts):
     if videos.dtype != torch.uint8 or not right_layout or len(prompts) != len(videos):
         raise InputError(f"annotate wants uint8 videos [b, f >= 4, h, w = h, 3] and b prompts, got "
                          f"{videos.dtype} {list(videos.shape)} and {len(prompts)} prompts")
-    if len(videos) > 256:                                        # a part at a time, to bound the memory
+    if len(videos) > 256:                                       # 256 at a time, to bound the memory
         parts = [annotate(videos[i:i + 256], prompts[i:i + 256]) for i in range(0, len(videos), 256)]
         return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     b, F, R = videos.shape[:3]
     video = videos.float() / 255
     background = torch.tensor(BACKGROUND)
 
-    # How much of each pixel is subject: its contrast to the background, relative to the subject's contrast
-    # there.
+    # How much of each pixel is subject: the pixel's contrast to the background, relative to the contrast that
+    # the subject has in this frame.
     contrast = (video - background).abs().amax(-1)                                      # [b, f, h, w]
     strength = contrast.flatten(2).topk(R * R // 32, dim=2).values.mean(2)              # [b, f]
     typical = strength.median(1, keepdim=True).values
@@ -144,7 +144,7 @@ def annotate(videos, prompts):
 
     # Shape: the soft IoU with each ideal shape that has the same centre and area.
     ideal = coverage(torch.eye(3)[:, None, None], center, radius, R)                    # [3, b, f, h, w]
-    union = torch.maximum(ideal, alpha).flatten(3).sum(3).clamp_min(1e-3)           # a vanished frame has 0
+    union = torch.maximum(ideal, alpha).flatten(3).sum(3).clamp_min(1e-3)   # 0 where the subject vanished
     iou = torch.minimum(ideal, alpha).flatten(3).sum(3) / union                         # [3, b, f]
     shape = iou.mean(2).argmax(0)                                                       # [b]
     fit = iou.gather(0, shape[None, :, None].expand(1, b, F))[0]                        # [b, f]
@@ -166,12 +166,12 @@ def annotate(videos, prompts):
         "color_error": distance.gather(2, hue[:, None, None].expand(b, F, 1)).amax((1, 2)),
         "presence_error": 1 - (strength.amin(1) / typical[:, 0].clamp_min(0.1)).clamp(0, 1),
     }
-    # A subject that deserves the name has at least half of the faintest colour's contrast, and a subject's
-    # size.
+    # A subject has at least half of the faintest colour's contrast, and about the size of the world's
+    # subjects.
     faint = typical[:, 0] < 0.30
     size = radius.median(1).values
     out["absent"] = faint | (size < 0.7 * RADIUS[0]) | (size > 1.3 * RADIUS[1])
-    # The prompt: what it leaves open fits everything.
+    # The prompt: any clip fits what the prompt leaves open.
     asked = [parse_prompt(prompt) for prompt in prompts]
     want_shape = _places([a["shape"] for a in asked], SHAPES)
     want_hue = _places([a["color"] for a in asked], COLORS)

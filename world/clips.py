@@ -32,7 +32,7 @@ from world.annotator import annotate
 
 def require_world(model):
     """Raises InputError if `model` is not a generator of the embedded world, whose VAE is a VideoVAE."""
-    if "_class_name" in read_config(f"{model}/vae"):                # diffusers' VAEs have one
+    if "_class_name" in read_config(f"{model}/vae"):                # only diffusers' VAEs have a _class_name
         raise InputError(f"--model {model}: its VAE is not that of the embedded world: "
                          "give clips of your own with --data")
 
@@ -40,16 +40,16 @@ def require_world(model):
 @torch.no_grad()
 def own_samples(folder, generator, model, count, num_steps, size, seed, runtime, shift=1.0,
                 transformer=None):
-    """Shards of `count` samples of a VideoDiT, labelled by the annotator. They are made once and kept in
-    `folder`.
+    """Makes Shards of `count` samples of a VideoDiT, which the annotator labels, or reads them from `folder`
+    if they are there.
 
     A sample's label is 1 if it is qualified, 0 if it is unqualified (see `annotate`), and missing in between.
     Samples of an image-to-video generator start from the first frames of clean renders. The shards hold the
     latents of these frames as condition; samples with a pinned frame hold it already.
 
     generator: the VideoDiT. model: the folder with its vae/ and text_encoder/. transformer: the generator's
-    own folder, if that is not in `model`. num_steps, shift: of the sampler. size: one of scene.SIZES. Every
-    rank makes its share of the samples. Raises InputError if `folder` was made with other settings.
+    own folder, if that is not in `model`. num_steps, shift: as in flow.sample. size: one of scene.SIZES.
+    Every rank makes its share of the samples. Raises InputError if `folder` was made with other settings.
     """
     settings = {"model": str(model), "count": count, "num_steps": num_steps, "size": size, "seed": seed}
     if shift != 1:
@@ -93,8 +93,8 @@ def own_samples(folder, generator, model, count, num_steps, size, seed, runtime,
                          autocast=runtime.autocast, **image)                            # [b, c, f, h, w]
         labels = labels_of(annotate(to_pixels(vae.decode(x0)).cpu(), asked))
         columns = [indices, x0.cpu(), context.cpu(), labels]
-        if "y" in image:                                        # a pinned frame is in the latents already
-            columns.append(image["y"][:, 4:].cpu())             # shows the given frame to the reward model
+        if "y" in image:        # the reward model sees the given frame there; a pinned one is in the latents
+            columns.append(image["y"][:, 4:].cpu())
         made += zip(*columns)
     made = sorted(itertools.chain(*common.gather(made)), key=lambda row: row[0])
     if runtime.rank == 0:
@@ -110,7 +110,7 @@ def own_samples(folder, generator, model, count, num_steps, size, seed, runtime,
 
 
 def labels_of(annotations):
-    """What `annotate` returns -> the label of each clip: 1 good, 0 bad, None in between, as in the paper."""
+    """What `annotate` returned -> the label of each clip: 1 good, 0 bad, None in between, as in the paper."""
     labels = []
     for good, bad in zip(annotations["qualified"].tolist(), annotations["unqualified"].tolist()):
         if good:
@@ -123,9 +123,9 @@ def labels_of(annotations):
 
 
 def clean_clips(folder, model, count, size, seed, runtime):
-    """Shards of `count` clean clips of the embedded world. They are made once and kept in `folder`.
+    """Makes Shards of `count` clean clips of the embedded world, or uses those that are in `folder`.
 
-    They go the same way as a user's clips: rank 0 writes mp4 files, and `data.encode` encodes them, on all
+    The clips go the same way as a user's: rank 0 writes mp4 files, and `data.encode` encodes them, on all
     ranks, with the vae/ and text_encoder/ in `model`. Raises InputError if `folder` was made with other
     settings.
     """
@@ -141,7 +141,7 @@ def clean_clips(folder, model, count, size, seed, runtime):
         raise InputError(f"{folder}: was made with {made_with}; "
                          "give another folder with --curated_dir, or remove this one")
     require_world(model)
-    common.gather(None)                                         # until every rank has read the settings
+    common.gather(None)                                         # wait until every rank has read the settings
     if runtime.rank == 0:
         lock.require_ours(folder, "curated", ("world.json",))
         folder_lock = lock.hold(folder, "curated")              # noqa: F841   until this function ends

@@ -106,14 +106,14 @@ class Config:
     seed: int = arg(0, "seed of weights, clips and random draws", at_least=0)
 
 
-VALIDATED = 256     # clips of a validation
+VALIDATED = 256     # clips per validation
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum with an update that Newton-Schulz orthogonalises (Jordan et al., 2024), for weights of 2 or
     more axes.
 
-    torch.optim.Muon accepts only matrices and handles them one by one. This one also accepts convolutions,
+    torch.optim.Muon accepts only matrices and handles them one by one. This class also accepts convolutions,
     which it flattens, and handles all weights of one shape at once. On small networks that saves most of the
     time.
     """
@@ -138,8 +138,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(m):
-    """About the nearest semi-orthogonal matrix of each matrix of m [n, rows, columns], by five Newton-Schulz
-    steps."""
+    """For each matrix of m [n, rows, columns] about the nearest semi-orthogonal matrix, by five steps of
+    Newton-Schulz."""
     dtype = torch.float32
     if runs.fast_precision() == "bf16":                         # which is precise enough
         dtype = torch.bfloat16
@@ -163,7 +163,7 @@ def make_optimizers(config, matrices, others):
 
 
 def learning_rate_factor(config, step):
-    """Factor of both learning rates at a step: a linear rise, a plateau at 1, and a linear fall.
+    """The factor of both learning rates at a step. It rises linearly, stays at 1, and falls linearly.
 
     To prolong the plateau, resume with a larger --max_train_steps.
     """
@@ -252,8 +252,8 @@ def save_final(config, runtime, averaged, names):
 
 # ---- VAE
 def train_vae(config, runtime):
-    """The loss is the squared error of pixels, in which the subject counts ten times, plus a KL
-    divergence."""
+    """Trains the VAE. The loss is the squared error of pixels, in which the subject counts ten times, plus a
+    KL divergence."""
     pool, prompts, _ = scene.make(min(config.clips, 16384), config.seed + 1000, "mixture", config.world)
     clean, clean_prompts, _ = scene.make(VALIDATED, config.seed + 7, "clean", config.world,
                                          split="validation")
@@ -296,7 +296,7 @@ def train_vae(config, runtime):
     optimizers = make_optimizers(config, kernels, others)
     averaged = train(config, {"vae": vae}, optimizers, loss_fn, validate, ("vae",))
     vae = averaged["vae"]
-    with torch.no_grad():                               # statistics that give each latent channel unit scale
+    with torch.no_grad():                       # normalised with these, each latent channel has unit scale
         means = torch.cat([vae.posterior(from_pixels(pool[i:i + 256].to(runtime.device)))[0]
                            for i in range(0, min(len(pool), 4096), 256)])
         vae.config["latents_mean"] = means.mean((0, 2, 3, 4)).tolist()
@@ -310,7 +310,8 @@ def words_of(prompt):
 
 
 def train_text(config, runtime):
-    """A linear head on the context says which words the caption has. The head is not saved."""
+    """Trains the text encoder with a linear head on the context, which learns to say which words the caption
+    has. The head is not saved."""
     preset = GENERATORS[config.preset]
     text = TextEncoder(text_len=preset["text_len"], text_dim=preset["text_dim"]).to(runtime.device)
     prompts = [*itertools.chain(*scene.all_prompts("train").values())]
@@ -389,7 +390,7 @@ def widened(weights, in_dim):
 
 
 def train_dit(config, runtime):
-    """Flow matching, Eq. 2, on latents of the mixture."""
+    """Trains the generator by flow matching, Eq. 2, on latents of the mixture."""
     vae = load_vae(config.vae).to(runtime.device)
     latents, prompts = world_latents(config, vae, runtime)
     preset = GENERATORS[config.preset]
@@ -407,7 +408,7 @@ def train_dit(config, runtime):
         else:
             others.append(p)
     global_batch = config.batch_size * runtime.world_size
-    # `make` draws its prompts with its seed + 1, so both lines have the same prompts.
+    # `make` draws its prompts with its seed + 1, so the clips below show these prompts.
     held_out_prompts = scene.draw_prompts(VALIDATED, config.seed + 5, split="validation")
     held_out_clips, _, _ = scene.make(VALIDATED, config.seed + 4, "clean", config.world, split="validation")
 
@@ -421,7 +422,7 @@ def train_dit(config, runtime):
         g = common.random_generator(config.seed, "dit", step)
         picked = torch.randint(len(latents), (global_batch,), generator=g)[indices]
         # Stratified times: (0, 1) is cut into as many equal slices as the batch has clips, and each clip gets
-        # a time from a slice of its own, in random order.
+        # a time from its own slice, at random.
         slices = torch.randperm(global_batch, generator=g)
         u = (slices + torch.rand(global_batch, generator=g))[indices] / global_batch
         keep = (torch.rand(global_batch, generator=g)[indices] >= config.text_dropout).to(runtime.device)

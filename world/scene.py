@@ -32,15 +32,15 @@ WORDINGS = ("a {c} {s} moving {d}", "a {c} {s} moves {d}", "the {c} {s} glides {
             "there is a {c} {s} drifting {d}", "a {c} {s} that slides {d}")
 PHRASES = {"right": ("to the right", "right"), "left": ("to the left", "left"),
            "up": ("up", "upwards"), "down": ("down", "downwards")}
-# The sentences of the split "reworded". Nothing was trained, validated or chosen on them. They have other
-# verbs and phrases than the world's, in another order. Only the words for colour, shape and direction are the
-# same, because without them the annotator could not tell what was asked for.
+# The sentences of the split "reworded". Nothing was trained, validated or chosen on them. Their verbs,
+# phrases and order of words differ from WORDINGS. Only the words for colour, shape and direction are the
+# same, because without these the annotator could not tell what was asked for.
 REWORDED = ("{c} coloured {s} that goes {d}", "see this {c} {s}: it floats {d}", "some {c} {s} rolling {d}",
             "{d} flies a {c} {s}", "a {s}, {c}, on its way {d}")
 REPHRASED = {"right": ("towards the right", "rightwards"), "left": ("towards the left", "leftwards"),
              "up": ("straight up", "up and up"), "down": ("straight down", "down and down")}
-RADIUS = (0.15, 0.18)            # least and most: the radius of a disc that has the subject's area
-SPEED = (0.036, 0.070)           # least and most, per frame
+RADIUS = (0.15, 0.18)            # smallest and largest radius of a disc that has the subject's area
+SPEED = (0.036, 0.070)           # lowest and highest speed, in frame widths per frame
 MAX_SKEW = math.radians(20)      # largest angle between the motion and the caption's direction
 PHYSICAL = ("teleport", "jitter", "freeze", "reversal", "speed_change")
 DEFORMITY = ("pulse", "morph", "flicker", "vanish", "duplicate")
@@ -73,32 +73,32 @@ def coverage(shape, center, radius, resolution):
 
 
 def fold(position, low, high):
-    """Reflects the straight path `position` into [low, high], as elastic walls do. All three broadcast."""
+    """Reflects the straight path `position` into [low, high], as elastic walls do. The three tensors
+    broadcast."""
     span = (high - low).clamp_min(1e-6)
     phase = torch.remainder(position - low, 2 * span)
     return low + torch.minimum(phase, 2 * span - phase)
 
 
 def walls(shape, radius):
-    """Where a subject's centre can be. shape: places in SHAPES [...]; radius [...]. -> (low [..., 2], high
+    """Where a subject's centre can be. shape: indices of SHAPES [...]; radius [...]. -> (low [..., 2], high
     [..., 2])"""
     extent = EXTENTS[shape] * radius[..., None]                  # [..., 3]
     return extent[..., [0, 1]], 1 - extent[..., [0, 2]]
 
 
 def _mid_flight(start, velocity, low, high, frames):
-    """The frame in which a subject is farthest from the walls that it moves between. A turn there is no
-    bounce."""
+    """The frame in which a subject is farthest from the walls that it moves between. If it turns there,
+    nobody can take that for a bounce."""
     path = fold(start + velocity * torch.arange(2, frames - 3)[:, None], low, high)     # [k, 2]
     axis = velocity.abs().argmax()
     return 2 + int(torch.minimum(path - low, high - path)[:, axis].argmax())
 
 
 def split_of(prompt):
-    """The split of a caption: "train", "validation" (choices are made on it) or "test" (results are reported
-    on it).
+    """The split of a caption: "train", "validation" (for choices) or "test" (for reported results).
 
-    Training never sees the captions of the last two, which are a fixed sixth of all.
+    Training never sees the captions of "validation" and "test", which are a fixed sixth of all captions.
     """
     digest = hashlib.blake2b(prompt.encode(), digest_size=4).digest()
     if digest[0] % 6:
@@ -124,8 +124,8 @@ def all_prompts(split):
 
 
 def draw_prompts(count, seed, split="train"):
-    """`count` captions of the split. Colour, shape and direction are drawn uniformly, then one of their
-    sentences."""
+    """Draws `count` captions of the split: first colour, shape and direction, uniformly, and then one of the
+    captions that ask for them."""
     g = torch.Generator().manual_seed(seed)
     captions_of = [captions for captions in all_prompts(split).values() if captions]
     picked = torch.randint(len(captions_of), (count,), generator=g).tolist()
@@ -145,7 +145,7 @@ def make(count, seed, kind="clean", size="tiny", split="train", severity=None):
     - "mixture", which the base generator is trained on: 45 % of the clips are clean, the others have one
       flaw, sometimes two, of any severity from .3 on;
     - "flawed": one flaw per clip, clearly visible (severity from .6 on);
-    - the name of a flaw: that one, as clearly.
+    - the name of a flaw: every clip has this flaw, also clearly visible.
     size: one of SIZES. split: that of the captions. severity: a number in (0, 1] for every flaw; default:
     drawn. Returns (videos uint8 [b, f, h, w, 3], b prompts, b dicts {flaw: severity}). Raises InputError.
     """
@@ -170,7 +170,7 @@ def make(count, seed, kind="clean", size="tiny", split="train", severity=None):
     velocity = speed[:, None] * (torch.cos(skew)[:, None] * heading
                                  + torch.sin(skew)[:, None] * heading.flip(-1))         # [b, 2]
     low, high = walls(shape, radius)                                                    # [b, 2] each
-    # Where it starts, the subject can move for three frames before it hits a wall, so that its direction can
+    # The subject starts where it can move for three frames before it hits a wall, so that its direction can
     # be seen.
     reach = 3 * velocity * (heading != 0)
     start_low = low - reach.clamp_max(0)

@@ -20,7 +20,7 @@ from formats.video import CHANNELS, SPACE, TIME
 
 
 class ResidualBlock(nn.Module):
-    """x + temporal(spatial(x)). Each of the two is an RMS norm over channels, SiLU and a convolution."""
+    """x + temporal(spatial(x)). Both are an RMS norm over channels, a SiLU and a convolution."""
 
     def __init__(self, dim):
         super().__init__()
@@ -33,7 +33,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x):                                                       # [b, dim, f, h, w]
         y = self.spatial(F.silu(channel_norm(x, self.norm1)))
-        y = F.pad(F.silu(channel_norm(y, self.norm2)), (0, 0, 0, 0, 2, 0))  # two frames of the past: causal
+        y = F.pad(F.silu(channel_norm(y, self.norm2)), (0, 0, 0, 0, 2, 0))  # causal: padded in the past only
         return x + self.temporal(y)
 
 
@@ -54,7 +54,7 @@ class VideoVAE(nn.Module):
         super().__init__()
         self.config = {"dim": dim, "num_blocks": num_blocks, "latents_mean": latents_mean or [0.0] * CHANNELS,
                        "latents_std": latents_std or [1.0] * CHANNELS}
-        self.statistics(torch.zeros(()))                    # raises if one of them does not have 16 numbers
+        self.statistics(torch.zeros(()))                    # raises if mean or std does not have 16 numbers
         self.channels, self.space = CHANNELS, SPACE
         pixels = 3 * TIME * SPACE * SPACE
         self.past = max(1, 2 * num_blocks)          # earlier latent frames on which a decoded frame depends
@@ -79,7 +79,7 @@ class VideoVAE(nn.Module):
         layout = "b c (f p) (h q) (w r) -> b c p q r f h w"
         first = rearrange(video[:, :, :1].expand(-1, -1, TIME, -1, -1), layout, p=TIME, q=SPACE, r=SPACE)
         rest = rearrange(video[:, :, 1:], layout, p=TIME, q=SPACE, r=SPACE)
-        # Both are views. They are copied once, into place, as clips can be large.
+        # `first` and `rest` are views. Each is copied only once, to where it belongs, as clips can be large.
         x = video.new_empty(*rest.shape[:5], 1 + rest.shape[5], *rest.shape[6:])
         x[..., :1, :, :] = first
         x[..., 1:, :, :] = rest
@@ -93,7 +93,7 @@ class VideoVAE(nn.Module):
     def encode(self, video):
         """video [b, 3, F, H, W] in [-1, 1] -> latents [b, 16, f, h, w], the posterior's normalised mean."""
         mean, std = self.statistics(video)
-        video = self.fold(video)                # lets go of the pixels: 81 frames of 832x480 take 388 MB
+        video = self.fold(video)            # under the same name, to free the pixels: often hundreds of MB
         return (self.encoder(video).chunk(2, dim=1)[0] - mean) / std
 
     def decode(self, latents):
