@@ -160,7 +160,9 @@ def load_pavrm(path, generator=None, load_now=True):
             require_trunk_of(generator, config["transformer"], path)
         with torch.device("meta"):
             model = PAVRM(**config)
-    except (KeyError, TypeError) as error:
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path}/config.json is not a reward model's: {error!r}") from None
     load_weights(model, path, load_now)
     return model.freeze()

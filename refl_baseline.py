@@ -100,7 +100,7 @@ def load_pixel_reward(path, frames, text_dim):
                              f"{advice}")
     try:
         model = PixelReward(**config)
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path}/config.json is not a pixel reward's: {error}") from None
     return load_weights(model, path).eval().requires_grad_(False)
 

@@ -107,7 +107,7 @@ class Shards:
             raise InputError(f"{e.filename or path} is missing: `python data.py encode` writes it") from None
         except (OSError, SafetensorError) as e:
             raise InputError(f"{path}: truncated or damaged ({e}): encode again") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
+        except (json.JSONDecodeError, UnicodeError, KeyError, TypeError, AttributeError) as e:
             raise InputError(f"{folder}/shards.json: damaged ({e!r}): encode again") from None
         self.all_rows = read_metadata(folder)[:len(where)]  # a kill left later rows without their shard
         if not 0 < len(where) == self.index.get("count") == len(self.all_rows):

@@ -134,7 +134,7 @@ class WeightFiles:
         for file in files:
             try:
                 handle = safe_open(file, "pt")
-            except FileNotFoundError:
+            except (FileNotFoundError, UnicodeError):           # or no file can have this name
                 raise InputError(f"{file} is missing; {index.name} names it") from None
             except (SafetensorError, OSError) as error:
                 raise InputError(f"{file} is not a whole safetensors file: "

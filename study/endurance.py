@@ -5,11 +5,12 @@ could prevent that:
 
 recipe      paper: Algorithm 1. steady: at most four long steps in the rollout, and -log sigmoid(r).
             by video: like steady, but each video of a batch has its own rewarded step (study/why.py).
+            own moments: like paper, but SFT updates and reward updates have an AdamW each (study/why.py).
 schedule    the learning rate stays constant, or falls linearly to 0 at the end of the run.
 reward      the reward model is trained as in the paper, or a quarter of each of its batches gets another
             video's prompt and the label bad (train_reward.py --mismatched).
 
-The whole study is 61 runs, and most of them take 50 minutes on one core. So the curves and the test verdicts
+The whole study is 64 runs, and most of them take a quarter of an hour on one core. So the curves and the test verdicts
 of a finished run are kept in results/endurance_runs.json, and the run is not made again until its entry there
 is removed. results/endurance.md says how many runs are made.
 """
@@ -38,7 +39,8 @@ PANEL = ("speed", "brightness", "saturation")
 RECIPES = {"paper": ("train_align.py", "--method", "prfl", "--recipe", "paper"),
            "steady": ("train_align.py", "--method", "prfl", "--recipe", "steady"),
            "by video": ("-m", "study.why", "--rewarded_step", "per_video", "--rollout_passes", 4,
-                        "--reward_loss", "logsigmoid")}
+                        "--reward_loss", "logsigmoid"),
+           "own moments": ("-m", "study.why", "--variant", "moments")}
 
 
 class Case(NamedTuple):
@@ -78,8 +80,8 @@ class Case(NamedTuple):
 # 0 does not contain the shorter runs, and another rate.
 LONG = [Case(recipe, schedule, mismatched) for mismatched in (0.25, 0) for recipe in RECIPES
         for schedule in ("constant", "linear")]
-MORE = [Case("paper", length=480), Case("steady", "linear", rate=2e-4, length=1920),
-        Case("steady", "linear", rate=2e-4),
+MORE = [Case("paper", length=480), Case("own moments", length=480),
+        Case("steady", "linear", rate=2e-4, length=1920), Case("steady", "linear", rate=2e-4),
         *(Case(recipe, "linear", length=length) for recipe in ("steady", "by video")
           for length in (120, 480)),
         *(Case("steady", "linear", rate=2e-4, length=length) for length in (120, 480))]

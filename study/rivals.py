@@ -245,7 +245,7 @@ def report(work, kept):
         plot(work.results / "rivals.png",
              {"qualified of the validation videos": ("CPU seconds of training", curves)})
     trials, more = trial_lines()
-    work.write("rivals", "Rivals from reinforcement learning, with the same latent reward", [*lines, *more],
+    work.write("rivals", "Rivals with the same latent reward", [*lines, *more],
                {"rows": rows, "claims": compared, **trials})
 
 

@@ -26,9 +26,11 @@ def take_apart(out, rng):
     elif kind == 1 and files:                                   # a power loss: content that was not flushed
         rng.choice(files).write_bytes(b"")
     elif kind == 2:                             # a kill while it was written, or an older version's leftovers
-        name = out / rng.choice(LEFT)
-        name.mkdir(exist_ok=True)
-        (name / rng.choice(("w", "best.json", "args.json"))).write_text(rng.choice(("", "{}", '{"step": 1}')))
+        name, file = out / rng.choice(LEFT), rng.choice(("w", "best.json", "args.json"))
+        text = rng.choice(("", "{}", '{"step": 1}'))
+        if not name.is_file():                                  # kind 5 may have made it one
+            name.mkdir(exist_ok=True)
+            (name / file).write_text(text)
     elif kind == 3:                                      # a kill while the run was set aside, or brought back
         half = out / f"earlier-20260101-00000{rng.randrange(3)}{rng.choice(('.moving', ''))}"
         half.mkdir(exist_ok=True)

@@ -300,6 +300,7 @@ def test_broken_shards_are_one_line(tmp_path):
     broken(lambda f: cut(f / "shards.json", 40), "shards.json: damaged")
     broken(lambda f: cut(f / "shards.json", 0), "shards.json: damaged")
     broken(lambda f: (f / "shards.json").write_text("{}"), "shards.json: damaged")
+    broken(lambda f: edit(f, shards=[{"file": "\ud800", "count": 4}]), "shards.json: damaged")
     broken(lambda f: edit(f, count=9), "counts 9 clips, the shards hold 8")
     broken(lambda f: edit(f, latent_shape=[16, 3, 8, 8]), "not what shards.json says")
     broken(lambda f: cut(f / "metadata.jsonl", 130), "metadata.jsonl")

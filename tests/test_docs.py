@@ -467,7 +467,7 @@ def claims():
                        "--learning_rate 3e-4")
     one_step = tried("--method grpo --rollout_passes 8 --no-sft_updates --inner_updates 1 "
                      "--learning_rate 3e-4 --kl_weight 0")
-    said["## Rivals from reinforcement learning"] = [
+    said["## Rivals with the same reward"] = [
         f"These are the {len(others)} runs", f"the base has {with_interval(load('rivals')['base'])}",
         f"has {rate(prfl, '40')} after {spent(prfl, '40')} and {with_interval(prfl['best'])} after "
         f"{spent(prfl, '120')}",
@@ -483,17 +483,30 @@ def claims():
         f"rewards of its samples rise to {one_step['reward']['100']:.1f}"]
     found = load("rivals")
     longer, at_best = found["rows"], {claim["claim"]: claim for claim in found["claims"]}
-    assert {len(row["best"]) for row in longer.values()} == {3}
+    tuned = ("PRFL, steady recipe", "DiffusionNFT", "Flow-GRPO", "SFT")
+    assert {len(longer[name]["best"]) for name in tuned} == {3}
+    more = [name for name in longer if name not in tuned]
+    assert len({len(longer[name]["best"]) for name in more}) == 1 and more == [
+        "DiffusionNFT, falling rate", "LeapAlign", "Direct-Align"]
     at = lambda name: number(fmean(longer[name]["best"]))
     ends = lambda name: with_interval(longer[name]["qualified"])
-    said["## Rivals from reinforcement learning"] += [
+    said["## Rivals with the same reward"] += [
         f"the best validations of DiffusionNFT have {at('DiffusionNFT')}, and its runs end at "
         f"{ends('DiffusionNFT')}",
         f"The best validations of Flow-GRPO have {at('Flow-GRPO')}, and its runs end at {ends('Flow-GRPO')}",
         f"SFT ends at {ends('SFT')} and PRFL at {ends('PRFL, steady recipe')}",
         "Each at its best validation, PRFL is above DiffusionNFT by {} and above Flow-GRPO by {}".format(*(
             with_interval(at_best[f"each at its best validation, PRFL above {name}"], sign="+",
-                          key="difference") for name in ("DiffusionNFT", "Flow-GRPO")))]
+                          key="difference") for name in ("DiffusionNFT", "Flow-GRPO"))),
+        f"with {('one seed', 'two seeds', 'three seeds')[len(longer['LeapAlign']['best']) - 1]}: the best "
+        f"validations of DiffusionNFT with a falling rate have {at(more[0])}, and it ends at {ends(more[0])}",
+        f"LeapAlign has {at('LeapAlign')} and ends at {ends('LeapAlign')}, and Direct-Align has "
+        f"{at('Direct-Align')} and ends at {ends('Direct-Align')}",
+        "PRFL is above them by {}, {} and {}: all hold".format(*(
+            with_interval(at_best[f"each at its best validation, PRFL above {name}"], sign="+",
+                          key="difference") for name in more))]
+    assert all(at_best[f"each at its best validation, PRFL above {name}"]["verdict"] == "holds"
+               for name in more)
     assert min(best[key]["best"]["interval"][0] for key in best) > load("rivals")["base"]["interval"][1]
     assert min(best[key]["prfl_above"]["interval"][0] for key in best) > 0
 
@@ -553,6 +566,25 @@ def claims():
             f"{with_interval(row['qualified'])} of the test videos, with {many(row)}",
             f"it has {valid(row, '120')} after 120 iterations and {valid(row, '480')} after 480"]
 
+    plain = load("few_labels")["rows"]["0 mismatched, 1 of 1"]
+    said["## Label count"] += [
+        f"Without mismatched prompts, and with {plain['labels']:,} labels, the generator ends at "
+        f"{with_interval(plain['qualified'])}, with {many(plain)}"]
+
+    found = load("second_round")
+    rows, differ = found["rows"], {claim["claim"]: claim for claim in found["claims"]}
+    first, more, other = rows                                   # in the order of study/second_round.py
+    assert differ[f"{other} above {more}"]["verdict"] == "cannot be told"
+    said["## A second round of labels"] = [
+        f"{many(rows[first])}",
+        f"With the first round, {rows[first]['labelled']:.0f} labels, the generator ends at "
+        f"{with_interval(rows[first]['qualified'])}",
+        f"With {rows[more]['labelled']:.0f} labels of the base it ends at "
+        f"{with_interval(rows[more]['qualified'])}",
+        f"with {rows[other]['labelled']:.0f}, of which the second half are of the aligned generator, at "
+        f"{with_interval(rows[other]['qualified'])}",
+        f"the difference is {gap(differ, f'{other} above {more}')}"]
+
     found, aligned = load("search_mismatched"), "PRFL, steady, 480 iterations"
     rows, differ = found["rows"], {claim["claim"]: claim for claim in found["claims"]}
     chain = lambda row, n: with_interval(rows[f"{row}, best of {n} in a chain"])
@@ -589,9 +621,9 @@ def test_the_walk_says_what_labels_brought():
     said = (f"the base makes {rate(table['base'])} of the test videos well (good motion, form and prompt), "
             f"and SFT, which needs no label, {rate(table['SFT, equal time'])}. Aligned by a reward model of "
             f"{least['labels']} labels it makes {rate(least)} well, by one of {some['labels']} labels "
-            f"{rate(some)}, and by one of all {every['labels']:,} labels {rate(every)} (the first with one "
-            "seed, the others with three;")
-    assert [len(row["validation"]["40"]) for row in (least, some, every)] == [1, 3, 3]
+            f"{rate(some)}, and by one of all {every['labels']:,} labels {rate(every)} (with three "
+            "seeds each;")
+    assert [len(row["validation"]["40"]) for row in (least, some, every)] == [3, 3, 3]
     assert said in " ".join((ROOT / "docs/your_model.md").read_text().split())
 
 
@@ -622,7 +654,11 @@ def test_no_figure_stands_elsewhere():
     assert f"\n| PRFL, 160 iterations | {DEMOS[-1]} [" in text       # the table is from the last of the three
     readme = re.sub(r"^\|[^\n]*\|$|^```.*?^```$|arXiv \d+\.\d+", "", text, flags=re.M | re.S)
     readme = " ".join(readme.split("\n## Differences")[0].split())
-    for said in (f"gave PRFL {DEMOS[0]}, {DEMOS[1]} and {DEMOS[2]}.",
+    searched = load("search_mismatched")["rows"]
+    two, four = (searched[f"base, best of {n} resampled"]["passes"] / 16 for n in (2, 4))
+    for said in (f"takes {two:.1f} times as many forward passes with 2 candidates and {four:.1f} times "
+                 "with 4.",
+                 f"gave PRFL {DEMOS[0]}, {DEMOS[1]} and {DEMOS[2]}.",
                  f"480 iterations, which gives the {number(steady['qualified']['mean'])} in the table below"):
         assert said in readme, said
         readme = readme.replace(said, "", 1)

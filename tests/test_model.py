@@ -354,7 +354,8 @@ def test_broken_shards_are_named(folder):
     assert "part-2.safetensors" in error_of(load_transformer, folder)
     (folder / "part-2.safetensors").unlink()
     assert "part-2.safetensors" in error_of(load_transformer, folder)
-    for text in ("{", "{}", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 1}}'):
+    for text in ("{", "{}", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 1}}',
+                 r'{"weight_map": {"a": "\ud800"}}'):              # a name that no file can have
         (folder / INDEX).write_text(text)
         assert INDEX in error_of(load_transformer, folder)
 

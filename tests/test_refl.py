@@ -276,7 +276,7 @@ def test_folders_that_are_no_pixel_reward(models, tmp_path):
     save_module(models[0], tmp_path / "reward")
     with pytest.raises(InputError, match="not a pixel reward's"):
         R.load_pixel_reward(tmp_path / "reward", "first", 8)
-    for width in ('"4"', "-1", "null"):
+    for width in ('"4"', "-1", "8.5", "null"):
         config = f'{{"frames": "first", "text_dim": 8, "width": {width}}}'
         (tmp_path / "reward/config.json").write_text(config)
         with pytest.raises(InputError, match="not a pixel reward's"):
