@@ -6,12 +6,12 @@ finished to be compared, and nothing has to be decoded. Every generator that has
 like this, aligned or not. There are two ways:
 
 resample    (the default) A video has n places, with one candidate in each. After each step from t = .81 to
-            .38 the places are filled anew: each place draws one of the candidates with the probabilities
+            .44 the places are filled anew: each place draws one of the candidates with the probabilities
             softmax(r). So a good candidate fills several places, and a weak one disappears. Copies get new
             noise, so that they become different videos: x_t = (1 - t) x_0 + t x_1, where x_0 is the clean
-            latent that the candidate's velocity points to. The best candidate at the end of these steps is
-            finished alone. This is close to LatSearch (arXiv 2603.14526), which resamples at fewer times and
-            compares sums of rewards.
+            latent that the candidate's velocity points to. At t = .38 the best candidate is chosen and
+            finished alone. (These times are for 16 Euler steps.) This is close to LatSearch (arXiv
+            2603.14526), which resamples at fewer times and compares sums of rewards.
 drop        Bad candidates are dropped at a few times and never replaced. This takes fewer forward passes for
             the same n, but gives worse videos for the same passes (results/search_mismatched.md).
 
@@ -36,11 +36,11 @@ class Flags:
     """The flags of sample.py and evaluate.py about the search."""
     best_of: int = arg(1, "candidates made per video; the reward model chooses one of them", above=0)
     search: str = arg("resample", "what happens to candidates that the reward model finds weak. resample: "
-                      "after each step from t = .81 to .38, copies of good candidates, with new noise, "
-                      "replace them. drop: they are dropped at the times of --drops; this takes fewer "
-                      "forward passes for the same number of candidates, but gives worse videos for the "
-                      "same number of passes", choices=("resample", "drop"),
-                      only="!best_of 1")
+                      "after each step from about t = .81 to .44, copies of good candidates, with new "
+                      "noise, replace them; at about .38 the best one is chosen. drop: they are dropped at "
+                      "the times of --drops; this takes fewer forward passes for the same number of "
+                      "candidates, but gives worse videos for the same number of passes",
+                      choices=("resample", "drop"), only="!best_of 1")
     drops: str | None = arg(None, "when candidates are dropped: a list of time:number kept. "
                             ".75:4,.56:2,.37:1 keeps 4 at t = .75, 2 at .56 and 1 at .37; 0:1 compares "
                             "finished videos only. Default: half are kept at .75, a quarter at .5625, one at "
