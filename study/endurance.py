@@ -10,9 +10,9 @@ schedule    the learning rate stays constant, or falls linearly to 0 at the end 
 reward      the reward model is trained as in the paper, or a quarter of each of its batches gets another
             video's prompt and the label bad (train_reward.py --mismatched).
 
-The whole study is 64 runs, and most of them take a quarter of an hour on one core. So the curves and the test verdicts
-of a finished run are kept in results/endurance_runs.json, and the run is not made again until its entry there
-is removed. results/endurance.md says how many runs are made.
+The whole study is 64 runs, and most of them take a quarter of an hour on one core. So the curves and the test
+verdicts of a finished run are kept in results/endurance_runs.json, and the run is not made again until its
+entry there is removed. results/endurance.md says how many runs are made.
 """
 from typing import NamedTuple
 
