@@ -93,6 +93,8 @@ def seconds_per_iteration(work):
             if rival.row != "SFT":
                 command[command.index("--reward") + 1] = SHIPPED["t2v"] / "reward"
             command[command.index("--num_validation") + 1] = 0
+            at = command.index("--validation_steps")
+            del command[at:at + 2]
             words = rival.row.replace(", ", "_").replace(" ", "-")
             folder = work.folder / "seed-0" / f"rivals-seconds-{words}-{turn}"
             work.run([(folder, last, *command)], jobs=1)
