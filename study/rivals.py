@@ -4,24 +4,28 @@ DiffusionNFT and Flow-GRPO are reinforcement learning: they get the reward's val
 get its gradient, as PRFL does, but judge finished videos (study/why.py). All have the same reward model, the
 same prompts and the same curated clips. All but DiffusionNFT, which is better without, make an SFT update in
 each iteration. What counts is the qualified rate at equal CPU seconds of training: an iteration of a rival
-takes longer, because its videos are sampled to the end. The reward models' own training and the validations
-are not counted.
+takes longer, because its videos are sampled to the end. As the runs were made on machines that were more or
+less busy, the CPU seconds of an iteration are measured for all methods in turn, on one machine that does
+nothing else. The reward models' own training and the validations are not counted.
 
 A finished run is kept in results/rivals_runs.json and is not made again, just as study/endurance.py keeps its
 runs in results/endurance_runs.json. The runs by which the rivals' settings were chosen are in
 results/rivals_trials.json.
 """
 import math
+import platform
 from typing import NamedTuple
 
 import numpy as np
 
+from formats.weights import SHIPPED
 from report import confidence_interval, plot, show, summary, table, verdict
-from study.endurance import PANEL, TESTED, VALIDATED, finished, read_kept, test_values
-from study.parts import HOME, reward_folder
+from study.endurance import PANEL, TESTED, VALIDATED, finished, keep, kept_in, read_kept, test_values
+from study.parts import HOME, commit, read_metrics, reward_folder
 from study.steady import seconds_to
 
-FILE, TRIALS = "rivals_runs.json", "rivals_trials.json"
+FILE, TRIALS, SECONDS = "rivals_runs.json", "rivals_trials.json", "rivals_seconds.json"
+TIMED, TURNS = 24, 2                                            # iterations of each method, in so many turns
 LEVELS = (0.60, 0.70, 0.80, 0.90)                               # of the validation videos
 PRFL = "PRFL, steady recipe"
 
@@ -75,6 +79,40 @@ def part_of_rival(work, seed, rival):
             *rival.flags, "--seed", seed, "--curated_dir", work.folder / f"seed-{seed}" / "curated", *reward,
             "--max_train_steps", rival.length, "--validation_steps", rival.every, "--num_validation",
             VALIDATED)
+
+
+def seconds_per_iteration(work):
+    """{row: CPU seconds of a mean iteration}, which are kept in SECONDS. Nothing else may run meanwhile."""
+    kept, rivals = kept_in(work, SECONDS), rivals_of(work)
+    if {rival.row for rival in rivals} <= kept.get("seconds", {}).keys():
+        return kept["seconds"]
+    found = {rival.row: [] for rival in rivals}
+    for turn in range(TURNS):
+        for rival in rivals:
+            _, last, *command = part_of_rival(work, 0, rival._replace(length=TIMED))
+            if rival.row != "SFT":
+                command[command.index("--reward") + 1] = SHIPPED["t2v"] / "reward"
+            command[command.index("--num_validation") + 1] = 0
+            at = command.index("--validation_steps")
+            del command[at:at + 2]
+            words = rival.row.replace(", ", "_").replace(" ", "-")
+            folder = work.folder / "seed-0" / f"rivals-seconds-{words}-{turn}"
+            work.run([(folder, last, *command)], jobs=1)
+            # the first iterations are slower: memory is taken, code is loaded
+            found[rival.row] += [sum(value for name, value in row.items() if name.endswith("_cpu_seconds"))
+                                 for row in read_metrics(folder) if row["step"] > 2]
+    seconds = {row: round(float(np.mean(values)), 4) for row, values in found.items()}
+    keep(work, SECONDS, {"seconds": seconds, "turns": {row: [
+        round(float(np.mean(part)), 4) for part in np.array_split(values, TURNS)]
+        for row, values in found.items()}, "hardware": platform.processor() or platform.machine(),
+        "commit": commit()})
+    return seconds
+
+
+def timed(part, seconds):
+    """A kept run, whose curve has `seconds` for each iteration."""
+    return part | {"curve": {step: point | {"cpu_seconds": int(step) * seconds}
+                             for step, point in part["curve"].items()}}
 
 
 def passes(flags, N=16):
@@ -199,12 +237,12 @@ def rivals(work):
     for methods in ([prfl], others):                        # PRFL's run of a seed renders the curated clips
         wanted = [(seed, rival) for rival in methods for seed in work.seeds]
         kept |= finished(work, wanted, FILE, part_of_rival)
-    report(work, kept)
+    report(work, kept, seconds_per_iteration(work))
 
 
-def report(work, kept):
+def report(work, kept, seconds):
     """Writes the table and the curves of the runs that are kept: of each method those seeds of which PRFL's
-    run is kept too."""
+    run is kept too. seconds: {row: CPU seconds of an iteration}."""
     curves, cells, rows, compared, made = {}, [], {}, [], 0
     methods = rivals_of(work)
     for rival in methods:
@@ -212,7 +250,8 @@ def report(work, kept):
         seeds = [seed for seed in work.seeds if {methods[0].name(seed), rival.name(seed)} <= kept.keys()]
         if not seeds:
             continue
-        parts, prfl = ([kept[r.name(seed)] for seed in seeds] for r in (rival, methods[0]))
+        parts, prfl = ([timed(kept[r.name(seed)], seconds[r.row]) for seed in seeds]
+                       for r in (rival, methods[0]))
         made += len(parts)
         if row != PRFL:
             compared += comparisons(row, parts, prfl, (methods[0].length // 4, methods[0].length))
@@ -255,7 +294,8 @@ def run_lines(cells, compared):
              "rate, mean over the seeds that did; the best and the last validation, and the CPU seconds of "
              f"the whole run. Then {TESTED} test videos at the end, what the annotator sees there, and the "
              "reward that the method itself last saw. Passes: forward and backward ones of a batch "
-             "through the generator or PAVRM, in a mean iteration.", "",
+             "through the generator or PAVRM, in a mean iteration. The CPU seconds of an iteration were "
+             "measured for all methods in turn on one machine (rivals_seconds.json).", "",
              *table(["", "seeds", "passes", *(f"{level:.2f}" for level in LEVELS), "best", "last",
                      "CPU seconds", "test videos", "adherent", *PANEL, "reward"], cells)]
     return [*lines, "PRFL beside each, on the validation videos:", "", *table(

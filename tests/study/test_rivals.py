@@ -84,6 +84,32 @@ def test_what_was_tried_by_hand():
     assert rows[1][1] == "0.750 (2, 9 s), 0.500 (4, 18 s), 0.250 (6, 27 s)" and rows[0][-1] == ""
 
 
+def test_iterations_are_timed_in_turn(tmp_path, monkeypatch):
+    """The second iterations of the first turn, then those of the next; what is kept is not measured again."""
+    work, made = work_in(tmp_path), []
+    monkeypatch.setattr(endurance, "HOME", tmp_path)
+
+    def run(self, wanted, jobs=None):
+        (folder, _, *command), = wanted
+        made.append((folder.name, " ".join(map(str, command)), jobs))
+        folder.mkdir(parents=True)
+        each = 2.0 if "nft" in command else 1.0
+        (folder / "metrics.jsonl").write_text("".join(
+            json.dumps({"step": step, "sft_cpu_seconds": each / 2, "nft_cpu_seconds": each / 2,
+                        "sft_seconds": 99} | ({"sft_cpu_seconds": 50} if step < 3 else {})) + "\n"
+            for step in range(1, rivals.TIMED + 1)))
+    monkeypatch.setattr(parts.Work, "run", run)
+    seconds = rivals.seconds_per_iteration(work)
+    assert seconds["DiffusionNFT"] == 2 and seconds[rivals.PRFL] == seconds["LeapAlign"] == 1
+    assert len(made) == rivals.TURNS * len(rivals.FULL) and {jobs for *_, jobs in made} == {1}
+    assert [name for name, *_ in made][:2] == ["rivals-seconds-PRFL_steady-recipe-0",
+                                               "rivals-seconds-DiffusionNFT-0"]
+    for _, words, _ in made:
+        assert "--num_validation 0" in words and "--validation_steps" not in words
+        assert f"--max_train_steps {rivals.TIMED}" in words
+    assert rivals.seconds_per_iteration(work) == seconds and len(made) == rivals.TURNS * len(rivals.FULL)
+
+
 def test_what_is_kept_makes_the_table(tmp_path, monkeypatch):
     """Two seeds of three, and a method whose second seed is missing."""
     work = work_in(tmp_path)
@@ -95,12 +121,13 @@ def test_what_is_kept_makes_the_table(tmp_path, monkeypatch):
         kept[nft.name(seed)] = run_of([0.3, 0.5, 0.65, 0.75, 0.7], [0.0, 60, 110, 160, 210], 360, nft.length)
     kept[grpo.name(0)] = run_of([0.3, 0.4, 0.5, 0.55, 0.5], [0.0, 40, 80, 120, 160], 250, grpo.length)
     monkeypatch.setattr(rivals, "plot", lambda path, panels: None)
-    rivals.report(work, kept)
+    seconds = {prfl.row: 200 / prfl.length, nft.row: 1.3, grpo.row: 2 / 3}      # not those of the runs
+    rivals.report(work, kept, seconds)
     found, text = (work.results / "rivals.json").read_text(), (work.results / "rivals.md").read_text()
     found = json.loads(found)
     nft_passes = "{:.1f} + {}".format(*rivals.passes(nft.flags))
     assert found["rows"]["DiffusionNFT"]["qualified"]["mean"] == pytest.approx(360 / 512)
-    assert found["rows"]["DiffusionNFT"]["seconds"]["0.7"] == [160, 160]
+    assert found["rows"]["DiffusionNFT"]["seconds"]["0.7"] == pytest.approx([156, 156])
     assert found["rows"]["Flow-GRPO"]["seconds"]["0.6"] == [None] and "SFT" not in found["rows"]
     claims = {claim["claim"]: claim for claim in found["claims"]}
     at = claims["after the CPU seconds of 120 iterations of PRFL, PRFL above DiffusionNFT"]
@@ -108,5 +135,5 @@ def test_what_is_kept_makes_the_table(tmp_path, monkeypatch):
     at = claims["after the CPU seconds of 480 iterations of PRFL, PRFL above Flow-GRPO"]
     assert at["seeds"] == pytest.approx([0.96 - 0.5])           # it ended earlier: its last validation
     assert claims["Flow-GRPO at its best validation above the base"]["difference"] == pytest.approx(0.25)
-    assert f"| DiffusionNFT | 2 | {nft_passes} | 110 | 160 | never | never | 0.750 | 0.700 | 210 |" in text
+    assert f"| DiffusionNFT | 2 | {nft_passes} | 104 | 156 | never | never | 0.750 | 0.700 | 208 |" in text
     assert "5 of 21 runs are made." in text
