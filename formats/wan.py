@@ -201,8 +201,8 @@ def to_write(dit, config):
 
 
 def tell_what_rounding_takes(state, folder, dtype):
-    """Prints a note if the file of adapters beside a transformer shows that they were merged into it, and if
-    much of what they add is lost in dtype."""
+    """Prints a note if much of what merged adapters add to a transformer's weights is lost in dtype. The file
+    of the adapters beside the transformer says that they were merged."""
     folder = Path(folder)
     if (folder / "transformer").is_dir():
         folder = folder / "transformer"

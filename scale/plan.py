@@ -517,9 +517,9 @@ def network(config, c, one):
 
     With fsdp over all GPUs, each forward and each backward pass gathers every block in bf16 and the rest in
     fp32. Each update sums gradients in fp32, as ddp does. In a ring of G GPUs, bytes that are gathered, or
-    summed in pieces, pass every edge (G - 1) / G times; bytes that are summed for all GPUs pass it twice as
-    often. If --fsdp_group_size is the number of a node's GPUs, G is the number of nodes, because each GPU
-    sums its pieces with the GPU in the same place of every other node."""
+    summed in pieces, pass every edge (G - 1) / G times; bytes that are summed for all GPUs pass every edge
+    twice as often. If --fsdp_group_size is the number of a node's GPUs, G is the number of nodes, because
+    each GPU sums its pieces with the GPU in the same place of every other node."""
     count, two = one["parameters"], config.method in ("prfl", "refl")
     gathers = 2 * (1 + two) + one["rollout_steps"]
     outside = count["total"] - count["blocks"]

@@ -108,7 +108,7 @@ def annotate(videos, prompts):
     - "qualified": bool, both axes are 2 and the clip is adherent;
     - "unqualified": bool, an axis is 0 or the clip is not adherent;
     - the errors of LIMITS, and "direction_error" in radians;
-    - "absent": bool, nothing in the clip is bright and large enough to be a subject;
+    - "absent": bool, nothing in the clip has the contrast and the size of a subject;
     - PANEL, which exposes reward hacking: "speed" in frame widths per frame, "dynamic" (bool), "brightness"
       and "saturation" in 0 .. 1, and "adherent".
     "center" [b, f, 2] is the tracked subject. Raises InputError for videos of another dtype or layout.
