@@ -497,6 +497,10 @@ def claims():
         f"the best validations of DiffusionNFT have {at('DiffusionNFT')}, and its runs end at "
         f"{ends('DiffusionNFT')}",
         f"The best validations of Flow-GRPO have {at('Flow-GRPO')}, and its runs end at {ends('Flow-GRPO')}",
+        "PRFL takes {:.0f} CPU seconds on one machine that does nothing else, one of SFT {:.0f}, of "
+        "DiffusionNFT {:.0f} and of Flow-GRPO {:.0f}".format(*(
+            longer[name]["cpu_seconds"][0] for name in ("PRFL, steady recipe", "SFT", "DiffusionNFT",
+                                                        "Flow-GRPO"))),
         f"SFT ends at {ends('SFT')} and PRFL at {ends('PRFL, steady recipe')}",
         "Each at its best validation, PRFL is above DiffusionNFT by {} and above Flow-GRPO by {}".format(*(
             with_interval(at_best[f"each at its best validation, PRFL above {name}"], sign="+",
