@@ -415,7 +415,7 @@ class GRPO(Learner):
     """Flow-GRPO, with few stochastic steps as in its authors' later "Fast" variant.
 
     The samples of a group share their noise and all steps before the first stochastic step, where they part.
-    So only the stochastic steps, which are what the updates change, make the rewards of a group differ.
+    So only the stochastic steps make the rewards of a group differ, and only they enter the loss.
 
     Two differences, on purpose: the neighbouring steps that are stochastic are drawn anew in each iteration,
     from the whole trajectory. And each of them gets its own update, so that the ratios of the later steps are

@@ -8,12 +8,13 @@ like this, aligned or not. There are two ways:
 resample    (the default) A video has n places, with one candidate in each. After each step from t = .81 to
             .44 the places are filled anew: each place draws one of the candidates with the probabilities
             softmax(r). So a good candidate fills several places, and a weak one disappears. Copies get new
-            noise, so that they become different videos: x_t = (1 - t) x_0 + t x_1, where x_0 is the clean
-            latent that the candidate's velocity points to. At t = .38 the best candidate is chosen and
-            finished alone. (These times are for 16 Euler steps.) This is close to LatSearch (arXiv
-            2603.14526), which resamples at fewer times and compares sums of rewards.
+            noise, so that they become different videos: x_t = (1 - t) x_0 + t x_1. Here x_0 is the clean
+            latent that the candidate's velocity points to, and x_1 is the new noise. At t = .38 the best
+            candidate is chosen and finished alone. (These times are for 16 Euler steps.) This is close to
+            LatSearch (arXiv 2603.14526), which resamples at fewer times and compares sums of rewards.
 drop        Bad candidates are dropped at a few times and never replaced. This takes fewer forward passes for
-            the same n, but gives worse videos for the same passes (results/search_mismatched.md).
+            the same n. For as many passes it gives worse videos with the untrained base; with an aligned
+            generator no difference could be told (results/search_mismatched.md).
 
     python sample.py --prompt "a red circle moving to the right" --best_of 4
     python evaluate.py checkpoints --best_of 8 --search drop --drops .75:4,.56:2,.37:1
@@ -39,7 +40,7 @@ class Flags:
                       "after each step from about t = .81 to .44, copies of good candidates, with new "
                       "noise, replace them; at about .38 the best one is chosen. drop: they are dropped at "
                       "the times of --drops; this takes fewer forward passes for the same number of "
-                      "candidates, but gives worse videos for the same number of passes",
+                      "candidates, but with the untrained base it gives worse videos for as many passes",
                       choices=("resample", "drop"), only="!best_of 1")
     drops: str | None = arg(None, "when candidates are dropped: a list of time:number kept. "
                             ".75:4,.56:2,.37:1 keeps 4 at t = .75, 2 at .56 and 1 at .37; 0:1 compares "
@@ -145,8 +146,8 @@ def best_of(dit, pavrm, latent_shape, context, seed, indices, num_steps, n, drop
     """-> (the best candidates' latents [m, c, f, h, w], forward passes of dit per video).
 
     A pass of the reward model counts as the share of dit's blocks that it has. All noise depends only on
-    (seed, index, number of the candidate or place). Candidate 0 starts from the noise of flow.sample, so with
-    one candidate the result is flow.sample's, and pavrm may be None.
+    (seed, purpose, step, index, number of the candidate or place). Candidate 0 starts from the noise of
+    flow.sample, so with one candidate the result is flow.sample's, and pavrm may be None.
 
     n: candidates per video. drops: None to resample, or ((1, n), (t, keep), ..., (t, 1)) from default_drops
     or parse_drops: at the step nearest to t the reward keeps `keep` candidates. batch_size: candidates in one

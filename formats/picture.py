@@ -75,8 +75,8 @@ def wall(videos, prompts, titles, verdicts=None, cell=64):
 
 
 def write_gif(path, video, fps=8, hold=4):
-    """Writes uint8 [f, h, w, 3] as a GIF that loops for ever, whole or not at all. The last frame is shown
-    `hold` frames longer. All frames share one palette of 256 colours."""
+    """Writes uint8 [f, h, w, 3] as a GIF that loops for ever. The last frame is shown `hold` frames longer.
+    All frames share one palette of 256 colours. The file is written whole or not at all."""
     video = np.concatenate([video, np.repeat(video[-1:], hold, 0)])
     rate = Fraction(fps).limit_denominator(1001)
     graph = _palette_graph(*video.shape[1:3], rate)

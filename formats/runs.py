@@ -427,7 +427,7 @@ def save_checkpoint(output_dir, step, folders, state, config, keep=None):
             (temporary / name).mkdir()
             write(temporary / name)
         save_state({"step": step, **state}, temporary / "train_state.pt")
-        # the run's args.json has `made_from` too
+        # the run's args.json has more than the flags: `made_from` (see `contents`)
         run = read_args(output_dir) if (Path(output_dir) / "args.json").exists() else {}
         write_json(temporary / "args.json", run | dataclasses.asdict(config))
         disk.put(temporary, final)

@@ -33,7 +33,8 @@ def same_setting(name, a, b):
 
 
 def relative_path(path, folder):
-    """`path`, relative to `folder`. Links are followed first, because ".." does not lead back over a link."""
+    """`path`, relative to `folder`. Links are followed first, because ".." after a link leads to the folder
+    above the link's target, and not above the link."""
     return os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
 
 

@@ -31,8 +31,8 @@ class Flags:
                                    "lora_rank, so that the factor is 1", above=0, only="lora_rank")
     lora: str | None = arg(None, "LoRA file whose adapters training starts from; for two experts, the file "
                            "of the high-noise one")
-    lora_2: str | None = arg(None, "LoRA file whose adapters the low-noise one of two experts (Wan2.2 A14B) "
-                             "starts from")
+    lora_2: str | None = arg(None, "for a generator of two experts (Wan2.2 A14B): LoRA file whose adapters "
+                             "training of the low-noise one starts from")
     export: str = arg("merged", "what a run with adapters writes: merged: the merged weights and the "
                       "adapters; lora: the adapters only", choices=("merged", "lora"))
 

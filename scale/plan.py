@@ -356,7 +356,7 @@ def costs(config, c):
         raise InputError(f"--sequence_parallel {ranks} must divide {world} GPUs and {c['num_heads']} heads: "
                          "choose one of "
                          + ", ".join(works))
-    m = math.ceil(n / ranks)                    # tokens on one GPU
+    m = math.ceil(n / ranks)                    # tokens of a clip that one GPU holds
     count, prfl, refl = parameters(c), config.method == "prfl", config.method == "refl"
     stage1 = config.method == "reward"          # the reward model itself is trained, but not its embeddings
     sampling = config.method == "sample"        # nothing is trained

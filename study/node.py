@@ -108,8 +108,9 @@ class Config(parallel.Flags):
     gradient_checkpointing: bool = arg(True, "recompute each block in the backward pass")
     profile: bool = arg(False, "make one more update, and list the kernels that take the time and the kind "
                                "of attention")
-    first_hour: bool = arg(False, "answer what a GPU should be asked first, in --minutes; other flags "
-                                  "replace those of every part")
+    first_hour: bool = arg(False, "ask a GPU the most important questions, in their order, and stop after "
+                                  "--minutes. Each question is a part; a flag that is given here replaces "
+                                  "that flag in every part")
     minutes: float = arg(13.0, "when --first_hour stops", above=0, only="first_hour")
     parts: tuple[int, ...] = arg((), "parts of --first_hour, by number; default: all of them", above=0,
                                  only="first_hour")

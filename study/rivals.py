@@ -295,7 +295,8 @@ def run_lines(cells, compared):
              f"the whole run. Then {TESTED} test videos at the end, what the annotator sees there, and the "
              "reward that the method itself last saw. Passes: forward and backward ones of a batch "
              "through the generator or PAVRM, in a mean iteration. The CPU seconds of an iteration were "
-             "measured for all methods in turn on one machine (rivals_seconds.json).", "",
+             "measured for all methods in turn on one machine (rivals_seconds.json). If a run has fewer CPU "
+             "seconds than PRFL's, its last validation is compared.", "",
              *table(["", "seeds", "passes", *(f"{level:.2f}" for level in LEVELS), "best", "last",
                      "CPU seconds", "test videos", "adherent", *PANEL, "reward"], cells)]
     return [*lines, "PRFL beside each, on the validation videos:", "", *table(

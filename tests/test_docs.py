@@ -472,7 +472,7 @@ def claims():
     one_step = tried("--method grpo --rollout_passes 8 --no-sft_updates --inner_updates 1 "
                      "--learning_rate 3e-4 --kl_weight 0")
     said["## Rivals with the same reward"] = [
-        f"These are the {len(others)} runs", f"the base has {with_interval(load('rivals')['base'])}",
+        f"The first points are about the {len(others)} runs", f"the base has {with_interval(load('rivals')['base'])}",
         f"has {rate(prfl, '40')} after {spent(prfl, '40')} and {with_interval(prfl['best'])} after "
         f"{spent(prfl, '120')}",
         *(f"best run of {name} has {with_interval(best[key]['best'])} after "
@@ -586,10 +586,10 @@ def claims():
         f"{many(rows[first])}",
         f"With the first round, {rows[first]['labelled']:.0f} labels, the generator ends at "
         f"{with_interval(rows[first]['qualified'])}",
-        f"With {rows[more]['labelled']:.0f} labels of the base it ends at "
+        f"With {rows[more]['labelled']:,.0f} labels of the base it ends at "
         f"{with_interval(rows[more]['qualified'])}",
-        f"with {rows[other]['labelled']:.0f}, of which the second half are of the aligned generator, at "
-        f"{with_interval(rows[other]['qualified'])}",
+        f"With {rows[other]['labelled']:,.0f}, the first {rows[first]['labelled']:.0f} of the base and the "
+        f"others of the aligned generator, it ends at {with_interval(rows[other]['qualified'])}",
         f"the difference is {gap(differ, f'{other} above {more}')}"]
 
     found, aligned = load("search_mismatched"), "PRFL, steady, 480 iterations"
@@ -608,7 +608,8 @@ def claims():
         f"{with_interval(better, sign='+', key='difference')}: holds",
         f"has {with_interval(rows[f'{aligned}, one sample'])} alone, {resampled(aligned, 2)} with 2 "
         f"candidates that are resampled",
-        f"{chain(aligned, 4)} with best of 4 in a chain and {chain(aligned, 8)} with best of 8",
+        f"{chain(aligned, 4)} with best of 4 in a chain and {chain(aligned, 8)} with best of 8 in a "
+        "chain",
         f"lifts it by {with_interval(lifts, sign='+', key='difference')}: holds"]
 
     judge = load("annotator")
