@@ -472,7 +472,8 @@ def claims():
     one_step = tried("--method grpo --rollout_passes 8 --no-sft_updates --inner_updates 1 "
                      "--learning_rate 3e-4 --kl_weight 0")
     said["## Rivals with the same reward"] = [
-        f"The first points are about the {len(others)} runs", f"the base has {with_interval(load('rivals')['base'])}",
+        f"The first points are about the {len(others)} runs",
+        f"the base has {with_interval(load('rivals')['base'])}",
         f"has {rate(prfl, '40')} after {spent(prfl, '40')} and {with_interval(prfl['best'])} after "
         f"{spent(prfl, '120')}",
         *(f"best run of {name} has {with_interval(best[key]['best'])} after "
