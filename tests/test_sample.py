@@ -314,6 +314,20 @@ def test_a_folder_of_before_continues(made, tmp_path):
     assert films(tmp_path / "one") == films(made / "one")
 
 
+def test_a_search_of_before_dropped_candidates(tmp_path):
+    """A folder whose sample.json does not say how it searched goes on only with --search drop."""
+    config = sample.Config(prompts="p.txt", output_dir=str(tmp_path / "out"), best_of=4, search="drop")
+    sample.start_folder(config, []).close()
+    path = tmp_path / "out/sample.json"
+    note = json.loads(path.read_text())
+    assert note.pop("search") == "drop"
+    path.write_text(json.dumps(note))
+    sample.start_folder(config, []).close()
+    config.search = "resample"
+    with pytest.raises(common.InputError, match="made with other search: use the same flags"):
+        sample.start_folder(config, [])
+
+
 def test_killed_and_resumed_makes_the_same_files(made, tmp_path):
     with launch.Launch("sample.py", "--prompts", made / "prompts.txt", "--output_dir", tmp_path / "cut",
                        *FAST) as process:
