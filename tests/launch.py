@@ -96,13 +96,17 @@ class Launch:
     def wait(self, timeout=600):
         """-> subprocess.CompletedProcess. As torchrun does, it ends all ranks when one has failed; the return
         code is that of the first which failed."""
-        end, code = time.monotonic() + timeout, 0
-        while code == 0 and self.running:
-            left = [process for process in self.processes if process.exitcode is None]
+        end = time.monotonic() + timeout
+        while True:
+            # looked at once: one that ends between two looks would leave nothing to wait for
+            codes = [process.exitcode for process in self.processes]
+            code = next((code for code in codes if code), 0)
+            left = [process for process, code in zip(self.processes, codes) if code is None]
+            if code or not left:
+                break
             if not connection.wait([process.sentinel for process in left], end - time.monotonic()):
                 self.signal(signal.SIGKILL)
                 raise subprocess.TimeoutExpired(self.argv, timeout, *self.texts())
-            code = next((process.exitcode for process in left if process.exitcode), 0)
         self.signal(signal.SIGTERM)
         for process in self.processes:
             process.join(10)
