@@ -121,14 +121,14 @@ def choices_of(times, n, drops=None):
 def resample(x, predicted, r, t, draws, noise):
     """Fills the k places of each video anew -> states [m, k, c, f, h, w].
 
-    x [m, k, c, f, h, w]: the candidates at time t. predicted, as large: the clean latents to which their
+    x [m, k, c, f, h, w]: the candidates at times t [m]. predicted, as large: the clean latents to which their
     velocities point. r [m, k]: their rewards. draws [m, k]: uniform in [0, 1), one for each place. noise, as
     large as x: for the copies. A candidate that fills several places keeps its state in the first of them.
     """
     m, k = r.shape
     chosen = torch.searchsorted(r.softmax(1).cumsum(1), draws).clamp(max=k - 1)     # [m, k], candidates
     video = torch.arange(m, device=x.device)[:, None]
-    renewed = (1 - t) * predicted[video, chosen] + t * noise
+    renewed = flow.add_noise(predicted[video, chosen], noise, t)                    # Eq. 1
     copies = is_copy(chosen).view(m, k, 1, 1, 1, 1)
     return torch.where(copies, renewed, x[video, chosen])
 
@@ -187,7 +187,6 @@ def best_of(dit, pavrm, latent_shape, context, seed, indices, num_steps, n, drop
 
     x, passes = noise("sample"), 0
     for step in range(num_steps + 1):                           # number of Euler steps made
-        t = times[step]
         if step > 0:
             before, x = x, each(euler_step, step, x)
             passes += passes_per_step(guidance_scale) * x.shape[1]
@@ -196,9 +195,11 @@ def best_of(dit, pavrm, latent_shape, context, seed, indices, num_steps, n, drop
         r = each(reward, step, x).float().nan_to_num(nan=torch.finfo(torch.float32).min)        # [m, k]
         passes += cost_of_reward * x.shape[1]
         if choices[step] == x.shape[1]:
-            velocity = (before - x) / (times[step - 1] - t)
+            velocity = (before - x) / (times[step - 1] - times[step])           # of the last step, Eq. 7
+            t = times[step].expand(m).to(device)
+            predicted = flow.predict_x0(x, velocity, t)
             draws = torch.stack([common.uniform(seed, f"place {step}", k, indices) for k in range(n)], 1)
-            x = resample(x, x - t * velocity, r, t, draws.to(device), noise(f"resampling {step}"))
+            x = resample(x, predicted, r, t, draws.to(device), noise(f"resampling {step}"))
         else:
             best = r.topk(choices[step], 1).indices                                 # [m, keep]
             x = x[torch.arange(m, device=device)[:, None], best]

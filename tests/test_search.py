@@ -139,7 +139,8 @@ def test_the_best_candidate_fills_all_places_with_new_noise():
 
 
 def test_places_are_drawn_as_often_as_softmax_says_and_copies_are_renewed():
-    m, k, t = 4000, 3, 0.5
+    m, k = 4000, 3
+    t = torch.full((m,), 0.5)
     r = torch.tensor([0.0, 1.0, 2.0]).expand(m, k)
     x = torch.arange(k).float().expand(m, k).reshape(m, k, 1, 1, 1, 1)
     noise, draws = torch.full_like(x, 100.0), torch.rand(m, k, generator=torch.Generator().manual_seed(0))
