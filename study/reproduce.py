@@ -23,6 +23,7 @@ endurance          whether PRFL stays good over many iterations: recipes, learni
 rivals             PRFL beside DiffusionNFT, Flow-GRPO and SFT: quality over CPU seconds
 steady             the steady recipe beside the paper's, and its learning rates
 mid                both recipes, and best of n, at a second size of the world: 48x48, 27 tokens
+elsewhere          today's defaults at the second size, and with image-to-video
 why                what keeps the steady recipe from collapsing: its choices combined, and other changes
 speed              CPU seconds until a quality is reached: PRFL and RGB ReFL with both recipes, and SFT
 stopping           a second reward model as judge: how far its chosen checkpoint is from the annotator's
@@ -77,6 +78,7 @@ from report import (
     verdict,
 )
 from study import parts
+from study.elsewhere import elsewhere
 from study.endurance import endurance
 from study.few_labels import few_labels
 from study.mid import mid
@@ -716,8 +718,8 @@ def annotator(work):
 
 STUDIES = {study.__name__: study
            for study in (table1, table2, table3, table4, table5, table7, table8, table9, fig3, fig5, labels,
-                         loss, endurance, few_labels, second_round, rivals, steady, mid, why, speed,
-                         stopping, hacking, annotator, search, search_mismatched, fooled, wan22)}
+                         loss, endurance, few_labels, second_round, rivals, steady, mid, elsewhere, why,
+                         speed, stopping, hacking, annotator, search, search_mismatched, fooled, wan22)}
 
 
 @dataclass
