@@ -18,8 +18,13 @@ from study.search import HOW, ONE, PANEL, STEPS, graded, kept, label, passes_of
 
 FILE = "search_mismatched_runs.json"
 BASE, STEADY, PAPER = "base", "PRFL, steady, 480 iterations", "PRFL, the paper's recipe, 480 iterations"
-CASES = {BASE: Case("steady", "linear", rate=2e-4, length=480),       # only its reward model is used
-         STEADY: Case("steady", "linear", rate=2e-4, length=480), PAPER: Case("paper", length=480)}
+BASE_165, BASE_655 = (f"base, reward model of {n} labels" for n in (165, 655))     # see study/few_labels.py
+STEADY_165 = "PRFL, steady, 480 iterations, reward model of 165 labels"
+ALL_LABELS = Case("steady", "linear", rate=2e-4, length=480)
+FEW = ALL_LABELS._replace(parts=80, reward_steps=400)
+CASES = {BASE: ALL_LABELS, STEADY: ALL_LABELS, PAPER: Case("paper", length=480), BASE_165: FEW,
+         STEADY_165: FEW, BASE_655: ALL_LABELS._replace(parts=20, reward_steps=800)}
+UNTRAINED = (BASE, BASE_165, BASE_655)          # of these rows only the case's reward model is used
 COUNTS = (4, 8, 16)
 PLANS = {ONE: parse_drops(1)} | {label(n, how): parse_drops(n, text) for n in COUNTS
                                  for how, text in HOW.items() if how != "once, at t = .38"}
@@ -31,11 +36,12 @@ def search_part(work, seed, row, n=None):
     """The part, as Work.run takes it, that samples the candidates of the generator `row` to their end, or
     with n the part that searches with n candidates by study/resampling.py."""
     generator, *_ = part_of_case(work, seed, CASES[row])
-    transformer = () if row == BASE else ("--transformer", generator / "transformer")
-    reward = reward_folder(work, seed, CASES[row].reward_flags()) / "reward"
-    of = "base-mismatched" if row == BASE else generator.name
+    reward = reward_folder(work, seed, CASES[row].reward_flags())
+    transformer, of = ("--transformer", generator / "transformer"), generator.name
+    if row in UNTRAINED:
+        transformer, of = (), f"base-{reward.name}"
     home = work.folder / f"seed-{seed}"
-    flags = (*transformer, "--reward", reward, "--seed", seed, "--num_videos", TESTED)
+    flags = (*transformer, "--reward", reward / "reward", "--seed", seed, "--num_videos", TESTED)
     if n:
         return (home / f"resampled-{n}-{of}", "resampled.safetensors", "-m", "study.resampling", *flags,
                 "--count", n)
@@ -55,7 +61,8 @@ def finished(work, wanted):
     entries = {(seed, row): found.get(f"{row}, seed {seed}", {"plans": {}}) for seed, row in wanted}
     missing = [key for key in wanted if {*PLANS, *RESAMPLED} - set(entries[key]["plans"])]
     train_reward_models(work, reward_models(work, [(seed, CASES[row]) for seed, row in missing]))
-    aligned = [(seed, part_of_case(work, seed, CASES[row])) for seed, row in missing if row != BASE]
+    aligned = [(seed, part_of_case(work, seed, CASES[row])) for seed, row in missing
+               if row not in UNTRAINED]
     work.run(list(dict(reversed(aligned)).values()))            # the first of a seed renders its clips
     work.run([part for _, part in aligned])
     for seed, row in missing:

@@ -127,7 +127,7 @@ def test_the_search_by_rewards_that_saw_mismatched_prompts(work, tmp_path, monke
     del kept["base, seed 1"]["plans"]["best of 4 resampled"]    # made before this plan existed
     path.write_text(json.dumps(kept))
     again.search_mismatched(work)
-    assert made[-1].name == "resampled-4-base-mismatched" and len(made) == len(set(made)) + 1
+    assert made[-1].name == "resampled-4-base-reward-mismatched-0.25" and len(made) == len(set(made)) + 1
     assert kept.keys() == {f"{row}, seed {seed}" for row in again.CASES for seed in range(3)}
 
 
