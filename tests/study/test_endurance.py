@@ -123,10 +123,16 @@ def test_where_a_judge_would_have_stopped(tmp_path):
 
 
 def test_every_case_has_a_name_and_a_row_of_its_own():
-    cases = [*endurance.LONG, *endurance.MORE]
+    cases = [*endurance.THREE_SEEDS, *endurance.ONE_SEED]
     assert len({case.name(0) for case in cases}) == len(
         {(case.row(), case.length) for case in cases}) == len(cases)
-    assert len(endurance.LONG) == 12 and {case.length for case in endurance.LONG} == {960}
+
+
+def test_the_seeds_of_a_case(tmp_path):
+    full, quick = (work_in(tmp_path, preset=preset) for preset in ("full", "quick"))
+    seeds = lambda work, case: list(endurance.seeds_of(work, case))
+    assert seeds(full, endurance.THREE_SEEDS[0]) == [0, 1, 2] and seeds(full, endurance.ONE_SEED[0]) == [1]
+    assert seeds(quick, endurance.THREE_SEEDS[0]) == seeds(quick, endurance.ONE_SEED[0]) == [0]
 
 
 def test_a_curve_counts_the_seconds_of_updates_alone():
@@ -164,8 +170,8 @@ def kept_run(good, rates):
 
 def test_what_is_kept_is_not_made_again_and_makes_the_table(tmp_path, monkeypatch):
     cases = [Case("steady"), Case("paper", "linear")]
-    monkeypatch.setattr(endurance, "LONG", cases)
-    monkeypatch.setattr(endurance, "MORE", [])
+    monkeypatch.setattr(endurance, "THREE_SEEDS", cases)
+    monkeypatch.setattr(endurance, "ONE_SEED", [])
     monkeypatch.setattr(endurance, "HOME", tmp_path)
     monkeypatch.setattr(parts.Work, "run", lambda self, wanted, jobs=None: pytest.fail(f"ran {wanted}"))
     kept = {case.name(seed): kept_run(500 - 50 * i - seed, [0.9 - i / 10] * 8)
