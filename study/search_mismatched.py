@@ -128,10 +128,15 @@ def report(work, found):
             if f"{row}, {plan}" in qualified:
                 pairs += [(f"{row}, {plan}", f"{row}, {other}")
                           for other in (ONE, label(cheaper_chain[n], "in a chain"))]
+    if {BASE_165, STEADY_165} <= drawn.keys():                  # to search with few labels, or to align
+        pairs.append((f"{BASE_165}, {label(4, 'resampled')}", f"{STEADY_165}, {ONE}"))
     claims = claim_verdicts([(*pair, "not in it") for pair in pairs], qualified)
-    plot(work.results / "search_mismatched.png",
-         {"best of n": ("forward passes of a video", {f"{row}, {how}": curve for row, curves in drawn.items()
-                                                      for how, curve in curves.items()})})
+    panels = {}
+    for row, curves in drawn.items():
+        title = "the untrained base" if row in UNTRAINED else "aligned generators"
+        _, shown = panels.setdefault(title, ("forward passes of a video", {}))
+        shown |= {f"{row}, {how}": curve for how, curve in curves.items()}
+    plot(work.results / "search_mismatched.png", panels)
     lines = [f"{TESTED} held-out videos, {STEPS} Euler steps. The reward model that chooses is the one that "
              "the generator was aligned with; a quarter of its batches had another video's prompt and the "
              "label bad. A reward counts as a forward pass. In a chain: half of the candidates stay at t = "
