@@ -137,11 +137,11 @@ def guidance(generator, scale, scale_2):
 
 # ---- the times of the expert that trains
 def steps_of_expert(expert, times, boundary):
-    """The Euler steps of a schedule that an expert, or "both", makes -> (skipped, last), for the steps
-    skipped + 1 .. last. times: from flow.schedule, from 1 to 0."""
-    skipped = int((times[:-1] >= boundary).sum())               # the time at which a step starts decides
-    last = len(times) - 1
-    return {"high": (0, skipped), "low": (skipped, last), "both": (0, last)}[expert]
+    """The range of the Euler steps that an expert, or "both", makes. The first step of a schedule is step 1.
+    times: from flow.schedule, from 1 to 0."""
+    num_high = int((times[:-1] >= boundary).sum())              # the time at which a step starts decides
+    steps = range(1, len(times))
+    return {"high": steps[:num_high], "low": steps[num_high:], "both": steps}[expert]
 
 
 def times_of(expert, u, boundary, seed, iteration, purpose="expert"):

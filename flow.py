@@ -23,7 +23,7 @@ def shift_time(u, shift):
 
 
 def schedule(num_steps, shift=1.0, device=None):
-    """The times of a rollout [num_steps + 1], from 1 down to 0; with shift 1 they are dt = 1 / N apart."""
+    """The times of a rollout [num_steps + 1], from 1 down to 0; with shift 1 they are 1 / num_steps apart."""
     return shift_time(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), shift).float().to(device)
 
 
@@ -61,9 +61,9 @@ def euler_step(x, v, t, t_next):
 
 
 def predict_x0(x, v, t):
-    """The clean latent that velocity v at (x, t) points to: x_0 = x_t - t v (from Eq. 1 and v = x_1 - x_0);
+    """The clean latent x_0 = x_t - t v to which velocity v at (x, t) points. It is one Euler step to t = 0;
     x, v [b, c, f, h, w], t [b]."""
-    return x - _like(t, x) * v.to(x.dtype)
+    return euler_step(x, v, t, torch.zeros_like(t))
 
 
 def guided_velocity(dit, x, t, context, guidance_scale=1.0, null=None, **conditions):
@@ -88,10 +88,10 @@ def rollout(dit, x, context, num_steps, *, start=0, stop=None, passes=0, shift=1
             null=None, **conditions):
     """Integrates Eq. 7 from noise towards data, without gradients.
 
-    x [b, c, f, h, w] is the state at schedule(num_steps)[start]; the result is the state at
-    schedule(num_steps)[stop] (None: num_steps, the finished video). passes: with 0 the rollout takes every
-    step of the schedule. With n it takes at most n long steps, each of which covers ceil(num_steps / n) steps
-    of the schedule; the last one covers what is left. conditions: what an image-to-video model is given
+    x [b, c, f, h, w] is the state at schedule(num_steps, shift)[start]; the result is the state at
+    schedule(num_steps, shift)[stop] (None: num_steps, the finished video). passes: with 0 the rollout takes
+    every step of the schedule. With n it takes at most n long steps, each of which covers ceil(num_steps / n)
+    steps of the schedule; the last one covers what is left. conditions: what an image-to-video model is given
     beside the prompt: y and clip_tokens, or first_frame, a latent frame that stays in place of frame 0. The
     state stays float32 whatever autocast does.
     """
@@ -104,7 +104,8 @@ def rollout(dit, x, context, num_steps, *, start=0, stop=None, passes=0, shift=1
         t_next = times[min(i + stride, stop)].expand(len(x))
         v = guided_velocity(dit, x, t, context, guidance_scale, null, **conditions)
         x = euler_step(x, v, t, t_next)
-    # torch before 2.13 would use autocast's copies of the weights, which have no gradients, to train with
+    # In torch before 2.13 autocast keeps the copies of the weights that it made here. They have no gradients,
+    # and the next step would train with them.
     torch.clear_autocast_cache()
     return x
 

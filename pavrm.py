@@ -11,12 +11,12 @@ Deliberate differences:
 2. The patch, text and time embeddings stay frozen, as in the released code. The paper says only that blocks,
    query and head are trained. Frozen embeddings keep the reward's reading of x_t and t equal to the
    generator's.
-3. In the embedded world a video is "bad" if it is unqualified on one axis or does not show its prompt; in the
-   paper, if it is unqualified on both axes. Most flawed clips of the embedded world have only one flaw. For
-   people's answers --bad of train_reward.py decides; its default is the paper's rule.
+3. In the embedded world a video is "bad" if it is unqualified on at least one axis or does not show its
+   prompt; in the paper, if it is unqualified on both axes. Most flawed clips of the embedded world have only
+   one flaw. For people's answers --bad of train_reward.py decides; its default is the paper's rule.
 4. Unlike the paper, train_reward.py gives a share of each batch another video's prompt and the label bad
-   (--mismatched). Without it the generator can please the reward and lose its prompt (docs/results.md, "Long
-   runs with mismatched prompts").
+   (--mismatched). Without it the paper's recipe loses the prompt in long runs (docs/results.md, "Long runs
+   with mismatched prompts"), and so does best of n with an aligned generator.
 
 Axes: b batch, c channels, f frames, h height, w width, n tokens, d model width, k heads, e channels of a
 head, l text tokens.
@@ -39,9 +39,13 @@ class QueryAttention(nn.Module):
     The query is added to the attention's result, as in a residual connection. add_query=False is the ablation
     "attention without query". heads > 1 is the released code's variant.
 
-    With one query the keys h W_K need not be computed, because (h W_K) q^T = h (W_K q^T). The values need not
-    be computed either: the softmax weights are applied to h first, and W_V to the result. So nothing of size
-    [n, d] is computed or kept for the backward pass.
+    With one head the result is
+
+        weights = (self.w_k(h) @ self.query.T / d ** 0.5).softmax(1)        # [b, n, 1]
+        z = (weights.mT @ self.w_v(h))[:, 0] + self.query                   # [b, d]
+
+    `forward` computes the same without keys and values, which are as large as h: (h W_K) q^T = h (W_K q^T),
+    and the softmax weights are applied to h before W_V is.
     """
 
     def __init__(self, dim, add_query=True, heads=1):
@@ -53,13 +57,13 @@ class QueryAttention(nn.Module):
 
     def forward(self, h):
         """Tokens [b, n, d] -> [b, d]"""
-        # [k, e, d]
-        w_k, w_v = (layer.weight.unflatten(0, (self.heads, -1)) for layer in (self.w_k, self.w_v))
+        of_heads = lambda weight: weight.unflatten(0, (self.heads, -1))     # a slice of W_K or W_V: [k, e, d]
         q = self.query.view(self.heads, -1)                                                         # [k, e]
-        key_query = torch.einsum("ke,ked->kd", q, w_k) / q.shape[1] ** 0.5        # W_K q^T / sqrt(e), [k, d]
+        # W_K q^T / sqrt(e): [k, d]
+        key_query = torch.einsum("ke,ked->kd", q, of_heads(self.w_k.weight)) / q.shape[1] ** 0.5
         weights = torch.einsum("bnd,kd->bnk", h, key_query).softmax(1)                           # [b, n, k]
         mean_token = torch.einsum("bnk,bnd->bkd", weights, h)                                    # [b, k, d]
-        z = torch.einsum("bkd,ked->bke", mean_token, w_v).flatten(1)                                # [b, d]
+        z = torch.einsum("bkd,ked->bke", mean_token, of_heads(self.w_v.weight)).flatten(1)          # [b, d]
         return z + self.query if self.add_query else z
 
 

@@ -9,14 +9,16 @@ the rewarded step, and makes both optimizer steps.
     x_T ~ N(0, I) --rollout, no grad--> x_{s+dt} --one step, with grad--> x_s --PAVRM--> r(x_s, s, p)
                                                                                   loss = -lambda r
 
-Rollout and step are without classifier-free guidance; only sampling and validation have it.
+Rollout and step are without classifier-free guidance; only sampling and validation have it. The prompts of
+both updates are those of the curated videos. The SFT update draws a time t in (0, 1) for each video. The
+reward update draws one step for all videos, which always covers one of the N steps of the schedule.
 
-With the recipe "paper" this is Algorithm 1 to the letter. The recipe "steady", which is ours, changes two
-lines: the rollout without gradients takes at most four long Euler steps, and the loss is -log sigmoid(r),
+With the recipe "paper" this is Algorithm 1 to the letter. The recipe "steady", which is ours, changes three
+things: the rollout without gradients takes at most four long Euler steps, and the loss is -log sigmoid(r),
 which stops pushing where the reward is already sure that the video is good. Its learning rate falls to zero
-over the run (train_align.py). results/why.md compares the two recipes in its rows "step per batch"; what that
-page calls the steady recipe is an earlier form, with a rewarded step for each video. results/endurance.md has
-longer runs.
+over the run (train_align.py). results/why.md compares the first two changes, at a constant learning rate, in
+its rows "step per batch". What that page calls the steady recipe is an earlier form: it has a rewarded step
+for each video and a constant learning rate. results/endurance.md has today's form.
 
 Deliberate differences from the released code:
 1. The loss is -lambda * r on the raw logit. The released 0.1 * relu(2 - sigmoid(r)) is "sigmoid_hinge" below:
@@ -56,7 +58,7 @@ def reward_update_loss(policy, pavrm, x_T, context, step, num_steps, *, rollout_
                        loss="linear", shift=1.0, **conditions):
     """Alg. 1, the reward update -> (the loss, a scalar with gradients; the logits [b], detached).
 
-    policy: the VideoDiT in training. pavrm: the frozen reward, any function of (x, t, context, **conditions)
+    policy: the generator in training. pavrm: the frozen reward, any function of (x, t, context, **conditions)
     that gives logits [b]. x_T [b, c, f, h, w]: noise. context [b, l, d_text]: the prompts. step: from 1 to
     num_steps, the Euler step whose result is rewarded; `draw_step` draws it. num_steps: N. rollout_passes
     (0: every step) and shift: as in `rollout`. reward_weight: lambda. conditions: what an image-to-video
@@ -87,20 +89,20 @@ def sft_loss(policy, x0, x1, t, context, weight=None, **conditions):
 
 
 def steps_of_part(part, num_steps, expert_steps=None):
-    """-> (skipped, last): this part of the trajectory has the steps skipped + 1 to last.
+    """The range of the steps in a part of the trajectory. The first step of a trajectory is step 1.
 
-    expert_steps: the same two numbers for the steps of the expert that trains, if the generator has two. Then
-    only steps that are in both ranges count. Raises InputError if no step is left.
+    expert_steps: the range of the steps of the expert that trains, if the generator has two. Then only steps
+    that are in both ranges count. Raises InputError if no step is left.
     """
-    begin, end = THIRDS[part]                                   # in thirds; the end is exclusive
-    skipped, last, whose = num_steps * begin // 3, num_steps * end // 3, ""
-    if expert_steps:
-        skipped, last = max(skipped, expert_steps[0]), min(last, expert_steps[1])
+    begin, end = THIRDS[part]                                   # in thirds
+    steps, whose = range(num_steps * begin // 3 + 1, num_steps * end // 3 + 1), ""
+    if expert_steps is not None:
+        steps = range(max(steps.start, expert_steps.start), min(steps.stop, expert_steps.stop))
         whose = " of the --expert that trains"
-    if last <= skipped:
+    if not steps:
         raise InputError(f"--num_inference_steps {num_steps} leaves the {part} part of the trajectory "
                          f"without a step{whose}")
-    return skipped, last
+    return steps
 
 
 def draw_step(seed, iteration, num_steps, part="full", expert_steps=None):
@@ -109,6 +111,6 @@ def draw_step(seed, iteration, num_steps, part="full", expert_steps=None):
     expert_steps: as in `steps_of_part`. The step depends only on (seed, iteration), so it is the same on
     every rank and after a resume.
     """
-    skipped, last = steps_of_part(part, num_steps, expert_steps)
+    steps = steps_of_part(part, num_steps, expert_steps)
     generator = random_generator(seed, "reward step", iteration)
-    return int(torch.randint(skipped + 1, last + 1, (1,), generator=generator))
+    return steps[int(torch.randint(len(steps), (1,), generator=generator))]

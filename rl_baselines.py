@@ -232,8 +232,8 @@ def check(config, global_batch, expert_steps=None):
         raise InputError(f"--inner_updates {config.inner_updates}: so many steps of a rollout are "
                          f"stochastic, and --num_inference_steps {config.num_inference_steps} is not more")
     needed = config.inner_updates if config.method == "grpo" else 1
-    if expert_steps and expert_steps[1] - expert_steps[0] < needed:
-        raise InputError(f"--expert {config.expert} makes {expert_steps[1] - expert_steps[0]} of the "
+    if expert_steps is not None and len(expert_steps) < needed:
+        raise InputError(f"--expert {config.expert} makes {len(expert_steps)} of the "
                          f"{config.num_inference_steps} steps of a rollout, and --method {config.method} "
                          f"needs {needed}: give more --num_inference_steps"
                          f"{' or fewer --inner_updates' * (needed > 1)}")
@@ -244,8 +244,8 @@ class Learner:
 
     prompts(iteration, indices) -> (context [b, l, d_text], conditions of an image-to-video policy). indices
     are places in the global batch; the places of a group are neighbours and have the same prompt.
-    expert_steps: the Euler steps of the experts that train, as experts.steps_of_expert returns them; None if
-    the generator does not have two experts.
+    expert_steps: the range of the Euler steps that train (experts.steps_of_expert); None if the generator
+    does not have two experts.
     """
 
     def __init__(self, policy, pavrm, optimizer, config, runtime, prompts, latent_shape, global_batch,
@@ -430,8 +430,9 @@ class GRPO(Learner):
     def first_step(self, iteration):
         """How many steps come before the stochastic steps; the same number on all ranks."""
         generator = common.random_generator(self.config.seed, "stochastic steps", iteration)
-        skipped, last = self.expert_steps or (0, self.config.num_inference_steps)
-        return int(torch.randint(skipped, last - self.config.inner_updates + 1, (1,), generator=generator))
+        steps = self.expert_steps or range(1, self.config.num_inference_steps + 1)
+        choices = steps[:len(steps) - self.config.inner_updates + 1]    # a stochastic step for each update
+        return choices[int(torch.randint(len(choices), (1,), generator=generator))] - 1
 
     def sample(self, iteration, indices, context, conditions):
         """-> {"x0": [b, c, f, h, w], "steps", "means"}. steps: for each stochastic step the latents before

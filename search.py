@@ -9,9 +9,10 @@ resample    (the default) A video has n places, with one candidate in each. Afte
             .44 the places are filled anew: each place draws one of the candidates with the probabilities
             softmax(r). So a good candidate fills several places, and a weak one disappears. Copies get new
             noise, so that they become different videos: x_t = (1 - t) x_0 + t x_1. Here x_0 is the clean
-            latent that the candidate's velocity points to, and x_1 is the new noise. At t = .38 the best
-            candidate is chosen and finished alone. (These times are for 16 Euler steps.) This is close to
-            LatSearch (arXiv 2603.14526), which resamples at fewer times and compares sums of rewards.
+            latent to which the velocity of the last Euler step points, and x_1 is the new noise. At t = .38
+            the best candidate is chosen and finished alone. (These times are for 16 Euler steps.) This is
+            close to LatSearch (arXiv 2603.14526), which resamples at fewer times and compares sums of
+            rewards.
 drop        Bad candidates are dropped at a few times and never replaced. This takes fewer forward passes for
             the same n. For as many passes it gives worse videos with the untrained base; with an aligned
             generator no difference could be told (results/search_mismatched.md).
@@ -104,8 +105,8 @@ def cost_in_words(n, passes, num_steps, guidance_scale):
 def choices_of(times, n, drops=None):
     """When the reward chooses among n candidates -> {number of steps made: how many candidates stay}.
 
-    times: those of the Euler steps, from flow.schedule. drops: as in best_of. Where candidates are resampled,
-    n of them stay.
+    times: those of the Euler steps, from flow.schedule. drops: as in best_of. While candidates are resampled
+    all n stay.
     """
     def nearest(t):
         return int((times - t).abs().argmin())
@@ -173,33 +174,33 @@ def best_of(dit, pavrm, latent_shape, context, seed, indices, num_steps, n, drop
                     found.append(result)
         return torch.cat(found).unflatten(0, (m, -1))
 
-    def euler_step(step, x, text, **its_conditions):
+    def next_state(step, x, text, **its_conditions):
         return flow.rollout(dit, x, text, num_steps, start=step - 1, stop=step, shift=shift,
                             guidance_scale=guidance_scale, null=null, **its_conditions)
 
-    def reward(step, x, text, **its_conditions):
+    def reward_at(step, x, text, **its_conditions):
         return pavrm(x, times[step].expand(len(x)).to(device), text, **its_conditions)
 
-    def noise(purpose):
+    def noise_for(purpose):
         """-> [m, n, c, f, h, w]"""
         found = [common.noise(latent_shape, seed, purpose, candidate, indices) for candidate in range(n)]
         return torch.stack(found, 1).to(device)
 
-    x, passes = noise("sample"), 0
+    x, passes = noise_for("sample"), 0
     for step in range(num_steps + 1):                           # number of Euler steps made
         if step > 0:
-            before, x = x, each(euler_step, step, x)
+            before, x = x, each(next_state, step, x)
             passes += passes_per_step(guidance_scale) * x.shape[1]
         if step not in choices:
             continue
-        r = each(reward, step, x).float().nan_to_num(nan=torch.finfo(torch.float32).min)        # [m, k]
+        r = each(reward_at, step, x).float().nan_to_num(nan=torch.finfo(torch.float32).min)        # [m, k]
         passes += cost_of_reward * x.shape[1]
-        if choices[step] == x.shape[1]:
+        if drops is None and step < max(choices):               # resample; at the last choice one stays
             velocity = (before - x) / (times[step - 1] - times[step])           # of the last step, Eq. 7
             t = times[step].expand(m).to(device)
             predicted = flow.predict_x0(x, velocity, t)
-            draws = torch.stack([common.uniform(seed, f"place {step}", k, indices) for k in range(n)], 1)
-            x = resample(x, predicted, r, t, draws.to(device), noise(f"resampling {step}"))
+            draws = torch.stack([common.uniform(seed, f"place {step}", i, indices) for i in range(n)], 1)
+            x = resample(x, predicted, r, t, draws.to(device), noise_for(f"resampling {step}"))
         else:
             best = r.topk(choices[step], 1).indices                                 # [m, keep]
             x = x[torch.arange(m, device=device)[:, None], best]

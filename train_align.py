@@ -124,7 +124,7 @@ class Config(rl_baselines.Flags, runs.Flags, validation.Flags, lora.Flags, paral
                                  only="method sft or method prfl refl nft grpo, sft_updates")
     learning_rate: float | None = arg(None, "AdamW's learning rate. Default: for Wan the paper's 5e-6; in "
                                       "the embedded world 2e-4 for prfl with the steady recipe, else 1e-4 "
-                                      "(for sft 3e-4 is better there: results/table1.md)", above=0)
+                                      "(results/table1.md has 3e-4 for sft)", above=0)
     lr_scheduler: str | None = arg(None, "constant keeps the learning rate; linear lets it fall to 0 at "
                                    "--max_train_steps. Default: linear with the steady recipe, else constant",
                                    choices=("constant", "linear"))
@@ -185,8 +185,8 @@ def resolve(config):
 
 
 def trained_steps(config, dit_config):
-    """(skipped, last): the Euler steps of the --expert that trains, as experts.steps_of_expert returns them;
-    None if the generator does not have two experts."""
+    """The range of the Euler steps that the --expert that trains makes; None if the generator does not have
+    two experts."""
     if not config.expert:
         return None
     times = flow.schedule(config.num_inference_steps, config.shift)
@@ -322,17 +322,19 @@ def main(config):
         metrics[f"{name}_cpu_seconds"] = time.process_time() - cpu_clock    # of all threads of this process
         return metrics
 
-    parts = []                          # what an iteration does, in order; each part -> {metric: number}
-    if config.method == "rwr":
-        parts.append(partial(update, "rwr", rwr_loss))
-    elif config.sft_updates:
-        parts.append(partial(update, "sft", curated_loss))
-    if config.method in ("prfl", "refl"):
-        parts.append(partial(update, "reward", reward_loss))
-    elif config.method in rl_baselines.LEARNERS:
-        parts.append(learner.collect)
-        parts += [partial(update, config.method, partial(learner.loss, k))
-                  for k in range(config.inner_updates)]
+    def iterate(iteration):
+        """Makes the updates of one iteration, in order; yields the {metric: number} of each."""
+        if config.method == "rwr":
+            yield update("rwr", rwr_loss, iteration)
+        elif config.sft_updates:
+            yield update("sft", curated_loss, iteration)
+        if config.method in ("prfl", "refl"):
+            yield update("reward", reward_loss, iteration)
+        elif config.method in rl_baselines.LEARNERS:
+            yield learner.collect(iteration)
+            for k in range(config.inner_updates):
+                yield update(config.method, partial(learner.loss, k), iteration)
+
     export = partial(lora.export, policy, alpha=config.lora_alpha, kind=config.export)
 
     # ---- the loop
@@ -351,8 +353,8 @@ def main(config):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         metrics = {"learning_rate": learning_rate}
-        for part in parts:
-            for name, value in part(iteration).items():         # several updates of one kind: seconds add up
+        for found in iterate(iteration):
+            for name, value in found.items():                   # several updates of one kind: seconds add up
                 metrics[name] = value + (metrics.get(name, 0) if name.endswith("seconds") else 0)
 
         done = iteration + 1

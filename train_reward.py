@@ -11,14 +11,15 @@
     python train_reward.py --task i2v --output_dir runs/reward_i2v
     python train_reward.py --resume latest
 
-Without --data the base generator makes samples, and the annotator labels them from their pixels. A sample is
-good if it is qualified on both axes (motion and form) and true to its prompt. It is bad if it is unqualified
-on an axis or untrue to its prompt. All others are dropped. The samples stay in <output_dir>/samples. With
---data the reward model learns from your shards. Their labels are read beside the clips: from label.py's
-answers if there are any, else from the metadata.
+Without --data the base generator makes samples, and the annotator labels them from their pixels. It grades
+motion and form as qualified, partially qualified or unqualified. A sample is good if both are qualified and
+it shows its prompt. It is bad if motion or form is unqualified, or if it does not show its prompt. The others
+get no label and are left out. The samples stay in <output_dir>/samples. With --data the reward model learns
+from your shards. Their labels are read beside the clips: from label.py's answers if there are any, else from
+the metadata.
 
 A share of each batch (--mismatched) is given another video's prompt and the label bad. This needs no further
-labels. Without such prompts the generator can learn to please the reward model and lose its prompt.
+labels. Without such prompts the paper's recipe learns to please the reward model and loses its prompt.
 
 The script writes reward/, metrics.jsonl and report.json to <output_dir>. The report has the accuracy on
 held-out videos, without noise and by t. It also says how well the reward model tells good videos with their
@@ -167,7 +168,7 @@ def main(config):
         left_out = len(shards) - len(train) - len(held_out)
         print(shards.label_note)
         print(f"{len(train)} videos to train on ({good_share:.0%} good), {len(held_out)} held out, "
-              f"{left_out} in between or unlabelled left out")
+              f"{left_out} left out, because they are unlabelled or neither good nor bad")
         print(data.describe_split(shards, train, held_out))
 
     torch.manual_seed(config.seed)      # so that query and head do not depend on whether samples were drawn

@@ -247,13 +247,11 @@ def update_flops(forward, trained=True, checkpointing=True, kept=0):
     return linear * (passes + (2 if trained else 1)) + attention * (passes + 2.5) - kept
 
 
-def rollout_passes(skipped, last, stride=1):
-    """Forward passes that a rollout without gradients takes, on average over the rewarded steps skipped + 1
-    .. last.
+def rollout_passes(steps, stride=1):
+    """Forward passes that a rollout without gradients takes, on average over these rewarded steps.
 
     stride: Euler steps of the schedule that one pass takes at once.
     """
-    steps = range(skipped + 1, last + 1)
     return sum(math.ceil((step - 1) / stride) for step in steps) / len(steps)
 
 
@@ -478,7 +476,7 @@ def costs(config, c):
         # the rewarded step is uniform on 1 .. N or on the last third, and is one that a trained expert makes
         expert_steps = trained_steps(config, c) if two else None
         steps = steps_of_part("late" if refl else "full", N, expert_steps)
-        one["rollout_steps"] = rollout_passes(*steps, stride)
+        one["rollout_steps"] = rollout_passes(steps, stride)
     if prfl:
         one["reward_flops"] = update_flops(reward_forward, False, recompute, K * again)
     if refl:
@@ -508,7 +506,7 @@ def times_of_rollout(config, c):
 
 
 def trained_steps(config, c):
-    """(skipped, last) of the steps that --expert makes."""
+    """The range of the steps that --expert makes."""
     return experts.steps_of_expert(config.expert, times_of_rollout(config, c), c["boundary_ratio"])
 
 

@@ -115,10 +115,10 @@ def simulate(config, c, grid, times=None):
     is the middle one of the steps that the trained experts make. Raises InputError."""
     world, two = config.gpus * config.nodes, "boundary_ratio" in c
     shape = {key: value for key, value in c.items() if key != "boundary_ratio"}
-    skipped, last = 0, config.num_inference_steps
+    steps = range(1, config.num_inference_steps + 1)
     if two:
-        skipped, last = steps_of_expert(config.expert, times, c["boundary_ratio"])
-    step = (skipped + 1 + last) // 2                            # the rewarded step
+        steps = steps_of_expert(config.expert, times, c["boundary_ratio"])
+    step = (steps[0] + steps[-1]) // 2                          # the rewarded step
     one_rests = config.expert != "both" and (config.parallel == "ddp" or world == 1)
     runtime = Runtime(0, world, torch.device("cpu"), torch.bfloat16, config.sequence_parallel)
     flags = parallel.Flags(config.gradient_checkpointing, config.keep_attention,

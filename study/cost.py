@@ -131,8 +131,8 @@ def make_iteration(method, config, runtime):
 def mean_step(method, i, N):
     """The mean of the steps that training draws from or, if the mean lies between two steps, these two in
     turn, by the number i of the iteration."""
-    skipped, last = prfl.steps_of_part(PART[method], N)
-    return (skipped + 1 + last + i % 2) // 2
+    steps = prfl.steps_of_part(PART[method], N)
+    return (steps[0] + steps[-1] + i % 2) // 2
 
 
 def timed(iteration, i, device):

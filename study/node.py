@@ -348,8 +348,8 @@ def measure(config, c, runtime, paths, speed):
     x1 = common.noise(shape, config.seed, "x1", 0, indices).to(device)
     context = torch.randn(b, c["text_len"], c["text_dim"]).to(device)
     conditions = random_conditions(c, b, f, h, w, device)
-    skipped, last = prfl.steps_of_part("late" if method == "refl" else "full", N)
-    step = (skipped + last - 1) // 2 + 1                        # the rewarded step: the middle one
+    steps = prfl.steps_of_part("late" if method == "refl" else "full", N)
+    step = (steps[0] + steps[-1]) // 2                          # the rewarded step: the middle one
     how = dict(rollout_passes=recipe["rollout_passes"], loss=recipe["reward_loss"], **conditions)
 
     def loss():
