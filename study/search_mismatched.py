@@ -128,8 +128,9 @@ def report(work, found):
             if f"{row}, {plan}" in qualified:
                 pairs += [(f"{row}, {plan}", f"{row}, {other}")
                           for other in (ONE, label(cheaper_chain[n], "in a chain"))]
-    if {BASE_165, STEADY_165} <= drawn.keys():                  # to search with few labels, or to align
-        pairs.append((f"{BASE_165}, {label(4, 'resampled')}", f"{STEADY_165}, {ONE}"))
+    # with the same reward model: to search with 4 candidates, or to align
+    pairs += [(f"{base}, {label(4, 'resampled')}", f"{aligned}, {ONE}")
+              for base, aligned in ((BASE, STEADY), (BASE_165, STEADY_165)) if {base, aligned} <= drawn.keys()]
     claims = claim_verdicts([(*pair, "not in it") for pair in pairs], qualified)
     panels = {}
     for row, curves in drawn.items():
