@@ -130,7 +130,8 @@ def report(work, found):
                           for other in (ONE, label(cheaper_chain[n], "in a chain"))]
     # with the same reward model: to search with 4 candidates, or to align
     pairs += [(f"{base}, {label(4, 'resampled')}", f"{aligned}, {ONE}")
-              for base, aligned in ((BASE, STEADY), (BASE_165, STEADY_165)) if {base, aligned} <= drawn.keys()]
+              for base, aligned in ((BASE, STEADY), (BASE_165, STEADY_165))
+              if {base, aligned} <= drawn.keys()]
     claims = claim_verdicts([(*pair, "not in it") for pair in pairs], qualified)
     panels = {}
     for row, curves in drawn.items():

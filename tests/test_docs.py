@@ -606,7 +606,10 @@ def claims():
         f"to {resampled('base', 4)} with 4", f"to {resampled('base', 8)} with 8",
         f"best of 8 in a chain reaches {chain('base', 8)}", f"best of 16 in a chain {chain('base', 16)}",
         f"4 candidates that are resampled are above 8 in a chain by "
-        f"{with_interval(better, sign='+', key='difference')}: holds",
+        f"{with_interval(better, sign='+', key='difference')}: holds. 3 are so too, by "
+        f"{gap(differ, 'base, best of 3 resampled above base, best of 8 in a chain')}",
+        f"above the steady recipe with one sample by "
+        f"{gap(differ, f'base, best of 4 resampled above {aligned}, one sample')}: holds",
         f"has {with_interval(rows[f'{aligned}, one sample'])} alone, {resampled(aligned, 2)} with 2 "
         f"candidates that are resampled",
         f"{chain(aligned, 4)} with best of 4 in a chain and {chain(aligned, 8)} with best of 8 in a "
