@@ -295,8 +295,8 @@ def start_folder(config, videos, weights=None):
     """Makes --output_dir and writes into its sample.json how its videos are made -> the folder's lock, to
     keep.
 
-    weights: the fingerprint of all weights. Raises InputError if the folder has a sample.json that says
-    something else.
+    weights: the fingerprint of all weights. Raises InputError if the folder holds videos and its sample.json
+    says something else.
     """
     names = [name for name in samples.FLAGS if name != "task"]
     rows = repr([(video.path.name, video.prompt, video.image, video.seed, video.index) for video in videos])
@@ -305,7 +305,7 @@ def start_folder(config, videos, weights=None):
     path = Path(config.output_dir) / "sample.json"
     lock.require_ours(config.output_dir, "samples", ("sample.json",))
     folder_lock = lock.hold(config.output_dir, "samples")
-    if not path.exists():
+    if not path.exists() or not any(path.parent.glob("*.mp4")):     # the run before may have made no video
         runs.write_json(path, settings)
         return folder_lock
     try:
@@ -317,7 +317,9 @@ def start_folder(config, videos, weights=None):
     # an older folder, which lacks some of these settings, continues; its search dropped candidates
     searched = "drop" if (before.get("best_of") or 1) > 1 else config.search
     before = {"search": searched, "drops": before.get("cuts"), "weights": weights} | before
-    if changed := [name for name in settings if before.get(name) != settings[name]]:
+    changed = ["prompts, seeds or images" if name == "videos" else name for name in settings
+               if before.get(name) != settings[name]]
+    if changed:
         raise InputError(f"--output_dir {config.output_dir}: its videos were made with other "
                          f"{', '.join(changed)}: use the same flags and prompts, or another folder")
     return folder_lock

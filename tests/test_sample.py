@@ -9,6 +9,7 @@ from pathlib import Path
 import launch
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import DRIVER
 
 import common
@@ -17,7 +18,7 @@ from common import InputError
 from formats import encoders, lock, metadata, samples
 from formats.prompts import read_prompts
 from formats.video import read_video, write_png
-from formats.weights import SHIPPED
+from formats.weights import SHIPPED, WEIGHTS
 from model import PRESETS
 from pavrm import PAVRM
 from scale import parallel
@@ -318,6 +319,7 @@ def test_a_search_of_before_dropped_candidates(tmp_path):
     """A folder whose sample.json does not say how it searched goes on only with --search drop."""
     config = sample.Config(prompts="p.txt", output_dir=str(tmp_path / "out"), best_of=4, search="drop")
     sample.start_folder(config, []).close()
+    (tmp_path / "out/000000.mp4").touch()
     path = tmp_path / "out/sample.json"
     note = json.loads(path.read_text())
     assert note.pop("search") == "drop"
@@ -326,6 +328,23 @@ def test_a_search_of_before_dropped_candidates(tmp_path):
     config.search = "resample"
     with pytest.raises(common.InputError, match="made with other search: use the same flags"):
         sample.start_folder(config, [])
+
+
+def test_a_start_that_made_no_video_does_not_bind_the_folder(tmp_path, capsys):
+    """The text encoder cannot be loaded, and is replaced: the same command then works."""
+    shutil.copytree(SHIPPED["t2v"] / "vae", tmp_path / "model/vae")
+    shutil.copytree(SHIPPED["t2v"] / "transformer", tmp_path / "model/transformer")
+    shutil.copytree(SHIPPED["t2v"] / "text_encoder", tmp_path / "model/text_encoder")
+    weights = tmp_path / "model/text_encoder" / WEIGHTS
+    whole = weights.read_bytes()
+    save_file({"x": torch.zeros(1)}, weights)
+    (tmp_path / "p.txt").write_text(PROMPTS[0])
+    flags = ["--model", tmp_path / "model", "--prompts", tmp_path / "p.txt", "--output_dir", tmp_path / "out"]
+    assert "do not fit" in refused(capsys, *flags, *FAST)
+    assert (tmp_path / "out/sample.json").is_file()
+    weights.write_bytes(whole)
+    run(*flags, *FAST)
+    assert list(films(tmp_path / "out")) == ["000000.mp4"]
 
 
 def test_killed_and_resumed_makes_the_same_files(made, tmp_path):
@@ -368,7 +387,7 @@ def test_another_sampling_is_refused_in_the_folder(made, tmp_path, capsys):
     before = files(made / "one")
     flags = ["--prompts", made / "prompts.txt", "--output_dir", made / "one", *FAST]
     assert "other guidance_scale" in refused(capsys, *flags, "--guidance_scale", 2)
-    assert "other videos" in refused(capsys, *flags, "--seed", 2)
+    assert "made with other prompts, seeds or images: use" in refused(capsys, *flags, "--seed", 2)
     (tmp_path / "mine.txt").write_text("text")
     assert "not ours" in refused(capsys, "--prompts", made / "prompts.txt", "--output_dir", tmp_path)
     assert files(made / "one") == before and [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
