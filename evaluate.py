@@ -286,10 +286,12 @@ def require_reward(config, reward):
         raise InputError(f"--best_of {config.best_of} needs a reward model: name one with --reward")
 
 
-def check_models(named, task, *rewards):
-    """Raises InputError, before any work, if a generator or a reward model for it cannot be loaded."""
+def check_models(named, config, *rewards):
+    """Raises InputError, before any work, if a generator or a reward model for it cannot be loaded, or if a
+    generator is not one for the encoders in --model."""
     for folder in named.values():
-        dit = load_transformer(folder, load_now=False, task=task)
+        dit = load_transformer(folder, load_now=False, task=config.task)
+        families.require_encoders(dit.config, config.model, folder)
         for path in filter(None, rewards):
             load_pavrm(path, dit, load_now=False)
 
@@ -347,7 +349,7 @@ def embedded_world(config, named, runtime):
     if reward is None and Path(f"{config.model}/reward").is_dir():
         reward = f"{config.model}/reward"
     require_reward(config, reward)
-    check_models(named, config.task, reward)
+    check_models(named, config, reward)
     vae, device = families.load_vae(f"{config.model}/vae").to(runtime.device), runtime.device
     n, seed, image_to_video, spent = config.num_videos, SEED + config.seed, config.task == "i2v", {}
     clean, prompts, _ = scene.make(n, seed, "clean", config.world, split=config.split)
@@ -431,12 +433,11 @@ def own_prompts(config, named, runtime):
             read_clip(row["image"], size=size, frames=1)
     require_reward(config, config.reward)
     drops = search.drops_of(config)
-    check_models(named, config.task, config.reward, config.judge)
+    check_models(named, config, config.reward, config.judge)
     vae, device = families.load_vae(f"{config.model}/vae"), runtime.device
     texts = [row["prompt"] for row in rows]
     all_texts = texts if negative is None else [*texts, negative]
-    contexts = families.encode_prompts(f"{config.model}/text_encoder", all_texts, device,
-                                       dit_config["text_dim"])
+    contexts = families.encode_prompts(f"{config.model}/text_encoder", all_texts, device)
     null = None if negative is None else contexts[negative].to(device)                      # [l, d]
     shape = families.latent_shape(dit_config, size, config.frames)
     batch_size = max(1, BATCH_LATENTS // (shape[1] * shape[2] * shape[3]))

@@ -272,9 +272,22 @@ def conditions_of_images(dit_config, vae, image_encoder, paths, size, frames, de
     return {name: torch.cat([found[path][name] for path in paths]) for name in found[paths[0]]}
 
 
-def encode_prompts(folder, prompts, device, width=None):
+def require_encoders(dit_config, model, generator):
+    """Raises InputError if the VAE or the text encoder in folder `model` cannot be those of the generator
+    with this config. Loads no weights. generator: its flag and folder, for the message."""
+    vae, text = read_config(f"{model}/vae"), read_config(f"{model}/text_encoder")
+    width = text.get("d_model", text.get("text_dim"))           # in transformers' words, in ours
+    for role, what, taken, given in (
+            ("vae", "channels of latents", dit_config["out_dim"], vae.get("z_dim", CHANNELS)),
+            ("text_encoder", "numbers per token of text", dit_config["text_dim"], width)):
+        if given not in (None, taken):
+            raise InputError(f"{generator}: takes {taken} {what}, and {model}/{role} gives {given}: give "
+                             "--model, the folder that this generator came from")
+
+
+def encode_prompts(folder, prompts, device):
     """formats.encoders.encode_texts with the text encoder in `folder`, which is loaded for this call only."""
-    return encode_texts(load_text_encoder(folder), folder, prompts, device, width)
+    return encode_texts(load_text_encoder(folder), folder, prompts, device)
 
 
 # ---- the prompt that guidance leads away from

@@ -363,6 +363,8 @@ def main(config):
     model = resolve_model(config, config.transformer)
     dit = load_transformer(config.transformer or model, load_now=False, task=config.task)
     dit.eval().requires_grad_(False)
+    generator = f"--transformer {config.transformer}" if config.transformer else f"--model {model}"
+    families.require_encoders(dit.config, model, generator)
     half = families.of_config(dit.config).half
     config.mixed_precision = config.mixed_precision or (runs.fast_precision() if half else "no")
     runtime = common.setup(config.mixed_precision, config.seed, config.sequence_parallel)
@@ -404,7 +406,7 @@ def main(config):
     guidance = experts.guidance(dit, config.guidance_scale, config.guidance_scale_2)
     negative = [] if config.negative_prompt is None else [config.negative_prompt]
     prompts = [video.prompt for batch, _ in mine for video in batch] + negative
-    contexts = families.encode_prompts(f"{model}/text_encoder", prompts, device, dit.config["text_dim"])
+    contexts = families.encode_prompts(f"{model}/text_encoder", prompts, device)
     null = contexts[negative[0]].to(device) if negative else None                                   # [l, d]
     if config.parallel == "fsdp":
         sharded = parallel.shard(dit, runtime, parallel.Flags(parallel="fsdp"))

@@ -192,6 +192,7 @@ def held_out_prompts(config, dit_config, shards, held_out, vae, device):
         if (row["image"] is not None) != i2v:
             raise InputError(f"--validation_prompts {config.validation_prompts}: {row['prompt']!r} has "
                              f"{'no' if i2v else 'an'} image, the model is {dit_config['model_type']}")
+    families.require_encoders(dit_config, config.model, f"--model {config.model}")
     size = families.video_size(dit_config, shards.latent_shape)
     frames = families.of_config(dit_config).time * (shards.latent_shape[1] - 1) + 1
     image_encoder = None
@@ -199,8 +200,7 @@ def held_out_prompts(config, dit_config, shards, held_out, vae, device):
         image_encoder = families.load_image_encoder(f"{config.model}/image_encoder")
     image = families.conditions_of_images(dit_config, vae, image_encoder, [row["image"] for row in rows],
                                           size, frames, device)
-    contexts = families.encode_prompts(f"{config.model}/text_encoder", prompts, device,
-                                       dit_config["text_dim"])
+    contexts = families.encode_prompts(f"{config.model}/text_encoder", prompts, device)
     image = {name: x.cpu() for name, x in image.items()}
     return prompts, [contexts[prompt] for prompt in prompts], image, shards.latent_shape
 

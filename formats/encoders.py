@@ -64,13 +64,12 @@ def on(module, device):
 
 
 # ---- text
-def encode_texts(text, folder, prompts, device, width=None):
+def encode_texts(text, folder, prompts, device):
     """-> {prompt: context [l, d] on the CPU}, without the zeros after a prompt's tokens, because every
     generator adds them again.
 
     text: the encoder that was loaded from `folder`. It reads one prompt at a time, because in a batch the
     rounding of a prompt's context, and with it the bytes of a video, would depend on the other prompts.
-    width: the d that the generator takes. Raises InputError if the encoder has another d.
     """
     text = text.to(device)
     prompts = list(dict.fromkeys(prompts))
@@ -81,9 +80,6 @@ def encode_texts(text, folder, prompts, device, width=None):
     contexts = {}
     for prompt in prompts:
         context = text.encode([prompt])[0].float().cpu()                                    # [l, d]
-        if width not in (None, context.shape[1]):
-            raise InputError(f"{folder}: its contexts have width {context.shape[1]}, the generator takes "
-                             f"{width}: give --model, the folder that the generator came from")
         used = context.abs().sum(-1).nonzero()
         length = int(used.max()) + 1 if len(used) else 1
         contexts[prompt] = context[:length].clone()

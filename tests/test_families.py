@@ -343,6 +343,20 @@ def test_the_vae_of_another_family(tmp_path):
             families.load_vae(tmp_path)
 
 
+def test_encoders_of_another_generator(tmp_path):
+    """By their config.json alone; what a config does not say is not compared."""
+    configs = {"vae/config.json": {"_class_name": "AutoencoderKLWan", "z_dim": 48},
+               "text_encoder/config.json": {}}
+    write(tmp_path, configs)
+    families.require_encoders({"out_dim": 48, "text_dim": 20}, tmp_path, "--model x")
+    with pytest.raises(InputError, match="^--model x: takes 16 channels of latents, .*/vae gives 48: give"):
+        families.require_encoders({"out_dim": 16, "text_dim": 20}, tmp_path, "--model x")
+    for width in ({"model_type": "umt5", "d_model": 24}, {"text_dim": 24}):
+        write(tmp_path, configs | {"text_encoder/config.json": width})
+        with pytest.raises(InputError, match="x: takes 20 numbers per token of text, .*/text_encoder gives 24"):
+            families.require_encoders({"out_dim": 48, "text_dim": 20}, tmp_path, "x")
+
+
 def test_the_first_frames_condition_by_hand():
     """The embedded world: zeros behind the frame's code. Wan: the code of the frame with blank frames behind
     it."""

@@ -17,7 +17,7 @@ from common import InputError
 from families import load_vae, of_config
 from formats import encoders, video
 from formats.metadata import read_metadata
-from formats.weights import TI2V_CHANNELS, transformer_folder
+from formats.weights import SHIPPED, TI2V_CHANNELS, transformer_folder
 from model import image_inputs, load_transformer
 
 diffusers = pytest.importorskip("diffusers", reason="needs requirements-wan.txt")
@@ -207,6 +207,13 @@ def test_what_does_not_fit_is_one_line(pipeline, clips, encoded, picture, tmp_pa
     line = refused(capsys, sample, *prompt, *FLAGS, "--image", picture)
     assert "this one is t2v by --task, though its model can do both" in line
     assert "--image is needed" in refused(capsys, sample, *prompt, *FLAGS, "--task", "i2v")
+    line = refused(capsys, sample, *prompt, *FLAGS, "--transformer", SHIPPED["t2v"])
+    assert f"--transformer {SHIPPED['t2v']}: takes 16 channels of latents, and" in line
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    line = refused(capsys, evaluate, "--model", pipeline, "--prompts", tmp_path / "p.txt", pipeline,
+                   f"other={SHIPPED['t2v']}", *FLAGS, "--output_dir", tmp_path / "out")
+    assert f"{SHIPPED['t2v']}: takes 16 channels of latents, and {pipeline}/vae gives 48: give" in line
+    (tmp_path / "p.txt").unlink()
     line = refused(capsys, train_align, "--model", pipeline, "--task", "i2v", "--data", encoded, "--method",
                    "refl", "--output_dir", tmp_path / "run", "--reward", tmp_path, *SHORT)
     assert "--frames_decoded all" in line
