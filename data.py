@@ -336,8 +336,8 @@ class Check:
 @dataclass
 class Clip:
     """A clip as it is listed, and later as it was read."""
-    name: str                               # of the file or, if the row names none, where the row is
-    row: dict | None
+    name: str                               # of the file or, if the row has a problem, where the row is
+    row: dict | None                        # of the list; None if its file_name cannot be used
     problem: str | None                     # why the clip cannot be used
     kind: list | None = None                # [W, H, F, fps]
     video: torch.Tensor | None = None       # uint8 [F, H, W, 3]
@@ -363,8 +363,8 @@ def list_clips(folder):
     listed, notes = read_listing(folder)
     clips, seen = [], set()
     for place, row, problem in listed:
-        if row is None:
-            clips.append(Clip(place, None, problem))
+        if problem:
+            clips.append(Clip(place, row, problem))
             continue
         path = os.path.normpath(row["file_name"])               # a/../b.mp4 is b.mp4
         clips.append(Clip(row["file_name"], row, "listed twice" if path in seen else None))
@@ -502,7 +502,7 @@ def check_command(config):
         lines.append(count_relatives(copies, groups))
     print(*lines, sep="\n")
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES}
-    if unlisted := sorted(names - {os.path.normpath(clip.name) for clip in clips}):
+    if unlisted := sorted(names - {os.path.normpath(clip.row["file_name"]) for clip in clips if clip.row}):
         print(f"{len(unlisted)} video files are not in the metadata: {some(unlisted)}")
     if problems or not clips:
         raise InputError(f"{folder}: {len(problems)} of {len(clips)} clips cannot be used")

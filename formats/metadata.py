@@ -60,18 +60,16 @@ def find_metadata(folder):
 
 
 def read_listing(folder):
-    """-> ([(place, {file_name, prompt, label: 0, 1 or None} or None, problem or None) of each row], [notes to
-    print]).
+    """-> ([(place, {file_name, prompt, label: 0, 1 or None}, problem or None) of each row], [notes to
+    print]). The dict of a row with a problem has only the file_name, and is None if that cannot be used.
 
     Raises InputError if there is no list in the folder, or if its rows cannot be told apart.
     """
     path = find_metadata(folder)
     rows, unread = [], []
     for place, given, problem, others in read_table(path, FIELDS, "file_name"):
-        clip = None
-        if problem is None:
-            clip, problem = _clip(given)
-        rows.append((place, clip, problem))
+        clip, wrong = _clip(given)
+        rows.append((place, clip, problem or wrong))
         unread += [name for name in others if name not in unread]
     if not unread:
         return rows, []
@@ -148,17 +146,17 @@ def _given(row, fields):
 
 
 def _clip(given):
-    """{field: value} of a row -> ({file_name, prompt, label} or None, problem or None)."""
+    """{field: value} of a row -> (the dict that `read_listing` returns or None, problem or None)."""
     name, prompt, label = given.get("file_name"), given.get("prompt", ""), given.get("label")
     if not isinstance(name, str) or not name.strip():
         return None, "no file_name (or video, file)" + ("" if name is None else f", but {_short(name)}")
-    if problem := not_text(prompt):
-        return None, f"prompt {problem}"
     if "\0" in name or not _is_path(name):
         return None, f"file_name is {_short(name)}, as no file can be called"
+    if problem := not_text(prompt):
+        return {"file_name": name}, f"prompt {problem}"
     word = label if label is None else str(label).strip().lower()
     if isinstance(label, (list, dict)) or word not in LABELS:
-        return None, f"label must be 0, 1 or missing, got {_short(label)}"
+        return {"file_name": name}, f"label must be 0, 1 or missing, got {_short(label)}"
     return {"file_name": name, "prompt": prompt.strip(), "label": LABELS[word]}, None
 
 

@@ -353,7 +353,7 @@ def test_encoders_of_another_generator(tmp_path):
         families.require_encoders({"out_dim": 16, "text_dim": 20}, tmp_path, "--model x")
     for width in ({"model_type": "umt5", "d_model": 24}, {"text_dim": 24}):
         write(tmp_path, configs | {"text_encoder/config.json": width})
-        with pytest.raises(InputError, match="x: takes 20 numbers per token of text, .*/text_encoder gives 24"):
+        with pytest.raises(InputError, match="x: takes 20 numbers per token of text, .*encoder gives 24"):
             families.require_encoders({"out_dim": 48, "text_dim": 20}, tmp_path, "x")
 
 
