@@ -47,7 +47,7 @@ def arg(default, help, *, choices=None, above=None, at_least=None, at_most=None,
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise InputError(message.removeprefix("argument ").replace("unrecognized arguments", "unknown flag"))
+        raise InputError(message.removeprefix("argument "))
 
 
 def parse(Config, doc, argv=None, prog=None):
@@ -61,7 +61,11 @@ def parse(Config, doc, argv=None, prog=None):
     inherited = [field for field in fields if field.name not in Config.__annotations__]
     for field in own + inherited:
         _add_flag(parser, field, hints[field.name], positionals)
-    given = vars(parser.parse_args(argv))
+    words = sys.argv[1:] if argv is None else argv
+    given, left = parser.parse_known_args(words)
+    if left:
+        raise InputError(_what_is_left(left, words))
+    given = vars(given)
     for name, value in given.items():
         if isinstance(value, list):
             given[name] = tuple(value)
@@ -73,6 +77,15 @@ def parse(Config, doc, argv=None, prog=None):
             if unmet:
                 raise InputError(f"--{field.name} means nothing {unmet}: leave it out")
     return config
+
+
+def _what_is_left(left, words):
+    """The message about words of the command line that no flag takes."""
+    if flags := [word for word in left if word.startswith("-")]:
+        return f"unknown flag: {', '.join(flags)}"
+    flag = next((word for word, second in zip(words, words[2:]) if word.startswith("--")
+                 and second == left[0]), None)                  # the flag took the word between the two
+    return f"{left[0]}: one value too many: {f'{flag} takes one' if flag else 'leave it out'}"
 
 
 def _add_flag(parser, field, hint, positionals):

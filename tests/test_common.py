@@ -71,8 +71,11 @@ def test_bf16_where_it_is_not_emulated(monkeypatch, cpu, gpu, wanted):
     (["--dropout", "1"], "--dropout must be a finite number below 1, got 1.0"),
     (["--ema", "1.5"], "--ema must be a finite number at most 1, got 1.5"),
     (["--seeds", "1", "-2"], "--seeds must be a finite number at least 0, got -2"),
-    (["--learnin_rate", "1"], "unknown flag: --learnin_rate 1"),
-    (["--learning", "1"], "unknown flag: --learning 1"),  # no abbreviations
+    (["--learnin_rate", "1"], "unknown flag: --learnin_rate"),
+    (["--learning", "1"], "unknown flag: --learning"),  # no abbreviations
+    (["--parallel", "fsdp", "--seed=1", "a"], "unknown flag: --parallel, --seed=1"),
+    (["--method", "sft", "prfl"], "prfl: one value too many: --method takes one"),
+    (["prfl", "--method", "sft"], "prfl: one value too many: leave it out"),
     (["--max_train_steps"], "--max_train_steps: expected one argument"),
 ])
 def test_parse_errors_name_the_flag(argv, wanted):
