@@ -617,7 +617,7 @@ def encode(config, runtime):
         raise InputError(f"{config.folder}: its metadata file has no rows")
     if out.exists() and out.samefile(config.folder):
         raise InputError(f"--out {out}: is the folder of the clips: name another one for the shards")
-    lock.require_ours(out, "shards", ("shards.json",))
+    lock.require_ours(out, "shards", ("shards.json",), "--out")
     settings = {"size": config.size and config.size.replace("x", "*"), "frames": config.frames,
                 "fps": config.fps, "condition": image_to_video,
                 "encoders": {role: fingerprint.of_encoder(path, role) for role, path in folders.items()}}

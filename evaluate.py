@@ -66,7 +66,6 @@ import validation
 from common import InputError, arg
 from formats import encoders, lock, runs, samples
 from formats.metadata import replace_text, update_rows, write_rows
-from formats.paths import require_writable
 from formats.picture import wall, write_gif
 from formats.prompts import read_prompts
 from formats.video import contact_sheet, from_pixels, read_clip, to_pixels, write_video
@@ -205,7 +204,8 @@ def main(config):
                          values [b]}, videos uint8 [b, f, h, w, 3])
     report(found, films) writes tables and pictures of {name: {metric: [n]}} and {name: {number: video}}
     """
-    require_writable(Path(config.output_dir) / "table.md")
+    lock.require_ours(config.output_dir, "evaluation", ("per_video.json", "scores.jsonl", "part.json"),
+                      "--output_dir")
     runtime = common.setup(config.mixed_precision, config.seed)
     with torch.no_grad():
         if config.clips:
@@ -250,11 +250,9 @@ def name_of_folder(part):
 
 
 def lock_output_dir(config, runtime):
-    """Rank 0 becomes the only writer of --output_dir, if that is new, empty or an evaluation's -> the lock,
-    to keep. The other ranks wait, so that they write nothing there before rank 0 has looked."""
+    """Rank 0 becomes the only writer of --output_dir -> the lock, to keep. The other ranks wait for it."""
     folder_lock = None
     if runtime.rank == 0:
-        lock.require_ours(config.output_dir, "evaluation", ("per_video.json", "scores.jsonl", "part.json"))
         folder_lock = lock.hold(config.output_dir, "evaluation")
     common.gather(None)
     return folder_lock

@@ -140,9 +140,12 @@ def check_flags(config):
         raise InputError(f"--output {config.output}: the name must end in .mp4")
     if config.contact_sheet and Path(config.contact_sheet).suffix.lower() != ".png":
         raise InputError(f"--contact_sheet {config.contact_sheet}: the name must end in .png")
-    require_writable(Path(config.output_dir) / "metadata.jsonl" if config.output_dir else config.output)
+    if config.output_dir:
+        lock.require_ours(config.output_dir, "samples", ("sample.json",), "--output_dir")
+    else:
+        require_writable(config.output, f"--output {config.output}")
     if config.contact_sheet:
-        require_writable(config.contact_sheet)
+        require_writable(config.contact_sheet, f"--contact_sheet {config.contact_sheet}")
     data.parse_size(config)
     search.drops_of(config)
 
@@ -303,9 +306,8 @@ def start_folder(config, videos, weights=None):
     settings = {name: getattr(config, name) for name in names}
     settings |= {"weights": weights, "videos": hashlib.sha256(rows.encode()).hexdigest()[:16]}
     path = Path(config.output_dir) / "sample.json"
-    lock.require_ours(config.output_dir, "samples", ("sample.json",))
     folder_lock = lock.hold(config.output_dir, "samples")
-    if not path.exists() or not any(path.parent.glob("*.mp4")):     # the run before may have made no video
+    if not path.exists():
         runs.write_json(path, settings)
         return folder_lock
     try:
@@ -319,9 +321,11 @@ def start_folder(config, videos, weights=None):
     before = {"search": searched, "drops": before.get("cuts"), "weights": weights} | before
     changed = ["prompts, seeds or images" if name == "videos" else name for name in settings
                if before.get(name) != settings[name]]
-    if changed:
+    if changed and ("videos" not in before or any(path.parent.glob("*.mp4"))):
         raise InputError(f"--output_dir {config.output_dir}: its videos were made with other "
                          f"{', '.join(changed)}: use the same flags and prompts, or another folder")
+    if changed:                                                 # the start before failed and made no video
+        runs.write_json(path, settings)
     return folder_lock
 
 

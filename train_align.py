@@ -208,6 +208,7 @@ def main(config):
     # ---- the settings, the generator that is trained, its reward, and the videos it learns from
     runtime = common.setup(config.mixed_precision, config.seed, config.sequence_parallel)
     config, origin, shards = resolve(config)
+    resume, state = runs.open_checkpoint(config)
     policy = load_transformer(config.model, load_now=False, task=config.task).train()
     for dit, adapters in experts.to_train(policy, config):
         lora.add(dit, config.lora_rank, config.lora_alpha, config.seed, adapters)
@@ -216,7 +217,6 @@ def main(config):
         pixel_reward, vae = refl_baseline.load_reward_and_decoder(config, policy, runtime)
     elif config.method != "sft":
         pavrm = parallel.shard(load_pavrm(config.reward, policy, load_now=False), runtime, config)
-    resume, state = runs.open_checkpoint(config)
     accumulation = config.gradient_accumulation_steps
     global_batch = config.batch_size * runtime.world_size // config.sequence_parallel * accumulation
     N, expert_steps = config.num_inference_steps, trained_steps(config, policy.config)

@@ -10,19 +10,21 @@ from pathlib import Path
 
 from common import InputError
 from formats import disk
+from formats.paths import require_writable
 
 NAME = ".lock"
 
 
-def require_ours(folder, what, signs=()):
-    """Raises InputError if `folder` is not ours to write in. It is ours if it is new or empty, holds a file
-    named as one of `signs`, or was held for `what` before. A path that is not UTF-8 is refused: safetensors
-    cannot open it."""
-    folder = Path(folder)
+def require_ours(folder, what, signs=(), flag=""):
+    """Raises InputError, which names the flag, if `folder` is not ours to write in, or cannot be written in.
+    It is ours if it is new or empty, holds a file named as one of `signs`, or was held for `what` before. A
+    path that is not UTF-8 is refused: safetensors cannot open it."""
+    folder, said = Path(folder), f"{flag} {folder}".strip()
     try:
         str(folder).encode()
     except UnicodeEncodeError:
-        raise InputError(f"{folder}: its path is not UTF-8: name another folder") from None
+        raise InputError(f"{said}: its path is not UTF-8: name another folder") from None
+    require_writable(folder / NAME, said)
     try:
         if not folder.exists() or any((folder / name).exists() for name in signs):
             return
@@ -33,8 +35,8 @@ def require_ours(folder, what, signs=()):
             if held_for == [what]:
                 return
     except OSError as error:
-        raise InputError(f"{folder}: cannot be written in ({error.strerror}): name another folder") from None
-    raise InputError(f"{folder}: holds files that are not ours, and nothing is written over them: name a "
+        raise InputError(f"{said}: cannot be written in ({error.strerror}): name another folder") from None
+    raise InputError(f"{said}: holds files that are not ours, and nothing is written over them: name a "
                      "new or empty folder")
 
 

@@ -66,25 +66,27 @@ def same_letters(path):
     return None if found == path else found
 
 
-def require_writable(path):
+def require_writable(path, said=None):
     """Raises InputError unless a file can be written at `path`, whose folders need not exist yet. To know, it
     makes a temporary file in the nearest folder that exists, and removes it: permissions alone do not tell
-    what a network disk allows."""
+    what a network disk allows. said: what the user gave, such as "--out x", for the message; default: path.
+    """
     path = Path(path)
+    said = said or path
     if os.path.isdir(path):
-        raise InputError(f"{path}: is a folder: name a file to write")
+        raise InputError(f"{said}: is a folder: name a file to write")
     folder = path.parent
     while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as e:
-        raise InputError(f"{path}: cannot be written ({e.strerror}): name another place") from None
+        raise InputError(f"{said}: cannot be written ({e.strerror}): name another place") from None
     try:
         longest = os.pathconf(folder, "PC_NAME_MAX")
     except (OSError, ValueError):       # this file system does not say
         longest = NAME_MAX
     for name in path.relative_to(folder).parts:
         if len(os.fsencode(name)) > longest:
-            raise InputError(f"{path}: cannot be written (a name has more than {longest} bytes): "
+            raise InputError(f"{said}: cannot be written (a name has more than {longest} bytes): "
                              "name another place")

@@ -188,10 +188,11 @@ def require_ours(config):
     if folder.resolve() in (model, *model.parents) and folder.exists():
         raise InputError(f"--output_dir {folder}: holds --model {config.model}, which would be written "
                          "over: name another folder")
+    # args.json is looked at below; files of a run that ended while it made its data; a note by study/parts.py
+    ours = ["args.json", "samples/.lock", "curated/.lock", "own_samples/.lock", "part.json"]
+    ours += [path.name for _, path in list_checkpoints(folder)]
+    lock.require_ours(folder, "run", ours, "--output_dir")
     if not (folder / "args.json").is_file():
-        # files of a run that ended while it made its data, and a note by study/parts.py
-        ours = ["samples/.lock", "curated/.lock", "own_samples/.lock", "part.json"]
-        lock.require_ours(folder, "run", ours + [path.name for _, path in list_checkpoints(folder)])
         return
     known = {field.name for field in dataclasses.fields(config)} | {"made_from"}
     saved = read_args(folder)

@@ -24,6 +24,7 @@ from torch import nn
 import common
 from common import InputError, arg
 from formats.adapters import FILE, FILES, LAYOUTS, read_adapters, share_kept, write_adapters
+from formats.paths import require_writable
 from formats.weights import EXPERTS, does_both, expert_folders, pipeline_of
 
 TEXT_LEN = 512  # tokens of Wan2.1's context
@@ -168,6 +169,7 @@ def export(config, load_transformer, export_transformer):
     InputError."""
     if Path(config.out).exists():
         raise InputError(f"--out {config.out}: is there already; name a new one")
+    require_writable(config.out, f"--out {config.out}")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
     if Path(config.transformer).suffix == ".safetensors":
         adapters = {layer: (A.to(dtype), B.to(dtype))

@@ -109,7 +109,7 @@ def test_killed_and_resumed_by_another_number_of_ranks(folder):
 
 
 @pytest.mark.parametrize("script, how, code, wanted", [
-    ("data.py", ("theirs", "clips"), 2, "theirs: holds files that are not ours"),
+    ("data.py", ("theirs", "clips"), 2, "--out theirs: holds files that are not ours"),
     ("data.py", ("none", "bad"), 2, "bad: no clip could be encoded: see none/report.jsonl"),
     ("fails.py", ("memory", "clips"), 1, "out of memory")])
 def test_what_ends_one_rank_ends_all_with_one_line(folder, script, how, code, wanted):

@@ -332,9 +332,8 @@ def test_a_search_of_before_dropped_candidates(tmp_path):
 
 def test_a_start_that_made_no_video_does_not_bind_the_folder(tmp_path, capsys):
     """The text encoder cannot be loaded, and is replaced: the same command then works."""
-    shutil.copytree(SHIPPED["t2v"] / "vae", tmp_path / "model/vae")
-    shutil.copytree(SHIPPED["t2v"] / "transformer", tmp_path / "model/transformer")
-    shutil.copytree(SHIPPED["t2v"] / "text_encoder", tmp_path / "model/text_encoder")
+    for name in ("transformer", "vae", "text_encoder"):
+        shutil.copytree(SHIPPED["t2v"] / name, tmp_path / "model" / name)
     weights = tmp_path / "model/text_encoder" / WEIGHTS
     whole = weights.read_bytes()
     save_file({"x": torch.zeros(1)}, weights)

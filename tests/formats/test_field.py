@@ -200,8 +200,8 @@ def test_nothing_of_the_users_is_written_over(clips, tmp_path, capsys):
     dit = type("Dit", (), {"config": {"model_type": "t2v"}})
     for make in (lambda: world.own_samples(other, dit, weights.SHIPPED["t2v"], 2, 1, "tiny", 0, runtime),
                  lambda: world.clean_clips(other, weights.SHIPPED["t2v"], 2, "tiny", 0, runtime),
-                 lambda: evaluate.lock_output_dir(evaluate.Config(output_dir=str(other)), runtime),
-                 lambda: sample.start_folder(sample.Config("x", output_dir=str(other)), [])):
+                 lambda: evaluate.main(evaluate.Config(output_dir=str(other))),
+                 lambda: sample.check_flags(sample.Config("x", output_dir=str(other)))):
         with pytest.raises(InputError, match="not ours"):
             make()
     assert before == {path.name: path.read_bytes() for path in other.iterdir()}

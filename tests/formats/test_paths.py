@@ -95,17 +95,35 @@ def test_a_folder_of_others_is_told(tmp_path):
 
 
 def test_outputs_are_known_before_any_work(tmp_path, monkeypatch):
+    import common
+    import data
     import evaluate
     import sample
+    import train_align
+    from formats import wan
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("x")
     for flags in ({"output": "file/a.mp4"}, {"contact_sheet": "file/a.png"},
                   {"prompts": "p.txt", "output_dir": "file"}):
-        with pytest.raises(InputError, match="^file/"):
+        name = list(flags)[-1]
+        with pytest.raises(InputError, match=f"^--{name} {flags[name]}: cannot be written"):
             sample.check_flags(sample.Config(**flags))
-    monkeypatch.setattr(evaluate.common, "setup", lambda *a: pytest.fail("work has begun"))
-    with pytest.raises(InputError, match="^file/"):
-        evaluate.main(evaluate.Config(output_dir="file"))
+    not_yet = lambda *args, **more: pytest.fail("work has begun")
+    with pytest.raises(InputError, match="^--out file/x: cannot be written"):
+        wan.export(wan.Export("x", out="file/x"), not_yet, not_yet)
+    monkeypatch.setattr(train_align, "load_transformer", not_yet)
+    with pytest.raises(InputError, match="^--output_dir file/x: cannot be written"):
+        train_align.main(train_align.Config(output_dir="file/x"))
+    Path("clips").mkdir()
+    Path("clips/metadata.jsonl").write_text('{"file_name": "a.mp4", "prompt": "x"}\n')
+    for name in ("load_vae", "load_text_encoder"):
+        monkeypatch.setattr(data, name, not_yet)
+    with pytest.raises(InputError, match="^--out file/x: cannot be written"):
+        data.encode_command(data.Encode("clips", out="file/x"))
+    monkeypatch.setattr(common, "setup", not_yet)
+    for out, why in (("file/x", "cannot be written"), ("clips", "holds files that are not ours")):
+        with pytest.raises(InputError, match=f"^--output_dir {out}: {why}"):
+            evaluate.main(evaluate.Config(output_dir=out))
 
 
 def test_folders_with_equals_signs_are_folders(tmp_path, monkeypatch):
