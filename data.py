@@ -40,8 +40,8 @@ from formats import disk, encoders, fingerprint, lock
 from formats.metadata import SUFFIXES, printable, read_listing, replace_text
 from formats.shards import Shards, join_equal, write_shards
 from formats.video import Facts, from_pixels, read_clip_facts
-from formats.weights import SHIPPED, transformer_folder
-from model import is_pinned
+from formats.weights import SHIPPED, require_fetched, transformer_folder
+from model import is_pinned, load_transformer
 from world.scene import meaning
 
 FEWEST = 5  # the fewest frames of a clip to train on; they make two latent frames
@@ -479,6 +479,10 @@ def check_command(config):
     folder, tally, problems, usable = Path(config.folder), Tally(), [], []
     clips, notes = list_clips(folder)
     resolve_encoders(config)
+    if config.model:
+        load_transformer(config.model, load_now=False)          # only to know that its weights are there
+        for encoder in encoders.find_encoders(config.model).values():
+            require_fetched(encoder)
     parse_size(config, config.multiple)
     bar, contents = common.progress(len(clips), "check"), fingerprint.Contents(folder / ".contents.json")
     for clip in load_clips(clips, config, contents=contents):

@@ -69,7 +69,7 @@ from formats.metadata import replace_text, update_rows, write_rows
 from formats.picture import wall, write_gif
 from formats.prompts import read_prompts
 from formats.video import contact_sheet, from_pixels, read_clip, to_pixels, write_video
-from formats.weights import SHIPPED, TASKS, resolve_model, transformer_folder
+from formats.weights import SHIPPED, TASKS, resolve_model, task_in_words, transformer_folder
 from model import image_inputs, load_transformer
 from pavrm import load_pavrm
 from report import confidence_interval, plot, show, table
@@ -426,7 +426,7 @@ def own_prompts(config, named, runtime):
     for row in rows:
         if (row["image"] is not None) != (dit_config["model_type"] == "i2v"):
             raise InputError(f"--prompts {config.prompts}: every row needs an image for image-to-video "
-                             f"models, and none for others; these models are {dit_config['model_type']}")
+                             f"models, and none for others; these are {task_in_words(dit_config)}")
         if row["image"]:
             read_clip(row["image"], size=size, frames=1)
     require_reward(config, config.reward)

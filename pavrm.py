@@ -29,7 +29,7 @@ from torch import nn
 
 from common import InputError
 from experts import trunk_of
-from formats.weights import load_weights, read_config, unkept
+from formats.weights import does_both, load_weights, read_config, unkept
 from model import VideoDiT
 
 
@@ -154,7 +154,7 @@ def load_pavrm(path, generator=None, load_now=True):
     if not Path(path).is_dir():
         raise InputError(f"{path} is not a folder; train a reward model with train_reward.py (--task i2v for "
                          f"the image-to-video generator) and name it with --reward")
-    config = read_config(path)
+    config = read_config(path, "reward")
     if set(config) != {"transformer", "pooling"}:
         raise InputError(f"{path}/config.json is not a reward model's, which has transformer and "
                          "pooling only; make one with train_reward.py")
@@ -174,15 +174,20 @@ def load_pavrm(path, generator=None, load_now=True):
 
 def require_trunk_of(generator, trunk, path):
     """Raises InputError unless the config `trunk` is that of the generator's first blocks."""
-    differences = []
-    for key, value in trunk_of(generator).config.items():
-        if key != "num_layers" and trunk.get(key) != value:
-            differences.append(f"{key} {trunk.get(key)} instead of {value}")
+    wanted = trunk_of(generator).config
+    differing = [key for key in wanted if key != "num_layers" and trunk.get(key) != wanted[key]]
+    if "model_type" in differing and {*differing} <= {"model_type", "in_dim", "image_dim"}:
+        theirs, ours = trunk["model_type"], wanted["model_type"]
+        flag = f"--task {theirs}, or " if does_both(wanted) else ""
+        raise InputError(f"the reward model in {path} is for {theirs}, and the generator runs as {ours}: "
+                         f"give {flag}a reward model that was trained with --task {ours}")
+    differences = [f"{key} {trunk.get(key)} instead of {wanted[key]}" for key in differing]
     if trunk["num_layers"] > generator.config["num_layers"]:
         differences.append("more blocks")
     if differences:
         raise InputError(f"the reward model in {path} has another trunk than the generator: "
-                         f"{', '.join(differences)}; train one with train_reward.py")
+                         f"{', '.join(differences)}: give --model, the generator that it was trained for, or "
+                         "train another one with train_reward.py")
 
 
 def bce_loss(logits, labels):

@@ -90,7 +90,7 @@ def load_pixel_reward(path, frames, text_dim):
               "--output_dir of its own")
     if not Path(path).is_dir():
         raise InputError(f"{path} is not a folder; {advice} and name it with --reward")
-    config = read_config(path)
+    config = read_config(path, "reward")
     if set(config) != {"frames", "text_dim", "width"}:
         raise InputError(f"{path}/config.json is not a pixel reward's (wants frames, text_dim and width); "
                          f"{advice}")

@@ -48,7 +48,7 @@ from formats.metadata import from_json, not_text, update_rows
 from formats.paths import require_writable
 from formats.prompts import read_prompts
 from formats.video import contact_sheet, read_clip, write_video
-from formats.weights import TASKS, does_both, resolve_model
+from formats.weights import TASKS, resolve_model, task_in_words
 from model import load_transformer
 from pavrm import load_pavrm
 from scale import lora, parallel, plan, sequence
@@ -285,11 +285,9 @@ def check_images(videos, dit_config, size):
     """Raises InputError for an image that is missing, superfluous, damaged or does not fit."""
     for image in dict.fromkeys(video.image for video in videos):
         if (dit_config["model_type"] == "i2v") != (image is not None):
-            task = dit_config["model_type"]
-            if does_both(dit_config):
-                task += " by --task, though its model can do both"
             raise InputError("--image is needed for image-to-video models (or an image in each row of "
-                             f"--prompts), and other models take none; this one is {task}")
+                             "--prompts), and other models take none; this one is "
+                             f"{task_in_words(dit_config)}")
         if image is not None:
             read_clip(image, size=size, frames=1)
 

@@ -210,6 +210,9 @@ def main(config):
     config, origin, shards = resolve(config)
     resume, state = runs.open_checkpoint(config)
     policy = load_transformer(config.model, load_now=False, task=config.task).train()
+    for path in (None if config.method in ("sft", "refl") else config.reward, config.judge):
+        if path:                                        # refused before weights are read if it does not fit
+            load_pavrm(path, policy, load_now=False)
     for dit, adapters in experts.to_train(policy, config):
         lora.add(dit, config.lora_rank, config.lora_alpha, config.seed, adapters)
     parallel.shard(policy, runtime, config)

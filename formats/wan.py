@@ -25,7 +25,7 @@ import common
 from common import InputError, arg
 from formats.adapters import FILE, FILES, LAYOUTS, read_adapters, share_kept, write_adapters
 from formats.paths import require_writable
-from formats.weights import EXPERTS, does_both, expert_folders, pipeline_of
+from formats.weights import EXPERTS, does_both, expert_folders, pipeline_of, require_fetched
 
 TEXT_LEN = 512  # tokens of Wan2.1's context
 
@@ -48,6 +48,7 @@ def load(cls, path, dtype, word="dtype"):
                                           **{word: dtype})
     # libraries and versions differ: they raise OSError, ValueError, RuntimeError, SafetensorError, ...
     except Exception as error:
+        require_fetched(path)
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{path}: not a whole folder of {cls.__name__}: {reason}") from None
     wrong = [str(name) for kind in ("missing", "unexpected", "mismatched")
@@ -98,6 +99,7 @@ def load_tokenizer(path):
     try:
         return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # versions differ: OSError, ValueError, KeyError, JSONDecodeError, ...
+        require_fetched(folder)
         raise InputError(f"{folder}: not a whole tokenizer: {' '.join(str(error).split())[:300]}") from None
 
 

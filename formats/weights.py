@@ -27,6 +27,7 @@ from formats import disk
 from formats.metadata import from_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+POINTER = b"version https://git-lfs"                            # how a file begins that git-lfs did not fetch
 TASKS = ("t2v", "i2v")
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 # task, and --world unless that is tiny
@@ -95,19 +96,32 @@ def write_folder(path, config, tensors, dtype=None):
         shutil.rmtree(new, ignore_errors=True)          # still there only if something failed
 
 
-def read_config(path):
-    """The dict in path/config.json, or InputError."""
+def read_config(path, part=None):
+    """The dict in path/config.json, or InputError. part: the name of the folder in `path` that the user may
+    have meant."""
     if not Path(path).is_dir():
         raise InputError(f"{path} is not a folder; give one that holds config.json and {WEIGHTS}")
     try:
         config = from_json((Path(path) / "config.json").read_text())
     except FileNotFoundError:
-        raise InputError(f"{path} holds no config.json") from None
+        meant = f": give {path}/{part}" if part and (Path(path) / part / "config.json").is_file() else ""
+        raise InputError(f"{path} holds no config.json{meant}") from None
     except ValueError as error:
         raise InputError(f"{path}/config.json is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise InputError(f"{path}/config.json holds no JSON object")
     return config
+
+
+def require_fetched(folder):
+    """Raises InputError if a file in `folder` is a pointer of git-lfs, which stands for a file that was not
+    downloaded."""
+    for path in sorted(Path(folder).iterdir()):
+        if path.is_file():
+            with open(path, "rb") as file:
+                if file.read(len(POINTER)) == POINTER:
+                    raise InputError(f"{path}: is a pointer of git-lfs and not the file: run `git lfs pull` "
+                                     "there")
 
 
 class WeightFiles:
@@ -137,6 +151,7 @@ class WeightFiles:
             except (FileNotFoundError, UnicodeError):           # or no file can have this name
                 raise InputError(f"{file} is missing; {index.name} names it") from None
             except (SafetensorError, OSError) as error:
+                require_fetched(path)
                 raise InputError(f"{file} is not a whole safetensors file: "
                                  f"{error}".replace("\n", " ")) from None
             self.handle |= dict.fromkeys(handle.keys(), handle)
@@ -248,11 +263,14 @@ BOUNDARIES = {"t2v": 0.875, "i2v": 0.9}         # of A14B, whose authors' folder
 
 
 def require_known(path):
-    """Raises InputError if a generator's folder is, or belongs to, a pipeline with a part that nothing here
-    reads.
+    """Raises InputError if a generator's folder is not there, or is, or belongs to, a pipeline with a part
+    that nothing here reads.
 
     Without that part the generator would not do what its authors meant, and no error would say so.
     """
+    if not Path(path).is_dir():
+        raise InputError(f"{path}: there is no such folder, and nothing is downloaded: give a generator's, "
+                         "with transformer/, vae/ and text_encoder/, or that of a transformer")
     index = pipeline_of(path) / "model_index.json"
     if index.is_file():
         require_known_index(index)
@@ -367,6 +385,8 @@ def require_known_transformer(config):
     """Raises InputError if a transformer's config.json is of a kind that resembles Wan2.1's, but takes or
     does more."""
     kind, task = config.get("_class_name", TRANSFORMERS[0]), config.get("model_type", TASKS[0])
+    if "pooling" in config:
+        raise InputError("is of a reward model: give the folder of a generator")
     if kind not in TRANSFORMERS:
         raise InputError(f"is of a {kind}: not supported, give {SUPPORTED}: {' or '.join(TRANSFORMERS)}")
     if task == "ti2v" and does_both(config):
@@ -380,6 +400,13 @@ def does_both(config):
     """Whether the generator with this config, in Wan's words, is for both tasks, of which --task chooses one.
     In image-to-video the given first latent frame is then in its place in x."""
     return config.get("in_dim", 16) == config.get("out_dim", 16) == TI2V_CHANNELS
+
+
+def task_in_words(config):
+    """The task of the generator with this config, and how a generator for both tasks gets the other one."""
+    task = config["model_type"]
+    other = TASKS[1 - TASKS.index(task)]
+    return f"{task}, or {other} with --task {other}" if does_both(config) else task
 
 
 def require_known_channels(config):

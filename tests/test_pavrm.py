@@ -197,6 +197,16 @@ def test_reward_model_of_another_trunk(dit, changed, words, tmp_path):
     assert "\n" not in str(error.value) and str(tmp_path / "reward") in str(error.value)
 
 
+@pytest.mark.parametrize("channels, words", [
+    ({"in_dim": 12}, "runs as i2v: give a reward model that was trained with --task i2v"),
+    ({"in_dim": 48, "out_dim": 48}, "runs as i2v: give --task t2v, or a reward model that was trained with")])
+def test_reward_model_of_another_task(channels, words, tmp_path):
+    base = VideoDiT(**TINY | channels | {"in_dim": channels.get("out_dim", 4)})
+    save_module(P.PAVRM.from_generator(base, 2), tmp_path / "reward")
+    with pytest.raises(InputError, match=f"is for t2v, and the generator {words}"):
+        P.load_pavrm(tmp_path / "reward", VideoDiT(**TINY | channels | {"model_type": "i2v"}))
+
+
 def test_a_folder_that_is_no_reward_model(dit, tmp_path):
     save_module(dit, tmp_path / "transformer")
     with pytest.raises(InputError, match="not a reward model's"):

@@ -459,7 +459,7 @@ def broken(folder, one_rank):
 
 
 BAD = [
-    ("train_align", "--model {bad}/absent", "bad/absent is not a folder"),
+    ("train_align", "--model {bad}/absent", "bad/absent: there is no such folder, and nothing is downl"),
     ("train_align", "--model {bad}/empty", "bad/empty holds no config.json"),
     ("train_align", "--model {bad}/no_config", "transformer holds no config.json"),
     ("train_align", "--model {bad}/no_weights", f"holds no {WEIGHTS}"),
@@ -469,8 +469,13 @@ BAD = [
     ("train_align", "--lora_rank 2 --export whole", "--export: invalid choice: 'whole'"),
     ("train_align", "--lora_rank -1", "--lora_rank must be a finite number at least 0, got -1"),
     ("train_align", "--reward {bad}/absent", "bad/absent is not a folder"),
+    ("train_align", "--model {folder}/generator/reward", "config.json: is of a reward model: give the"),
+    ("train_align", "--reward {folder}/generator", "holds no config.json: give "),
+    ("train_align", "--num_validation 2 --judge {folder}/generator", "holds no config.json: give "),
+    ("train_align", "--method refl --reward {folder}/one-reward_rgb", "holds no config.json: give "),
     ("train_align", "--reward {bad}/cut_reward", f"cut_reward/{WEIGHTS} is not a whole safetensors file"),
     ("train_align", "--reward {bad}/other_reward", "another trunk than the generator: dim 36 instead of 24"),
+    ("train_align", "--reward {bad}/other_reward", "of 24: give --model, the generator that it was trained"),
     ("train_align", "--method rwr --reward {bad}/other_reward", "dim 36 instead of 24"),
     ("train_align", "--reward {folder}/generator/transformer", "config.json is not a reward model's"),
     ("train_align", "--reward {folder}/generator/reward_rgb_first",

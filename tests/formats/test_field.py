@@ -333,6 +333,15 @@ def test_encode_with_a_model_takes_its_encoders(clips, tmp_path, capsys):
                                                tmp_path / "bare")
 
 
+def test_check_with_a_model_finds_what_git_lfs_did_not_fetch(clips, tmp_path, capsys):
+    model = shutil.copytree(weights.SHIPPED["t2v"], tmp_path / "model")
+    run("check", clips, "--model", model)
+    for part in ("text_encoder", "vae", "transformer"):
+        (model / part / weights.WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\n")
+        line = refused(capsys, "check", clips, "--model", model)
+        assert f"{model / part / weights.WEIGHTS}: is a pointer of git-lfs and not the file: run" in line
+
+
 # ---- one row never ends a run
 def test_check_finds_what_encode_refuses(clips, tmp_path, capsys):
     names = "n" * 300 + ".mp4", "0.mp4/a.mp4", "sub", "loop.mp4", "new\nline.mp4", "endless.mp4"

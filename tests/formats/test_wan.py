@@ -21,7 +21,7 @@ import train_reward
 from common import InputError
 from families import load_text_encoder, load_vae
 from formats import encoders, video, wan
-from formats.weights import save_module
+from formats.weights import WEIGHTS, save_module
 from model import image_inputs, load_transformer
 from pavrm import PAVRM
 
@@ -260,6 +260,10 @@ def test_broken_folders_are_one_line(pipelines, clips, tmp_path, capsys):
     for name in tokens.glob("tokenizer.json"):
         name.write_text("{")
     assert f"{tokens}: not a whole tokenizer" in refused(capsys, clips, tmp_path, "--text_encoder", text)
+    for file in (tokens / "tokenizer.json", vae / WEIGHTS):
+        file.write_text("version https://git-lfs.github.com/spec/v1\n")
+        where = ["--vae", vae] if vae in file.parents else ["--text_encoder", text]
+        assert f"{file}: is a pointer of git-lfs" in refused(capsys, clips, tmp_path, *where)
     assert "nowhere" in refused(capsys, clips, tmp_path, "--image_encoder", tmp_path / "nowhere")
 
 

@@ -205,7 +205,7 @@ def test_what_does_not_fit_is_one_line(pipeline, clips, encoded, picture, tmp_pa
     prompt = ["--model", pipeline, "--prompt", "a", "--output", tmp_path / "x.mp4"]
     assert "multiples of 32" in refused(capsys, sample, *prompt, *small)
     line = refused(capsys, sample, *prompt, *FLAGS, "--image", picture)
-    assert "this one is t2v by --task, though its model can do both" in line
+    assert "this one is t2v, or i2v with --task i2v" in line
     assert "--image is needed" in refused(capsys, sample, *prompt, *FLAGS, "--task", "i2v")
     line = refused(capsys, sample, *prompt, *FLAGS, "--transformer", SHIPPED["t2v"])
     assert f"--transformer {SHIPPED['t2v']}: takes 16 channels of latents, and" in line
