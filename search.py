@@ -83,8 +83,9 @@ def parse_drops(n, text=None):
         except ValueError:
             fits = False
         if not fits:
-            raise InputError(f"--drops {text}: {part!r} must be time:number kept, such as .75:4; times fall "
-                             f"from 1 to 0, and numbers from --best_of {n} to 1")
+            raise InputError(f"--drops {text}: {part!r} must be time:number kept, such as .75:{n // 2}; "
+                             "times fall from 1 to 0, and each number is below the one before, the first "
+                             f"below --best_of {n}")
         drops.append((t, keep))
     if drops[-1][1] > 1:
         drops.append((0.0, 1))

@@ -186,8 +186,10 @@ def _read_lines(path, kind):
         except (ValueError, AttributeError):
             raise InputError(f"{path} line {number}: not a JSON object: mend or remove that line") from None
         if wrong:
-            raise InputError(f"{path} line {number}: {wrong} is {line.get(wrong)!r}: mend or remove that "
-                             "line")
+            remedy = "mend or remove that line"
+            if "label" in line:
+                remedy = "it holds answers of label.py; a label of your own goes into the clips' metadata"
+            raise InputError(f"{path} line {number}: {wrong} is {line.get(wrong)!r}: {remedy}")
         lines.append(line)
     return lines
 

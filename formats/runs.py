@@ -197,7 +197,7 @@ def require_ours(config):
     known = {field.name for field in dataclasses.fields(config)} | {"made_from"}
     saved = read_args(folder)
     if foreign := sorted(saved.keys() - known):
-        raise InputError(f"--output_dir {folder}: its args.json is of no run of this script, as it has "
+        raise InputError(f"--output_dir {folder}: holds a run of another script, as its args.json has "
                          f"--{foreign[0]}: name another folder")
     if not saved:
         raise InputError(f"--output_dir {folder}: its args.json is of no run of this script, as it is "
@@ -468,11 +468,11 @@ def resolve_checkpoint(output_dir, spec):
     """-> the path of the checkpoint that `spec` names: a checkpoint folder; a run folder (its last
     checkpoint); the name of one of these inside output_dir; or "latest", the last one in output_dir (None if
     there is none). Raises InputError."""
-    path = Path(spec)
+    path, inside = Path(spec), Path(output_dir) / spec
     if spec == "latest":
         path = Path(output_dir)
-    elif not path.is_dir():
-        path = Path(output_dir) / spec
+    elif not path.is_dir() and (inside.is_dir() or path.name == spec):
+        path = inside
     if not path.name.startswith("checkpoint-") and not (path / "train_state.pt").is_file():
         found = list_checkpoints(path)
         if spec == "latest" and (half := half_moved(path)):
@@ -481,7 +481,9 @@ def resolve_checkpoint(output_dir, spec):
             return None
         path = found[-1][1] if found else path / "checkpoint-<step>"
     if lacking := [name for name in ("train_state.pt", "args.json") if not (path / name).is_file()]:
-        raise InputError(f"--resume_from_checkpoint {spec}: there is no {path / lacking[0]}")
+        others = [other for _, other in list_checkpoints(path.parent) if other != path]
+        last = f"; the last one there is {others[-1]}" if others else ""
+        raise InputError(f"--resume_from_checkpoint {spec}: there is no {path / lacking[0]}{last}")
     return path
 
 

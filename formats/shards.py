@@ -151,6 +151,12 @@ class Shards:
             given, notes = people.current_answers(
                 path, contents_of=lambda answer: [encoded.get(os.path.normpath(answer["file_name"]))])
             said = people.majority(given, bad)
+            between = [name for name in names if name in said and said[name] is None]
+            if between:
+                notes.append(f"{len(between)} clips with answers are neither good nor bad")
+                by_any = people.majority(given, "any")
+                if count := sum(by_any[name] == 0 for name in between):
+                    notes[-1] += f", of which --bad any counts {count} as bad"
         if bad != "both" and not said:
             raise InputError(f"--bad {bad} means nothing without answers, and there are none in "
                              f"{path or self.folder}: leave "
@@ -207,7 +213,7 @@ class Shards:
         if labelled and len(found) < 2:
             what = f"every label is {found[0]}" if found else "no clip has a label"
             raise InputError(f"{self.folder}: {what}: a reward model needs 0 and 1 (label.py, or `label` in "
-                             "the clips' metadata)")
+                             f"the clips' metadata); {self.label_note}")
 
 
 def join(parts):

@@ -301,7 +301,7 @@ def test_checkpoint_layout_and_resolution(tmp_path):
     assert [step for step, _ in runs.list_checkpoints(tmp_path)] == [200, 300]
 
 
-def test_resolve_says_what_is_wrong(tmp_path):
+def test_resolve_says_what_is_wrong(tmp_path, monkeypatch):
     # nothing is there yet: a fresh start
     assert runs.resolve_checkpoint(tmp_path / "empty", "latest") is None
     with pytest.raises(InputError, match="there is no .*empty/checkpoint-<step>/train_state.pt"):
@@ -315,8 +315,15 @@ def test_resolve_says_what_is_wrong(tmp_path):
         with pytest.raises(InputError, match="train_state.pt is truncated or damaged") as error:
             runs.load_state(path)
         assert "\n" not in str(error.value)
+    monkeypatch.chdir(tmp_path.parent)
+    run = tmp_path.name
+    for spec in ("checkpoint-000002", f"{run}/checkpoint-000002"):
+        with pytest.raises(InputError) as error:
+            runs.resolve_checkpoint(run, spec)
+        assert str(error.value) == (f"--resume_from_checkpoint {spec}: there is no {run}/checkpoint-000002/"
+                                    f"train_state.pt; the last one there is {run}/checkpoint-000001")
     (path / "train_state.pt").unlink()
-    with pytest.raises(InputError, match="there is no .*checkpoint-000001/train_state.pt"):
+    with pytest.raises(InputError, match="there is no .*checkpoint-000001/train_state.pt$"):
         runs.resolve_checkpoint(tmp_path, "latest")
 
 

@@ -323,7 +323,7 @@ def test_require_names_the_field(tmp_path):
     with pytest.raises(InputError, match="no clip has a label: a reward model needs 0 and 1"):
         data.Shards(tmp_path / "d").require(labelled=True)
     make_shards(tmp_path / "b", labels=(1, None))
-    with pytest.raises(InputError, match="every label is 1"):
+    with pytest.raises(InputError, match="every label is 1: .*; labels as they were encoded"):
         data.Shards(tmp_path / "b").require(labelled=True)
     make_shards(tmp_path / "c", labels=(0, 1))
     data.Shards(tmp_path / "c").require(16, (8, 32), labelled=True)
@@ -504,7 +504,8 @@ def test_relabelling_needs_no_new_encoding(folder, fakes):
     assert shards.label_note == (
         f"labels from {folder}/labels.jsonl: 2, the metadata in {folder}: 6; {folder}/labels.jsonl: 7 of 7 "
         "answers, from an "
-        "older label.py, do not say for which content they were given: they count")
+        "older label.py, do not say for which content they were given: they count; 2 clips with answers are "
+        "neither good nor bad, of which --bad any counts 1 as bad")
     assert shards.batch([0, 2])["label"].tolist() == [1, -1]
     assert data.Shards(folder / "out").relabel(bad="any").labels.tolist() == [1, 0, -1, 0, 0, 1, 0, 1, 0, 0]
     (folder / "other.jsonl").write_text(row("5.mp4", 0, 0))
@@ -514,6 +515,9 @@ def test_relabelling_needs_no_new_encoding(folder, fakes):
         data.Shards(folder / "out").relabel("/nowhere")
     (folder / "labels.jsonl").write_text(answers + "garbage}\n" + answers)
     with pytest.raises(InputError, match="labels.jsonl line 8: not a JSON object"):
+        data.Shards(folder / "out").relabel()
+    (folder / "labels.jsonl").write_text('{"file_name": "0.mp4", "label": 1}\n')
+    with pytest.raises(InputError, match="line 1: annotator is None: .* a label of your own goes into"):
         data.Shards(folder / "out").relabel()
 
 

@@ -239,7 +239,7 @@ def test_drops():
     (8, ".5:4,.75:2"),
     (8, ".5:2,.25:2"), (8, ".5:1.5"), (8, "nan:1"), (8, "0:1,0:1"), (1, "0:1")])
 def test_drops_that_cannot_be(n, text):
-    with pytest.raises(InputError, match="--drops"):
+    with pytest.raises(InputError, match=f"--drops .* such as .75:{n // 2}; .* first below --best_of {n}$"):
         search.parse_drops(n, text)
 
 

@@ -413,8 +413,8 @@ def test_a_run_never_writes_over_what_is_not_its(started, capsys):
         (started / f"args-{number}").mkdir()
         (started / f"args-{number}/args.json").write_text(content)
         refused(started / f"args-{number}", "args.json")
-    refused(started / "started-reward", "its args.json is of no run of this script")
-    refused(started / "started-prfl", "its args.json is of no run of this script", name="reward")
+    refused(started / "started-reward", "holds a run of another script, as its args.json has --")
+    refused(started / "started-prfl", "holds a run of another script, as its args.json has --", name="reward")
     own = shutil.copytree(started / "generator", started / "own")
     for flags in (own, own / "transformer"):
         refused(own, f"holds --model {flags}, which would be written over", "--model", str(flags))
