@@ -75,7 +75,7 @@ def parse(Config, doc, argv=None, prog=None):
         if field.name in given:
             unmet = _unmet(config, field.metadata["only"])
             if unmet:
-                raise InputError(f"--{field.name} means nothing {unmet}: leave it out")
+                raise InputError(f"--{field.name} means nothing {unmet}")
     return config
 
 
@@ -173,21 +173,23 @@ def _in_words(only, positionals=()):
 
 
 def _unmet(config, only):
-    """Why a flag with this rule has no effect here: the first unmet condition of each alternative; "" if the
-    flag has an effect."""
-    reasons = []
+    """Why a flag with this rule has no effect here, and what to do: the first unmet condition of each
+    alternative; "" if the flag has an effect."""
+    reasons, remedies = [], ["leave it out"]
     for conditions in _conditions(only):
-        reason = ""
+        reason, remedy = "", None
         for flag, values, wanted in conditions:
             value = getattr(config, flag)
             found = str(value) in values if values else bool(value)
             if found != wanted and not reason:
                 reason = f"without --{flag}" if value is None or value is False else f"with --{flag} {value}"
+                remedy = f"give --{flag} too" if wanted and not values else None
         if not reason:
             return ""
         if reason not in reasons:
             reasons.append(reason)
-    return " and ".join(reasons)
+            remedies += [remedy] if remedy else []
+    return f"{' and '.join(reasons)}: {', or '.join(remedies)}" if reasons else ""
 
 
 def refuse(config, names, why):

@@ -345,12 +345,15 @@ class Clip:
     content: str | None = None              # fingerprint of the file
 
 
-def parse_size(config, multiple=16):
+def parse_size(config, multiple=1):
     """--size "832*480" or "832x480" -> (832, 480), or None. Checks --frames, too. multiple: the number of
-    which both sides must be multiples (32 for Wan2.2 TI2V-5B). Raises InputError."""
+    which both sides must be multiples (16, or 32 for Wan2.2 TI2V-5B); 1 while the model is not known. Raises
+    InputError."""
     sides = (config.size or f"{multiple}*{multiple}").replace("x", "*").split("*")
     sides = [int(side) if side.isdecimal() else 0 for side in sides]
-    if len(sides) != 2 or not all(side and side % multiple == 0 for side in sides):
+    if len(sides) != 2 or not all(sides):
+        raise InputError(f"--size must be W*H, such as 832*480, got {config.size}")
+    if any(side % multiple for side in sides):
         raise InputError(f"--size must be W*H, both multiples of {multiple}, got {config.size}")
     if config.frames and config.frames % 4 != 1:
         raise InputError(f"--frames must be 4k + 1, as {config.frames // 4 * 4 + 1} is, got {config.frames}")

@@ -269,7 +269,8 @@ def measure_all(names, open_source, runtime):
     for name in names:
         groups, measure_group = open_source(name)
         mine, rows, shown = parallel.work_of_rank(groups, runtime, "ddp"), [], []
-        for group, _ in common.progress(mine, f"{name} (x{len(groups[0]) * runtime.world_size})"):
+        about = f"{name}, batches of up to {len(groups[0]) * runtime.world_size} videos"
+        for group, _ in common.progress(mine, about):
             values, videos = measure_group(group)
             rows += validation.by_video(group, values)
             shown += [(i, validation.shrunk(video, SIDE)) for i, video in zip(group, videos) if i < SHOWN]
@@ -498,9 +499,10 @@ def own_prompts(config, named, runtime):
         against = {name: {metric: summary(found[name][metric] - found[first][metric]) for metric in metrics}
                    for name in others}
         tables = metrics_table(WATCHED, means)
-        tables += table([f"above {first}", *(WATCHED[metric] for metric in metrics)],
-                        [[name, *(show(**row[metric], sign="+") for metric in metrics)]
-                         for name, row in against.items()])
+        if against:
+            tables += table([f"above {first}", *(WATCHED[metric] for metric in metrics)],
+                            [[name, *(show(**row[metric], sign="+") for metric in metrics)]
+                             for name, row in against.items()])
         second = f" and {config.guidance_scale_2:g}" if config.guidance_scale_2 is not None else ""
         line = (f"{len(rows)} prompts, same noise, {config.num_inference_steps} Euler steps, guidance "
                 f"{config.guidance_scale:g}{second}; ")

@@ -108,7 +108,7 @@ def own_samples(folder, policy, pavrm, shards, rows, config, runtime):
     at_once = runtime.indices(b, 1)[0] - runtime.indices(b, 0)[0]                       # samples of all ranks
     turns = range(math.ceil((m - done) / at_once))
     sends, waiting = runtime.rank % runtime.sequence_parallel == 0, []
-    for i in common.progress(turns, f"rwr samples (x{at_once})") if turns else ():
+    for i in common.progress(turns, f"rwr samples, batches of up to {at_once}") if turns else ():
         # The last turn is filled up with the first samples, because under fsdp all ranks must call the model
         # equally often.
         j = [(done + place) % m for place in runtime.indices(b, i)]

@@ -46,7 +46,7 @@ from common import InputError, arg
 from formats import disk, encoders, lock, runs, samples
 from formats.metadata import from_json, not_text, update_rows
 from formats.paths import require_writable
-from formats.prompts import read_prompts
+from formats.prompts import foreign_flag, read_prompts
 from formats.video import contact_sheet, read_clip, write_video
 from formats.weights import TASKS, resolve_model, task_in_words
 from model import load_transformer
@@ -136,6 +136,9 @@ def check_flags(config):
     for name in ("prompt", "negative_prompt"):
         if wrong := not_text(getattr(config, name) or ""):
             raise InputError(f"--{name} {wrong}")
+    if flag := foreign_flag(config.prompt or ""):
+        raise InputError(f"--prompt: {flag} is not read from a prompt: take it out, or give sample.py a flag "
+                         "of its own")
     if Path(config.output).suffix.lower() != ".mp4":
         raise InputError(f"--output {config.output}: the name must end in .mp4")
     if config.contact_sheet and Path(config.contact_sheet).suffix.lower() != ".png":
@@ -417,7 +420,8 @@ def main(config):
         sequence.spread(dit, runtime)
         on_device = partial(encoders.on, parallel.whole(dit, runtime.dtype), device)
 
-    for batch, keep in common.progress(mine, f"videos (x{config.batch_size * runtime.world_size})"):
+    about = f"batches of up to {config.batch_size * runtime.world_size} videos"
+    for batch, keep in common.progress(mine, about):
         context = encoders.stack_contexts([contexts[video.prompt] for video in batch]).to(device)  # [b, l, d]
         conditions = families.conditions_of_images(dit.config, vae, image_encoder,
                                                    [video.image for video in batch], size, config.frames,

@@ -228,4 +228,4 @@ if __name__ == "__main__":
     # formats/ imports nothing above itself, so these two are passed in
     from model import export_transformer, load_transformer
     common.cli(partial(export, load_transformer=load_transformer, export_transformer=export_transformer),
-               Export, __doc__)
+               Export, __doc__, prog="python -m formats.wan")

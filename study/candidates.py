@@ -77,7 +77,7 @@ def main(config):
     numbers = range(config.first, config.first + n)
     pairs = list(itertools.product(range(config.num_videos), numbers))              # (video, candidate)
     rows = []
-    for i in common.progress(range(0, len(pairs), 128), "candidates (x128)"):
+    for i in common.progress(range(0, len(pairs), 128), "candidates, batches of up to 128"):
         some = pairs[i:i + 128]
         videos = [video for video, _ in some]
         x_T = torch.cat([common.noise(shape, SEED + config.seed, "sample", k, [video]) for video, k in some])

@@ -37,7 +37,7 @@ def main(config):
     dit, pavrm, vae, text = load(config.reward, config.transformer, runtime)
     prompts = scene.draw_prompts(config.num_videos, SEED + 1, "test")   # as in evaluate.py with --seed 0
     rows, together = [], max(1, 128 // config.count)                    # videos per batch
-    for i in common.progress(range(0, len(prompts), together), f"videos (x{together})"):
+    for i in common.progress(range(0, len(prompts), together), f"batches of up to {together} videos"):
         some = prompts[i:i + together]
         x, _ = search.best_of(dit, pavrm, scene.LATENT_SHAPES["tiny"], text.encode(some), SEED + config.seed,
                               range(i, i + len(some)), STEPS, config.count, autocast=runtime.autocast)

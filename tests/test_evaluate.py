@@ -129,6 +129,8 @@ def test_two_ranks_write_what_one_writes(tmp_path, monkeypatch):
         run(*flags, "--output_dir", tmp_path / "one" / kind)
         one, two = results(tmp_path / "one" / kind), results(tmp_path / "two" / kind)
         assert one == two and len(one) >= 1, kind
+    table = (tmp_path / "one/prompts/table.md").read_text()
+    assert "| a |" in table and "above" not in table            # a generator alone is compared with nothing
 
 
 def test_calibration_by_hand():

@@ -218,6 +218,12 @@ def test_the_table_has_every_script():
                     or "common.cli(" in text}
 
 
+def test_the_help_of_a_module_says_how_it_is_started():
+    for script, (module, _) in SCRIPTS.items():
+        if "." in script:
+            assert f'prog="python -m {script}"' in Path(module.__file__).read_text(), script
+
+
 def given(field, value=None):
     """The words of a command line that give a flag."""
     rule = field.metadata
@@ -282,12 +288,14 @@ def test_rules_of_flags():
                  "--method c --data x --either 2"):
         assert isinstance(parse(line), Config)
     for line, words in (("--method c --only_ab 1", "--only_ab means nothing with --method c: leave it out"),
-                        ("--fresh 1", "--fresh means nothing with --rank 0: leave it out"),
+                        ("--fresh 1",
+                         "--fresh means nothing with --rank 0: leave it out, or give --rank too"),
                         ("--rank 1 --data x --fresh 1", "--fresh means nothing with --data x: leave it out"),
                         ("--either 1",
                          "--either means nothing with --method a and with --rank 0: leave it out"),
                         ("--method c --either 1",
-                         "--either means nothing without --data and with --rank 0: leave it out")):
+                         "--either means nothing without --data and with --rank 0: leave it out, or give "
+                         "--data too")):
         with pytest.raises(common.InputError) as refused:
             parse(line)
         assert str(refused.value) == words

@@ -398,7 +398,10 @@ def test_another_sampling_is_refused_in_the_folder(made, tmp_path, capsys):
     (("--prompts", "none.txt", "--output_dir", "x"), "none.txt"),
     (("--prompts", "p.txt", "--output_dir", "x", "--output", "y.mp4"),
                                                                    "--output"),
-    (("--prompt", "a", "--size", "30*30"), "--size"), (("--prompt", "a", "--frames", "10"), "--frames"),
+    (("--prompt", "a", "--size", "30*30"), "--size must be W*H, both multiples of 16, got 30*30"),
+    (("--prompt", "a", "--size", "32,32"), "--size must be W*H, such as 832*480, got 32,32"),
+    (("--prompt", "a cat --w 832 --h 480"), "--prompt: --w is not read from a prompt: take it out"),
+    (("--prompt", "a", "--frames", "10"), "--frames"),
     (("--prompt", "a", "--lora", "none.safetensors"), "none.safetensors"),
     (("--prompt", "a", "--parallel", "fsdp"), "torchrun"),
     (("--prompts", "image.jsonl", "--output_dir", "x"), "this one is t2v")])

@@ -81,7 +81,7 @@ def own_samples(folder, generator, model, count, num_steps, size, seed, runtime,
         first_frames = scene.make(count, seed + 10, "clean", size)[0]
     mine = range(runtime.rank, count, runtime.world_size)
     made = []
-    for i in common.progress(range(0, len(mine), 128), "own samples (x128)"):
+    for i in common.progress(range(0, len(mine), 128), "own samples, batches of up to 128"):
         indices = list(mine[i:i + 128])
         asked = [prompts[j] for j in indices]
         context = text.encode(asked)                                                            # [b, l, d]

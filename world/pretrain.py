@@ -472,4 +472,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    common.cli(main, Config, __doc__)
+    common.cli(main, Config, __doc__, prog="python -m world.pretrain")

@@ -202,6 +202,8 @@ def test_what_does_not_fit_is_one_line(pipeline, clips, encoded, picture, tmp_pa
                    command="encode")
     assert "both multiples of 32, got 48*32" in line
     assert "multiples of 32" in refused(capsys, data, clips, "--model", pipeline, *small, command="check")
+    line = refused(capsys, data, clips, "--model", pipeline, "--size", "96,64", command="check")
+    assert "--size must be W*H, such as 832*480, got 96,64" in line
     prompt = ["--model", pipeline, "--prompt", "a", "--output", tmp_path / "x.mp4"]
     assert "multiples of 32" in refused(capsys, sample, *prompt, *small)
     line = refused(capsys, sample, *prompt, *FLAGS, "--image", picture)
