@@ -40,6 +40,7 @@ from model import PRESETS
 from prfl import RECIPES, steps_of_part
 
 IMAGE_TOKENS = 257      # CLIP ViT-H/14 at 224 pixels: 16 x 16 patches and a class token
+TEXT_ENCODER = 5_680_910_336    # parameters of UMT5-XXL's encoder, which a GPU runs in bf16
 METHODS = ("prfl", "refl", "sft", "rwr", "reward", "sample")
 STEADY_PASSES = RECIPES["steady"]["rollout_passes"]
 GENERATORS = PRESETS | {"wan2.2-a14b": PRESETS["wan2.1-t2v-14b"] | {"boundary_ratio": BOUNDARIES["t2v"]}}
@@ -394,6 +395,7 @@ def costs(config, c):
     # Without fsdp two experts change places on a GPU, and for a moment both are on the host.
     one["waiting_weights"] = (two and held == 1) * (
         frozen_policy + (frozen_policy if lora or sampling else 4 * count["total"]))
+    largest = 4 * max(6 * d * d, d * c["ffn_dim"], d * c["text_dim"])       # weights are read one at a time
     one["weights"] = 4 * (reward if stage1 else (held - still) * count["total"] + adapters) / parts
     one["weights"] += still * frozen_policy / parts
     one["optimizer"] = 8 * trained / parts
@@ -428,6 +430,13 @@ def costs(config, c):
                       decoder_costs(f, h, w, config.frames_decoded == "first", vae).items()} if refl else None
     here = 2 if config.offload_activations else L + K  # block inputs on the GPU: one leaves, one returns
     one["offloaded"] = 4 * b * m * d * (L + prfl * K) * config.offload_activations
+    # The host memory of all processes of a node. The VAE, and a generator that is not split, wait there for
+    # their turns. The text encoder is there before the generator is read.
+    one["waiting_generator"] = max(2 * TEXT_ENCODER, largest if fsdp else one["waiting_weights"] or
+                                   frozen_policy)
+    of_a_process = one["vae_weights"] + one["waiting_generator"] if sampling else \
+        largest + one["waiting_weights"] + one["offloaded"]
+    one["host"] = config.gpus * (of_a_process + 1e9)
     # self-attention's result in bf16, and the sums of its softmax
     attended = b * m * (2 * d + 4 * c["num_heads"]) * config.keep_attention
     for checkpointing in (True, False):
@@ -562,9 +571,7 @@ def way(config, c):
     one["adapters"] = one["number2"] * 4 * T2 + 4 * T2 if config.lora_rank else 0
     one["export"] = 2 * P
     one["disk"] = sum(one[k] for k in ("shards", "disk1", "disk2", "adapters", "export"))
-    d = c["dim"]
-    one["host"] = config.gpus * (4 * max(6 * d * d, d * c["ffn_dim"], d * c["text_dim"]) + 1e9
-                                 + stage2["waiting_weights"])                                    # of a node
+    one["host"] = stage2["host"]
     one["encoder_flops"] = encoder_flops(f, h, w, vae_of(c)) * (2 if i2v else 1)
     one["encode_seconds"] = config.clips * one["encoder_flops"] / (config.gpus * config.mfu
                                                                    * config.fp32_tflops * 1e12)
@@ -814,6 +821,11 @@ def report_sampling(config, c, one, line, row, work):
     row("decoder's forward", one["with"]["moments"]["decoder"],
         f"4 V ({vae_of(c).parameters / 1e6:.0f} M), pixels twice, two frames a convolution, a stage of four")
     row("PEAK", one["with"]["peak"], verdict(config, one, one["with"]))
+    waits = "the text encoder, in bf16"
+    if one["waiting_generator"] > 2 * TEXT_ENCODER:
+        waits = "2 x " * ("boundary_ratio" in c) + "(4 P - 2 L M)"
+    row("host memory of a node", one["host"],
+        f"{config.gpus} x (4 V + {waits} + 1 GB), between their turns on the GPU")
     print("\nFLOPs of one GPU")
     work("all steps", one["iteration_flops"], f"N = {config.num_inference_steps} forward passes without "
                                               "guidance")
@@ -842,8 +854,10 @@ def report_way(config, c):
     row("train_reward.py, a GPU", one["peak1"], f"--method reward --batch_size {config.reward_batch_size}, "
                                                 f"and {config.holdout} held-out clips = {gb(one['held'])}")
     row("train_align.py, a GPU", one["peak2"], "PEAK above")
-    row("host", one["host"], f"{config.gpus} x (4 bytes of the largest weight, as they go one at a time, and "
-                             "1 GB)")
+    more = ", both experts" * bool(one["stage2"]["waiting_weights"])
+    more += ", inputs of blocks" * config.offload_activations
+    row("host memory of a node", one["host"], f"train_align.py: {config.gpus} x (4 bytes of the largest "
+        f"weight, as they go one at a time{more}, and 1 GB)")
     print("and in time")
     hours("data.py encode", one["encode_seconds"],
           f"{config.clips:,} x {one['encoder_flops'] / 1e12:.1f} TF (VAE{' twice' * i2v}) / ({config.gpus} x "

@@ -739,6 +739,9 @@ def test_memory_is_the_planners():
                  f"{gb(a14b, 8, expert='both'):.2f} GB, or "
                  f"{gb(a14b, 8, expert='both', offload_activations=True):.2f} GB with"):
         assert said in pages["docs/your_model.md"], said
+    host = lambda kind: costs(a14b, 8, method="sample", parallel=kind)["host"] / 1e9
+    assert (f"with A14B eight processes take {host('ddp'):.0f} GB of the host memory of a node. With "
+            f"`--parallel fsdp` they take {host('fsdp'):.0f} GB") in pages["docs/scale.md"]
     of_judge = lambda *args: f"{costs(*args)['reward_weights'] / 1e9:.2f} GB more of "
     assert (f"takes {of_judge(small, 1)}one GPU for 1.3B and {of_judge(large, 8)}each of eight for 14B"
             in pages["docs/scale.md"])

@@ -479,6 +479,25 @@ def test_sampling_beside_live_tensors():
         assert plan.decoding(5, 60, 104) == pytest.approx(live.peak - weights, rel=0.25)
 
 
+@pytest.mark.parametrize("preset, experts", [("wan2.1-t2v-14b", 1), ("wan2.2-a14b", 2)])
+def test_what_sampling_takes_of_the_host(capsys, preset, experts):
+    """Each process holds the VAE and the whole generator, or, split, first the text encoder."""
+    transformers = pytest.importorskip("transformers", reason="UMT5 is taken from transformers")
+    with torch.device("meta"):
+        encoder = transformers.UMT5EncoderModel(transformers.UMT5Config(
+            vocab_size=256_384, d_model=4096, d_kv=64, d_ff=10_240, num_layers=24, num_heads=64,
+            feed_forward_proj="gated-gelu")).bfloat16()
+        dit = parallel.cast_matrices(build(PRESETS["wan2.1-t2v-14b"], "none"), torch.bfloat16)
+    text, whole = (sum(p.nbytes for p in one.parameters()) for one in (encoder, dit))
+    for kind, held in (("ddp", experts * whole), ("fsdp", text)):
+        wanted = 8 * (4 * plan.WAN21_VAE.parameters + held + 1e9)
+        out = printed(capsys, preset, "--method", "sample", "--gpus", 8, "--parallel", kind)
+        assert f"host memory of a node {wanted / 1e9:13.2f} GB" in out
+    training = costs(plan.GENERATORS[preset], gpus=8, parallel="ddp", offload_activations=True)
+    waiting = training["waiting_weights"] + training["offloaded"]
+    assert training["host"] == 8 * (4 * 6 * 5120 ** 2 + waiting + 1e9)
+
+
 @pytest.mark.parametrize("size, rank", [("832*480", 0), ("64*64", 4)])
 def test_the_reward_model_of_rwr_goes_before_the_first_update(size, rank):
     """Its samples need it beside the generator, but nothing of AdamW."""
