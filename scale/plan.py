@@ -2,7 +2,7 @@
 
     python -m scale.plan wan2.1-t2v-14b --frames 81 --size 1280*720 --gpus 8 --method prfl
     python -m scale.plan wan2.1-t2v-1.3b --gpus 1 --lora_rank 32 --no-gradient_checkpointing
-    python -m scale.plan wan2.1-t2v-1.3b --gpus 8 --parallel ddp --clips 500    also all stages: disk, hours
+    python -m scale.plan wan2.1-t2v-1.3b --gpus 8 --parallel ddp --clips 500    also a round: disk, hours
     python -m scale.plan wan2.1-t2v-14b --gpus 8 --simulate    also what PyTorch's tracker counts
 
 Every printed line shows its formula with the numbers in it. The planner counts the fp32 weights, gradients
@@ -134,8 +134,9 @@ class Config:
     memory: float = arg(80.0, "memory of one GPU in GB", above=0)
     simulate: bool = arg(False, "also run one iteration on tensors without data, and count the bytes that it "
                          "holds at its peak (scale/simulate.py)", only="method prfl")
-    clips: int = arg(0, "for prfl: number of clips, for which the disk, memory and hours of all stages are "
-                     "planned too; 0 leaves that out", at_least=0)
+    clips: int = arg(0, "for prfl: number of clips, for which the disk, memory and hours of data.py encode, "
+                     "train_reward.py for the reward model and for the judge, train_align.py --judge and the "
+                     "export are planned too; 0 leaves that out", at_least=0)
     reward_steps: int = arg(1600, "with --clips: number of steps of train_reward.py", above=0)
     reward_batch_size: int = arg(2, "with --clips: videos per step and GPU in train_reward.py", above=0)
     holdout: int = arg(100, "with --clips: number of labelled videos that train_reward.py holds out for its "
@@ -545,8 +546,9 @@ def network(config, c, one):
 
 
 def way(config, c):
-    """What the stages of docs/your_model.md take -> {name: bytes on disk, seconds, bytes of a GPU or of the
-    host}."""
+    """What the commands of docs/your_model.md that `report_way` names take -> {name: bytes on disk, seconds,
+    bytes of a GPU or of the host}. "1" is one of two runs of train_reward.py, which train the reward model
+    and the judge; "2" is train_align.py."""
     stage1 = costs(dataclasses.replace(config, method="reward", batch_size=config.reward_batch_size,
                                        lora_rank=0), c)
     stage2 = costs(config, c)
@@ -568,9 +570,12 @@ def way(config, c):
         one["disk" + name] = one["number" + name] * one["checkpoint" + name] + weights
         one["peak" + name] = stage["with" if config.gradient_checkpointing else "without"]["peak"]
     one["peak1"] += one["held"]
+    one["peak2"] += stage2["reward_weights"]                    # of the judge, which is as large
     one["adapters"] = one["number2"] * 4 * T2 + 4 * T2 if config.lora_rank else 0
+    # best/, and the one that replaces it, which is written before the old one goes
+    one["best"] = 2 * (4 * P + (4 * T2 if config.lora_rank else 0))
     one["export"] = 2 * P
-    one["disk"] = sum(one[k] for k in ("shards", "disk1", "disk2", "adapters", "export"))
+    one["disk"] = 2 * one["disk1"] + sum(one[k] for k in ("shards", "disk2", "adapters", "best", "export"))
     one["host"] = stage2["host"]
     one["encoder_flops"] = encoder_flops(f, h, w, vae_of(c)) * (2 if i2v else 1)
     one["encode_seconds"] = config.clips * one["encoder_flops"] / (config.gpus * config.mfu
@@ -580,7 +585,7 @@ def way(config, c):
     one["seconds1"] = config.reward_steps * stage1["seconds"] + one["reports"] * one["report_flops"] / (
         config.mfu * config.tflops * 1e12)
     one["seconds2"] = config.max_train_steps * stage2["seconds"]
-    one["seconds"] = one["encode_seconds"] + one["seconds1"] + one["seconds2"]
+    one["seconds"] = one["encode_seconds"] + 2 * one["seconds1"] + one["seconds2"]
     return one | {"stage1": stage1, "stage2": stage2}
 
 
@@ -841,19 +846,24 @@ def report_way(config, c):
     line = lambda name, value, formula: print(f"  {name:25} {value:>12}  {formula}")
     row = lambda name, value, formula: line(name, gb(value) + " GB", formula)
     hours = lambda name, value, formula: line(name, f"{value / 3600:,.1f} h", formula)
-    print(f"\nall stages from {config.clips:,} clips, on disk")
+    print(f"\none round from {config.clips:,} clips: data.py encode, train_reward.py for the reward model "
+          "and for the judge, train_align.py, export")
+    print("on disk")
     row("shards", one["shards"], f"{config.clips:,} x {one['clip'] / 1e6:.1f} MB: {clip_formula(c)}")
-    row("reward model's runs", one["disk1"],
-        f"{one['number1']} checkpoints of 4 R + 8 T = {gb(one['checkpoint1'])}, and 4 R")
-    row("alignment's runs", one["disk2"] + one["adapters"], f"{one['number2']} checkpoints of 4 P + "
+    row("reward model and judge", 2 * one["disk1"],
+        f"2 x ({one['number1']} checkpoints of 4 R + 8 T = {gb(one['checkpoint1'])}, and 4 R)")
+    row("alignment's run", one["disk2"] + one["adapters"], f"{one['number2']} checkpoints of 4 P + "
         f"{12 if config.lora_rank else 8} T = "
         f"{gb(one['checkpoint2'])}, and 4 P{'; adapters' * bool(config.lora_rank)}")
+    row("its best/", one["best"],
+        f"2 x 4 P{' and adapters' * bool(config.lora_rank)}: the new one is written before the old one goes")
     row("export", one["export"], "2 P, bf16")
     row("DISK", one["disk"], "the third checkpoint is written before the first one goes")
     print("and in memory")
     row("train_reward.py, a GPU", one["peak1"], f"--method reward --batch_size {config.reward_batch_size}, "
                                                 f"and {config.holdout} held-out clips = {gb(one['held'])}")
-    row("train_align.py, a GPU", one["peak2"], "PEAK above")
+    row("train_align.py, a GPU", one["peak2"],
+        f"PEAK above, and the judge = {gb(one['stage2']['reward_weights'])}")
     more = ", both experts" * bool(one["stage2"]["waiting_weights"])
     more += ", inputs of blocks" * config.offload_activations
     row("host memory of a node", one["host"], f"train_align.py: {config.gpus} x (4 bytes of the largest "
@@ -862,11 +872,11 @@ def report_way(config, c):
     hours("data.py encode", one["encode_seconds"],
           f"{config.clips:,} x {one['encoder_flops'] / 1e12:.1f} TF (VAE{' twice' * i2v}) / ({config.gpus} x "
           f"{config.mfu:g} x {config.fp32_tflops:g} TF/s in fp32); no text, no reading")
-    hours("train_reward.py", one["seconds1"],
-          f"{config.reward_steps:,} x {one['stage1']['seconds']:.2f} s + {one['reports']} reports of 6 x "
-          f"{config.holdout} forward passes")
+    hours("train_reward.py, twice", 2 * one["seconds1"],
+          f"2 x ({config.reward_steps:,} x {one['stage1']['seconds']:.2f} s + {one['reports']} reports of "
+          f"6 x {config.holdout} forward passes), reward model and judge")
     hours("train_align.py", one["seconds2"], f"{config.max_train_steps:,} x {one['stage2']['seconds']:.1f} s")
-    hours("HOURS", one["seconds"], "")
+    hours("HOURS", one["seconds"], "without samples and validations")
 
 
 def report_simulated(config, c):

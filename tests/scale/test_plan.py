@@ -29,6 +29,7 @@ import prfl
 import refl_baseline
 import train_align
 import train_reward
+import validation
 from families import fill_in, training_defaults
 from formats import weights
 from model import PRESETS
@@ -521,7 +522,7 @@ def test_the_reward_model_of_rwr_goes_before_the_first_update(size, rank):
         assert live.peak < found["with"]["peak"] == sft["with"]["peak"]
 
 
-# ---- all stages
+# ---- one round
 @pytest.mark.parametrize("vae_counted, vae_config", VAES, ids=["wan2.1", "ti2v"])
 @pytest.mark.parametrize("frames, size", [(1, "64*96"), (9, "64*96")])
 def test_the_encoder_computes_what_diffusers_does(frames, size, vae_counted, vae_config):
@@ -532,7 +533,7 @@ def test_the_encoder_computes_what_diffusers_does(frames, size, vae_counted, vae
     assert plan.encoder_flops(f, h, w, vae_counted) == pytest.approx(flops.get_total_flops(), rel=0.02)
 
 
-def test_disk_is_that_of_the_files(tmp_path):
+def test_disk_is_that_of_the_files(tmp_path, monkeypatch):
     """Checkpoints and shards of a small model, written as the scripts do."""
     config = model.PRESETS["tiny-t2v"]
     found = plan.way(plan.Config("tiny-t2v", frames=9, size="32*32", depth=4, clips=3), config)
@@ -549,6 +550,16 @@ def test_disk_is_that_of_the_files(tmp_path):
         parallel.save_checkpoint(tmp_path / name, 1, {"weights": write}, trained, optimizer,
                                  train_align.Config())
         assert size(tmp_path / name) == pytest.approx(found["checkpoint" + name], rel=0.01)
+    run, put, sizes = tmp_path / "run", validation.disk.put, {}
+    measured = lambda new, path: sizes.update({path: size(run)}) or put(new, path)
+    monkeypatch.setattr(validation.disk, "put", measured)
+    for _ in range(2):                                          # the second best/ replaces the first
+        run.mkdir(exist_ok=True)
+        validation.save_best(run, write, {})
+    assert sizes[run / "best"] == pytest.approx(found["best"], rel=0.01)
+    parts = ("shards", "disk1", "disk1", "disk2", "adapters", "best", "export")
+    assert found["disk"] == sum(found[part] for part in parts)
+    assert found["peak2"] == found["stage2"]["with"]["peak"] + found["stage2"]["reward_weights"]
     data.write_shards(tmp_path / "shards", torch.zeros(3, 16, 3, 4, 4),
                       torch.zeros(3, config["text_len"], config["text_dim"]), [0, 1, None], ["a"] * 3)
     assert (tmp_path / "shards/shard-00000.safetensors").stat().st_size == pytest.approx(
@@ -581,10 +592,10 @@ def test_docs_say_what_is_printed_today(capsys):
     assert len(lines) > 8 and [line for line in lines if line not in out] == []
     assert len(columns) == 2
     found = [re.findall(r"^  \S.*? {2,}([\d,.]+ (?:GB|h))  ",
-                        printed(capsys, *flags).split("all stages")[1], re.M)
+                        printed(capsys, *flags).split("one round")[1], re.M)
              for flags in columns]
-    table = re.findall(r"^\| .* \| (.* (?:GB|h)) \| (.* (?:GB|h)) \|$", text, re.M)
-    assert len(table) == 12 and table == list(zip(*found))
+    table = re.findall(r"^\| [^|]* \| ([^|]* (?:GB|h)) \| ([^|]* (?:GB|h)) \|$", text, re.M)
+    assert len(table) == 13 and table == list(zip(*found))
 
 
 def test_docs_commands_are_the_ones_planned():
