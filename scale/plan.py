@@ -98,9 +98,11 @@ class Config:
                       positional=True)
     method: str = arg("prfl", "what is planned: a method of train_align.py; reward: train_reward.py; sample: "
                       "sample.py", choices=METHODS)
-    frames: int = arg(81, "number of video frames, 4k + 1", above=0)
-    size: str = arg("832*480", "width*height of the video in pixels (832x480 is read too), both divisible by "
-                    "16 (Wan2.2 TI2V-5B: by 32)")
+    frames: int | None = arg(None, "number of video frames, 4k + 1; default: the generator's, which is 81 "
+                             "for Wan2.1", above=0)
+    size: str | None = arg(None, "width*height of the video in pixels (832x480 is read too), both divisible "
+                           "by 16 (Wan2.2 TI2V-5B: by 32); default: the generator's, which is 832*480 for "
+                           "Wan2.1")
     recipe: str = arg("paper", f"for prfl and refl, how the rollout reaches the rewarded step: paper takes "
                       f"every step, steady takes at most {STEADY_PASSES} long ones",
                       choices=("paper", "steady"))
@@ -152,6 +154,16 @@ class Config:
 def vae_of(c):
     """The Vae of a VideoDiT config `c`, by its channels."""
     return TI2V_VAE if c["out_dim"] == TI2V_CHANNELS else WAN21_VAE
+
+
+def settle(config, c):
+    """config with the values of --frames and --size. If they are not given, the generator's family has them.
+    """
+    if None in (config.frames, config.size):
+        (width, height), frames = of_config(c).sizes[0], of_config(c).frames
+        values = {"frames": config.frames or frames, "size": config.size or f"{width}*{height}"}
+        config = dataclasses.replace(config, **values)
+    return config
 
 
 def latent_grid(frames, size, space=8):
@@ -347,6 +359,7 @@ def encoder_flops(f, h, w, vae=WAN21_VAE):
 def costs(config, c):
     """All numbers that `report` prints, for a VideoDiT config `c` and flags: bytes and FLOPs of one GPU,
     seconds. "with" and "without" mean with and without checkpointing. Raises InputError."""
+    config = settle(config, c)
     b, ranks, world = config.batch_size, config.sequence_parallel, config.gpus * config.nodes
     vae = vae_of(c)
     f, h, w = latent_grid(config.frames, config.size, vae.space)
@@ -607,6 +620,7 @@ def report(config, c):
     common.refuse(config, ELSEWHERE[config.method] + ("clips",) * (config.method != "prfl"),
                   f"with --method {config.method}")
     common.refuse(config, () if config.clips else OF_CLIPS, "without --clips")
+    config = settle(config, c)
     one, b, lora = costs(config, c), config.batch_size, bool(config.lora_rank)
     stage1, sampling, ranks = config.method == "reward", config.method == "sample", config.sequence_parallel
     n, d, F, L, l, N, K = (one["n"], c["dim"], c["ffn_dim"], c["num_layers"], c["text_len"],
@@ -881,6 +895,7 @@ def report_way(config, c):
 
 def report_simulated(config, c):
     """Prints the planner's bytes beside those that scale/simulate.py's tracker counts."""
+    config = settle(config, c)
     from scale.simulate import simulate  # imported here: only this needs PyTorch's distributed internals
     one = costs(config, c)
     phases = simulate(config, c, (one["f"], one["h"], one["w"]),

@@ -720,8 +720,6 @@ def test_memory_is_the_planners():
     """What README.md and docs/your_model.md say that alignment takes of a GPU, and what the walk's judge adds
     (docs/scale.md)."""
     def costs(preset, gpus, **flags):
-        if preset == "wan2.2-ti2v-5b":
-            flags |= {"size": "1280*704", "frames": 121}
         return plan.costs(plan.Config(preset, gpus=gpus, **flags), plan.GENERATORS[preset])
 
     gb = lambda *args, **flags: costs(*args, **flags)["with"]["peak"] / 1e9

@@ -30,7 +30,7 @@ import refl_baseline
 import train_align
 import train_reward
 import validation
-from families import fill_in, training_defaults
+from families import fill_in, sampling_defaults, training_defaults
 from formats import weights
 from model import PRESETS
 from scale import lora, parallel, plan
@@ -151,6 +151,19 @@ def test_tokens_of_wans_sizes():
     assert plan.parameters(five)["total"] == pytest.approx(5e9, rel=0.01)
     with pytest.raises(common.InputError, match="multiples of 32"):
         costs(five, size="1280*720")
+
+
+@pytest.mark.parametrize("preset, clip", [
+    ("wan2.2-ti2v-5b", "121 frames of 1280*704"), ("wan2.2-a14b", "81 frames of 832*480"),
+    ("wan2.1-t2v-14b", "81 frames of 832*480"), ("tiny-t2v", "9 frames of 32*32")])
+def test_the_clip_is_the_generators_own(capsys, preset, clip):
+    frames, size = clip.split(" frames of ")
+    flags = ["--recipe", "steady", "--clips", 9]
+    out = printed(capsys, preset, *flags)
+    assert f": {clip}, 1 per GPU" in out
+    assert out == printed(capsys, preset, *flags, "--frames", frames, "--size", size)
+    assert f": 5 frames of {size}, " in printed(capsys, preset, "--frames", 5)
+    assert f": {frames} frames of 64*64, " in printed(capsys, preset, "--size", "64*64")
 
 
 def test_two_experts():
@@ -598,10 +611,40 @@ def test_docs_say_what_is_printed_today(capsys):
     assert len(table) == 13 and table == list(zip(*found))
 
 
+def test_docs_say_what_sampling_takes():
+    """A step with guidance is two passes. In a validation of eight prompts each of eight GPUs makes a video.
+    """
+    text, one, rows = " ".join(scale_page()[2].split()), plan.Config("tiny-t2v"), []
+    for preset, gpus, steps in (("wan2.1-t2v-1.3b", 1, 40), ("wan2.1-t2v-14b", 8, 40),
+                                ("wan2.2-ti2v-5b", 2, 50), ("wan2.2-a14b", 8, 40)):
+        c = plan.GENERATORS[preset]
+        used = sampling_defaults(c)
+        assert used["num_inference_steps"] == steps and used["guidance_scale"] > 1
+        found = costs(c, method="sample", num_inference_steps=steps)
+        flops = plan.decoder_costs(found["f"], found["h"], found["w"], vae=plan.vae_of(c))["flops"]
+        seconds, decoding = 2 * found["seconds"], flops / (one.mfu * one.fp32_tflops * 1e12)
+        hours = (videos * (seconds + decoding) / gpus / 3600 for videos in (650, 200))
+        rows.append([f"{seconds:.0f} s", f"{decoding:.0f} s", *(f"{x:.1f} h" for x in hours)])
+    names = "steps of a video, with guidance", "decoding a video", "`sample.py`, 650 videos", \
+        "`evaluate.py`, 200 videos"
+    for name, cells in zip(names, zip(*rows)):
+        assert f"| {name} | {' | '.join(cells)} |" in text
+    large = PRESETS["wan2.1-t2v-14b"]
+    validation_seconds = 2 * costs(large, method="sample")["seconds"]
+    between = lambda n: n * costs(large, gpus=8, recipe="steady")["seconds"]
+    share = lambda n: f"{100 * validation_seconds / (validation_seconds + between(n)):.0f} %"
+    assert train_align.Config().validation_steps == 40
+    assert (f"a validation of eight prompts take {validation_seconds:.0f} s. The 40 iterations between two "
+            f"validations of the default take {between(40):,.0f} s, so validation is {share(40)} of the "
+            "time. The 20 iterations of the walk's `--validation_steps 20` take "
+            f"{between(20):,.0f} s, so there it is {share(20)}.") in text
+
+
 def test_docs_commands_are_the_ones_planned():
     """What the planner takes for granted of the walk's commands is what they do by default, or say."""
     walk = (ROOT / "docs" / "your_model.md").read_text()
-    one, config = plan.Config("wan2.1-t2v-14b"), PRESETS["wan2.1-t2v-14b"] | {"image_dim": None}
+    config = PRESETS["wan2.1-t2v-14b"] | {"image_dim": None}
+    one = plan.settle(plan.Config("wan2.1-t2v-14b"), config)
     reward, align = training_defaults(config, "reward"), training_defaults(config, "align")
     assert (one.depth, one.reward_batch_size) == (train_reward.Config().depth, reward["batch_size"])
     assert (one.batch_size, one.num_inference_steps) == (align["batch_size"], align["num_inference_steps"])
@@ -682,6 +725,8 @@ def test_seconds_follow_the_flops(capsys):
     (("tiny-t2v", "--size", "big"), "--size"), (("tiny-t2v", "--frames", 80), "--frames 80"),
     (("tiny-t2v", "--depth", 9), "--depth"), (("tiny-t2v", "--mfu", 1.5), "--mfu"),
     (("tiny-t2v", "--gpus", 0), "--gpus"),
+    (("wan2.2-ti2v-5b", "--expert", "low"),
+     "--expert means nothing with preset wan2.2-ti2v-5b: leave it out"),
     (("tiny-t2v", "--method", "ppo"), "method"), ((), "preset"),
     (("tiny-t2v", "--size", "0x0"), "--size 0x0"),
     (("tiny-t2v", "--method", "sft", "--depth", 2), "--depth means nothing with --method sft"),
