@@ -73,7 +73,7 @@ def parse(Config, doc, argv=None, prog=None):
     for field in fields:
         _check_bounds(field, getattr(config, field.name))
         if field.name in given:
-            unmet = _unmet(config, field.metadata["only"])
+            unmet = _unmet(config, field.metadata["only"], positionals)
             if unmet:
                 raise InputError(f"--{field.name} means nothing {unmet}")
     return config
@@ -172,7 +172,7 @@ def _in_words(only, positionals=()):
     return ", or ".join(alternatives)
 
 
-def _unmet(config, only):
+def _unmet(config, only, positionals=()):
     """Why a flag with this rule has no effect here, and what to do: the first unmet condition of each
     alternative; "" if the flag has an effect."""
     reasons, remedies = [], ["leave it out"]
@@ -182,8 +182,9 @@ def _unmet(config, only):
             value = getattr(config, flag)
             found = str(value) in values if values else bool(value)
             if found != wanted and not reason:
-                reason = f"without --{flag}" if value is None or value is False else f"with --{flag} {value}"
-                remedy = f"give --{flag} too" if wanted and not values else None
+                name = flag if flag in positionals else f"--{flag}"
+                reason = f"without {name}" if value is None or value is False else f"with {name} {value}"
+                remedy = f"give {name} too" if wanted and not values else None
         if not reason:
             return ""
         if reason not in reasons:

@@ -42,6 +42,9 @@ generator, paired by prompt, with its interval. The videos and metadata.jsonl go
 ready for `label.py --pairs`; sample.py --prompts makes the videos of such a metadata.jsonl again. Flags that
 are not given have sample.py's defaults.
 
+Under torchrun, --parallel fsdp splits a generator that is too large for the memory of each process over the
+GPUs. The reward model and the judge stay whole.
+
 --clips DIR scores a folder of clips or of shards. scores.jsonl lists the clips, the worst first, each with
 five probabilities of "good", which the reward model gives at one random t in every fifth of (0, 1]. Where
 labels are known, accuracy and calibration are reported, too.
@@ -134,6 +137,8 @@ class Config(search.Flags):
                      choices=("test", "validation", "reworded"), only="!prompts, !clips")
     seed: int = arg(0, "seed of the noise, and of which held-out prompts are chosen", at_least=0)
     mixed_precision: str = runs.precision_flag()
+    parallel: str = arg("ddp", "under torchrun: each GPU holds the whole generator (ddp) or a part of it "
+                        "(fsdp)", choices=parallel.KINDS, only="prompts")
 
 
 # ---- measures of the embedded world's videos
@@ -200,8 +205,8 @@ def main(config):
     """Each kind of evaluation is a function that checks its flags and returns what differs:
 
     names                what is compared, in order
-    open_source(name)    -> (groups, measure_group): lists of video numbers; measure_group(group) -> ({metric:
-                         values [b]}, videos uint8 [b, f, h, w, 3])
+    open_source(name)    -> (groups, measure_group): lists of video numbers; measure_group(group, keep) ->
+                         ({metric: values [b]}, videos uint8 [b, f, h, w, 3]), which are not used unless keep
     report(found, films) writes tables and pictures of {name: {metric: [n]}} and {name: {number: video}}
     """
     lock.require_ours(config.output_dir, "evaluation", ("per_video.json", "scores.jsonl", "part.json"),
@@ -215,7 +220,7 @@ def main(config):
             kind = own_prompts if config.prompts else embedded_world
             names, open_source, report = kind(config, named, runtime)
         folder_lock = lock_output_dir(config, runtime)          # noqa: F841   held until main returns
-        found, films = measure_all(names, open_source, runtime)
+        found, films = measure_all(names, open_source, runtime, config.parallel)
         if runtime.rank == 0:
             report(found, films)
     common.teardown()
@@ -258,24 +263,27 @@ def lock_output_dir(config, runtime):
     return folder_lock
 
 
-def measure_all(names, open_source, runtime):
+def measure_all(names, open_source, runtime, kind):
     """-> ({name: {metric: [n]}}, {name: {number: video uint8 [f, h, w, 3]} of the first SHOWN}), the same on
     every rank.
 
     The ranks take the groups in turn. A group's numbers do not depend on the rank that computes it, so n
-    ranks give the same result as one.
+    ranks give the same result as one. kind: the --parallel of the generators.
     """
     found, films = {}, {}
     for name in names:
         groups, measure_group = open_source(name)
-        mine, rows, shown = parallel.work_of_rank(groups, runtime, "ddp"), [], []
+        mine, rows, shown = parallel.work_of_rank(groups, runtime, kind), [], []
         about = f"{name}, batches of up to {len(groups[0]) * runtime.world_size} videos"
-        for group, _ in common.progress(mine, about):
-            values, videos = measure_group(group)
+        for group, keep in common.progress(mine, about):
+            values, videos = measure_group(group, keep)
+            if not keep:
+                continue
             rows += validation.by_video(group, values)
             shown += [(i, validation.shrunk(video, SIDE)) for i, video in zip(group, videos) if i < SHOWN]
         found[name] = {key: np.array(values) for key, values in validation.gather_values(rows).items()}
         films[name] = dict(sum(common.gather(shown), []))
+        measure_group = None                # its generator leaves the memory before the next one comes
     return found, films
 
 
@@ -295,14 +303,13 @@ def check_models(named, config, *rewards):
             load_pavrm(path, dit, load_now=False)
 
 
-def open_generator(folder, runtime, task, **rewards):
-    """Loads the generator in `folder` and its reward models, ready to sample -> (generator, {name: reward
-    model}). rewards: {name: path or None}."""
-    dit = load_transformer(folder, load_now=False, task=task).eval().requires_grad_(False)
-    pavrms = {name: load_pavrm(path, dit, load_now=False) for name, path in rewards.items() if path}
-    for model in (dit, *pavrms.values()):
-        parallel.whole(model, runtime.dtype)
-    return dit, pavrms
+def open_generator(config, folder, runtime, **rewards):
+    """Loads the generator in `folder` and its reward models, ready to sample -> (generator, what
+    parallel.to_sample returns, {name: reward model}). rewards: {name: path or None}."""
+    dit = load_transformer(folder, load_now=False, task=config.task).eval().requires_grad_(False)
+    pavrms = {name: parallel.whole(load_pavrm(path, dit, load_now=False), runtime.dtype)
+              for name, path in rewards.items() if path}
+    return dit, parallel.to_sample(dit, runtime, config.parallel), pavrms
 
 
 def searched(config, passes):
@@ -358,11 +365,11 @@ def embedded_world(config, named, runtime):
 
     def open_source(name):
         if name != CLEAN:
-            dit, pavrms = open_generator(named[name], runtime, config.task, pavrm=reward)
+            dit, _, pavrms = open_generator(config, named[name], runtime, pavrm=reward)
             dit = dit.to(device)
             pavrm = pavrms["pavrm"].to(device) if pavrms else None
 
-        def measure_group(group):
+        def measure_group(group, keep):
             latents = given[group]
             if name != CLEAN:
                 image = image_inputs(dit.config, {"latents": latents}, device)
@@ -431,6 +438,7 @@ def own_prompts(config, named, runtime):
         if row["image"]:
             read_clip(row["image"], size=size, frames=1)
     require_reward(config, config.reward)
+    parallel.check(parallel.Flags(parallel=config.parallel))
     drops = search.drops_of(config)
     check_models(named, config, config.reward, config.judge)
     vae, device = families.load_vae(f"{config.model}/vae"), runtime.device
@@ -444,24 +452,26 @@ def own_prompts(config, named, runtime):
     seed, folder = SEED + config.seed, Path(config.output_dir)
 
     def open_source(name):
-        dit, rewards = open_generator(named[name], runtime, config.task, pavrm=config.reward,
-                                      judge=config.judge)
+        dit, on_device, rewards = open_generator(config, named[name], runtime, pavrm=config.reward,
+                                                 judge=config.judge)
         image_encoder = None
         if dit.config["image_dim"]:
             image_encoder = families.load_image_encoder(f"{config.model}/image_encoder")
         pavrm = rewards["pavrm"] if config.best_of > 1 else None
 
-        def measure_group(group):
+        def measure_group(group, keep):
             context = encoders.stack_contexts([contexts[texts[i]] for i in group]).to(device)
             paths = [rows[i]["image"] for i in group]
             image = families.conditions_of_images(dit.config, vae, image_encoder, paths, size, config.frames,
                                                device)
-            with encoders.on(dit, device), encoders.on(pavrm, device):
+            with on_device(), encoders.on(pavrm, device):
                 x, spent["passes"] = search.best_of(                                        # [b, c, f, h, w]
                     dit, pavrm, shape, context, seed, group, config.num_inference_steps, config.best_of,
                     drops, shift=config.shift, null=null,
                     guidance_scale=experts.guidance(dit, config.guidance_scale, config.guidance_scale_2),
-                    batch_size=batch_size, autocast=runtime.autocast, **image)
+                    batch_size=batch_size, max_rows=len(groups[0]), autocast=runtime.autocast, **image)
+            if not keep:
+                return None, None
             values = {}
             for kind, reward in rewards.items():
                 with encoders.on(reward, device):
@@ -563,7 +573,7 @@ def existing_clips(config, runtime):
         pavrm.to(runtime.device)
         batch_size = max(1, min(16, BATCH_LATENTS // math.prod(shards.latent_shape[1:])))
 
-        def measure_group(group):
+        def measure_group(group, keep):
             batch = shards.batch(group)
             image = image_inputs(pavrm.trunk.config, batch, runtime.device)
             logits = validation.logits_by_t(

@@ -30,9 +30,7 @@ Axes: b batch, c channels, f frames, h height, w width, l text tokens.
 import dataclasses
 import hashlib
 import itertools
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,7 +49,7 @@ from formats.video import contact_sheet, read_clip, write_video
 from formats.weights import TASKS, resolve_model, task_in_words
 from model import load_transformer
 from pavrm import load_pavrm
-from scale import lora, parallel, plan, sequence
+from scale import lora, parallel, plan
 
 EXAMPLE = "a red circle moving to the right"
 BATCH_LATENTS = 2 ** 12                                 # latent positions of a batch without --batch_size
@@ -413,12 +411,7 @@ def main(config):
     prompts = [video.prompt for batch, _ in mine for video in batch] + negative
     contexts = families.encode_prompts(f"{model}/text_encoder", prompts, device)
     null = contexts[negative[0]].to(device) if negative else None                                   # [l, d]
-    if config.parallel == "fsdp":
-        sharded = parallel.shard(dit, runtime, parallel.Flags(parallel="fsdp"))
-        on_device = partial(nullcontext, sharded)
-    else:
-        sequence.spread(dit, runtime)
-        on_device = partial(encoders.on, parallel.whole(dit, runtime.dtype), device)
+    on_device = parallel.to_sample(dit, runtime, config.parallel)
 
     about = f"batches of up to {config.batch_size * runtime.world_size} videos"
     for batch, keep in common.progress(mine, about):

@@ -38,8 +38,9 @@ class Flags:
     """The flags of sample.py and evaluate.py about the search."""
     best_of: int = arg(1, "candidates made per video; the reward model chooses one of them", above=0)
     search: str = arg("resample", "what happens to candidates that the reward model finds weak. resample: "
-                      "after each step from about t = .81 to .44, copies of good candidates, with new "
-                      "noise, replace them; at about .38 the best one is chosen. drop: they are dropped at "
+                      "after each step from t = .81 to .44, copies of good candidates, with new "
+                      "noise, replace them; at .38, or at the nearest time of the schedule, the best one is "
+                      "chosen. drop: they are dropped at "
                       "the times of --drops; this takes fewer forward passes for the same number of "
                       "candidates, but with the untrained base it gives worse videos for as many passes",
                       choices=("resample", "drop"), only="!best_of 1")

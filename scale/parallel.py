@@ -20,6 +20,7 @@ sharded_state/.metadata: resume from what you wrote yourself.)
 import json
 import shutil
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 import common
 from common import InputError, arg
 from experts import Experts, parts
-from formats import runs
+from formats import encoders, runs
 from formats.weights import EXPERTS, WeightFiles, read_config
 from scale import groups, offload, sequence
 
@@ -167,6 +168,17 @@ def whole(model, dtype):
     if isinstance(model, Experts):
         model.resting = True
     return model
+
+
+def to_sample(model, runtime, kind):
+    """Reads the weights of a frozen generator, to sample with. load_transformer made it with load_now=False
+    -> a function that returns a context, in which the generator can be called. With ddp the generator is on
+    this rank's device in that context only, and else on the CPU. With fsdp this rank's piece stays on the
+    device."""
+    if kind == "fsdp":
+        return partial(nullcontext, shard(model, runtime, Flags(parallel="fsdp")))
+    sequence.spread(model, runtime)
+    return partial(encoders.on, whole(model, runtime.dtype), runtime.device)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
     python -m scale.plan wan2.1-t2v-14b --frames 81 --size 1280*720 --gpus 8 --method prfl
     python -m scale.plan wan2.1-t2v-1.3b --gpus 1 --lora_rank 32 --no-gradient_checkpointing
-    python -m scale.plan wan2.1-t2v-1.3b --gpus 8 --parallel ddp --clips 500    also all stages: disk, hours
+    python -m scale.plan wan2.1-t2v-1.3b --gpus 8 --parallel ddp --clips 500    also a round: disk, hours
     python -m scale.plan wan2.1-t2v-14b --gpus 8 --simulate    also what PyTorch's tracker counts
 
 Every printed line shows its formula with the numbers in it. The planner counts the fp32 weights, gradients
@@ -40,6 +40,7 @@ from model import PRESETS
 from prfl import RECIPES, steps_of_part
 
 IMAGE_TOKENS = 257      # CLIP ViT-H/14 at 224 pixels: 16 x 16 patches and a class token
+TEXT_ENCODER = 5_680_910_336    # parameters of UMT5-XXL's encoder, which a GPU runs in bf16
 METHODS = ("prfl", "refl", "sft", "rwr", "reward", "sample")
 STEADY_PASSES = RECIPES["steady"]["rollout_passes"]
 GENERATORS = PRESETS | {"wan2.2-a14b": PRESETS["wan2.1-t2v-14b"] | {"boundary_ratio": BOUNDARIES["t2v"]}}
@@ -97,9 +98,11 @@ class Config:
                       positional=True)
     method: str = arg("prfl", "what is planned: a method of train_align.py; reward: train_reward.py; sample: "
                       "sample.py", choices=METHODS)
-    frames: int = arg(81, "number of video frames, 4k + 1", above=0)
-    size: str = arg("832*480", "width*height of the video in pixels (832x480 is read too), both divisible by "
-                    "16 (Wan2.2 TI2V-5B: by 32)")
+    frames: int | None = arg(None, "number of video frames, 4k + 1; default: the generator's, which is 81 "
+                             "for Wan2.1", above=0)
+    size: str | None = arg(None, "width*height of the video in pixels (832x480 is read too), both divisible "
+                           "by 16 (Wan2.2 TI2V-5B: by 32); default: the generator's, which is 832*480 for "
+                           "Wan2.1")
     recipe: str = arg("paper", f"for prfl and refl, how the rollout reaches the rewarded step: paper takes "
                       f"every step, steady takes at most {STEADY_PASSES} long ones",
                       choices=("paper", "steady"))
@@ -133,8 +136,9 @@ class Config:
     memory: float = arg(80.0, "memory of one GPU in GB", above=0)
     simulate: bool = arg(False, "also run one iteration on tensors without data, and count the bytes that it "
                          "holds at its peak (scale/simulate.py)", only="method prfl")
-    clips: int = arg(0, "for prfl: number of clips, for which the disk, memory and hours of all stages are "
-                     "planned too; 0 leaves that out", at_least=0)
+    clips: int = arg(0, "for prfl: number of clips, for which the disk, memory and hours of data.py encode, "
+                     "train_reward.py for the reward model and for the judge, train_align.py --judge and the "
+                     "export are planned too; 0 leaves that out", at_least=0)
     reward_steps: int = arg(1600, "with --clips: number of steps of train_reward.py", above=0)
     reward_batch_size: int = arg(2, "with --clips: videos per step and GPU in train_reward.py", above=0)
     holdout: int = arg(100, "with --clips: number of labelled videos that train_reward.py holds out for its "
@@ -150,6 +154,16 @@ class Config:
 def vae_of(c):
     """The Vae of a VideoDiT config `c`, by its channels."""
     return TI2V_VAE if c["out_dim"] == TI2V_CHANNELS else WAN21_VAE
+
+
+def settle(config, c):
+    """config with the values of --frames and --size. If they are not given, the generator's family has them.
+    """
+    if None in (config.frames, config.size):
+        (width, height), frames = of_config(c).sizes[0], of_config(c).frames
+        values = {"frames": config.frames or frames, "size": config.size or f"{width}*{height}"}
+        config = dataclasses.replace(config, **values)
+    return config
 
 
 def latent_grid(frames, size, space=8):
@@ -345,6 +359,7 @@ def encoder_flops(f, h, w, vae=WAN21_VAE):
 def costs(config, c):
     """All numbers that `report` prints, for a VideoDiT config `c` and flags: bytes and FLOPs of one GPU,
     seconds. "with" and "without" mean with and without checkpointing. Raises InputError."""
+    config = settle(config, c)
     b, ranks, world = config.batch_size, config.sequence_parallel, config.gpus * config.nodes
     vae = vae_of(c)
     f, h, w = latent_grid(config.frames, config.size, vae.space)
@@ -394,6 +409,7 @@ def costs(config, c):
     # Without fsdp two experts change places on a GPU, and for a moment both are on the host.
     one["waiting_weights"] = (two and held == 1) * (
         frozen_policy + (frozen_policy if lora or sampling else 4 * count["total"]))
+    largest = 4 * max(6 * d * d, d * c["ffn_dim"], d * c["text_dim"])       # weights are read one at a time
     one["weights"] = 4 * (reward if stage1 else (held - still) * count["total"] + adapters) / parts
     one["weights"] += still * frozen_policy / parts
     one["optimizer"] = 8 * trained / parts
@@ -428,6 +444,13 @@ def costs(config, c):
                       decoder_costs(f, h, w, config.frames_decoded == "first", vae).items()} if refl else None
     here = 2 if config.offload_activations else L + K  # block inputs on the GPU: one leaves, one returns
     one["offloaded"] = 4 * b * m * d * (L + prfl * K) * config.offload_activations
+    # The host memory of all processes of a node. The VAE, and a generator that is not split, wait there for
+    # their turns. The text encoder is there before the generator is read.
+    one["waiting_generator"] = max(2 * TEXT_ENCODER, largest if fsdp else one["waiting_weights"] or
+                                   frozen_policy)
+    of_a_process = one["vae_weights"] + one["waiting_generator"] if sampling else \
+        largest + one["waiting_weights"] + one["offloaded"]
+    one["host"] = config.gpus * (of_a_process + 1e9)
     # self-attention's result in bf16, and the sums of its softmax
     attended = b * m * (2 * d + 4 * c["num_heads"]) * config.keep_attention
     for checkpointing in (True, False):
@@ -536,8 +559,9 @@ def network(config, c, one):
 
 
 def way(config, c):
-    """What the stages of docs/your_model.md take -> {name: bytes on disk, seconds, bytes of a GPU or of the
-    host}."""
+    """What the commands of docs/your_model.md that `report_way` names take -> {name: bytes on disk, seconds,
+    bytes of a GPU or of the host}. "1" is one of two runs of train_reward.py, which train the reward model
+    and the judge; "2" is train_align.py."""
     stage1 = costs(dataclasses.replace(config, method="reward", batch_size=config.reward_batch_size,
                                        lora_rank=0), c)
     stage2 = costs(config, c)
@@ -559,12 +583,13 @@ def way(config, c):
         one["disk" + name] = one["number" + name] * one["checkpoint" + name] + weights
         one["peak" + name] = stage["with" if config.gradient_checkpointing else "without"]["peak"]
     one["peak1"] += one["held"]
+    one["peak2"] += stage2["reward_weights"]                    # of the judge, which is as large
     one["adapters"] = one["number2"] * 4 * T2 + 4 * T2 if config.lora_rank else 0
+    # best/, and the one that replaces it, which is written before the old one goes
+    one["best"] = 2 * (4 * P + (4 * T2 if config.lora_rank else 0))
     one["export"] = 2 * P
-    one["disk"] = sum(one[k] for k in ("shards", "disk1", "disk2", "adapters", "export"))
-    d = c["dim"]
-    one["host"] = config.gpus * (4 * max(6 * d * d, d * c["ffn_dim"], d * c["text_dim"]) + 1e9
-                                 + stage2["waiting_weights"])                                    # of a node
+    one["disk"] = 2 * one["disk1"] + sum(one[k] for k in ("shards", "disk2", "adapters", "best", "export"))
+    one["host"] = stage2["host"]
     one["encoder_flops"] = encoder_flops(f, h, w, vae_of(c)) * (2 if i2v else 1)
     one["encode_seconds"] = config.clips * one["encoder_flops"] / (config.gpus * config.mfu
                                                                    * config.fp32_tflops * 1e12)
@@ -573,7 +598,7 @@ def way(config, c):
     one["seconds1"] = config.reward_steps * stage1["seconds"] + one["reports"] * one["report_flops"] / (
         config.mfu * config.tflops * 1e12)
     one["seconds2"] = config.max_train_steps * stage2["seconds"]
-    one["seconds"] = one["encode_seconds"] + one["seconds1"] + one["seconds2"]
+    one["seconds"] = one["encode_seconds"] + 2 * one["seconds1"] + one["seconds2"]
     return one | {"stage1": stage1, "stage2": stage2}
 
 
@@ -595,6 +620,7 @@ def report(config, c):
     common.refuse(config, ELSEWHERE[config.method] + ("clips",) * (config.method != "prfl"),
                   f"with --method {config.method}")
     common.refuse(config, () if config.clips else OF_CLIPS, "without --clips")
+    config = settle(config, c)
     one, b, lora = costs(config, c), config.batch_size, bool(config.lora_rank)
     stage1, sampling, ranks = config.method == "reward", config.method == "sample", config.sequence_parallel
     n, d, F, L, l, N, K = (one["n"], c["dim"], c["ffn_dim"], c["num_layers"], c["text_len"],
@@ -814,6 +840,11 @@ def report_sampling(config, c, one, line, row, work):
     row("decoder's forward", one["with"]["moments"]["decoder"],
         f"4 V ({vae_of(c).parameters / 1e6:.0f} M), pixels twice, two frames a convolution, a stage of four")
     row("PEAK", one["with"]["peak"], verdict(config, one, one["with"]))
+    waits = "the text encoder, in bf16"
+    if one["waiting_generator"] > 2 * TEXT_ENCODER:
+        waits = "2 x " * ("boundary_ratio" in c) + "(4 P - 2 L M)"
+    row("host memory of a node", one["host"],
+        f"{config.gpus} x (4 V + {waits} + 1 GB), between their turns on the GPU")
     print("\nFLOPs of one GPU")
     work("all steps", one["iteration_flops"], f"N = {config.num_inference_steps} forward passes without "
                                               "guidance")
@@ -829,34 +860,42 @@ def report_way(config, c):
     line = lambda name, value, formula: print(f"  {name:25} {value:>12}  {formula}")
     row = lambda name, value, formula: line(name, gb(value) + " GB", formula)
     hours = lambda name, value, formula: line(name, f"{value / 3600:,.1f} h", formula)
-    print(f"\nall stages from {config.clips:,} clips, on disk")
+    print(f"\none round from {config.clips:,} clips: data.py encode, train_reward.py for the reward model "
+          "and for the judge, train_align.py, export")
+    print("on disk")
     row("shards", one["shards"], f"{config.clips:,} x {one['clip'] / 1e6:.1f} MB: {clip_formula(c)}")
-    row("reward model's runs", one["disk1"],
-        f"{one['number1']} checkpoints of 4 R + 8 T = {gb(one['checkpoint1'])}, and 4 R")
-    row("alignment's runs", one["disk2"] + one["adapters"], f"{one['number2']} checkpoints of 4 P + "
+    row("reward model and judge", 2 * one["disk1"],
+        f"2 x ({one['number1']} checkpoints of 4 R + 8 T = {gb(one['checkpoint1'])}, and 4 R)")
+    row("alignment's run", one["disk2"] + one["adapters"], f"{one['number2']} checkpoints of 4 P + "
         f"{12 if config.lora_rank else 8} T = "
         f"{gb(one['checkpoint2'])}, and 4 P{'; adapters' * bool(config.lora_rank)}")
+    row("its best/", one["best"],
+        f"2 x 4 P{' and adapters' * bool(config.lora_rank)}: the new one is written before the old one goes")
     row("export", one["export"], "2 P, bf16")
     row("DISK", one["disk"], "the third checkpoint is written before the first one goes")
     print("and in memory")
     row("train_reward.py, a GPU", one["peak1"], f"--method reward --batch_size {config.reward_batch_size}, "
                                                 f"and {config.holdout} held-out clips = {gb(one['held'])}")
-    row("train_align.py, a GPU", one["peak2"], "PEAK above")
-    row("host", one["host"], f"{config.gpus} x (4 bytes of the largest weight, as they go one at a time, and "
-                             "1 GB)")
+    row("train_align.py, a GPU", one["peak2"],
+        f"PEAK above, and the judge = {gb(one['stage2']['reward_weights'])}")
+    more = ", both experts" * bool(one["stage2"]["waiting_weights"])
+    more += ", inputs of blocks" * config.offload_activations
+    row("host memory of a node", one["host"], f"train_align.py: {config.gpus} x (4 bytes of the largest "
+        f"weight, as they go one at a time{more}, and 1 GB)")
     print("and in time")
     hours("data.py encode", one["encode_seconds"],
           f"{config.clips:,} x {one['encoder_flops'] / 1e12:.1f} TF (VAE{' twice' * i2v}) / ({config.gpus} x "
           f"{config.mfu:g} x {config.fp32_tflops:g} TF/s in fp32); no text, no reading")
-    hours("train_reward.py", one["seconds1"],
-          f"{config.reward_steps:,} x {one['stage1']['seconds']:.2f} s + {one['reports']} reports of 6 x "
-          f"{config.holdout} forward passes")
+    hours("train_reward.py, twice", 2 * one["seconds1"],
+          f"2 x ({config.reward_steps:,} x {one['stage1']['seconds']:.2f} s + {one['reports']} reports of "
+          f"6 x {config.holdout} forward passes), reward model and judge")
     hours("train_align.py", one["seconds2"], f"{config.max_train_steps:,} x {one['stage2']['seconds']:.1f} s")
-    hours("HOURS", one["seconds"], "")
+    hours("HOURS", one["seconds"], "without samples and validations")
 
 
 def report_simulated(config, c):
     """Prints the planner's bytes beside those that scale/simulate.py's tracker counts."""
+    config = settle(config, c)
     from scale.simulate import simulate  # imported here: only this needs PyTorch's distributed internals
     one = costs(config, c)
     phases = simulate(config, c, (one["f"], one["h"], one["w"]),

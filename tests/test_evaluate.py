@@ -1,5 +1,7 @@
 """evaluate.py on prompts of one's own and on clips that exist."""
 import json
+import shutil
+import weakref
 from pathlib import Path
 
 import launch
@@ -13,9 +15,11 @@ import data
 import evaluate
 import sample
 import validation
+from experts import NAMES, Experts
 from formats import metadata
 from formats.video import read_video
 from formats.weights import SHIPPED
+from model import export_transformer, load_transformer
 from pavrm import load_pavrm
 from world import clips
 
@@ -133,6 +137,48 @@ def test_two_ranks_write_what_one_writes(tmp_path, monkeypatch):
     assert "| a |" in table and "above" not in table            # a generator alone is compared with nothing
 
 
+@pytest.mark.parametrize("experts", [1, 2])
+def test_two_ranks_that_share_the_weights_make_the_same_videos(tmp_path, monkeypatch, experts):
+    """Three groups for two ranks: one has a spare turn, of which nothing is kept. Resampling makes equally
+    many passes in groups of two and of one."""
+    driver = DRIVER.replace("import json, sys", "import json, sys, evaluate")
+    driver = driver.replace("leave, ", "evaluate.BATCH_LATENTS = 100\nleave, ")
+    monkeypatch.setattr(evaluate, "BATCH_LATENTS", 100)
+    (tmp_path / "p.txt").write_text("".join(f"a {color} circle moving up\n" for color in
+                                            ("red", "blue", "green", "big", "small")))
+    model, reward = BASE, f"{BASE}/reward"
+    if experts == 2:
+        model, low = str(tmp_path / "two"), load_transformer(BASE)
+        shutil.copytree(BASE, model, ignore=shutil.ignore_patterns("transformer"))
+        both = Experts(load_transformer(BASE), low, 0.6)
+        both.high.head.modulation.data += 0.1
+        for name, folder in (("high", "transformer"), ("low", "transformer_2")):
+            export_transformer(getattr(both, name), f"{model}/{folder}", notes=both.notes(name, NAMES))
+    flags = ["--model", model, f"a={model}", f"b={model}", "--prompts", str(tmp_path / "p.txt"),
+             "--num_inference_steps", "4", "--best_of", "2", "--reward", reward, "--judge", reward,
+             "--mixed_precision", "no"]
+    job = ("evaluate", [*flags, "--output_dir", str(tmp_path / "shared"), "--parallel", "fsdp"])
+    launch.torchrun(2, "-c", driver, json.dumps([job]))
+    run(*flags, "--output_dir", tmp_path / "one")
+    one, shared = results(tmp_path / "one"), results(tmp_path / "shared")
+    assert one == shared and sum(name.endswith(".mp4") for name in one) == 11
+    assert json.loads((tmp_path / "shared/table.json").read_text())["config"]["parallel"] == "fsdp"
+
+
+def test_a_generator_leaves_before_the_next_one_comes():
+    seen, runtime = [], common.Runtime(0, 1, torch.device("cpu"), torch.float32)
+
+    def open_source(name):
+        assert all(generator() is None for generator in seen)
+        generator = torch.nn.Linear(1, 1)
+        seen.append(weakref.ref(generator))
+        return [[0]], lambda group, keep: ({"x": generator.weight[0]}, torch.zeros(1, 5, 8, 8, 3).byte())
+
+    with torch.no_grad():
+        found, films = evaluate.measure_all(["a", "b"], open_source, runtime, "ddp")
+    assert len(seen) == 2 and list(found) == list(films) == ["a", "b"]
+
+
 def test_calibration_by_hand():
     good = torch.tensor([[0.05, 0.06, 0.92, 0.96, 1.0]]).expand(5, 5)
     bins = evaluate.calibration(good, torch.tensor([0, 1, 1, 1, 0]))["(0.0, 0.2]"]
@@ -148,7 +194,11 @@ def test_calibration_by_hand():
     ((BASE, "--judge", f"{BASE}/reward"), "--judge"),
     ((BASE, "--size", "64*64"), "--size means nothing"), ((BASE, "--prompts", "none.txt"), "none.txt"),
     ((BASE, "--prompts", "p.txt", "--reward", "nowhere"), "nowhere"),
-    ((BASE, "--prompts", "p.txt", "--split", "test"), "--split means nothing")])
+    ((BASE, "--prompts", "p.txt", "--split", "test"), "--split means nothing"),
+    ((BASE, "--prompts", "p.txt", "--parallel", "fsdp"), "--parallel fsdp shards over processes"),
+    ((BASE, "--parallel", "fsdp"), "--parallel means nothing without --prompts: leave it out"),
+    (("--clips", "x", "--reward", "y", "--parallel", "fsdp"),
+     "--parallel means nothing without --prompts: leave it out")])
 def test_flags_that_cannot_work(tmp_path, monkeypatch, capsys, flags, words):
     monkeypatch.chdir(tmp_path)
     Path("p.txt").write_text("a red circle")

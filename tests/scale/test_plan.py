@@ -29,7 +29,8 @@ import prfl
 import refl_baseline
 import train_align
 import train_reward
-from families import fill_in, training_defaults
+import validation
+from families import fill_in, sampling_defaults, training_defaults
 from formats import weights
 from model import PRESETS
 from scale import lora, parallel, plan
@@ -150,6 +151,19 @@ def test_tokens_of_wans_sizes():
     assert plan.parameters(five)["total"] == pytest.approx(5e9, rel=0.01)
     with pytest.raises(common.InputError, match="multiples of 32"):
         costs(five, size="1280*720")
+
+
+@pytest.mark.parametrize("preset, clip", [
+    ("wan2.2-ti2v-5b", "121 frames of 1280*704"), ("wan2.2-a14b", "81 frames of 832*480"),
+    ("wan2.1-t2v-14b", "81 frames of 832*480"), ("tiny-t2v", "9 frames of 32*32")])
+def test_the_clip_is_the_generators_own(capsys, preset, clip):
+    frames, size = clip.split(" frames of ")
+    flags = ["--recipe", "steady", "--clips", 9]
+    out = printed(capsys, preset, *flags)
+    assert f": {clip}, 1 per GPU" in out
+    assert out == printed(capsys, preset, *flags, "--frames", frames, "--size", size)
+    assert f": 5 frames of {size}, " in printed(capsys, preset, "--frames", 5)
+    assert f": {frames} frames of 64*64, " in printed(capsys, preset, "--size", "64*64")
 
 
 def test_two_experts():
@@ -479,6 +493,25 @@ def test_sampling_beside_live_tensors():
         assert plan.decoding(5, 60, 104) == pytest.approx(live.peak - weights, rel=0.25)
 
 
+@pytest.mark.parametrize("preset, experts", [("wan2.1-t2v-14b", 1), ("wan2.2-a14b", 2)])
+def test_what_sampling_takes_of_the_host(capsys, preset, experts):
+    """Each process holds the VAE and the whole generator, or, split, first the text encoder."""
+    transformers = pytest.importorskip("transformers", reason="UMT5 is taken from transformers")
+    with torch.device("meta"):
+        encoder = transformers.UMT5EncoderModel(transformers.UMT5Config(
+            vocab_size=256_384, d_model=4096, d_kv=64, d_ff=10_240, num_layers=24, num_heads=64,
+            feed_forward_proj="gated-gelu")).bfloat16()
+        dit = parallel.cast_matrices(build(PRESETS["wan2.1-t2v-14b"], "none"), torch.bfloat16)
+    text, whole = (sum(p.nbytes for p in one.parameters()) for one in (encoder, dit))
+    for kind, held in (("ddp", experts * whole), ("fsdp", text)):
+        wanted = 8 * (4 * plan.WAN21_VAE.parameters + held + 1e9)
+        out = printed(capsys, preset, "--method", "sample", "--gpus", 8, "--parallel", kind)
+        assert f"host memory of a node {wanted / 1e9:13.2f} GB" in out
+    training = costs(plan.GENERATORS[preset], gpus=8, parallel="ddp", offload_activations=True)
+    waiting = training["waiting_weights"] + training["offloaded"]
+    assert training["host"] == 8 * (4 * 6 * 5120 ** 2 + waiting + 1e9)
+
+
 @pytest.mark.parametrize("size, rank", [("832*480", 0), ("64*64", 4)])
 def test_the_reward_model_of_rwr_goes_before_the_first_update(size, rank):
     """Its samples need it beside the generator, but nothing of AdamW."""
@@ -502,7 +535,7 @@ def test_the_reward_model_of_rwr_goes_before_the_first_update(size, rank):
         assert live.peak < found["with"]["peak"] == sft["with"]["peak"]
 
 
-# ---- all stages
+# ---- one round
 @pytest.mark.parametrize("vae_counted, vae_config", VAES, ids=["wan2.1", "ti2v"])
 @pytest.mark.parametrize("frames, size", [(1, "64*96"), (9, "64*96")])
 def test_the_encoder_computes_what_diffusers_does(frames, size, vae_counted, vae_config):
@@ -513,7 +546,7 @@ def test_the_encoder_computes_what_diffusers_does(frames, size, vae_counted, vae
     assert plan.encoder_flops(f, h, w, vae_counted) == pytest.approx(flops.get_total_flops(), rel=0.02)
 
 
-def test_disk_is_that_of_the_files(tmp_path):
+def test_disk_is_that_of_the_files(tmp_path, monkeypatch):
     """Checkpoints and shards of a small model, written as the scripts do."""
     config = model.PRESETS["tiny-t2v"]
     found = plan.way(plan.Config("tiny-t2v", frames=9, size="32*32", depth=4, clips=3), config)
@@ -530,6 +563,16 @@ def test_disk_is_that_of_the_files(tmp_path):
         parallel.save_checkpoint(tmp_path / name, 1, {"weights": write}, trained, optimizer,
                                  train_align.Config())
         assert size(tmp_path / name) == pytest.approx(found["checkpoint" + name], rel=0.01)
+    run, put, sizes = tmp_path / "run", validation.disk.put, {}
+    measured = lambda new, path: sizes.update({path: size(run)}) or put(new, path)
+    monkeypatch.setattr(validation.disk, "put", measured)
+    for _ in range(2):                                          # the second best/ replaces the first
+        run.mkdir(exist_ok=True)
+        validation.save_best(run, write, {})
+    assert sizes[run / "best"] == pytest.approx(found["best"], rel=0.01)
+    parts = ("shards", "disk1", "disk1", "disk2", "adapters", "best", "export")
+    assert found["disk"] == sum(found[part] for part in parts)
+    assert found["peak2"] == found["stage2"]["with"]["peak"] + found["stage2"]["reward_weights"]
     data.write_shards(tmp_path / "shards", torch.zeros(3, 16, 3, 4, 4),
                       torch.zeros(3, config["text_len"], config["text_dim"]), [0, 1, None], ["a"] * 3)
     assert (tmp_path / "shards/shard-00000.safetensors").stat().st_size == pytest.approx(
@@ -562,16 +605,46 @@ def test_docs_say_what_is_printed_today(capsys):
     assert len(lines) > 8 and [line for line in lines if line not in out] == []
     assert len(columns) == 2
     found = [re.findall(r"^  \S.*? {2,}([\d,.]+ (?:GB|h))  ",
-                        printed(capsys, *flags).split("all stages")[1], re.M)
+                        printed(capsys, *flags).split("one round")[1], re.M)
              for flags in columns]
-    table = re.findall(r"^\| .* \| (.* (?:GB|h)) \| (.* (?:GB|h)) \|$", text, re.M)
-    assert len(table) == 12 and table == list(zip(*found))
+    table = re.findall(r"^\| [^|]* \| ([^|]* (?:GB|h)) \| ([^|]* (?:GB|h)) \|$", text, re.M)
+    assert len(table) == 13 and table == list(zip(*found))
+
+
+def test_docs_say_what_sampling_takes():
+    """A step with guidance is two passes. In a validation of eight prompts each of eight GPUs makes a video.
+    """
+    text, one, rows = " ".join(scale_page()[2].split()), plan.Config("tiny-t2v"), []
+    for preset, gpus, steps in (("wan2.1-t2v-1.3b", 1, 40), ("wan2.1-t2v-14b", 8, 40),
+                                ("wan2.2-ti2v-5b", 2, 50), ("wan2.2-a14b", 8, 40)):
+        c = plan.GENERATORS[preset]
+        used = sampling_defaults(c)
+        assert used["num_inference_steps"] == steps and used["guidance_scale"] > 1
+        found = costs(c, method="sample", num_inference_steps=steps)
+        flops = plan.decoder_costs(found["f"], found["h"], found["w"], vae=plan.vae_of(c))["flops"]
+        seconds, decoding = 2 * found["seconds"], flops / (one.mfu * one.fp32_tflops * 1e12)
+        hours = (videos * (seconds + decoding) / gpus / 3600 for videos in (650, 200))
+        rows.append([f"{seconds:.0f} s", f"{decoding:.0f} s", *(f"{x:.1f} h" for x in hours)])
+    names = "steps of a video, with guidance", "decoding a video", "`sample.py`, 650 videos", \
+        "`evaluate.py`, 200 videos"
+    for name, cells in zip(names, zip(*rows)):
+        assert f"| {name} | {' | '.join(cells)} |" in text
+    large = PRESETS["wan2.1-t2v-14b"]
+    validation_seconds = 2 * costs(large, method="sample")["seconds"]
+    between = lambda n: n * costs(large, gpus=8, recipe="steady")["seconds"]
+    share = lambda n: f"{100 * validation_seconds / (validation_seconds + between(n)):.0f} %"
+    assert train_align.Config().validation_steps == 40
+    assert (f"a validation of eight prompts take {validation_seconds:.0f} s. The 40 iterations between two "
+            f"validations of the default take {between(40):,.0f} s, so validation is {share(40)} of the "
+            "time. The 20 iterations of the walk's `--validation_steps 20` take "
+            f"{between(20):,.0f} s, so there it is {share(20)}.") in text
 
 
 def test_docs_commands_are_the_ones_planned():
     """What the planner takes for granted of the walk's commands is what they do by default, or say."""
     walk = (ROOT / "docs" / "your_model.md").read_text()
-    one, config = plan.Config("wan2.1-t2v-14b"), PRESETS["wan2.1-t2v-14b"] | {"image_dim": None}
+    config = PRESETS["wan2.1-t2v-14b"] | {"image_dim": None}
+    one = plan.settle(plan.Config("wan2.1-t2v-14b"), config)
     reward, align = training_defaults(config, "reward"), training_defaults(config, "align")
     assert (one.depth, one.reward_batch_size) == (train_reward.Config().depth, reward["batch_size"])
     assert (one.batch_size, one.num_inference_steps) == (align["batch_size"], align["num_inference_steps"])
@@ -652,6 +725,8 @@ def test_seconds_follow_the_flops(capsys):
     (("tiny-t2v", "--size", "big"), "--size"), (("tiny-t2v", "--frames", 80), "--frames 80"),
     (("tiny-t2v", "--depth", 9), "--depth"), (("tiny-t2v", "--mfu", 1.5), "--mfu"),
     (("tiny-t2v", "--gpus", 0), "--gpus"),
+    (("wan2.2-ti2v-5b", "--expert", "low"),
+     "--expert means nothing with preset wan2.2-ti2v-5b: leave it out"),
     (("tiny-t2v", "--method", "ppo"), "method"), ((), "preset"),
     (("tiny-t2v", "--size", "0x0"), "--size 0x0"),
     (("tiny-t2v", "--method", "sft", "--depth", 2), "--depth means nothing with --method sft"),
