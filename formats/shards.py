@@ -201,10 +201,12 @@ class Shards:
         occur."""
         if channels not in (None, self.latent_shape[0]):
             raise InputError(f"{self.folder}: latents have {self.latent_shape[0]} channels, the model "
-                             f"has {channels}: encode with its own VAE")
+                             f"has {channels}: give the --model for which they were encoded, or encode with "
+                             "its own VAE")
         if context_shape is not None and tuple(context_shape) != self.context_shape:
             raise InputError(f"{self.folder}: context is {list(self.context_shape)} (tokens, width), not "
-                             f"{list(context_shape)} as the model's: encode with its own text encoder")
+                             f"{list(context_shape)} as the model's: give the --model for which it was "
+                             "encoded, or encode with its own text encoder")
         if image_dim not in (None, self.shapes.get("clip_fea", (0,))[-1]):
             raise InputError(f"{self.folder}: holds no CLIP image tokens of width {image_dim}, which the "
                              "model takes: "
