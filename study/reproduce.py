@@ -22,8 +22,7 @@ loss               choices in PRFL: form of the loss, lambda, steps with gradien
 endurance          whether PRFL stays good over many iterations: recipes, learning rates and rewards
 rivals             PRFL beside DiffusionNFT, Flow-GRPO and SFT: quality over CPU seconds
 steady             the steady recipe beside the paper's, and its learning rates
-mid                both recipes, and best of n, at a second size of the world: 48x48, 27 tokens
-elsewhere          today's defaults at the second size, and with image-to-video
+elsewhere          today's recipes and best of n at a second size (48x48), and with image-to-video
 why                what keeps the steady recipe from collapsing: its choices combined, and other changes
 speed              CPU seconds until a quality is reached: PRFL and RGB ReFL with both recipes, and SFT
 stopping           a second reward model as judge: how far its chosen checkpoint is from the annotator's
@@ -81,7 +80,6 @@ from study import parts
 from study.elsewhere import elsewhere
 from study.endurance import endurance
 from study.few_labels import few_labels
-from study.mid import mid
 from study.parts import (
     I2V,
     METRICS,
@@ -718,7 +716,7 @@ def annotator(work):
 
 STUDIES = {study.__name__: study
            for study in (table1, table2, table3, table4, table5, table7, table8, table9, fig3, fig5, labels,
-                         loss, endurance, few_labels, second_round, rivals, steady, mid, elsewhere, why,
+                         loss, endurance, few_labels, second_round, rivals, steady, elsewhere, why,
                          speed, stopping, hacking, annotator, search, search_mismatched, fooled, wan22)}
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import report
-from study import mid, parts, reproduce, steady, stopping
+from study import parts, reproduce, steady, stopping
 
 STEADY = "--rollout_passes 4 --reward_loss logsigmoid"
 
@@ -118,8 +118,7 @@ def made_up(monkeypatch):
         return [{row: values(row) for row in (*rows, "clean renders")} for rows in rows_of.values()]
 
     monkeypatch.setattr(parts.Work, "run", run)
-    for study in (steady, mid):
-        monkeypatch.setattr(study, "evaluations", evaluations)
+    monkeypatch.setattr(steady, "evaluations", evaluations)
     quick = partial(report.confidence_interval, rounds=200)     # these intervals are wide of every verdict
     for module in (report, reproduce):
         monkeypatch.setattr(module, "confidence_interval", quick)
@@ -144,28 +143,6 @@ def test_why_makes_one_seed_where_it_says_so(tmp_path, made_up):
     assert f"| twice as long |{' 0.960 |' * 7} **0.960** | 0.960 |" in text
     assert "| step per batch, at most 4 passes, -log sigmoid (the steady recipe) | 0.970 |" in text
     assert {folder.parent.name for folder in made_up if "960" in folder.name} == {"seed-0"}
-
-
-def test_mid_is_of_the_second_size_alone(tmp_path, made_up):
-    work = work_in(tmp_path, "mid", preset="full")
-    mid.mid(work)
-    text, found = (tmp_path / "results/mid.md").read_text(), json.loads(
-        (tmp_path / "results/mid.json").read_text())
-    assert [claim["verdict"] for claim in found["claims"]] == ["holds"] * 4 + ["does not hold"]
-    assert "base, best of 8 for 4.4 times the passes above base | not in it | +0.4" in text
-    assert "| **0.510** | 0.500" in text
-    assert list(found["rows"]) == [
-        "base", "base, best of 8 for 4.4 times the passes", "PRFL, paper's recipe, stopped at its best",
-        "PRFL, paper's recipe, at the end", "PRFL, steady recipe, at the end",
-        "PRFL, steady recipe, best of 4 for 2.3 times the passes", "clean renders"]
-    folders, evaluated = ([x for x in made_up if isinstance(x, tuple) == tupled] for tupled in (False, True))
-    # a seed's reward, recipes
-    assert len(set(folders)) == 3 * 3 and all("mid" in folder.name for folder in folders)
-    at = " ".join(map(str, steady.part_of_run(work, 1, mid.RUNS["PRFL, steady recipe"])))
-    assert "--world mid" in at and "seed-1/curated-world-mid --reward " in at
-    assert evaluated == [("mid", *parts.MID), ("mid-at-its-best", *parts.MID),
-                         ("mid-best-of-8", *parts.MID, "--best_of", 8, "--search", "drop"),
-                         ("mid-best-of-4", *parts.MID, "--best_of", 4, "--search", "drop")]
 
 
 def test_what_was_asked_can_fail(tmp_path, made_up):
