@@ -538,8 +538,5 @@ if __name__ == "__main__":
     words = sys.argv[1:]
     if words and words[0] in COMMANDS:
         common.cli(*COMMANDS[words[0]], __doc__, words[1:], f"label.py {words[0]}")
-    elif len(words) > 1 and not words[0].startswith("-") and not words[1].startswith("-"):
-        sys.exit(print(f"error: label.py takes one folder, or report or export and a folder, not {words[0]} "
-                       f"{words[1]}", file=sys.stderr) or 2)
     else:
         common.cli(serve, Pairs if "--pairs" in words else Clips, __doc__, words)

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import re
-import runpy
 import shutil
 import signal
 import socket
@@ -393,14 +392,6 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(folder, tmp_path):
             text = "".join(stderr)
             assert stop.value.code == 2 and text.count("\n") == 1 and words in text, (argv, text)
         assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_two_words_are_no_command(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["label.py", "labels", "clips"])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / "label.py"), run_name="__main__")
-    assert stop.value.code == 2 and capsys.readouterr().err == (
-        "error: label.py takes one folder, or report or export and a folder, not labels clips\n")
 
 
 def test_without_flask_one_line_says_what_to_install(folder, monkeypatch):
