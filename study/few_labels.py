@@ -27,7 +27,8 @@ def cases_of(work):
 
 
 def few_labels(work):
-    report(work, finished(work, [(seed, case) for case in cases_of(work) for seed in seeds_of(work, case, ONE_SEED)]))
+    wanted = [(seed, case) for case in cases_of(work) for seed in seeds_of(work, case, ONE_SEED)]
+    report(work, finished(work, wanted))
 
 
 def report(work, kept):
