@@ -17,14 +17,12 @@ from study.parts import part_of, reward_folder, train_reward_models
 from study.search import HOW, ONE, PANEL, STEPS, graded, kept, label, passes_of
 
 FILE = "search_mismatched_runs.json"
-BASE, STEADY, PAPER = "base", "PRFL, steady, 480 iterations", "PRFL, the paper's recipe, 480 iterations"
-BASE_165, BASE_655 = (f"base, reward model of {n} labels" for n in (165, 655))     # see study/few_labels.py
-STEADY_165 = "PRFL, steady, 480 iterations, reward model of 165 labels"
+BASE, STEADY = "base", "PRFL, steady, 480 iterations"
+BASE_165, STEADY_165 = (f"{row}, reward model of 165 labels" for row in (BASE, STEADY))    # few_labels.py
 ALL_LABELS = Case("steady", "linear", rate=2e-4, length=480)
 FEW = ALL_LABELS._replace(parts=80, reward_steps=400)
-CASES = {BASE: ALL_LABELS, STEADY: ALL_LABELS, PAPER: Case("paper", length=480), BASE_165: FEW,
-         STEADY_165: FEW, BASE_655: ALL_LABELS._replace(parts=20, reward_steps=800)}
-UNTRAINED = (BASE, BASE_165, BASE_655)          # of these rows only the case's reward model is used
+CASES = {BASE: ALL_LABELS, STEADY: ALL_LABELS, BASE_165: FEW, STEADY_165: FEW}
+UNTRAINED = (BASE, BASE_165)                    # of these rows only the case's reward model is used
 COUNTS = (4, 8, 16)
 PLANS = {ONE: parse_drops(1)} | {label(n, how): parse_drops(n, text) for n in COUNTS
                                  for how, text in HOW.items() if how != "once, at t = .38"}
