@@ -210,12 +210,14 @@ def rates(curve):
 
 def fall(curves):
     """Curves of the seeds -> (mean of the last quarter of the validations minus that of the best quarter, the
-    95 % interval of this difference).
+    95 % interval of this difference), or None if there are not four validations.
 
     The best quarter is the one with the highest mean over the seeds. So a run that neither rises nor falls
     has a difference a little below zero.
     """
     values = np.array([rates(curve) for curve in curves])                               # [seeds, validations]
+    if values.shape[1] < 4:
+        return None
     quarters = np.array_split(values, 4, axis=1)
     best = max(quarters, key=np.mean)
     if best is quarters[-1]:
@@ -232,20 +234,20 @@ def row_of(case, parts):
     """parts: what is kept of a case's runs, one for each seed -> (numbers, cells of the table). Numbers about
     the test videos have the same names as in results/table1.json."""
     curves = [part["curve"] for part in parts]
-    difference, interval = fall(curves)
+    fallen = fall(curves)
     at = {step: [curve[str(step)]["qualified"] for curve in curves]
           for step in (*SHOWN_STEPS, 1440, 1920) if str(step) in curves[0]}
     test = {key: summary(test_values(parts, key))
             for key in ("test, firm", "test, strict", "test, loose", "reworded, firm")}
     means = dict(zip(PANEL, np.mean([part["test"]["test means"] for part in parts], 0).tolist()))
-    numbers = {"validation": at, "fall": {"difference": difference, "interval": interval}, "test": test,
-               "qualified": test["test, firm"], "minutes": [part["minutes"] for part in parts]}
+    numbers = {"validation": at, "fall": fallen and dict(zip(("difference", "interval"), fallen)),
+               "test": test, "qualified": test["test, firm"], "minutes": [part["minutes"] for part in parts]}
     for name, what in (("physical_qualified", "physical"), ("deformity_qualified", "deformity"),
                        ("adherent", "adherent")):
         numbers[name] = {"mean": float(test_values(parts, "test, firm", what).mean())}
     numbers |= {name: {"mean": mean} for name, mean in means.items()}
     steps = [f"{np.mean(at[step]):.3f}" if step in at else "" for step in SHOWN_STEPS]
-    cells = [case.row(), case.length, len(parts), *steps, show(difference, interval, "+"),
+    cells = [case.row(), case.length, len(parts), *steps, show(*fallen, "+") if fallen else "",
              show(**test["test, firm"]), " ".join(f"{value:.3f}" for value in test["test, firm"]["seeds"]),
              *(f"{test[key]['mean']:.3f}" for key in ("test, strict", "test, loose", "reworded, firm")),
              f"{numbers['adherent']['mean']:.3f}", *(f"{mean:.3f}" for mean in means.values())]
@@ -279,14 +281,12 @@ def report(work, kept, cases):
         used += parts
         rows[f"{case.row()}, {case.length}"], row = row_of(case, parts)
         cells.append(row)
-        steps = [int(step) for step in parts[0]["curve"]]
-        mean = np.mean([[point["qualified"] for point in part["curve"].values()] for part in parts], 0)
-        curves[case] = (steps, mean.tolist())
+        steps = [int(step) for step in parts[0]["curve"] if int(step)]
+        curves[case] = (steps, np.mean([rates(part["curve"]) for part in parts], 0).tolist())
     panels = {}
-    for title, mismatched in (("a quarter of the prompts mismatched", 0.25), ("the paper's reward", 0)):
-        shown = {f"{case.recipe}, {case.schedule} {case.rate:g}, {case.length}": curve
-                 for case, curve in curves.items()
-                 if case.mismatched == mismatched and case.length >= 480}
+    for title, is_steady in (("the steady recipe", True), ("other recipes", False)):
+        shown = {f"{case.row()}, {case.length}": curve for case, curve in curves.items()
+                 if (case.recipe == "steady") == is_steady and case.length >= 480}
         if shown:
             panels[title] = ("iteration", shown)
     plot(work.results / "endurance.png", panels)

@@ -157,6 +157,7 @@ def test_the_fall_is_from_the_best_quarter_by_hand():
     assert endurance.fall(rising) == (0.0, [0.0, 0.0])
     flat = [curve([0.9, 0.9, 0.95, 0.95, 0.94, 0.94, 0.94, 0.94])]
     assert endurance.fall(flat)[0] == pytest.approx(-0.01)
+    assert endurance.fall([curve([0.9, 0.95, 0.96])]) is None                   # a run too short to say so
 
 
 def kept_run(good, rates):
