@@ -338,6 +338,13 @@ def claims():
         "steady, constant 0.0001, mismatched 0.25, 960", "steady, linear 0.0002, mismatched 0.25, 480",
         "steady, linear 0.0002, mismatched 0.25, 960", "steady, linear 0.0002, mismatched 0.25, 1920",
         "paper, constant 0.0001, mismatched 0.25, 480"))
+    short, half, fast, each, each_480, each_960, plain = (rows[name] for name in (
+        "steady, linear 0.0002, mismatched 0.25, 120", "steady, linear 0.0002, mismatched 0.25, 240",
+        "steady, linear 0.0003, mismatched 0.25, 120", "by video, linear 0.0002, mismatched 0.25, 120",
+        "by video, linear 0.0002, mismatched 0.25, 480", "by video, linear 0.0002, mismatched 0.25, 960",
+        "steady, linear 0.0002, the paper's reward, 960"))
+    end = lambda row: with_interval(row["qualified"])
+    assert plain["fall"]["difference"] == 0 and each_960["fall"]["interval"][1] < 0
     many = lambda row: ("one seed", "two seeds", "three seeds")[len(row["validation"]["40"]) - 1]
     valid = lambda row, step: number(fmean(row["validation"][step]))
     assert spread["fall"]["difference"] == longest["fall"]["difference"] == 0   # the best quarter
@@ -369,6 +376,13 @@ def claims():
         f"and {valid(long, '960')} after 960, where it has {with_interval(long['qualified'])} of the test "
         f"videos, with {many(long)}",
         f"quarter lies {with_interval(long['fall'], sign='+', key='difference')} from the best quarter",
+        f"have {end(short)} of the test videos after 120 iterations and {end(half)} after 240, with "
+        f"{many(short)}. If the rate starts at 3e-4, 120 iterations have {end(fast)}, with {many(fast)}",
+        f"{end(each)} of the test videos after 120 iterations, with {many(each)}. After 480 iterations it "
+        f"has {end(each_480)}, with {many(each_480)}, and over 960 it falls, with {many(each_960)}: to "
+        f"{end(each_960)}, its last quarter {with_interval(each_960['fall'], sign='+', key='difference')} "
+        "below its best",
+        f"not fall either, with {many(plain)}: after 960 iterations it has {end(plain)}",
         f"{valid(paper, '240')} of the validation videos after 240 iterations and {valid(paper, '480')} "
         f"after 480, with {many(paper)}", f"ends at {with_interval(paper['qualified'])} of the test videos; "
         f"{number(paper['adherent']['mean'])} are adherent and "
