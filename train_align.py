@@ -210,16 +210,18 @@ def main(config):
     config, origin, shards = resolve(config)
     resume, state = runs.open_checkpoint(config)
     policy = load_transformer(config.model, load_now=False, task=config.task).train()
-    for path in (None if config.method in ("sft", "refl") else config.reward, config.judge):
-        if path:                                        # refused before weights are read if it does not fit
-            load_pavrm(path, policy, load_now=False)
+    # A reward model or a judge that does not fit is refused here, before weights are read.
+    if config.method not in ("sft", "refl"):
+        pavrm = load_pavrm(config.reward, policy, load_now=False)
+    if config.judge:
+        load_pavrm(config.judge, policy, load_now=False)
     for dit, adapters in experts.to_train(policy, config):
         lora.add(dit, config.lora_rank, config.lora_alpha, config.seed, adapters)
     parallel.shard(policy, runtime, config)
     if config.method == "refl":
         pixel_reward, vae = refl_baseline.load_reward_and_decoder(config, policy, runtime)
     elif config.method != "sft":
-        pavrm = parallel.shard(load_pavrm(config.reward, policy, load_now=False), runtime, config)
+        pavrm = parallel.shard(pavrm, runtime, config)
     accumulation = config.gradient_accumulation_steps
     global_batch = config.batch_size * runtime.world_size // config.sequence_parallel * accumulation
     N, expert_steps = config.num_inference_steps, trained_steps(config, policy.config)
