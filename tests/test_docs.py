@@ -726,6 +726,13 @@ def test_verdicts_are_those_of_the_results():
         assert failing == ("**" in row), f"{name}: {row}"
 
 
+def test_the_hours_of_all_pages():
+    pages = [json.loads(path.read_text()) for path in (ROOT / "results").glob("*.json")]
+    minutes = sum(page["provenance"].get("minutes_of_parts") or 0 for page in pages if "provenance" in page)
+    minutes += sum(sum(row["minutes"]) for row in load("endurance")["rows"].values())
+    assert f"add up to {minutes / 60:.0f} hours" in section("docs/results.md", "## How long it takes")
+
+
 def all_claims(found):
     """Every claim in the value of a results file, however deep it stands."""
     if isinstance(found, dict) and "verdict" in found:
