@@ -14,8 +14,9 @@ resample    (the default) A video has n places, with one candidate in each. Afte
             close to LatSearch (arXiv 2603.14526), which resamples at fewer times and compares sums of
             rewards.
 drop        Bad candidates are dropped at a few times and never replaced. This takes fewer forward passes for
-            the same n. For as many passes it gives worse videos with the untrained base; with an aligned
-            generator no difference could be told (results/search_mismatched.md).
+            the same n. But with the untrained base 8 candidates that are dropped give worse videos than 3
+            that are resampled, which take fewer passes. With a generator that was aligned by a good reward
+            model no difference could be told (results/search_mismatched.md).
 
     python sample.py --prompt "a red circle moving to the right" --best_of 4
     python evaluate.py checkpoints --best_of 8 --search drop --drops .75:4,.56:2,.37:1
@@ -42,7 +43,8 @@ class Flags:
                       "noise, replace them; at .38, or at the nearest time of the schedule, the best one is "
                       "chosen. drop: they are dropped at "
                       "the times of --drops; this takes fewer forward passes for the same number of "
-                      "candidates, but with the untrained base it gives worse videos for as many passes",
+                      "candidates, but with the untrained base 8 that are dropped give worse videos than 3 "
+                      "that are resampled",
                       choices=("resample", "drop"), only="!best_of 1")
     drops: str | None = arg(None, "when candidates are dropped: a list of time:number kept. "
                             ".75:4,.56:2,.37:1 keeps 4 at t = .75, 2 at .56 and 1 at .37; 0:1 compares "

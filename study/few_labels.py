@@ -14,9 +14,11 @@ from study.endurance import Case, finished, row_of, seeds_of
 # the samples, the fewer the steps, because few samples are soon known by heart. The reward models that learn
 # from all samples are those of endurance.py.
 SIZES = ((320, 200), (80, 400), (20, 800), (5, 1600), (1, None))
-CASES = [Case("steady", "linear", 0.25, 2e-4, 480, parts, steps) for parts, steps in SIZES]
-ONE_SEED = [CASES[3], CASES[-1]._replace(mismatched=0)]     # run with one seed, to complete the picture
-CASES.append(ONE_SEED[-1])
+ALL_LABELS = Case("steady", "linear", rate=2e-4, length=480)
+BY_PARTS = {parts: ALL_LABELS._replace(parts=parts, reward_steps=steps) for parts, steps in SIZES}
+NOT_MISMATCHED = ALL_LABELS._replace(mismatched=0)
+CASES = [*BY_PARTS.values(), NOT_MISMATCHED]
+ONE_SEED = [BY_PARTS[5], NOT_MISMATCHED]                    # made with one seed, to complete the picture
 HEAD = ["labels", "mismatched", "seeds", "held-out accuracy, clean", "40", "120", "240", "480",
         "last quarter minus best quarter", "test videos", "by seed", "adherent"]
 

@@ -12,16 +12,15 @@ from safetensors.torch import load_file
 from report import claim_verdicts, claims_table, plot, show, summary, table
 from search import parse_drops
 from study import resampling
-from study.endurance import TESTED, Case, bits, keep, kept_in, part_of_case, reward_models
+from study.endurance import TESTED, bits, keep, kept_in, part_of_case, reward_models
+from study.few_labels import ALL_LABELS, BY_PARTS
 from study.parts import part_of, reward_folder, train_reward_models
 from study.search import HOW, ONE, PANEL, STEPS, graded, kept, label, passes_of
 
 FILE = "search_mismatched_runs.json"
 BASE, STEADY = "base", "PRFL, steady, 480 iterations"
-BASE_165, STEADY_165 = (f"{row}, reward model of 165 labels" for row in (BASE, STEADY))    # few_labels.py
-ALL_LABELS = Case("steady", "linear", rate=2e-4, length=480)
-FEW = ALL_LABELS._replace(parts=80, reward_steps=400)
-CASES = {BASE: ALL_LABELS, STEADY: ALL_LABELS, BASE_165: FEW, STEADY_165: FEW}
+BASE_165, STEADY_165 = (f"{row}, reward model of 165 labels" for row in (BASE, STEADY))
+CASES = {BASE: ALL_LABELS, STEADY: ALL_LABELS, BASE_165: BY_PARTS[80], STEADY_165: BY_PARTS[80]}
 UNTRAINED = (BASE, BASE_165)                    # of these rows only the case's reward model is used
 COUNTS = (4, 8, 16)
 PLANS = {ONE: parse_drops(1)} | {label(n, how): parse_drops(n, text) for n in COUNTS
